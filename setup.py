@@ -1,0 +1,42 @@
+"""promptkd_jax: knowledge distillation of language models in JAX, with PromptKD and its peers."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="promptkd_jax",
+    version="0.1.0",
+    description="PromptKD and its peers: distillation of language models in JAX",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["promptkd_jax*"]),
+    package_data={"promptkd_jax": ["*.jinja", "prompts/*"]},
+    entry_points={"console_scripts": ["promptkd = promptkd_jax.cli:main"]},
+    install_requires=[
+        "jax>=0.10.0",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=5.23",
+        "datasets>=5.2",
+        "ml-collections>=1.1",
+        "einops>=0.8.2",
+        "grain>=0.2.18",
+        "safetensors>=0.8",
+        "numpy>=2.0",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
+        "rich>=14.0",
+        "rouge-score>=0.1.2",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "gguf": ["gguf>=0.19"],
+        "dev": ["gguf>=0.19", "pytest>=9.0", "ruff>=0.14"],
+    },
+)
