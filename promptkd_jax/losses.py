@@ -1,0 +1,342 @@
+"""Divergences between next-token distributions, dense on logits and chunked on hidden states.
+
+The dense functions are the definitions: `divergence(target, learner)` takes two arrays of logits
+`[..., V]` and returns one number in nats per position `[...]`, computed in float32. *Target* is the
+distribution that is held fixed, *learner* the one that is trained; "forward" has the target first,
+"reverse" the learner first. In the student's update the teacher p is the target and the student q
+the learner; in the prompt's update it is the other way round.
+
+A logit of -inf removes a token from the support of its distribution: the logarithm of that
+probability counts as 0, in values and gradients, as in the published implementation.
+
+`linear_loss` is the same thing without logits: it multiplies hidden states `[B, T, D]` with heads
+`[V, D]` a few positions at a time and makes the gradients in the same pass, so that no `[B, T, V]`
+array exists.
+
+B batch, T positions, D width, V vocabulary.
+"""
+
+import ast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
+
+# Elements of one [B, chunk, V] block of logits: 32 MiB in float32.
+CHUNK_ELEMENTS = 2**23
+
+
+def log_probs(logits: jax.Array) -> jax.Array:
+    """Log-softmax in float32 over the last axis."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def _finite(log_p: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(log_p), log_p, 0.0)
+
+
+def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(log_p) * (_finite(log_p) - _finite(log_q)), axis=-1)
+
+
+def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
+    """log(weight_p * p + (1 - weight_p) * q)."""
+    return jnp.logaddexp(log_p + jnp.log(weight_p), log_q + jnp.log1p(-weight_p))
+
+
+def forward_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
+    """KL(target || learner): mass-covering. Word-level KD, Kim & Rush 2016 (arXiv 1606.07947)."""
+    return _kl(log_probs(target), log_probs(learner))
+
+
+def reverse_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
+    """KL(learner || target): mode-seeking. PromptKD eq. 1 and 4 (arXiv 2402.12842)."""
+    return _kl(log_probs(learner), log_probs(target))
+
+
+def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
+    """-sum_v target_v log learner_v: `forward_kl` plus the target's entropy, the same gradient.
+
+    The published PromptKD code reports this number for its "forward" losses.
+    """
+    log_q = log_probs(learner)
+    return -jnp.sum(jnp.exp(log_probs(target)) * _finite(log_q), axis=-1)
+
+
+def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
+    """KL(target || skew * target + (1 - skew) * learner). DistiLLM (arXiv 2402.03898), eq. 3.
+
+    skew -> 0 gives `forward_kl`; at most log(1 / skew).
+    """
+    log_p, log_q = log_probs(target), log_probs(learner)
+    return _kl(log_p, _mixture(log_p, log_q, skew))
+
+
+def skew_reverse_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
+    """KL(learner || (1 - skew) * target + skew * learner). DistiLLM (arXiv 2402.03898), eq. 5.
+
+    skew -> 0 gives `reverse_kl`; at most log(1 / skew).
+    """
+    log_p, log_q = log_probs(target), log_probs(learner)
+    return _kl(log_q, _mixture(log_p, log_q, 1 - skew))
+
+
+def jensen_shannon(target: jax.Array, learner: jax.Array, beta: float = 0.5) -> jax.Array:
+    """beta KL(target || m) + (1 - beta) KL(learner || m), m = beta target + (1 - beta) learner.
+
+    GKD (arXiv 2306.13649), eq. 1, with its beta: divided by beta it tends to `forward_kl` for
+    beta -> 0, divided by 1 - beta to `reverse_kl` for beta -> 1.
+    """
+    log_p, log_q = log_probs(target), log_probs(learner)
+    log_m = _mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def alpha_beta(
+    target: jax.Array, learner: jax.Array, alpha: float = 0.2, beta: float = 0.7
+) -> jax.Array:
+    """The alpha-beta divergence of target from learner. ABKD (arXiv 2505.04560), eq. 6.
+
+    (1, 0) is `forward_kl`, (0, 1) is `reverse_kl`. The limits at alpha = 0, beta = 0 and
+    alpha + beta = 0 are those of Cichocki, Cruces & Amari 2011.
+    """
+    log_p, log_q = _finite(log_probs(target)), _finite(log_probs(learner))
+    inside = jnp.isfinite(target) & jnp.isfinite(learner)
+    p_a, q_b = jnp.exp(alpha * log_p), jnp.exp(beta * log_q)
+    if alpha == 0 and beta == 0:
+        terms = 0.5 * (log_p - log_q) ** 2
+    elif beta == 0:
+        terms = (p_a * alpha * (log_p - log_q) - p_a + jnp.exp(alpha * log_q)) / alpha**2
+    elif alpha == 0:
+        terms = (q_b * beta * (log_q - log_p) - q_b + jnp.exp(beta * log_p)) / beta**2
+    elif alpha + beta == 0:
+        difference = alpha * (log_p - log_q)
+        terms = (jnp.exp(difference) - difference - 1) / alpha**2
+    else:
+        order = alpha + beta
+        p_sum, q_sum = jnp.exp(order * log_p), jnp.exp(order * log_q)
+        terms = (alpha / order * p_sum + beta / order * q_sum - p_a * q_b) / (alpha * beta)
+    return jnp.sum(jnp.where(inside, terms, 0.0), axis=-1)
+
+
+def total_variation(target: jax.Array, learner: jax.Array) -> jax.Array:
+    """Half the L1 distance of the two distributions, in [0, 1]."""
+    p, q = jnp.exp(log_probs(target)), jnp.exp(log_probs(learner))
+    return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+
+
+def cross_entropy(labels: jax.Array, learner: jax.Array) -> jax.Array:
+    """-log learner[label]: labels `[...]` integers, learner `[..., V]` logits."""
+    return -jnp.take_along_axis(log_probs(learner), labels[..., None], axis=-1)[..., 0]
+
+
+def agreement(target: jax.Array, learner: jax.Array) -> jax.Array:
+    """1 where both put their largest probability on the same token, else 0. No gradient."""
+    same = jnp.argmax(target, axis=-1) == jnp.argmax(learner, axis=-1)
+    return same.astype(jnp.float32)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Of the distribution itself, in nats."""
+    log_p = log_probs(logits)
+    return -jnp.sum(jnp.exp(log_p) * _finite(log_p), axis=-1)
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    f.__name__: f
+    for f in (
+        forward_kl,
+        reverse_kl,
+        soft_cross_entropy,
+        skew_forward_kl,
+        skew_reverse_kl,
+        jensen_shannon,
+        alpha_beta,
+        total_variation,
+    )
+}
+
+
+@functools.cache
+def divergence(spec: str) -> Divergence:
+    """The divergence that a config names, such as "reverse_kl" or "alpha_beta(0.2, 0.7)".
+
+    Equal texts give the identical function, so that it can be a static argument of `jax.jit`.
+
+    Raises:
+      ValueError: an unknown name or numbers that cannot be read.
+    """
+    name, _, rest = spec.partition("(")
+    if name not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {spec!r}; there are: {', '.join(DIVERGENCES)}")
+    if not rest:
+        return DIVERGENCES[name]
+    try:
+        numbers = ast.literal_eval(f"({rest.removesuffix(')')},)")
+        return _with_numbers(DIVERGENCES[name], numbers)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"divergence {spec!r}: expected {name}(number, …): {error}") from error
+
+
+def _with_numbers(function: Divergence, numbers: tuple[float, ...]) -> Divergence:
+    names = function.__code__.co_varnames[2 : function.__code__.co_argcount]
+    if len(numbers) > len(names) or not all(isinstance(x, int | float) for x in numbers):
+        raise TypeError(f"its parameters are ({', '.join(names)}), got {numbers}")
+    return functools.partial(function, **dict(zip(names, numbers)))
+
+
+class Linear(NamedTuple):
+    """Logits not yet multiplied out: hidden `[B, T, D]` and head `[V, D]`."""
+
+    hidden: jax.Array
+    head: jax.Array
+
+    def logits(self) -> jax.Array:
+        """hidden @ head^T, `[B, T, V]`."""
+        return jnp.einsum("btd,vd->btv", self.hidden, self.head.astype(self.hidden.dtype))
+
+
+def linear_loss(
+    terms: Sequence[Divergence],
+    learner: Linear,
+    targets: Sequence[Linear | jax.Array],
+    mask: jax.Array,
+    weights: jax.Array | Sequence[float] | None = None,
+    *,
+    observe: Sequence[Observation] = (),
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of per-position losses over the masked positions, `chunk` positions at a time.
+
+    Equals `sum_i weights[i] * (mask * terms[i](targets[i], learner.logits())).sum()` in value and
+    in gradient with respect to the learner's hidden states and, only where it is asked for, the
+    learner's head. The targets are constants.
+
+    Args:
+      terms: functions of (target, learner logits), each `[B, T]`; see `DIVERGENCES`.
+      learner: hidden states and head of the model that is trained.
+      targets: one per term: a `Linear`, or integer labels `[B, T]` for `cross_entropy`.
+      mask: `[B, T]`; positions that count, possibly weighted.
+      weights: `[len(terms)]`; 1 for each where absent. May be traced.
+      observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
+        is wanted; they see the same logits that the terms see.
+      chunk: positions of the T axis in one block; by default as many as keep a block of logits
+        below `CHUNK_ELEMENTS`. The batch axis is never cut, so it can stay sharded.
+
+    Returns:
+      (loss, sums): the scalar loss, and the unweighted masked sum of each term, then of each
+      observation, `[len(terms) + len(observe)]`, which carry no gradient. All are sums: divide by
+      `mask.sum()` (over all devices and micro-batches) for a mean.
+    """
+    if len(terms) != len(targets):
+        raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
+    length = mask.shape[1]
+    if chunk is None:
+        chunk = CHUNK_ELEMENTS // (learner.head.shape[0] * mask.shape[0])
+    chunk = min(max(chunk, 1), length)
+    weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
+    constants = jax.lax.stop_gradient((tuple(targets), mask.astype(jnp.float32), weights))
+    functions = (tuple(terms), tuple(observe))
+    loss, sums = _linear_loss(functions, chunk, learner, *constants)
+    return loss, jax.lax.stop_gradient(sums)
+
+
+def _block_loss(functions, learner: Linear, targets, mask, weights):
+    """Loss and sums of one block of positions."""
+    terms, observe = functions
+    logits = learner.logits()
+    references = [t.logits() if isinstance(t, Linear) else t for t in targets]
+    sums = jnp.stack([jnp.sum(f(t, logits) * mask) for f, t in zip(terms, references)])
+    constant = jax.lax.stop_gradient(logits)
+    observed = [jnp.sum(f(references, constant) * mask) for f in observe]
+    return sums @ weights, jnp.stack([*sums, *observed])
+
+
+def _blocks(tree: Any, chunk: int) -> Any:
+    """Every `[B, T, …]` as `[ceil(T / chunk), B, chunk, …]`, filled up with zeros."""
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _sequences(targets):
+    """What of the targets runs along T, and how to put a target together again."""
+    parts = [t.hidden if isinstance(t, Linear) else t for t in targets]
+
+    def join(parts):
+        return [
+            Linear(part, t.head) if isinstance(t, Linear) else part
+            for part, t in zip(parts, targets)
+        ]
+
+    return parts, join
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_loss(functions, chunk, learner, targets, mask, weights):
+    parts, join = _sequences(targets)
+
+    def body(total, block):
+        hidden, parts, mask = block
+        loss, sums = _block_loss(
+            functions, Linear(hidden, learner.head), join(parts), mask, weights
+        )
+        return (total[0] + loss, total[1] + sums), None
+
+    zero = (jnp.zeros(()), jnp.zeros(sum(map(len, functions))))
+    return jax.lax.scan(body, zero, _blocks((learner.hidden, parts, mask), chunk))[0]
+
+
+def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
+    """Values and, in the same scan, the gradients that somebody will ask for."""
+    with_head = learner.head.perturbed
+    learner, targets, mask, weights = jax.tree.map(
+        lambda x: x.value, (learner, targets, mask, weights), is_leaf=lambda x: hasattr(x, "value")
+    )
+    parts, join = _sequences(targets)
+    length = mask.shape[1]
+
+    def body(carry, block):
+        total, sums, head_gradient = carry
+        hidden, parts, mask = block
+
+        def loss(hidden, head):
+            return _block_loss(functions, Linear(hidden, head), join(parts), mask, weights)
+
+        if with_head:
+            gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+            (value, block_sums), (d_hidden, d_head) = gradient(hidden, learner.head)
+            head_gradient = head_gradient + d_head.astype(jnp.float32)
+        else:
+            gradient = jax.value_and_grad(loss, has_aux=True)
+            (value, block_sums), d_hidden = gradient(hidden, learner.head)
+        return (total + value, sums + block_sums, head_gradient), d_hidden
+
+    zero_head = jnp.zeros(learner.head.shape, jnp.float32) if with_head else None
+    carry = (jnp.zeros(()), jnp.zeros(sum(map(len, functions))), zero_head)
+    (total, sums, d_head), d_hidden = jax.lax.scan(
+        body, carry, _blocks((learner.hidden, parts, mask), chunk)
+    )
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1)  # [B, blocks, chunk, D]
+    d_hidden = d_hidden.reshape(d_hidden.shape[0], -1, d_hidden.shape[-1])[:, :length]
+    like_head = jnp.zeros((0,), learner.head.dtype)  # a residual can carry a dtype only so
+    return (total, sums), (d_hidden, d_head, like_head)
+
+
+def _linear_loss_bwd(functions, chunk, residuals, cotangents):
+    d_hidden, d_head, like_head = residuals
+    scale = cotangents[0]
+    d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
+    d_head = None if d_head is None else (d_head * scale).astype(like_head.dtype)
+    return Linear(d_hidden, d_head), None, None, None
+
+
+_linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)
