@@ -1,0 +1,247 @@
+"""The shape of a decoder, read from a Hugging Face `config.json`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class ModelError(ValueError):
+    """A model that cannot be used: says where, what was found and what would be right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: "linear" (by `factor`) or "llama3"."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that distinguishes one decoder-only language model from another.
+
+    Sizes: `width` D, `heads` N, `kv_heads` K, `head_width` H, `mlp_width` F, `vocab_size` V,
+    `depth` L. Hashable, so that it can be a static argument of `jax.jit`.
+    """
+
+    family: str  # key of families.FAMILIES
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    max_positions: int
+    norm: str  # "layer" | "rms"
+    norm_eps: float
+    activation: str  # key of decoder.ACTIVATIONS
+    gated: bool  # act(gate) * up instead of act(up)
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    tied: bool  # the head is the embedding
+    learned_positions: bool = False  # else rotary
+    position_offset: int = 0  # unused leading rows of the position table (OPT: 2)
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False
+    window: int | None = None  # sliding window: a position sees itself and window - 1 before it
+    # How it is run; not part of what the model is.
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"  # key of decoder.REMAT
+
+    def replace(self, **changes: Any) -> "DecoderConfig":
+        """The same with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def from_hugging_face(config: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
+    """Reads a `config.json`. Raises ModelError for what the decoder does not compute."""
+    kind = config.get("model_type")
+    if kind not in _READERS:
+        raise ModelError(
+            f"{source}: model_type {kind!r} is not supported; supported: {', '.join(_READERS)}"
+        )
+    try:
+        return _READERS[kind](config, source)
+    except KeyError as error:
+        raise ModelError(f"{source}: a {kind} config needs the field {error}") from error
+
+
+def _require(config: Mapping[str, Any], source: str, **expected: Any) -> None:
+    for field, right in expected.items():
+        if (found := config.get(field, right)) != right:
+            raise ModelError(f"{source}: {field} = {found!r} is not supported (only {right!r})")
+
+
+def _gpt2(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    _require(
+        c,
+        source,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+        tie_word_embeddings=True,
+    )
+    width, heads = c["n_embd"], c["n_head"]
+    return DecoderConfig(
+        family="gpt2",
+        vocab_size=c["vocab_size"],
+        width=width,
+        depth=c["n_layer"],
+        heads=heads,
+        kv_heads=heads,
+        head_width=width // heads,
+        mlp_width=c.get("n_inner") or 4 * width,
+        max_positions=c["n_positions"],
+        norm="layer",
+        norm_eps=c.get("layer_norm_epsilon", 1e-5),
+        activation=c.get("activation_function", "gelu_new"),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied=True,
+        learned_positions=True,
+    )
+
+
+def _opt(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    _require(
+        c,
+        source,
+        do_layer_norm_before=True,
+        _remove_final_layer_norm=False,
+        word_embed_proj_dim=width,
+        enable_bias=True,
+        layer_norm_elementwise_affine=True,
+        tie_word_embeddings=True,
+    )
+    return DecoderConfig(
+        family="opt",
+        vocab_size=c["vocab_size"],
+        width=width,
+        depth=c["num_hidden_layers"],
+        heads=heads,
+        kv_heads=heads,
+        head_width=width // heads,
+        mlp_width=c["ffn_dim"],
+        max_positions=c["max_position_embeddings"],
+        norm="layer",
+        norm_eps=1e-5,
+        activation=c.get("activation_function", "relu"),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied=True,
+        learned_positions=True,
+        position_offset=2,
+    )
+
+
+def _llama_like(
+    c: Mapping[str, Any],
+    source: str,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    **more: Any,
+) -> DecoderConfig:
+    theta, scaling = _rope(c, source)
+    heads = c["num_attention_heads"]
+    return DecoderConfig(
+        family=c["model_type"],
+        vocab_size=c["vocab_size"],
+        width=c["hidden_size"],
+        depth=c["num_hidden_layers"],
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads,
+        head_width=c.get("head_dim") or c["hidden_size"] // heads,
+        mlp_width=c["intermediate_size"],
+        max_positions=c["max_position_embeddings"],
+        norm="rms",
+        norm_eps=c.get("rms_norm_eps", 1e-6),
+        activation=c.get("hidden_act", "silu"),
+        gated=True,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        mlp_bias=c.get("mlp_bias", False),
+        tied=c.get("tie_word_embeddings", False),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        **more,
+    )
+
+
+def _llama(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    bias = c.get("attention_bias", False)
+    return _llama_like(c, source, qkv_bias=bias, out_bias=bias)
+
+
+def _mistral(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    return _llama_like(c, source, window=c.get("sliding_window"))
+
+
+def _qwen2(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    return _llama_like(c, source, qkv_bias=True, window=_qwen_window(c, source))
+
+
+def _qwen3(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    bias = c.get("attention_bias", False)
+    window = _qwen_window(c, source)
+    return _llama_like(c, source, qkv_bias=bias, out_bias=bias, qk_norm=True, window=window)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], str], DecoderConfig]] = {
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+
+
+def _qwen_window(c: Mapping[str, Any], source: str) -> int | None:
+    """Qwen's window is for the layers from `max_window_layers` on; here for all or for none."""
+    if not c.get("use_sliding_window", False) or c.get("sliding_window") is None:
+        return None
+    full = c.get("max_window_layers", 0)
+    if 0 < full < c["num_hidden_layers"]:
+        raise ModelError(
+            f"{source}: max_window_layers = {full}: a sliding window in some layers only is "
+            "not supported (set use_sliding_window to false, or max_window_layers to 0)"
+        )
+    return c["sliding_window"] if full == 0 else None
+
+
+def _rope(c: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from `rope_parameters` (transformers 5) or the older flat fields."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
+    if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise ModelError(
+        f"{source}: rope_type {kind!r} is not supported; supported: default, linear, llama3"
+    )

