@@ -1,0 +1,21 @@
+"""Where the tests find data that is not part of the repository, and the compilation cache."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def folder(variable: str, default: str) -> pathlib.Path:
+    """The folder that an environment variable names, or `default` beside the repository."""
+    return pathlib.Path(os.environ.get(variable, ROOT / ".." / "shared" / default))
+
+
+GOLDEN = folder("PROMPTKD_GOLDEN", "golden")
+DATA = folder("PROMPTKD_DATA", "data")
+TOKENIZERS = folder("PROMPTKD_TOKENIZERS", "tokenizers")
