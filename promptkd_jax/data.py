@@ -1,0 +1,410 @@
+"""Records → templates → token rows → batches, with a position that a checkpoint can hold.
+
+Every row starts at column 0 and ends at its length: nothing is left-padded, and no mask is ever
+derived from the padding token, which is often also the end of sequence. The position of a run in
+its data is one integer, the index of the next batch; it is global, so that the number of hosts and
+devices may change between a save and a restore.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from promptkd_jax.targets import Batch
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is: says where, what was found and what would be right."""
+
+
+class Record(NamedTuple):
+    """One example: what is asked, the text it is asked about, and the reference answers."""
+
+    instruction: str
+    input: str  # "" where there is none
+    outputs: tuple[str, ...]  # () where no answer is given
+
+
+class Rows(NamedTuple):
+    """Tokenised records, in their order, without those whose prompt is too long."""
+
+    tokens: list[np.ndarray]  # int32: prompt, response, end of sequence
+    prompt_lengths: np.ndarray  # int32, one per row
+    records: list[Record]
+    dropped: int
+
+
+# Records
+
+_PACKAGE = "package:"
+_EXAMPLE = '{"instruction": "…", "input": "…", "output": "…"}'
+
+
+def read_records(source: str, *, split: str = "train", need_output: bool) -> list[Record]:
+    """Reads records from a JSON lines file, a file of this package, or the Hugging Face hub.
+
+    A record has `instruction`, and may have `input` (or `context`) and `output` (or `response`),
+    the last a string or a list of references. Null or empty means not given. Blank lines of a file
+    are skipped.
+
+    Args:
+      source: a file that exists, or a name ending in .jsonl; "package:NAME" for a file in
+        promptkd_jax/prompts; anything else is a hub id, or a folder laid out like a hub data set.
+      split: the split of a hub data set; a file has none.
+      need_output: whether every record must have an answer.
+
+    Raises:
+      DataError: names file:line, or data set and row (from 0), the fault and what would be right.
+    """
+    path = _find_file(source)
+    located = _read_hub(source, split) if path is None else _read_lines(path, source)
+    records = [_to_record(fields, where, need_output) for where, fields in located]
+    if not records:
+        raise DataError(f"{source}: no records; expected at least one like {_EXAMPLE}")
+    return records
+
+
+def _find_file(source: str) -> Path | Traversable | None:
+    """The file that `source` means, None if it means a hub data set."""
+    if source.startswith(_PACKAGE):
+        return _find_package_file(source)
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.suffix == ".jsonl":
+        raise DataError(f"{source}: no such file (looked from {Path.cwd()})")
+    return None
+
+
+def _find_package_file(source: str) -> Traversable:
+    folder = resources.files("promptkd_jax") / "prompts"
+    files = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
+    name = source.removeprefix(_PACKAGE)
+    if name not in files:
+        raise DataError(f"{source}: promptkd_jax/prompts has no {name!r}; it has {sorted(files)}")
+    return files[name]
+
+
+def _read_lines(path: Path | Traversable, source: str) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as file:  # as bytes, so that a bad one is found on its line
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{source}:{number}"
+                yield where, _parse_line(line.rstrip(), where)
+
+
+def _parse_line(line: bytes, where: str) -> object:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: broken JSON at column {error.colno} ({error.msg}); "
+            f"every line is one object like {_EXAMPLE}"
+        ) from error
+
+
+def _read_hub(source: str, split: str) -> Iterator[tuple[str, object]]:
+    import datasets  # takes a second to import, and a run on local files needs none of it
+
+    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    try:
+        rows = datasets.load_dataset(source, split=split)
+    except failures as error:
+        raise DataError(
+            f"{source}: no such file, and reading split {split!r} of a Hugging Face data set of "
+            f"this name failed: {error}"
+        ) from error
+    for number, fields in enumerate(rows):
+        yield f"{source} (split {split!r}) row {number}", fields
+
+
+def _to_record(fields: object, where: str, need_output: bool) -> Record:
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: found {_shown(fields)}, expected an object like {_EXAMPLE}")
+    name, instruction = _pick(fields, ("instruction",), where)
+    if instruction is None:
+        raise DataError(_missing(fields, name, where))
+    if not _text(instruction, name, where).strip():
+        raise DataError(f"{where}: field 'instruction' is empty; say what is asked")
+    name, context = _pick(fields, ("input", "context"), where)
+    context = "" if context is None else _text(context, name, where)
+    return Record(instruction, context, _outputs(fields, where, need_output))
+
+
+def _outputs(fields: dict, where: str, need_output: bool) -> tuple[str, ...]:
+    name, given = _pick(fields, ("output", "response"), where)
+    if given is None and need_output:
+        raise DataError(_missing(fields, name, where))
+    if given is None or (given in ("", []) and not need_output):
+        return ()
+    if isinstance(given, str):
+        return (_answer(given, name, where),)
+    if not isinstance(given, list):
+        expected = "expected a string or a list of strings"
+        raise DataError(f"{where}: field {name!r} is {_shown(given)}, {expected}")
+    if not given:
+        raise DataError(f"{where}: field {name!r} is an empty list; give at least one reference")
+    return tuple(_answer(text, f"{name}[{i}]", where) for i, text in enumerate(given))
+
+
+def _answer(value: object, name: str, where: str) -> str:
+    answer = _text(value, name, where)
+    if not answer.strip():
+        raise DataError(f"{where}: field {name!r} is empty; give an answer or remove the record")
+    return answer
+
+
+def _pick(fields: dict, names: tuple[str, ...], where: str) -> tuple[str, object]:
+    """The one of `names` that is given, and its value; the first name and None if none is."""
+    given = [name for name in names if fields.get(name) is not None]
+    if len(given) > 1:
+        both = " and ".join(map(repr, given))
+        raise DataError(f"{where}: fields {both} mean the same; keep one of them")
+    name = given[0] if given else names[0]
+    return name, fields.get(name)
+
+
+def _text(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {name!r} is {_shown(value)}, expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # the tokenizer would fail on it, naming no line
+        raise DataError(
+            f"{where}: field {name!r} has half a surrogate pair at character {error.start + 1}; "
+            "write the whole character"
+        ) from error
+    return value
+
+
+def _missing(fields: dict, name: str, where: str) -> str:
+    found = ", ".join(map(repr, fields)) or "none"
+    return f"{where}: field {name!r} is missing or null (has: {found}); expected {_EXAMPLE}"
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {repr(value)[:60]}"
+
+
+# Templates
+
+
+def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt of Stanford Alpaca, ending in a newline as in the MiniLLM experiments."""
+    task = "Below is an instruction that describes a task"
+    if record.input:
+        task += ", paired with an input that provides further context"
+    context = f"### Input:\n{record.input}\n\n" if record.input else ""
+    return (
+        f"{task}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{record.instruction}\n\n{context}### Response:\n"
+    )
+
+
+def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One user turn and the opening of the answer, in the model's own chat format."""
+    if not tokenizer.chat_template:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise DataError(
+            f"template 'chat': tokenizer {name} has no chat template; use 'alpaca' or 'plain'"
+        )
+    turn = {"role": "user", "content": _plain(record, tokenizer)}
+    return tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+
+
+def _plain(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"{record.instruction}\n{record.input}" if record.input else record.instruction
+
+
+TEMPLATES: dict[str, Callable[[Record, PreTrainedTokenizerBase], str]] = {
+    "alpaca": _alpaca,
+    "chat": _chat,
+    "plain": _plain,
+}
+
+
+def render_prompt(record: Record, template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a record's prompt; special tokens only where the template writes them.
+
+    Args:
+      record: its instruction and input make the prompt.
+      template: "alpaca" (the published Alpaca text, with or without input), "chat" (one user turn
+        and the generation prompt, in the tokenizer's chat template) or "plain" (the instruction,
+        and the input on the next line).
+      tokenizer: the model's own.
+
+    Raises:
+      DataError: the template is unknown, or "chat" for a tokenizer without a chat template.
+    """
+    return _prompts([record], template, tokenizer)[0]
+
+
+def _prompts(
+    records: Sequence[Record], template: str, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    if template not in TEMPLATES:
+        raise DataError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
+    render = TEMPLATES[template]
+    return _encode([render(record, tokenizer) for record in records], tokenizer)
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """All texts in one call, which is what lets a fast tokenizer use its threads."""
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,  # no warning about texts beyond the model's length: they are cut or dropped
+    )
+    return encoded["input_ids"]
+
+
+# Token rows
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_prompt_length: int,
+    max_length: int,
+    eos_id: int,
+) -> Rows:
+    """Tokenises records into rows: prompt, first output, end of sequence, cut to max_length tokens.
+
+    The response is encoded by itself, so that a prompt's tokens do not depend on it. A row that is
+    cut has no end of sequence; a record without output gives its prompt alone. A record whose
+    prompt has more than max_prompt_length tokens is dropped and counted.
+
+    Raises:
+      DataError: no record is left, a prompt has no tokens, the two lengths contradict each other,
+        or the template cannot be rendered.
+    """
+    if not 0 < max_prompt_length <= max_length:
+        raise DataError(
+            f"max_prompt_length {max_prompt_length} and max_length {max_length}: "
+            "expected 0 < max_prompt_length <= max_length"
+        )
+    if not records:
+        raise DataError("no records to tokenise; expected at least one")
+    prompts = _prompts(records, template, tokenizer)
+    kept = _short_enough(prompts, max_prompt_length)
+    answers = _encode(["".join(records[i].outputs[:1]) for i in kept], tokenizer)
+    ends = [[*answer, eos_id] if records[i].outputs else [] for i, answer in zip(kept, answers)]
+    return Rows(
+        tokens=[np.array((prompts[i] + end)[:max_length], np.int32) for i, end in zip(kept, ends)],
+        prompt_lengths=np.array([len(prompts[i]) for i in kept], np.int32),
+        records=[records[i] for i in kept],
+        dropped=len(records) - len(kept),
+    )
+
+
+def _short_enough(prompts: list[list[int]], max_prompt_length: int) -> list[int]:
+    """The indices of the prompts that fit, at least one."""
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) == 0:
+        raise DataError(
+            f"the prompt of record {lengths.index(0)} (from 0) has no tokens; "
+            "expected a tokenizer that has tokens for its text"
+        )
+    kept = [i for i, length in enumerate(lengths) if length <= max_prompt_length]
+    if not kept:
+        raise DataError(
+            f"all {len(lengths)} prompts are longer than max_prompt_length {max_prompt_length}: "
+            f"the shortest has {min(lengths)} tokens, the longest {max(lengths)}"
+        )
+    return kept
+
+
+# Batches
+
+
+def collate(rows: Rows, indices: Sequence[int], *, length: int, pad_id: int = 0) -> Batch:
+    """The rows at `indices` as one batch of width T = length: each from column 0, then pad_id.
+
+    Raises:
+      DataError: a row is longer than `length`.
+    """
+    tokens = np.full((len(indices), length), pad_id, np.int32)
+    lengths = np.array([len(rows.tokens[i]) for i in indices], np.int32)
+    for b, i in enumerate(indices):
+        if lengths[b] > length:
+            raise DataError(
+                f"row {i} has {lengths[b]} tokens, the batch has room for {length}; "
+                "expected length >= the max_length given to tokenize"
+            )
+        tokens[b, : lengths[b]] = rows.tokens[i]
+    return Batch(tokens, rows.prompt_lengths[np.asarray(indices)], lengths)
+
+
+def train_batches(rows: Rows, *, batch_size: int, length: int, seed: int) -> grain.MapDataset:
+    """An endless data set: element i is the Batch of step i, a pure function of (rows, seed, i).
+
+    An epoch is len(rows.tokens) // batch_size batches; each is shuffled anew over all rows, and
+    leaves out the remainder.
+
+    Raises:
+      DataError: there are fewer rows than batch_size, or a row is longer than `length`.
+    """
+    count = len(rows.tokens)
+    if batch_size > count:
+        raise DataError(
+            f"batch_size {batch_size} is larger than the {count} rows ({rows.dropped} records "
+            f"were dropped for long prompts); expected at most {count}"
+        )
+    longest = max(range(count), key=lambda i: len(rows.tokens[i]))
+    collate(rows, [longest], length=length)  # a row that is too long stops the run here
+    # Grain shuffles epoch e with seed + e: unspread, epoch 1 of seed 0 would be epoch 0 of seed 1.
+    spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    batches = (
+        grain.MapDataset.range(count)
+        .shuffle(spread_seed)
+        .batch(
+            batch_size,
+            drop_remainder=True,
+            batch_fn=lambda indices: collate(rows, indices, length=length),
+        )
+    )
+    return batches.repeat()
+
+
+def stream(dataset: grain.MapDataset, start: int) -> Iterator[Batch]:
+    """Yields dataset[start], dataset[start + 1], …, preparing the next few in a thread.
+
+    However far it has read ahead, the position to save is the index of the next batch to train on:
+    start plus the number of batches taken.
+
+    Raises:
+      IndexError: `start` is negative or past the end of the data set.
+    """
+    # One thread: the rows are in memory, more would only compete for the interpreter.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    batches = iter(dataset.to_iter_dataset(options))
+    batches.set_state({"next_index": start})
+    return batches
+
+
+def eval_batches(rows: Rows, *, batch_size: int, length: int) -> Iterator[tuple[Batch, int]]:
+    """Yields all rows in order, in batches of one shape, each with how many of its rows are real.
+
+    The last batch is filled up by repeating the last row.
+
+    Raises:
+      DataError: a row is longer than `length`.
+    """
+    count = len(rows.tokens)
+    for start in range(0, count, batch_size):
+        indices = np.minimum(np.arange(start, start + batch_size), count - 1)
+        yield collate(rows, indices, length=length), min(batch_size, count - start)
