@@ -1,0 +1,417 @@
+"""Checkpoints: what a run cannot recompute, on disk and back again, bit for bit.
+
+Orbax writes the arrays in the background, sharded, and restores them onto any mesh. This room adds:
+
+* A checksum of every file. Neither Orbax nor TensorStore notices a flipped byte in array data, and
+  a lost file raises a bare `Exception`; here damage is found before anything is restored, and told
+  apart from a state that does not fit.
+* The shape and dtype of every leaf. Orbax casts to whatever dtype it is asked for, and does not
+  name the leaf that has a wrong shape.
+* One error, `CheckpointError`, that says which checkpoint is still good.
+
+In the folder of a run, `30/` is the checkpoint of step 30, `30.orbax-checkpoint-tmp/` one that was
+never finished (and is never restored), `30.damaged/` one that `restore_latest` had to pass over.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+_CHECKSUMS = "checksums.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or cannot be restored; says which one is still good."""
+
+
+@dataclasses.dataclass
+class _LatestAndBest:
+    """Orbax preservation policy: the last `keep` checkpoints and the one with the highest score."""
+
+    keep: int
+    scores: dict[int, float]
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        scored = [step for step in steps if step in self.scores]
+        return max(scored, key=lambda step: (self.scores[step], step), default=None)
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.keep :], self.best(steps)}
+        return [step in kept for step in steps]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+        with Checkpoints(folder, keep=2, every=500, best_metric="rouge_l") as checkpoints:
+            restored = checkpoints.restore_latest(abstract_state)
+            for step in ...:
+                state = train_step(state, batch)
+                preempted = checkpoints.reached_preemption(step)
+                checkpoints.save(step, state, meta, metrics=metrics, force=preempted)
+
+    All processes of a run call every method alike, on one shared folder. Only one run at a time may
+    `save` or `restore_latest` in a folder; others may open it meanwhile to `restore`.
+    """
+
+    def __init__(
+        self,
+        directory: str | epath.PathLike,
+        *,
+        keep: int,
+        every: int,
+        best_metric: str | None = None,
+    ):
+        """Opens the folder of a run, and creates it.
+
+        Args:
+          directory: where the checkpoints go.
+          keep: how many of the latest checkpoints stay on disk.
+          every: steps from one checkpoint to the next.
+          best_metric: by which of the `metrics` (higher is better) the best checkpoint stays too.
+
+        Raises:
+          ValueError: `keep` or `every` is less than 1.
+        """
+        if keep < 1 or every < 1:
+            raise ValueError(f"keep and every must be at least 1, got keep={keep}, every={every}")
+        self.damage: list[str] = []  # what `restore_latest` passed over, for the report
+        self._directory = epath.Path(directory).absolute()
+        self._every = every
+        self._best_metric = best_metric
+        self._policy = _LatestAndBest(keep, scores={})
+        self._at: int | None = None  # the step last saved or restored here
+        self._pending: int | None = None  # the step being written
+        self._cleaned = False
+        checksums = ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy, async_options=checksums
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+        if best_metric is not None:
+            self._read_scores()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: dict,
+        *,
+        metrics: dict[str, float] | None = None,
+        force: bool = False,
+    ) -> bool:
+        """Starts writing a checkpoint if one is due; to be called at every step.
+
+        One is due at multiples of `every` except 0, where nothing is trained yet, and when forced.
+        The arrays are copied before this returns, so that `state` may be donated, and reach the
+        disk in the background.
+
+        Args:
+          step: the number of steps taken so far.
+          state: a pytree of arrays, typed PRNG keys, Python and NumPy numbers, and None.
+          meta: JSON: what else a resumed run needs (config fingerprint, stage, data position).
+          metrics: of this very state, where it was evaluated: decides which checkpoint is best.
+          force: writes at any step (the last one, a preemption, a new best).
+
+        Returns:
+          Whether a checkpoint was started. A step that is saved already is not saved again.
+
+        Raises:
+          CheckpointError: an earlier checkpoint could not be written, or the folder holds a later
+            one than `step`.
+          ValueError: `metrics` lacks `best_metric`.
+        """
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+        if not force and (step == 0 or step % self._every):
+            return False
+        self.wait()
+        if not self._follows_latest(step):
+            return False
+        metrics = self._check_metrics(metrics)
+        record = {"meta": meta, "metrics": metrics, "leaves": _describe_leaves(state)}
+        # Orbax encodes it in the background, where the caller may have changed it meanwhile.
+        record = json.loads(json.dumps(record))
+        self._remove_unfinished()
+        self._note_score(step, metrics)
+        self._pending = step
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_numpy_scalars_to_arrays(state)),
+            meta=ocp.args.JsonSave(record),
+        )
+        self._manager.save(step, args=items, force=True)
+        self._at = step
+        return True
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
+        """Restores the newest checkpoint that is whole, and renames damaged ones that are newer.
+
+        What was passed over is logged as a warning and kept in `self.damage`.
+
+        Args:
+          abstract_state: the state with `jax.ShapeDtypeStruct`s that have shardings in place of its
+            arrays. The mesh need not be the one it was saved from.
+
+        Returns:
+          (step, state, meta), or None where there is no checkpoint.
+
+        Raises:
+          CheckpointError: all checkpoints are damaged, or the state does not fit.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if not steps:
+            return None
+        whole, damaged = self._find_whole(steps)
+        if whole is None:
+            listing = "".join(f"\n  {step}: {problem}" for step, problem in damaged.items())
+            listing = listing or " see the message of process 0"
+            raise CheckpointError(f"every checkpoint in {self._directory} is damaged:{listing}")
+        for step, problem in damaged.items():
+            self.damage.append(f"checkpoint {step} is damaged ({problem}): continuing from {whole}")
+            logging.warning(self.damage[-1])
+        self._set_aside([step for step in steps if step > whole])
+        return whole, *self._read(whole, abstract_state)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
+        """Restores (state, meta) of one checkpoint; `abstract_state` as in `restore_latest`.
+
+        Raises:
+          CheckpointError: there is no such checkpoint, it is damaged, or the state does not fit.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if step not in steps:
+            raise CheckpointError(f"{self._directory} holds checkpoints {steps}, not {step}")
+        whole, damaged = self._find_whole([step])
+        if whole is None:
+            steps.remove(step)
+            problem = damaged.get(step, "see the message of process 0")
+            raise CheckpointError(f"checkpoint {step} is damaged ({problem}); others: {steps}")
+        return self._read(step, abstract_state)
+
+    def all_steps(self) -> list[int]:
+        """The steps of the finished checkpoints, in order."""
+        return sorted(ocp.utils.checkpoint_steps(self._directory))
+
+    def latest_step(self) -> int | None:
+        """The step of the newest finished checkpoint."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the highest `best_metric`, the later of equals; None without metrics."""
+        return self._policy.best(self.all_steps())
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machine is about to be taken away: at the same step on every process.
+
+        Needs `jax.distributed.initialize`, even for one process; without it SIGTERM ends the run.
+        """
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Blocks until the checkpoint being written is on disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # ValueError: TensorStore's, also for a full disk
+            self._manager.reload()
+            latest = self.latest_step()
+            raise CheckpointError(
+                f"checkpoint {self._pending} could not be written to {self._directory} ({error}). "
+                + ("There is no other" if latest is None else f"Checkpoint {latest} is still good")
+            ) from error
+        finally:
+            self._pending = None
+
+    def close(self) -> None:
+        """Waits for the checkpoint being written, then ends the background threads.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _follows_latest(self, step: int) -> bool:
+        """False where this run has saved or restored `step`; raises where another went further."""
+        latest = self._manager.latest_step()
+        if latest is None or step > latest:
+            return True
+        if step == self._at:
+            return False
+        raise CheckpointError(
+            f"step {step} cannot be saved: {self._directory} already holds checkpoint {latest}. "
+            "Continue from that one (restore_latest) or use another folder"
+        )
+
+    def _check_metrics(self, metrics: dict[str, float] | None) -> dict[str, float] | None:
+        if metrics is None:
+            return None
+        if self._best_metric is not None and self._best_metric not in metrics:
+            raise ValueError(f"no best_metric {self._best_metric!r} in metrics {sorted(metrics)}")
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _note_score(self, step: int, metrics: dict[str, float] | None) -> None:
+        score = (metrics or {}).get(self._best_metric, math.nan)
+        if not math.isnan(score):
+            self._policy.scores[step] = score
+
+    def _read_scores(self) -> None:
+        for step in self.all_steps():
+            try:
+                self._note_score(step, self._read_record(step)["metrics"])
+            except (OSError, ValueError, KeyError) as error:
+                # Damaged: it cannot count as the best one, and whoever restores it is told.
+                logging.warning("checkpoint %d has no readable metrics: %r", step, error)
+
+    def _read_record(self, step: int) -> dict:
+        return self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
+        """Restores a checkpoint whose files are known to be whole."""
+        record = self._read_record(step)
+        differences = _differences(record["leaves"], _describe_leaves(abstract_state))
+        if differences:
+            listing = "".join(f"\n  {line}" for line in differences)
+            raise CheckpointError(f"checkpoint {step} is whole, but of another state:{listing}")
+        target = ocp.args.StandardRestore(_numpy_scalars_to_arrays(abstract_state))
+        state = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
+        self._at = step
+        return _arrays_to_numpy_scalars(state, like=abstract_state), record["meta"]
+
+    def _find_whole(self, steps: list[int]) -> tuple[int | None, dict[int, str]]:
+        """The newest undamaged step; and {step: damage} of newer ones on process 0, which looks."""
+        whole, damaged = -1, {}
+        for step in reversed(steps) if jax.process_index() == 0 else ():
+            problem = _find_damage(self._directory / str(step))
+            if not problem:
+                whole = step
+                break
+            damaged[step] = problem
+        whole = int(multihost_utils.broadcast_one_to_all(np.int32(whole)))
+        return (None if whole < 0 else whole), damaged
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames damaged checkpoints, because the run will come by these steps again."""
+        if not steps:
+            return
+        for step in steps if jax.process_index() == 0 else ():
+            target = self._directory / f"{step}.damaged"
+            target.rmtree(missing_ok=True)
+            (self._directory / str(step)).rename(target)
+        multihost_utils.sync_global_devices("promptkd_jax:set_aside")
+        self._manager.reload()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what killed runs left; at the first save, so that a reader removes nothing."""
+        if not self._cleaned and jax.process_index() == 0:
+            for unfinished in ocp.utils.tmp_checkpoints(self._directory):
+                unfinished.get().rmtree()
+        self._cleaned = True
+
+    def _write_checksums(self) -> None:
+        """Orbax calls this on process 0 when all files are written, before the final rename."""
+        (folder,) = [
+            unfinished.get()
+            for unfinished in ocp.utils.tmp_checkpoints(self._directory)
+            if unfinished.get_final().name == str(self._pending)
+        ]
+        (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
+
+
+def _checksums(folder: epath.Path) -> dict[str, str]:
+    """SHA-256 of the files of both items; Orbax's own notes beside them change later."""
+    paths = [
+        parent / file
+        for item in ("state", "meta")
+        for parent, _, files in (folder / item).walk()
+        for file in files
+    ]
+    with ThreadPoolExecutor() as pool:
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        return dict(zip(names, pool.map(_sha256, paths)))
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_damage(folder: epath.Path) -> str:
+    """What is wrong with the files of a checkpoint; empty where all are as they were written."""
+    if not (folder / _CHECKSUMS).exists():
+        return f"{_CHECKSUMS} is missing"
+    try:
+        written = json.loads((folder / _CHECKSUMS).read_text())
+    except ValueError as error:
+        return f"{_CHECKSUMS} is unreadable: {error}"
+    found = _checksums(folder)
+    problems = [
+        f"{name} is not as it was written" if name in found else f"{name} is missing"
+        for name in sorted(written)
+        if found.get(name) != written[name]
+    ]
+    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    return ", ".join(problems[:3] + more)
+
+
+def _describe_leaves(tree: Any) -> dict[str, str]:
+    """{path: "float32[64,32]" or "int"} of a concrete or abstract tree; None has no entry."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    return [
+        f"{path}: {saved.get(path, 'nothing')} in it, {wanted.get(path, 'nothing')} asked for"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+
+
+def _numpy_scalars_to_arrays(tree: Any) -> Any:
+    """Orbax saves np.int64(3) but cannot restore it; an array of shape () it can."""
+    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, np.generic) else x, tree)
+
+
+def _arrays_to_numpy_scalars(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda was, x: x[()] if isinstance(was, np.generic) else x, like, tree)

@@ -1,0 +1,318 @@
+"""The config of a run: read from a Python file, overridden from the command line, checked once.
+
+`ml_collections.config_flags` stops at the first wrong override and knows nothing of what a value
+may be. Here the file is imported and the overrides are set on the `ConfigDict` itself, so that all
+mistakes are told at once, each with its path and what would be right.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """The message lists every mistake, one per line, each with its path."""
+
+
+def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """Reads `--config=FILE[:arg]` and applies every `--config.a.b[0].c=VALUE`, in order.
+
+    FILE defines `get_config()` or `get_config(arg)`. VALUE is read as the type of the value that it
+    replaces, tuples and lists as Python writes them, `None` always as None.
+
+    Returns:
+      The config, locked (no new fields), and the arguments that are not about it.
+
+    Raises:
+      ConfigError: no such file, no `get_config`, an unknown arg; or all wrong overrides.
+    """
+    files, overrides, rest = _split_arguments(argv)
+    if len(files) != 1:
+        raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
+    config = _import_config(*files[0].partition(":")[::2])
+    mistakes = []
+    for path, text in overrides:
+        try:
+            _override(config, path, text)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return config, rest
+
+
+def check(config: Mapping | ConfigDict, schema: Mapping[str, Any]) -> None:
+    """Compares a whole config with a schema: nested dicts whose leaves are the specs below.
+
+    Raises:
+      ConfigError: all fields that are missing, unknown, of a wrong type or out of range.
+    """
+    if mistakes := list(_mistakes("config", config, schema)):
+        raise ConfigError("\n".join(mistakes))
+
+
+def fingerprint(config: Mapping | ConfigDict, ignore: tuple[str, ...] = ()) -> str:
+    """Twelve hex digits of what decides the result of a run; 1 and 1.0 count as the same.
+
+    Args:
+      config: with its keys in any order.
+      ignore: what does not change the result: paths without "config." and without indices, such
+        as "report" or "stages.save_every", each with everything below it.
+    """
+    canonical = json.dumps(_plain(config, "", ignore), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+# Specs. `str(spec)` says all that would be right; `spec.fault(value)` what a value is not, or "".
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """A number, also a whole one, from `low` (from above it, where that is open) to `high`."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    kind, types = "a number", (int, float)
+
+    def _limits(self) -> list[tuple[str, float]]:
+        limits = ((">" if self.open_low else ">=", self.low), ("<=", self.high))
+        return [(sign, limit) for sign, limit in limits if limit is not None]
+
+    def __str__(self) -> str:
+        limits = " and ".join(f"{sign} {limit:.12g}" for sign, limit in self._limits())
+        return f"{self.kind} {limits}".rstrip()
+
+    def fault(self, value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, self.types):
+            return str(self)
+        compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+        broken = [pair for pair in self._limits() if not compare[pair[0]](value, pair[1])]
+        return " and ".join(f"{sign} {limit:.12g}" for sign, limit in broken)
+
+
+class Int(Float):
+    """A whole number: neither True nor 3.0."""
+
+    kind, types = "an int", (int,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Str:
+    """A string."""
+
+    nonempty: bool = False
+
+    def __str__(self) -> str:
+        return "a string that is not empty" if self.nonempty else "a string"
+
+    def fault(self, value: Any) -> str:
+        return "" if isinstance(value, str) and (value or not self.nonempty) else str(self)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Choice:
+    """One of a few values."""
+
+    options: tuple
+
+    def __init__(self, *options: Any):
+        object.__setattr__(self, "options", options)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(repr, self.options))}"
+
+    def fault(self, value: Any) -> str:
+        same = [type(value) is type(option) and value == option for option in self.options]
+        return "" if any(same) else str(self)
+
+
+class Bool(Choice):
+    """True or False: neither 1 nor 0."""
+
+    def __init__(self):
+        super().__init__(True, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """None, or what `spec` says."""
+
+    spec: Any
+
+    def __str__(self) -> str:
+        return f"{_right(self.spec)}, or None"
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOf:
+    """A list or tuple of what `spec`, also a nested dict, says."""
+
+    spec: Any
+    nonempty: bool = False
+
+    def __str__(self) -> str:
+        return f"a {'non-empty ' * self.nonempty}tuple, each element {_right(self.spec)}"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and bool(value or not self.nonempty)
+
+
+def _right(spec: Any) -> str:
+    return f"a group of {', '.join(spec)}" if isinstance(spec, Mapping) else str(spec)
+
+
+def _mistakes(path: str, value: Any, spec: Any) -> Iterator[str]:
+    """Walks the config and the schema together."""
+    if isinstance(spec, Optional):
+        if value is not None:
+            yield from _mistakes(path, value, spec.spec)
+    elif isinstance(spec, ListOf) and spec.fits(value):
+        for index, element in enumerate(value):
+            yield from _mistakes(f"{path}[{index}]", element, spec.spec)
+    elif isinstance(spec, Mapping) and _is_group(value):
+        yield from (_unknown(path, name, spec) for name in value if name not in spec)
+        for name, inner in spec.items():
+            if name in value:
+                yield from _mistakes(f"{path}.{name}", value[name], inner)
+            else:
+                yield f"{path}.{name}: is missing, it should be {_right(inner)}"
+    else:
+        fault = _right(spec) if isinstance(spec, (Mapping, ListOf)) else spec.fault(value)
+        if fault:
+            yield f"{path}: {value!r} is not {fault}"
+
+
+def _unknown(path: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+    return f"{path}.{name}: is unknown; {hint}"
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, (Mapping, ConfigDict))
+
+
+def _plain(value: Any, path: str, ignore: tuple[str, ...]) -> Any:
+    if _is_group(value):
+        below = {name: f"{path}.{name}".removeprefix(".") for name in value}
+        return {n: _plain(value[n], below[n], ignore) for n in value if below[n] not in ignore}
+    if isinstance(value, (list, tuple)):
+        return [_plain(element, path, ignore) for element in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Reading.
+
+
+def _split_arguments(argv: Sequence[str]) -> tuple[list, list, list]:
+    """Returns the config files, (path, text) of the overrides, and everything else."""
+    files, overrides, rest = [], [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        if re.fullmatch("--?config", flag):
+            files.append(text if equals else next(arguments, ""))
+        elif re.match(r"--?config[.\[]", flag):
+            overrides.append((flag.lstrip("-"), text if equals else None))
+        else:
+            rest.append(argument)
+    return files, overrides, rest
+
+
+def _import_config(file: str, argument: str) -> ConfigDict:
+    if not Path(file).is_file() or not file.endswith(".py"):
+        raise ConfigError(f"config: there is no Python file {file!r}")
+    spec = importlib.util.spec_from_file_location("config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"config: {file} defines no get_config")
+    arguments = [argument] if argument else []
+    if len(inspect.signature(module.get_config).parameters) < len(arguments):
+        raise ConfigError(f"config: get_config of {file} takes no argument, but got {argument!r}")
+    try:
+        config = module.get_config(*arguments)
+    except ValueError as error:
+        raise ConfigError(f"config: {':'.join([file, *arguments])}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"config: get_config of {file} returned {config!r}, not a ConfigDict")
+    return _own(config)
+
+
+def _own(value: Any) -> Any:
+    """Copies dicts, also those in tuples, as locked ConfigDicts: an override of one stage shall
+    not reach another that was made of the same dict. References to other fields stay."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_own(element) for element in value])
+    if not _is_group(value):
+        return value
+    config = ConfigDict(value)
+    for name, child in config.items():
+        if isinstance(child, (ConfigDict, list, tuple)):
+            config[name] = _own(child)
+    return config.lock()
+
+
+def _override(config: ConfigDict, path: str, text: str | None) -> None:
+    if text is None:
+        raise ConfigError(f"{path}: has no value, write --{path}=VALUE")
+    if not re.fullmatch(r"config(\.\w+|\[\d+\])+", path):
+        raise ConfigError(f"{path}: is no path such as config.a.b[0].c")
+    where, value = "config", config
+    for part, name, index in re.findall(r"(\.(\w+)|\[(\d+)\])", path):
+        where, holder, value = where + part, value, _child(where, value, name, index)
+    if not name:
+        raise ConfigError(f"{path}: set the whole tuple, now {holder!r}")
+    holder[name] = _read(path, text, holder.get_type(name))
+
+
+def _child(where: str, holder: Any, name: str, index: str) -> Any:
+    """holder.name or holder[index]; the other of the two is empty."""
+    if index and isinstance(holder, (list, tuple)):
+        if int(index) < len(holder):
+            return holder[int(index)]
+        raise ConfigError(f"{where}[{index}]: is unknown; the last is [{len(holder) - 1}]")
+    if name and isinstance(holder, ConfigDict):
+        if name in holder:
+            return holder[name]
+        raise ConfigError(_unknown(where, name, holder))
+    raise ConfigError(f"{where}: {holder!r} has no {'elements' if index else 'fields'}")
+
+
+_NAMES = {
+    bool: "true or false",
+    int: "an int",
+    float: "a number",
+    tuple: "a tuple such as (1, 2)",
+    list: "a list such as [1, 2]",
+    ConfigDict: "a group; set its fields one by one",
+}
+
+
+def _read(path: str, text: str, expected: type) -> Any:
+    """Reads the text of an override as the type of the value that it replaces."""
+    if expected is str and text != "None":
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(value, (list, tuple)) and expected in (list, tuple):
+        value = expected(_own(value))
+    if type(value) is int and expected is float:
+        value = float(value)
+    if value is None or expected in (type(value), type(None)):
+        return value
+    raise ConfigError(f"{path}: {text!r} is not {_NAMES.get(expected, expected.__name__)}")
