@@ -1,0 +1,236 @@
+"""Metrics rows to curves: inline SVG plots for the report, drawn without any global state."""
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import markupsafe
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Which curves stand in which group. A line is one plot: the metrics that its regular expression
+# matches share an axis, so they must share a unit. The first match wins; a metric that no line
+# matches gets a plot of its own.
+PLOTS = (
+    ("Losses", r"loss|\w+_loss"),
+    ("KL divergence", r"kl_plain|kl_prompted"),
+    ("KL divergence", r"regularisation"),
+    ("KL divergence", r"kl_\w+"),
+    ("Soft prompt", r"prompt_norm"),
+    ("Soft prompt", r"prompt_cosine_to_init"),
+    ("Soft prompt", r"prompt_grad_norm"),
+    ("Responses", r"response_length\w*"),
+    ("Responses", r"eos_rate|truncation_rate|repetition_rate"),
+    ("Responses", r"response_\w+"),
+    ("Optimisation", r"learning_rate|\w+_learning_rate"),
+    ("Optimisation", r"grad_norm|\w+_grad_norm"),
+    ("Text scores", r"rougeL"),
+    ("Text scores", r"exact_match"),
+    ("Speed", r"tokens_per_second|\w+_tokens_per_second"),
+)
+EVALUATION_PREFIXES = ("dev/", "eval/")
+LABELS = {
+    "kl_plain": "KL to the plain teacher",
+    "kl_prompted": "KL to the prompted teacher",
+    "prompt_norm": "norm",
+    "prompt_cosine_to_init": "cosine to its start",
+    "prompt_grad_norm": "gradient norm",
+    "grad_norm": "gradient norm",
+    "response_length": "length in tokens",
+    "eos_rate": "share ended by EOS",
+    "tokens_per_second": "tokens/s",
+    "rougeL": "ROUGE-L",
+}
+CURVE_COLOURS = 6
+
+# Placeholder colours of the drawings. The page gets CSS variables in their place, so that one
+# drawing suits its light and its dark scheme.
+_CSS_COLOURS = {"#000001": "var(--muted)", "#000002": "var(--line)"} | {
+    f"#00001{index}": f"var(--curve-{index})" for index in range(CURVE_COLOURS)
+}
+_MUTED, _LINE, *_CURVES = _CSS_COLOURS
+_MOST_POINTS = 120
+
+
+class Curve(NamedTuple):
+    """The finite points of one metric, its last value (finite or not), a word on lost points."""
+
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    last: float
+    warning: str
+
+
+class Plot(NamedTuple):
+    """Curves that share an axis, and their drawing: an <svg> element to put into a page.
+
+    The drawing uses the CSS variables --muted, --line and --curve-0 to --curve-5.
+    """
+
+    group: str
+    curves: list[Curve]
+    svg: markupsafe.Markup
+
+
+class _Frame(NamedTuple):
+    """What all plots of a run share: its stages [(first step, name)] and its range of steps."""
+
+    stages: list[tuple[int, str]]
+    first: int
+    last: int
+
+
+def plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
+    """The plots of a run: those of its evaluations, and those of its training.
+
+    Args:
+      rows: {"step": int, metric: number, ...} in order. A "stage" in a row is the name of the part
+        of the run that it belongs to; plots have a dashed line where it changes. Other names
+        (strings) are passed over.
+
+    Returns:
+      The plots of the metrics that begin with `EVALUATION_PREFIXES`, and of all others. A metric
+      that no row has makes no plot.
+    """
+    steps = [row["step"] for row in rows]
+    frame = _Frame(_stages(rows), min(steps, default=0), max(steps, default=0))
+    curves = _curves(rows)
+    evaluation = [name for name in curves if name.startswith(EVALUATION_PREFIXES)]
+    training = [name for name in curves if name not in evaluation]
+    return _plots(evaluation, curves, frame), _plots(training, curves, frame)
+
+
+def _stages(rows: Iterable[Mapping]) -> list[tuple[int, str]]:
+    named = (row for row in rows if "stage" in row)
+    stretches = itertools.groupby(named, key=lambda row: row["stage"])
+    return [(next(stretch)["step"], stage) for stage, stretch in stretches]
+
+
+def _curves(rows: Iterable[Mapping]) -> dict[str, Curve]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str):
+                points.setdefault(name, []).append((row["step"], value))
+    return {name: _curve(name, pairs) for name, pairs in points.items()}
+
+
+def _curve(name: str, points: Sequence[tuple[int, float]]) -> Curve:
+    steps, values = map(np.array, zip(*points))
+    finite = np.isfinite(values)
+    lost = steps[~finite]
+    warning = (
+        f"{len(lost)} of {len(steps)} not finite, first at step {lost[0]}" if len(lost) else ""
+    )
+    return Curve(_label(name), steps[finite], values[finite], float(values[-1]), warning)
+
+
+def _label(name: str) -> str:
+    """`dev/kl_plain` -> `dev: KL to the plain teacher`."""
+    *prefix, metric = name.split("/", 1)
+    return ": ".join([*prefix, LABELS.get(metric, metric.replace("_", " "))])
+
+
+def _plots(names: Sequence[str], curves: Mapping[str, Curve], frame: _Frame) -> list[Plot]:
+    grouped = [(group, [curves[name] for name in members]) for group, members in _grouped(names)]
+    return [Plot(group, members, _svg(group, members, frame)) for group, members in grouped]
+
+
+def _grouped(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(group, metrics of one plot) in the order of PLOTS; unknown metrics follow, one by one."""
+    groups, left = [], list(names)
+    for group, pattern in PLOTS:
+        members = [name for name in left if re.fullmatch(pattern, name.rpartition("/")[2])]
+        left = [name for name in left if name not in members]
+        if members:
+            groups.append((group, members))
+    return groups + [("Other", [name]) for name in left]
+
+
+def _svg(group: str, curves: Sequence[Curve], frame: _Frame) -> markupsafe.Markup:
+    label = f"{group}: {', '.join(curve.label for curve in curves)}"
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": label,
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+        "font.size": 9.5,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.0, 2.5), facecolor="none", layout="constrained")
+        _draw(figure.add_subplot(facecolor="none"), curves, frame)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file)
+    return _inline(file.getvalue(), label)
+
+
+def _draw(axes: Axes, curves: Sequence[Curve], frame: _Frame) -> None:
+    for curve, colour in zip(curves, itertools.cycle(_CURVES)):
+        if len(curve.steps):
+            steps, mean, low, high = _thinned(curve.steps, curve.values)
+            if len(steps) < len(curve.steps):
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+            marker = "o" if len(steps) <= 30 else ""
+            axes.plot(steps, mean, color=colour, linewidth=1.5, marker=marker, markersize=3.5)
+    margin = 0.02 * (frame.last - frame.first) or 0.5
+    axes.set_xlim(frame.first - margin, frame.last + margin)
+    _draw_stages(axes, frame)
+    _dress(axes)
+
+
+def _draw_stages(axes: Axes, frame: _Frame) -> None:
+    starts = [step for step, _ in frame.stages]
+    for step in starts[1:]:
+        axes.axvline(step, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    taken, row = -math.inf, 0
+    for step, name in frame.stages:
+        # A name that would run into the one before it goes to the other of two rows.
+        row = 1 - row if step < taken else 0
+        height = 1.02 + 0.09 * row
+        axes.text(step, height, name, transform=axes.get_xaxis_transform(), color=_MUTED, size=8.5)
+        taken = step + 0.02 * (len(name) + 1) * (frame.last - frame.first)
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(_LINE)
+    axes.tick_params(colors=_MUTED, length=0)
+    axes.set_xlabel("step", color=_MUTED, size=8.5, loc="right")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """A curve in at most _MOST_POINTS stretches: mean step, and mean, lowest and highest value."""
+    count = min(_MOST_POINTS, len(steps))
+    stretches = np.array_split(values, count)
+    mean, low, high = (np.array([f(s) for s in stretches]) for f in (np.mean, np.min, np.max))
+    return np.array([np.mean(part) for part in np.array_split(steps, count)]), mean, low, high
+
+
+def _inline(file: str, label: str) -> markupsafe.Markup:
+    """The content of an SVG file as an element that can stand in a page next to others."""
+    (view_box,) = re.findall(r'<svg[^>]* viewBox="([^"]*)"', file)
+    body = file[file.index(">", file.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    # The page has its own font, and the names of a figure's parts repeat in every file: only what
+    # is referred to keeps its name.
+    body = re.sub(r"font-family: [^;]*; ", "", body)
+    used = set(re.findall(r"#([\w-]+)", body))
+    body = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", body)
+    for colour, variable in _CSS_COLOURS.items():
+        body = body.replace(colour, variable)
+    head = markupsafe.Markup('<svg viewBox="{}" role="img" aria-label="{}">')
+    return head.format(view_box, label) + markupsafe.Markup(body.strip())

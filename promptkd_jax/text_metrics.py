@@ -1,0 +1,117 @@
+"""Scores of generated text against reference answers: ROUGE-L and exact match.
+
+The numbers are those of the published evaluation: ROUGE-L F1 with Porter stemming, the best of
+several references, mean over requests times 100.
+"""
+
+import functools
+import string
+from collections.abc import Sequence
+
+from rouge_score import rouge_scorer
+
+_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """ROUGE-L F1 of a prediction, the highest over its references, in [0, 1].
+
+    Tokens are the runs of [a-z0-9] of the lower-cased text, Porter-stemmed; text without any such
+    token scores 0, even against itself. Source: Lin 2004, as in the rouge_score library.
+
+    Raises:
+      TypeError: if `references` is one string instead of a sequence of strings.
+      ValueError: if there is no reference.
+    """
+    _check_references(references)
+    scorer = _scorer()
+    return max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> bool:
+    """Whether a prediction equals one of its references after normalisation.
+
+    Both sides are lower-cased, lose their ASCII punctuation and get every run of Unicode whitespace
+    replaced by one space. Raises as `rouge_l` does.
+    """
+    _check_references(references)
+    return any(_normalise(prediction) == _normalise(reference) for reference in references)
+
+
+def text_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, truncate: bool = False
+) -> dict[str, float]:
+    """Mean ROUGE-L and exact match over requests, both in 0..100, rounded to 4 digits.
+
+    Args:
+      predictions: one response per request.
+      references: the acceptable answers of each request.
+      truncate: cut the longer of the two lists, as the published code does, instead of refusing.
+
+    Returns:
+      {"rougeL": ..., "exact_match": ...}
+
+    Raises:
+      ValueError: if the lists differ in length (unless `truncate`) or nothing is left to score.
+    """
+    if len(predictions) != len(references) and not truncate:
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} lists of references: "
+            "give one list of references per prediction, or truncate=True"
+        )
+    pairs = list(zip(predictions, references))
+    if not pairs:
+        raise ValueError("no pair of prediction and references to score")
+    return {
+        "rougeL": _percent([rouge_l(*pair) for pair in pairs]),
+        "exact_match": _percent([exact_match(*pair) for pair in pairs]),
+    }
+
+
+def grouped_text_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[str]
+) -> dict[str, float]:
+    """`text_scores` of each group of requests, under `<metric>_for_<group>`.
+
+    Args:
+      predictions, references: as in `text_scores`.
+      groups: the group of each request; groups appear in the order in which they first occur.
+
+    Raises:
+      ValueError: if the three lists differ in length or are empty.
+    """
+    if not len(predictions) == len(references) == len(groups):
+        raise ValueError(
+            f"{len(predictions)} predictions, {len(references)} lists of references and "
+            f"{len(groups)} groups: give one of each per request"
+        )
+    if not groups:
+        raise ValueError("no pair of prediction and references to score")
+    scores = {}
+    for group in dict.fromkeys(groups):
+        members = [index for index, other in enumerate(groups) if other == group]
+        group_scores = text_scores(
+            [predictions[index] for index in members], [references[index] for index in members]
+        )
+        scores |= {f"{name}_for_{group}": value for name, value in group_scores.items()}
+    return scores
+
+
+@functools.cache
+def _scorer() -> rouge_scorer.RougeScorer:
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _check_references(references: Sequence[str]) -> None:
+    if isinstance(references, str):
+        raise TypeError(f"references must be a sequence of strings, not the string {references!r}")
+    if not references:
+        raise ValueError("no reference to score against: give at least one string")
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().translate(_DELETE_PUNCTUATION).split())
+
+
+def _percent(scores: Sequence[float]) -> float:
+    return round(100.0 * sum(scores) / len(scores), 4)

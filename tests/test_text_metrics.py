@@ -1,0 +1,125 @@
+"""ROUGE-L and exact match: facts of the two scores, and every golden case of the published code."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from promptkd_jax.text_metrics import exact_match, grouped_text_scores, rouge_l, text_scores
+
+GOLDEN = Path(
+    os.environ.get("PROMPTKD_GOLDEN", Path(__file__).resolve().parents[1] / "../shared/golden")
+)
+
+
+def golden_cases():
+    """Every golden case of this kind as a pytest parameter; a skipped one if there is none."""
+    paths = sorted(GOLDEN.glob("**/case.json"))
+    cases = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    found = [
+        pytest.param(case, id=str(path.parent.relative_to(GOLDEN)))
+        for path, case in cases
+        if case.get("kind") == "rouge_unit"
+    ]
+    missing = f"no rouge_unit case under {GOLDEN}: set PROMPTKD_GOLDEN to the golden folder"
+    return found or [pytest.param(None, marks=pytest.mark.skip(reason=missing), id="absent")]
+
+
+@pytest.fixture(params=golden_cases())
+def golden(request):
+    return request.param
+
+
+def lists(case):
+    predictions = [pair["prediction"] for pair in case["pairs"]]
+    return predictions, [pair["references"] for pair in case["pairs"]]
+
+
+def test_golden_pairs(golden):
+    for pair in golden["pairs"]:
+        prediction, references = pair["prediction"], pair["references"]
+        assert rouge_l(prediction, references) == pytest.approx(pair["rougeL_f"], abs=1e-12), pair
+        assert exact_match(prediction, references) == pair["exact_match"], pair
+        each = [rouge_l(prediction, [reference]) for reference in references]
+        assert each == pytest.approx(pair["rougeL_f_each"], abs=1e-12), pair
+        each = [exact_match(prediction, [reference]) for reference in references]
+        assert each == pair["exact_match_each"], pair
+        assert text_scores([prediction], [references]) == pair["compute_metrics"], pair
+
+
+def test_golden_corpus(golden):
+    predictions, references = lists(golden)
+    assert text_scores(predictions, references) == golden["compute_metrics_all"]
+    groups = golden["groups"]
+    scores = grouped_text_scores(predictions, references, groups)
+    assert scores == golden["compute_grouped_metrics"]
+
+
+def test_golden_truncation(golden):
+    predictions, references = lists(golden)
+    case = golden["compute_metrics_predictions_shorter"]
+    scores = text_scores(predictions[: case["n_pred"]], references, truncate=True)
+    assert scores == case["result"]
+    case = golden["compute_metrics_references_shorter"]
+    scores = text_scores(predictions, references[: case["n_ref"]], truncate=True)
+    assert scores == case["result"]
+
+
+def test_rouge_l_follows_order_and_counts_both_lengths():
+    # Longest common subsequence 2 of 4 predicted and 3 reference tokens: F1 = 2 * 2 / (4 + 3).
+    assert rouge_l("red green blue black", ["green red black"]) == pytest.approx(4 / 7)
+    assert rouge_l("one two three", ["three two one"]) == pytest.approx(1 / 3)
+
+
+def test_rouge_l_is_symmetric_and_takes_the_best_reference():
+    assert rouge_l("a b c d", ["b d"]) == rouge_l("b d", ["a b c d"]) == pytest.approx(2 / 3)
+    assert rouge_l("b d", ["nothing", "b d", "a b c d"]) == 1.0
+
+
+def test_exact_match_ignores_case_punctuation_and_spacing_only():
+    assert exact_match("  Hello,\u00a0WORLD!\n", ["hello world"])
+    assert not exact_match("hello worlds", ["hello world"])
+    assert not exact_match("“hello”", ["hello"]), "curly quotes are not ASCII punctuation"
+
+
+def test_text_scores_is_the_mean_in_percent():
+    scores = text_scores(["yes", "no", "b d"], [["yes"], ["yes"], ["a b c d"]])
+    assert scores == {"rougeL": 55.5556, "exact_match": 33.3333}
+
+
+def test_unequal_lengths_are_refused_unless_cut():
+    with pytest.raises(ValueError, match="2 predictions for 1 lists of references"):
+        text_scores(["yes", "no"], [["yes"]])
+    assert text_scores(["yes", "no"], [["yes"]], truncate=True)["exact_match"] == 100.0
+    with pytest.raises(ValueError, match="2 predictions, 2 lists of references and 1 groups"):
+        grouped_text_scores(["yes", "no"], [["yes"], ["no"]], ["a"])
+
+
+def test_groups_are_scored_apart_in_order_of_appearance():
+    scores = grouped_text_scores(
+        ["x", "y", "x"], [["x"], ["x"], ["z"]], ["second", "first", "second"]
+    )
+    assert scores == {
+        "rougeL_for_second": 50.0,
+        "exact_match_for_second": 50.0,
+        "rougeL_for_first": 0.0,
+        "exact_match_for_first": 0.0,
+    }
+    assert list(scores)[0] == "rougeL_for_second"
+
+
+@pytest.mark.parametrize("score", [rouge_l, exact_match])
+def test_references_must_be_a_non_empty_sequence_of_strings(score):
+    with pytest.raises(TypeError, match="not the string 'yes'"):
+        score("yes", "yes")
+    with pytest.raises(ValueError, match="no reference"):
+        score("yes", [])
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_nothing_to_score_is_an_error(truncate):
+    with pytest.raises(ValueError, match="no pair"):
+        text_scores([], [], truncate=truncate)
+    with pytest.raises(ValueError, match="no pair"):
+        grouped_text_scores([], [], [])
