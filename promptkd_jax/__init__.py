@@ -1,0 +1,77 @@
+"""promptkd_jax: knowledge distillation of language models, PromptKD and its peers, in JAX.
+
+The functional API needs no flags, files or global state:
+
+    import promptkd_jax as pkd
+
+Importing does no work and touches no device.
+
+Dimension letters, everywhere: B batch (rows), T tokens (columns), M soft-prompt tokens, R response
+positions, D width, N heads, K key/value heads, H head width, F feed-forward width, V vocabulary,
+L layers, G micro-batches. p is the teacher, q the student, P the soft prompt.
+"""
+
+from promptkd_jax import losses
+from promptkd_jax.losses import Linear, divergence, linear_loss
+from promptkd_jax.models.decoder import Decoder, embed, head
+from promptkd_jax.models.export import save_model
+from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
+from promptkd_jax.optimizer import adamw, decay_mask, schedule
+from promptkd_jax.prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
+from promptkd_jax.sampler import Rollout, Sampling, row_keys, sample
+from promptkd_jax.step import (
+    PRESETS,
+    Conventions,
+    Method,
+    Metrics,
+    Models,
+    Optimizers,
+    TrainState,
+    init_state,
+    summarise,
+    train_step,
+)
+from promptkd_jax.targets import Batch, Responses, gather, responses
+from promptkd_jax.teacher import view
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Batch",
+    "Conventions",
+    "Decoder",
+    "Linear",
+    "Method",
+    "Metrics",
+    "Model",
+    "Models",
+    "Optimizers",
+    "Responses",
+    "Rollout",
+    "Sampling",
+    "TrainState",
+    "adamw",
+    "decay_mask",
+    "divergence",
+    "embed",
+    "gather",
+    "head",
+    "init_soft_prompt",
+    "init_state",
+    "keep_layers",
+    "linear_loss",
+    "load_model",
+    "load_soft_prompt",
+    "losses",
+    "responses",
+    "row_keys",
+    "sample",
+    "save_model",
+    "save_soft_prompt",
+    "schedule",
+    "summarise",
+    "train_step",
+    "uniform_layers",
+    "view",
+]

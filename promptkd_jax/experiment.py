@@ -16,6 +16,7 @@ from promptkd_jax import recipe, sharding
 from promptkd_jax.data import Rows, read_records, tokenize, train_batches
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
 from promptkd_jax.prompt import init_soft_prompt
 from promptkd_jax.sampler import Sampling
@@ -181,15 +182,23 @@ def _load_models(config: ConfigDict, mesh) -> tuple[Model | None, Model]:
     if config.student.path:
         student = load(config.student.path, config.student)
     else:
-        student = load(config.teacher.path, config.student)
-        kept = uniform_layers(student.decoder.config.depth, config.student.layers)
-        student = keep_layers(student, kept).replace(tokenizer=teacher.tokenizer)
+        student = _from_teacher_layers(config, teacher, load)
     for model in (teacher, student):
         if model is not None and not model.eos_ids:
             raise ModelError(f"{model.name}: no eos_token_id in its config or generation config")
     if student.tokenizer is None:
         raise ModelError(f"{student.name}: has no tokenizer files (tokenizer.json, …)")
     return teacher, student
+
+
+def _from_teacher_layers(config: ConfigDict, teacher: Model, load) -> Model:
+    """Some layers of the teacher; read again where the student is kept in another dtype."""
+    if config.teacher.param_dtype != config.student.param_dtype:
+        whole = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
+    else:
+        how = dict(dtype=config.student.dtype, remat=config.student.remat)
+        whole = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
+    return keep_layers(whole, uniform_layers(whole.decoder.config.depth, config.student.layers))
 
 
 def _rows(config, source, split, student, need_output, limit=0) -> Rows:

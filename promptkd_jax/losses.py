@@ -37,7 +37,15 @@ def log_probs(logits: jax.Array) -> jax.Array:
 
 
 def _finite(log_p: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(log_p), log_p, 0.0)
+    """0 for the logarithm of 0. NaN stays: a broken model must not look like a finite loss."""
+    return jnp.where(jnp.isneginf(log_p), 0.0, log_p)
+
+
+def _power(log_p: jax.Array, exponent: float) -> jax.Array:
+    """p ** exponent; 0 ** exponent is 0."""
+    if exponent > 0:
+        return jnp.exp(exponent * log_p)
+    return jnp.where(jnp.isneginf(log_p), 0.0, jnp.exp(exponent * _finite(log_p)))
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -46,7 +54,10 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
     """log(weight_p * p + (1 - weight_p) * q)."""
-    return jnp.logaddexp(log_p + jnp.log(weight_p), log_q + jnp.log1p(-weight_p))
+    left, right = log_p + jnp.log(weight_p), log_q + jnp.log1p(-weight_p)
+    empty = jnp.isneginf(left) & jnp.isneginf(right)  # where the gradient of logaddexp is NaN
+    left, right = jnp.where(empty, 0.0, left), jnp.where(empty, 0.0, right)
+    return jnp.where(empty, -jnp.inf, jnp.logaddexp(left, right))
 
 
 def forward_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
@@ -105,23 +116,22 @@ def alpha_beta(
     (1, 0) is `forward_kl`, (0, 1) is `reverse_kl`. The limits at alpha = 0, beta = 0 and
     alpha + beta = 0 are those of Cichocki, Cruces & Amari 2011.
     """
-    log_p, log_q = _finite(log_probs(target)), _finite(log_probs(learner))
-    inside = jnp.isfinite(target) & jnp.isfinite(learner)
-    p_a, q_b = jnp.exp(alpha * log_p), jnp.exp(beta * log_q)
+    log_p, log_q = log_probs(target), log_probs(learner)
+    ratio = _finite(log_p) - _finite(log_q)  # log(p / q)
+    p_a, q_b = _power(log_p, alpha), _power(log_q, beta)
     if alpha == 0 and beta == 0:
-        terms = 0.5 * (log_p - log_q) ** 2
+        terms = 0.5 * ratio**2
     elif beta == 0:
-        terms = (p_a * alpha * (log_p - log_q) - p_a + jnp.exp(alpha * log_q)) / alpha**2
+        terms = (p_a * alpha * ratio - p_a + _power(log_q, alpha)) / alpha**2
     elif alpha == 0:
-        terms = (q_b * beta * (log_q - log_p) - q_b + jnp.exp(beta * log_p)) / beta**2
+        terms = (-q_b * beta * ratio - q_b + _power(log_p, beta)) / beta**2
     elif alpha + beta == 0:
-        difference = alpha * (log_p - log_q)
-        terms = (jnp.exp(difference) - difference - 1) / alpha**2
+        terms = (jnp.exp(alpha * ratio) - alpha * ratio - 1) / alpha**2
     else:
         order = alpha + beta
-        p_sum, q_sum = jnp.exp(order * log_p), jnp.exp(order * log_q)
+        p_sum, q_sum = _power(log_p, order), _power(log_q, order)
         terms = (alpha / order * p_sum + beta / order * q_sum - p_a * q_b) / (alpha * beta)
-    return jnp.sum(jnp.where(inside, terms, 0.0), axis=-1)
+    return jnp.sum(terms, axis=-1)
 
 
 def total_variation(target: jax.Array, learner: jax.Array) -> jax.Array:
@@ -171,22 +181,25 @@ def divergence(spec: str) -> Divergence:
     Raises:
       ValueError: an unknown name or numbers that cannot be read.
     """
-    name, _, rest = spec.partition("(")
+    name, bracket, rest = spec.partition("(")
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {spec!r}; there are: {', '.join(DIVERGENCES)}")
-    if not rest:
+    if not bracket:
         return DIVERGENCES[name]
     try:
-        numbers = ast.literal_eval(f"({rest.removesuffix(')')},)")
+        numbers = ast.literal_eval(bracket + rest)
+        numbers = numbers if isinstance(numbers, tuple) else (numbers,)
         return _with_numbers(DIVERGENCES[name], numbers)
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"divergence {spec!r}: expected {name}(number, …): {error}") from error
 
 
 def _with_numbers(function: Divergence, numbers: tuple[float, ...]) -> Divergence:
     names = function.__code__.co_varnames[2 : function.__code__.co_argcount]
-    if len(numbers) > len(names) or not all(isinstance(x, int | float) for x in numbers):
+    if not 0 < len(numbers) <= len(names) or not all(isinstance(x, int | float) for x in numbers):
         raise TypeError(f"its parameters are ({', '.join(names)}), got {numbers}")
+    if function is not alpha_beta and not all(0 <= x <= 1 for x in numbers):
+        raise ValueError(f"{names[0]} is a share between 0 and 1, got {numbers[0]}")
     return functools.partial(function, **dict(zip(names, numbers)))
 
 
@@ -235,15 +248,22 @@ def linear_loss(
     """
     if len(terms) != len(targets):
         raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
-    length = mask.shape[1]
     if chunk is None:
-        chunk = CHUNK_ELEMENTS // (learner.head.shape[0] * mask.shape[0])
-    chunk = min(max(chunk, 1), length)
+        chunk = _default_chunk(mask.shape, learner.head.shape[0])
+    chunk = min(max(chunk, 1), mask.shape[1])
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
     constants = jax.lax.stop_gradient((tuple(targets), mask.astype(jnp.float32), weights))
     functions = (tuple(terms), tuple(observe))
     loss, sums = _linear_loss(functions, chunk, learner, *constants)
     return loss, jax.lax.stop_gradient(sums)
+
+
+def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
+    """As many positions as `CHUNK_ELEMENTS` allows, in blocks of even size: little is filled up."""
+    rows, length = shape
+    most = max(CHUNK_ELEMENTS // (rows * vocab_size), 1)
+    blocks = -(-length // most)
+    return -(-length // blocks)
 
 
 def _block_loss(functions, learner: Linear, targets, mask, weights):

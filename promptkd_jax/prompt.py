@@ -71,7 +71,10 @@ def load_soft_prompt(folder: str | pathlib.Path) -> jax.Array:
         raise ModelError(f"{file}: no such file (a folder as save_soft_prompt or PEFT writes it)")
     if (kind := json.loads(file.read_text()).get("peft_type")) != "PROMPT_TUNING":
         raise ModelError(f"{file}: peft_type is {kind!r}; only PROMPT_TUNING adapters are prompts")
-    tensors = load_file(folder / "adapter_model.safetensors")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        raise ModelError(f"{weights}: no such file (weights are read from safetensors only)")
+    tensors = load_file(weights)
     if tensors.keys() != {"prompt_embeddings"}:
         raise ModelError(f"{folder}: expected one tensor prompt_embeddings, found {list(tensors)}")
     return jnp.asarray(tensors["prompt_embeddings"], jnp.float32)

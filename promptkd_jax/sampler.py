@@ -82,7 +82,8 @@ def sample(
     kernel = head(params)[:vocab_size].astype(decoder.config.dtype)
 
     def logits(hidden):  # [B, D] -> [B, V]
-        return jnp.einsum("bd,vd->bv", hidden, kernel).astype(jnp.float32)
+        # Rounded to half precision, logits would tie, and top-k keeps ties.
+        return jnp.einsum("bd,vd->bv", hidden, kernel, preferred_element_type=jnp.float32)
 
     cache = empty_cache(decoder.config, rows, shift + width + max_new_tokens)
     hidden, cache = decoder.apply({"params": params}, tokens, prefix=prefix, cache=cache)

@@ -42,7 +42,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     devices = jax.device_count()
     if shape.count(-1) == 1:
         known = int(np.prod([size for size in shape if size != -1]))
-        shape[shape.index(-1)] = devices // known
+        shape[shape.index(-1)] = devices // max(known, 1)
     if int(np.prod(shape)) != devices or min(shape) < 1:
         asked = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES)
         raise ValueError(f"config.mesh: {asked} does not make {devices} devices")

@@ -84,6 +84,11 @@ class Method:
     micro_batches: int = 1
     conventions: Conventions = Conventions()
 
+    def __post_init__(self):
+        names = [name for name, _ in self.student_terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"student_terms: {', '.join(names)}: expected each name once")
+
     @property
     def needs_teacher(self) -> bool:
         """Whether any term looks at the teacher."""
@@ -177,8 +182,25 @@ def train_step(
     micro = _deal(rows, method.micro_batches)
     counts = jnp.sum(micro.lengths - micro.prompt_lengths, axis=1).astype(jnp.float32)  # [G]
     scales = _scales(counts, method)
-    new, sums, scalars = _updated(state, teacher, micro, scales, method, models, optimizers)
-    scalars |= _row_statistics(rows, ended)
+    views = _make_views(state, teacher, micro, method, models)
+    new, sums, scalars, prompts = state, {}, _row_statistics(rows, ended), None
+    if method.prompted:
+        soft_prompt, optimizer_state, sums, more = _update_prompt(
+            state, micro, scales, views, method, optimizers.soft_prompt
+        )
+        new = new.replace(soft_prompt=soft_prompt, prompt_optimizer=optimizer_state)
+        prompts = _prompt_in_turn(state.soft_prompt, soft_prompt, method)
+        scalars |= more
+    student, optimizer_state, student_sums, more = _update_student(
+        state, micro, scales, prompts, views, method, optimizers.student
+    )
+    new = new.replace(student=student, student_optimizer=optimizer_state)
+    sums, scalars = sums | student_sums, scalars | more
+    return _unless_not_finite(state, new, sums, counts, scalars)
+
+
+def _unless_not_finite(state, new, sums, counts, scalars) -> tuple[TrainState, Metrics]:
+    """The new state, or the old one with its clock and counters moved on."""
     norms = [value for name, value in scalars.items() if name.endswith("grad_norm")]
     finite = jnp.all(jnp.isfinite(jnp.stack([*sums["student_loss"], *norms])))
     kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
@@ -233,35 +255,49 @@ def _coefficients(step: jax.Array, method: Method) -> jax.Array:
     k = jnp.broadcast_to(step + 1, (parts,))
     if method.conventions.early_clock and parts > 1:
         k = k + (jnp.arange(parts) == parts - 1)
-    return method.regularisation * (1 - k / method.total_steps)
+    return method.regularisation * jnp.maximum(1 - k / method.total_steps, 0.0)
 
 
-def _updated(state, teacher, micro, scales, method: Method, models: Models, optimizers):
-    """Prompt update, if there is a prompt, then student update: (state, sums, scalars)."""
+class _Views(NamedTuple):
+    """How rows are seen at their response positions, for the parameters of this update."""
 
-    def teacher_view(rows, where, soft_prompt=None):
-        return view(models.teacher, teacher, rows, where, method.vocab_size, soft_prompt)
+    teacher: Callable[..., Linear]  # (rows, soft_prompt or None)
+    student: Callable[[Batch], Linear]
+    student_vjp: Callable[[Batch], tuple[Linear, Callable]]  # with the pullback to its parameters
 
-    def student_view(rows, params=state.student):
+
+def _make_views(state, teacher, micro: Batch, method: Method, models: Models) -> _Views:
+    def seen(decoder, params, rows, soft_prompt=None):
         where = responses(rows, method.response_capacity)
-        return view(models.student, params, rows, where, method.vocab_size)
+        return view(decoder, params, rows, where, method.vocab_size, soft_prompt)
+
+    def teacher_view(rows, soft_prompt=None):
+        return seen(models.teacher, teacher, rows, soft_prompt)
 
     def student_vjp(rows):
-        return jax.vjp(lambda params: student_view(rows, params), state.student)
+        return jax.vjp(lambda params: seen(models.student, params, rows), state.student)
 
-    if method.micro_batches == 1:  # one forward of the student serves both updates
-        shared = student_vjp(jax.tree.map(lambda x: x[0], micro))
-        student_view, student_vjp = lambda rows: shared[0], lambda rows: shared
+    if method.micro_batches > 1:
+        return _Views(
+            teacher_view, lambda rows: seen(models.student, state.student, rows), student_vjp
+        )
+    # One forward of the student serves both updates.
+    shared = student_vjp(jax.tree.map(lambda x: x[0], micro))
+    return _Views(teacher_view, lambda rows: shared[0], lambda rows: shared)
 
-    def prompt_part(rows, scale, coefficient):
+
+def _update_prompt(state, micro, scales, views: _Views, method: Method, optimizer):
+    """P <- P - eta grad [L_kd + alpha_k L_reg]: (P, its optimizer, sums, scalars)."""
+
+    def part(rows, scale, coefficient):
         where = responses(rows, method.response_capacity)
         hidden, pullback, kernel = jax.vjp(
-            lambda prompt: teacher_view(rows, where, prompt), state.soft_prompt, has_aux=True
+            lambda prompt: views.teacher(rows, prompt), state.soft_prompt, has_aux=True
         )
-        terms = {"prompt_kd": Term(method.prompt_divergence, student_view(rows), scale)}
+        terms = {"prompt_kd": Term(method.prompt_divergence, views.student(rows), scale)}
         observe = {"kl_prompted": _student_to_learner}
         if method.regularisation:
-            plain = teacher_view(rows, where)
+            plain = views.teacher(rows)
             weight = scale * coefficient
             terms["prompt_regulariser"] = Term(method.prompt_regulariser, plain, weight)
             observe["kl_plain"] = _student_to_plain
@@ -270,15 +306,32 @@ def _updated(state, teacher, micro, scales, method: Method, models: Models, opti
         )
         return pullback(d_hidden)[0], sums | {"prompt_loss": total / scale}
 
-    def student_part(rows, scale, soft_prompt):
+    coefficients = _coefficients(state.step, method)
+    gradient, sums = _accumulate(part, (micro, scales, coefficients))
+    soft_prompt, optimizer_state = _apply(
+        optimizer, gradient, state.prompt_optimizer, state.soft_prompt
+    )
+    scalars = {
+        "prompt_grad_norm": optax.tree.norm(gradient),
+        "prompt_norm": jnp.linalg.norm(soft_prompt),
+        "regularisation_weight": coefficients[0],
+    }
+    return soft_prompt, optimizer_state, sums, scalars
+
+
+def _update_student(state, micro, scales, prompts, views: _Views, method: Method, optimizer):
+    """theta <- theta - eta grad of the student's terms: (theta, its optimizer, sums, scalars)."""
+
+    def part(rows, scale, soft_prompt):
         where = responses(rows, method.response_capacity)
-        student, pullback = student_vjp(rows)
+        student, pullback = views.student_vjp(rows)
         terms, observe = {}, {"student_entropy": _entropy}
         if method.needs_teacher:
-            seen = teacher_view(rows, where, soft_prompt)
+            seen = views.teacher(rows, soft_prompt)
             observe["agreement"] = _agreement
             if not method.prompted:
                 observe["kl_plain"] = _learner_to_teacher
+        # Terms against the teacher first: the observations look at the first target.
         for name, weight in sorted(method.student_terms, key=lambda term: term[0] == GOLD):
             terms[name] = Term(name, where.labels if name == GOLD else seen, scale * weight)
         d_student, total, sums = _gradient(
@@ -286,27 +339,9 @@ def _updated(state, teacher, micro, scales, method: Method, models: Models, opti
         )
         return pullback(d_student)[0], sums | {"student_loss": total / scale}
 
-    new, sums, scalars, prompts = state, {}, {}, None
-    if method.prompted:
-        coefficients = _coefficients(state.step, method)
-        gradient, sums = _accumulate(prompt_part, (micro, scales, coefficients))
-        soft_prompt, optimizer = _apply(
-            optimizers.soft_prompt, gradient, state.prompt_optimizer, state.soft_prompt
-        )
-        new = new.replace(soft_prompt=soft_prompt, prompt_optimizer=optimizer)
-        prompts = _prompt_in_turn(state.soft_prompt, soft_prompt, method)
-        scalars |= {
-            "prompt_grad_norm": optax.tree.norm(gradient),
-            "prompt_norm": jnp.linalg.norm(soft_prompt),
-            "regularisation_weight": coefficients[0],
-        }
-    gradient, student_sums = _accumulate(student_part, (micro, scales, prompts))
-    student, optimizer = _apply(
-        optimizers.student, gradient, state.student_optimizer, state.student
-    )
-    new = new.replace(student=student, student_optimizer=optimizer)
-    scalars["student_grad_norm"] = optax.tree.norm(gradient)
-    return new, sums | student_sums, scalars
+    gradient, sums = _accumulate(part, (micro, scales, prompts))
+    student, optimizer_state = _apply(optimizer, gradient, state.student_optimizer, state.student)
+    return student, optimizer_state, sums, {"student_grad_norm": optax.tree.norm(gradient)}
 
 
 class Term(NamedTuple):

@@ -4,6 +4,7 @@ The same command continues a run that was stopped, and says so of one that is fi
 """
 
 import argparse
+import errno
 import functools
 import json
 import pathlib
@@ -60,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(config, workdir)
     except (ConfigError, DataError, ModelError, CheckpointError, TrainingError) as error:
         sys.exit(f"promptkd train: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"promptkd train: {error}; what was saved is good: make room, run it again")
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -69,12 +74,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     if summary.exists():
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
         return json.loads(summary.read_text())
+    started = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
         before = _once(workdir / "before.json", lambda: assess(experiment, None))
-        state, seconds = fit(experiment, workdir)
-        return finish(experiment, workdir, state, before, seconds)
+        state, started = fit(experiment, workdir, started)
+        return finish(experiment, workdir, state, before, started)
 
 
 def assess(experiment: Experiment, student: Any) -> dict[str, Any]:
@@ -108,8 +114,15 @@ def assess(experiment: Experiment, student: Any) -> dict[str, Any]:
     return found | scores | {"texts": texts}
 
 
-def fit(experiment: Experiment, workdir: pathlib.Path) -> tuple[TrainState, float]:
-    """Every update that is not done yet; the state to export, and seconds of training in all."""
+def fit(experiment: Experiment, workdir: pathlib.Path, started: float) -> tuple[TrainState, float]:
+    """Every update that is not done yet.
+
+    Args:
+      started: when this process began its work, on the monotonic clock.
+
+    Returns:
+      The state to export, and `started` moved back by the time that earlier processes spent.
+    """
     config = experiment.config
     rule = config.checkpoint
     with (
@@ -119,7 +132,7 @@ def fit(experiment: Experiment, workdir: pathlib.Path) -> tuple[TrainState, floa
             every=rule.every,
             best_metric="dev/rougeL" if config.evaluation.every else None,
         ) as checkpoints,
-        _Loop(experiment, workdir, checkpoints) as loop,
+        _Loop(experiment, workdir, checkpoints, started) as loop,
     ):
         for stage in experiment.stages:
             loop.train(stage)
@@ -127,26 +140,31 @@ def fit(experiment: Experiment, workdir: pathlib.Path) -> tuple[TrainState, floa
         best = checkpoints.best_step()
         if rule.export == "best" and best not in (None, loop.done):
             print(f"the best checkpoint by dev ROUGE-L is that of step {best}")
-            return checkpoints.restore(best, experiment.abstract_state())[0], loop.seconds()
-        return loop.state, loop.seconds()
+            return checkpoints.restore(best, experiment.abstract_state())[0], loop.started
+        return loop.state, loop.started
 
 
 class _Loop:
     """Where a run stands: `done` updates of all, and the `state` after them."""
 
-    def __init__(self, experiment: Experiment, workdir: pathlib.Path, checkpoints: Checkpoints):
-        self.experiment, self.checkpoints = experiment, checkpoints
-        self.state, self.done, earlier = None, 0, 0.0
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: pathlib.Path,
+        checkpoints: Checkpoints,
+        started: float,
+    ):
+        self.experiment, self.checkpoints, self.started = experiment, checkpoints, started
+        self.state, self.done = None, 0
         if restored := checkpoints.restore_latest(experiment.abstract_state()):
             self.done, self.state, meta = restored
-            earlier = meta["seconds"]
+            self.started -= meta["seconds"]
             print("\n".join(checkpoints.damage + [f"continuing from step {self.done}"]))
         truncate_metrics(workdir, self.done)
         self.writer = MetricWriter(workdir)
         self.progress = TrainingProgress(
             experiment.total_steps, experiment.config.title, first_step=self.done
         )
-        self._started = time.monotonic() - earlier
         self._stop_asked = False
 
     def __enter__(self) -> "_Loop":
@@ -158,10 +176,6 @@ class _Loop:
         self.progress.__exit__(*exception)
         self.writer.close()
         signal.signal(signal.SIGTERM, self._handler)
-
-    def seconds(self) -> float:
-        """Spent in training so far, those before a resume included."""
-        return time.monotonic() - self._started
 
     def train(self, stage: Stage) -> None:
         """The updates of `stage` that are not done yet."""
@@ -233,7 +247,11 @@ class _Loop:
         self.checkpoints.save(
             self.done,
             self.state,
-            {"stage": stage.name, "position": self.done - stage.first, "seconds": self.seconds()},
+            {
+                "stage": stage.name,
+                "position": self.done - stage.first,
+                "seconds": time.monotonic() - self.started,
+            },
             metrics=scores,
             force=last or self._stop_asked or scores is not None,
         )
@@ -251,11 +269,12 @@ def finish(
     workdir: pathlib.Path,
     state: TrainState,
     before: dict[str, Any],
-    seconds: float,
+    started: float,
 ) -> dict[str, Any]:
     """Exports, measures, reports; `summary.json` comes last and says that the run is finished."""
     config = experiment.config
     after = assess(experiment, state.student)
+    seconds = time.monotonic() - started
     rows = [
         (name, before[key], after[key], *rest)
         for key, (name, *rest) in HELD_OUT.items()
@@ -298,7 +317,7 @@ def finish(
         "Devices": str(jax.device_count()),
         "Versions": ", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax")),
         "Python": platform.python_version(),
-        "Training time": f"{seconds / 60:.1f} min",
+        "Time": f"{seconds / 60:.1f} min",
         "Peak memory": f"{summary['peak_memory_gb']:.2f} GB",
     }
     write_report(

@@ -187,7 +187,7 @@ def _llama(c: Mapping[str, Any], source: str) -> DecoderConfig:
 
 
 def _mistral(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    return _llama_like(c, source, window=c.get("sliding_window"))
+    return _llama_like(c, source, window=c.get("sliding_window", 4096))
 
 
 def _qwen2(c: Mapping[str, Any], source: str) -> DecoderConfig:
@@ -211,16 +211,22 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], DecoderConfig]] = {
 
 
 def _qwen_window(c: Mapping[str, Any], source: str) -> int | None:
-    """Qwen's window is for the layers from `max_window_layers` on; here for all or for none."""
-    if not c.get("use_sliding_window", False) or c.get("sliding_window") is None:
+    """Qwen's window is for the layers that `layer_types` names, or from `max_window_layers` on."""
+    window = c.get("sliding_window", 4096)
+    if not c.get("use_sliding_window", False) or window is None:
         return None
-    full = c.get("max_window_layers", 0)
-    if 0 < full < c["num_hidden_layers"]:
+    full = c.get("max_window_layers", 28)
+    kinds = c.get("layer_types") or [
+        "sliding_attention" if layer >= full else "full_attention"
+        for layer in range(c["num_hidden_layers"])
+    ]
+    if len(set(kinds)) > 1:
         raise ModelError(
-            f"{source}: max_window_layers = {full}: a sliding window in some layers only is "
-            "not supported (set use_sliding_window to false, or max_window_layers to 0)"
+            f"{source}: {kinds.count('sliding_attention')} of {len(kinds)} layers have a sliding "
+            f"window (layer_types, or max_window_layers = {full}); only all or none is supported "
+            "(set use_sliding_window to false for none)"
         )
-    return c["sliding_window"] if full == 0 else None
+    return window if kinds[0] == "sliding_attention" else None
 
 
 def _rope(c: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:

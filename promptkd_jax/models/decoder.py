@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, ModelError
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -81,6 +81,9 @@ class Decoder(nn.Module):
 
         Returns:
           `[B, T, D]`, without the prefix; with a cache also the new cache.
+
+        Raises:
+          ModelError: more columns than a learned position table has rows.
         """
         config = self.config
         embedding = nn.Embed(
@@ -97,6 +100,7 @@ class Decoder(nn.Module):
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
         if config.learned_positions:
+            _check_columns(config, x.shape[1] if cache is None else cache.key.shape[2])
             x = x + nn.Embed(
                 config.max_positions + config.position_offset,
                 config.width,
@@ -191,6 +195,15 @@ class FeedForward(nn.Module):
         else:
             hidden = activation(up)
         return _project(config, config.width, config.mlp_bias, "down")(hidden)
+
+
+def _check_columns(config: DecoderConfig, columns: int) -> None:
+    """Beyond the table a position would be NaN, and NaN behind a row's end spoils the row."""
+    if columns > config.max_positions:
+        raise ModelError(
+            f"{columns} columns (soft prompt and new tokens included) in a {config.family} model "
+            f"of {config.max_positions} positions; shorten the rows or the soft prompt"
+        )
 
 
 def rotate(config: DecoderConfig, x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -80,6 +80,10 @@ def _generation_json(model: Model) -> dict[str, Any]:
 
 
 def _save_tensors(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    # An index or a single file that an earlier save left behind would be read instead of this one.
+    for pattern in ("model.safetensors*", "model-*-of-*.safetensors"):
+        for earlier in folder.glob(pattern):
+            earlier.unlink()
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, array in tensors.items():
         if sum(x.nbytes for x in shards[-1].values()) + array.nbytes > SHARD_BYTES and shards[-1]:

@@ -17,9 +17,7 @@ from flax import traverse_util
 
 from promptkd_jax.models import families
 from promptkd_jax.models.config import DecoderConfig, ModelError, from_hugging_face
-from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.gguf import open_gguf
-from promptkd_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -77,12 +75,20 @@ def load_model(
     """
     file = resolve(path)
     if file.suffix == ".gguf":
+        from promptkd_jax.models.gguf import open_gguf
+        from promptkd_jax.models.gguf_tokenizer import tokenizer_from_gguf
+
         source = open_gguf(str(file))
         tokenizer, generation = tokenizer_from_gguf(source), {}
     else:
         source = SafetensorsFolder(file)
         tokenizer, generation = _tokenizer(file), _json(file / "generation_config.json", {})
     config = from_hugging_face(source.config, f"{source.path}: config")
+    if config.activation not in ACTIVATIONS:
+        raise ModelError(
+            f"{source.path}: config: activation {config.activation!r} is not supported; "
+            f"supported: {', '.join(ACTIVATIONS)}"
+        )
     config = config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat)
     return Model(
         name=path,
@@ -97,6 +103,8 @@ def load_model(
 def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     """The same model with only `layers` of its layers, in this order (DistilGPT2's start).
 
+    All arrays are copies: a train step may take them over while `model` stays as it is.
+
     Raises:
       ModelError: a layer that the model does not have.
     """
@@ -104,8 +112,8 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     if not layers or not set(layers) <= set(range(config.depth)):
         raise ModelError(f"layers {layers}: {model.name} has the layers 0 to {config.depth - 1}")
     index = np.asarray(layers)
-    params = dict(model.params)
-    params["layers"] = jax.tree.map(lambda x: x[index], params["layers"])
+    params = jax.tree.map(jnp.copy, {k: v for k, v in model.params.items() if k != "layers"})
+    params["layers"] = jax.tree.map(lambda x: x[index], model.params["layers"])
     depth_field = families.family(config).depth_field
     hf_config = {**model.hf_config, depth_field: len(layers)}
     if "layer_types" in hf_config:
@@ -115,7 +123,13 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
 
 
 def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
-    """`kept` of `depth` layers, evenly spread, the first and the last among them."""
+    """`kept` of `depth` layers, evenly spread, the first and the last among them.
+
+    Raises:
+      ModelError: more layers than there are, or none.
+    """
+    if not 0 < kept <= depth:
+        raise ModelError(f"{kept} of {depth} layers: keep at least 1 and at most {depth}")
     return tuple(int(i) for i in np.round(np.linspace(0, depth - 1, kept)))
 
 
@@ -238,7 +252,7 @@ def _read(source: TensorSource, config: DecoderConfig, row: families.Tensor, pre
     for name in stored_names(row, config, prefix):
         if (found := source.shape(name)) != expected:
             raise ModelError(
-                f"{source.path}: tensor {name} has shape {found}; config.json asks for {expected} "
+                f"{source.path}: tensor {name} has shape {found}; the config asks for {expected} "
                 f"({stored} with {', '.join(f'{k}={v}' for k, v in used.items())})"
             )
         array = einops.rearrange(source.read(name), f"{stored} -> {ours}", **used)

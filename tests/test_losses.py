@@ -1,0 +1,552 @@
+"""Divergences are what their formulas say, and the chunked loss is the dense one."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from promptkd_jax import losses
+from promptkd_jax.losses import DIVERGENCES, Linear, divergence, linear_loss
+
+SHAPE = (3, 5, 13)
+SPECS = (
+    *DIVERGENCES,
+    "skew_forward_kl(0.7)",
+    "skew_reverse_kl(0.7)",
+    "jensen_shannon(0.2)",
+    "alpha_beta(1, 0)",
+    "alpha_beta(0.5, 0)",
+    "alpha_beta(0, 1)",
+    "alpha_beta(0, 0.5)",
+    "alpha_beta(0, 0)",
+    "alpha_beta(0.6, -0.6)",
+    "alpha_beta(1.5, -0.4)",
+)
+
+
+def logits(seed: int, shape=SHAPE, scale: float = 3.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+
+
+@functools.cache
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a target and of a learner."""
+    return logits(0), logits(1)
+
+
+def gentle_pair() -> tuple[np.ndarray, np.ndarray]:
+    """Without very small probabilities, at which limits are approached slowly."""
+    return logits(0, scale=1.0), logits(1, scale=1.0)
+
+
+# Plain definitions in float64
+
+
+def probabilities(x) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def kl(p, q):
+    return (p * np.log(p / q)).sum(axis=-1)
+
+
+def skew_forward(p, q, skew=0.1):
+    return kl(p, skew * p + (1 - skew) * q)
+
+
+def skew_reverse(p, q, skew=0.1):
+    return kl(q, (1 - skew) * p + skew * q)
+
+
+def jensen_shannon(p, q, beta=0.5):
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def alpha_beta(p, q, alpha=0.2, beta=0.7):
+    order, ratio = alpha + beta, p / q
+    if alpha == 0 and beta == 0:
+        terms = np.log(ratio) ** 2 / 2
+    elif beta == 0:
+        terms = (p**alpha * np.log(ratio**alpha) - p**alpha + q**alpha) / alpha**2
+    elif alpha == 0:
+        terms = (q**beta * np.log(ratio**-beta) - q**beta + p**beta) / beta**2
+    elif order == 0:
+        terms = (np.log(ratio**-alpha) + ratio**alpha - 1) / alpha**2
+    else:
+        terms = -(p**alpha * q**beta - alpha / order * p**order - beta / order * q**order)
+        terms = terms / (alpha * beta)
+    return terms.sum(axis=-1)
+
+
+DEFINITIONS = {
+    "forward_kl": kl,
+    "reverse_kl": lambda p, q: kl(q, p),
+    "soft_cross_entropy": lambda p, q: -(p * np.log(q)).sum(axis=-1),
+    "skew_forward_kl": skew_forward,
+    "skew_reverse_kl": skew_reverse,
+    "jensen_shannon": jensen_shannon,
+    "alpha_beta": alpha_beta,
+    "total_variation": lambda p, q: np.abs(p - q).sum(axis=-1) / 2,
+}
+
+
+def test_every_divergence_has_a_definition_here():
+    assert DEFINITIONS.keys() == DIVERGENCES.keys()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", [SHAPE, (1, 2), (7,)])
+def test_divergence_equals_its_definition(spec, shape):
+    target, learner = logits(2, shape), logits(3, shape)
+    name, _, numbers = spec.partition("(")
+    numbers = [float(x) for x in numbers.rstrip(")").split(",")] if numbers else []
+    expected = DEFINITIONS[name](probabilities(target), probabilities(learner), *numbers)
+    found = divergence(spec)(target, learner)
+    assert found.shape == shape[:-1] and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_cross_entropy_entropy_and_agreement_equal_their_definitions():
+    target, learner = pair()
+    p, q = probabilities(target), probabilities(learner)
+    labels = np.random.default_rng(4).integers(0, SHAPE[-1], SHAPE[:-1])
+    expected = -np.log(np.take_along_axis(q, labels[..., None], axis=-1)[..., 0])
+    np.testing.assert_allclose(losses.cross_entropy(labels, learner), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses.entropy(target), -(p * np.log(p)).sum(-1), rtol=1e-5)
+    both = target + learner
+    same = p.argmax(-1) == both.argmax(-1)
+    assert 0 < same.mean() < 1
+    np.testing.assert_array_equal(losses.agreement(target, both), same)
+
+
+# Limits and relations
+
+
+@pytest.mark.parametrize("name, limit", [("skew_forward_kl", 0), ("skew_reverse_kl", 1)])
+def test_no_skew_is_the_kl(name, limit):
+    target, learner = gentle_pair()
+    kl = (losses.forward_kl, losses.reverse_kl)[limit](target, learner)
+    for skew, tolerance in ((0.0, 1e-6), (1e-5, 1e-3)):
+        found = DIVERGENCES[name](target, learner, skew=skew)
+        np.testing.assert_allclose(found, kl, rtol=tolerance, atol=1e-6)
+    assert np.abs(DIVERGENCES[name](target, learner, skew=1.0)).max() < 1e-6
+
+
+def test_jensen_shannon_tends_to_both_kls():
+    target, learner = gentle_pair()
+    forward, reverse = losses.forward_kl(target, learner), losses.reverse_kl(target, learner)
+    assert np.abs(forward - reverse).max() > 0.2  # else the two limits could not be told apart
+    small = 1e-4
+    first = losses.jensen_shannon(target, learner, beta=small) / small
+    last = losses.jensen_shannon(target, learner, beta=1 - small) / small
+    np.testing.assert_allclose(first, forward, rtol=2e-2)
+    np.testing.assert_allclose(last, reverse, rtol=2e-2)
+
+
+def test_jensen_shannon_is_symmetric_and_at_most_ln_2():
+    target, learner = pair()
+    there, back = (losses.jensen_shannon(*x) for x in ((target, learner), (learner, target)))
+    np.testing.assert_allclose(there, back, rtol=1e-5)
+    apart = losses.jensen_shannon(np.array([0.0, 40.0]), np.array([40.0, 0.0]))
+    assert there.max() <= math.log(2)
+    np.testing.assert_allclose(apart, math.log(2), rtol=1e-6)
+
+
+def test_alpha_beta_has_the_kls_at_its_corners():
+    target, learner = pair()
+    found = losses.alpha_beta(target, learner, 1, 0)
+    np.testing.assert_allclose(found, losses.forward_kl(target, learner), rtol=1e-5)
+    found = losses.alpha_beta(target, learner, 0, 1)
+    np.testing.assert_allclose(found, losses.reverse_kl(target, learner), rtol=1e-5)
+
+
+@pytest.mark.parametrize("at", [(1, 0), (0.5, 0), (0, 1), (0, 0.5), (0.5, -0.5), (0, 0)])
+def test_alpha_beta_is_continuous_at_its_special_cases(at):
+    """From all four sides, as near as float32 can tell the difference of its two sums."""
+    target, learner = pair()
+    exact = losses.alpha_beta(target, learner, *at)
+    step = 0.02 if at == (0, 0) else 1e-3
+    for sides in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+        alpha, beta = (x + step * side * d for x, side, d in zip(at, sides, (0.9, 1.1)))
+        near = losses.alpha_beta(target, learner, alpha, beta)
+        np.testing.assert_allclose(near, exact, rtol=20 * step)
+
+
+def test_soft_cross_entropy_is_forward_kl_plus_entropy_with_the_same_gradient():
+    target, learner = pair()
+    expected = losses.forward_kl(target, learner) + losses.entropy(target)
+    np.testing.assert_allclose(losses.soft_cross_entropy(target, learner), expected, rtol=1e-5)
+    gradients = [
+        jax.grad(lambda x, f=f: f(target, x).sum())(learner)
+        for f in (losses.soft_cross_entropy, losses.forward_kl)
+    ]
+    np.testing.assert_allclose(*gradients, atol=1e-6)
+
+
+def test_bounds():
+    target, learner = pair()
+    target, learner = 10 * target, 10 * learner
+    variation = losses.total_variation(target, learner)
+    assert variation.min() >= 0 and 0.99 < variation.max() <= 1 + 1e-6
+    for name in ("skew_forward_kl", "skew_reverse_kl"):
+        for skew in (0.05, 0.1, 0.5):
+            found = DIVERGENCES[name](target, learner, skew=skew)
+            assert 0.99 * math.log(1 / skew) < found.max() <= math.log(1 / skew) + 1e-5
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_divergence_from_itself(spec):
+    target, _ = pair()
+    value, gradient = jax.value_and_grad(lambda x: divergence(spec)(target, x).sum())(target)
+    if spec == "soft_cross_entropy":
+        np.testing.assert_allclose(value, losses.entropy(target).sum(), rtol=1e-6)
+    else:
+        assert abs(value) < 1e-5
+    assert np.abs(gradient).max() < 1e-6
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_not_negative_and_unmoved_by_constants(spec):
+    target, learner = pair()
+    found = divergence(spec)(target, learner)
+    assert found.min() > 0
+    shift = logits(5, (*SHAPE[:-1], 1))
+    moved = divergence(spec)(target + shift, learner - 2 * shift)
+    np.testing.assert_allclose(moved, found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_half_precision_logits_are_computed_in_float32(spec):
+    target, learner = (jnp.asarray(x, jnp.bfloat16) for x in pair())
+    found = divergence(spec)(target, learner)
+    exact = divergence(spec)(target.astype(jnp.float32), learner.astype(jnp.float32))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, exact)
+
+
+# Impossible tokens and broken models
+
+
+def with_holes() -> tuple[np.ndarray, np.ndarray]:
+    """-inf in the target, in the learner and in both."""
+    target, learner = (x.copy() for x in pair())
+    target[0, :, 1] = learner[0, :, 1] = -np.inf
+    target[1, :, 2] = -np.inf
+    learner[2, :, 3] = -np.inf
+    return target, learner
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "skew_forward_kl(0)", "jensen_shannon(0)"])
+def test_impossible_tokens_give_finite_values_and_gradients(spec):
+    target, learner = with_holes()
+    value, gradient = jax.value_and_grad(lambda x: divergence(spec)(target, x).sum())(learner)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert (gradient[np.isneginf(learner)] == 0).all()
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s != "soft_cross_entropy"])
+def test_a_token_impossible_for_both_does_not_count(spec):
+    target, learner = (x[0] for x in with_holes())
+    without = [np.delete(x, 1, axis=-1) for x in (target, learner)]
+    found = divergence(spec)(target, learner)
+    np.testing.assert_allclose(found, divergence(spec)(*without), rtol=1e-5, atol=1e-6)
+    assert np.abs(divergence(spec)(target, target)).max() < 1e-5
+
+
+def test_alpha_beta_has_the_kls_at_its_corners_with_impossible_tokens_too():
+    target, learner = with_holes()
+    for corner, kl in (((1, 0), losses.forward_kl), ((0, 1), losses.reverse_kl)):
+        found = losses.alpha_beta(target, learner, *corner)
+        np.testing.assert_allclose(found, kl(target, learner), rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("broken", [0, 1])
+def test_nan_logits_do_not_look_like_a_finite_loss(spec, broken):
+    arrays = [x.copy() for x in pair()]
+    arrays[broken][0, 0, 0] = np.nan
+    found = divergence(spec)(*arrays)
+    assert np.isnan(found[0, 0]) and np.isfinite(found[0, 1:]).all()
+
+
+# Names
+
+
+def test_divergence_by_name():
+    target, learner = pair()
+    assert divergence("reverse_kl") is losses.reverse_kl
+    spec = "alpha_beta(0.3, 0.9)"
+    assert divergence(spec) is divergence(spec)  # or jax.jit would compile anew
+    found = divergence(spec)(target, learner)
+    np.testing.assert_array_equal(found, losses.alpha_beta(target, learner, 0.3, 0.9))
+    found = divergence("alpha_beta(0.3)")(target, learner)
+    np.testing.assert_array_equal(found, losses.alpha_beta(target, learner, alpha=0.3))
+
+
+@pytest.mark.parametrize(
+    "spec, says",
+    [
+        ("kl", "unknown divergence 'kl'; there are: forward_kl, reverse_kl"),
+        ("", "unknown divergence ''"),
+        ("cross_entropy", "unknown divergence"),
+        ("reverse_kl(1)", r"its parameters are \(\), got \(1,\)"),
+        ("alpha_beta(1, 2, 3)", r"its parameters are \(alpha, beta\), got \(1, 2, 3\)"),
+        ("alpha_beta('x')", r"its parameters are \(alpha, beta\)"),
+        ("alpha_beta()", r"its parameters are \(alpha, beta\), got \(\)"),
+        ("jensen_shannon(beta)", "expected jensen_shannon"),
+        ("jensen_shannon(0.5", "expected jensen_shannon"),
+        ("jensen_shannon(0.5))", "expected jensen_shannon"),
+        ("jensen_shannon(1.5)", "beta is a share between 0 and 1, got 1.5"),
+        ("skew_forward_kl(-0.1)", "skew is a share between 0 and 1, got -0.1"),
+        ("reverse_kl(", "expected reverse_kl"),
+    ],
+)
+def test_wrong_names_are_told_what_would_be_right(spec, says):
+    with pytest.raises(ValueError, match=says) as error:
+        divergence(spec)
+    assert repr(spec) in str(error.value)
+
+
+# The chunked loss
+
+ROWS, LENGTH, VOCABULARY, WIDTH, TEACHER_WIDTH = 2, 7, 29, 6, 9
+TERMS = (*DIVERGENCES.values(), losses.cross_entropy)
+
+
+@functools.cache
+def problem():
+    """A learner, a teacher, labels and a mask with holes."""
+    rng = np.random.default_rng(6)
+
+    def linear(width):
+        hidden = rng.normal(0, 1, (ROWS, LENGTH, width))
+        head = rng.normal(0, 1, (VOCABULARY, width))
+        return Linear(jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32))
+
+    labels = rng.integers(0, VOCABULARY, (ROWS, LENGTH))
+    mask = np.array([[1, 1, 0, 1, 0.5, 0, 1], [0, 0, 1, 1, 1, 0, 0]], np.float32)
+    return linear(WIDTH), linear(TEACHER_WIDTH), labels, mask
+
+
+def targets():
+    _, teacher, labels, _ = problem()
+    return [teacher] * len(DIVERGENCES) + [labels]
+
+
+def observations(references, learner):
+    return losses.forward_kl(references[0].astype(jnp.float32), learner)
+
+
+def dense(learner, weights):
+    """The definition: `(loss, sums)` from whole arrays of logits."""
+    _, teacher, labels, mask = problem()
+    references = [teacher.logits()] * len(DIVERGENCES) + [labels]
+    own = learner.logits()
+    sums = jnp.stack([(mask * f(t, own)).sum() for f, t in zip(TERMS, references)])
+    observed = jnp.stack([(mask * observations(references, own)).sum()])
+    return sums @ weights, jnp.concatenate([sums, observed])
+
+
+def each_term(loss):
+    """`loss` with every term alone, then with all of them: values, sums and gradients."""
+    weights = jnp.concatenate([jnp.eye(len(TERMS)), jnp.linspace(0.3, 2, len(TERMS))[None]])
+    one = jax.value_and_grad(loss, has_aux=True)
+    return jax.jit(lambda learner: jax.lax.map(lambda w: one(learner, w), weights))(problem()[0])
+
+
+@functools.cache
+def expected():
+    return each_term(dense)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, LENGTH, 100, None])
+def test_linear_loss_is_the_dense_loss(chunk):
+    """For every divergence; under jit, inside of a scan, with traced weights."""
+
+    def chunked(learner, weights):
+        return linear_loss(
+            TERMS, learner, targets(), problem()[3], weights, observe=[observations], chunk=chunk
+        )
+
+    (value, sums), gradient = each_term(chunked)
+    (right_value, right_sums), right_gradient = expected()
+    np.testing.assert_allclose(value, right_value, rtol=1e-5)
+    np.testing.assert_allclose(sums, right_sums, rtol=1e-5)
+    assert np.abs(right_gradient.hidden).max(axis=(1, 2, 3)).min() > 1e-2
+    np.testing.assert_allclose(gradient.hidden, right_gradient.hidden, atol=1e-5)
+    np.testing.assert_allclose(gradient.head, right_gradient.head, atol=1e-5)
+
+
+def kl_loss(learner, **more):
+    _, teacher, _, mask = problem()
+    return linear_loss([losses.reverse_kl], learner, [teacher], mask, chunk=3, **more)
+
+
+def test_the_loss_without_a_gradient_is_the_same_and_weights_default_to_1():
+    value, sums = kl_loss(problem()[0])
+    np.testing.assert_allclose(value, expected()[0][0][1], rtol=1e-5)
+    np.testing.assert_allclose(sums, [value], rtol=1e-6)
+
+
+def test_gradients_follow_what_the_loss_is_multiplied_with():
+    once, thrice = (jax.grad(lambda x, c=c: c * kl_loss(x)[0])(problem()[0]) for c in (1, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-6), once, thrice)
+
+
+def test_sums_targets_mask_and_weights_carry_no_gradient():
+    learner, teacher, _, mask = problem()
+
+    def loss(learner, teacher, mask, weights):
+        return linear_loss([losses.reverse_kl], learner, [teacher], mask, weights, chunk=3)
+
+    constants = jax.grad(lambda *c: loss(learner, *c)[0], argnums=(0, 1, 2))(
+        teacher, jnp.asarray(mask), jnp.ones(1)
+    )
+    assert all((x == 0).all() for x in jax.tree.leaves(constants))
+    through_sums = jax.grad(lambda x: loss(x, teacher, mask, jnp.ones(1))[1].sum())(learner)
+    assert all((x == 0).all() for x in jax.tree.leaves(through_sums))
+
+
+def test_observations_do_not_change_the_gradient():
+    learner, teacher, _, mask = problem()
+
+    def loss(learner, observe):
+        terms = [losses.reverse_kl, losses.forward_kl]
+        return linear_loss(terms, learner, [teacher] * 2, mask, observe=observe, chunk=3)
+
+    def observe(references, own):
+        return losses.total_variation(references[1], own)
+
+    gradient, sums = jax.grad(loss, has_aux=True)(learner, [observe])
+    plain, _ = jax.grad(loss, has_aux=True)(learner, [])
+    jax.tree.map(np.testing.assert_array_equal, gradient, plain)
+    found = (losses.total_variation(teacher.logits(), learner.logits()) * mask).sum()
+    np.testing.assert_allclose(sums[2], found, rtol=1e-5)
+
+
+def test_a_tied_embedding_gets_the_gradients_of_both_uses():
+    _, teacher, labels, mask = problem()
+
+    def hidden(embedding):
+        return jnp.tanh(embedding[labels])
+
+    def chunked(embedding):
+        learner = Linear(hidden(embedding), embedding)
+        return linear_loss([losses.reverse_kl], learner, [teacher], mask, chunk=3)[0]
+
+    def whole(hidden, head):
+        own = Linear(hidden, head).logits()
+        return (mask * losses.reverse_kl(teacher.logits(), own)).sum()
+
+    embedding = problem()[0].head
+    found = jax.grad(chunked)(embedding)
+    expected = jax.grad(lambda e: whole(hidden(e), e))(embedding)
+    as_head_only = jax.grad(lambda e: whole(hidden(embedding), e))(embedding)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(expected - as_head_only).max() > 0.1
+
+
+def test_half_precision_gradients_have_the_dtypes_of_what_they_belong_to():
+    learner = problem()[0]
+    half = Linear(learner.hidden.astype(jnp.bfloat16), learner.head)
+    gradient = jax.grad(lambda x: kl_loss(x)[0])(half)
+    assert (gradient.hidden.dtype, gradient.head.dtype) == (jnp.bfloat16, jnp.float32)
+    exact = jax.grad(lambda x: kl_loss(x)[0])(learner)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.1), gradient, exact)
+
+
+def test_terms_and_targets_must_be_as_many():
+    learner, teacher, _, mask = problem()
+    with pytest.raises(ValueError, match="2 terms need as many targets, got 1"):
+        linear_loss([losses.reverse_kl] * 2, learner, [teacher], mask)
+
+
+def test_a_position_outside_of_the_mask_changes_nothing():
+    learner, teacher, labels, mask = problem()
+
+    def loss(learner):
+        return linear_loss(
+            [losses.reverse_kl, losses.cross_entropy], learner, [teacher, labels], mask, chunk=3
+        )[0]
+
+    other = jnp.where(mask[..., None] > 0, learner.hidden, 100.0)
+    value, gradient = jax.value_and_grad(loss)(learner._replace(hidden=other))
+    right, right_gradient = jax.value_and_grad(loss)(learner)
+    np.testing.assert_allclose(value, right, rtol=1e-6)
+    assert (gradient.hidden[mask == 0] == 0).all()
+    np.testing.assert_allclose(gradient.head, right_gradient.head, atol=1e-5)
+
+
+# What is not computed
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside of it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def products(function, *arguments) -> list[tuple[int, ...]]:
+    """The sorted shapes of all matrix products in `function`; vectors are not matrices."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return [
+        tuple(sorted(equation.outvars[0].aval.shape))
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.ndim > 1
+    ]
+
+
+def test_no_gradient_of_the_head_where_nobody_asks_for_it():
+    learner = problem()[0]
+
+    def loss(hidden, head):
+        return kl_loss(Linear(hidden, head))[0]
+
+    of_head = (WIDTH, VOCABULARY)
+    assert of_head not in products(jax.grad(loss), *learner)
+    assert of_head in products(jax.grad(loss, argnums=(0, 1)), *learner)
+    # Logits of both, and the gradient for the hidden states:
+    assert len(products(jax.grad(loss), *learner)) == 3
+
+
+@pytest.mark.parametrize("chunk, blocks", [(1, 7), (2, 4), (6, 2), (7, 1), (8, 1), (None, 1)])
+def test_no_more_blocks_than_needed(chunk, blocks):
+    learner, teacher, _, mask = problem()
+    jaxpr = jax.make_jaxpr(
+        lambda x: linear_loss([losses.reverse_kl], x, [teacher], mask, chunk=chunk)[0]
+    )(learner)
+    loops = [e.params["length"] for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    assert loops == [blocks]
+
+
+def test_no_array_of_all_logits():
+    """Temporary memory of value and gradients at 2,048 positions of a vocabulary of 49,152."""
+    shape = jax.ShapeDtypeStruct
+    rows, length, vocabulary = 4, 512, 49152
+    learner, teacher = (
+        Linear(shape((rows, length, width), jnp.float32), shape((vocabulary, width), jnp.float32))
+        for width in (576, 960)
+    )
+    mask = shape((rows, length), jnp.float32)
+
+    def chunked(learner, teacher, mask):
+        return linear_loss([losses.reverse_kl], learner, [teacher], mask)[0]
+
+    def whole(learner, teacher, mask):
+        return (mask * losses.reverse_kl(teacher.logits(), learner.logits())).sum()
+
+    def mebibytes(loss):
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(learner, teacher, mask).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    assert mebibytes(chunked) <= 220
+    assert mebibytes(whole) > 1000

@@ -1,0 +1,216 @@
+"""The soft prompt stands where its tokens would stand, for us and for PEFT."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, TOKENIZERS
+from safetensors.numpy import load_file, save_file
+from test_models import LENGTHS, PREFIX, TOKENS, logits, make_pair, random_model
+
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
+from promptkd_jax.sampler import Sampling, row_keys, sample
+
+STUDENT = [15979, 577, 345, 389, 257, 3710, 13]  # "Suppose you are a student." for GPT-2
+needs_adapters = pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(folder, id=str(folder.relative_to(GOLDEN)))
+        for folder in sorted(GOLDEN.glob("**/teacher_prompt_adapter"))
+    ]
+    or [pytest.param(None, marks=pytest.mark.skip(reason=f"no adapter under {GOLDEN}"))],
+)
+
+
+@pytest.fixture(autouse=True)
+def _full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "opt"])
+def pair(request, tmp_path_factory):
+    return make_pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def adapted(pair, tmp_path_factory):
+    """The teacher of `pair` behind our prompt, as PEFT loads it."""
+    peft = pytest.importorskip("peft", reason="adapters are checked against PEFT")
+    folder = tmp_path_factory.mktemp("adapter")
+    hf_config = pair.model.hf_config
+    save_soft_prompt(folder, PREFIX, teacher=str(pair.folder), hf_config=hf_config)
+    return peft.PeftModel.from_pretrained(pair.reference, folder).eval()
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A saved prompt."""
+    hf_config = random_model("gpt2").hf_config
+    save_soft_prompt(tmp_path, jnp.asarray(PREFIX), teacher="teacher", hf_config=hf_config)
+    return tmp_path
+
+
+# Where it starts.
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 8, 20])
+def test_the_first_prompt_repeats_and_cuts_its_tokens(length):
+    params = random_model("gpt2").params
+    ids = [9, 2, 44, 2, 17, 3, 100]
+    found = init_soft_prompt(params, ids, length)
+    expected = params["embed"]["embedding"][[ids[i % 7] for i in range(length)]]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_first_prompt_of_a_half_precision_teacher_is_float32():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model("gpt2").params)
+    found = init_soft_prompt(params, [4, 5], 3)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, params["embed"]["embedding"][[4, 5, 4]])
+
+
+def test_no_tokens_to_start_from():
+    with pytest.raises(ValueError, match="at least one token"):
+        init_soft_prompt(random_model("gpt2").params, [], 5)
+
+
+def test_the_published_text_in_gpt2_tokens():
+    folder = TOKENIZERS / "gpt2"
+    if not folder.exists():
+        pytest.skip(f"no GPT-2 tokenizer under {TOKENIZERS} (set PROMPTKD_TOKENIZERS)")
+    from transformers import GPT2TokenizerFast
+
+    tokenizer = GPT2TokenizerFast.from_pretrained(folder)
+    ids = tokenizer("Suppose you are a student.", add_special_tokens=False).input_ids
+    assert ids == STUDENT
+
+
+# Where it stands.
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mistral"])
+def test_a_prompt_of_real_tokens_is_their_text(name):
+    """Learned positions, with and without offset, rotary ones, and a window that slides past it."""
+    model = random_model(name)
+    text = [9, 2, 44, 17, 30]
+    soft = logits(model, prefix=init_soft_prompt(model.params, text, 5))
+    hard = logits(model, np.concatenate([np.tile(np.int32(text), (3, 1)), TOKENS], axis=1))
+    np.testing.assert_allclose(soft, hard[:, 5:], rtol=0, atol=1e-5)
+    assert np.abs(soft - logits(model)).max() > 0.5
+
+
+# Files.
+
+
+def test_load_after_save_is_bit_equal(adapter):
+    found = load_soft_prompt(adapter)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, PREFIX)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["num_virtual_tokens"], config["token_dim"]) == PREFIX.shape
+    assert (config["num_layers"], config["num_attention_heads"]) == (3, 4)
+    assert config["base_model_name_or_path"] == "teacher"
+
+
+def test_half_precision_is_saved_as_float32(tmp_path):
+    half = jnp.asarray(PREFIX, jnp.bfloat16)
+    save_soft_prompt(tmp_path, half, teacher="teacher", hf_config=random_model("opt").hf_config)
+    stored = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(load_soft_prompt(tmp_path), half.astype(jnp.float32))
+
+
+@needs_adapters
+def test_adapters_that_peft_wrote_are_read(folder):
+    found = load_soft_prompt(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert found.shape == (config["num_virtual_tokens"], config["token_dim"])
+    expected = np.load(folder.parent / "expected.npz")["prompt_after"]
+    np.testing.assert_allclose(found, expected[-1], rtol=0, atol=1e-6)
+
+
+def test_adapters_of_another_kind(adapter):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ModelError, match=f"{file}: peft_type is 'LORA'; only PROMPT_TUNING"):
+        load_soft_prompt(adapter)
+
+
+def test_adapters_with_other_tensors(adapter):
+    save_file({"base_model.lora_A": PREFIX}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"prompt_embeddings, found \['base_model.lora_A'\]"):
+        load_soft_prompt(adapter)
+
+
+def test_missing_files(adapter):
+    weights = adapter / "adapter_model.safetensors"
+    weights.rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match=f"{weights}: no such file"):
+        load_soft_prompt(adapter)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match=f"{adapter}/adapter_config.json: no such file"):
+        load_soft_prompt(adapter)
+
+
+# With PEFT.
+
+
+def peft_logits(adapted, **inputs) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        inputs = {name: torch.tensor(array) for name, array in inputs.items()}
+        return adapted(**inputs, use_cache=False).logits[:, len(PREFIX) :].numpy()
+
+
+def test_peft_computes_the_logits_of_our_prompted_teacher(pair, adapted):
+    """The prompt takes the positions 0 to M - 1 there too."""
+    found = peft_logits(adapted, input_ids=TOKENS)
+    np.testing.assert_allclose(found, logits(pair.model, prefix=PREFIX), rtol=0, atol=1e-4)
+
+
+def test_peft_with_padding_behind_the_rows(pair, adapted):
+    """OPT counts positions by its mask: rows that start at column 0 keep theirs."""
+    real = np.arange(TOKENS.shape[1]) < LENGTHS[:, None]
+    found = peft_logits(adapted, input_ids=TOKENS, attention_mask=real.astype(np.int64))
+    expected = logits(pair.model, prefix=PREFIX)
+    np.testing.assert_allclose(found[real], expected[real], rtol=0, atol=1e-4)
+
+
+def test_peft_drops_positions_that_do_not_count_the_prompt(adapted):
+    positions = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape).copy()
+    with pytest.warns(UserWarning, match="[Pp]osition ids are not supported"):
+        found = peft_logits(adapted, input_ids=TOKENS, position_ids=positions)
+    np.testing.assert_array_equal(found, peft_logits(adapted, input_ids=TOKENS))
+
+
+def test_peft_generates_what_we_sample_behind_the_prompt(pair, adapted):
+    import torch
+
+    model = pair.model
+    row = TOKENS[:1, :6]
+    out = jax.jit(
+        lambda params, prefix: sample(
+            model.decoder,
+            params,
+            row,
+            np.int32([6]),
+            row_keys(jax.random.key(0), np.arange(1)),
+            max_new_tokens=16,
+            sampling=Sampling(temperature=0.0),
+            prefix=prefix,
+        )
+    )(model.params, PREFIX)
+    found = adapted.generate(
+        input_ids=torch.tensor(row),
+        attention_mask=torch.ones(row.shape, dtype=torch.long),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert found[0].tolist() == out.tokens[0].tolist()

@@ -1,0 +1,200 @@
+"""Which positions count follows from lengths alone; the student's rows are training rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.decoder import Decoder, embed, head
+from promptkd_jax.models.load import abstract_params
+from promptkd_jax.sampler import Sampling
+from promptkd_jax.targets import Batch, gather, responses, rollout
+from promptkd_jax.teacher import view
+
+EOS = 3
+CAPACITY = 6
+
+
+def batch() -> Batch:
+    """A response of 4 tokens, an immediate EOS, a full row cut at the limit, and no response."""
+    tokens = np.arange(4 * 9, dtype=np.int32).reshape(4, 9) + 10
+    prompt_lengths, lengths = np.array([2, 4, 3, 5], np.int32), np.array([6, 5, 9, 5], np.int32)
+    tokens[np.arange(9) >= lengths[:, None]] = EOS  # padding is EOS
+    tokens[0, 5] = tokens[1, 4] = EOS
+    return Batch(tokens, prompt_lengths, lengths)
+
+
+def test_every_response_token_is_predicted_once_the_eos_included():
+    rows, where = batch(), responses(batch(), CAPACITY)
+    assert where.mask.sum(axis=1).tolist() == [4, 1, CAPACITY, 0]
+    for b, (start, end) in enumerate(zip(rows.prompt_lengths, rows.lengths)):
+        real = where.mask[b] == 1
+        assert where.labels[b][real].tolist() == rows.tokens[b, start:end].tolist()
+        assert where.positions[b][real].tolist() == list(range(start - 1, end - 1))
+    assert where.labels[0][3] == where.labels[1][0] == EOS
+    assert where.mask.dtype == jnp.float32
+    assert set(np.unique(where.mask)) == {0, 1}
+
+
+def test_the_mask_does_not_look_at_tokens():
+    rows = batch()
+    found = responses(rows._replace(tokens=np.full_like(rows.tokens, EOS)), CAPACITY)
+    expected = responses(rows, CAPACITY)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.positions, expected.positions)
+
+
+def test_columns_that_do_not_count_can_still_be_read():
+    """They are clipped into the row, so that no label and no hidden state is out of bounds."""
+    where = responses(batch(), 20)
+    assert where.positions.min() >= 0 and where.positions.max() == 9 - 2
+    assert where.mask.sum(axis=1).tolist() == [4, 1, 6, 0]
+    assert np.isin(where.labels, batch().tokens).all()
+
+
+def test_gather_takes_the_hidden_states_at_the_positions():
+    rows = batch()
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 5)), jnp.float32)
+    where = responses(rows, CAPACITY)
+    found = gather(hidden, where)
+    assert found.shape == (4, CAPACITY, 5)
+    for b in range(4):
+        np.testing.assert_array_equal(found[b], hidden[b, where.positions[b]])
+
+
+VOCABULARY = 20
+DECODER = Decoder(
+    from_hugging_face(
+        {
+            "model_type": "llama",
+            "vocab_size": VOCABULARY + 4,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 24,
+            "max_position_embeddings": 64,
+        }
+    )
+)
+
+
+@functools.cache
+def params():
+    rng = np.random.default_rng(1)
+    shapes = abstract_params(DECODER.config)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), shapes)
+
+
+def test_a_teacher_behind_the_embeddings_of_words_reads_the_words():
+    """Hidden states behind a soft prompt stand at the same tokens as without one."""
+    rng = np.random.default_rng(2)
+    words = rng.integers(0, VOCABULARY, 3).astype(np.int32)
+    rows = Batch(
+        rng.integers(0, VOCABULARY, (2, 7)).astype(np.int32), np.array([2, 4]), np.array([7, 5])
+    )
+    longer = Batch(
+        np.concatenate([np.tile(words, (2, 1)), rows.tokens], axis=1),
+        rows.prompt_lengths + 3,
+        rows.lengths + 3,
+    )
+    soft_prompt = embed(params(), words)
+    where = responses(rows, 5)
+    prompted = view(DECODER, params(), rows, where, VOCABULARY, soft_prompt)
+    as_text = view(DECODER, params(), longer, responses(longer, 5), VOCABULARY)
+    plain = view(DECODER, params(), rows, where, VOCABULARY)
+    real = where.mask == 1
+    np.testing.assert_allclose(prompted.logits()[real], as_text.logits()[real], atol=1e-5)
+    assert np.abs(prompted.logits() - plain.logits())[real].max() > 0.1
+    assert prompted.logits().shape == (2, 5, VOCABULARY)
+    np.testing.assert_array_equal(prompted.head, head(params())[:VOCABULARY])
+
+
+REQUESTS, NEW = 4, 5
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def write(batch: Batch, key, force_eos: bool, eos_ids: tuple[int, ...]):
+    return rollout(
+        DECODER,
+        params(),
+        batch,
+        key,
+        prompt_capacity=REQUESTS,
+        max_new_tokens=NEW,
+        sampling=Sampling(eos_ids=eos_ids),
+        vocab_size=VOCABULARY,
+        force_eos=force_eos,
+    )
+
+
+EOS_IDS = (EOS, 5, 8)
+
+
+def requests() -> Batch:
+    """Requests of 1 to 4 tokens with gold responses behind them."""
+    tokens = np.random.default_rng(3).integers(0, VOCABULARY, (8, 9)).astype(np.int32)
+    prompt_lengths = np.array([1, 2, 3, 4] * 2, np.int32)
+    return Batch(tokens, prompt_lengths, prompt_lengths + 5)
+
+
+@functools.cache
+def written(force_eos: bool = False):
+    return jax.device_get(write(requests(), jax.random.key(4), force_eos, EOS_IDS))
+
+
+def test_a_rollout_is_a_batch_of_requests_and_responses():
+    rows, ended = written()
+    assert rows.tokens.shape == (8, REQUESTS + NEW)
+    np.testing.assert_array_equal(rows.prompt_lengths, requests().prompt_lengths)
+    assert 0 < ended.sum() < 8
+    for b, (start, end) in enumerate(zip(rows.prompt_lengths, rows.lengths)):
+        assert rows.tokens[b, :start].tolist() == requests().tokens[b, :start].tolist()
+        assert (rows.tokens[b, end:] == 0).all()
+        response = rows.tokens[b, start:end]
+        assert 1 <= len(response) <= NEW and response.max() < VOCABULARY
+        assert not np.isin(response[:-1], EOS_IDS).any()
+        assert np.isin(response[-1], EOS_IDS) == ended[b]
+        assert len(response) == NEW or ended[b]
+    counted = responses(rows, NEW).mask.sum(axis=1)
+    np.testing.assert_array_equal(counted, rows.lengths - rows.prompt_lengths)
+    assert counted.min() == 1  # an immediate EOS
+    assert (counted[~ended] == NEW).all()
+
+
+def test_an_eos_is_forced_only_on_rows_that_ran_to_the_limit():
+    (rows, ended), (forced, same) = written(), written(force_eos=True)
+    np.testing.assert_array_equal(same, ended)
+    np.testing.assert_array_equal(forced.lengths, rows.lengths)
+    changed = forced.tokens != rows.tokens
+    expected = np.zeros_like(changed)
+    expected[~ended, rows.lengths[~ended] - 1] = True
+    np.testing.assert_array_equal(changed, expected)
+    assert (forced.tokens[expected] == EOS).all()  # the first of the ids
+
+
+def test_gold_responses_are_not_seen():
+    given = requests()
+    behind = np.arange(9) >= given.prompt_lengths[:, None]
+    other = given._replace(tokens=np.where(behind, 0, given.tokens), lengths=given.prompt_lengths)
+    found, _ = write(other, jax.random.key(4), False, EOS_IDS)
+    np.testing.assert_array_equal(found.tokens, written()[0].tokens)
+
+
+def test_a_row_does_not_depend_on_the_others_but_on_the_key():
+    given = requests()
+    other = given._replace(tokens=given.tokens.copy())
+    other.tokens[1:] = (other.tokens[1:] + 1) % VOCABULARY
+    found, _ = write(other, jax.random.key(4), False, EOS_IDS)
+    np.testing.assert_array_equal(found.tokens[0], written()[0].tokens[0])
+    found, _ = write(given, jax.random.key(5), False, EOS_IDS)
+    assert (found.tokens != written()[0].tokens).any(axis=1).sum() > 4
+
+
+def test_without_an_eos_every_row_is_full():
+    rows, ended = write(requests(), jax.random.key(4), False, ())
+    assert not ended.any()
+    np.testing.assert_array_equal(rows.lengths, requests().prompt_lengths + NEW)
+    assert responses(rows, NEW).mask.all()

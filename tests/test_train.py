@@ -1,0 +1,240 @@
+"""Whole runs of tiny models: what comes out, and what happens when something goes wrong."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from promptkd_jax import train
+from promptkd_jax.config import ConfigError
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.load import load_model
+from promptkd_jax.prompt import load_soft_prompt
+from promptkd_jax.recipe import check_recipe
+from promptkd_jax.report import read_metrics
+
+CONFIG = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import tiny
+
+def get_config():
+    return tiny.short_config(pathlib.Path({models!r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("run") / "models"
+    tiny.short_config(folder)
+    return folder
+
+
+@pytest.fixture
+def config(models):
+    return tiny.short_config(models)
+
+
+@pytest.fixture(scope="module")
+def finished(models) -> pathlib.Path:
+    """A run that nothing disturbed."""
+    workdir = models.parent / "finished"
+    train.run(tiny.short_config(models), workdir)
+    return workdir
+
+
+def start(models: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> subprocess.Popen:
+    """The same run as `finished`, by the command line in a process of its own."""
+    file = models.parent / "config.py"
+    file.write_text(CONFIG.format(tests=str(pathlib.Path(__file__).parent), models=str(models)))
+    command = [sys.executable, "-m", "promptkd_jax.train", f"--config={file}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def wait_for(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    """Until `reached`; fails if the run ends before."""
+    while not reached():
+        if process.poll() is not None:
+            pytest.fail(f"the run ended too early: {process.stdout.read()}")
+        time.sleep(0.01)
+
+
+def student(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    return load_file(workdir / "student" / "model.safetensors")
+
+
+def assert_same_student(one: pathlib.Path, other: pathlib.Path) -> None:
+    ours, theirs = student(one), student(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    np.testing.assert_array_equal(
+        load_soft_prompt(one / "soft_prompt"), load_soft_prompt(other / "soft_prompt")
+    )
+
+
+def test_a_run_leaves_what_it_promises(finished, models):
+    summary = json.loads((finished / "summary.json").read_text())
+    for metric in ("kl", "agreement", "rougeL"):
+        assert {f"{metric}_before", f"{metric}_after"} <= summary.keys()
+    assert summary["kl_after"] < summary["kl_before"]
+    assert summary["updates"] == 7 and summary["updates_skipped"] == 0
+    assert summary["peak_memory_gb"] > 0 and summary["seconds"] > 0
+    assert (finished / "report.html").read_text().startswith("<!doctype html>")
+    card = (finished / "student" / "README.md").read_text()
+    assert str(models / "teacher") in card and "reverse_kl" in card and "train.jsonl" in card
+    model = load_model(str(finished / "student"))
+    assert model.eos_ids == (0,) and model.tokenizer is not None
+    assert load_soft_prompt(finished / "soft_prompt").shape == (7, 32)
+
+
+def test_every_update_is_logged_once_with_its_stage(finished):
+    rows = read_metrics(finished)
+    updates = [row for row in rows if "student_loss" in row]
+    assert [row["step"] for row in updates] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["stage"] for row in updates] == ["warmup"] * 3 + ["promptkd"] * 4
+    assert all({"kl_plain", "agreement", "tokens_per_second"} <= row.keys() for row in updates)
+    prompted = {"kl_prompted", "prompt_norm", "prompt_loss", "eos_rate", "response_length"}
+    assert all(prompted <= row.keys() for row in updates[3:])
+    assert [row["regularisation_weight"] for row in updates[3:]] == [0.75, 0.5, 0.25, 0.0]
+    assert [row["step"] for row in rows if "dev/rougeL" in row] == [2, 4, 6]
+
+
+def test_a_finished_run_does_nothing(finished, config, capsys):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
+    assert train.run(config, finished) == json.loads((finished / "summary.json").read_text())
+    assert "finished" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 5])
+def test_kill_and_the_same_command_continue_bit_for_bit(models, finished, tmp_path, step):
+    process = start(models, tmp_path)
+    wait_for(process, (tmp_path / "checkpoints" / str(step)).exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "summary.json").exists()
+    process = start(models, tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "continuing from step" in output
+    assert_same_student(finished, tmp_path)
+    updates = [row["step"] for row in read_metrics(tmp_path) if "student_loss" in row]
+    assert updates == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_with_0(models, finished, tmp_path):
+    process = start(models, tmp_path, "--config.checkpoint.every=1000")
+    wait_for(process, (tmp_path / "metrics.jsonl").exists)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "saved; the same command continues" in output
+    output, _ = start(models, tmp_path, "--config.checkpoint.every=1000").communicate()
+    assert "continuing from step" in output
+    assert_same_student(finished, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, finished, tmp_path, capsys):
+    config.checkpoint.keep = 3
+    train.run(config, tmp_path)
+    for file in ("summary.json", "report.html"):
+        (tmp_path / file).unlink()
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    largest = max(newest.rglob("*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-10])
+    train.run(config, tmp_path)
+    output = capsys.readouterr().out
+    assert "checkpoint 7 is damaged" in output and "continuing from 6" in output
+    assert_same_student(finished, tmp_path)
+
+
+def test_a_folder_belongs_to_one_config(finished, config):
+    config.stages[1].learning_rate = 2e-3
+    with pytest.raises(
+        ConfigError, match=r"config.stages\[1\].learning_rate: there 0.001, now 0.002"
+    ):
+        train.run(config, finished)
+    assert (finished / "summary.json").exists()
+
+
+def test_what_does_not_change_the_student_may_change(finished, config):
+    config.checkpoint.keep = 5
+    config.log_every = 3
+    train.run(config, finished)
+
+
+def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
+    config.stages[0].learning_rate = 1e30
+    config.stages[0].clip = 1e30
+    config.stop_after_skipped = 2
+    config.stages[0].steps = 8
+    config.evaluation.every = 0
+    with pytest.raises(train.TrainingError, match="not finite in 2 updates in a row"):
+        train.run(config, tmp_path)
+
+
+def test_all_mistakes_of_a_config_at_once(config):
+    config.data.max_prompt_length = 24
+    config.stages[0].batch_size = 0
+    config.stages[1].student_terms = (("revers_kl", 1.0),)
+    config.preset = "fast"
+    with pytest.raises(ConfigError) as error:
+        check_recipe(config)
+    for part in ("stages[0].batch_size", "revers_kl", "config.preset: 'fast'"):
+        assert part in str(error.value), error.value
+
+
+def test_contradictions_of_a_config_at_once(config):
+    config.data.max_prompt_length = 24
+    config.stages[0].micro_batches = 3
+    config.stages[1].epochs = 1.0
+    config.stages[1].name = "warmup"
+    config.student.layers = 2
+    with pytest.raises(ConfigError) as error:
+        check_recipe(config)
+    assert len(str(error.value).splitlines()) == 5, error.value
+
+
+def test_different_tokenizers_are_refused(config, tmp_path):
+    config.student.path = tiny.write_model(
+        tmp_path / "other", width=16, depth=2, seed=2, extra=("Ġpurple",)
+    )
+    with pytest.raises(ModelError, match="different tokenizers"):
+        train.run(config, tmp_path / "run")
+
+
+def test_padded_vocabularies_of_one_family_are_handled(config, tmp_path):
+    config.student.path = tiny.write_model(tmp_path / "padded", width=16, depth=2, seed=1, pad=13)
+    config.stages = config.stages[1:]
+    config.evaluation.every = 0
+    summary = train.run(config, tmp_path / "run")
+    assert np.isfinite(summary["kl_after"])
+
+
+def test_the_best_checkpoint_can_be_exported(finished, tmp_path, capsys):
+    from promptkd_jax import export
+
+    export.main([f"--workdir={finished}", "--step=last", f"--output={tmp_path}"])
+    assert_same_student(finished, tmp_path)
+    export.main([f"--workdir={finished}", "--step=best", f"--output={tmp_path / 'best'}"])
+    assert "step" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds checkpoints"):
+        export.main([f"--workdir={finished}", "--step=3", f"--output={tmp_path / 'three'}"])
