@@ -37,6 +37,6 @@ setup(
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "gguf": ["gguf>=0.19"],
-        "dev": ["gguf>=0.19", "pytest>=9.0", "ruff>=0.14"],
+        "dev": ["gguf>=0.19", "pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17"],
     },
 )

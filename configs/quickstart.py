@@ -19,17 +19,17 @@ def get_config() -> ConfigDict:
     config.data.train = "package:quickstart_train.jsonl"
     config.data.dev = "package:quickstart_heldout.jsonl"
     config.data.template = "chat"
-    config.data.max_prompt_length = 60
-    config.data.max_length = 108
+    config.data.max_prompt_length = 50
+    config.data.max_length = 96
     config.answers = dict(batch_size=48, sampling=sampling_config())
     config.evaluation.references = "teacher"
     config.evaluation.batch_size = 16
     config.evaluation.sampling = sampling_config(temperature=0.0)
-    config.checkpoint.every = 28
+    config.checkpoint.every = 23
     config.stages = (
         stage_config(
             "warmup",
-            steps=40,
+            steps=34,
             targets="teacher",
             student_terms=(("forward_kl", 1.0),),
             learning_rate=3e-4,
@@ -37,6 +37,6 @@ def get_config() -> ConfigDict:
             warmup_steps=4,
             lr_min=3e-5,
         ),
-        promptkd_config(steps=16, learning_rate=5e-5, prompt_learning_rate=1e-3),
+        promptkd_config(steps=12, learning_rate=5e-5, prompt_learning_rate=1e-3),
     )
     return config

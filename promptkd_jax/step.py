@@ -337,6 +337,8 @@ def _update_student(state, micro, scales, prompts, views: _Views, method: Method
         d_student, total, sums = _gradient(
             terms, observe, where.mask, lambda x: x, student, Conventions()
         )
+        if len(terms) == 1:  # then it is the loss
+            del sums[name]
         return pullback(d_student)[0], sums | {"student_loss": total / scale}
 
     gradient, sums = _accumulate(part, (micro, scales, prompts))

@@ -250,7 +250,8 @@ def test_sft_is_the_masked_cross_entropy_of_the_tokens_eos_included():
     assert supervised(batch()).sum() == metrics.counts.sum() == 20
     assert supervised(batch())[1].tolist() == [True] + 10 * [False]  # the immediate EOS
     assert_close(summarise(metrics)["student_loss"], value)
-    assert_close(metrics.sums["cross_entropy"], sums["cross_entropy"].sum()[None])
+    assert_close(metrics.sums["student_loss"], sums["cross_entropy"].sum()[None])
+    assert "cross_entropy" not in metrics.sums  # a single term is the loss
     assert_close(student_gradient(after), gradient)
     assert_close(summarise(metrics)["student_grad_norm"], optax.tree.norm(gradient))
     stepped = jax.tree.map(lambda p, g: p - 0.5 * g, before.student, gradient)
@@ -339,8 +340,7 @@ def test_a_prompt_without_effect_gets_no_gradient():
     assert_close(after.soft_prompt, before.soft_prompt, 0)
     assert abs(metrics.sums["prompt_regulariser"]).max() < 1e-5
     assert_close(metrics.sums["kl_prompted"], metrics.sums["kl_plain"])
-    assert_close(metrics.sums["reverse_kl"], metrics.sums["kl_plain"])
-    assert np.isfinite(summarise(metrics)["student_loss"])
+    assert_close(metrics.sums["student_loss"], metrics.sums["kl_plain"])
     assert after.skipped == 0
 
 
@@ -577,10 +577,12 @@ def weights(decoder: Decoder) -> int:
     return sum(kernels) + decoder.config.vocab_size * decoder.config.width
 
 
-def test_matrix_products_of_an_update():
+@pytest.mark.parametrize("teacher", [llama(6, 256, 1024, 512), llama(1, 64, 256, 512)])
+def test_matrix_products_of_an_update(teacher):
     """Three forwards and a backward without weights of the teacher; forward and backward of the
-    student: 8 N_T + 6 N_S operations a token, attention scores apart."""
-    teacher, student = Decoder(llama(6, 256, 1024, 512)), Decoder(llama(4, 128, 512, 512))
+    student: 8 N_T + 6 N_S operations a token, attention scores apart. Once with a large teacher
+    and once with a small one, beside which a second forward of the student would show."""
+    teacher, student = Decoder(teacher), Decoder(llama(4, 128, 512, 512))
     tokens = 4 * 64
     found = traced_products(1.0, teacher, student)
     total = sum(flops for _, flops, attention in found if not attention)
@@ -589,7 +591,7 @@ def test_matrix_products_of_an_update():
     assert 0.95 * needed < total <= 1.1 * needed
     shapes = {shape for shape, _, _ in found}
     assert (128, 512) in shapes  # gradients of the student's feed-forward
-    assert (256, 1024) not in shapes  # and none of the teacher's
+    assert (teacher.config.width, teacher.config.mlp_width) not in shapes  # and none of this
 
     without = traced_products(0.0, teacher, student)
     saved = total - sum(flops for _, flops, attention in without if not attention)

@@ -13,6 +13,8 @@ from promptkd_jax.sampler import Sampling
 from promptkd_jax.targets import Batch, gather, responses, rollout
 from promptkd_jax.teacher import view
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 EOS = 3
 CAPACITY = 6
 
@@ -100,22 +102,23 @@ def test_a_teacher_behind_the_embeddings_of_words_reads_the_words():
         rows.prompt_lengths + 3,
         rows.lengths + 3,
     )
-    soft_prompt = embed(params(), words)
-    where = responses(rows, 5)
-    prompted = view(DECODER, params(), rows, where, VOCABULARY, soft_prompt)
-    as_text = view(DECODER, params(), longer, responses(longer, 5), VOCABULARY)
-    plain = view(DECODER, params(), rows, where, VOCABULARY)
-    real = where.mask == 1
-    np.testing.assert_allclose(prompted.logits()[real], as_text.logits()[real], atol=1e-5)
-    assert np.abs(prompted.logits() - plain.logits())[real].max() > 0.1
-    assert prompted.logits().shape == (2, 5, VOCABULARY)
+
+    @jit
+    def seen(rows, soft_prompt=None):
+        return view(DECODER, params(), rows, responses(rows, 5), VOCABULARY, soft_prompt)
+
+    prompted, as_text, plain = seen(rows, embed(params(), words)), seen(longer), seen(rows)
+    assert prompted.hidden.shape == (2, 5, 16)
     np.testing.assert_array_equal(prompted.head, head(params())[:VOCABULARY])
+    real = responses(rows, 5).mask == 1
+    np.testing.assert_allclose(prompted.hidden[real], as_text.hidden[real], atol=1e-5)
+    assert np.abs(prompted.hidden - plain.hidden)[real].max() > 0.1
 
 
 REQUESTS, NEW = 4, 5
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jit, static_argnums=(2, 3))
 def write(batch: Batch, key, force_eos: bool, eos_ids: tuple[int, ...]):
     return rollout(
         DECODER,

@@ -15,26 +15,10 @@ from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import Model
 from promptkd_jax.recipe import base_config, promptkd_config, sampling_config, stage_config
 
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "say",
-    "a",
-    "the",
-    "colour",
-    "of",
-    "sky",
-    "grass",
-    "fire",
-    "is",
-    "and",
-    "or",
-    "two",
-    "three",
-    "name",
-    "one",
-]
+WORDS = (
+    *("red", "blue", "green", "say", "a", "the", "colour", "of", "sky", "grass"),
+    *("fire", "is", "and", "or", "two", "three", "name", "one"),
+)
 
 
 def tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
