@@ -8,6 +8,7 @@ import argparse
 import functools
 import json
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from promptkd_jax import losses
-from promptkd_jax.data import TEMPLATES, Rows, eval_batches, read_records, tokenize
+from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
 from promptkd_jax.losses import linear_loss
+from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, load_model
 from promptkd_jax.sampler import Sampling, row_keys, sample
@@ -156,16 +158,20 @@ def score(
 def main(argv: Sequence[str] | None = None) -> None:
     """`promptkd evaluate`: every set with every seed; a table, `evaluation.json`, the samples."""
     options = _parser().parse_args(argv)
+    try:
+        found = evaluate(options)
+    except (DataError, ModelError) as error:
+        sys.exit(f"promptkd evaluate: {error}")
+    Console().print(_table(found))
+    print(f"written to {options.output}/evaluation.json, the answers beside it")
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Scores by set, written to `options.output`. Raises DataError, ModelError."""
     model = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype)
-    chosen = Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-        eos_ids=model.eos_ids,
-    )
-    output = pathlib.Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
+    if model.tokenizer is None:
+        raise ModelError(f"{options.model}: has no tokenizer files (tokenizer.json, …)")
+    options.output.mkdir(parents=True, exist_ok=True)
     found = {}
     for source in options.data:
         name = pathlib.Path(source.removeprefix("package:")).stem
@@ -177,26 +183,35 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_length=options.max_length,
             eos_id=model.eos_ids[0],
         )
-        found[name] = {"rows": len(rows.tokens), "dropped": rows.dropped, "seeds": {}}
+        seeds = {}
         for seed in options.seeds:
-            scores, texts = score(
-                model,
-                rows,
-                sampling=chosen,
-                prompt_capacity=options.max_prompt_length,
-                max_new_tokens=options.max_length - options.max_prompt_length,
-                batch_size=options.batch_size,
-                seed=seed,
-            )
-            found[name]["seeds"][str(seed)] = scores
-            _write_samples(output / f"{name}-seed{seed}.jsonl", rows, texts)
-        found[name] |= _over_seeds(found[name]["seeds"].values())
+            seeds[str(seed)], texts = _score_set(model, rows, options, seed)
+            _write_samples(options.output / f"{name}-seed{seed}.jsonl", rows, texts)
+        counts = {"rows": len(rows.tokens), "dropped": rows.dropped}
+        found[name] = counts | {"seeds": seeds} | _over_seeds(seeds.values())
     settings = {key: value for key, value in vars(options).items() if key != "output"}
-    (output / "evaluation.json").write_text(
+    (options.output / "evaluation.json").write_text(
         json.dumps({"settings": settings, "sets": found}, indent=2) + "\n"
     )
-    Console().print(_table(found))
-    print(f"written to {output}/evaluation.json, the answers beside it")
+    return found
+
+
+def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int):
+    return score(
+        model,
+        rows,
+        sampling=Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            eos_ids=model.eos_ids,
+        ),
+        prompt_capacity=options.max_prompt_length,
+        max_new_tokens=options.max_length - options.max_prompt_length,
+        batch_size=options.batch_size,
+        seed=seed,
+    )
 
 
 def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -235,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder, .gguf file, or hub id")
     parser.add_argument("--data", required=True, nargs="+", help="JSON lines files or hub ids")
     parser.add_argument("--split", default="test", help="of a hub data set")
-    parser.add_argument("--output", required=True, help="folder for the results")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for the results")
     parser.add_argument("--template", default="alpaca", choices=sorted(TEMPLATES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50])
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")

@@ -55,10 +55,12 @@ class TrainingError(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs; a mistake of the user ends it with a message alone."""
     try:
-        config, rest = load_config(sys.argv[1:] if argv is None else argv)
-        workdir = _workdir(rest)
+        options, rest = _parser().parse_known_args(argv)
+        config, unknown = load_config(rest)
+        if unknown:
+            raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
         recipe.check_recipe(config)
-        run(config, workdir)
+        run(config, options.workdir)
     except (ConfigError, DataError, ModelError, CheckpointError, TrainingError) as error:
         sys.exit(f"promptkd train: {error}")
     except OSError as error:
@@ -156,8 +158,14 @@ class _Loop:
     ):
         self.experiment, self.checkpoints, self.started = experiment, checkpoints, started
         self.state, self.done = None, 0
+        self._fingerprint = fingerprint(experiment.config, recipe.IRRELEVANT)
         if restored := checkpoints.restore_latest(experiment.abstract_state()):
             self.done, self.state, meta = restored
+            if meta["fingerprint"] != self._fingerprint:
+                raise CheckpointError(
+                    f"{workdir}/checkpoints: checkpoint {self.done} is of a run with another "
+                    "config; take another --workdir"
+                )
             self.started -= meta["seconds"]
             print("\n".join(checkpoints.damage + [f"continuing from step {self.done}"]))
         truncate_metrics(workdir, self.done)
@@ -250,6 +258,7 @@ class _Loop:
             {
                 "stage": stage.name,
                 "position": self.done - stage.first,
+                "fingerprint": self._fingerprint,
                 "seconds": time.monotonic() - self.started,
             },
             metrics=scores,
@@ -352,10 +361,15 @@ def _samples(experiment: Experiment, before: list[str], after: list[str]) -> lis
     ]
 
 
-def _workdir(arguments: list[str]) -> pathlib.Path:
-    parser = argparse.ArgumentParser(prog="promptkd train --config FILE[:arg]")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="promptkd train",
+        description=__doc__,
+        usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]",
+        allow_abbrev=False,
+    )
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
-    return parser.parse_args(arguments).workdir
+    return parser
 
 
 def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:

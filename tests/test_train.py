@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from promptkd_jax import train
+from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import load_model
@@ -52,11 +55,15 @@ def finished(models) -> pathlib.Path:
     return workdir
 
 
-def start(models: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> subprocess.Popen:
-    """The same run as `finished`, by the command line in a process of its own."""
+def write_config(models: pathlib.Path) -> pathlib.Path:
     file = models.parent / "config.py"
     file.write_text(CONFIG.format(tests=str(pathlib.Path(__file__).parent), models=str(models)))
-    command = [sys.executable, "-m", "promptkd_jax.train", f"--config={file}"]
+    return file
+
+
+def start(models: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> subprocess.Popen:
+    """The same run as `finished`, by the command line in a process of its own."""
+    command = [sys.executable, "-m", "promptkd_jax.train", f"--config={write_config(models)}"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *overrides],
         stdout=subprocess.PIPE,
@@ -173,6 +180,28 @@ def test_a_folder_belongs_to_one_config(finished, config):
     ):
         train.run(config, finished)
     assert (finished / "summary.json").exists()
+
+
+def test_checkpoints_of_another_run_are_refused(finished, config, tmp_path):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    config.seed = 11
+    with pytest.raises(CheckpointError, match="of a run with another config"):
+        train.run(config, tmp_path)
+
+
+def test_the_command_line_says_what_is_wrong(models, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    assert "--workdir DIR" in capsys.readouterr().out
+    file = write_config(models)
+    for arguments, message in (
+        ([f"--config={file}", "--confg.seed=1"], "unknown arguments: --confg.seed=1"),
+        ([f"--config={file}", "--config.sed=1"], "did you mean seed"),
+        (["--config=nowhere.py"], "no Python file 'nowhere.py'"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            train.main([*arguments, f"--workdir={tmp_path}"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_change_the_student_may_change(finished, config):
