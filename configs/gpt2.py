@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from promptkd_jax.recipe import paper_config
 
 TEACHER = "MiniLLM/teacher-gpt2-1.5B"
-# size: hub id of the student after its 3 epochs, global batch, learning rate, epochs; then learning
-# rate and epochs of the baselines, which start from the pre-trained model.
+# size: hub id of the student after its 3 epochs, global batch, micro-batches of 16 rows, learning
+# rate, epochs; then start, learning rate and epochs of the baselines.
 STUDENTS = {
-    "base": ("MiniLLM/init-gpt2-120M", 256, 5e-5, 20, "openai-community/gpt2", 5e-4, 20),
-    "medium": ("MiniLLM/init-gpt2-340M", 64, 1e-5, 20, "openai-community/gpt2-medium", 1e-4, 20),
-    "large": ("MiniLLM/init-gpt2-760M", 64, 5e-6, 15, "openai-community/gpt2-large", 1e-4, 10),
+    "base": ("MiniLLM/init-gpt2-120M", 256, 16, 5e-5, 20, "openai-community/gpt2", 5e-4, 20),
+    "medium": ("MiniLLM/init-gpt2-340M", 64, 4, 1e-5, 20, "openai-community/gpt2-medium", 1e-4, 20),
+    "large": ("MiniLLM/init-gpt2-760M", 64, 4, 5e-6, 15, "openai-community/gpt2-large", 1e-4, 10),
 }
 
 

@@ -11,9 +11,9 @@ from promptkd_jax.recipe import paper_config
 
 TEACHER = "MiniLLM/teacher-OPT-13B"
 STUDENTS = {
-    "1.3b": ("MiniLLM/init-OPT-1.3B", 64, 5e-6, 10, "facebook/opt-1.3b", 5e-5, 10),
-    "2.7b": ("MiniLLM/init-OPT-2.7B", 64, 5e-6, 10, "facebook/opt-2.7b", 5e-5, 10),
-    "6.7b": ("MiniLLM/init-OPT-6.7B", 64, 5e-6, 10, "facebook/opt-6.7b", 1e-5, 10),
+    "1.3b": ("MiniLLM/init-OPT-1.3B", 64, 1, 5e-6, 10, "facebook/opt-1.3b", 5e-5, 10),
+    "2.7b": ("MiniLLM/init-OPT-2.7B", 64, 1, 5e-6, 10, "facebook/opt-2.7b", 5e-5, 10),
+    "6.7b": ("MiniLLM/init-OPT-6.7B", 64, 1, 5e-6, 10, "facebook/opt-6.7b", 1e-5, 10),
 }
 
 
@@ -21,5 +21,4 @@ def get_config(arg: str = "student=1.3b") -> ConfigDict:
     """The recipe for `student=1.3b|2.7b|6.7b[,method=promptkd|sft|kd]`."""
     config = paper_config("OPT", TEACHER, STUDENTS, arg, default="1.3b")
     config.soft_prompt.add_special_tokens = True
-    config.student.remat = "full"
     return config

@@ -23,7 +23,7 @@ from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_rec
 from promptkd_jax.losses import linear_loss
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model, load_model
+from promptkd_jax.models.load import Model, load_with_tokenizer
 from promptkd_jax.sampler import Sampling, row_keys, sample
 from promptkd_jax.targets import Batch, responses
 from promptkd_jax.teacher import view
@@ -168,13 +168,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Scores by set, written to `options.output`. Raises DataError, ModelError."""
-    model = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype)
-    if model.tokenizer is None:
-        raise ModelError(f"{options.model}: has no tokenizer files (tokenizer.json, …)")
+    if options.max_length <= options.max_prompt_length:
+        raise DataError(
+            f"--max-length {options.max_length} leaves no room for an answer beside "
+            f"--max-prompt-length {options.max_prompt_length}"
+        )
+    model = load_with_tokenizer(options.model, dtype=options.dtype)
     options.output.mkdir(parents=True, exist_ok=True)
     found = {}
     for source in options.data:
         name = pathlib.Path(source.removeprefix("package:")).stem
+        if name in found:
+            raise DataError(f"--data: two sets are called {name!r}; rename one of the files")
         rows = tokenize(
             read_records(source, split=options.split, need_output=True),
             model.tokenizer,
@@ -211,6 +216,7 @@ def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int)
         max_new_tokens=options.max_length - options.max_prompt_length,
         batch_size=options.batch_size,
         seed=seed,
+        vocab_size=model.vocab_size,
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -13,12 +14,14 @@ import optax
 from ml_collections import ConfigDict
 
 from promptkd_jax import recipe, sharding
-from promptkd_jax.data import Rows, read_records, tokenize, train_batches
+from promptkd_jax.data import DataError, Rows, read_records, tokenize, train_batches
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
-from promptkd_jax.prompt import init_soft_prompt
+from promptkd_jax.models.export import save_model
+from promptkd_jax.models.load import Model, check_text, keep_layers, load_model, uniform_layers
+from promptkd_jax.prompt import init_soft_prompt, save_soft_prompt
+from promptkd_jax.report import model_card
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import PRESETS, Method, Models, Optimizers, TrainState, init_state
 
@@ -69,8 +72,13 @@ class Experiment:
         """Room for a response beside the longest request."""
         return self.config.data.max_length - self.config.data.max_prompt_length
 
-    def start(self, stage: Stage, student: Any, soft_prompt: jax.Array | None) -> TrainState:
-        """The state at the beginning of a stage. The arrays given are donated to it."""
+    def start(self, stage: Stage, before: TrainState | None) -> TrainState:
+        """The state at the beginning of a stage, after `before`, whose arrays are donated to it.
+
+        The optimizers start anew; without `before` it is the beginning of the run.
+        """
+        student = before.student if before else self.student.params
+        soft_prompt = before.soft_prompt if before else self.soft_prompt
         place = self.placed()
         begin = jax.jit(
             lambda student, prompt, key: init_state(student, prompt, stage.optimizers, key),
@@ -78,7 +86,8 @@ class Experiment:
             donate_argnums=(0, 1),
         )
         key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
-        return begin(student, soft_prompt, key)
+        state = begin(student, soft_prompt, key)
+        return state.replace(skipped=before.skipped) if before else state
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state; they are the same in every stage."""
@@ -143,29 +152,55 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
     )
 
 
+def save(
+    experiment: Experiment, state: TrainState, folder: pathlib.Path, metrics: Sequence[tuple] = ()
+) -> dict[str, str]:
+    """Writes the student of `state`, with a model card, and its soft prompt into `folder`.
+
+    Args:
+      metrics: for the card, as `report.model_card` takes them.
+
+    Returns:
+      What lies where.
+    """
+    config, teacher = experiment.config, experiment.teacher
+    card = model_card(
+        config.title,
+        teacher=teacher and teacher.name,
+        data=config.data.train,
+        stages=[recipe.describe(stage) for stage in config.stages],
+        metrics=metrics,
+    )
+    student = experiment.student.replace(params=state.student)
+    save_model(folder / "student", student, card=card)
+    paths = {"student": str(folder / "student")}
+    if state.soft_prompt is not None:
+        paths["soft prompt"] = str(folder / "soft_prompt")
+        save_soft_prompt(
+            folder / "soft_prompt",
+            state.soft_prompt,
+            teacher=teacher.name,
+            hf_config=teacher.hf_config,
+        )
+    return paths
+
+
 def shared_vocabulary(teacher: Model | None, student: Model) -> int:
     """How many tokens teacher and student share; padding of one of them is cut off.
 
     Raises:
       ModelError: their tokenizers differ.
     """
-    sizes = [m.decoder.config.vocab_size for m in (teacher, student) if m is not None]
-    if teacher is None or teacher.tokenizer is student.tokenizer:
-        return min(sizes)
-    vocabularies = [m.tokenizer and m.tokenizer.get_vocab() for m in (teacher, student)]
-    if None in vocabularies and sizes[0] != sizes[1]:
-        raise ModelError(
-            f"teacher {teacher.name} has a vocabulary of {sizes[0]} and student {student.name} of "
-            f"{sizes[1]}, and a tokenizer is missing to tell whether that is padding"
-        )
-    if vocabularies[0] != vocabularies[1]:
-        theirs, ours = (set(v.items()) for v in vocabularies)
+    if teacher is None:
+        return student.vocab_size
+    theirs, ours = (set(m.tokenizer.get_vocab().items()) for m in (teacher, student))
+    if theirs != ours:
         raise ModelError(
             f"teacher {teacher.name} and student {student.name} have different tokenizers: "
             f"{len(theirs - ours)} of {len(theirs)} tokens of the teacher have another id or are "
             "unknown to the student; distillation on logits needs the same tokenizer"
         )
-    return min(sizes)
+    return min(teacher.vocab_size, student.vocab_size)
 
 
 def _load_models(config: ConfigDict, mesh) -> tuple[Model | None, Model]:
@@ -183,11 +218,11 @@ def _load_models(config: ConfigDict, mesh) -> tuple[Model | None, Model]:
         student = load(config.student.path, config.student)
     else:
         student = _from_teacher_layers(config, teacher, load)
-    for model in (teacher, student):
-        if model is not None and not model.eos_ids:
-            raise ModelError(f"{model.name}: no eos_token_id in its config or generation config")
-    if student.tokenizer is None:
-        raise ModelError(f"{student.name}: has no tokenizer files (tokenizer.json, …)")
+    check_text(student)
+    if teacher is not None and teacher.tokenizer is None:
+        teacher = teacher.replace(tokenizer=student.tokenizer)
+    if teacher is not None:
+        check_text(teacher)
     return teacher, student
 
 
@@ -203,7 +238,7 @@ def _from_teacher_layers(config: ConfigDict, teacher: Model, load) -> Model:
 
 def _rows(config, source, split, student, need_output, limit=0) -> Rows:
     records = read_records(source, split=split, need_output=need_output)
-    return tokenize(
+    rows = tokenize(
         records[: limit or None],
         student.tokenizer,
         template=config.data.template,
@@ -211,6 +246,9 @@ def _rows(config, source, split, student, need_output, limit=0) -> Rows:
         max_length=config.data.max_length,
         eos_id=student.eos_ids[0],
     )
+    limit = config.data.max_prompt_length
+    print(f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens)")
+    return rows
 
 
 def _teacher_written(
@@ -223,7 +261,7 @@ def _teacher_written(
 ) -> Rows:
     """The rows with responses that the teacher wrote, kept line by line in `file`."""
     data, batch_size = config.data, config.answers.batch_size
-    answers = _whole_lines(file, batch_size)
+    answers = _kept_answers(file, rows, batch_size)
     missing = write_answers(
         teacher,
         rows,
@@ -239,21 +277,40 @@ def _teacher_written(
         print(f"the teacher writes {len(rows.tokens) - len(answers)} answers into {file}")
     with file.open("a") as out:
         for answer in missing:
-            answers.append(answer.tolist())
-            out.write(json.dumps(answers[-1]) + "\n")
+            line = {"request": _request(rows, len(answers)), "answer": answer.tolist()}
+            answers.append(line["answer"])
+            out.write(json.dumps(line) + "\n")
             out.flush()
     return _with_answers(rows, answers, teacher.tokenizer)
 
 
-def _whole_lines(file: pathlib.Path, batch_size: int) -> list[list[int]]:
-    """The answers of whole batches in `file`; a torn end is cut off. Whole batches, so that what
-    is still to be written is computed in the same batches as in a run that was not stopped."""
+def _kept_answers(file: pathlib.Path, rows: Rows, batch_size: int) -> list[list[int]]:
+    """The answers in `file`: all, or those of whole batches, so that what is still to be written is
+    computed in the same batches as in a run that was not stopped. A torn end is cut off.
+
+    Raises:
+      DataError: they answer other requests.
+    """
     if not file.exists():
         return []
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    lines = lines[: len(lines) // batch_size * batch_size]
-    file.write_text("".join(lines))
-    return [json.loads(line) for line in lines]
+    text = file.read_text().splitlines(keepends=True)
+    lines = [line for line in text if line.endswith("\n")]
+    if len(lines) != len(rows.tokens):
+        lines = lines[: len(lines) // batch_size * batch_size]
+    found = [json.loads(line) for line in lines]
+    for number, line in enumerate(found):
+        if number >= len(rows.tokens) or line["request"] != _request(rows, number):
+            raise DataError(
+                f"{file}:{number + 1}: answers another request than row {number} of the data; the "
+                "data changed since it was written: take another --workdir"
+            )
+    if len(lines) < len(text):
+        file.write_text("".join(lines))
+    return [line["answer"] for line in found]
+
+
+def _request(rows: Rows, number: int) -> list[int]:
+    return rows.tokens[number][: rows.prompt_lengths[number]].tolist()
 
 
 def _with_answers(rows: Rows, answers: list[list[int]], tokenizer: Any) -> Rows:
@@ -263,7 +320,7 @@ def _with_answers(rows: Rows, answers: list[list[int]], tokenizer: Any) -> Rows:
     ]
     records = [
         record._replace(outputs=(decode(tokenizer, answer),))
-        for record, answer in zip(rows.records, answers)
+        for record, answer in zip(rows.records, answers, strict=True)
     ]
     return rows._replace(tokens=tokens, records=records)
 

@@ -12,10 +12,8 @@ from ml_collections import ConfigDict
 from promptkd_jax import sharding
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints
 from promptkd_jax.data import DataError
-from promptkd_jax.experiment import prepare
+from promptkd_jax.experiment import prepare, save
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.export import save_model
-from promptkd_jax.prompt import save_soft_prompt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,6 +32,7 @@ def export(workdir: pathlib.Path, step: str, output: pathlib.Path) -> None:
         raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
     config = ConfigDict(json.loads(file.read_text())["config"])
     config.stages = tuple(ConfigDict(stage) for stage in config.stages)
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # not that of the training machine
     mesh = sharding.make_mesh(config.mesh)
     metric = "dev/rougeL" if config.evaluation.every else None
     rule = config.checkpoint
@@ -49,17 +48,8 @@ def export(workdir: pathlib.Path, step: str, output: pathlib.Path) -> None:
             raise CheckpointError(f"{workdir}/checkpoints has no {step} checkpoint")
         experiment = prepare(config, workdir, mesh)
         state, _ = checkpoints.restore(number, experiment.abstract_state())
-    save_model(output / "student", experiment.student.replace(params=state.student))
-    print(f"step {number}: student in {output / 'student'}")
-    if state.soft_prompt is not None:
-        teacher = experiment.teacher
-        save_soft_prompt(
-            output / "soft_prompt",
-            state.soft_prompt,
-            teacher=teacher.name,
-            hf_config=teacher.hf_config,
-        )
-        print(f"soft prompt in {output / 'soft_prompt'}")
+    paths = save(experiment, state, output)
+    print(f"step {number}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
 
 
 def _step(text: str) -> str:

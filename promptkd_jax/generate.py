@@ -9,7 +9,7 @@ import jax
 from promptkd_jax.data import TEMPLATES, DataError, Record, tokenize
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.load import load_model
+from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.sampler import Sampling
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Answers `--request`, or every line typed until an empty one."""
     options = _parser().parse_args(argv)
     try:
-        model = load_model(options.model, dtype=options.dtype, param_dtype=options.dtype)
+        model = load_with_tokenizer(options.model, dtype=options.dtype)
         chosen = Sampling(
             temperature=options.temperature,
             top_k=options.top_k,
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 prompt_capacity=options.max_prompt_length,
                 max_new_tokens=options.max_new_tokens,
                 batch_size=1,
+                vocab_size=model.vocab_size,
                 key=jax.random.fold_in(jax.random.key(options.seed), number),
             )
             print(decode(model.tokenizer, next(answers)), flush=True)

@@ -211,7 +211,9 @@ class Linear(NamedTuple):
 
     def logits(self) -> jax.Array:
         """hidden @ head^T, `[B, T, V]`."""
-        return jnp.einsum("btd,vd->btv", self.hidden, self.head.astype(self.hidden.dtype))
+        head = self.head.astype(self.hidden.dtype)
+        # Rounded to half precision, logits would be off by more than a soft prompt moves them.
+        return jnp.einsum("btd,vd->btv", self.hidden, head, preferred_element_type=jnp.float32)
 
 
 def linear_loss(

@@ -24,6 +24,7 @@ from promptkd_jax.models.decoder import REMAT
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import GOLD, PRESETS, Method, Optimizers
 
+DOLLY_ROWS = 11_435  # that the published experiments train on
 METHODS = ("promptkd", "sft", "kd")
 
 
@@ -113,8 +114,8 @@ def paper_config(
     """A recipe of the paper: Dolly, 256 + 256 tokens, AdamW, constant rate after 100 updates.
 
     Args:
-      students: by size: (hub id after 3 epochs of SFT, global batch, learning rate, epochs,
-        pre-trained hub id, learning rate and epochs of the baselines).
+      students: by size: (hub id after 3 epochs of SFT, global batch, micro-batches, learning rate,
+        epochs, pre-trained hub id, learning rate and epochs of the baselines).
       argument: "student=SIZE,method=promptkd|sft|kd"; both may be left out.
 
     Raises:
@@ -122,7 +123,8 @@ def paper_config(
     """
     chosen = _arguments(argument, student=(default, tuple(students)), method=("promptkd", METHODS))
     size, method = chosen["student"], chosen["method"]
-    start, batch_size, rate, epochs, pretrained, base_rate, base_epochs = students[size]
+    start, batch_size, micro_batches, rate, epochs, *baseline = students[size]
+    pretrained, base_rate, base_epochs = baseline
     config = base_config()
     config.title = f"{method} on Dolly: {teacher} into {family} {size}"
     config.teacher.update(path=teacher, dtype="bfloat16", param_dtype="bfloat16")
@@ -133,11 +135,16 @@ def paper_config(
         dev="databricks/databricks-dolly-15k",
         dev_split="train[:1000]",
     )
-    config.evaluation.update(every=500, batch_size=64)
     config.checkpoint.update(every=500, export="best")
+    config.log_every = 10
+    config.teacher.remat = config.student.remat = "full"
     if method == "promptkd":
         stage = promptkd_config(
-            batch_size=batch_size, learning_rate=rate, epochs=float(epochs), warmup_steps=100
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            learning_rate=rate,
+            epochs=float(epochs),
+            warmup_steps=100,
         )
     else:
         config.student.path = pretrained
@@ -154,6 +161,7 @@ def paper_config(
             schedule="cosine",
         )
     config.stages = (stage,)
+    config.evaluation.update(every=DOLLY_ROWS // stage.batch_size, batch_size=64)  # once an epoch
     return config
 
 
@@ -198,7 +206,7 @@ class _Term:
         return Float(low=0.0).fault(weight) or (name != GOLD and _Divergence().fault(name)) or ""
 
 
-_DTYPE = Choice("float32", "bfloat16", "float16")
+_DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
 _SAMPLING = {
     "temperature": Float(low=0.0),
     "top_k": Int(low=0),
@@ -233,7 +241,7 @@ SCHEMA = {
     "preset": Choice(*PRESETS),
     "teacher": _MODEL,
     "student": {**_MODEL, "layers": Int(low=0)},
-    "soft_prompt": {"length": Int(low=1), "text": Str(), "add_special_tokens": Bool()},
+    "soft_prompt": {"length": Int(low=1), "text": Str(nonempty=True), "add_special_tokens": Bool()},
     "data": {
         "train": Str(nonempty=True),
         "train_split": Str(),
@@ -259,7 +267,10 @@ SCHEMA = {
     "stop_after_skipped": Int(low=1),
 }
 # What does not change the student that comes out, so that it may change between resumes.
-IRRELEVANT = ("title", "log_every", "mesh", "checkpoint", "evaluation.samples")
+IRRELEVANT = (
+    *("title", "log_every", "mesh", "evaluation.samples"),
+    *("checkpoint.every", "checkpoint.keep"),
+)
 
 
 def check_recipe(config: ConfigDict) -> None:
@@ -288,6 +299,8 @@ def _contradictions(config: ConfigDict):
         yield "config.mesh: at most one size may be -1"
     if 0 in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor):
         yield "config.mesh: a size is at least 1, or -1 for the rest"
+    if config.checkpoint.export == "best" and not config.evaluation.every:
+        yield "config.checkpoint.export: 'best' needs scores; set config.evaluation.every"
     for index, stage in enumerate(config.stages):
         path = f"config.stages[{index}]"
         yield from _stage_contradictions(path, stage)
@@ -353,7 +366,7 @@ def make_method(
     """The Method of a stage of `steps` updates; `longest_response` tokens is a row's most."""
     room = config.data.max_length - config.data.max_prompt_length
     return Method(
-        targets="student" if stage.targets == "student" else "data",
+        targets=stage.targets,
         student_terms=tuple((name, float(weight)) for name, weight in stage.student_terms),
         total_steps=steps,
         response_capacity=room if stage.targets == "student" else longest_response,

@@ -227,6 +227,7 @@ def write_report(
     config_text: str,
     summary: Mapping,
     samples: Sequence[Mapping[str, str]],
+    reference: str = "teacher",
 ) -> Path:
     """Writes `workdir/report.html`, one file that needs nothing else, and returns its path.
 
@@ -243,6 +244,7 @@ def write_report(
         The first four metrics are the headline.
       samples: one {"request", "teacher", "before", "after"} a request: the text, and the responses
         of the teacher and of the student before and after training.
+      reference: who wrote the texts called "teacher".
 
     Raises:
       FileNotFoundError, ValueError: as `read_metrics`; ValueError also for another `better`.
@@ -257,6 +259,7 @@ def write_report(
         plots={"Evaluation": evaluation, "Training": training},
         curve_colours=curves.CURVE_COLOURS,
         samples=samples,
+        reference=reference,
         config_text=config_text,
     )
     path = Path(workdir) / REPORT_FILE

@@ -158,6 +158,8 @@ def _forbid_repeats(loop: _Loop, n: int) -> jax.Array:
     if n == 0:
         return loop.logits
     width = loop.tokens.shape[1]
+    if width < n:
+        return loop.logits
     starts = jnp.arange(width - n + 1)
     tail = loop.lengths[:, None] - (n - 1) + jnp.arange(n - 1)  # columns of the last n - 1 tokens
     tail = jnp.take_along_axis(loop.tokens, jnp.maximum(tail, 0), axis=1)  # [B, n - 1]

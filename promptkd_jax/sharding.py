@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from promptkd_jax.config import ConfigError
+
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
@@ -45,7 +47,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         shape[shape.index(-1)] = devices // max(known, 1)
     if int(np.prod(shape)) != devices or min(shape) < 1:
         asked = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES)
-        raise ValueError(f"config.mesh: {asked} does not make {devices} devices")
+        raise ConfigError(f"config.mesh: {asked} does not make {devices} devices")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -71,9 +73,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         for size, axes in zip(leaf.shape, found):
             parts = mesh.shape[axes] if axes is not None else 1
             if size % parts:
-                raise ValueError(
-                    f"parameter {name} {leaf.shape}: {size} is not divisible by the {parts} "
-                    f"devices of mesh axis {axes!r}"
+                raise ConfigError(
+                    f"config.mesh: parameter {name} {leaf.shape}: {size} is not divisible by the "
+                    f"{parts} devices of mesh axis {axes!r}"
                 )
         return NamedSharding(mesh, found)
 

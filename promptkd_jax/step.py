@@ -56,7 +56,8 @@ class Method:
     """A distillation method; hashable, a static argument of `jax.jit`.
 
     Attributes:
-      targets: "data" (gold or teacher-written rows of the batch) or "student" (its own rollout).
+      targets: "gold" or "teacher" (the rows of the batch as they are, whoever wrote them) or
+        "student" (its own rollout from their requests).
       student_terms: ((divergence, weight), …); "cross_entropy" is on the tokens, all others are
         against the teacher. See `losses.divergence` for the names.
       prompted: the teacher is seen behind a soft prompt, which is trained as well.
@@ -88,6 +89,10 @@ class Method:
         names = [name for name, _ in self.student_terms]
         if len(set(names)) < len(names):
             raise ValueError(f"student_terms: {', '.join(names)}: expected each name once")
+        if self.targets not in ("gold", "teacher", "student"):
+            raise ValueError(f"targets: {self.targets!r} is not gold, teacher or student")
+        if self.prompted and set(names) <= {GOLD}:
+            raise ValueError(f"prompted: no term of {names} looks at the teacher")
 
     @property
     def needs_teacher(self) -> bool:
@@ -180,7 +185,8 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
     rows, ended = _target_rows(state, batch, method, models, key)
     micro = _deal(rows, method.micro_batches)
-    counts = jnp.sum(micro.lengths - micro.prompt_lengths, axis=1).astype(jnp.float32)  # [G]
+    supervised = jnp.minimum(micro.lengths - micro.prompt_lengths, method.response_capacity)
+    counts = jnp.sum(supervised, axis=1).astype(jnp.float32)  # [G]
     scales = _scales(counts, method)
     views = _make_views(state, teacher, micro, method, models)
     new, sums, scalars, prompts = state, {}, _row_statistics(rows, ended), None
@@ -222,7 +228,7 @@ def summarise(metrics: Metrics, conventions: Conventions = Conventions()) -> dic
 
 
 def _target_rows(state: TrainState, batch: Batch, method: Method, models: Models, key):
-    if method.targets == "data":
+    if method.targets != "student":
         return batch, None
     return rollout(
         models.student,

@@ -26,14 +26,11 @@ from promptkd_jax.checkpoint import CheckpointError, Checkpoints
 from promptkd_jax.config import ConfigError, fingerprint, load_config
 from promptkd_jax.data import DataError, stream
 from promptkd_jax.evaluate import closeness, score
-from promptkd_jax.experiment import Experiment, Stage, prepare
+from promptkd_jax.experiment import Experiment, Stage, prepare, save
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.export import save_model
-from promptkd_jax.prompt import save_soft_prompt
 from promptkd_jax.report import (
     MetricWriter,
     TrainingProgress,
-    model_card,
     summary_table,
     truncate_metrics,
     write_report,
@@ -77,12 +74,33 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
         return json.loads(summary.read_text())
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, _leave)
     mesh = sharding.make_mesh(config.mesh)
+    _check_devices(config, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
         before = _once(workdir / "before.json", lambda: assess(experiment, None))
         state, started = fit(experiment, workdir, started)
         return finish(experiment, workdir, state, before, started)
+
+
+def _leave(*_: Any) -> None:
+    """SIGTERM outside of the loop, where what is done is on disk already."""
+    print("stopped; the same command continues")
+    sys.exit(0)
+
+
+def _check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where rows cannot be dealt out to the devices."""
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} processes: a run is one process for now")
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for index, stage in enumerate(config.stages):
+        if (stage.batch_size // stage.micro_batches) % rows:
+            raise ConfigError(
+                f"config.stages[{index}].batch_size: {stage.batch_size} in {stage.micro_batches} "
+                f"micro-batches cannot be dealt out evenly to {rows} devices (data x fsdp)"
+            )
 
 
 def assess(experiment: Experiment, student: Any) -> dict[str, Any]:
@@ -188,12 +206,12 @@ class _Loop:
     def train(self, stage: Stage) -> None:
         """The updates of `stage` that are not done yet."""
         experiment, end = self.experiment, stage.first + stage.steps
+        config = experiment.config
+        log_every = min(config.log_every, config.stop_after_skipped)  # logs see what was skipped
         if self.done >= end:
             return
         if self.done == stage.first:
-            kept = self.state or experiment
-            student = kept.student if self.state else experiment.student.params
-            self.state = experiment.start(stage, student, kept.soft_prompt)
+            self.state = experiment.start(stage, self.state)
         teacher = experiment.teacher and experiment.teacher.params
         rows = sharding.rows_sharding(experiment.mesh)
         step = jax.jit(
@@ -211,7 +229,7 @@ class _Loop:
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
             self.state, metrics = step(self.state, teacher, batch)
             self.done += 1
-            if self.done % experiment.config.log_every == 0 or self.done == end:
+            if self.done % log_every == 0 or self.done == end:
                 self._log(stage, summarise(metrics, stage.method.conventions))
             self._save(stage, self._evaluate(stage))
             if self.done == end:
@@ -242,7 +260,8 @@ class _Loop:
 
     def _evaluate(self, stage: Stage) -> dict[str, float] | None:
         every = self.experiment.config.evaluation.every
-        if not every or self.done % every:
+        last = self.done == self.experiment.total_steps
+        if not every or (self.done % every and not last):
             return None
         found = assess(self.experiment, self.state.student)
         scores = {f"dev/{name}": value for name, value in found.items() if name != "texts"}
@@ -289,26 +308,7 @@ def finish(
         for key, (name, *rest) in HELD_OUT.items()
         if key in after
     ]
-    paths = {"report": "report.html", "student": "student"}
-    student = experiment.student.replace(params=state.student)
-    teacher = experiment.teacher.name if experiment.teacher else None
-    card = model_card(
-        config.title,
-        teacher=teacher,
-        data=config.data.train,
-        stages=[recipe.describe(stage) for stage in config.stages],
-        metrics=rows,
-    )
-    save_model(workdir / "student", student, card=card)
-    if state.soft_prompt is not None:
-        paths["soft prompt"] = "soft_prompt"
-        save_soft_prompt(
-            workdir / "soft_prompt",
-            state.soft_prompt,
-            teacher=teacher,
-            hf_config=experiment.teacher.hf_config,
-        )
-    paths = {label: str(workdir / path) for label, path in paths.items()}
+    paths = {"report": str(workdir / "report.html")} | save(experiment, state, workdir, rows)
     summary = {
         f"{key}_{when}": found[key]
         for key in HELD_OUT
@@ -335,6 +335,7 @@ def finish(
         config_text=json.dumps(_plain(config), indent=2),
         summary={"metrics": rows, "facts": facts, "paths": paths},
         samples=_samples(experiment, before["texts"], after["texts"]),
+        reference="teacher" if config.evaluation.references == "teacher" else "reference",
     )
     print(summary_table([row[:3] for row in rows], paths))
     _write(workdir / "summary.json", summary)
@@ -344,8 +345,9 @@ def finish(
 def peak_memory_gb() -> float:
     """The most memory in use so far, in GB: of the accelerator, else of this process."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return statistics.get("peak_bytes_in_use", kilobytes * 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return statistics.get("peak_bytes_in_use", resident) / 1e9
 
 
 def _samples(experiment: Experiment, before: list[str], after: list[str]) -> list[dict[str, str]]:

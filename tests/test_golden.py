@@ -116,7 +116,7 @@ class Training:
     def _method(self) -> Method:
         names = {"reverse": "reverse_kl", "forward": "forward_kl"}
         return Method(
-            targets="data",
+            targets="gold",
             student_terms=(("reverse_kl", 1.0),),
             total_steps=self.hyper["total_iters"],
             response_capacity=self.batch.tokens.shape[1] - 1,

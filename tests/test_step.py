@@ -110,7 +110,7 @@ def state(prompted: bool = True, step: int = 0) -> TrainState:
 def method(**changes) -> Method:
     """PromptKD on the rows of the batch, unless changed."""
     base = dict(
-        targets="data",
+        targets="gold",
         student_terms=(("reverse_kl", 1.0),),
         total_steps=STEPS,
         response_capacity=11,

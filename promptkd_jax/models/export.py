@@ -9,10 +9,11 @@ import einops
 import jax
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from promptkd_jax.models import families
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, ModelError
 from promptkd_jax.models.load import Model, stored_names
 
 SHARD_BYTES = 5 * 10**9
@@ -80,27 +81,37 @@ def _generation_json(model: Model) -> dict[str, Any]:
 
 
 def _save_tensors(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    # An index or a single file that an earlier save left behind would be read instead of this one.
-    for pattern in ("model.safetensors*", "model-*-of-*.safetensors"):
-        for earlier in folder.glob(pattern):
-            earlier.unlink()
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, array in tensors.items():
         if sum(x.nbytes for x in shards[-1].values()) + array.nbytes > SHARD_BYTES and shards[-1]:
             shards.append({})
         shards[-1][name] = array
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards):
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    total = sum(array.nbytes for array in tensors.values())
-    index = {name: file for file, shard in zip(names, shards) for name in shard}
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": index},
-    )
+        _save_shard(folder / file, shard)
+    # An index or a file that an earlier save left behind would be read instead of these.
+    for earlier in folder.glob("model*.safetensors*"):
+        if earlier.name not in names:
+            earlier.unlink()
+    if len(shards) > 1:
+        total = sum(array.nbytes for array in tensors.values())
+        index = {name: file for file, shard in zip(names, shards) for name in shard}
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": index},
+        )
+
+
+def _save_shard(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Whole or not at all, so that what an earlier save wrote stays good on a full disk."""
+    unfinished = file.with_suffix(".unfinished")
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ModelError(f"{file}: could not be written: {error}") from error
+    unfinished.replace(file)
 
 
 def _write_json(file: pathlib.Path, content: Any) -> None:

@@ -127,7 +127,7 @@ def _gguf() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(
+        raise GGUFError(
             "reading a GGUF file needs the package gguf: pip install promptkd_jax[gguf]"
         ) from error
     return gguf

@@ -48,6 +48,12 @@ class Model:
     tokenizer: Any
     eos_ids: tuple[int, ...]
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in use: those of the tokenizer, where there is one, without padding."""
+        rows = self.decoder.config.vocab_size
+        return min(rows, 1 + max(self.tokenizer.get_vocab().values())) if self.tokenizer else rows
+
     def replace(self, **changes: Any) -> "Model":
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -316,9 +322,30 @@ def _tokenizer(folder: pathlib.Path) -> Any:
 def _eos_ids(
     generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer
 ) -> tuple[int, ...]:
+    """All that end an answer; the tokenizer's own, which ends a chat turn, first."""
+    own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     for found in (generation.get("eos_token_id"), config.get("eos_token_id")):
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        return (tokenizer.eos_token_id,)
-    return ()
+            ids = tuple(found) if isinstance(found, list) else (found,)
+            return tuple(sorted(ids, key=lambda one: one not in own))
+    return own
+
+
+def load_with_tokenizer(path: str, *, dtype: str) -> Model:
+    """As `load_model`, for what reads and writes text. Raises ModelError where it cannot."""
+    model = load_model(path, dtype=dtype, param_dtype=dtype)
+    check_text(model)
+    return model
+
+
+def check_text(model: Model) -> None:
+    """Raises ModelError for a model without tokenizer or EOS, or a tokenizer with too many ids."""
+    if model.tokenizer is None:
+        raise ModelError(f"{model.name}: has no tokenizer files (tokenizer.json, …)")
+    if not model.eos_ids:
+        raise ModelError(f"{model.name}: no eos_token_id in its config or generation config")
+    rows, largest = model.decoder.config.vocab_size, max(model.tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"{model.name}: its tokenizer has ids up to {largest}, its embedding only {rows} rows"
+        )
