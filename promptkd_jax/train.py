@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unknown:
             raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
         recipe.check_recipe(config)
+        signal.signal(signal.SIGTERM, _leave)
         run(config, options.workdir)
     except (ConfigError, DataError, ModelError, CheckpointError, TrainingError) as error:
         sys.exit(f"promptkd train: {error}")
@@ -74,7 +75,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
         return json.loads(summary.read_text())
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, _leave)
     mesh = sharding.make_mesh(config.mesh)
     _check_devices(config, mesh)
     with jax.set_mesh(mesh):
