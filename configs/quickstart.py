@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.data.template = "chat"
     config.data.max_prompt_length = 50
     config.data.max_length = 96
-    config.answers = dict(batch_size=48, sampling=sampling_config())
+    config.answers.update(batch_size=48, sampling=sampling_config())
     config.evaluation.references = "teacher"
     config.evaluation.batch_size = 16
     config.evaluation.sampling = sampling_config(temperature=0.0)

@@ -12,27 +12,20 @@ L layers, G micro-batches. p is the teacher, q the student, P the soft prompt.
 """
 
 from promptkd_jax import losses
-from promptkd_jax.losses import Linear, divergence, linear_loss
+from promptkd_jax.batch import Batch, Responses, gather, responses
+from promptkd_jax.hidden import HiddenTerm, hidden_loss
+from promptkd_jax.losses import Linear, TopK, divergence, linear_loss, linear_values
+from promptkd_jax.method import PRESETS, Conventions, Method
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
 from promptkd_jax.optimizer import adamw, decay_mask, schedule
+from promptkd_jax.policy_gradient import PolicyGradient
 from promptkd_jax.prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
-from promptkd_jax.sampler import Rollout, Sampling, row_keys, sample
-from promptkd_jax.step import (
-    PRESETS,
-    Conventions,
-    Method,
-    Metrics,
-    Models,
-    Optimizers,
-    TrainState,
-    init_state,
-    summarise,
-    train_step,
-)
-from promptkd_jax.targets import Batch, Responses, gather, responses
-from promptkd_jax.teacher import view
+from promptkd_jax.sampler import Rollout, Sampling, Voice, row_keys, sample
+from promptkd_jax.step import Metrics, Optimizers, TrainState, init_state, summarise, train_step
+from promptkd_jax.targets import Replay, empty_replay
+from promptkd_jax.teacher import Models, view, view_with_states
 
 __version__ = "0.1.0"
 
@@ -41,26 +34,34 @@ __all__ = [
     "Batch",
     "Conventions",
     "Decoder",
+    "HiddenTerm",
     "Linear",
     "Method",
     "Metrics",
     "Model",
     "Models",
     "Optimizers",
+    "PolicyGradient",
+    "Replay",
     "Responses",
     "Rollout",
     "Sampling",
+    "TopK",
     "TrainState",
+    "Voice",
     "adamw",
     "decay_mask",
     "divergence",
     "embed",
+    "empty_replay",
     "gather",
     "head",
+    "hidden_loss",
     "init_soft_prompt",
     "init_state",
     "keep_layers",
     "linear_loss",
+    "linear_values",
     "load_model",
     "load_soft_prompt",
     "losses",
@@ -74,4 +75,5 @@ __all__ = [
     "train_step",
     "uniform_layers",
     "view",
+    "view_with_states",
 ]

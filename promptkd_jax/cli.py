@@ -7,6 +7,9 @@ COMMANDS = {
     "train": "distil: models and data to a student and a report",
     "evaluate": "ROUGE-L and exact match of a model, on any sets and seeds",
     "generate": "talk to a model from the terminal",
+    "cache": "the teacher's top-k log-probabilities, written once for later runs",
+    "compare": "several methods from one student within one budget, in one table and report",
+    "reproduce": "the paper's pipeline, and its table beside the published one",
     "export": "a checkpoint of a run as a transformers folder",
 }
 

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import CustomJSONEncoder
+
+from promptkd_jax.files import write_json
 
 
 class ConfigError(ValueError):
@@ -28,8 +31,9 @@ class ConfigError(ValueError):
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     """Reads `--config=FILE[:arg]` and applies every `--config.a.b[0].c=VALUE`, in order.
 
-    FILE defines `get_config()` or `get_config(arg)`. VALUE is read as the type of the value that it
-    replaces, tuples and lists as Python writes them, `None` always as None.
+    FILE defines `get_config()` or `get_config(arg)`, or is the `config.json` of a run's folder,
+    whose lists are read as tuples. VALUE is read as the type of the value that it replaces, tuples
+    and lists as Python writes them, `None` always as None.
 
     Returns:
       The config, locked (no new fields), and the arguments that are not about it.
@@ -40,7 +44,8 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     files, overrides, rest = _split_arguments(argv)
     if len(files) != 1:
         raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
-    config = _import_config(*files[0].partition(":")[::2])
+    file, _, argument = files[0].partition(":")
+    config = _own(_read_json(file, argument) if file.endswith(".json") else _import(file, argument))
     mistakes = []
     for path, text in overrides:
         try:
@@ -72,6 +77,53 @@ def fingerprint(config: Mapping | ConfigDict, ignore: tuple[str, ...] = ()) -> s
     """
     canonical = json.dumps(_plain(config, "", ignore), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def claim(folder: Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
+    """Makes the folder that of a run with this config, as its `config.json` says.
+
+    Args:
+      ignore: as in `fingerprint`: what may change from one start of the run to the next.
+
+    Raises:
+      ConfigError: it belongs to another config; with every field that differs.
+    """
+    file = folder / "config.json"
+    ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
+    theirs = json.loads(file.read_text("utf-8")) if file.exists() else None
+    if theirs and theirs["fingerprint"] != ours["fingerprint"]:
+        found, wanted = (_flat(one["config"], "config", ignore) for one in (theirs, ours))
+        different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
+        lines = [f"  {k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different]
+        raise ConfigError(
+            f"{folder} belongs to a run of another config; take another --workdir, or set back\n"
+            + "\n".join(lines)
+        )
+    if theirs != ours:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, ours)
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """Dicts, lists, numbers and strings."""
+    return json.loads(json.dumps(config, cls=CustomJSONEncoder))
+
+
+def _flat(value: Any, path: str, ignore: tuple[str, ...]) -> dict[str, Any]:
+    """Every leaf of a JSON value by its path, but for those to ignore."""
+    if isinstance(value, dict):
+        children = ((f"{path}.{key}", child) for key, child in value.items())
+    elif isinstance(value, list):
+        children = ((f"{path}[{index}]", child) for index, child in enumerate(value))
+    else:
+        return {path: value}
+    kept = [(at, child) for at, child in children if _without_indices(at) not in ignore]
+    return {name: leaf for at, child in kept for name, leaf in _flat(child, at, ignore).items()}
+
+
+def _without_indices(path: str) -> str:
+    """config.stages[0].steps -> stages.steps"""
+    return re.sub(r"\[\d+\]", "", path).removeprefix("config.")
 
 
 # Specs. `str(spec)` says all that would be right; `spec.fault(value)` what a value is not, or "".
@@ -231,7 +283,31 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list, list, list]:
     return files, overrides, rest
 
 
-def _import_config(file: str, argument: str) -> ConfigDict:
+def _read_json(file: str, argument: str) -> ConfigDict:
+    if argument:
+        raise ConfigError(f"config: {file} takes no argument, but got {argument!r}")
+    if not Path(file).is_file():
+        raise ConfigError(f"config: there is no JSON file {file!r}")
+    try:
+        content = json.loads(Path(file).read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"config: {file} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ConfigError(
+            f'config: {file} is not the config of a run; expected {{"config": {{…}}}} as a run '
+            "writes it into its folder"
+        )
+    return ConfigDict(_tuples(content["config"]))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists only; the sequences of a config are tuples."""
+    if isinstance(value, dict):
+        return {name: _tuples(child) for name, child in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _import(file: str, argument: str) -> ConfigDict:
     if not Path(file).is_file() or not file.endswith(".py"):
         raise ConfigError(f"config: there is no Python file {file!r}")
     spec = importlib.util.spec_from_file_location("config", file)
@@ -248,7 +324,7 @@ def _import_config(file: str, argument: str) -> ConfigDict:
         raise ConfigError(f"config: {':'.join([file, *arguments])}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"config: get_config of {file} returned {config!r}, not a ConfigDict")
-    return _own(config)
+    return config
 
 
 def _own(value: Any) -> Any:

@@ -4,7 +4,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import markupsafe
@@ -121,6 +121,42 @@ def plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
     return _plots(evaluation, curves, frame), _plots(training, curves, frame)
 
 
+def line_plot(group: str, curves: Sequence[Curve], *, x_label: str = "step") -> Plot:
+    """Curves on common axes, each in its own colour, dashed where the colours come round again."""
+    steps = [step for curve in curves for step in curve.steps]
+    frame = _Frame([], min(steps, default=0), max(steps, default=0))
+    return Plot(group, list(curves), _svg(group, curves, frame, x_label))
+
+
+def dot_plot(
+    group: str,
+    values: Mapping[str, Sequence[float]],
+    spreads: Mapping[str, tuple[float, float]],
+    references: Mapping[str, float],
+) -> Plot:
+    """One line per name: its values as pale dots, their mean with a bar of one deviation each way.
+
+    Args:
+      spreads: mean and standard deviation of each name's values.
+      references: numbers to compare with, each a dashed line across the plot.
+    """
+
+    def draw(axes: Axes) -> None:
+        for line, (name, colour) in enumerate(zip(values, itertools.cycle(_CURVES))):
+            mean, deviation = spreads[name]
+            places = [line] * len(values[name])
+            axes.scatter(values[name], places, color=colour, s=14, alpha=0.35, linewidths=0)
+            axes.errorbar(mean, line, xerr=deviation, color=colour, marker="o", markersize=5)
+        for row, (name, value) in enumerate(references.items()):
+            _draw_mark(axes, value, name, row)
+        _dress(axes, "x")
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set_ylim(len(values) - 0.5, -0.5)
+
+    label = f"{group}: {', '.join(values)}"
+    return Plot(group, [], _drawing(label, draw, height=0.7 + 0.24 * len(values)))
+
+
 def _stages(rows: Iterable[Mapping]) -> list[tuple[int, str]]:
     named = (row for row in rows if "stage" in row)
     stretches = itertools.groupby(named, key=lambda row: row["stage"])
@@ -133,17 +169,18 @@ def _curves(rows: Iterable[Mapping]) -> dict[str, Curve]:
         for name, value in row.items():
             if name != "step" and not isinstance(value, str):
                 points.setdefault(name, []).append((row["step"], value))
-    return {name: _curve(name, pairs) for name, pairs in points.items()}
+    return {name: curve(_label(name), pairs) for name, pairs in points.items()}
 
 
-def _curve(name: str, points: Sequence[tuple[int, float]]) -> Curve:
+def curve(label: str, points: Sequence[tuple[int, float]]) -> Curve:
+    """A curve through (step, value) points, at least one."""
     steps, values = map(np.array, zip(*points))
     finite = np.isfinite(values)
     lost = steps[~finite]
     warning = (
         f"{len(lost)} of {len(steps)} not finite, first at step {lost[0]}" if len(lost) else ""
     )
-    return Curve(_label(name), steps[finite], values[finite], float(values[-1]), warning)
+    return Curve(label, steps[finite], values[finite], float(values[-1]), warning)
 
 
 def _label(name: str) -> str:
@@ -168,8 +205,14 @@ def _grouped(names: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups + [("Other", [name]) for name in left]
 
 
-def _svg(group: str, curves: Sequence[Curve], frame: _Frame) -> markupsafe.Markup:
+def _svg(
+    group: str, curves: Sequence[Curve], frame: _Frame, x_label: str = "step"
+) -> markupsafe.Markup:
     label = f"{group}: {', '.join(curve.label for curve in curves)}"
+    return _drawing(label, lambda axes: _draw(axes, curves, frame, x_label), height=2.5)
+
+
+def _drawing(label: str, draw: Callable[[Axes], None], *, height: float) -> markupsafe.Markup:
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": label,
@@ -178,25 +221,30 @@ def _svg(group: str, curves: Sequence[Curve], frame: _Frame) -> markupsafe.Marku
         "font.size": 9.5,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.0, 2.5), facecolor="none", layout="constrained")
-        _draw(figure.add_subplot(facecolor="none"), curves, frame)
+        figure = Figure(figsize=(5.0, height), facecolor="none", layout="constrained")
+        draw(figure.add_subplot(facecolor="none"))
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file)
     return _inline(file.getvalue(), label)
 
 
-def _draw(axes: Axes, curves: Sequence[Curve], frame: _Frame) -> None:
-    for curve, colour in zip(curves, itertools.cycle(_CURVES)):
+def _draw(axes: Axes, curves: Sequence[Curve], frame: _Frame, x_label: str) -> None:
+    looks = itertools.cycle(itertools.product(("-", (0, (4, 2))), _CURVES))
+    for curve, (dashes, colour) in zip(curves, looks):
         if len(curve.steps):
             steps, mean, low, high = _thinned(curve.steps, curve.values)
             if len(steps) < len(curve.steps):
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
             marker = "o" if len(steps) <= 30 else ""
-            axes.plot(steps, mean, color=colour, linewidth=1.5, marker=marker, markersize=3.5)
+            look = dict(linestyle=dashes, linewidth=1.5, marker=marker, markersize=3.5)
+            axes.plot(steps, mean, color=colour, **look)
     margin = 0.02 * (frame.last - frame.first) or 0.5
     axes.set_xlim(frame.first - margin, frame.last + margin)
     _draw_stages(axes, frame)
-    _dress(axes)
+    _dress(axes, "y")
+    axes.set_xlabel(x_label, color=_MUTED, size=8.5, loc="right")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 
 def _draw_stages(axes: Axes, frame: _Frame) -> None:
@@ -212,17 +260,32 @@ def _draw_stages(axes: Axes, frame: _Frame) -> None:
         taken = step + 0.02 * (len(name) + 1) * (frame.last - frame.first)
 
 
-def _dress(axes: Axes) -> None:
-    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+def _draw_mark(axes: Axes, value: float, name: str, row: int) -> None:
+    """A dashed line with its name above the plot, in one of several rows."""
+    axes.axvline(value, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    # A little above the axes, whatever their height.
+    axes.annotate(
+        name,
+        (value, 1.0),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(0, 3 + 11 * row),
+        textcoords="offset points",
+        color=_MUTED,
+        size=8.5,
+        horizontalalignment="center",
+    )
+
+
+def _dress(axes: Axes, numbers: str) -> None:
+    """Grid, spines and ticks of the axis that shows the numbers, "x" or "y"."""
+    axes.grid(axis=numbers, color=_LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(_LINE)
     axes.tick_params(colors=_MUTED, length=0)
-    axes.set_xlabel("step", color=_MUTED, size=8.5, loc="right")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    axes.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis = axes.xaxis if numbers == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator(5, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from promptkd_jax.targets import Batch
+from promptkd_jax.batch import Batch
+
+if TYPE_CHECKING:
+    from promptkd_jax.offline import Cached
 
 
 class DataError(ValueError):
@@ -44,6 +47,8 @@ class Rows(NamedTuple):
 # Records
 
 _PACKAGE = "package:"
+_SYNTHETIC = "synthetic:"
+_DOCUMENT = '{"text": "…"}'
 _EXAMPLE = '{"instruction": "…", "input": "…", "output": "…"}'
 
 
@@ -56,13 +61,18 @@ def read_records(source: str, *, split: str = "train", need_output: bool) -> lis
 
     Args:
       source: a file that exists, or a name ending in .jsonl; "package:NAME" for a file in
-        promptkd_jax/prompts; anything else is a hub id, or a folder laid out like a hub data set.
+        promptkd_jax/prompts; "synthetic:NAME" for generated ones (see `synthetic`); anything else
+        is a hub id, or a folder laid out like a hub data set.
       split: the split of a hub data set; a file has none.
       need_output: whether every record must have an answer.
 
     Raises:
       DataError: names file:line, or data set and row (from 0), the fault and what would be right.
     """
+    if source.startswith(_SYNTHETIC):
+        from promptkd_jax import synthetic  # it builds on this module
+
+        return synthetic.records(source.removeprefix(_SYNTHETIC))
     path = _find_file(source)
     located = _read_hub(source, split) if path is None else _read_lines(path, source)
     records = [_to_record(fields, where, need_output) for where, fields in located]
@@ -328,6 +338,50 @@ def _short_enough(prompts: list[list[int]], max_prompt_length: int) -> list[int]
     return kept
 
 
+def read_corpus(source: str, *, split: str = "train") -> list[str]:
+    """Documents of plain text: the lines of a .txt file, the field `text` of a JSON lines file, or
+    of a hub data set.
+
+    Raises:
+      DataError: as `read_records`.
+    """
+    if Path(source).suffix == ".txt":
+        if not Path(source).is_file():
+            raise DataError(f"{source}: no such file (looked from {Path.cwd()})")
+        texts = [line.strip() for line in Path(source).read_text("utf-8").splitlines()]
+    else:
+        path = _find_file(source)
+        located = _read_hub(source, split) if path is None else _read_lines(path, source)
+        texts = [_document(fields, where) for where, fields in located]
+    if not any(texts):
+        raise DataError(f"{source}: no text; expected documents such as {_DOCUMENT}")
+    return [text for text in texts if text]
+
+
+def _document(fields: object, where: str) -> str:
+    if not isinstance(fields, dict) or "text" not in fields:
+        raise DataError(f"{where}: found {_shown(fields)}, expected an object like {_DOCUMENT}")
+    return _text(fields["text"], "text", where)
+
+
+def pack(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, eos_id: int
+) -> Rows:
+    """Documents, each with its end of sequence, one after the other, cut into rows of `length`.
+
+    Every token but a row's first counts as its response. What is left at the end makes no row.
+
+    Raises:
+      DataError: there is not enough text for one row.
+    """
+    stream = [token for ids in _encode(list(texts), tokenizer) for token in (*ids, eos_id)]
+    count = len(stream) // length
+    if not count:
+        raise DataError(f"the corpus has {len(stream)} tokens, a row takes {length}")
+    tokens = np.array(stream[: count * length], np.int32).reshape(count, length)
+    return Rows(list(tokens), np.ones(count, np.int32), [Record("", "", ())] * count, dropped=0)
+
+
 # Batches
 
 
@@ -349,14 +403,28 @@ def collate(rows: Rows, indices: Sequence[int], *, length: int, pad_id: int = 0)
     return Batch(tokens, rows.prompt_lengths[np.asarray(indices)], lengths)
 
 
-def train_batches(rows: Rows, *, batch_size: int, length: int, seed: int) -> grain.MapDataset:
+def train_batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    cached: "Cached | None" = None,
+    capacity: int | None = None,
+) -> grain.MapDataset:
     """An endless data set: element i is the Batch of step i, a pure function of (rows, seed, i).
 
     An epoch is len(rows.tokens) // batch_size batches; each is shuffled anew over all rows, and
     leaves out the remainder.
 
+    Args:
+      cached: what the teacher wrote down about these rows, to go with each batch.
+      capacity: R, the response positions of a batch; for `cached`, and as large as the longest
+        response where it is not given.
+
     Raises:
-      DataError: there are fewer rows than batch_size, or a row is longer than `length`.
+      DataError: there are fewer rows than batch_size, or a row is longer than `length` or than
+        `capacity`.
     """
     count = len(rows.tokens)
     if batch_size > count:
@@ -364,18 +432,23 @@ def train_batches(rows: Rows, *, batch_size: int, length: int, seed: int) -> gra
             f"batch_size {batch_size} is larger than the {count} rows ({rows.dropped} records "
             f"were dropped for long prompts); expected at most {count}"
         )
-    longest = max(range(count), key=lambda i: len(rows.tokens[i]))
-    collate(rows, [longest], length=length)  # a row that is too long stops the run here
+    responses = [len(row) - prompt for row, prompt in zip(rows.tokens, rows.prompt_lengths)]
+    capacity = capacity or max(responses)
+
+    def make(indices: Sequence[int]) -> Batch:
+        batch = collate(rows, indices, length=length)
+        if cached is None:
+            return batch
+        return batch._replace(cached=cached.rows(indices, capacity))
+
+    for lengths in (list(map(len, rows.tokens)), responses):
+        make([int(np.argmax(lengths))])  # a row that is too long stops the run here
     # Grain shuffles epoch e with seed + e: unspread, epoch 1 of seed 0 would be epoch 0 of seed 1.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     batches = (
         grain.MapDataset.range(count)
         .shuffle(spread_seed)
-        .batch(
-            batch_size,
-            drop_remainder=True,
-            batch_fn=lambda indices: collate(rows, indices, length=length),
-        )
+        .batch(batch_size, drop_remainder=True, batch_fn=make)
     )
     return batches.repeat()
 

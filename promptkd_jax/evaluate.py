@@ -5,6 +5,7 @@ and seeds.
 """
 
 import argparse
+import collections
 import functools
 import json
 import pathlib
@@ -19,15 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from promptkd_jax import losses
+from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
 from promptkd_jax.losses import linear_loss
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, load_with_tokenizer
 from promptkd_jax.sampler import Sampling, row_keys, sample
-from promptkd_jax.targets import Batch, responses
 from promptkd_jax.teacher import view
-from promptkd_jax.text_metrics import text_scores
+from promptkd_jax.text_metrics import answer_statistics, text_scores
 
 
 def write_answers(
@@ -41,6 +42,7 @@ def write_answers(
     key: jax.Array,
     vocab_size: int | None = None,
     first: int = 0,
+    soft_prompt: jax.Array | None = None,
 ) -> Iterator[np.ndarray]:
     """The model's answer to every row's request from row `first` on, in order.
 
@@ -60,6 +62,7 @@ def write_answers(
             batch.tokens[:, :prompt_capacity],
             batch.prompt_lengths,
             row_keys(key, numbers),
+            prefix=soft_prompt,
         )
         tokens, lengths = jax.device_get((out.tokens, out.lengths))
         for row in range(real):
@@ -86,41 +89,53 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def closeness(
-    teacher: Model,
+    teacher: Model | None,
     student: Model,
     rows: Rows,
     *,
     batch_size: int,
     length: int,
     vocab_size: int,
+    soft_prompt: jax.Array | None = None,
 ) -> dict[str, float]:
-    """How far the student is from its teacher on given rows, per response token.
+    """How far the student is from the rows' answers, and from its teacher on them, per token.
 
     Returns:
-      `kl`: KL(teacher || student) in nats; `agreement`: share of positions at which both put their
-      largest probability on the same token.
+      `loss`: the cross-entropy of the answers, in nats; with a teacher also `kl`: KL(teacher ||
+      student) in nats, and `agreement`: the share of positions at which both put their largest
+      probability on the same token; with a soft prompt also `kl_prompted`: KL(prompted teacher ||
+      student).
     """
     capacity = max(len(t) - p for t, p in zip(rows.tokens, rows.prompt_lengths))
-    compare = _comparison(teacher.decoder, student.decoder, int(capacity), vocab_size)
-    total = np.zeros(3)
+    decoder = teacher and teacher.decoder
+    compare = _comparison(decoder, student.decoder, int(capacity), vocab_size)
+    total: dict[str, float] = collections.Counter()
     for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
         counted = (np.arange(batch_size) < real).astype(np.float32)
-        total += jax.device_get(compare(teacher.params, student.params, batch, counted))
-    kl, same, tokens = (float(x) for x in total)
-    return {"kl": kl / tokens, "agreement": same / tokens}
+        params = (teacher and teacher.params, student.params)
+        sums = jax.device_get(compare(*params, batch, counted, soft_prompt))
+        total.update({name: float(value) for name, value in sums.items()})
+    tokens = total.pop("tokens")
+    return {name: value / tokens for name, value in total.items()}
 
 
 @functools.lru_cache(maxsize=8)
-def _comparison(teacher: Decoder, student: Decoder, capacity: int, vocab_size: int):
+def _comparison(teacher: Decoder | None, student: Decoder, capacity: int, vocab_size: int):
     @jax.jit
-    def compare(teacher_params, student_params, batch: Batch, counted):
+    def compare(teacher_params, student_params, batch: Batch, counted, soft_prompt):
         where = responses(batch, capacity)
         mask = where.mask * counted[:, None]
-        target = view(teacher, teacher_params, batch, where, vocab_size)
         learner = view(student, student_params, batch, where, vocab_size)
-        terms = (losses.forward_kl, losses.agreement)
-        _, sums = linear_loss(terms, learner, (target, target), mask)
-        return jnp.stack([*sums, mask.sum()])
+        terms = {"loss": (losses.cross_entropy, where.labels)}
+        if teacher is not None:
+            plain = view(teacher, teacher_params, batch, where, vocab_size)
+            terms |= {"kl": (losses.forward_kl, plain), "agreement": (losses.agreement, plain)}
+        if soft_prompt is not None:
+            prompted = view(teacher, teacher_params, batch, where, vocab_size, soft_prompt)
+            terms["kl_prompted"] = (losses.forward_kl, prompted)
+        functions, targets = zip(*terms.values())
+        _, sums = linear_loss(functions, learner, targets, mask)
+        return dict(zip(terms, sums)) | {"tokens": mask.sum()}
 
     return compare
 
@@ -135,8 +150,11 @@ def score(
     batch_size: int,
     seed: int,
     vocab_size: int | None = None,
+    soft_prompt: jax.Array | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """ROUGE-L and exact match (in percent) of one answer to every row, and the answers.
+
+    Beside them what the answers are like: see `text_metrics.answer_statistics`.
 
     Raises:
       DataError: a row without reference answers (see `read_records(need_output=True)`).
@@ -150,9 +168,12 @@ def score(
         batch_size=batch_size,
         key=jax.random.key(seed),
         vocab_size=vocab_size,
+        soft_prompt=soft_prompt,
     )
+    answers = list(answers)
     texts = [decode(model.tokenizer, answer) for answer in answers]
-    return text_scores(texts, [record.outputs for record in rows.records]), texts
+    scores = text_scores(texts, [record.outputs for record in rows.records])
+    return scores | answer_statistics(answers, sampling.eos_ids), texts
 
 
 def main(argv: Sequence[str] | None = None) -> None:

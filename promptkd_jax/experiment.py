@@ -2,28 +2,40 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from promptkd_jax import recipe, sharding
-from promptkd_jax.data import DataError, Rows, read_records, tokenize, train_batches
-from promptkd_jax.evaluate import decode, write_answers
+from promptkd_jax import hidden, manifest, offline, recipe, sharding
+from promptkd_jax.data import (
+    DataError,
+    Record,
+    Rows,
+    pack,
+    read_corpus,
+    read_records,
+    tokenize,
+    train_batches,
+)
+from promptkd_jax.data_free import DataFree, write_requests
+from promptkd_jax.method import PRESETS, TARGETS, Method
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
-from promptkd_jax.models.load import Model, check_text, keep_layers, load_model, uniform_layers
-from promptkd_jax.prompt import init_soft_prompt, save_soft_prompt
+from promptkd_jax.models.load import Model, check_text, chosen_layers, keep_layers, load_model
+from promptkd_jax.prompt import init_soft_prompt, random_soft_prompt, save_soft_prompt
 from promptkd_jax.report import model_card
 from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import PRESETS, Method, Models, Optimizers, TrainState, init_state
+from promptkd_jax.step import Optimizers, TrainState, init_state
+from promptkd_jax.targets import empty_replay
+from promptkd_jax.teacher import Models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +50,22 @@ class Stage:
     optimizers: Optimizers
     learning_rate: optax.Schedule
     batches: grain.MapDataset
+    corpus: grain.MapDataset | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What a run is made of; nothing of it changes while it trains.
 
-    `student` and `soft_prompt` are those that the run starts from, `vocab_size` what teacher and
-    student share, `dev` the held-out rows with their reference answers.
+    `student` is the one that the run starts from, `learned` what is trained beside it, by its group
+    in the train state, `vocab_size` what teacher and student share, `dev` the held-out rows with
+    their reference answers.
     """
 
     config: ConfigDict
     teacher: Model | None
     student: Model
-    soft_prompt: jax.Array | None
+    learned: dict[str, Any]
     vocab_size: int
     dev: Rows
     stages: tuple[Stage, ...]
@@ -77,16 +91,14 @@ class Experiment:
 
         The optimizers start anew; without `before` it is the beginning of the run.
         """
-        student = before.student if before else self.student.params
-        soft_prompt = before.soft_prompt if before else self.soft_prompt
-        place = self.placed()
+        params = before.params if before else self._params()
         begin = jax.jit(
-            lambda student, prompt, key: init_state(student, prompt, stage.optimizers, key),
-            out_shardings=place,
-            donate_argnums=(0, 1),
+            lambda params, key: self._init(stage, params, key),
+            out_shardings=self.placed(),
+            donate_argnums=0,
         )
         key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
-        state = begin(student, soft_prompt, key)
+        state = begin(params, key)
         return state.replace(skipped=before.skipped) if before else state
 
     def abstract_state(self) -> TrainState:
@@ -102,54 +114,183 @@ class Experiment:
         return sharding.shardings(self._shapes(), self.mesh)
 
     def _shapes(self) -> TrainState:
-        student, prompt = self.student.params, self.soft_prompt
-        optimizers = self.stages[0].optimizers
-        return jax.eval_shape(
-            lambda s, p: init_state(s, p, optimizers, jax.random.key(0)), student, prompt
-        )
+        key = jax.random.key(0)
+        return jax.eval_shape(lambda p: self._init(self.stages[0], p, key), self._params())
+
+    def _params(self) -> dict[str, Any]:
+        return {"student": self.student.params, **self.learned}
+
+    def _init(self, stage: Stage, params: dict[str, Any], key: jax.Array) -> TrainState:
+        """A stage's first state. All have the same structure, whatever each of them trains."""
+        replay, config = None, self.config
+        if any(s.targets == "replay" for s in config.stages):
+            capacity = max(s.replay.capacity for s in config.stages if s.targets == "replay")
+            threshold = config.stages[stage.index].replay.threshold
+            replay = empty_replay(capacity, config.data.max_length, threshold)
+        coefficient = stage.method.regularisation
+        return init_state(params, stage.optimizers, key, regularisation=coefficient, replay=replay)
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Experiment:
-    """Loads the models, reads the data, writes the teacher's answers where the recipe wants them.
+    """Loads the models, reads the data, writes the teacher's requests and answers where the recipe
+    wants them.
 
-    Answers are kept in `workdir`, so that a run that was stopped does not write them twice.
+    They are kept in `workdir` (answers in `config.answers.path`, where it is given), so that a run
+    that was stopped does not write them twice.
 
     Raises:
-      ModelError, DataError: a model or data that cannot be used.
+      ModelError, DataError, ConfigError: a model, data or method that cannot be used.
     """
-    teacher, student = _load_models(config, mesh)
+    teacher, student = load_models(config, mesh)
     vocab_size = shared_vocabulary(teacher, student)
     eos_ids = tuple(dict.fromkeys(student.eos_ids + (teacher.eos_ids if teacher else ())))
     student = student.replace(eos_ids=eos_ids)
     teacher = teacher and teacher.replace(eos_ids=eos_ids)
-    data, evaluation = config.data, config.evaluation
-    targets = {stage.targets for stage in config.stages}
-    gold = _rows(config, data.train, data.train_split, student, "gold" in targets)
-    rows = {"gold": gold, "student": gold}
-    dev_gold = evaluation.references == "gold"
-    dev = _rows(config, data.dev, data.dev_split, student, dev_gold, data.dev_rows)
-    write = functools.partial(_teacher_written, config, teacher, vocab_size)
-    if "teacher" in targets:
-        chosen = recipe.sampling(config.answers.sampling, eos_ids)
-        rows["teacher"] = write(gold, workdir / "teacher_answers.jsonl", chosen)
-    if not dev_gold:
-        greedy = Sampling(temperature=0.0, eos_ids=eos_ids)
-        dev = write(dev, workdir / "dev_answers.jsonl", greedy)
+    rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
+    demonstrations = _demonstrations(config, rows["gold"])
     stages, first = [], 0
     for index, stage in enumerate(config.stages):
-        made = _stage(config, stage, index, first, rows[stage.targets], student, vocab_size)
+        made = _stage(
+            config,
+            stage,
+            index,
+            first,
+            rows,
+            (teacher, student),
+            vocab_size,
+            demonstrations,
+        )
         stages.append(made)
         first += made.steps
     return Experiment(
         config=config,
         teacher=teacher,
         student=student,
-        soft_prompt=_soft_prompt(config, teacher),
+        learned=_learned(config, teacher, student, vocab_size, demonstrations),
         vocab_size=vocab_size,
         dev=dev,
         stages=tuple(stages),
         mesh=mesh,
     )
+
+
+def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: pathlib.Path):
+    """({kind of targets: rows}, dev rows)."""
+    data, folder = config.data, pathlib.Path(config.answers.path or workdir)
+    targets = {stage.targets for stage in config.stages}
+    dev_gold = config.evaluation.references == "gold"
+    if data.train == "teacher":
+        records = _written_requests(config, teacher, student, vocab_size, workdir)
+        dev_records, records = records[: data.dev_rows], records[data.dev_rows :]
+    else:
+        need_output = bool(targets & {"gold", "mixed", "replay"})
+        records = read_records(data.train, split=data.train_split, need_output=need_output)
+    if data.dev != "teacher":
+        dev_records = read_records(data.dev, split=data.dev_split, need_output=dev_gold)
+        dev_records = dev_records[: data.dev_rows or None]
+    rows = tokenized(config, student, data.train, records)
+    dev = tokenized(config, student, data.dev, dev_records)
+    write = functools.partial(
+        offline.teacher_answers,
+        teacher,
+        prompt_capacity=data.max_prompt_length,
+        max_new_tokens=data.max_length - data.max_prompt_length,
+        batch_size=config.answers.batch_size,
+        seed=config.seed,
+        vocab_size=vocab_size,
+    )
+    kinds = dict.fromkeys(TARGETS, rows)
+    if "teacher" in targets:
+        chosen = recipe.sampling(config.answers.sampling, student.eos_ids)
+        kinds["teacher"] = write(rows, folder / "teacher_answers.jsonl", sampling=chosen)
+    if not dev_gold:
+        greedy = Sampling(temperature=0.0, eos_ids=student.eos_ids)
+        dev = write(dev, folder / "dev_answers.jsonl", sampling=greedy)
+    return kinds, dev
+
+
+def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, workdir):
+    """Where there are no data: see `data_free`."""
+    settings, data = DataFree(**config.data_free), config.data
+    return write_requests(
+        teacher,
+        student,
+        workdir / "requests.jsonl",
+        dataclasses.replace(settings, requests=settings.requests + data.dev_rows),
+        template=data.template,
+        prompt_capacity=data.max_prompt_length,
+        batch_size=config.answers.batch_size,
+        vocab_size=vocab_size,
+    )
+
+
+def tokenized(config: ConfigDict, student: Model, source: str, records: Sequence[Record]) -> Rows:
+    """The records as rows of the config's template and lengths; says how many were dropped."""
+    limit = config.data.max_prompt_length
+    rows = tokenize(
+        records,
+        student.tokenizer,
+        template=config.data.template,
+        max_prompt_length=limit,
+        max_length=config.data.max_length,
+        eos_id=student.eos_ids[0],
+    )
+    print(f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens)")
+    return rows
+
+
+def _demonstrations(config: ConfigDict, rows: Rows) -> tuple[int, ...]:
+    """Token ids of some rows with their answers, one after the other; () where nobody sees them."""
+    wanted = config.soft_prompt.init == "examples" or any(
+        stage.teacher_view == "in_context" for stage in config.stages
+    )
+    if not wanted:
+        return ()
+    number, found = config.in_context.examples, len(rows.tokens)
+    if number > found or not all(record.outputs for record in rows.records):
+        raise DataError(
+            f"{config.data.train}: {found} rows, of which {number} with an answer are wanted as "
+            "demonstrations (config.in_context.examples)"
+        )
+    chosen = np.random.default_rng(config.seed).choice(found, number, replace=False)
+    return tuple(int(token) for index in chosen for token in rows.tokens[index])
+
+
+def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[str, Any]:
+    """What is trained beside the student, by its group in the train state."""
+    learned, key = {}, jax.random.key(config.seed)
+    if any(stage.teacher_view == "prompted" for stage in config.stages):
+        learned["soft_prompt"] = _soft_prompt(config, teacher, vocab_size, demonstrations, key)
+    if any(stage.teacher_view == "online" for stage in config.stages):
+        learned["teacher"] = jax.tree.map(jnp.copy, teacher.params)
+    shapes = [model.decoder.config for model in (student, teacher) if model]
+    terms = [
+        term
+        for stage in config.stages
+        if stage.hidden_terms
+        for term in recipe.resolved_hidden_terms(stage, *shapes)
+    ]
+    if terms:
+        widths = [shape.width for shape in shapes]
+        if projections := hidden.init_projections(terms, *widths, key):
+            learned["projection"] = projections
+    return learned
+
+
+def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.Array:
+    chosen, tokenizer = config.soft_prompt, teacher.tokenizer
+    if chosen.init == "random":
+        return random_soft_prompt(key, chosen.length, teacher.decoder.config.width)
+    if chosen.init == "vocabulary":
+        ids = jax.random.randint(key, (chosen.length,), 0, vocab_size)
+    elif chosen.init == "examples":
+        ids = demonstrations
+    elif chosen.init == "pad":
+        own = tokenizer.pad_token_id
+        ids = [teacher.eos_ids[0] if own is None else own]
+    else:
+        ids = tokenizer(chosen.text, add_special_tokens=chosen.add_special_tokens)["input_ids"]
+    return init_soft_prompt(teacher.params, ids, chosen.length)
 
 
 def save(
@@ -203,7 +344,13 @@ def shared_vocabulary(teacher: Model | None, student: Model) -> int:
     return min(teacher.vocab_size, student.vocab_size)
 
 
-def _load_models(config: ConfigDict, mesh) -> tuple[Model | None, Model]:
+def load_models(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:
+    """(teacher, student); no teacher where nothing looks at one.
+
+    Raises:
+      ModelError: a model that cannot be used, or has no tokenizer.
+    """
+
     def load(path, how):
         return load_model(
             path,
@@ -213,7 +360,9 @@ def _load_models(config: ConfigDict, mesh) -> tuple[Model | None, Model]:
             shardings=lambda tree: sharding.shardings(tree, mesh),
         )
 
-    teacher = load(config.teacher.path, config.teacher) if config.teacher.path else None
+    teacher, measured = None, config.evaluation.teacher and config.teacher.path
+    if recipe.needs_the_teacher(config) or measured:
+        teacher = load(config.teacher.path, config.teacher)
     if config.student.path:
         student = load(config.student.path, config.student)
     else:
@@ -233,96 +382,7 @@ def _from_teacher_layers(config: ConfigDict, teacher: Model, load) -> Model:
     else:
         how = dict(dtype=config.student.dtype, remat=config.student.remat)
         whole = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
-    return keep_layers(whole, uniform_layers(whole.decoder.config.depth, config.student.layers))
-
-
-def _rows(config, source, split, student, need_output, limit=0) -> Rows:
-    records = read_records(source, split=split, need_output=need_output)
-    rows = tokenize(
-        records[: limit or None],
-        student.tokenizer,
-        template=config.data.template,
-        max_prompt_length=config.data.max_prompt_length,
-        max_length=config.data.max_length,
-        eos_id=student.eos_ids[0],
-    )
-    limit = config.data.max_prompt_length
-    print(f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens)")
-    return rows
-
-
-def _teacher_written(
-    config: ConfigDict,
-    teacher: Model,
-    vocab_size: int,
-    rows: Rows,
-    file: pathlib.Path,
-    sampling: Sampling,
-) -> Rows:
-    """The rows with responses that the teacher wrote, kept line by line in `file`."""
-    data, batch_size = config.data, config.answers.batch_size
-    answers = _kept_answers(file, rows, batch_size)
-    missing = write_answers(
-        teacher,
-        rows,
-        sampling=sampling,
-        prompt_capacity=data.max_prompt_length,
-        max_new_tokens=data.max_length - data.max_prompt_length,
-        batch_size=batch_size,
-        key=jax.random.key(config.seed),
-        vocab_size=vocab_size,
-        first=len(answers),
-    )
-    if len(answers) < len(rows.tokens):
-        print(f"the teacher writes {len(rows.tokens) - len(answers)} answers into {file}")
-    with file.open("a") as out:
-        for answer in missing:
-            line = {"request": _request(rows, len(answers)), "answer": answer.tolist()}
-            answers.append(line["answer"])
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-    return _with_answers(rows, answers, teacher.tokenizer)
-
-
-def _kept_answers(file: pathlib.Path, rows: Rows, batch_size: int) -> list[list[int]]:
-    """The answers in `file`: all, or those of whole batches, so that what is still to be written is
-    computed in the same batches as in a run that was not stopped. A torn end is cut off.
-
-    Raises:
-      DataError: they answer other requests.
-    """
-    if not file.exists():
-        return []
-    text = file.read_text().splitlines(keepends=True)
-    lines = [line for line in text if line.endswith("\n")]
-    if len(lines) != len(rows.tokens):
-        lines = lines[: len(lines) // batch_size * batch_size]
-    found = [json.loads(line) for line in lines]
-    for number, line in enumerate(found):
-        if number >= len(rows.tokens) or line["request"] != _request(rows, number):
-            raise DataError(
-                f"{file}:{number + 1}: answers another request than row {number} of the data; the "
-                "data changed since it was written: take another --workdir"
-            )
-    if len(lines) < len(text):
-        file.write_text("".join(lines))
-    return [line["answer"] for line in found]
-
-
-def _request(rows: Rows, number: int) -> list[int]:
-    return rows.tokens[number][: rows.prompt_lengths[number]].tolist()
-
-
-def _with_answers(rows: Rows, answers: list[list[int]], tokenizer: Any) -> Rows:
-    tokens = [
-        np.concatenate([row[:length], np.asarray(answer, np.int32)])
-        for row, length, answer in zip(rows.tokens, rows.prompt_lengths, answers)
-    ]
-    records = [
-        record._replace(outputs=(decode(tokenizer, answer),))
-        for record, answer in zip(rows.records, answers, strict=True)
-    ]
-    return rows._replace(tokens=tokens, records=records)
+    return keep_layers(whole, chosen_layers(whole.decoder.config.depth, config.student.layers))
 
 
 def _stage(
@@ -330,41 +390,55 @@ def _stage(
     stage: ConfigDict,
     index: int,
     first: int,
-    rows: Rows,
-    student: Model,
+    kinds: dict[str, Rows],
+    models: tuple[Model | None, Model],
     vocab_size: int,
+    demonstrations: tuple[int, ...],
 ) -> Stage:
+    teacher, student = models
+    rows, length = kinds[stage.targets], config.data.max_length
     steps = recipe.stage_steps(stage, len(rows.tokens))
     longest = max(len(row) - length for row, length in zip(rows.tokens, rows.prompt_lengths))
     method = recipe.make_method(
         config,
         stage,
         steps=steps,
-        longest_response=int(longest),
+        longest_response=max(int(longest), 1),
         vocab_size=vocab_size,
         eos_ids=student.eos_ids,
+        demonstrations=demonstrations,
     )
     optimizers = recipe.make_optimizers(
-        stage, student.params, steps=steps, decay_norms=_decays_norms(config, student)
+        stage,
+        student.params,
+        teacher and teacher.params,
+        steps=steps,
+        decay_norms=PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2",
     )
-    batches = train_batches(
-        rows,
-        batch_size=stage.batch_size,
-        length=config.data.max_length,
-        seed=config.seed + index,
+    cached, how = None, config.teacher
+    if stage.teacher_view == "cached":
+        cached = offline.open_cache(
+            pathlib.Path(config.cache.path),
+            teacher=manifest.of_files(config.teacher.path, how.dtype, how.param_dtype),
+            tokenizer=student.tokenizer,
+            rows=rows,
+            vocab_size=vocab_size,
+            top_k=config.cache.top_k,
+        )
+    seed = config.seed + index
+    batches = functools.partial(train_batches, batch_size=stage.batch_size, length=length)
+    corpus = None
+    if stage.corpus_terms:
+        text = read_corpus(config.data.corpus, split=config.data.corpus_split)
+        corpus = batches(pack(text, student.tokenizer, length, student.eos_ids[0]), seed=seed)
+    return Stage(
+        name=stage.name,
+        index=index,
+        first=first,
+        steps=steps,
+        method=method,
+        optimizers=optimizers,
+        learning_rate=recipe.learning_rate(stage, stage.learning_rate, steps),
+        batches=batches(rows, seed=seed, cached=cached, capacity=method.response_capacity),
+        corpus=corpus,
     )
-    rates = recipe.learning_rate(stage, stage.learning_rate, steps)
-    return Stage(stage.name, index, first, steps, method, optimizers, rates, batches)
-
-
-def _decays_norms(config: ConfigDict, student: Model) -> bool:
-    return PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2"
-
-
-def _soft_prompt(config: ConfigDict, teacher: Model | None) -> jax.Array | None:
-    """Initialised from the config's text, where any stage is prompted."""
-    if not any(stage.prompted for stage in config.stages):
-        return None
-    chosen = config.soft_prompt
-    ids = teacher.tokenizer(chosen.text, add_special_tokens=chosen.add_special_tokens)["input_ids"]
-    return init_soft_prompt(teacher.params, ids, chosen.length)

@@ -13,7 +13,7 @@ probability counts as 0, in values and gradients, as in the published implementa
 `[V, D]` a few positions at a time and makes the gradients in the same pass, so that no `[B, T, V]`
 array exists.
 
-B batch, T positions, D width, V vocabulary.
+B batch, T positions, D width, V vocabulary, k kept tokens of a cached teacher.
 """
 
 import ast
@@ -157,6 +157,11 @@ def entropy(logits: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.exp(log_p) * _finite(log_p), axis=-1)
 
 
+def confidence(logits: jax.Array) -> jax.Array:
+    """1 - entropy / log V: 0 for the uniform distribution, 1 where one token has all mass."""
+    return 1 - entropy(logits) / jnp.log(logits.shape[-1])
+
+
 DIVERGENCES: dict[str, Divergence] = {
     f.__name__: f
     for f in (
@@ -203,6 +208,35 @@ def _with_numbers(function: Divergence, numbers: tuple[float, ...]) -> Divergenc
     return functools.partial(function, **dict(zip(names, numbers)))
 
 
+# How much a position counts, from (target, learner); a constant, no gradient goes through it.
+WEIGHTINGS: dict[str, Divergence] = {
+    "teacher_confidence": lambda target, learner: confidence(target),
+    "student_uncertainty": lambda target, learner: 1 - confidence(learner),
+}
+
+
+def weighted(function: Divergence, weighting: str) -> Divergence:
+    """`function` times a weight per position in [0, 1], one of `WEIGHTINGS`, or "uniform"."""
+    if weighting == "uniform":
+        return function
+    weight = WEIGHTINGS[weighting]
+    return lambda target, learner: (
+        jax.lax.stop_gradient(weight(target, learner)) * function(target, learner)
+    )
+
+
+def tempered(function: Divergence, temperature: float) -> Divergence:
+    """`function` of both distributions at a temperature, times its square (Hinton et al. 2015).
+
+    The square keeps the gradient's size: for high temperatures it no longer depends on it.
+    """
+    if temperature == 1:
+        return function
+    return lambda target, learner: (
+        temperature**2 * function(target / temperature, learner / temperature)
+    )
+
+
 class Linear(NamedTuple):
     """Logits not yet multiplied out: hidden `[B, T, D]` and head `[V, D]`."""
 
@@ -216,10 +250,39 @@ class Linear(NamedTuple):
         return jnp.einsum("btd,vd->btv", self.hidden, head, preferred_element_type=jnp.float32)
 
 
+class TopK(NamedTuple):
+    """A distribution as a cache keeps it: its k largest `log_probs` and their `ids`, `[B, T, k]`.
+
+    All other tokens are one bucket, the tail. Distributions are compared in these k + 1 buckets,
+    which bounds their KL divergence from below; with k = V nothing is lost.
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
+
+    def buckets(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """This distribution and that of `logits` `[..., V]`, both as logits of the buckets."""
+        kept = jnp.take_along_axis(logits, self.ids, axis=-1)
+        if self.ids.shape[-1] == logits.shape[-1]:
+            return self.log_probs, kept
+        left = 1 - jnp.sum(jnp.exp(self.log_probs), axis=-1, keepdims=True)
+        tail = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)
+        rest = jnp.put_along_axis(logits, self.ids, -jnp.inf, axis=-1, inplace=False)
+        rest = jax.nn.logsumexp(rest, axis=-1, keepdims=True)
+        return jnp.concatenate([self.log_probs, tail], -1), jnp.concatenate([kept, rest], -1)
+
+
+def compare(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
+    """`function(target, logits)` per position; with a `TopK` target in its buckets."""
+    if isinstance(target, TopK):
+        return function(*target.buckets(logits))
+    return function(target, logits)
+
+
 def linear_loss(
     terms: Sequence[Divergence],
     learner: Linear,
-    targets: Sequence[Linear | jax.Array],
+    targets: Sequence[Any],
     mask: jax.Array,
     weights: jax.Array | Sequence[float] | None = None,
     *,
@@ -235,11 +298,13 @@ def linear_loss(
     Args:
       terms: functions of (target, learner logits), each `[B, T]`; see `DIVERGENCES`.
       learner: hidden states and head of the model that is trained.
-      targets: one per term: a `Linear`, or integer labels `[B, T]` for `cross_entropy`.
+      targets: one per term: a `Linear`, a `TopK`, integer labels `[B, T]` for `cross_entropy`, or
+        any tree of arrays `[B, T, …]` that the term knows how to read. More than there are terms:
+        for the observations alone. One that stands there twice is multiplied out once.
       mask: `[B, T]`; positions that count, possibly weighted.
       weights: `[len(terms)]`; 1 for each where absent. May be traced.
       observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
-        is wanted; they see the same logits that the terms see.
+        is wanted; they see the same logits that the terms see (and a `TopK` as it is).
       chunk: positions of the T axis in one block; by default as many as keep a block of logits
         below `CHUNK_ELEMENTS`. The batch axis is never cut, so it can stay sharded.
 
@@ -248,16 +313,49 @@ def linear_loss(
       observation, `[len(terms) + len(observe)]`, which carry no gradient. All are sums: divide by
       `mask.sum()` (over all devices and micro-batches) for a mean.
     """
-    if len(terms) != len(targets):
+    if len(terms) > len(targets):
         raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
     if chunk is None:
         chunk = _default_chunk(mask.shape, learner.head.shape[0])
     chunk = min(max(chunk, 1), mask.shape[1])
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
-    constants = jax.lax.stop_gradient((tuple(targets), mask.astype(jnp.float32), weights))
-    functions = (tuple(terms), tuple(observe))
+    different = {id(target): target for target in targets}
+    order = tuple(list(different).index(id(target)) for target in targets)
+    targets = tuple(different.values())
+    constants = jax.lax.stop_gradient((targets, mask.astype(jnp.float32), weights))
+    functions = (tuple(terms), tuple(observe), order)
     loss, sums = _linear_loss(functions, chunk, learner, *constants)
     return loss, jax.lax.stop_gradient(sums)
+
+
+def linear_values(
+    functions: Sequence[Divergence],
+    learner: Linear,
+    targets: Sequence[Any],
+    *,
+    chunk: int | None = None,
+) -> tuple[jax.Array, ...]:
+    """Each function's value at every position, `[B, T]`, a block of positions at a time.
+
+    Args:
+      functions, learner, targets, chunk: as for `linear_loss`.
+
+    Returns:
+      One array per function. They carry no gradient.
+    """
+    learner, targets = jax.lax.stop_gradient((learner, tuple(targets)))
+    shape = learner.hidden.shape[:2]
+    chunk = min(chunk or _default_chunk(shape, learner.head.shape[0]), shape[1])
+    parts, join = _sequences(targets)
+
+    def body(_, block):
+        hidden, parts = block
+        logits = Linear(hidden, learner.head).logits()
+        references = _references(join(parts))
+        return None, [compare(f, t, logits) for f, t in zip(functions, references)]
+
+    _, values = jax.lax.scan(body, None, _blocks((learner.hidden, parts), chunk))
+    return tuple(_unblocked(value, shape[1]) for value in values)
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
@@ -270,13 +368,18 @@ def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
 
 def _block_loss(functions, learner: Linear, targets, mask, weights):
     """Loss and sums of one block of positions."""
-    terms, observe = functions
+    terms, observe, order = functions
     logits = learner.logits()
-    references = [t.logits() if isinstance(t, Linear) else t for t in targets]
-    sums = jnp.stack([jnp.sum(f(t, logits) * mask) for f, t in zip(terms, references)])
+    different = _references(targets)
+    references = [different[i] for i in order]
+    sums = jnp.stack([jnp.sum(compare(f, t, logits) * mask) for f, t in zip(terms, references)])
     constant = jax.lax.stop_gradient(logits)
     observed = [jnp.sum(f(references, constant) * mask) for f in observe]
     return sums @ weights, jnp.stack([*sums, *observed])
+
+
+def _references(targets):
+    return [t.logits() if isinstance(t, Linear) else t for t in targets]
 
 
 def _blocks(tree: Any, chunk: int) -> Any:
@@ -287,6 +390,12 @@ def _blocks(tree: Any, chunk: int) -> Any:
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(split, tree)
+
+
+def _unblocked(blocks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_blocks`: `[blocks, B, chunk, …]` as `[B, length, …]`."""
+    whole = jnp.moveaxis(blocks, 0, 1)
+    return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
 
 
 def _sequences(targets):
@@ -313,7 +422,7 @@ def _linear_loss(functions, chunk, learner, targets, mask, weights):
         )
         return (total[0] + loss, total[1] + sums), None
 
-    zero = (jnp.zeros(()), jnp.zeros(sum(map(len, functions))))
+    zero = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])))
     return jax.lax.scan(body, zero, _blocks((learner.hidden, parts, mask), chunk))[0]
 
 
@@ -343,12 +452,11 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
         return (total + value, sums + block_sums, head_gradient), d_hidden
 
     zero_head = jnp.zeros(learner.head.shape, jnp.float32) if with_head else None
-    carry = (jnp.zeros(()), jnp.zeros(sum(map(len, functions))), zero_head)
+    carry = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])), zero_head)
     (total, sums, d_head), d_hidden = jax.lax.scan(
         body, carry, _blocks((learner.hidden, parts, mask), chunk)
     )
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1)  # [B, blocks, chunk, D]
-    d_hidden = d_hidden.reshape(d_hidden.shape[0], -1, d_hidden.shape[-1])[:, :length]
+    d_hidden = _unblocked(d_hidden, length)
     like_head = jnp.zeros((0,), learner.head.dtype)  # a residual can carry a dtype only so
     return (total, sums), (d_hidden, d_head, like_head)
 

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import embed
 
+INITS = ("text", "pad", "vocabulary", "random", "examples")
+
 
 def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.Array:
     """The embeddings of `token_ids`, repeated and cut to `length`, `[M, D]` float32.
@@ -27,6 +29,11 @@ def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.
         raise ValueError("a soft prompt needs at least one token to start from")
     repeated = np.resize(np.asarray(token_ids, np.int32), length)
     return embed(params, repeated).astype(jnp.float32)
+
+
+def random_soft_prompt(key: jax.Array, length: int, width: int) -> jax.Array:
+    """Standard normal numbers, `[M, D]` float32: PEFT's RANDOM. Far larger than embeddings are."""
+    return jax.random.normal(key, (length, width), jnp.float32)
 
 
 def save_soft_prompt(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from promptkd_jax import curves
+from promptkd_jax.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
@@ -111,7 +112,7 @@ def truncate_metrics(workdir: str | os.PathLike, step: int) -> None:
     path = Path(workdir) / METRICS_FILE
     if path.exists():
         kept = (row for row in read_metrics(workdir) if row["step"] <= step)
-        _replace(path, "".join(map(_json_line, kept)))
+        write_text(path, "".join(map(_json_line, kept)))
 
 
 class TrainingProgress:
@@ -251,20 +252,39 @@ def write_report(
       jinja2.UndefinedError: if a sample lacks one of its four texts.
     """
     evaluation, training = curves.plots(read_metrics(workdir))
-    page = _template().render(
+    page = render(
+        "report.html.jinja",
         title=title,
         metrics=[_Comparison.of(*metric) for metric in summary["metrics"]],
         facts=summary["facts"],
         paths=summary["paths"],
         plots={"Evaluation": evaluation, "Training": training},
-        curve_colours=curves.CURVE_COLOURS,
         samples=samples,
         reference=reference,
         config_text=config_text,
     )
     path = Path(workdir) / REPORT_FILE
-    _replace(path, page)
+    write_text(path, page)
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that a template of this package makes of `values`; whatever is given is escaped.
+
+    Raises:
+      jinja2.UndefinedError: if the template needs a value that is not given.
+    """
+    folder = resources.files("promptkd_jax")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.globals["curve_colours"] = curves.CURVE_COLOURS
+    return environment.get_template(template).render(**values)
 
 
 def model_card(
@@ -348,16 +368,6 @@ def _json_line(row: Mapping) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that whoever looks sees the old one or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def _shows_control_codes(console: Console) -> bool:
     # rich alone would also colour a log file where the environment has FORCE_COLOR.
     return console.is_interactive and console.file.isatty()
@@ -379,12 +389,3 @@ def _change(before: float | None, after: float | None, spec: str = "") -> str:
     if before and math.isfinite(difference) and not spec.endswith("%"):
         text += f" ({sign}{abs(100.0 * difference / before):.1f}%)"
     return text
-
-
-def _template() -> jinja2.Template:
-    source = resources.files("promptkd_jax").joinpath("report.html.jinja").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = _number
-    return environment.from_string(source)

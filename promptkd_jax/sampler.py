@@ -39,13 +39,26 @@ class Rollout(NamedTuple):
     ended: jax.Array
 
 
+class Voice(NamedTuple):
+    """A model that writes: what it is, and the soft prompt `[M, D]` in front of its rows."""
+
+    decoder: Decoder
+    params: Any
+    prefix: jax.Array | None = None
+
+    @property
+    def shift(self) -> int:
+        """M: how many columns its rows stand further to the right than their tokens."""
+        return 0 if self.prefix is None else self.prefix.shape[0]
+
+
 class _Loop(NamedTuple):
     step: jax.Array
     tokens: jax.Array
     lengths: jax.Array
     ended: jax.Array
     logits: jax.Array  # [B, V] for the token to be written next
-    cache: Cache
+    caches: tuple[Cache, ...]
 
 
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
@@ -64,6 +77,9 @@ def sample(
     sampling: Sampling = Sampling(),
     prefix: jax.Array | None = None,
     vocab_size: int | None = None,
+    active: jax.Array | None = None,
+    second: Voice | None = None,
+    second_share: float = 0.0,
 ) -> Rollout:
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
@@ -73,29 +89,35 @@ def sample(
       keys: `[B]` typed PRNG keys, see `row_keys`.
       prefix: `[M, D]` soft prompt in front of every row.
       vocab_size: tokens from here on are never written (padding of the vocabulary).
+      active: `[B]`, the rows to continue (all, where absent); others keep their request alone.
+      second: a model that decodes jointly: each token is drawn from (1 - second_share) times the
+        first's distribution plus second_share times the second's (MiniLLM, arXiv 2306.08543, eq. 4:
+        the teacher, at a share of 0.2).
 
     Returns:
       A Rollout over `[B, P + max_new_tokens]` columns; what stands behind a row's length is 0.
     """
+    voices = (Voice(decoder, params, prefix), *([second] if second_share else []))
     rows, width = tokens.shape
-    shift = 0 if prefix is None else prefix.shape[0]
-    kernel = head(params)[:vocab_size].astype(decoder.config.dtype)
+    heads = [head(v.params)[:vocab_size].astype(v.decoder.config.dtype) for v in voices]
 
-    def logits(hidden):  # [B, D] -> [B, V]
+    def logits(hidden: list[jax.Array]) -> jax.Array:  # of [B, D] each -> [B, V]
         # Rounded to half precision, logits would tie, and top-k keeps ties.
-        return jnp.einsum("bd,vd->bv", hidden, kernel, preferred_element_type=jnp.float32)
+        each = [
+            jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32)
+            for h, kernel in zip(hidden, heads)
+        ]
+        return each[0] if len(each) == 1 else _mixed(*each, second_share)
 
-    cache = empty_cache(decoder.config, rows, shift + width + max_new_tokens)
-    hidden, cache = decoder.apply({"params": params}, tokens, prefix=prefix, cache=cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    prefilled = [_prefill(voice, tokens, lengths, width + max_new_tokens) for voice in voices]
     in_request = jnp.arange(width) < lengths[:, None]
     start = _Loop(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.pad(jnp.where(in_request, tokens, 0), ((0, 0), (0, max_new_tokens))),
         lengths=lengths,
-        ended=jnp.zeros(rows, bool),
-        logits=logits(last),
-        cache=cache,
+        ended=jnp.zeros(rows, bool) if active is None else ~active,
+        logits=logits([hidden for hidden, _ in prefilled]),
+        caches=tuple(cache for _, cache in prefilled),
     )
 
     def unfinished(loop: _Loop):
@@ -105,21 +127,44 @@ def sample(
         allowed = _forbid_repeats(loop, sampling.no_repeat_ngram_size)
         chosen = choose(allowed, _at_step(keys, loop.step), sampling)  # [B]
         here = (jnp.arange(loop.tokens.shape[1]) == loop.lengths[:, None]) & ~loop.ended[:, None]
-        column = shift + loop.lengths
-        hidden, cache = decoder.apply(
-            {"params": params}, chosen[:, None], cache=loop.cache, column=column
-        )
+        seen = [
+            _decode(voice, chosen, loop.lengths, cache) for voice, cache in zip(voices, loop.caches)
+        ]
         return _Loop(
             step=loop.step + 1,
             tokens=jnp.where(here, chosen[:, None], loop.tokens),
             lengths=loop.lengths + ~loop.ended,
             ended=loop.ended | jnp.isin(chosen, jnp.array(sampling.eos_ids, jnp.int32)),
-            logits=logits(hidden[:, 0]),
-            cache=cache,
+            logits=logits([hidden for hidden, _ in seen]),
+            caches=tuple(cache for _, cache in seen),
         )
 
     end = jax.lax.while_loop(unfinished, write_one, start)
-    return Rollout(end.tokens, end.lengths, end.ended)
+    ended = end.ended if active is None else end.ended & active
+    return Rollout(end.tokens, end.lengths, ended)
+
+
+def _prefill(voice: Voice, tokens, lengths, columns: int) -> tuple[jax.Array, Cache]:
+    """The hidden state `[B, D]` at the end of every request, and the cache of all of them."""
+    cache = empty_cache(voice.decoder.config, tokens.shape[0], voice.shift + columns)
+    hidden, cache = voice.decoder.apply(
+        {"params": voice.params}, tokens, prefix=voice.prefix, cache=cache
+    )
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
+
+
+def _decode(voice: Voice, chosen, column, cache: Cache) -> tuple[jax.Array, Cache]:
+    """The hidden state `[B, D]` of the tokens just written into `column` `[B]`."""
+    hidden, cache = voice.decoder.apply(
+        {"params": voice.params}, chosen[:, None], cache=cache, column=voice.shift + column
+    )
+    return hidden[:, 0], cache
+
+
+def _mixed(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
+    """The logarithm of (1 - share) softmax(first) + share softmax(second)."""
+    log_q, log_p = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
+    return jnp.logaddexp(log_q + jnp.log1p(-share), log_p + jnp.log(share))
 
 
 def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:

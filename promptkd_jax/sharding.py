@@ -30,7 +30,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/mlp/(up|gate)/bias", P(None, "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (r".*(norm/(scale|bias)|(out|down)/bias)", P()),
-    (r"soft_prompt|prompt_optimizer/.*", P()),
+    (r"(soft_prompt|projection|replay)(/.*)?", P()),
 )
 
 

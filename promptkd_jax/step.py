@@ -1,14 +1,13 @@
-"""The one train step: rollout, prompt update and student update in a single pure function.
+"""The one train step: rollout, teacher update and student update in a single pure function.
 
-A method is data (`Method`): where the target rows come from, how the teacher is seen, which
-divergences are minimised. PromptKD, its warm-up, SFT and KD are values of it.
+A method is data, see `Method`; this is what is done with it.
 
 B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabulary,
-G micro-batches of one update.
+G micro-batches of one update, N parts of a step (the micro-batches of all its minibatches).
 """
 
-import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,126 +15,60 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax import losses
-from promptkd_jax.losses import Linear, linear_loss
-from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.sampler import Sampling
-from promptkd_jax.targets import Batch, responses, rollout
-from promptkd_jax.teacher import view
-
-GOLD = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
-
-
-@dataclasses.dataclass(frozen=True)
-class Conventions:
-    """Where the published code and its paper, or good practice, differ.
-
-    Attributes:
-      mean_of_means: average each micro-batch over its tokens, then the micro-batches; otherwise
-        one mean over all tokens of the update, which does not depend on how it was cut.
-      stale_prompt: only the last micro-batch of an update sees the just-updated prompt.
-      early_clock: the regularisation coefficient moves on one micro-batch before the update does.
-      force_eos: a rollout that ran to its limit gets its last token overwritten by EOS.
-      decay_norms: weight decay on norm scales, except GPT-2's.
-      entropy_free: a forward KL is reported without the target's entropy (same gradient).
-    """
-
-    mean_of_means: bool = False
-    stale_prompt: bool = False
-    early_clock: bool = False
-    force_eos: bool = False
-    decay_norms: bool = False
-    entropy_free: bool = False
-
-
-PRESETS = {"default": Conventions(), "faithful": Conventions(*[True] * 6)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A distillation method; hashable, a static argument of `jax.jit`.
-
-    Attributes:
-      targets: "gold" or "teacher" (the rows of the batch as they are, whoever wrote them) or
-        "student" (its own rollout from their requests).
-      student_terms: ((divergence, weight), …); "cross_entropy" is on the tokens, all others are
-        against the teacher. See `losses.divergence` for the names.
-      prompted: the teacher is seen behind a soft prompt, which is trained as well.
-      prompt_divergence: L_kd, of the prompted teacher from the student (paper eq. 1).
-      prompt_regulariser: L_reg, of the prompted teacher from the plain one (eq. 2).
-      regularisation: coefficient of L_reg, times (K - k) / K (eq. 3); 0 drops the plain forward.
-      total_steps: K.
-      response_capacity: R, the most response tokens of a row; max_new_tokens of a rollout.
-      prompt_capacity: columns of the longest request.
-      micro_batches: G; rows are dealt out to micro-batches in turn.
-      vocab_size: what teacher and student share.
-    """
-
-    targets: str
-    student_terms: tuple[tuple[str, float], ...]
-    total_steps: int
-    response_capacity: int
-    prompt_capacity: int
-    vocab_size: int
-    prompted: bool = False
-    prompt_divergence: str = "reverse_kl"
-    prompt_regulariser: str = "reverse_kl"
-    regularisation: float = 1.0
-    sampling: Sampling = Sampling()
-    micro_batches: int = 1
-    conventions: Conventions = Conventions()
-
-    def __post_init__(self):
-        names = [name for name, _ in self.student_terms]
-        if len(set(names)) < len(names):
-            raise ValueError(f"student_terms: {', '.join(names)}: expected each name once")
-        if self.targets not in ("gold", "teacher", "student"):
-            raise ValueError(f"targets: {self.targets!r} is not gold, teacher or student")
-        if self.prompted and set(names) <= {GOLD}:
-            raise ValueError(f"prompted: no term of {names} looks at the teacher")
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher."""
-        return self.prompted or any(name != GOLD for name, _ in self.student_terms)
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-    """The two decoders; `teacher` is None for supervised fine-tuning."""
-
-    student: Decoder
-    teacher: Decoder | None = None
+from promptkd_jax import hidden, losses, policy_gradient
+from promptkd_jax.batch import Batch, responses
+from promptkd_jax.losses import Linear, linear_loss, linear_values
+from promptkd_jax.method import GOLD, ON_POLICY, POLICY, PRESETS, Conventions, Method
+from promptkd_jax.targets import Replay, target_rows
+from promptkd_jax.teacher import Models, Views, view
 
 
 class Optimizers(NamedTuple):
-    """One for the student's parameters, one for the soft prompt."""
+    """One for each group of parameters that is trained.
+
+    `projection` is for the matrices between hidden states of different models, `teacher` for the
+    "online" view.
+    """
 
     student: optax.GradientTransformation
-    soft_prompt: optax.GradientTransformation
+    soft_prompt: optax.GradientTransformation | None = None
+    teacher: optax.GradientTransformation | None = None
+    projection: optax.GradientTransformation | None = None
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes; the frozen teacher is not in it.
+    """Everything that changes; a frozen teacher is not in it.
 
-    `step` counts updates of this stage, `skipped` the non-finite ones in all, `skipped_in_a_row`
-    the latest run of them. `soft_prompt` `[M, D]` and its optimizer are None without a prompt.
+    `params` and `optimizers` have the groups of `Optimizers`: "student", and where they are trained
+    "soft_prompt" `[M, D]`, "teacher", "projection". `step` counts the steps of this stage,
+    `regularisation` is the coefficient of L_reg where that adapts, `replay` the buffer of "replay"
+    targets. `skipped` counts the non-finite steps in all, `skipped_in_a_row` the latest of them.
     """
 
     step: jax.Array
     key: jax.Array
-    student: Any
-    student_optimizer: Any
-    soft_prompt: jax.Array | None
-    prompt_optimizer: Any
+    params: dict[str, Any]
+    optimizers: dict[str, Any]
+    regularisation: jax.Array
+    replay: Replay | None
     skipped: jax.Array
     skipped_in_a_row: jax.Array
 
+    @property
+    def student(self) -> Any:
+        """The student's parameters."""
+        return self.params["student"]
+
+    @property
+    def soft_prompt(self) -> jax.Array | None:
+        """`[M, D]`, None where there is none."""
+        return self.params.get("soft_prompt")
+
 
 class Metrics(NamedTuple):
-    """`sums` over response tokens of each micro-batch `[G]`, `counts` `[G]` tokens, plain
-    `scalars`. `summarise` divides."""
+    """`sums` over response tokens of each part `[N]`, `counts` `[N]` tokens, plain `scalars`.
+    `summarise` divides."""
 
     sums: dict[str, jax.Array]
     counts: jax.Array
@@ -143,16 +76,29 @@ class Metrics(NamedTuple):
 
 
 def init_state(
-    student: Any, soft_prompt: jax.Array | None, optimizers: Optimizers, key: jax.Array
+    params: Mapping[str, Any],
+    optimizers: Optimizers,
+    key: jax.Array,
+    *,
+    regularisation: float = 1.0,
+    replay: Replay | None = None,
 ) -> TrainState:
-    """A state at step 0 of `student` parameters and an optional soft prompt `[M, D]`."""
+    """A state at step 0.
+
+    Args:
+      params: by group, see `TrainState`; at least {"student": …}.
+      optimizers: one for every group in `params`.
+      regularisation: where the coefficient of an "adaptive" L_reg starts.
+      replay: `empty_replay(…)` where a method has "replay" targets.
+    """
+    params = {name: group for name, group in params.items() if group is not None}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
-        student=student,
-        student_optimizer=optimizers.student.init(student),
-        soft_prompt=soft_prompt,
-        prompt_optimizer=None if soft_prompt is None else optimizers.soft_prompt.init(soft_prompt),
+        params=params,
+        optimizers={name: getattr(optimizers, name).init(params[name]) for name in params},
+        regularisation=jnp.full((), regularisation, jnp.float32),
+        replay=replay,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )
@@ -162,12 +108,13 @@ def train_step(
     state: TrainState,
     teacher: Any,
     batch: Batch,
+    corpus: Batch | None = None,
     *,
     method: Method,
     models: Models,
     optimizers: Optimizers,
 ) -> tuple[TrainState, Metrics]:
-    """One update. Pure: jit it with the keyword arguments bound and the state donated.
+    """One step. Pure: jit it with the keyword arguments bound and the state donated.
 
     Algorithm 1 of the paper: rows y ~ q(.|x); P <- P - eta grad [KL(p_P || q) + alpha_k
     KL(p_P || p)]; theta <- theta - eta grad KL(q || p_P) with the P just updated. Without a prompt
@@ -175,34 +122,42 @@ def train_step(
 
     Args:
       state: see `TrainState`.
-      teacher: the teacher's parameters (None where `method.needs_teacher` is False).
-      batch: B rows, B divisible by `method.micro_batches`.
+      teacher: the teacher's parameters (None where `method.needs_teacher` is False or it learns).
+      batch: B rows, B divisible by `method.parts`.
+      corpus: rows of plain text for `method.corpus_terms`, as many or another multiple of them.
 
     Returns:
-      The new state and Metrics. An update whose loss or gradient is not finite changes nothing but
+      The new state and Metrics. A step whose loss or gradient is not finite changes nothing but
       `step` and the counters.
     """
     key = jax.random.fold_in(state.key, state.step)
-    rows, ended = _target_rows(state, batch, method, models, key)
-    micro = _deal(rows, method.micro_batches)
-    supervised = jnp.minimum(micro.lengths - micro.prompt_lengths, method.response_capacity)
-    counts = jnp.sum(supervised, axis=1).astype(jnp.float32)  # [G]
-    scales = _scales(counts, method)
-    views = _make_views(state, teacher, micro, method, models)
-    new, sums, scalars, prompts = state, {}, _row_statistics(rows, ended), None
-    if method.prompted:
-        soft_prompt, optimizer_state, sums, more = _update_prompt(
-            state, micro, scales, views, method, optimizers.soft_prompt
-        )
-        new = new.replace(soft_prompt=soft_prompt, prompt_optimizer=optimizer_state)
-        prompts = _prompt_in_turn(state.soft_prompt, soft_prompt, method)
-        scalars |= more
-    student, optimizer_state, student_sums, more = _update_student(
-        state, micro, scales, prompts, views, method, optimizers.student
+    see = Views(method, models, teacher)
+    rows, own, replay, statistics = target_rows(
+        method,
+        models.student,
+        state.params["student"],
+        batch,
+        state.replay,
+        key,
+        step=state.step,
+        teacher=see.second_voice(state.params),
     )
-    new = new.replace(student=student, student_optimizer=optimizer_state)
-    sums, scalars = sums | student_sums, scalars | more
-    return _unless_not_finite(state, new, sums, counts, scalars)
+    parts = _deal_parts(rows, own, corpus, method)
+    counts = _counts(parts.rows, method.response_capacity)
+    if method.parts * method.passes == 1:  # one forward of the student serves both updates
+        see = see.sharing(state.params["student"], _first(parts).rows)
+    new, sums = state.replace(replay=replay), {}
+    if method.prompted:
+        new, sums, more = _update_prompt(new, parts, counts, see, optimizers)
+        parts = parts._replace(soft_prompt=_prompt_in_turn(state, new, method))
+        statistics |= more
+    elif method.teacher_view == "online":
+        new, sums, more = _update_teacher(new, parts, counts, see, optimizers)
+        statistics |= more
+    if any(name == POLICY for name, _ in method.student_terms):
+        parts = parts._replace(policy=_policy_targets(new, parts, see))
+    new, student_sums, more = _update_student_in_turn(new, parts, counts, see, optimizers)
+    return _unless_not_finite(state, new, sums | student_sums, counts, statistics | more)
 
 
 def _unless_not_finite(state, new, sums, counts, scalars) -> tuple[TrainState, Metrics]:
@@ -217,7 +172,7 @@ def _unless_not_finite(state, new, sums, counts, scalars) -> tuple[TrainState, M
     return kept, Metrics(sums, counts, scalars | {"skipped_in_a_row": in_a_row})
 
 
-def summarise(metrics: Metrics, conventions: Conventions = Conventions()) -> dict[str, float]:
+def summarise(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:
     """Means over response tokens (or of micro-batch means) and the scalars, as Python floats."""
     metrics = jax.device_get(metrics)
     if conventions.mean_of_means:
@@ -227,147 +182,304 @@ def summarise(metrics: Metrics, conventions: Conventions = Conventions()) -> dic
     return {name: float(value) for name, value in (means | metrics.scalars).items()}
 
 
-def _target_rows(state: TrainState, batch: Batch, method: Method, models: Models, key):
-    if method.targets != "student":
-        return batch, None
-    return rollout(
-        models.student,
-        state.student,
-        batch,
-        key,
-        prompt_capacity=method.prompt_capacity,
-        max_new_tokens=method.response_capacity,
-        sampling=method.sampling,
-        vocab_size=method.vocab_size,
-        force_eos=method.conventions.force_eos,
-    )
+# How rows are dealt out
 
 
-def _deal(batch: Batch, parts: int) -> Batch:
-    """`[B, …]` as `[G, B / G, …]`, row i in part i mod G: every device keeps its own rows."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+class _Part(NamedTuple):
+    """What one micro-batch is made of; with a leading axis `[N]` all of a step."""
+
+    rows: Batch
+    own: jax.Array  # [B / N] rows that the student wrote
+    corpus: Batch | None
+    soft_prompt: jax.Array | None = None  # [M, D]
+    policy: policy_gradient.PolicyTarget | None = None
 
 
-def _scales(counts: jax.Array, method: Method) -> jax.Array:
-    """What each micro-batch's sum is multiplied by, `[G]`, so that the sum of all is the mean."""
-    if method.conventions.mean_of_means:
-        return 1 / (counts * method.micro_batches)
+def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Method) -> _Part:
+    """`[B, …]` as `[N, B / N, …]`, row i in part i mod N: every device keeps its own rows."""
+
+    def deal(x):
+        return jnp.swapaxes(x.reshape(-1, method.parts, *x.shape[1:]), 0, 1)
+
+    corpus = corpus if method.corpus_terms else None
+    return jax.tree.map(deal, _Part(rows, own, corpus))
+
+
+def _first(parts: _Part) -> _Part:
+    return jax.tree.map(lambda x: x[0], parts)
+
+
+def _counts(rows: Batch, capacity: int) -> jax.Array:
+    """Response tokens of each part, `[N]`."""
+    supervised = jnp.minimum(rows.lengths - rows.prompt_lengths, capacity)
+    return jnp.sum(supervised, axis=1).astype(jnp.float32)
+
+
+def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
+    """What each part's sum is multiplied by, `[G]`, so that the sum of all is the mean."""
+    if conventions.mean_of_means:
+        return 1 / (counts * counts.shape[0])
     return jnp.broadcast_to(1 / jnp.sum(counts), counts.shape)
 
 
-def _coefficients(step: jax.Array, method: Method) -> jax.Array:
-    """alpha_k = (K - k) / K with k = 1 in the first update, for each micro-batch, `[G]`."""
-    parts = method.micro_batches
-    k = jnp.broadcast_to(step + 1, (parts,))
+# The teacher's update: its soft prompt, or all of it
+
+
+def _update_prompt(state: TrainState, parts: _Part, counts, see: Views, optimizers: Optimizers):
+    """P <- P - eta grad [L_kd + alpha_k L_reg]: (state, sums, scalars)."""
+    method = see.method
+
+    def part(x: _Part, scale, coefficient):
+        def prompted(soft_prompt):
+            seen, _ = see.teacher(state.params, x.rows, soft_prompt)
+            return seen.hidden, seen.head
+
+        hidden_states, pullback, kernel = jax.vjp(
+            prompted, state.params["soft_prompt"], has_aux=True
+        )
+        student = see.student(state.params["student"], x.rows)
+        divergence = _prompt_divergence(method.prompt_divergence, method)
+        terms = {"prompt_kd": Term(divergence, student, scale)}
+        observe = {"kl_prompted": _student_to_learner}
+        if method.regularisation:
+            divergence = _prompt_divergence(method.prompt_regulariser, method)
+            plain, _ = see.teacher(state.params, x.rows)
+            terms["prompt_regulariser"] = Term(divergence, plain, scale * coefficient)
+            observe["kl_plain"] = _student_to_plain
+        gradient, total, sums = _gradient(
+            terms, observe, see.where(x.rows).mask, lambda h: Linear(h, kernel), hidden_states
+        )
+        return {"soft_prompt": pullback(gradient)[0]}, sums | {"prompt_loss": total / scale}
+
+    coefficients = _coefficients(state, method)
+    scales = _scales(counts, method.conventions)
+    gradients, sums = _accumulate(part, (parts, scales, coefficients))
+    new = _apply(state, gradients, optimizers)
+    if method.regularisation and method.regularisation_schedule == "adaptive":
+        found = jnp.sum(sums["prompt_regulariser"]) / jnp.sum(counts)
+        new = new.replace(regularisation=_adapted(state.regularisation, found / method.target_kl))
+    scalars = {
+        "prompt_grad_norm": optax.tree.norm(gradients),
+        "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
+        "regularisation_weight": coefficients[0],
+    }
+    return new, sums, scalars
+
+
+def _coefficients(state: TrainState, method: Method) -> jax.Array:
+    """alpha_k = (K - k) / K with k = 1 in the first update, for each part, `[N]`."""
+    parts = method.parts
+    if method.regularisation_schedule == "adaptive":
+        return jnp.broadcast_to(state.regularisation, (parts,))
+    if method.regularisation_schedule == "constant":
+        return jnp.full(parts, method.regularisation)
+    k = jnp.broadcast_to(state.step + 1, (parts,))
     if method.conventions.early_clock and parts > 1:
         k = k + (jnp.arange(parts) == parts - 1)
     return method.regularisation * jnp.maximum(1 - k / method.total_steps, 0.0)
 
 
-class _Views(NamedTuple):
-    """How rows are seen at their response positions, for the parameters of this update."""
-
-    teacher: Callable[..., Linear]  # (rows, soft_prompt or None)
-    student: Callable[[Batch], Linear]
-    student_vjp: Callable[[Batch], tuple[Linear, Callable]]  # with the pullback to its parameters
+def _adapted(coefficient: jax.Array, ratio: jax.Array) -> jax.Array:
+    """Moved by at most 2 % towards the target: the controller of Ziegler et al. 2019 (1909.08593),
+    section 2.2."""
+    return coefficient * (1 + 0.1 * jnp.clip(ratio - 1, -0.2, 0.2))
 
 
-def _make_views(state, teacher, micro: Batch, method: Method, models: Models) -> _Views:
-    def seen(decoder, params, rows, soft_prompt=None):
-        where = responses(rows, method.response_capacity)
-        return view(decoder, params, rows, where, method.vocab_size, soft_prompt)
+def _prompt_divergence(name: str, method: Method) -> losses.Divergence:
+    if name == "forward_kl" and method.conventions.entropy_free:
+        name = "soft_cross_entropy"
+    return losses.divergence(name)
 
-    def teacher_view(rows, soft_prompt=None):
-        return seen(models.teacher, teacher, rows, soft_prompt)
 
-    def student_vjp(rows):
-        return jax.vjp(lambda params: seen(models.student, params, rows), state.student)
+def _prompt_in_turn(before: TrainState, after: TrainState, method: Method) -> jax.Array:
+    """The soft prompt that each part's student loss sees, `[N, M, D]`."""
+    is_last = jnp.arange(method.parts) == method.parts - 1
+    fresh = is_last | (not method.conventions.stale_prompt)
+    return jnp.where(fresh[:, None, None], after.soft_prompt, before.soft_prompt)
 
-    if method.micro_batches > 1:
-        return _Views(
-            teacher_view, lambda rows: seen(models.student, state.student, rows), student_vjp
+
+def _update_teacher(state: TrainState, parts: _Part, counts, see: Views, optimizers: Optimizers):
+    """Mutual learning (Zhang et al. 2018, arXiv 1706.00384): the teacher learns from the student,
+    which then learns from what the teacher has become."""
+
+    def part(x: _Part, scale):
+        learner, pullback = jax.vjp(
+            lambda p: see.teacher({"teacher": p}, x.rows)[0],
+            state.params["teacher"],
         )
-    # One forward of the student serves both updates.
-    shared = student_vjp(jax.tree.map(lambda x: x[0], micro))
-    return _Views(teacher_view, lambda rows: shared[0], lambda rows: shared)
+        student = see.student(state.params["student"], x.rows)
+        terms = {
+            f"teacher_{name}": _term(name, weight * scale, x, student, see)
+            for name, weight in see.method.teacher_terms
+        }
+        gradient, total, sums = _gradient(terms, {}, see.where(x.rows).mask, lambda x: x, learner)
+        return {"teacher": pullback(gradient)[0]}, sums | {"teacher_loss": total / scale}
+
+    scales = _scales(counts, see.method.conventions)
+    gradients, sums = _accumulate(part, (parts, scales))
+    scalars = {"teacher_grad_norm": optax.tree.norm(gradients)}
+    return _apply(state, gradients, optimizers), sums, scalars
 
 
-def _update_prompt(state, micro, scales, views: _Views, method: Method, optimizer):
-    """P <- P - eta grad [L_kd + alpha_k L_reg]: (P, its optimizer, sums, scalars)."""
-
-    def part(rows, scale, coefficient):
-        where = responses(rows, method.response_capacity)
-        hidden, pullback, kernel = jax.vjp(
-            lambda prompt: views.teacher(rows, prompt), state.soft_prompt, has_aux=True
-        )
-        terms = {"prompt_kd": Term(method.prompt_divergence, views.student(rows), scale)}
-        observe = {"kl_prompted": _student_to_learner}
-        if method.regularisation:
-            plain = views.teacher(rows)
-            weight = scale * coefficient
-            terms["prompt_regulariser"] = Term(method.prompt_regulariser, plain, weight)
-            observe["kl_plain"] = _student_to_plain
-        d_hidden, total, sums = _gradient(
-            terms, observe, where.mask, lambda h: Linear(h, kernel), hidden, method.conventions
-        )
-        return pullback(d_hidden)[0], sums | {"prompt_loss": total / scale}
-
-    coefficients = _coefficients(state.step, method)
-    gradient, sums = _accumulate(part, (micro, scales, coefficients))
-    soft_prompt, optimizer_state = _apply(
-        optimizer, gradient, state.prompt_optimizer, state.soft_prompt
-    )
-    scalars = {
-        "prompt_grad_norm": optax.tree.norm(gradient),
-        "prompt_norm": jnp.linalg.norm(soft_prompt),
-        "regularisation_weight": coefficients[0],
-    }
-    return soft_prompt, optimizer_state, sums, scalars
+# The student's update
 
 
-def _update_student(state, micro, scales, prompts, views: _Views, method: Method, optimizer):
-    """theta <- theta - eta grad of the student's terms: (theta, its optimizer, sums, scalars)."""
+def _policy_targets(state: TrainState, parts: _Part, see: Views) -> policy_gradient.PolicyTarget:
+    """What the sampled rows are worth, valued over the whole step, `[N, B / N, R]` each."""
 
-    def part(rows, scale, soft_prompt):
-        where = responses(rows, method.response_capacity)
-        student, pullback = views.student_vjp(rows)
-        terms, observe = {}, {"student_entropy": _entropy}
-        if method.needs_teacher:
-            seen = views.teacher(rows, soft_prompt)
-            observe["agreement"] = _agreement
-            if not method.prompted:
-                observe["kl_plain"] = _learner_to_teacher
-        # Terms against the teacher first: the observations look at the first target.
-        for name, weight in sorted(method.student_terms, key=lambda term: term[0] == GOLD):
-            terms[name] = Term(name, where.labels if name == GOLD else seen, scale * weight)
+    def of_labels(labels, logits):
+        return -losses.cross_entropy(labels, logits)
+
+    def part(x: _Part):
+        where = see.where(x.rows)
+        seen = see.student(state.params["student"], x.rows), _teacher(state, x, see)[0]
+        log_probs = [linear_values([of_labels], one, [where.labels])[0] for one in seen]
+        return where.labels, where.mask, *log_probs
+
+    found = jax.lax.map(part, parts)
+    flat = [x.reshape(-1, x.shape[-1]) for x in found]
+    method = see.method
+    target = policy_gradient.policy_target(*flat, method.teacher_share, method.policy_gradient)
+    return jax.tree.map(lambda x: x.reshape(found[0].shape), target)
+
+
+def _teacher(state: TrainState, x: _Part, see: Views):
+    return see.teacher(state.params, x.rows, x.soft_prompt)
+
+
+def _update_student_in_turn(state, parts: _Part, counts, see: Views, optimizers: Optimizers):
+    """`passes` times each minibatch's update: (state, sums, scalars), means over the passes."""
+    method = see.method
+    if method.minibatches * method.passes == 1:
+        return _update_student(state, parts, counts, see, optimizers)
+
+    def split(x):  # [N, …] -> [minibatches, G, …]
+        return x.reshape(method.minibatches, method.micro_batches, *x.shape[1:])
+
+    def update(state, xs):
+        state, *measured = _update_student(state, *xs, see, optimizers)
+        return state, measured
+
+    def one_pass(state, _):
+        return jax.lax.scan(update, state, jax.tree.map(split, (parts, counts)))
+
+    state, (sums, scalars) = jax.lax.scan(one_pass, state, None, length=method.passes)
+    sums = {name: x.mean(axis=0).reshape(-1) for name, x in sums.items()}
+    return state, sums, {name: x.mean() for name, x in scalars.items()}
+
+
+def _update_student(state: TrainState, parts: _Part, counts, see: Views, optimizers: Optimizers):
+    """theta <- theta - eta grad of the student's terms: (state, sums, scalars)."""
+    method = see.method
+    scales = _scales(counts, method.conventions)
+
+    def part(x: _Part, scale):
+        where = see.where(x.rows)
+        (student, states), pullback = see.student_vjp(state.params["student"], x.rows)
+        seen, teacher_states = _teacher(state, x, see) if method.needs_view else (None, {})
+        terms = {
+            name: _term(name, weight * scale, x, seen, see) for name, weight in method.student_terms
+        }
         d_student, total, sums = _gradient(
-            terms, observe, where.mask, lambda x: x, student, Conventions()
+            terms, _observations(method), where.mask, lambda x: x, student, seen
         )
-        if len(terms) == 1:  # then it is the loss
-            del sums[name]
-        return pullback(d_student)[0], sums | {"student_loss": total / scale}
+        gradients, d_states = {}, jax.tree.map(jnp.zeros_like, states)
+        if see.hidden_terms:
+            d_states, gradients, hidden_total, more = _hidden_gradient(
+                states, teacher_states, state.params.get("projection", {}), where, scale, see
+            )
+            total, sums = total + hidden_total, sums | more
+        gradients["student"] = pullback((d_student, d_states))[0]
+        if x.corpus is not None:
+            gradient, corpus_total = _corpus_gradient(state, x.corpus, corpus_scale, see)
+            gradients["student"] = jax.tree.map(jnp.add, gradients["student"], gradient)
+            total, sums = total + corpus_total, sums | {"corpus_loss": corpus_total / scale}
+        if len(sums) == 1 + len(_observations(method)):  # the only term is the loss itself
+            del sums[method.student_terms[0][0]]
+        return gradients, sums | {"student_loss": total / scale}
 
-    gradient, sums = _accumulate(part, (micro, scales, prompts))
-    student, optimizer_state = _apply(optimizer, gradient, state.student_optimizer, state.student)
-    return student, optimizer_state, sums, {"student_grad_norm": optax.tree.norm(gradient)}
+    if parts.corpus is not None:
+        corpus_scale = 1 / jnp.sum(parts.corpus.lengths - 1)
+    gradients, sums = _accumulate(part, (parts, scales))
+    scalars = {"student_grad_norm": optax.tree.norm(gradients["student"])}
+    return _apply(state, gradients, optimizers), sums, scalars
+
+
+def _hidden_gradient(states, teacher_states, projections, where, scale, see: Views):
+    """(gradient of the states, that of the projections, weighted total, sums)."""
+
+    def loss(states, projections):
+        total, sums = hidden.hidden_loss(
+            see.hidden_terms, states, teacher_states, projections, where
+        )
+        return scale * total, sums
+
+    (total, sums), (d_states, d_projections) = jax.value_and_grad(
+        loss, argnums=(0, 1), has_aux=True
+    )(states, projections)
+    return d_states, {"projection": d_projections} if projections else {}, total, sums
+
+
+def _corpus_gradient(state: TrainState, corpus: Batch, scale, see: Views):
+    """Gradient for the student of `corpus_terms`, every token but the first counting; its loss."""
+    method = see.method
+    where = responses(corpus, corpus.tokens.shape[1] - 1)
+
+    def student(params):
+        return view(see.models.student, params, corpus, where, method.vocab_size)
+
+    learner, pullback = jax.vjp(student, state.params["student"])
+    terms = {}
+    for name, weight in method.corpus_terms:
+        if name == GOLD:
+            terms[name] = Term(losses.cross_entropy, where.labels, weight * scale)
+        else:
+            params = see.teacher_params(state.params)
+            seen = view(see.models.teacher, params, corpus, where, method.vocab_size)
+            terms[name] = Term(losses.divergence(name), seen, weight * scale)
+    gradient, total, _ = _gradient(terms, {}, where.mask, lambda x: x, learner)
+    return pullback(gradient)[0], total
 
 
 class Term(NamedTuple):
-    """One summand of a loss: divergence by name, what it compares with, and its weight."""
+    """One summand of a loss: a function of (target, learner logits), its target, its weight."""
 
-    name: str
-    target: Linear | jax.Array
+    function: losses.Divergence
+    target: Any
     weight: jax.Array
 
 
-def _gradient(terms: dict[str, Term], observe, mask, learner, at, conventions: Conventions):
+def _term(name: str, weight, x: _Part, seen, see: Views) -> Term:
+    """What the learner's term `name` compares with, for a part whose other model is `seen`."""
+    method = see.method
+    if name == POLICY:
+        clip = method.policy_gradient.ratio_clip
+        function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
+        return Term(function, x.policy, weight)
+    if name == GOLD:
+        labels = see.where(x.rows).labels
+        if method.targets not in ON_POLICY:
+            return Term(losses.cross_entropy, labels, weight)
+        written_by_others = jnp.broadcast_to(~x.own[:, None], labels.shape)
+        return Term(_gold_cross_entropy, (labels, written_by_others), weight)
+    function = losses.tempered(losses.divergence(name), method.temperature)
+    return Term(losses.weighted(function, method.token_weighting), seen, weight)
+
+
+def _gold_cross_entropy(target, logits):
+    """On the student's own rows it would only make it surer of what it says."""
+    labels, counts = target
+    return losses.cross_entropy(labels, logits) * counts
+
+
+def _gradient(terms: dict[str, Term], observe, mask, learner, at, *observed):
     """Gradient of the weighted terms for `learner(at)`, their sum, and every masked sum by name."""
 
     def loss(at):
         return linear_loss(
-            [_divergence(term.name, conventions) for term in terms.values()],
+            [term.function for term in terms.values()],
             learner(at),
-            [term.target for term in terms.values()],
+            [*(term.target for term in terms.values()), *observed],
             mask,
             jnp.stack([term.weight for term in terms.values()]),
             observe=tuple(observe.values()),
@@ -377,12 +489,14 @@ def _gradient(terms: dict[str, Term], observe, mask, learner, at, conventions: C
     return gradient, total, dict(zip([*terms, *observe], sums))
 
 
-def _divergence(name: str, conventions: Conventions) -> losses.Divergence:
-    if name == GOLD:
-        return losses.cross_entropy
-    if name == "forward_kl" and conventions.entropy_free:
-        name = "soft_cross_entropy"
-    return losses.divergence(name)
+def _observations(method: Method) -> dict[str, losses.Observation]:
+    """What is measured beside the student's loss; the last target is the teacher as it is seen."""
+    observe = {"student_entropy": _entropy}
+    if method.needs_view:
+        observe["agreement"] = _agreement
+        if not method.prompted:
+            observe[f"kl_{method.teacher_view}"] = _learner_to_teacher
+    return observe
 
 
 def _student_to_learner(targets, prompted):
@@ -396,12 +510,12 @@ def _student_to_plain(targets, prompted):
 
 
 def _learner_to_teacher(targets, student):
-    """KL(q || p): the teacher is the first target of the student's loss."""
-    return losses.reverse_kl(targets[0], student)
+    """KL(q || p)."""
+    return losses.compare(losses.reverse_kl, targets[-1], student)
 
 
 def _agreement(targets, student):
-    return losses.agreement(targets[0], student)
+    return losses.compare(losses.agreement, targets[-1], student)
 
 
 def _entropy(targets, student):
@@ -424,22 +538,11 @@ def _accumulate(part: Callable, xs: Any) -> tuple[Any, dict[str, jax.Array]]:
     return jax.lax.scan(body, zeros, xs)
 
 
-def _apply(optimizer: optax.GradientTransformation, gradient, optimizer_state, params):
-    updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-    return optax.apply_updates(params, updates), optimizer_state
-
-
-def _prompt_in_turn(before: jax.Array, after: jax.Array, method: Method) -> jax.Array:
-    """The soft prompt that each micro-batch's student loss sees, `[G, M, D]`."""
-    parts = method.micro_batches
-    is_last = jnp.arange(parts) == parts - 1
-    fresh = is_last | (not method.conventions.stale_prompt)
-    return jnp.where(fresh[:, None, None], after, before)
-
-
-def _row_statistics(rows: Batch, ended: jax.Array | None) -> dict[str, jax.Array]:
-    lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
-    statistics = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
-    if ended is not None:
-        statistics["eos_rate"] = jnp.mean(ended.astype(jnp.float32))
-    return statistics
+def _apply(state: TrainState, gradients: dict[str, Any], optimizers: Optimizers) -> TrainState:
+    """One update of every group that has a gradient."""
+    params, states = dict(state.params), dict(state.optimizers)
+    for name, gradient in gradients.items():
+        optimizer = getattr(optimizers, name)
+        updates, states[name] = optimizer.update(gradient, states[name], params[name])
+        params[name] = optax.apply_updates(params[name], updates)
+    return state.replace(params=params, optimizers=states)

@@ -1,53 +1,24 @@
-"""Where target rows come from: a batch of data, or the student's own continuation of its requests.
+"""Where target rows come from: the data, the student's own continuation of its requests, a mixture
+of both, or what the student wrote before.
 
-A batch has one layout everywhere: every row starts at column 0 and ends at its length, and which
-positions count follows from lengths alone, never from token values.
-
-B rows, T columns, R response positions.
+B rows, T columns, C rows of a replay buffer.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from promptkd_jax.batch import Batch, choose_rows, widen
+from promptkd_jax.method import ON_POLICY, Method
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.sampler import Sampling, row_keys, sample
+from promptkd_jax.sampler import Sampling, Voice, row_keys, sample
 
-
-class Batch(NamedTuple):
-    """`tokens` `[B, T]` request then response (its EOS included), `prompt_lengths` and `lengths`
-    `[B]`: where the response begins and where the row ends."""
-
-    tokens: jax.Array
-    prompt_lengths: jax.Array
-    lengths: jax.Array
-
-
-class Responses(NamedTuple):
-    """Where a batch's response tokens are predicted, gathered to R columns.
-
-    `positions` `[B, R]` are the columns whose hidden state predicts a response token, `labels`
-    `[B, R]` those tokens, `mask` `[B, R]` 1 where there is one. The EOS is among them.
-    """
-
-    positions: jax.Array
-    labels: jax.Array
-    mask: jax.Array
-
-
-def responses(batch: Batch, capacity: int) -> Responses:
-    """The supervised positions of `batch`; no row may have more than `capacity` response tokens."""
-    positions = batch.prompt_lengths[:, None] - 1 + jnp.arange(capacity)
-    mask = positions < batch.lengths[:, None] - 1
-    positions = jnp.clip(positions, 0, batch.tokens.shape[1] - 2)
-    labels = jnp.take_along_axis(batch.tokens, positions + 1, axis=1)
-    return Responses(positions, labels, mask.astype(jnp.float32))
-
-
-def gather(hidden: jax.Array, where: Responses) -> jax.Array:
-    """The hidden states `[B, T, D]` at the supervised positions, `[B, R, D]`."""
-    return jnp.take_along_axis(hidden, where.positions[:, :, None], axis=1)
+# Folded into a step's key for its coins; its rows use 0, 1, …
+_COIN = np.uint32(2**32 - 1)
 
 
 def rollout(
@@ -61,12 +32,15 @@ def rollout(
     sampling: Sampling,
     vocab_size: int,
     force_eos: bool,
+    active: jax.Array | None = None,
+    second: Voice | None = None,
+    second_share: float = 0.0,
 ) -> tuple[Batch, jax.Array]:
     """The model's own continuation of the batch's requests: on-policy targets.
 
     Requests are the first `prompt_lengths` tokens of each row, at most `prompt_capacity`.
     `force_eos` overwrites the last token of a row that ran to the limit, as the published code
-    does; otherwise such a row has no EOS.
+    does; otherwise such a row has no EOS. `active`, `second` and its share: see `sample`.
 
     Returns:
       The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
@@ -82,9 +56,172 @@ def rollout(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         vocab_size=vocab_size,
+        active=active,
+        second=second,
+        second_share=second_share,
     )
     tokens = out.tokens
     if force_eos:
         last = jnp.arange(tokens.shape[1]) == out.lengths[:, None] - 1
         tokens = jnp.where(last & ~out.ended[:, None], sampling.eos_ids[0], tokens)
     return Batch(tokens, batch.prompt_lengths, out.lengths), out.ended
+
+
+@flax.struct.dataclass
+class Replay:
+    """Rows that the student wrote, the last C of them, and how often they are used.
+
+    DistiLLM's adaptive off-policy schedule (arXiv 2402.03898, section 3.2): a batch is the
+    student's with probability `threshold`, which rises when the validation loss does; of these
+    batches ever fewer are written anew and ever more drawn from the buffer.
+
+    `rows` `[C, T]`; `count`: rows pushed in all; `validation_loss`: what the next one is compared
+    with.
+    """
+
+    rows: Batch
+    count: jax.Array
+    threshold: jax.Array
+    validation_loss: jax.Array
+
+    @property
+    def full(self) -> jax.Array:
+        """Whether every place holds a row."""
+        return self.count >= self.rows.lengths.shape[0]
+
+
+def empty_replay(capacity: int, columns: int, threshold: float = 0.0) -> Replay:
+    """A buffer of `capacity` rows of `columns` tokens, with nothing in it."""
+    rows = Batch(
+        jnp.zeros((capacity, columns), jnp.int32),
+        jnp.ones(capacity, jnp.int32),
+        jnp.ones(capacity, jnp.int32),
+    )
+    count, threshold = jnp.zeros((), jnp.int32), jnp.full((), threshold, jnp.float32)
+    return Replay(rows, count, threshold, jnp.full((), jnp.inf, jnp.float32))
+
+
+def push(replay: Replay, rows: Batch) -> Replay:
+    """Puts B <= C rows in the places of the oldest."""
+    capacity, columns = replay.rows.tokens.shape
+    number = rows.tokens.shape[0]
+    if number > capacity:
+        raise ValueError(f"a replay buffer of {capacity} rows cannot take {number} at once")
+    places = (replay.count + jnp.arange(number)) % capacity
+    rows = widen(rows, columns)
+    kept = jax.tree.map(lambda old, new: old.at[places].set(new), replay.rows, rows)
+    return replay.replace(rows=kept, count=replay.count + number)
+
+
+def draw(replay: Replay, key: jax.Array, number: int) -> Batch:
+    """`number` different rows of a full buffer, each equally likely."""
+    capacity = replay.rows.lengths.shape[0]
+    chosen = jax.random.choice(key, capacity, (number,), replace=False)
+    return jax.tree.map(lambda x: x[chosen], replay.rows)
+
+
+def adapt(
+    replay: Replay, validation_loss: jax.Array, *, tolerance: float = 0.1, step: float = 0.1
+) -> Replay:
+    """Raises the threshold by `step` if the validation loss rose by at least `tolerance`.
+
+    The loss to compare with is that of the last rise, at first that of the first call.
+    """
+    loss = jnp.asarray(validation_loss, jnp.float32)
+    first = jnp.isinf(replay.validation_loss)
+    rose = ~first & (loss >= replay.validation_loss + tolerance)
+    return replay.replace(
+        threshold=jnp.where(rose, jnp.minimum(replay.threshold + step, 1.0), replay.threshold),
+        validation_loss=jnp.where(first | rose, loss, replay.validation_loss),
+    )
+
+
+def target_rows(
+    method: Method,
+    student: Decoder,
+    params: Any,
+    batch: Batch,
+    replay: Replay | None,
+    key: jax.Array,
+    *,
+    step: jax.Array,
+    teacher: Voice | None,
+) -> tuple[Batch, jax.Array, Replay | None, dict[str, jax.Array]]:
+    """The rows that a step of `method` trains on.
+
+    Every coin is drawn from `key`, so that all hosts see the same.
+
+    Args:
+      student, params: who writes; teacher: who writes with it, at `method.teacher_share`.
+      batch: the data's rows.
+      replay: the buffer of "replay" targets.
+      step: of the stage, from 0.
+
+    Returns:
+      The rows, per row whether the student wrote it, the buffer after it, and statistics.
+    """
+    number = batch.lengths.shape[0]
+    nobody = jnp.zeros(number, bool)
+    if method.targets not in ON_POLICY:
+        return batch, nobody, replay, _row_statistics(batch)
+
+    def write(active=None):
+        return rollout(
+            student,
+            params,
+            batch,
+            key,
+            prompt_capacity=method.prompt_capacity,
+            max_new_tokens=method.rollout_length,
+            sampling=method.sampling,
+            vocab_size=method.vocab_size,
+            force_eos=method.conventions.force_eos,
+            active=active,
+            second=teacher,
+            second_share=method.teacher_share,
+        )
+
+    coin = jax.random.fold_in(key, _COIN)
+    if method.targets == "replay":
+        done = step / method.total_steps
+        rows, own, replay = _replayed(replay, batch, lambda: write()[0], coin, done)
+        statistics = {"replay_threshold": replay.threshold, "on_policy_share": own.mean()}
+        return rows, own, replay, _row_statistics(rows) | statistics
+    if method.targets == "mixed":
+        own = jax.random.uniform(coin, (number,)) < method.on_policy_share
+        rows, ended = write(own)
+        rows = choose_rows(own, rows, batch)
+        statistics = {"on_policy_share": own.mean()}
+    else:
+        own, statistics = ~nobody, {}
+        rows, ended = write()
+    statistics["eos_rate"] = jnp.sum(ended) / jnp.maximum(jnp.sum(own), 1)
+    return rows, own, replay, _row_statistics(rows) | statistics
+
+
+def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, done: jax.Array):
+    """DistiLLM's choice for a whole batch: the data, the buffer, or new rows, which go into it."""
+    columns, number = replay.rows.tokens.shape[1], batch.lengths.shape[0]
+    luck = jax.random.uniform(coin)
+    fading = replay.threshold * jnp.maximum(1 - done, 0.0)
+    new = (luck < fading) | ((luck < replay.threshold) & ~replay.full)
+    old = ~new & (luck < replay.threshold)
+
+    def of_data():
+        return widen(batch, columns), replay
+
+    def of_buffer():
+        return draw(replay, jax.random.fold_in(coin, 1), number), replay
+
+    def written_now():
+        rows = widen(write(), columns)
+        return rows, push(replay, rows)
+
+    case = jnp.where(new, 2, jnp.where(old, 1, 0))
+    rows, replay = jax.lax.switch(case, [of_data, of_buffer, written_now])
+    return rows, jnp.broadcast_to(case > 0, (number,)), replay
+
+
+def _row_statistics(rows: Batch) -> dict[str, jax.Array]:
+    lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
+    return {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}

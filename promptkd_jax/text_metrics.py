@@ -68,6 +68,29 @@ def text_scores(
     }
 
 
+def answer_statistics(answers: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
+    """What answers are like, whatever they say.
+
+    Args:
+      answers: token ids, an EOS included where the answer ended with one.
+
+    Returns:
+      `response_length`: mean tokens; `eos_rate`: the share that ended by an EOS rather than by the
+      limit; `repetition`: the mean share of an answer's 4-grams that it has written before.
+    """
+    ended = [bool(len(answer)) and int(answer[-1]) in eos_ids for answer in answers]
+    return {
+        "response_length": sum(map(len, answers)) / len(answers),
+        "eos_rate": sum(ended) / len(answers),
+        "repetition": sum(map(_repetition, answers)) / len(answers),
+    }
+
+
+def _repetition(tokens: Sequence[int], n: int = 4) -> float:
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def grouped_text_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[str]
 ) -> dict[str, float]:

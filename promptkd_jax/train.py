@@ -6,6 +6,7 @@ The same command continues a run that was stopped, and says so of one that is fi
 import argparse
 import errno
 import functools
+import itertools
 import json
 import pathlib
 import platform
@@ -13,21 +14,22 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
-from ml_collections.config_dict import CustomJSONEncoder
 
 from promptkd_jax import recipe, sharding
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints
-from promptkd_jax.config import ConfigError, fingerprint, load_config
+from promptkd_jax.config import ConfigError, as_json, claim, fingerprint, load_config
 from promptkd_jax.data import DataError, stream
 from promptkd_jax.evaluate import closeness, score
 from promptkd_jax.experiment import Experiment, Stage, prepare, save
+from promptkd_jax.files import once, write_json
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.load import Model
 from promptkd_jax.report import (
     MetricWriter,
     TrainingProgress,
@@ -36,6 +38,7 @@ from promptkd_jax.report import (
     write_report,
 )
 from promptkd_jax.step import TrainState, summarise, train_step
+from promptkd_jax.targets import adapt
 
 # name, format, which direction is better
 HELD_OUT = {
@@ -43,6 +46,12 @@ HELD_OUT = {
     "agreement": ("top-1 agreement with the teacher", ".3f", "higher"),
     "rougeL": ("ROUGE-L", ".2f", "higher"),
 }
+
+
+# What summary.json compares before and after training.
+COMPARED = (*HELD_OUT, "loss", "response_length", "eos_rate", "repetition")
+PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")
+SELECTION = "selection"  # the score that chooses the best checkpoint, higher is better
 
 
 class TrainingError(RuntimeError):
@@ -69,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains, or continues, or finds it done; returns what `summary.json` says."""
-    _claim(workdir, config)
+    claim(workdir, config, recipe.IRRELEVANT)
     summary = workdir / "summary.json"
     if summary.exists():
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
@@ -79,9 +88,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     _check_devices(config, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
-        before = _once(workdir / "before.json", lambda: assess(experiment, None))
-        state, started = fit(experiment, workdir, started)
-        return finish(experiment, workdir, state, before, started)
+        before = once(workdir / "before.json", lambda: assess(experiment))
+        result = fit(experiment, workdir, started, before)
+        return finish(experiment, workdir, result, before)
 
 
 def _leave(*_: Any) -> None:
@@ -96,32 +105,41 @@ def _check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise ConfigError(f"{jax.process_count()} processes: a run is one process for now")
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     for index, stage in enumerate(config.stages):
-        if (stage.batch_size // stage.micro_batches) % rows:
+        parts = stage.micro_batches * stage.minibatches
+        if (stage.batch_size // parts) % rows:
             raise ConfigError(
-                f"config.stages[{index}].batch_size: {stage.batch_size} in {stage.micro_batches} "
+                f"config.stages[{index}].batch_size: {stage.batch_size} in {parts} "
                 f"micro-batches cannot be dealt out evenly to {rows} devices (data x fsdp)"
             )
 
 
-def assess(experiment: Experiment, student: Any) -> dict[str, Any]:
+def assess(
+    experiment: Experiment, student: Any = None, soft_prompt: jax.Array | None = None
+) -> dict[str, Any]:
     """The student on the dev rows: closeness to the teacher, scores, and its answers ("texts").
 
     Args:
       student: its parameters; None for those that the run starts from.
+      soft_prompt: for the closeness to the prompted teacher.
     """
-    config, data = experiment.config.evaluation, experiment.config.data
     model = experiment.student if student is None else experiment.student.replace(params=student)
-    found: dict[str, Any] = {}
-    if experiment.teacher is not None:
-        found |= closeness(
-            experiment.teacher,
-            model,
-            experiment.dev,
-            batch_size=config.batch_size,
-            length=data.max_length,
-            vocab_size=experiment.vocab_size,
-        )
-    scores, texts = score(
+    config = experiment.config
+    close = closeness(
+        experiment.teacher,
+        model,
+        experiment.dev,
+        batch_size=config.evaluation.batch_size,
+        length=config.data.max_length,
+        vocab_size=experiment.vocab_size,
+        soft_prompt=soft_prompt,
+    )
+    scores, texts = _score(experiment, model)
+    return close | scores | {"texts": texts}
+
+
+def _score(experiment: Experiment, model: Model, soft_prompt: jax.Array | None = None):
+    config, data = experiment.config.evaluation, experiment.config.data
+    return score(
         model,
         experiment.dev,
         sampling=recipe.sampling(config.sampling, model.eos_ids),
@@ -130,18 +148,30 @@ def assess(experiment: Experiment, student: Any) -> dict[str, Any]:
         batch_size=config.batch_size,
         seed=experiment.config.seed,
         vocab_size=experiment.vocab_size,
+        soft_prompt=soft_prompt,
     )
-    return found | scores | {"texts": texts}
 
 
-def fit(experiment: Experiment, workdir: pathlib.Path, started: float) -> tuple[TrainState, float]:
+class Trained(NamedTuple):
+    """What training comes to: the state to export, updates done, and what they took.
+
+    `seconds` of the whole run, all its processes; `training` the sums of `_Loop.spent`.
+    """
+
+    state: TrainState
+    updates: int
+    seconds: float
+    training: dict[str, float]
+
+
+def fit(
+    experiment: Experiment, workdir: pathlib.Path, started: float, before: dict[str, Any]
+) -> Trained:
     """Every update that is not done yet.
 
     Args:
       started: when this process began its work, on the monotonic clock.
-
-    Returns:
-      The state to export, and `started` moved back by the time that earlier processes spent.
+      before: what `assess` said of the initial student.
     """
     config = experiment.config
     rule = config.checkpoint
@@ -150,22 +180,25 @@ def fit(experiment: Experiment, workdir: pathlib.Path, started: float) -> tuple[
             workdir / "checkpoints",
             keep=rule.keep,
             every=rule.every,
-            best_metric="dev/rougeL" if config.evaluation.every else None,
+            best_metric=SELECTION if config.evaluation.every else None,
         ) as checkpoints,
-        _Loop(experiment, workdir, checkpoints, started) as loop,
+        _Loop(experiment, workdir, checkpoints, started, before) as loop,
     ):
         for stage in experiment.stages:
             loop.train(stage)
         checkpoints.wait()
-        best = checkpoints.best_step()
+        best, state = checkpoints.best_step(), loop.state
         if rule.export == "best" and best not in (None, loop.done):
-            print(f"the best checkpoint by dev ROUGE-L is that of step {best}")
-            return checkpoints.restore(best, experiment.abstract_state())[0], loop.started
-        return loop.state, loop.started
+            print(f"the best checkpoint by dev {rule.select} is that of step {best}")
+            state = checkpoints.restore(best, experiment.abstract_state())[0]
+        return Trained(state, loop.done, time.monotonic() - loop.started, loop.spent)
 
 
 class _Loop:
-    """Where a run stands: `done` updates of all, and the `state` after them."""
+    """Where a run stands: `done` updates of all, the `state` after them, and what they took.
+
+    `spent` has the seconds, rows and tokens of training, without compilation and evaluation.
+    """
 
     def __init__(
         self,
@@ -173,9 +206,11 @@ class _Loop:
         workdir: pathlib.Path,
         checkpoints: Checkpoints,
         started: float,
+        before: dict[str, Any],
     ):
         self.experiment, self.checkpoints, self.started = experiment, checkpoints, started
-        self.state, self.done = None, 0
+        self.state, self.done, self.before = None, 0, before
+        self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
         self._fingerprint = fingerprint(experiment.config, recipe.IRRELEVANT)
         if restored := checkpoints.restore_latest(experiment.abstract_state()):
             self.done, self.state, meta = restored
@@ -185,6 +220,7 @@ class _Loop:
                     "config; take another --workdir"
                 )
             self.started -= meta["seconds"]
+            self.spent = meta["spent"]
             print("\n".join(checkpoints.damage + [f"continuing from step {self.done}"]))
         truncate_metrics(workdir, self.done)
         self.writer = MetricWriter(workdir)
@@ -203,17 +239,24 @@ class _Loop:
         self.writer.close()
         signal.signal(signal.SIGTERM, self._handler)
 
+    @property
+    def over(self) -> bool:
+        """Whether the run ends here, by its updates or by its time."""
+        limit = self.experiment.config.stop_after_seconds
+        return self.done == self.experiment.total_steps or 0 < limit <= self.spent["seconds"]
+
     def train(self, stage: Stage) -> None:
         """The updates of `stage` that are not done yet."""
         experiment, end = self.experiment, stage.first + stage.steps
         config = experiment.config
         log_every = min(config.log_every, config.stop_after_skipped)  # logs see what was skipped
-        if self.done >= end:
+        if self.done >= end or self.over:
             return
         if self.done == stage.first:
             self.state = experiment.start(stage, self.state)
+            if not self.done:
+                self._adapt_replay(stage, self.before)
         teacher = experiment.teacher and experiment.teacher.params
-        rows = sharding.rows_sharding(experiment.mesh)
         step = jax.jit(
             functools.partial(
                 train_step,
@@ -224,25 +267,36 @@ class _Loop:
             out_shardings=(experiment.placed(), None),
             donate_argnums=0,
         )
-        self._mark()
-        for batch in stream(stage.batches, self.done - stage.first):
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)
-            self.state, metrics = step(self.state, teacher, batch)
+        first = self.done - stage.first
+        corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
+        for rows in zip(stream(stage.batches, first), corpus):
+            rows = self._placed(rows)
+            self.state, metrics = step(self.state, teacher, *rows)
             self.done += 1
+            if self.done == stage.first + first + 1:
+                jax.block_until_ready(metrics)
+                self._mark()  # the first update of a stage is compilation
             if self.done % log_every == 0 or self.done == end:
                 self._log(stage, summarise(metrics, stage.method.conventions))
             self._save(stage, self._evaluate(stage))
-            if self.done == end:
+            if self.done == end or self.over:
                 return
+
+    def _placed(self, rows: Any) -> Any:
+        where = sharding.rows_sharding(self.experiment.mesh)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), rows)
 
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""
         updates, seconds = self.done - self._marked[0], time.monotonic() - self._marked[1]
-        values |= {
-            "tokens_per_second": updates * values["tokens"] / seconds,
-            "seconds_per_update": seconds / updates,
-            "learning_rate": float(stage.learning_rate(self.done - stage.first - 1)),
-        }
+        if updates:
+            rows = updates * self.experiment.config.stages[stage.index].batch_size
+            tokens = updates * values["tokens"]
+            spent = {"seconds": seconds, "rows": rows, "tokens": tokens}
+            self.spent = {name: self.spent[name] + spent[name] for name in spent}
+            values["tokens_per_second"] = tokens / seconds
+            values["seconds_per_update"] = seconds / updates
+        values["learning_rate"] = float(stage.learning_rate(self.done - stage.first - 1))
         self.writer.write(self.done, values | {"stage": stage.name})
         self.progress.update(self.done, values | {"loss": values["student_loss"]})
         skipped, limit = values["skipped_in_a_row"], self.experiment.config.stop_after_skipped
@@ -260,17 +314,26 @@ class _Loop:
 
     def _evaluate(self, stage: Stage) -> dict[str, float] | None:
         every = self.experiment.config.evaluation.every
-        last = self.done == self.experiment.total_steps
-        if not every or (self.done % every and not last):
+        if not every or (self.done % every and not self.over):
             return None
         found = assess(self.experiment, self.state.student)
         scores = {f"dev/{name}": value for name, value in found.items() if name != "texts"}
         self.writer.write(self.done, scores | {"stage": stage.name})
+        self._adapt_replay(stage, found)
         self._mark()
-        return scores
+        selected = self.experiment.config.checkpoint.select
+        return scores | {SELECTION: -found["loss"] if selected == "loss" else found[selected]}
+
+    def _adapt_replay(self, stage: Stage, found: dict[str, Any]) -> None:
+        """DistiLLM's schedule goes by the validation loss."""
+        if stage.method.targets == "replay":
+            rule = self.experiment.config.stages[stage.index].replay
+            replay = adapt(
+                self.state.replay, found["loss"], tolerance=rule.tolerance, step=rule.step
+            )
+            self.state = self.state.replace(replay=replay)
 
     def _save(self, stage: Stage, scores: dict[str, float] | None) -> None:
-        last = self.done == self.experiment.total_steps
         self.checkpoints.save(
             self.done,
             self.state,
@@ -279,9 +342,10 @@ class _Loop:
                 "position": self.done - stage.first,
                 "fingerprint": self._fingerprint,
                 "seconds": time.monotonic() - self.started,
+                "spent": self.spent,
             },
             metrics=scores,
-            force=last or self._stop_asked or scores is not None,
+            force=self.over or self._stop_asked or scores is not None,
         )
         if self._stop_asked:
             self.checkpoints.wait()
@@ -293,53 +357,71 @@ class _Loop:
 
 
 def finish(
-    experiment: Experiment,
-    workdir: pathlib.Path,
-    state: TrainState,
-    before: dict[str, Any],
-    started: float,
+    experiment: Experiment, workdir: pathlib.Path, trained: Trained, before: dict[str, Any]
 ) -> dict[str, Any]:
     """Exports, measures, reports; `summary.json` comes last and says that the run is finished."""
-    config = experiment.config
-    after = assess(experiment, state.student)
-    seconds = time.monotonic() - started
+    config, state = experiment.config, trained.state
+    after = assess(experiment, state.student, state.soft_prompt)
+    if state.soft_prompt is not None and config.evaluation.prompt_effect:
+        after |= _prompt_effect(experiment, state.soft_prompt)
+    write_json(workdir / "after.json", after)
     rows = [
         (name, before[key], after[key], *rest)
         for key, (name, *rest) in HELD_OUT.items()
         if key in after
     ]
     paths = {"report": str(workdir / "report.html")} | save(experiment, state, workdir, rows)
-    summary = {
-        f"{key}_{when}": found[key]
-        for key in HELD_OUT
-        for when, found in (("before", before), ("after", after))
-        if key in found
-    }
-    summary |= {
-        "seconds": seconds,
-        "peak_memory_gb": peak_memory_gb(),
-        "updates": experiment.total_steps,
-        "updates_skipped": int(state.skipped),
-    }
+    summary = _summary(trained, before, after)
     facts = {
         "Device": jax.devices()[0].device_kind,
         "Devices": str(jax.device_count()),
         "Versions": ", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax")),
         "Python": platform.python_version(),
-        "Time": f"{seconds / 60:.1f} min",
+        "Time": f"{trained.seconds / 60:.1f} min",
         "Peak memory": f"{summary['peak_memory_gb']:.2f} GB",
     }
     write_report(
         workdir,
         title=config.title,
-        config_text=json.dumps(_plain(config), indent=2),
+        config_text=json.dumps(as_json(config), indent=2),
         summary={"metrics": rows, "facts": facts, "paths": paths},
         samples=_samples(experiment, before["texts"], after["texts"]),
         reference="teacher" if config.evaluation.references == "teacher" else "reference",
     )
     print(summary_table([row[:3] for row in rows], paths))
-    _write(workdir / "summary.json", summary)
+    write_json(workdir / "summary.json", summary)
     return summary
+
+
+def _prompt_effect(experiment: Experiment, soft_prompt: jax.Array) -> dict[str, float]:
+    """The teacher's own ROUGE-L, without and with its soft prompt (table 4 of the paper)."""
+    plain, _ = _score(experiment, experiment.teacher)
+    prompted, _ = _score(experiment, experiment.teacher, soft_prompt)
+    return {"teacher_rougeL": plain["rougeL"], "teacher_rougeL_prompted": prompted["rougeL"]}
+
+
+def _summary(trained: Trained, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What a run came to, in numbers."""
+    spent = trained.training
+    summary = {
+        f"{key}_{when}": found[key]
+        for key in COMPARED
+        for when, found in (("before", before), ("after", after))
+        if key in found
+    }
+    summary |= {
+        "seconds": trained.seconds,
+        "training_seconds": spent["seconds"],
+        "peak_memory_gb": peak_memory_gb(),
+        "updates": trained.updates,
+        "updates_skipped": int(trained.state.skipped),
+    }
+    if spent["rows"]:
+        summary["tokens_per_second"] = spent["tokens"] / spent["seconds"]
+        summary["seconds_per_sample"] = spent["seconds"] / spent["rows"]
+    if "kl_prompted" in after:
+        summary["kl_prompted_after"] = after["kl_prompted"]
+    return summary | {name: after[name] for name in PROMPT_EFFECT if name in after}
 
 
 def peak_memory_gb() -> float:
@@ -372,55 +454,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     return parser
-
-
-def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Makes the folder this run's own. Raises ConfigError where it belongs to another config."""
-    file = workdir / "config.json"
-    ours = {"fingerprint": fingerprint(config, recipe.IRRELEVANT), "config": _plain(config)}
-    if not file.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write(file, ours)
-        return
-    theirs = json.loads(file.read_text())
-    if theirs["fingerprint"] != ours["fingerprint"]:
-        found, wanted = _flat(theirs["config"]), _flat(ours["config"])
-        different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
-        lines = [f"  {k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different]
-        raise ConfigError(
-            f"{workdir} belongs to a run of another config; take another --workdir, or set back\n"
-            + "\n".join(lines)
-        )
-
-
-def _plain(config: ConfigDict) -> dict[str, Any]:
-    """As JSON has it: dicts, lists, numbers, strings."""
-    return json.loads(json.dumps(config, cls=CustomJSONEncoder))
-
-
-def _flat(value: Any, path: str = "config") -> dict[str, Any]:
-    """Every leaf of a JSON value by its path."""
-    if isinstance(value, dict):
-        children = ((f"{path}.{key}", child) for key, child in value.items())
-    elif isinstance(value, list):
-        children = ((f"{path}[{index}]", child) for index, child in enumerate(value))
-    else:
-        return {path: value}
-    return {name: leaf for at, child in children for name, leaf in _flat(child, at).items()}
-
-
-def _once(file: pathlib.Path, compute: Callable[[], Any]) -> Any:
-    """What `file` holds, computed and written where it is absent."""
-    if not file.exists():
-        _write(file, compute())
-    return json.loads(file.read_text())
-
-
-def _write(file: pathlib.Path, content: Any) -> None:
-    """JSON, whole or not at all."""
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    unfinished.replace(file)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,13 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file
 
 from promptkd_jax import losses, optimizer, prompt
+from promptkd_jax.batch import Batch
+from promptkd_jax.method import PRESETS, Method
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.export import to_hugging_face
 from promptkd_jax.models.load import load_model
-from promptkd_jax.step import (
-    PRESETS,
-    Method,
-    Models,
-    Optimizers,
-    init_state,
-    train_step,
-)
-from promptkd_jax.targets import Batch
+from promptkd_jax.step import Optimizers, init_state, train_step
+from promptkd_jax.teacher import Models
 
 FAITHFUL = PRESETS["faithful"]
 
@@ -122,7 +117,7 @@ class Training:
             response_capacity=self.batch.tokens.shape[1] - 1,
             prompt_capacity=self.case["batch"]["max_prompt_length"],
             vocab_size=self.case["batch"]["vocab"],
-            prompted=True,
+            teacher_view="prompted",
             prompt_divergence=names[self.hyper["teacher_kld_type"]],
             prompt_regulariser=names[self.hyper["base_kld_type"]],
             regularisation=self.hyper["base_coef"],
@@ -138,9 +133,8 @@ class Training:
             )
         )
         batch = jax.tree.map(lambda x: np.repeat(x, self.parts, axis=0), self.batch)
-        state = init_state(
-            self.student.params, self.soft_prompt, self.optimizers, jax.random.key(0)
-        )
+        params = {"student": self.student.params, "soft_prompt": self.soft_prompt}
+        state = init_state(params, self.optimizers, jax.random.key(0))
         states, metrics = [state], []
         for _ in range(-(-self.hyper["iterations"] // self.parts)):
             state, measured = step(state, self.teacher.params, batch)

@@ -307,6 +307,34 @@ def test_remat_changes_what_is_kept_and_not_the_gradient():
         )
 
 
+@pytest.mark.parametrize(
+    "name, modules",
+    [("opt", ("q_proj", "k_proj", "v_proj")), ("qwen3", ("q_norm", "k_norm", "v_proj"))],
+)
+def test_intermediates_are_those_of_transformers(name, modules, tmp_path):
+    """Each layer's output, and queries, keys and values as projected (and normed), not rotated."""
+    import torch
+
+    reference, _, model = make_pair(name, tmp_path)
+    found = {}  # by the last part of a module's name, one array a layer
+    for path, module in reference.named_modules():
+        kind = path.rpartition(".")[2]
+        module.register_forward_hook(
+            lambda _, inputs, out, kind=kind: found.setdefault(kind, []).append(out)
+        )
+    with torch.no_grad():
+        outputs = reference(torch.tensor(TOKENS), use_cache=False, output_hidden_states=True)
+    _, sown = model.decoder.apply({"params": model.params}, TOKENS, mutable=["intermediates"])
+    layers = sown["intermediates"]["layers"]
+    (hidden,) = layers["hidden"]
+    expected = np.stack(outputs.hidden_states[1:-1])  # the last one is behind the final norm
+    np.testing.assert_allclose(hidden[:-1], expected, rtol=0, atol=1e-4)
+    for kind, module in zip(("queries", "keys", "values"), modules):
+        (states,) = layers["attention"][kind]
+        expected = np.stack(found[module]).reshape(states.shape)
+        np.testing.assert_allclose(states, expected, rtol=0, atol=1e-4, err_msg=kind)
+
+
 def test_bfloat16_is_computed_in_bfloat16_and_close():
     model = random_model("llama")
     half = model.replace(decoder=Decoder(model.decoder.config.replace(dtype="bfloat16")))

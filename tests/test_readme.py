@@ -58,4 +58,4 @@ def test_gpt2_recipe_is_the_published_one(student):
     assert (stage.weight_decay, stage.clip, stage.warmup_steps) == (1e-2, 1.0, 100)
     assert config.soft_prompt.length == 7 and config.seed == 10
     assert (config.data.max_prompt_length, config.data.max_length) == (256, 512)
-    assert stage.prompted and stage.targets == "student" and stage.regularisation == 1.0
+    assert (stage.teacher_view, stage.targets, stage.regularisation) == ("prompted", "student", 1.0)

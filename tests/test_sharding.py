@@ -77,15 +77,17 @@ def test_optimizer_moments_lie_where_their_parameters_do():
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = jax.eval_shape(
         lambda student: init_state(
-            student, jnp.zeros((3, 16)), Optimizers(optimizer, optimizer), jax.random.key(0)
+            {"student": student, "soft_prompt": jnp.zeros((3, 16))},
+            Optimizers(optimizer, optimizer),
+            jax.random.key(0),
         ),
         params("llama"),
     )
     placed = shardings(state, mesh(1, 2, 2))
-    moments = placed.student_optimizer[1][0]
+    moments = placed.optimizers["student"][1][0]
     for tree in (moments.mu, moments.nu):
         assert flat(tree) == flat(placed.student)
-    assert placed.soft_prompt.spec == placed.prompt_optimizer[1][0].mu.spec == P()
+    assert placed.soft_prompt.spec == placed.optimizers["soft_prompt"][1][0].mu.spec == P()
     assert placed.key.spec == placed.step.spec == moments.count.spec == P()
 
 
@@ -135,8 +137,10 @@ from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import abstract_params
 from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import Method, Models, Optimizers, init_state, summarise, train_step
-from promptkd_jax.targets import Batch
+from promptkd_jax.batch import Batch
+from promptkd_jax.method import Method
+from promptkd_jax.step import Optimizers, init_state, summarise, train_step
+from promptkd_jax.teacher import Models
 
 config = json.loads(sys.argv[1])
 teacher, student = (from_hugging_face(config | {"num_hidden_layers": n}) for n in (3, 2))
@@ -150,7 +154,7 @@ adamw = optimizer.adamw(lambda step: 1e-2, weight_decay=0.1, clip=1.0)
 optimizers = Optimizers(adamw, adamw)
 method = Method(
     targets="student", student_terms=(("reverse_kl", 1.0), ("cross_entropy", 0.1)), total_steps=4,
-    response_capacity=6, prompt_capacity=4, vocab_size=30, prompted=True, micro_batches=1,
+    response_capacity=6, prompt_capacity=4, vocab_size=30, teacher_view="prompted", micro_batches=1,
     sampling=Sampling(eos_ids=(3, 4)),
 )
 models = Models(Decoder(student), Decoder(teacher))
@@ -159,7 +163,9 @@ rng = np.random.default_rng(0)
 lengths = rng.integers(1, 5, 8).astype(np.int32)
 batch = Batch(rng.integers(0, 30, (8, 10)).astype(np.int32), lengths, lengths + 2)
 soft_prompt = jnp.asarray(rng.normal(0, 0.4, (3, 16)), jnp.float32)
-begin = init_state(random(student, 1), soft_prompt, optimizers, jax.random.key(2))
+begin = init_state(
+    {"student": random(student, 1), "soft_prompt": soft_prompt}, optimizers, jax.random.key(2)
+)
 fast = {"xla_backend_optimization_level": 0}
 
 def run(sizes):
@@ -194,7 +200,7 @@ for sizes, cut in (((8, 1, 1), (1, 1)), ((2, -1, 2), (2, 2))):
             assert_close(found[name], right[name], (sizes, name))
     jax.tree.map(lambda a, b: assert_close(a, b, sizes), state.student, one.student)
     assert_close(state.soft_prompt, one.soft_prompt, sizes)
-    for leaf in (state.student["lm_head"], state.student_optimizer[1][0].mu["lm_head"]):
+    for leaf in (state.student["lm_head"], state.optimizers["student"][1][0].mu["lm_head"]):
         rows, width = leaf.addressable_shards[0].data.shape
         assert (rows * cut[0], width * cut[1]) == leaf.shape, (sizes, rows, width)
     assert len(state.student["lm_head"].addressable_shards) == 8

@@ -15,22 +15,15 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from promptkd_jax.batch import Batch
+from promptkd_jax.method import Conventions, Method
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.load import abstract_params
 from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import (
-    Conventions,
-    Method,
-    Metrics,
-    Models,
-    Optimizers,
-    TrainState,
-    init_state,
-    summarise,
-    train_step,
-)
-from promptkd_jax.targets import Batch, rollout
+from promptkd_jax.step import Metrics, Optimizers, TrainState, init_state, summarise, train_step
+from promptkd_jax.targets import rollout
+from promptkd_jax.teacher import Models
 
 EOS = 5
 VOCABULARY = 61  # shared; the teacher has three more that are padding
@@ -103,7 +96,8 @@ def state(prompted: bool = True, step: int = 0) -> TrainState:
     soft_prompt = jnp.asarray(np.random.default_rng(2).normal(0, 0.5, (3, 32)), jnp.float32)
     student = random_params(STUDENT.config, 22)
     soft_prompt = soft_prompt if prompted else None
-    made = init_state(student, soft_prompt, OPTIMIZERS, jax.random.key(4))
+    params = {"student": student, "soft_prompt": soft_prompt}
+    made = init_state(params, OPTIMIZERS, jax.random.key(4))
     return made.replace(step=jnp.full((), step, jnp.int32))
 
 
@@ -116,13 +110,13 @@ def method(**changes) -> Method:
         response_capacity=11,
         prompt_capacity=4,
         vocab_size=VOCABULARY,
-        prompted=True,
+        teacher_view="prompted",
     )
     return Method(**(base | changes))
 
 
 def sft(**changes) -> Method:
-    return method(student_terms=(("cross_entropy", 1.0),), prompted=False, **changes)
+    return method(student_terms=(("cross_entropy", 1.0),), teacher_view="plain", **changes)
 
 
 ON_POLICY = method(targets="student", response_capacity=8, sampling=Sampling(eos_ids=(EOS, 9)))
@@ -145,11 +139,11 @@ def update(method: Method, before: TrainState | None = None, rows=None, teacher=
 
 
 def student_gradient(after: TrainState):
-    return after.student_optimizer[0].trace
+    return after.optimizers["student"][0].trace
 
 
 def prompt_gradient(after: TrainState):
-    return after.prompt_optimizer[0].trace
+    return after.optimizers["soft_prompt"][0].trace
 
 
 def assert_close(found, expected, atol=2e-6) -> None:
@@ -256,12 +250,12 @@ def test_sft_is_the_masked_cross_entropy_of_the_tokens_eos_included():
     assert_close(summarise(metrics)["student_grad_norm"], optax.tree.norm(gradient))
     stepped = jax.tree.map(lambda p, g: p - 0.5 * g, before.student, gradient)
     assert_close(after.student, stepped)
-    assert after.soft_prompt is None and after.prompt_optimizer is None
+    assert after.soft_prompt is None and after.optimizers.keys() == {"student"}
 
 
 def test_distillation_adds_its_terms():
     terms = (("cross_entropy", 0.3), ("forward_kl", 0.7))
-    after, metrics = update(method(student_terms=terms, prompted=False))
+    after, metrics = update(method(student_terms=terms, teacher_view="plain"))
     (value, sums), gradient = dense_student(
         state().student, state().soft_prompt, terms=(0.3, 0.7, 0)
     )
@@ -497,7 +491,9 @@ def broken(where: str):
         scale = before.student["final_norm"]["scale"].at[0].set(jnp.nan)
         before.student["final_norm"]["scale"] = scale
     elif where == "soft_prompt":
-        before = before.replace(soft_prompt=before.soft_prompt.at[0, 0].set(jnp.nan))
+        before = before.replace(
+            params=before.params | {"soft_prompt": before.soft_prompt.at[0, 0].set(jnp.nan)}
+        )
     return before, teacher
 
 
@@ -508,11 +504,11 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_counters(where):
     after, metrics = update(ON_POLICY, after, teacher=teacher)
     assert (after.step, after.skipped, after.skipped_in_a_row) == (3, 2, 2)
     assert metrics.scalars["skipped_in_a_row"] == 2
-    for name in ("student", "student_optimizer", "soft_prompt", "prompt_optimizer"):
+    for name in ("params", "optimizers"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
     assert jax.random.key_data(after.key).tolist() == jax.random.key_data(before.key).tolist()
 
-    healed = after.replace(student=state().student, soft_prompt=state().soft_prompt)
+    healed = after.replace(params=state().params)
     after, _ = update(ON_POLICY, healed)
     assert (after.step, after.skipped, after.skipped_in_a_row) == (4, 2, 0)
     assert optax.tree.norm(jax.tree.map(jnp.subtract, after.student, healed.student)) > 0
@@ -562,7 +558,9 @@ def traced_products(regularisation: float, teacher: Decoder, student: Decoder):
     )
     soft_prompt = jax.ShapeDtypeStruct((prompt, teacher.config.width), jnp.float32)
     before = jax.eval_shape(
-        lambda student, soft: init_state(student, soft, OPTIMIZERS, jax.random.key(0)),
+        lambda student, soft: init_state(
+            {"student": student, "soft_prompt": soft}, OPTIMIZERS, jax.random.key(0)
+        ),
         abstract_params(student.config),
         soft_prompt,
     )

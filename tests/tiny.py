@@ -95,7 +95,7 @@ def short_config(folder: pathlib.Path) -> ConfigDict:
     config.data.template = "plain"
     config.data.max_prompt_length = 16
     config.data.max_length = 24
-    config.answers = dict(batch_size=4, sampling=sampling_config())
+    config.answers.update(batch_size=4, sampling=sampling_config())
     config.evaluation.update(every=2, batch_size=4, samples=2)
     config.checkpoint.every = 1
     config.stages = (

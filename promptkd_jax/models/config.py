@@ -89,61 +89,59 @@ def _gpt2(c: Mapping[str, Any], source: str) -> DecoderConfig:
         add_cross_attention=False,
         tie_word_embeddings=True,
     )
-    width, heads = c["n_embd"], c["n_head"]
-    return DecoderConfig(
+    return _learned_positions_decoder(
+        c["n_embd"],
+        c["n_head"],
         family="gpt2",
         vocab_size=c["vocab_size"],
-        width=width,
         depth=c["n_layer"],
-        heads=heads,
-        kv_heads=heads,
-        head_width=width // heads,
-        mlp_width=c.get("n_inner") or 4 * width,
+        mlp_width=c.get("n_inner") or 4 * c["n_embd"],
         max_positions=c["n_positions"],
-        norm="layer",
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         activation=c.get("activation_function", "gelu_new"),
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied=True,
-        learned_positions=True,
     )
 
 
 def _opt(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    width, heads = c["hidden_size"], c["num_attention_heads"]
     _require(
         c,
         source,
         do_layer_norm_before=True,
         _remove_final_layer_norm=False,
-        word_embed_proj_dim=width,
+        word_embed_proj_dim=c["hidden_size"],
         enable_bias=True,
         layer_norm_elementwise_affine=True,
         tie_word_embeddings=True,
     )
-    return DecoderConfig(
+    return _learned_positions_decoder(
+        c["hidden_size"],
+        c["num_attention_heads"],
         family="opt",
         vocab_size=c["vocab_size"],
-        width=width,
         depth=c["num_hidden_layers"],
+        mlp_width=c["ffn_dim"],
+        max_positions=c["max_position_embeddings"],
+        norm_eps=1e-5,
+        activation=c.get("activation_function", "relu"),
+        position_offset=2,
+    )
+
+
+def _learned_positions_decoder(width: int, heads: int, **more: Any) -> DecoderConfig:
+    """Layer norms, a bias everywhere, a plain feed-forward, a tied head, a table of positions."""
+    return DecoderConfig(
+        width=width,
         heads=heads,
         kv_heads=heads,
         head_width=width // heads,
-        mlp_width=c["ffn_dim"],
-        max_positions=c["max_position_embeddings"],
         norm="layer",
-        norm_eps=1e-5,
-        activation=c.get("activation_function", "relu"),
         gated=False,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         tied=True,
         learned_positions=True,
-        position_offset=2,
+        **more,
     )
 
 

@@ -53,7 +53,13 @@ def embed(params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
 
 
 class Decoder(nn.Module):
-    """The decoder of `config`; `Decoder(config).apply({"params": params}, tokens)`."""
+    """The decoder of `config`; `Decoder(config).apply({"params": params}, tokens)`.
+
+    With `mutable=["intermediates"]`, `apply` also returns what it computed on the way, as
+    1-tuples of arrays stacked over the layers, the prefix's columns included: under "layers"
+    "hidden" `[L, B, M + T, D]`, each layer's output, and under its "attention" "queries"
+    `[L, B, M + T, N, H]`, "keys" and "values" `[L, B, M + T, K, H]`, before rotary positions.
+    """
 
     config: DecoderConfig
 
@@ -86,40 +92,17 @@ class Decoder(nn.Module):
           ModelError: more columns than a learned position table has rows.
         """
         config = self.config
-        embedding = nn.Embed(
-            config.vocab_size,
-            config.width,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
-            name="embed",
-        )
-        x = embedding(tokens)
+        x = _embedding(config, config.vocab_size, "embed")(tokens)
         if prefix is not None:
             rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
         if config.learned_positions:
             _check_columns(config, x.shape[1] if cache is None else cache.key.shape[2])
-            x = x + nn.Embed(
-                config.max_positions + config.position_offset,
-                config.width,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                embedding_init=nn.initializers.normal(0.02),
-                name="positions",
-            )(positions + config.position_offset)
-        layers = nn.scan(
-            _remat(config.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=config.depth,
-        )
+            table = config.max_positions + config.position_offset
+            x = x + _embedding(config, table, "positions")(positions + config.position_offset)
         decode = column is not None
-        (x, cache), _ = layers(config, name="layers")(
-            (x, cache), jnp.arange(config.depth), positions, decode
-        )
+        (x, cache), _ = _layers(config)((x, cache), jnp.arange(config.depth), positions, decode)
         x = _norm(config, "final_norm")(x)
         if not config.tied:
             shape = (config.vocab_size, config.width)
@@ -143,6 +126,7 @@ class Layer(nn.Module):
         )
         x = x + attended
         x = x + FeedForward(config, name="mlp")(_norm(config, "mlp_norm")(x))
+        self.sow("intermediates", "hidden", x)
         return (x, cache), None
 
 
@@ -160,6 +144,11 @@ class Attention(nn.Module):
         if config.qk_norm:
             query = _norm(config, "query_norm")(query)
             key = _norm(config, "key_norm")(key)
+        # Without rotary positions, so that their products say what tokens mean to one another and
+        # not how far apart they stand, whatever the positions of the other model are.
+        self.sow("intermediates", "queries", query)
+        self.sow("intermediates", "keys", key)
+        self.sow("intermediates", "values", value)
         if not config.learned_positions:
             query, key = (rotate(config, a, positions) for a in (query, key))
         if cache is not None:
@@ -168,15 +157,7 @@ class Attention(nn.Module):
             out = _attend_to_cache(config, query, cache, index, positions)
         else:
             out = _attend(config, query, key, value)
-        project = nn.DenseGeneral(
-            config.width,
-            axis=(-2, -1),
-            use_bias=config.out_bias,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            name="out",
-        )
-        return project(out), cache
+        return _project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
 
 
 class FeedForward(nn.Module):
@@ -277,16 +258,39 @@ def _implementation(config: DecoderConfig) -> str:
     return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
 
 
-def _remat(policy: str):
-    if REMAT[policy] is None:
-        return Layer
-    # static: `decode` (self counts as argument 0); CSE cannot happen across scan iterations.
-    return nn.remat(Layer, policy=REMAT[policy], prevent_cse=False, static_argnums=(4,))
+def _layers(config: DecoderConfig) -> nn.Module:
+    """All layers as one scan over their stacked parameters."""
+    layer = Layer
+    if REMAT[config.remat] is not None:
+        # static: `decode` (self counts as argument 0); CSE cannot happen across scan iterations.
+        layer = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False, static_argnums=(4,))
+    scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=config.depth,
+    )
+    return scanned(config, name="layers")
 
 
-def _project(config: DecoderConfig, features, use_bias: bool, name: str) -> nn.DenseGeneral:
+def _embedding(config: DecoderConfig, rows: int, name: str) -> nn.Embed:
+    return nn.Embed(
+        rows,
+        config.width,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        embedding_init=nn.initializers.normal(0.02),
+        name=name,
+    )
+
+
+def _project(
+    config: DecoderConfig, features, use_bias: bool, name: str, axis: int | tuple[int, ...] = -1
+) -> nn.DenseGeneral:
     return nn.DenseGeneral(
         features,
+        axis=axis,
         use_bias=use_bias,
         dtype=config.dtype,
         param_dtype=config.param_dtype,

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import einops
@@ -71,7 +71,8 @@ def load_model(
 
     Args:
       path: a folder as `save_pretrained` writes it, a `.gguf` file, `package:NAME/FILE` for a file
-        inside an installed Python package, or a hub id such as `openai-community/gpt2`.
+        inside an installed Python package, a hub id such as `openai-community/gpt2`, or
+        `synthetic:NAME` for a random model (see `synthetic`).
       dtype: what is computed in; param_dtype: what the parameters are kept in.
       remat: key of `decoder.REMAT`.
       shardings: None, or a function from a tree of shapes to a tree of shardings.
@@ -79,6 +80,13 @@ def load_model(
     Raises:
       ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown.
     """
+    if path.startswith("synthetic:"):
+        from promptkd_jax import synthetic  # it builds on this module
+
+        name = path.removeprefix("synthetic:")
+        return synthetic.model(
+            name, dtype=dtype, param_dtype=param_dtype, remat=remat, shardings=shardings
+        )
     file = resolve(path)
     if file.suffix == ".gguf":
         from promptkd_jax.models.gguf import open_gguf
@@ -126,6 +134,11 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
         hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
     decoder = Decoder(config.replace(depth=len(layers)))
     return model.replace(decoder=decoder, params=params, hf_config=hf_config)
+
+
+def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:
+    """The layers themselves where they are listed, else so many evenly spread ones."""
+    return uniform_layers(depth, chosen) if isinstance(chosen, int) else tuple(chosen)
 
 
 def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:

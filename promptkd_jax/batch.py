@@ -1,0 +1,67 @@
+"""One layout of a batch, everywhere: every row starts at column 0 and ends at its length.
+
+Which positions count follows from lengths alone, never from token values: padding is often EOS.
+
+B rows, T columns, R response positions, D width, k kept tokens of a cached teacher.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from promptkd_jax.losses import TopK
+
+
+class Batch(NamedTuple):
+    """`tokens` `[B, T]` request then response (its EOS included), `prompt_lengths` and `lengths`
+    `[B]`: where the response begins and where the row ends. `cached` `[B, R, k]`: what the teacher
+    said of every response position, where it was written down beforehand."""
+
+    tokens: jax.Array
+    prompt_lengths: jax.Array
+    lengths: jax.Array
+    cached: TopK | None = None
+
+
+class Responses(NamedTuple):
+    """Where a batch's response tokens are predicted, gathered to R columns.
+
+    `positions` `[B, R]` are the columns whose hidden state predicts a response token, `labels`
+    `[B, R]` those tokens, `mask` `[B, R]` 1 where there is one. The EOS is among them.
+    """
+
+    positions: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+
+
+def responses(batch: Batch, capacity: int) -> Responses:
+    """The supervised positions of `batch`; no row may have more than `capacity` response tokens."""
+    positions = batch.prompt_lengths[:, None] - 1 + jnp.arange(capacity)
+    mask = positions < batch.lengths[:, None] - 1
+    positions = jnp.clip(positions, 0, batch.tokens.shape[1] - 2)
+    labels = jnp.take_along_axis(batch.tokens, positions + 1, axis=1)
+    return Responses(positions, labels, mask.astype(jnp.float32))
+
+
+def gather(hidden: jax.Array, where: Responses) -> jax.Array:
+    """The hidden states `[B, T, D]` at the supervised positions, `[B, R, D]`."""
+    return jnp.take_along_axis(hidden, where.positions[:, :, None], axis=1)
+
+
+def choose_rows(chosen: jax.Array, one: Batch, other: Batch) -> Batch:
+    """Row b of `one` where `chosen[b]`, else of `other`, in as many columns as the wider has."""
+    width = max(one.tokens.shape[1], other.tokens.shape[1])
+    one, other = widen(one, width), widen(other, width)
+    tokens = jnp.where(chosen[:, None], one.tokens, other.tokens)
+    prompt_lengths = jnp.where(chosen, one.prompt_lengths, other.prompt_lengths)
+    return Batch(tokens, prompt_lengths, jnp.where(chosen, one.lengths, other.lengths))
+
+
+def widen(batch: Batch, width: int) -> Batch:
+    """The rows in `width` columns, with nothing cached. Raises ValueError where they are wider."""
+    more = width - batch.tokens.shape[1]
+    if more < 0:
+        raise ValueError(f"rows of {batch.tokens.shape[1]} columns do not fit into {width}")
+    return Batch(jnp.pad(batch.tokens, ((0, 0), (0, more))), batch.prompt_lengths, batch.lengths)

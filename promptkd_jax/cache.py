@@ -1,0 +1,94 @@
+"""`promptkd cache --config FILE[:arg] --output DIR`: the teacher's log-probabilities, written once.
+
+A run whose teacher view is "cached" then reads them instead of calling the teacher. The same
+command goes on where it was stopped, and does nothing where all is written.
+"""
+
+import argparse
+import errno
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from promptkd_jax import experiment, sharding
+from promptkd_jax.config import ConfigError, load_config
+from promptkd_jax.data import DataError, read_records
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.offline import write_cache
+from promptkd_jax.recipe import check_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line and writes; a mistake of the user ends it with a message alone."""
+    try:
+        options, rest = _parser().parse_known_args(argv)
+        config, unknown = load_config(rest)
+        if unknown:
+            raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+        check_recipe(config)
+        cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
+    except (ConfigError, DataError, ModelError) as error:
+        sys.exit(f"promptkd cache: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"promptkd cache: {error}; what was written is good: make room, run it again")
+
+
+def cache(config: ConfigDict, folder: pathlib.Path, *, top_k: int, batch_size: int) -> None:
+    """Writes the teacher's view of the run's gold training rows into `folder`.
+
+    Raises:
+      ConfigError, DataError, ModelError: a config without teacher, models or data that cannot be
+        used, or a folder that something else made.
+    """
+    if not config.teacher.path:
+        raise ConfigError("config.teacher.path: is empty, but the cache is the teacher's")
+    mesh, data = sharding.make_mesh(config.mesh), config.data
+    with jax.set_mesh(mesh):
+        teacher, student = experiment.load_models(config, mesh)
+        vocab_size = experiment.shared_vocabulary(teacher, student)
+        student = student.replace(params=None)  # tokenizes; its weights are not needed
+        records = read_records(data.train, split=data.train_split, need_output=True)
+        rows = experiment.tokenized(config, student, data.train, records)
+        cached = write_cache(
+            teacher,
+            rows,
+            folder,
+            top_k=top_k,
+            batch_size=batch_size,
+            length=data.max_length,
+            vocab_size=vocab_size,
+        )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(
+        f"{folder}: the {top_k} largest log-probabilities at {cached.offsets[-1]} response tokens "
+        f"of {len(rows.tokens)} rows, {size / 1e6:.1f} MB"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="promptkd cache",
+        description=__doc__,
+        usage="%(prog)s --config FILE[:arg] --output DIR [--top-k 64] [--batch-size 8] "
+        "[--config.a.b=VALUE …]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--top-k", type=int, default=64, help="tokens kept at every position")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="rows in one call")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""A distillation method as data: where target rows come from, how the teacher is seen, what is
+minimised. SFT, KD, SeqKD, GKD, MiniLLM, DistiLLM, ABKD and PromptKD are values of `Method`.
+"""
+
+import dataclasses
+
+from promptkd_jax import losses
+from promptkd_jax.hidden import HiddenTerm
+from promptkd_jax.policy_gradient import PolicyGradient
+from promptkd_jax.sampler import Sampling
+
+GOLD = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
+POLICY = "policy_gradient"  # the one that looks at both
+
+TARGETS = {
+    "gold": "the data's own answers",
+    "teacher": "answers that the teacher wrote before training",
+    "student": "the student's own answers, written for each update",
+    "mixed": "a row is the student's with probability on_policy_share, else the data's",
+    "replay": "the data's, the student's, or what it wrote before, by DistiLLM's schedule",
+}
+ON_POLICY = ("student", "mixed", "replay")
+VIEWS = {
+    "plain": "as it is",
+    "prompted": "behind the soft prompt, which is trained as well",
+    "in_context": "with demonstrations before the request, which the student does not see",
+    "cached": "its k largest log-probabilities, written down beforehand",
+    "online": "as it is, and it learns from the student in turn",
+}
+REGULARISATIONS = ("linear", "constant", "adaptive")
+
+Terms = tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+    """Where the published code and its paper, or good practice, differ.
+
+    Attributes:
+      mean_of_means: average each micro-batch over its tokens, then the micro-batches; otherwise
+        one mean over all tokens of the update, which does not depend on how it was cut.
+      stale_prompt: only the last micro-batch of an update sees the just-updated prompt.
+      early_clock: the regularisation coefficient moves on one micro-batch before the update does.
+      force_eos: a rollout that ran to its limit gets its last token overwritten by EOS.
+      decay_norms: weight decay on norm scales, except GPT-2's.
+      entropy_free: a forward KL is reported without the target's entropy (same gradient).
+    """
+
+    mean_of_means: bool = False
+    stale_prompt: bool = False
+    early_clock: bool = False
+    force_eos: bool = False
+    decay_norms: bool = False
+    entropy_free: bool = False
+
+
+PRESETS = {"default": Conventions(), "faithful": Conventions(*[True] * 6)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A distillation method; hashable, a static argument of `jax.jit`.
+
+    Attributes:
+      targets: where rows come from, one of `TARGETS`.
+      student_terms: ((name, weight), …): "cross_entropy" is on the tokens of rows that the student
+        did not write itself, "policy_gradient" MiniLLM's, all others are divergences from the
+        teacher. See `losses.divergence` for the names.
+      total_steps: K, of the schedules of the regularisation and of the replay.
+      response_capacity: R, the most response tokens of a row.
+      prompt_capacity: columns of the longest request.
+      vocab_size: what teacher and student share.
+      max_new_tokens: of a rollout; None for `response_capacity`.
+      on_policy_share: lambda of GKD, for "mixed" targets.
+      teacher_share: the teacher's share in the mixture that rollouts are drawn from (MiniLLM).
+      teacher_view: how the teacher is seen, one of `VIEWS`.
+      demonstrations: token ids that "in_context" puts before every row.
+      teacher_terms: what an "online" teacher minimises, against the student and the tokens.
+      prompt_divergence: L_kd, of the prompted teacher from the student (paper eq. 1).
+      prompt_regulariser: L_reg, of the prompted teacher from the plain one (eq. 2).
+      regularisation: coefficient of L_reg; 0 drops the plain forward.
+      regularisation_schedule: "linear": times (K - k) / K (eq. 3); "constant"; "adaptive": raised
+        or lowered from update to update so that L_reg comes to `target_kl` nats per token.
+      temperature: of both distributions in the student's divergences, see `losses.tempered`.
+      token_weighting: of the student's divergences, "uniform" or one of `losses.WEIGHTINGS`.
+      policy_gradient: see `PolicyGradient`.
+      hidden_terms: losses on hidden states, see `HiddenTerm`.
+      corpus_terms: ((name, weight), …) on rows of plain text, beside the others.
+      micro_batches: G; rows are dealt out to micro-batches in turn.
+      minibatches, passes: a step's rows serve `passes` times `minibatches` updates of the student,
+        each on its part of them (MiniLLM: 4 passes).
+
+    Raises:
+      ValueError: a combination that means nothing; says why.
+    """
+
+    targets: str
+    student_terms: Terms
+    total_steps: int
+    response_capacity: int
+    prompt_capacity: int
+    vocab_size: int
+    max_new_tokens: int | None = None
+    on_policy_share: float = 0.5
+    teacher_share: float = 0.0
+    teacher_view: str = "plain"
+    demonstrations: tuple[int, ...] = ()
+    teacher_terms: Terms = ((GOLD, 1.0), ("forward_kl", 1.0))
+    prompt_divergence: str = "reverse_kl"
+    prompt_regulariser: str = "reverse_kl"
+    regularisation: float = 1.0
+    regularisation_schedule: str = "linear"
+    target_kl: float = 0.01
+    temperature: float = 1.0
+    token_weighting: str = "uniform"
+    policy_gradient: PolicyGradient = PolicyGradient()
+    hidden_terms: tuple[HiddenTerm, ...] = ()
+    corpus_terms: Terms = ()
+    sampling: Sampling = Sampling()
+    micro_batches: int = 1
+    minibatches: int = 1
+    passes: int = 1
+    conventions: Conventions = Conventions()
+
+    def __post_init__(self):
+        if mistakes := contradictions(self):
+            raise ValueError("; ".join(mistakes))
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the teacher is seen behind a soft prompt."""
+        return self.teacher_view == "prompted"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's parameters are looked at in an update."""
+        return needs_teacher(self)
+
+    @property
+    def needs_view(self) -> bool:
+        """Whether the student's update looks at the teacher, on the rows themselves."""
+        return bool(self.hidden_terms) or any(name != GOLD for name, _ in self.student_terms)
+
+    @property
+    def rollout_length(self) -> int:
+        """The most new tokens of a rollout."""
+        return self.max_new_tokens or self.response_capacity
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches that a step's rows are dealt out to."""
+        return self.micro_batches * self.minibatches
+
+
+def needs_teacher(method) -> bool:
+    """For a `Method`, or the config of a stage, which has its fields."""
+    if method.teacher_view == "cached":
+        return False
+    terms = (*method.student_terms, *method.corpus_terms)
+    return (
+        method.teacher_view in ("prompted", "online")
+        or method.teacher_share > 0
+        or bool(method.hidden_terms)
+        or any(name != GOLD for name, _ in terms)
+    )
+
+
+def contradictions(method) -> list[str]:
+    """What means nothing in a `Method`, or in the config of a stage, which has its fields.
+
+    Each message begins with the field that it is about.
+    """
+    names = [name for name, _ in method.student_terms]
+    found = [
+        f"{field}: {getattr(method, field)!r} is not one of {', '.join(choices)}"
+        for field, choices in (
+            ("targets", TARGETS),
+            ("teacher_view", VIEWS),
+            ("regularisation_schedule", REGULARISATIONS),
+            ("token_weighting", ("uniform", *losses.WEIGHTINGS)),
+        )
+        if getattr(method, field) not in choices
+    ]
+    if len(set(names)) < len(names):
+        found.append(f"student_terms: {', '.join(names)}: expected each name once")
+    if set(names) == {GOLD} and method.targets == "student":
+        found.append(
+            f"student_terms: {GOLD} on the student's own rollouts teaches it nothing; name a "
+            "divergence, or other targets"
+        )
+    if set(names) <= {GOLD} and not method.hidden_terms and method.teacher_view != "plain":
+        found.append(
+            f"teacher_view: {method.teacher_view!r} is of no use where no term of student_terms "
+            "looks at the teacher; name a divergence there"
+        )
+    if method.teacher_share and method.targets not in ON_POLICY:
+        found.append(
+            f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "
+            f"targets = {method.targets!r} has none; expected targets = 'student'"
+        )
+    if POLICY in names:
+        found += _about_policy(method)
+    if method.teacher_view == "cached":
+        found += _about_cache(method, names)
+    return found
+
+
+def _about_policy(method) -> list[str]:
+    found = []
+    if method.targets != "student":
+        found.append(
+            f"student_terms: {POLICY} rewards what the student wrote; expected targets = "
+            f"'student', found {method.targets!r}"
+        )
+    if method.token_weighting != "uniform":
+        found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY}")
+    return found
+
+
+def _about_cache(method, names: list[str]) -> list[str]:
+    found = []
+    if method.targets in ON_POLICY:
+        found.append(
+            f"targets: {method.targets!r} makes rows during training, but a cached teacher knows "
+            "only the rows that it was written for; expected 'gold' or 'teacher'"
+        )
+    if method.hidden_terms:
+        found.append(
+            "hidden_terms: a cached teacher has log-probabilities but no hidden states; expected "
+            "another teacher_view, or no hidden_terms"
+        )
+    if method.temperature != 1:
+        found.append(
+            f"temperature: {method.temperature:g} needs the whole distribution, a cached teacher "
+            "keeps the largest log-probabilities; expected 1"
+        )
+    if any(name != GOLD for name, _ in method.corpus_terms):
+        found.append(
+            "corpus_terms: a cached teacher has not seen the corpus; expected cross_entropy alone"
+        )
+    return found

@@ -1,0 +1,385 @@
+"""What the teacher wrote down beforehand: its answers, and its top-k log-probabilities.
+
+Both are written once, go on where they were stopped, and lie beside a manifest of what made them:
+teacher, tokenizer, rows, and how. What another of these made is refused, not used.
+
+    NAME.jsonl           one line {"request": […], "answer": […]} of token ids for every row
+    NAME.manifest.json
+
+    FOLDER/ids.npy, log_probs.npy   [tokens, k]: every response token of every row, in order
+           offsets.npy              [rows + 1]: where each row begins among the tokens
+           manifest.json            with "rows_written", how far it has come
+
+B rows, R response positions, D width, V vocabulary, k kept tokens.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from promptkd_jax import manifest as manifests
+from promptkd_jax.batch import Batch, responses
+from promptkd_jax.data import DataError, Rows, eval_batches
+from promptkd_jax.evaluate import decode, write_answers
+from promptkd_jax.files import write_json
+from promptkd_jax.losses import CHUNK_ELEMENTS, Linear, TopK, log_probs
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.load import Model
+from promptkd_jax.sampler import Sampling
+from promptkd_jax.teacher import view
+
+ARRAYS = tuple(f"{name}.npy" for name in TopK._fields)
+
+
+# Answers
+
+
+def teacher_answers(
+    teacher: Model,
+    rows: Rows,
+    file: pathlib.Path,
+    *,
+    sampling: Sampling,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int,
+) -> Rows:
+    """The rows with responses that the teacher wrote (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
+
+    They are kept in `file`, with a manifest beside it; what is missing there is written, in the
+    same batches and so with the same answers as if the writing had never been stopped.
+
+    Args:
+      rows: their requests are answered; the responses that they have are not looked at.
+      seed: makes the key that all answers are sampled with; greedy answers do not depend on it.
+
+    Returns:
+      The rows, their records' outputs replaced by the decoded answers.
+
+    Raises:
+      DataError: `file` was made by something else, or is damaged.
+    """
+    _begin_answers(file, teacher, rows, sampling, seed, max_new_tokens, vocab_size)
+    answers = _kept_answers(file, rows, batch_size)
+    missing = write_answers(
+        teacher,
+        rows,
+        sampling=sampling,
+        prompt_capacity=prompt_capacity,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        key=jax.random.key(seed),
+        vocab_size=vocab_size,
+        first=len(answers),
+    )
+    if len(answers) < len(rows.tokens):
+        print(f"the teacher writes {len(rows.tokens) - len(answers)} answers into {file}")
+    with file.open("a") as out:
+        for answer in missing:
+            line = {"request": _request(rows, len(answers)), "answer": answer.tolist()}
+            answers.append(line["answer"])
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+    return _with_answers(rows, answers, teacher.tokenizer)
+
+
+def _begin_answers(file, teacher, rows, sampling, seed, max_new_tokens, vocab_size) -> None:
+    """Writes the manifest, or compares with the one that is there."""
+    requests = [_request(rows, number) for number in range(len(rows.tokens))]
+    made_from = {
+        "format": manifests.FORMAT,
+        "what": "answers",
+        **manifests.of_model(teacher),
+        "tokenizer": manifests.of_tokenizer(teacher.tokenizer),
+        "requests": manifests.of_rows(requests),
+        "sampling": dataclasses.asdict(sampling),
+        "seed": seed if sampling.temperature else None,
+        "max_new_tokens": max_new_tokens,
+        "vocab_size": vocab_size,
+    }
+    manifest = file.with_suffix(".manifest.json")
+    if manifest.exists():
+        manifests.compare(manifest, made_from)
+    elif file.exists():
+        raise DataError(f"{file}: {manifest.name}, which says what made it, is missing; remove it")
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(manifest, made_from | manifests.made_by(teacher))
+
+
+def _kept_answers(file: pathlib.Path, rows: Rows, batch_size: int) -> list[list[int]]:
+    """The answers in `file`: all, or those of whole batches, so that what is still to be written is
+    computed in the same batches as in a run that was not stopped. A torn end is cut off."""
+    if not file.exists():
+        return []
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) != len(rows.tokens):
+        whole = whole[: len(whole) // batch_size * batch_size]
+    answers = [_kept_answer(file, rows, *numbered) for numbered in enumerate(whole)]
+    os.truncate(file, sum(map(len, whole)))
+    return answers
+
+
+def _kept_answer(file: pathlib.Path, rows: Rows, number: int, text: bytes) -> list[int]:
+    try:
+        line = json.loads(text)
+        request, answer = line["request"], line["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}:{number + 1}: damaged ({error!r}); expected an object with 'request' and "
+            "'answer': remove this line and those after it, they are written anew"
+        ) from error
+    if number >= len(rows.tokens) or request != _request(rows, number):
+        raise DataError(
+            f"{file}:{number + 1}: answers another request than row {number} of the data; remove "
+            "this line and those after it, they are written anew"
+        )
+    return answer
+
+
+def _request(rows: Rows, number: int) -> list[int]:
+    return rows.tokens[number][: rows.prompt_lengths[number]].tolist()
+
+
+def _with_answers(rows: Rows, answers: list[list[int]], tokenizer: Any) -> Rows:
+    tokens = [
+        np.concatenate([row[:length], np.asarray(answer, np.int32)])
+        for row, length, answer in zip(rows.tokens, rows.prompt_lengths, answers)
+    ]
+    records = [
+        record._replace(outputs=(decode(tokenizer, answer),))
+        for record, answer in zip(rows.records, answers, strict=True)
+    ]
+    return rows._replace(tokens=tokens, records=records)
+
+
+# Log-probabilities
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cached:
+    """A finished cache, made by `write_cache` or `open_cache`. It holds no open file: threads may
+    share it, and it can be sent to other processes."""
+
+    folder: pathlib.Path
+    offsets: np.ndarray  # [rows + 1]
+    vocab_size: int
+
+    def rows(self, indices: Sequence[int], capacity: int) -> TopK:
+        """What the teacher gave at the response positions of the rows at `indices`, in NumPy.
+
+        Args:
+          capacity: R; column r of a row is the position that predicts its response token r, as in
+            `targets.responses`. Columns behind a row's last token hold the uniform distribution.
+
+        Returns:
+          TopK `[B, R, k]`, the largest first.
+
+        Raises:
+          DataError: a row has more than `capacity` response tokens, or a file is damaged.
+        """
+        stored = [_array(self.folder / name) for name in ARRAYS]
+        shape = (len(indices), capacity, stored[0].shape[1])
+        ids = np.tile(np.arange(shape[2], dtype=np.int32), (*shape[:2], 1))
+        values = np.full(shape, -np.log(self.vocab_size), np.float32)
+        for b, index in enumerate(indices):
+            start, end = self.offsets[index], self.offsets[index + 1]
+            if end - start > capacity:
+                raise DataError(
+                    f"{self.folder}: row {index} has {end - start} response tokens, the batch has "
+                    f"room for {capacity}"
+                )
+            ids[b, : end - start], values[b, : end - start] = (x[start:end] for x in stored)
+        return TopK(ids, values)
+
+
+def write_cache(
+    teacher: Model,
+    rows: Rows,
+    folder: pathlib.Path,
+    *,
+    top_k: int,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+) -> Cached:
+    """Writes the plain teacher's k largest log-probabilities at every response position into
+    `folder`, or what is still missing there.
+
+    Args:
+      top_k: k, at most `vocab_size`, where nothing is lost.
+      batch_size: rows in one call of the teacher. The same one gives the same bytes.
+      length: T, at least that of the longest row.
+      vocab_size: the vocabulary that teacher and student share; probabilities add up to 1 over it.
+
+    Raises:
+      DataError: `folder` was made by something else; a k or rows that cannot be used; or the
+        teacher's log-probabilities are not finite.
+    """
+    if not 0 < top_k <= vocab_size:
+        raise DataError(f"top_k {top_k}: expected 1 to {vocab_size}, the size of the vocabulary")
+    counts = _response_counts(rows)
+    if not counts.any():
+        raise DataError(f"none of the {len(counts)} rows has a response; the cache is of responses")
+    made_from = _cache_made_from(manifests.of_model(teacher), teacher.tokenizer, rows, vocab_size)
+    made_from |= {"top_k": top_k}
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        manifests.compare(manifest, made_from)
+    else:
+        _create_arrays(folder, counts, top_k, vocab_size)
+        start = {"rows_written": 0} | manifests.made_by(teacher)
+        write_json(manifest, made_from | start)
+    _write_rows(teacher, rows, folder, top_k, batch_size, length, vocab_size)
+    return Cached(folder, np.array(_array(folder / "offsets.npy")), vocab_size)
+
+
+def open_cache(
+    folder: pathlib.Path,
+    *,
+    teacher: Mapping[str, str],
+    tokenizer: Any,
+    rows: Rows,
+    vocab_size: int,
+    top_k: int | None = None,
+) -> Cached:
+    """The cache that `write_cache` wrote for these rows.
+
+    Args:
+      teacher: the `identity` of the one that it has to be of, which need not be loaded.
+      top_k: the k that it has to have; None: any.
+
+    Raises:
+      DataError: there is none, it is not finished, or something else made it.
+    """
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        raise DataError(
+            f"{folder}: holds no cache (no {manifest.name}); `promptkd cache --output {folder} "
+            "--config …` writes one"
+        )
+    made_from = _cache_made_from(teacher, tokenizer, rows, vocab_size)
+    if top_k is not None:
+        made_from |= {"top_k": top_k}
+    manifests.compare(manifest, made_from)
+    written = manifests.read_json(manifest)["rows_written"]
+    if written < len(rows.tokens):
+        raise DataError(
+            f"{folder}: {written} of {len(rows.tokens)} rows written; run the same "
+            "`promptkd cache` command again, it goes on from there"
+        )
+    return Cached(folder, np.array(_array(folder / "offsets.npy")), vocab_size)
+
+
+def _cache_made_from(teacher, tokenizer, rows: Rows, vocab_size: int) -> dict[str, Any]:
+    return {
+        "format": manifests.FORMAT,
+        "what": "log_probs",
+        **teacher,
+        "tokenizer": manifests.of_tokenizer(tokenizer),
+        "rows": manifests.of_rows(
+            [np.append(n, row) for n, row in zip(rows.prompt_lengths, rows.tokens)]
+        ),
+        "vocab_size": vocab_size,
+    }
+
+
+def _response_counts(rows: Rows) -> np.ndarray:
+    return np.array([len(row) for row in rows.tokens]) - rows.prompt_lengths
+
+
+def _create_arrays(folder: pathlib.Path, counts: np.ndarray, top_k: int, vocab_size: int) -> None:
+    """Files of their final size, with nothing in them yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    np.save(folder / "offsets.npy", offsets)
+    ids = np.uint16 if vocab_size <= 2**16 else np.int32
+    for name, dtype in zip(ARRAYS, (ids, np.float32)):
+        shape = (int(offsets[-1]), top_k)
+        np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape)
+
+
+def _write_rows(teacher, rows, folder, top_k, batch_size, length, vocab_size) -> None:
+    """Batch by batch: first the entries, then how far it has come."""
+    manifest, total = folder / "manifest.json", len(rows.tokens)
+    state = manifests.read_json(manifest)
+    first = state["rows_written"]
+    if first == total:
+        return
+    first = first // batch_size * batch_size  # the same batches as if it had not been stopped
+    offsets = _array(folder / "offsets.npy")
+    compute = _largest(teacher.decoder, int(np.diff(offsets).max()), vocab_size, top_k)
+    rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
+    with Progress() as progress:
+        task = progress.add_task("rows read by the teacher", total=total, completed=first)
+        for batch, real in eval_batches(rest, batch_size=batch_size, length=length):
+            found = jax.device_get(compute(teacher.params, batch))
+            counts = np.where(np.arange(batch_size) < real, batch.lengths - batch.prompt_lengths, 0)
+            mask = np.arange(found.ids.shape[1]) < counts[:, None]
+            if not np.isfinite(found.log_probs[mask]).all():
+                raise DataError(
+                    f"{teacher.name}: a log-probability in rows {first} to {first + real - 1} is "
+                    "not finite; such a teacher cannot be distilled (try dtype float32)"
+                )
+            for name, array in zip(ARRAYS, found):
+                _write_entries(folder / name, array[mask], offsets[first])
+            first += real
+            write_json(manifest, state | {"rows_written": first})
+            progress.update(task, completed=first)
+
+
+def _write_entries(file: pathlib.Path, entries: np.ndarray, first: int) -> None:
+    """Puts `entries` at `first`. Not through the map: there, a full disk would kill the process."""
+    stored = _array(file)
+    with file.open("r+b") as out:
+        out.seek(stored.offset + first * stored.strides[0])
+        out.write(entries.astype(stored.dtype).tobytes())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _array(file: pathlib.Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{file}: damaged or missing: {error}; remove {file.parent}, and write it anew"
+        ) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _largest(decoder: Decoder, capacity: int, vocab_size: int, top_k: int):
+    @jax.jit
+    def compute(params, batch: Batch) -> TopK:
+        where = responses(batch, capacity)
+        return largest(view(decoder, params, batch, where, vocab_size), top_k)
+
+    return compute
+
+
+def largest(model: Linear, top_k: int) -> TopK:
+    """The k largest log-probabilities at every position, `[B, R, k]`, the largest first.
+
+    Computed in float32 over all V tokens, a few positions at a time: no `[B, R, V]` array exists.
+    """
+
+    def at(hidden: jax.Array) -> TopK:  # [B, D]
+        logits = Linear(hidden[:, None], model.head).logits()[:, 0]
+        values, ids = jax.lax.top_k(log_probs(logits), top_k)
+        return TopK(ids, values)
+
+    chunk = max(CHUNK_ELEMENTS // (model.hidden.shape[0] * model.head.shape[0]), 1)
+    found = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
