@@ -321,7 +321,7 @@ def all_taps(decoder: Decoder):
 @pytest.mark.parametrize("soft_prompt", [None, PROMPT], ids=["plain", "prompted"])
 def test_taps_change_nothing_of_the_view(soft_prompt):
     rows = batch()
-    expected = jax.jit(plain_view, static_argnums=(0, 4))(
+    expected = jax.jit(view, static_argnums=(0, 4))(
         TEACHER, params(TEACHER), rows, where(), VOCABULARY, soft_prompt
     )
     without, nothing = seen(TEACHER, (), params(TEACHER), rows, soft_prompt)
