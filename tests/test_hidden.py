@@ -22,7 +22,7 @@ from promptkd_jax.hidden import (
     taps,
 )
 from promptkd_jax.models.decoder import REMAT, Decoder
-from promptkd_jax.teacher import view_with_states
+from promptkd_jax.teacher import view, view_with_states
 
 CAPACITY = 11
 PROMPT = np.random.default_rng(5).normal(0, 0.5, (3, 32)).astype(np.float32)
