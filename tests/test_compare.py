@@ -1,0 +1,298 @@
+"""A whole comparison of tiny models: what it writes, that it resumes, and what it refuses."""
+
+import json
+import pathlib
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from promptkd_jax import compare, comparison_report, train
+from promptkd_jax.compare import ComparisonError
+from promptkd_jax.config import ConfigError, check, load_config
+from promptkd_jax.recipe import base_config, method_stage, sampling_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Texts and tags of a page in which every tag is closed in turn."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def pretraining(run: ConfigDict, model: str) -> ConfigDict:
+    config = run.copy_and_resolve_references()
+    config.student.path = model
+    config.evaluation.every = 0
+    config.stages = (method_stage("sft", steps=2, batch_size=8, learning_rate=1e-3),)
+    return config
+
+
+def tiny_comparison() -> ConfigDict:
+    """SFT and PromptKD, two seeds of two updates, from a student and a teacher of two updates."""
+    run = base_config()
+    run.data.update(
+        train="synthetic:train",
+        dev="synthetic:dev",
+        dev_rows=4,
+        template="plain",
+        max_prompt_length=16,
+        max_length=24,
+    )
+    run.evaluation.update(every=1, batch_size=4, sampling=sampling_config())
+    teacher = pretraining(run, "synthetic:llama-D32-L2")
+    student = pretraining(run, "synthetic:llama-D32-L1-S1")
+    return ConfigDict(
+        dict(
+            title="tiny <b>& tidy</b>",
+            note="ranks nothing",
+            methods=("sft", "promptkd"),
+            reference="",
+            seeds=(10, 20),
+            budget=dict(kind="steps", steps=2, seconds=0.0),
+            pretraining=dict(teacher=teacher, student=student),
+            run=run,
+            changes=dict(
+                all=dict(batch_size=4, learning_rate=1e-3), promptkd=dict(prompt_learning_rate=1e-2)
+            ),
+            test=dict(
+                sets=dict(test="synthetic:test", longer="synthetic:longer"),
+                split="",
+                rows=6,
+                batch_size=4,
+                sampling=sampling_config(),
+            ),
+            exposure_bias=dict(rows=3, samples=2),
+            bootstrap=dict(draws=100),
+            samples=3,
+        )
+    )
+
+
+@pytest.fixture
+def config():
+    return tiny_comparison()
+
+
+def train_here(run, cache):
+    """A training in this process: as `compare.train` but for starting Python again."""
+    train.run(load_config([f"--config={run.folder / 'config.json'}"])[0], run.folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, what `compare` returned) of a comparison that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("comparison")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "train", train_here)
+        return workdir, compare.compare(tiny_comparison(), workdir)
+
+
+def test_every_method_has_every_figure(finished):
+    workdir, found = finished
+    assert json.loads((workdir / "comparison.json").read_text()) == found
+    assert found["reference"] == "promptkd" and set(found["differences"]) == {"sft"}
+    assert list(found["rougeL"]) == ["teacher", "student before", "sft", "promptkd"]
+    for scores in found["rougeL"].values():
+        assert set(scores) == {"test", "longer", "average"}
+        assert all(len(one["seeds"]) == 2 for one in scores.values())
+    assert set(found["figures"]["sft"]) == set(compare.FIGURES)
+    assert set(found["figures"]["promptkd"]) == {*compare.FIGURES, *compare.PROMPT_FIGURES}
+    assert found["figures"]["sft"]["updates"] == {"mean": 2.0, "std": 0.0}
+    assert found["kl"]["sft"]["steps"] == [0, 1, 2]
+    assert all(len(curve) == 8 for curve in found["exposure_bias"].values())
+
+
+def test_all_start_from_the_same_student_and_teacher(finished):
+    workdir, found = finished
+    starts = {curve["values"][0] for curve in found["kl"].values()}
+    assert len(starts) == 1
+    configs = [
+        json.loads(file.read_text())["config"] for file in workdir.glob("runs/*/config.json")
+    ]
+    assert len(configs) == 4
+    assert {c["student"]["path"] for c in configs} == {str(workdir / "pretraining/student/student")}
+    assert {c["teacher"]["path"] for c in configs} == {str(workdir / "pretraining/teacher/student")}
+    assert sorted(c["seed"] for c in configs) == [10, 10, 20, 20]
+    assert {(s["steps"], s["batch_size"]) for c in configs for s in c["stages"]} == {(2, 4)}
+
+
+def test_scores_are_the_means_of_the_answers(finished):
+    workdir, found = finished
+    answers = [
+        json.loads((workdir / f"runs/sft-seed{seed}/test-seed{seed}.json").read_text())
+        for seed in (10, 20)
+    ]
+    means = {name: [np.mean(one[name]["rougeL"]) for one in answers] for name in ("test", "longer")}
+    assert found["rougeL"]["sft"]["test"]["mean"] == pytest.approx(np.mean(means["test"]))
+    average = np.mean([means["test"], means["longer"]], axis=0)
+    np.testing.assert_allclose(found["rougeL"]["sft"]["average"]["seeds"], average)
+    theirs = found["rougeL"]["promptkd"]["average"]["mean"]
+    difference = found["differences"]["sft"]["average"]
+    assert difference["mean"] == pytest.approx(np.mean(average) - theirs)
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+
+
+def test_the_report_is_a_page_with_everything_escaped(finished):
+    workdir, found = finished
+    text = (workdir / "report.html").read_text()
+    page = Page(text)
+    assert text.startswith("<!doctype html>") and text.count("<svg") == 5
+    shown = " ".join(page.texts)
+    for expected in (found["title"], "ranks nothing", comparison_report.budget(found)):
+        assert expected in shown
+    assert "b" not in page.tags[: page.tags.index("figure")]
+    for sample in found["samples"]:
+        assert sample["request"] in page.texts
+        assert set(sample["answers"]) == {"teacher", "student before", "sft", "promptkd"}
+    assert not re.search(r"(src|href)=[\"']?(http|//|file)|@import", text)
+
+
+def test_names_are_escaped_wherever_they_stand(finished, tmp_path, config):
+    name = "<i>x</i> & |y|"
+    text = json.dumps(finished[1]).replace('"sft"', json.dumps(name))
+    found = json.loads(text)
+    comparison_report.write(tmp_path, found, config)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "i" not in [tag for tag, at in zip(page.tags, page.texts) if at == "x"]
+    assert page.texts.count(name) >= 6
+    assert "<i>x" not in (tmp_path / "report.html").read_text()
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| <i>")]
+    assert rows and all(r"\|y\|" in row for row in rows)
+
+
+def test_every_table_row_has_as_many_cells_as_its_header(finished):
+    for table in comparison_report.tables(finished[1]):
+        assert {len(row) for row in table.rows} == {len(table.header)}, table.heading
+    headings = [table.heading for table in comparison_report.tables(finished[1])]
+    assert headings == ["ROUGE-L", "Cost", "Behaviour", "The soft prompt's effect"]
+
+
+def test_a_finished_comparison_trains_and_measures_nothing(finished, config, monkeypatch):
+    workdir, found = finished
+
+    def never(*arguments):
+        raise AssertionError(f"called with {arguments}")
+
+    for name in ("train", "_answer_sets", "_exposure_bias"):
+        monkeypatch.setattr(compare, name, never)
+    before = {file: file.stat().st_mtime_ns for file in workdir.glob("runs/*/*")}
+    assert compare.compare(config, workdir) == found
+    assert before == {file: file.stat().st_mtime_ns for file in workdir.glob("runs/*/*")}
+
+
+def test_a_further_seed_trains_only_that(finished, config, monkeypatch):
+    trained = []
+    monkeypatch.setattr(compare, "train", lambda run, cache: trained.append(run.name) or 1 / 0)
+    config.seeds = (10, 20, 30)
+    with pytest.raises(ZeroDivisionError):
+        compare.compare(config, finished[0])
+    assert trained == ["sft, seed 30"]
+
+
+def test_another_budget_is_refused_in_the_same_folder(finished, config):
+    config.budget.steps = 3
+    with pytest.raises(ConfigError, match="config.budget.steps: there 2, now 3"):
+        compare.compare(config, finished[0])
+
+
+def test_a_summary_without_a_figure_is_named(finished, config, tmp_path):
+    run = compare.plan(config, finished[0].resolve()).runs["sft", 10]
+    summary = json.loads((run.folder / "summary.json").read_text())
+    del summary["tokens_per_second"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ComparisonError, match="summary.json: has no tokens_per_second;"):
+        compare._summary(run._replace(folder=tmp_path))
+
+
+def test_a_training_that_fails_says_how_it_ended(config, tmp_path):
+    config.pretraining.teacher.student.path = "synthetic:none"
+    with pytest.raises(ComparisonError) as error:
+        compare.compare(config, tmp_path)
+    message = str(error.value)
+    assert message.startswith("pretraining of the teacher ended with exit status 1")
+    assert "promptkd train: synthetic:none: expected llama-D" in message
+    assert str(tmp_path / "pretraining" / "teacher" / "log.txt") in message
+
+
+def test_the_budget_is_said_plainly(finished):
+    found = finished[1]
+    assert comparison_report.budget(found).startswith("Budget: equal steps. Every method takes 2 ")
+    seconds = found["budget"] | dict(kind="seconds", seconds=90.0)
+    text = comparison_report.budget(found | {"budget": seconds})
+    assert text.startswith("Budget: equal wall-clock. Every method trains for 90 s")
+
+
+def test_a_budget_in_seconds_stops_the_runs(config, tmp_path):
+    config.budget = dict(kind="seconds", steps=1000, seconds=30.0)
+    runs = compare.plan(config, tmp_path).runs.values()
+    assert {(r.config.stop_after_seconds, r.config.stages[0].steps) for r in runs} == {(30.0, 1000)}
+
+
+def test_all_mistakes_at_once(config, tmp_path):
+    config.changes.promptkd = dict(batch_size=8, student_terms=(("revers_kl", 1.0),))
+    config.reference = "kd"
+    config.seeds = (10, 10)
+    config.pretraining.teacher.log_every = 0
+    with pytest.raises(ConfigError) as error:
+        compare.compare(config, tmp_path)
+    for part in (
+        "batch sizes [4, 8]",
+        "config.reference: 'kd' is not one of sft, promptkd",
+        "config.seeds: (10, 10) names one of them twice",
+        "pretraining of the teacher: config.log_every: 0",
+        "promptkd, seed 10: config.stages[0].student_terms",
+    ):
+        assert part in str(error.value), str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("methods", ("sft", "promptk"), r"config.methods\[1\]: 'promptk' is not one of"),
+        ("changes", ConfigDict(dict(al=dict())), "(?s)config.changes: .* is not a group of groups"),
+        ("pretraining", ConfigDict(dict(teacher=None, student=3)), "student: 3 is not None, or"),
+    ],
+)
+def test_a_wrong_field_is_told(config, field, value, message):
+    config[field] = value
+    with pytest.raises(ConfigError, match=message):
+        check(config, compare.SCHEMA)
+
+
+@pytest.mark.parametrize("argument", ["small", "smollm2", "smollm2,data=somewhere"])
+def test_the_shipped_comparisons_are_right(argument, tmp_path):
+    config, _ = load_config([f"--config={ROOT}/configs/compare.py:{argument}"])
+    check(config, compare.SCHEMA)
+    made = compare.plan(config, tmp_path)
+    assert len(made.runs) == len(config.methods) * len(config.seeds)
+    assert {m for m, _ in made.runs} >= {"sft", "kd", "seqkd", "gkd", "distillm", "abkd", "minillm"}
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path):
+    with pytest.raises(SystemExit, match="promptkd compare: config: .*'large' is not small or"):
+        compare.main([f"--config={ROOT}/configs/compare.py:large", f"--workdir={tmp_path}"])
