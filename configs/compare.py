@@ -40,8 +40,9 @@ def small() -> ConfigDict:
     run.evaluation.update(every=40, batch_size=32, sampling=sampling_config())
     run.checkpoint.every = 1000
     run.log_every = 10
-    teacher = pretraining(run, "teacher", "synthetic:llama-D128-L4", steps=400, learning_rate=2e-3)
-    student = pretraining(run, "student", "synthetic:llama-D64-L2", steps=300, learning_rate=2e-3)
+    how = dict(batch_size=32, learning_rate=2e-3)
+    teacher = pretraining(run, "teacher", "synthetic:llama-D128-L4", steps=600, **how)
+    student = pretraining(run, "student", "synthetic:llama-D64-L2", steps=400, **how)
     return comparison(
         title="Small models on generated text",
         note="Small models, trained from scratch on text that a small grammar generates: this "
@@ -54,7 +55,6 @@ def small() -> ConfigDict:
         changes=dict(
             all=dict(batch_size=32, learning_rate=5e-4, schedule="cosine", lr_min=5e-5),
             minillm=dict(learning_rate=1e-4),
-            promptkd=dict(prompt_learning_rate=1e-3),
         ),
         test=dict(
             sets=dict(test="synthetic:test", longer="synthetic:longer"),
@@ -72,12 +72,13 @@ def smollm2(data: str) -> ConfigDict:
     run = base_config()
     run.teacher.dtype = run.student.dtype = "bfloat16"
     run.data.update(dolly(data), template="alpaca", max_prompt_length=256, max_length=512)
+    run.data.dev_rows = 256
     run.answers.batch_size = 256
     run.evaluation.update(every=100, batch_size=256)
     run.checkpoint.update(every=1000, export="best")
     run.log_every = 10
-    teacher = pretraining(run, "teacher", SMOLLM2, steps=1000, learning_rate=2e-5)
-    student = pretraining(run, "student", "", steps=1200, learning_rate=1e-4)
+    teacher = pretraining(run, "teacher", SMOLLM2, steps=1000, batch_size=64, learning_rate=2e-5)
+    student = pretraining(run, "student", "", steps=1200, batch_size=64, learning_rate=1e-4)
     student.student.layers = 18
     student.checkpoint.select = "loss"  # as in the paper
     return comparison(
@@ -110,7 +111,7 @@ def comparison(**fields) -> ConfigDict:
 
 
 def pretraining(
-    run: ConfigDict, name: str, model: str, *, steps: int, learning_rate: float
+    run: ConfigDict, name: str, model: str, *, steps: int, batch_size: int, learning_rate: float
 ) -> ConfigDict:
     """Supervised fine-tuning of a model on the data of the comparison."""
     config = run.copy_and_resolve_references()
@@ -121,7 +122,7 @@ def pretraining(
         method_stage(
             "sft",
             steps=steps,
-            batch_size=64,
+            batch_size=batch_size,
             learning_rate=learning_rate,
             schedule="cosine",
             warmup_steps=20,

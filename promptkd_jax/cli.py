@@ -4,6 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "init": "a student that starts as some of its teacher's layers",
     "train": "distil: models and data to a student and a report",
     "evaluate": "ROUGE-L and exact match of a model, on any sets and seeds",
     "generate": "talk to a model from the terminal",

@@ -10,7 +10,6 @@ config it trains and measures only these.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -26,18 +25,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from promptkd_jax import comparison_report, recipe
+from promptkd_jax.comparison import IRRELEVANT, Plan, Run, plan
 from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
-from promptkd_jax.config import (
-    Choice,
-    ConfigError,
-    Float,
-    Int,
-    ListOf,
-    Str,
-    check,
-    claim,
-    load_config,
-)
+from promptkd_jax.config import ConfigError, claim, load_config
 from promptkd_jax.data import DataError, Rows, read_records, tokenize
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.experiment import shared_vocabulary
@@ -60,28 +50,6 @@ PROMPT_FIGURES = ("kl_prompted_after", "teacher_rougeL", "teacher_rougeL_prompte
 
 class ComparisonError(RuntimeError):
     """A comparison that cannot go on; says why."""
-
-
-class Run(NamedTuple):
-    """One training: what it is called, its config, and where it lies."""
-
-    name: str
-    config: ConfigDict
-    folder: pathlib.Path
-
-    @property
-    def student(self) -> str:
-        """The model that comes out."""
-        return str(self.folder / "student")
-
-
-class Plan(NamedTuple):
-    """All trainings: `pretraining` in its order, and one run for each (method, seed)."""
-
-    pretraining: dict[str, Run]
-    runs: dict[tuple[str, int], Run]
-    teacher: str
-    student: str
 
 
 class Contender(NamedTuple):
@@ -118,7 +86,6 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       DataError, ModelError: data or a model that cannot be used.
       ComparisonError: a training failed, or its summary lacks a figure.
     """
-    check(config, SCHEMA)
     workdir = workdir.resolve()
     made = plan(config, workdir)
     claim(workdir, config, IRRELEVANT)
@@ -135,87 +102,6 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 # What is trained.
-
-
-def plan(config: ConfigDict, workdir: pathlib.Path) -> Plan:
-    """Every training with its whole config, checked.
-
-    Raises:
-      ConfigError: all mistakes, each with the training that it is in.
-    """
-    base = config.run.copy_and_resolve_references().unlock()
-    pretraining = {}
-    for name in ("teacher", "student"):
-        if config.pretraining[name] is None:
-            continue
-        own = config.pretraining[name].copy_and_resolve_references().unlock()
-        own.teacher.path = own.teacher.path or base.teacher.path
-        run = Run(f"pretraining of the {name}", own, workdir / "pretraining" / name)
-        pretraining[name] = run
-        base[name].path = run.student
-    if "student" in pretraining:
-        base.student.layers = 0
-    runs = {
-        (method, seed): Run(
-            f"{method}, seed {seed}",
-            _run_config(config, base, method, seed, workdir),
-            workdir / "runs" / f"{method}-seed{seed}",
-        )
-        for method in config.methods
-        for seed in config.seeds
-    }
-    made = Plan(pretraining, runs, base.teacher.path, base.student.path)
-    _check(config, made)
-    return made
-
-
-def _run_config(
-    config: ConfigDict, base: ConfigDict, method: str, seed: int, workdir: pathlib.Path
-) -> ConfigDict:
-    """The base with one stage, that of the method, within the budget."""
-    changes = dict(config.changes.get("all", {})) | dict(config.changes.get(method, {}))
-    run = base.copy_and_resolve_references().unlock()
-    run.title = f"{config.title}: {method}, seed {seed}"
-    run.seed = seed
-    run.evaluation.update(teacher=True, prompt_effect=True)
-    run.stages = (
-        recipe.method_stage(method, **changes | dict(steps=config.budget.steps, epochs=0.0)),
-    )
-    run.stop_after_seconds = config.budget.seconds if config.budget.kind == "seconds" else 0.0
-    run.answers.path = str(workdir / "answers" / f"seed{seed}")
-    return run.lock()
-
-
-def _check(config: ConfigDict, made: Plan) -> None:
-    """Raises ConfigError with all mistakes of all trainings."""
-    mistakes = list(_contradictions(config, made))
-    for run in (*made.pretraining.values(), *made.runs.values()):
-        try:
-            recipe.check_recipe(run.config)
-        except ConfigError as error:
-            mistakes += [f"{run.name}: {line}" for line in str(error).splitlines()]
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-
-
-def _contradictions(config: ConfigDict, made: Plan):
-    if not made.teacher:
-        yield "config.run.teacher.path: is empty; a comparison needs a teacher"
-    if not made.student and not config.run.student.layers:
-        yield "config.run.student: give a path or layers, or a pretraining.student"
-    if config.reference not in ("", *config.methods):
-        yield f"config.reference: {config.reference!r} is not one of {', '.join(config.methods)}"
-    if config.budget.kind == "seconds" and not config.budget.seconds:
-        yield "config.budget.seconds: 0 seconds to train in; give the seconds of each run"
-    rows = {run.config.stages[0].batch_size for run in made.runs.values()}
-    if config.budget.kind == "steps" and len(rows) > 1:
-        yield (
-            f"config.changes: batch sizes {sorted(rows)}: equal steps are an equal budget only "
-            "with equal batches"
-        )
-    for group in ("methods", "seeds"):
-        if len(set(config[group])) < len(config[group]):
-            yield f"config.{group}: {config[group]} names one of them twice"
 
 
 def _train_once(run: Run, name: str, cache: pathlib.Path) -> None:
@@ -503,81 +389,6 @@ def _samples(config: ConfigDict, measured: Mapping[str, Any]) -> list[dict[str, 
                 }
             )
     return found[: config.samples]
-
-
-# The config.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fits:
-    """What a field is to be, in words and as a test."""
-
-    words: str
-    test: Callable[[Any], bool]
-
-    def __str__(self) -> str:
-        return self.words
-
-    def fault(self, value: Any) -> str:
-        return "" if self.test(value) else self.words
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, ConfigDict)
-
-
-def _is_run_or_none(value: Any) -> bool:
-    return value is None or _is_group(value)
-
-
-def _are_changes(value: Any) -> bool:
-    return _is_group(value) and all(
-        name in ("all", *recipe.METHODS) and _is_group(value[name]) for name in value
-    )
-
-
-def _are_sets(value: Any) -> bool:
-    return _is_group(value) and len(value) > 0 and all(isinstance(value[n], str) for n in value)
-
-
-# What is a group here is a config of a run, or a part of one: `recipe.check_recipe` checks it.
-_RUN = _Fits("None, or the config of a run", _is_run_or_none)
-SCHEMA = {
-    "title": Str(nonempty=True),
-    "note": Str(),
-    "methods": ListOf(Choice(*recipe.METHODS), nonempty=True),
-    "reference": Str(),  # what the others are compared with; "": promptkd, or the first
-    "seeds": ListOf(Int(low=0), nonempty=True),
-    "budget": {
-        "kind": Choice("steps", "seconds"),
-        "steps": Int(low=1),  # of every run; at most so many where the budget is in seconds
-        "seconds": Float(low=0.0),
-    },
-    "pretraining": {"teacher": _RUN, "student": _RUN},
-    "run": _Fits("a group, the config of a run without stages", _is_group),
-    "changes": _Fits(
-        f"a group of groups, all or of a method: {', '.join(recipe.METHODS)}", _are_changes
-    ),
-    "test": {
-        "sets": _Fits("a group of data sets, name: file or hub id", _are_sets),
-        "split": Str(),
-        "rows": Int(low=0),  # 0: all
-        "batch_size": Int(low=1),
-        "sampling": recipe.SCHEMA["evaluation"]["sampling"],
-    },
-    "exposure_bias": {"rows": Int(low=0), "samples": Int(low=1)},
-    "bootstrap": {"draws": Int(low=1)},
-    "samples": Int(low=0),
-}
-# What may change from one start to the next: further methods and seeds, and how it is shown.
-IRRELEVANT = (
-    *("title", "note", "methods", "reference", "seeds", "bootstrap", "samples"),
-    *(
-        f"{group}.{name}"
-        for group in ("run", "pretraining.teacher", "pretraining.student")
-        for name in recipe.IRRELEVANT
-    ),
-)
 
 
 def _leave(*_: Any) -> None:

@@ -389,6 +389,6 @@ def _read(path: str, text: str, expected: type) -> Any:
         value = expected(_own(value))
     if type(value) is int and expected is float:
         value = float(value)
-    if value is None or expected in (type(value), type(None)):
+    if value is None or expected in (type(value), type(None), object):
         return value
     raise ConfigError(f"{path}: {text!r} is not {_NAMES.get(expected, expected.__name__)}")

@@ -1,9 +1,9 @@
 """Distillation without data: the teacher writes the requests itself, steered by a topic policy.
 
-A bank of topic prompts ("write one short question about …") is a bandit: a softmax policy with one
-logit per topic draws topics, the teacher writes a request to each, and the policy is reinforced
-towards topics whose requests are fluent, new, and answered by the student least like the teacher.
-What comes out are records without outputs, on which any method then trains.
+A policy over a bank of topic prompts ("write one short question about …"; see `topics`) draws
+topics, the teacher writes a request to each, and the policy is reinforced towards topics whose
+requests are fluent, new, and answered by the student least like the teacher. What comes out are
+records without outputs, on which any method then trains.
 
 Published (PromptDFD; Ma, Wang, Fang, Shen, Lu; IJCAI 2022; for text classifiers): a pre-trained
 language model is the prior that keeps synthetic text fluent, a topic prompter chooses the hard
@@ -25,7 +25,7 @@ A request that is empty, a single word, longer than a prompt may be, or written 
 and counted. Its reward is the least that any of its round could have got: no disagreement, nothing
 new, as unlikely as the least fluent one.
 
-K topics, N requests of a round, B batch, R response positions.
+N requests of a round, B batch, R response positions.
 """
 
 import collections
@@ -35,33 +35,25 @@ import hashlib
 import json
 import os
 import pathlib
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from promptkd_jax import manifest as manifests
+from promptkd_jax import topics
 from promptkd_jax.batch import Batch, responses
-from promptkd_jax.data import (
-    DataError,
-    Record,
-    Rows,
-    eval_batches,
-    read_records,
-    render_prompt,
-    tokenize,
-)
+from promptkd_jax.data import DataError, Record, Rows, eval_batches, render_prompt, tokenize
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.files import write_json
-from promptkd_jax.losses import cross_entropy, entropy, forward_kl, linear_values
+from promptkd_jax.losses import Divergence, cross_entropy, forward_kl, linear_values
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.teacher import view
+from promptkd_jax.topics import Policy
 
 PATIENCE = 5  # rounds in a row without a single new request
 
@@ -82,7 +74,7 @@ class DataFree:
         exp(its mean normalised reward / entropy_weight).
       temperature: at which requests are written; their answers are sampled at 1.
       seed: of topics, requests and answers.
-      bank: JSON lines of topic prompts, as `read_bank` takes them.
+      bank: JSON lines of topic prompts, as `topics.read_bank` takes them.
     """
 
     requests: int = 1000
@@ -140,165 +132,22 @@ def write_requests(
     pair = _Pair(teacher, student, template, prompt_capacity, batch_size, vocab_size)
     bank = _bank_rows(pair, settings.bank)
     _claim(file, pair, settings, bank)
-    policy = init_policy(len(bank.tokens), settings.learning_rate)
+    policy = topics.init_policy(len(bank.tokens), settings.learning_rate)
     rounds, policy = _read_rounds(file, policy)
     found = _kept(rounds)
     while len(found) < settings.requests:
         _check_patience(rounds, file, settings)
         key = jax.random.fold_in(jax.random.key(settings.seed), len(rounds))
         drawn, requests = _write_round(pair, settings, bank, policy, found, key)
-        policy = reinforce(policy, drawn, [request.reward for request in requests], settings)
+        rewards = [request.reward for request in requests]
+        policy = topics.reinforce(
+            policy, drawn, rewards, settings.learning_rate, settings.entropy_weight
+        )
         _append_round(file, len(rounds), requests, policy)
         rounds.append(requests)
         found = _kept(rounds)
     print(_account(file, rounds))
     return [Record(text, "", ()) for text in found[: settings.requests]]
-
-
-# The policy over the bank
-
-
-class Policy(NamedTuple):
-    """One logit per topic, `[K]` float32, and the state of Adam."""
-
-    logits: jax.Array
-    optimizer: optax.OptState
-
-
-def init_policy(topics: int, learning_rate: float) -> Policy:
-    """Every topic is equally likely."""
-    logits = jnp.zeros(topics, jnp.float32)
-    return Policy(logits, _adam(learning_rate).init(logits))
-
-
-def _adam(learning_rate: float) -> optax.GradientTransformation:
-    # A topic that was not drawn has no gradient but rounding errors: the usual eps of 1e-8 would
-    # blow them up to whole steps. Those of drawn topics are about 1 / round_size.
-    return optax.adam(learning_rate, eps=1e-4)
-
-
-@jax.jit
-def policy_gradient(
-    logits: jax.Array, drawn: jax.Array, advantages: jax.Array, entropy_weight: float = 0.0
-) -> jax.Array:
-    """Which way to move the logits `[K]`: REINFORCE (Williams 1992) for a categorical.
-
-    Args:
-      logits: of the policy pi from which the topics `drawn` `[N]` were drawn.
-      advantages: `[N]`, of each draw.
-      entropy_weight: of the policy's entropy.
-
-    Returns:
-      The gradient of mean_n advantages[n] log pi(drawn[n]) + entropy_weight * entropy(pi), whose
-      expectation over the draws is that of the expected advantage plus the bonus.
-    """
-
-    def objective(logits):
-        chosen = jnp.asarray(advantages) * jax.nn.log_softmax(logits)[drawn]
-        return jnp.mean(chosen) + entropy_weight * entropy(logits)
-
-    return jax.grad(objective)(logits)
-
-
-def reinforce(
-    policy: Policy, drawn: jax.Array, rewards: Sequence[float], settings: DataFree
-) -> Policy:
-    """The policy after one step of Adam towards a round's better topics."""
-    gradient = policy_gradient(
-        policy.logits, drawn, normalised(rewards), float(settings.entropy_weight)
-    )
-    descent, optimizer = _adam(settings.learning_rate).update(-gradient, policy.optimizer)
-    return Policy(optax.apply_updates(policy.logits, descent), optimizer)
-
-
-def normalised(rewards: Sequence[float]) -> np.ndarray:
-    """Mean 0 and standard deviation 1 within the round; 0 where all are the same."""
-    rewards = np.asarray(rewards, np.float64)
-    spread = rewards.std()
-    if spread < 1e-6:  # rounding errors, which Adam would blow up
-        return np.zeros(len(rewards), np.float32)
-    return ((rewards - rewards.mean()) / spread).astype(np.float32)
-
-
-def reward(settings: DataFree, kl: float, similarity: float, surprise: float) -> float:
-    """Of a request, in nats; see the module."""
-    return kl - settings.novelty_weight * similarity - settings.fluency_weight * surprise
-
-
-# The bank and the texts
-
-
-def read_bank(source: str) -> list[Record]:
-    """Topic prompts: JSON lines whose "instruction" has one request written, as `data` reads them.
-
-    Raises:
-      DataError: a line cannot be read, there is only one, or two are the same.
-    """
-    bank = read_records(source, need_output=False)
-    counts = collections.Counter(record.instruction for record in bank)
-    if repeated := [text for text, count in counts.items() if count > 1]:
-        raise DataError(f"{source}: expected distinct topic prompts, found twice: {repeated[0]!r}")
-    if len(bank) == 1:
-        raise DataError(f"{source}: one topic prompt leaves nothing to choose; give at least two")
-    return bank
-
-
-_ANNOUNCEMENT = re.compile(r"(sure|here|certainly|of course)\b.*:", re.IGNORECASE)
-_NUMBER = r"[-*•]\s+|\(?\d+[.):]\s+"
-_NAME = r"(question|instruction|request|q)(\s*\d+)?\s*:"
-_LABEL = re.compile(rf"({_NUMBER}|{_NAME}|\*\*{_NAME}\*\*)\s*", re.IGNORECASE)
-_MARKS = (("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"))
-
-
-def clean_request(text: str) -> str:
-    """The request within what the teacher wrote: its first line that says anything.
-
-    A line that only announces it ("Here is a question:") is passed over; list markers, numbers,
-    labels ("Question:") and quotation or emphasis marks around the whole line are removed.
-    """
-    lines = [line for line in map(str.strip, text.splitlines()) if line]
-    if len(lines) > 1 and _ANNOUNCEMENT.fullmatch(lines[0]):
-        lines = lines[1:]
-    line, before = "".join(lines[:1]), None
-    while line != before:
-        before = line
-        line = _LABEL.sub("", _unquoted(line), count=1) if _LABEL.match(line) else _unquoted(line)
-    return line
-
-
-def _unquoted(line: str) -> str:
-    """Without a pair of marks around all of it, or an opening one that is never closed."""
-    for opening, closing in _MARKS:
-        inner = line.removeprefix(opening)
-        if inner != line and closing not in inner.removesuffix(closing):
-            return inner.removesuffix(closing).strip()
-    return line
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Runs of letters and digits, lower-cased: requests with the same words are the same."""
-    return tuple(re.findall(r"\w+", text.lower()))
-
-
-def similarity(text: str, earlier: Collection[frozenset]) -> float:
-    """The largest overlap (intersection over union) of its word pairs with those of another, in
-    [0, 1]; `earlier` are theirs, as `word_pairs` gives them."""
-    pairs = word_pairs(text)
-    return max((len(pairs & other) / len(pairs | other) for other in earlier), default=0.0)
-
-
-def word_pairs(text: str) -> frozenset[tuple[str, str]]:
-    """Every two neighbouring words of a text of at least two."""
-    found = words(text)
-    return frozenset(zip(found, found[1:]))
-
-
-def fault(text: str, earlier: Collection[tuple[str, ...]]) -> str:
-    """Why a text is no new request, "" where it is one; `earlier` holds the words of others."""
-    found = words(text)
-    if len(found) < 2:
-        return "one word" if found else "empty"
-    return "duplicate" if found in earlier else ""
 
 
 # A round
@@ -328,7 +177,7 @@ class _Request(NamedTuple):
 
 
 def _bank_rows(pair: _Pair, source: str) -> Rows:
-    rows = _rows(pair, read_bank(source))
+    rows = _rows(pair, topics.read_bank(source))
     if rows.dropped:
         raise DataError(
             f"{source}: {rows.dropped} topic prompts are longer than the {pair.prompt_capacity} "
@@ -356,12 +205,12 @@ def _write_round(
     drawn = jax.random.categorical(drawing, policy.logits, shape=(settings.round_size,))
     prompts = _select(bank, np.asarray(drawn))
     texts = _write(pair, settings, prompts, writing)
-    faults = _faults(pair, texts, earlier)
+    faults = topics.faults(texts, earlier, functools.partial(_fits, pair))
     kept = [i for i, found in enumerate(faults) if not found]
     requests = [texts[i] for i in kept]
     parts = zip(
         _disagreements(pair, settings, requests, answering),
-        _similarities(requests, earlier),
+        topics.similarities(requests, earlier),
         _surprises(pair, settings, _select(prompts, kept), requests),
     )
     scored = dict(zip(kept, parts))
@@ -378,10 +227,15 @@ def _write_round(
     ]
 
 
+def reward(settings: DataFree, kl: float, similarity: float, surprise: float) -> float:
+    """Of a request, in nats; see the module."""
+    return kl - settings.novelty_weight * similarity - settings.fluency_weight * surprise
+
+
 def _write(pair: _Pair, settings: DataFree, prompts: Rows, key: jax.Array) -> list[str]:
     """What the teacher writes to each topic prompt, cleaned."""
     written = _answers(pair, prompts, settings.max_request_tokens, settings.temperature, key)
-    return [clean_request(decode(pair.teacher.tokenizer, tokens)) for tokens in written]
+    return [topics.clean_request(decode(pair.teacher.tokenizer, tokens)) for tokens in written]
 
 
 def _answers(pair: _Pair, rows: Rows, most: int, temperature: float, key: jax.Array):
@@ -397,25 +251,9 @@ def _answers(pair: _Pair, rows: Rows, most: int, temperature: float, key: jax.Ar
     )
 
 
-def _faults(pair: _Pair, texts: list[str], earlier: list[str]) -> list[str]:
-    """Of each text, the ones before it counted as earlier ones."""
-    known, faults = set(map(words, earlier)), []
-    for text in texts:
-        found = fault(text, known)
-        if not found:
-            tokens = render_prompt(Record(text, "", ()), pair.template, pair.teacher.tokenizer)
-            found = "too long" if len(tokens) > pair.prompt_capacity else ""
-        if not found:
-            known.add(words(text))
-        faults.append(found)
-    return faults
-
-
-def _similarities(requests: list[str], earlier: list[str]) -> list[float]:
-    """Of each request, the ones before it counted as earlier ones."""
-    pairs = [word_pairs(text) for text in earlier + requests]
-    first = len(earlier)
-    return [similarity(text, pairs[: first + i]) for i, text in enumerate(requests)]
+def _fits(pair: _Pair, text: str) -> bool:
+    tokens = render_prompt(Record(text, "", ()), pair.template, pair.teacher.tokenizer)
+    return len(tokens) <= pair.prompt_capacity
 
 
 def _disagreements(
@@ -426,12 +264,8 @@ def _disagreements(
         return []
     rows = _rows(pair, [Record(text, "", ()) for text in requests])
     answers = _answers(pair, rows, settings.max_new_tokens, 1.0, key)
-    compare = _kl_means(
-        pair.teacher.decoder, pair.student.decoder, settings.max_new_tokens, pair.vocab_size
-    )
-    params = pair.teacher.params, pair.student.params
     rows = _with_responses(rows, list(answers))
-    return _by_row(pair, functools.partial(compare, params), rows, settings.max_new_tokens)
+    return _means(pair, forward_kl, (pair.teacher, pair.student), rows, settings.max_new_tokens)
 
 
 def _surprises(pair: _Pair, settings: DataFree, prompts: Rows, requests: list[str]) -> list[float]:
@@ -442,16 +276,19 @@ def _surprises(pair: _Pair, settings: DataFree, prompts: Rows, requests: list[st
     most = settings.max_request_tokens
     encoded = pair.teacher.tokenizer(requests, add_special_tokens=False)["input_ids"]
     rows = _with_responses(prompts, [ids[:most] for ids in encoded])
-    measure = _surprise_means(pair.teacher.decoder, most, pair.vocab_size)
-    return _by_row(pair, functools.partial(measure, pair.teacher.params), rows, most)
+    return _means(pair, cross_entropy, (pair.teacher,), rows, most)
 
 
-def _by_row(pair: _Pair, measure: Any, rows: Rows, most: int) -> list[float]:
-    """`measure(batch)` `[B]` of all rows, whose responses have at most `most` tokens."""
-    values = []
-    length = pair.prompt_capacity + most
+def _means(
+    pair: _Pair, function: Divergence, models: tuple[Model, ...], rows: Rows, most: int
+) -> list[float]:
+    """Means over the responses, of at most `most` tokens: of the last model compared with the one
+    before it, or with the tokens themselves."""
+    measure = _measure(function, tuple(m.decoder for m in models), most, pair.vocab_size)
+    params = [model.params for model in models]
+    values, length = [], pair.prompt_capacity + most
     for batch, real in eval_batches(rows, batch_size=pair.batch_size, length=length):
-        values += jax.device_get(measure(batch))[:real].tolist()
+        values += jax.device_get(measure(params, batch))[:real].tolist()
     if not np.isfinite(values).all():
         raise DataError(
             f"teacher {pair.teacher.name} or student {pair.student.name}: a log-probability of "
@@ -461,25 +298,15 @@ def _by_row(pair: _Pair, measure: Any, rows: Rows, most: int) -> list[float]:
 
 
 @functools.lru_cache(maxsize=8)
-def _kl_means(teacher: Decoder, student: Decoder, capacity: int, vocab_size: int):
+def _measure(function: Divergence, decoders: tuple[Decoder, ...], capacity: int, vocab_size: int):
     @jax.jit
     def measure(params, batch: Batch):
         where = responses(batch, capacity)
-        target = view(teacher, params[0], batch, where, vocab_size)
-        learner = view(student, params[1], batch, where, vocab_size)
-        (values,) = linear_values((forward_kl,), learner, (target,))
-        return jnp.sum(values * where.mask, axis=1) / jnp.sum(where.mask, axis=1)
-
-    return measure
-
-
-@functools.lru_cache(maxsize=8)
-def _surprise_means(teacher: Decoder, capacity: int, vocab_size: int):
-    @jax.jit
-    def measure(params, batch: Batch):
-        where = responses(batch, capacity)
-        learner = view(teacher, params, batch, where, vocab_size)
-        (values,) = linear_values((cross_entropy,), learner, (where.labels,))
+        *other, learner = (
+            view(decoder, its_params, batch, where, vocab_size)
+            for decoder, its_params in zip(decoders, params)
+        )
+        (values,) = linear_values((function,), learner, other or (where.labels,))
         return jnp.sum(values * where.mask, axis=1) / jnp.sum(where.mask, axis=1)
 
     return measure
@@ -559,7 +386,7 @@ def _read_rounds(file: pathlib.Path, policy: Policy) -> tuple[list[list[_Request
         if "logits" not in fields:
             pending.append(_Request(**fields))
             continue
-        policy = _restored(policy, [fields["logits"], *fields["optimizer"]])
+        policy = topics.restored_policy(fields, policy)
         rounds.append(pending)
         pending, end = [], position
     if position > end:
@@ -574,17 +401,11 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: broken JSON ({error.msg}); take another file") from error
 
 
-def _restored(policy: Policy, leaves: list) -> Policy:
-    like, structure = jax.tree.flatten(policy)
-    return structure.unflatten(jnp.asarray(x, y.dtype) for x, y in zip(leaves, like, strict=True))
-
-
 def _append_round(
     file: pathlib.Path, number: int, requests: list[_Request], policy: Policy
 ) -> None:
-    logits, *optimizer = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(policy)]
     lines = [request._asdict() for request in requests]
-    lines.append({"round": number, "logits": logits, "optimizer": optimizer})
+    lines.append({"round": number, **topics.policy_fields(policy)})
     with file.open("a") as out:
         out.write("".join(json.dumps(line) + "\n" for line in lines))
 

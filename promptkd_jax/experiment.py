@@ -40,7 +40,8 @@ from promptkd_jax.teacher import Models
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Updates `first` + 1 to `first` + `steps` of the run, with one method."""
+    """Steps `first` + 1 to `first` + `steps` of the run, with one method. `learning_rate` is that
+    of the student's updates, of which a step may make several."""
 
     name: str
     index: int
@@ -296,7 +297,8 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
 def save(
     experiment: Experiment, state: TrainState, folder: pathlib.Path, metrics: Sequence[tuple] = ()
 ) -> dict[str, str]:
-    """Writes the student of `state`, with a model card, and its soft prompt into `folder`.
+    """Writes the student of `state`, with a model card, and its soft prompt into `folder`; the
+    teacher too, where it learned.
 
     Args:
       metrics: for the card, as `report.model_card` takes them.
@@ -315,6 +317,10 @@ def save(
     student = experiment.student.replace(params=state.student)
     save_model(folder / "student", student, card=card)
     paths = {"student": str(folder / "student")}
+    if "teacher" in state.params:
+        paths["teacher"] = str(folder / "teacher")
+        learned = teacher.replace(params=state.params["teacher"])
+        save_model(folder / "teacher", learned, card=card)
     if state.soft_prompt is not None:
         paths["soft prompt"] = str(folder / "soft_prompt")
         save_soft_prompt(
@@ -425,7 +431,7 @@ def _stage(
             vocab_size=vocab_size,
             top_k=config.cache.top_k,
         )
-    seed = config.seed + index
+    seed, updates = config.seed + index, steps * method.minibatches * method.passes
     batches = functools.partial(train_batches, batch_size=stage.batch_size, length=length)
     corpus = None
     if stage.corpus_terms:
@@ -438,7 +444,7 @@ def _stage(
         steps=steps,
         method=method,
         optimizers=optimizers,
-        learning_rate=recipe.learning_rate(stage, stage.learning_rate, steps),
+        learning_rate=recipe.learning_rate(stage, stage.learning_rate, updates),
         batches=batches(rows, seed=seed, cached=cached, capacity=method.response_capacity),
         corpus=corpus,
     )

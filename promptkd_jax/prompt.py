@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import embed
+from promptkd_jax.models.export import write_tensors
 
 INITS = ("text", "pad", "vocabulary", "random", "examples")
 
@@ -64,10 +65,8 @@ def save_soft_prompt(
         "prompt_tuning_init_text": None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(
-        {"prompt_embeddings": np.asarray(soft_prompt, np.float32)},
-        folder / "adapter_model.safetensors",
-    )
+    tensors = {"prompt_embeddings": np.asarray(soft_prompt, np.float32)}
+    write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 def load_soft_prompt(folder: str | pathlib.Path) -> jax.Array:

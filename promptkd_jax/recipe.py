@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from promptkd_jax import hidden, losses, optimizer
 from promptkd_jax.config import (
@@ -154,13 +154,14 @@ def promptkd_config(**changes: Any) -> ConfigDict:
 
 def base_config() -> ConfigDict:
     """Fields that all recipes share."""
+    layers = FieldReference(0, field_type=object)  # a number, or a tuple
     return ConfigDict(
         dict(
             title="distillation",
             seed=10,
             preset="default",  # or "faithful": the published code's conventions
             teacher=model_config(),
-            student=dict(model_config(), layers=0),  # layers of the teacher: how many, or which
+            student=dict(model_config(), layers=layers),  # of the teacher: how many, or which
             soft_prompt=dict(
                 length=7,
                 init="text",  # text | pad | vocabulary | random | examples
@@ -328,8 +329,11 @@ class _Divergence:
         return ""
 
 
+@dataclasses.dataclass(frozen=True)
 class _Term:
-    """A pair (divergence, "cross_entropy" or "policy_gradient"; weight)."""
+    """A pair (name, weight): the name of a divergence, or one of `others`."""
+
+    others: tuple[str, ...] = (GOLD,)
 
     def __str__(self) -> str:
         return "a pair (divergence, weight) such as ('reverse_kl', 1.0)"
@@ -338,7 +342,7 @@ class _Term:
         if not isinstance(value, list | tuple) or len(value) != 2:
             return str(self)
         name, weight = value
-        known = name in (GOLD, POLICY)
+        known = name in self.others
         return Float(low=0.0).fault(weight) or (not known and _Divergence().fault(name)) or ""
 
 
@@ -397,7 +401,7 @@ _STAGE = {
     "steps": Int(low=0),
     "epochs": Float(low=0.0),
     "targets": Choice(*TARGETS),
-    "student_terms": ListOf(_Term(), nonempty=True),
+    "student_terms": ListOf(_Term((GOLD, POLICY)), nonempty=True),
     "teacher_view": Choice(*VIEWS),
     "on_policy_share": Float(low=0.0, high=1.0),
     "teacher_share": Float(low=0.0, high=0.99),
@@ -588,6 +592,11 @@ def _stage_contradictions(path: str, stage: ConfigDict, config: ConfigDict):
     if stage.teacher_view == "cached":
         if not config.cache.path:
             yield f"{path}.teacher_view: 'cached' needs config.cache.path (see promptkd cache)"
+        if stage.targets == "teacher":
+            yield (
+                f"{path}.targets: promptkd cache reads the data's own answers, not those that the "
+                "teacher writes; expected 'gold'"
+            )
         if stage.prompt_learning_rate:
             yield (
                 f"{path}.prompt_learning_rate: a cached teacher cannot be prompted, its "
@@ -603,10 +612,10 @@ def _stage_contradictions(path: str, stage: ConfigDict, config: ConfigDict):
             yield (
                 f"{path}.targets: 'replay' goes by the validation loss; set config.evaluation.every"
             )
-    if stage.targets == "gold" and config.data.train == "teacher":
+    if stage.targets not in ("teacher", "student") and config.data.train == "teacher":
         yield (
-            f"{path}.targets: requests that the teacher writes have no gold answers; expected "
-            "'teacher' or 'student'"
+            f"{path}.targets: {stage.targets!r} needs gold answers, and requests that the teacher "
+            "writes have none; expected 'teacher' or 'student'"
         )
 
 

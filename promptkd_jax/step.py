@@ -6,8 +6,7 @@ B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabu
 G micro-batches of one update, N parts of a step (the micro-batches of all its minibatches).
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -15,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax import hidden, losses, policy_gradient
-from promptkd_jax.batch import Batch, responses
-from promptkd_jax.losses import Linear, linear_loss, linear_values
-from promptkd_jax.method import GOLD, ON_POLICY, POLICY, PRESETS, Conventions, Method
+from promptkd_jax import losses, objective, policy_gradient
+from promptkd_jax.batch import Batch
+from promptkd_jax.losses import Linear, linear_values
+from promptkd_jax.method import POLICY, PRESETS, Conventions, Method
+from promptkd_jax.objective import Part
 from promptkd_jax.targets import Replay, target_rows
-from promptkd_jax.teacher import Models, Views, view
+from promptkd_jax.teacher import Models, Views
 
 
 class Optimizers(NamedTuple):
@@ -185,27 +185,17 @@ def summarise(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -
 # How rows are dealt out
 
 
-class _Part(NamedTuple):
-    """What one micro-batch is made of; with a leading axis `[N]` all of a step."""
-
-    rows: Batch
-    own: jax.Array  # [B / N] rows that the student wrote
-    corpus: Batch | None
-    soft_prompt: jax.Array | None = None  # [M, D]
-    policy: policy_gradient.PolicyTarget | None = None
-
-
-def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Method) -> _Part:
+def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Method) -> Part:
     """`[B, …]` as `[N, B / N, …]`, row i in part i mod N: every device keeps its own rows."""
 
     def deal(x):
         return jnp.swapaxes(x.reshape(-1, method.parts, *x.shape[1:]), 0, 1)
 
     corpus = corpus if method.corpus_terms else None
-    return jax.tree.map(deal, _Part(rows, own, corpus))
+    return jax.tree.map(deal, Part(rows, own, corpus))
 
 
-def _first(parts: _Part) -> _Part:
+def _first(parts: Part) -> Part:
     return jax.tree.map(lambda x: x[0], parts)
 
 
@@ -225,11 +215,11 @@ def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
 # The teacher's update: its soft prompt, or all of it
 
 
-def _update_prompt(state: TrainState, parts: _Part, counts, see: Views, optimizers: Optimizers):
+def _update_prompt(state: TrainState, parts: Part, counts, see: Views, optimizers: Optimizers):
     """P <- P - eta grad [L_kd + alpha_k L_reg]: (state, sums, scalars)."""
     method = see.method
 
-    def part(x: _Part, scale, coefficient):
+    def part(x: Part, scale, coefficient):
         def prompted(soft_prompt):
             seen, _ = see.teacher(state.params, x.rows, soft_prompt)
             return seen.hidden, seen.head
@@ -238,22 +228,17 @@ def _update_prompt(state: TrainState, parts: _Part, counts, see: Views, optimize
             prompted, state.params["soft_prompt"], has_aux=True
         )
         student = see.student(state.params["student"], x.rows)
-        divergence = _prompt_divergence(method.prompt_divergence, method)
-        terms = {"prompt_kd": Term(divergence, student, scale)}
-        observe = {"kl_prompted": _student_to_learner}
-        if method.regularisation:
-            divergence = _prompt_divergence(method.prompt_regulariser, method)
-            plain, _ = see.teacher(state.params, x.rows)
-            terms["prompt_regulariser"] = Term(divergence, plain, scale * coefficient)
-            observe["kl_plain"] = _student_to_plain
-        gradient, total, sums = _gradient(
-            terms, observe, see.where(x.rows).mask, lambda h: Linear(h, kernel), hidden_states
+        plain = see.teacher(state.params, x.rows)[0] if method.regularisation else None
+        terms, observations = objective.prompt_terms(method, student, plain, scale, coefficient)
+        mask = see.where(x.rows).mask
+        gradient, total, sums = objective.gradient(
+            terms, observations, mask, lambda h: Linear(h, kernel), hidden_states
         )
         return {"soft_prompt": pullback(gradient)[0]}, sums | {"prompt_loss": total / scale}
 
     coefficients = _coefficients(state, method)
     scales = _scales(counts, method.conventions)
-    gradients, sums = _accumulate(part, (parts, scales, coefficients))
+    gradients, sums = objective.accumulate(part, (parts, scales, coefficients))
     new = _apply(state, gradients, optimizers)
     if method.regularisation and method.regularisation_schedule == "adaptive":
         found = jnp.sum(sums["prompt_regulariser"]) / jnp.sum(counts)
@@ -285,12 +270,6 @@ def _adapted(coefficient: jax.Array, ratio: jax.Array) -> jax.Array:
     return coefficient * (1 + 0.1 * jnp.clip(ratio - 1, -0.2, 0.2))
 
 
-def _prompt_divergence(name: str, method: Method) -> losses.Divergence:
-    if name == "forward_kl" and method.conventions.entropy_free:
-        name = "soft_cross_entropy"
-    return losses.divergence(name)
-
-
 def _prompt_in_turn(before: TrainState, after: TrainState, method: Method) -> jax.Array:
     """The soft prompt that each part's student loss sees, `[N, M, D]`."""
     is_last = jnp.arange(method.parts) == method.parts - 1
@@ -298,25 +277,26 @@ def _prompt_in_turn(before: TrainState, after: TrainState, method: Method) -> ja
     return jnp.where(fresh[:, None, None], after.soft_prompt, before.soft_prompt)
 
 
-def _update_teacher(state: TrainState, parts: _Part, counts, see: Views, optimizers: Optimizers):
+def _update_teacher(state: TrainState, parts: Part, counts, see: Views, optimizers: Optimizers):
     """Mutual learning (Zhang et al. 2018, arXiv 1706.00384): the teacher learns from the student,
     which then learns from what the teacher has become."""
 
-    def part(x: _Part, scale):
+    def part(x: Part, scale):
         learner, pullback = jax.vjp(
             lambda p: see.teacher({"teacher": p}, x.rows)[0],
             state.params["teacher"],
         )
         student = see.student(state.params["student"], x.rows)
         terms = {
-            f"teacher_{name}": _term(name, weight * scale, x, student, see)
+            f"teacher_{name}": objective.term(name, weight * scale, x, student, see)
             for name, weight in see.method.teacher_terms
         }
-        gradient, total, sums = _gradient(terms, {}, see.where(x.rows).mask, lambda x: x, learner)
+        mask = see.where(x.rows).mask
+        gradient, total, sums = objective.gradient(terms, {}, mask, lambda x: x, learner)
         return {"teacher": pullback(gradient)[0]}, sums | {"teacher_loss": total / scale}
 
     scales = _scales(counts, see.method.conventions)
-    gradients, sums = _accumulate(part, (parts, scales))
+    gradients, sums = objective.accumulate(part, (parts, scales))
     scalars = {"teacher_grad_norm": optax.tree.norm(gradients)}
     return _apply(state, gradients, optimizers), sums, scalars
 
@@ -324,13 +304,13 @@ def _update_teacher(state: TrainState, parts: _Part, counts, see: Views, optimiz
 # The student's update
 
 
-def _policy_targets(state: TrainState, parts: _Part, see: Views) -> policy_gradient.PolicyTarget:
+def _policy_targets(state: TrainState, parts: Part, see: Views) -> policy_gradient.PolicyTarget:
     """What the sampled rows are worth, valued over the whole step, `[N, B / N, R]` each."""
 
     def of_labels(labels, logits):
         return -losses.cross_entropy(labels, logits)
 
-    def part(x: _Part):
+    def part(x: Part):
         where = see.where(x.rows)
         seen = see.student(state.params["student"], x.rows), _teacher(state, x, see)[0]
         log_probs = [linear_values([of_labels], one, [where.labels])[0] for one in seen]
@@ -343,11 +323,11 @@ def _policy_targets(state: TrainState, parts: _Part, see: Views) -> policy_gradi
     return jax.tree.map(lambda x: x.reshape(found[0].shape), target)
 
 
-def _teacher(state: TrainState, x: _Part, see: Views):
+def _teacher(state: TrainState, x: Part, see: Views):
     return see.teacher(state.params, x.rows, x.soft_prompt)
 
 
-def _update_student_in_turn(state, parts: _Part, counts, see: Views, optimizers: Optimizers):
+def _update_student_in_turn(state, parts: Part, counts, see: Views, optimizers: Optimizers):
     """`passes` times each minibatch's update: (state, sums, scalars), means over the passes."""
     method = see.method
     if method.minibatches * method.passes == 1:
@@ -368,174 +348,45 @@ def _update_student_in_turn(state, parts: _Part, counts, see: Views, optimizers:
     return state, sums, {name: x.mean() for name, x in scalars.items()}
 
 
-def _update_student(state: TrainState, parts: _Part, counts, see: Views, optimizers: Optimizers):
+def _update_student(state: TrainState, parts: Part, counts, see: Views, optimizers: Optimizers):
     """theta <- theta - eta grad of the student's terms: (state, sums, scalars)."""
     method = see.method
     scales = _scales(counts, method.conventions)
+    observations = objective.student_observations(method)
 
-    def part(x: _Part, scale):
+    def part(x: Part, scale):
         where = see.where(x.rows)
         (student, states), pullback = see.student_vjp(state.params["student"], x.rows)
         seen, teacher_states = _teacher(state, x, see) if method.needs_view else (None, {})
         terms = {
-            name: _term(name, weight * scale, x, seen, see) for name, weight in method.student_terms
+            name: objective.term(name, weight * scale, x, seen, see)
+            for name, weight in method.student_terms
         }
-        d_student, total, sums = _gradient(
-            terms, _observations(method), where.mask, lambda x: x, student, seen
+        d_student, total, sums = objective.gradient(
+            terms, observations, where.mask, lambda x: x, student, seen
         )
         gradients, d_states = {}, jax.tree.map(jnp.zeros_like, states)
         if see.hidden_terms:
-            d_states, gradients, hidden_total, more = _hidden_gradient(
+            d_states, gradients, hidden_total, more = objective.hidden_gradient(
                 states, teacher_states, state.params.get("projection", {}), where, scale, see
             )
             total, sums = total + hidden_total, sums | more
         gradients["student"] = pullback((d_student, d_states))[0]
         if x.corpus is not None:
-            gradient, corpus_total = _corpus_gradient(state, x.corpus, corpus_scale, see)
+            gradient, corpus_total = objective.corpus_gradient(
+                state.params, x.corpus, corpus_scale, see
+            )
             gradients["student"] = jax.tree.map(jnp.add, gradients["student"], gradient)
             total, sums = total + corpus_total, sums | {"corpus_loss": corpus_total / scale}
-        if len(sums) == 1 + len(_observations(method)):  # the only term is the loss itself
+        if len(sums) == 1 + len(observations):  # the only term is the loss itself
             del sums[method.student_terms[0][0]]
         return gradients, sums | {"student_loss": total / scale}
 
     if parts.corpus is not None:
         corpus_scale = 1 / jnp.sum(parts.corpus.lengths - 1)
-    gradients, sums = _accumulate(part, (parts, scales))
+    gradients, sums = objective.accumulate(part, (parts, scales))
     scalars = {"student_grad_norm": optax.tree.norm(gradients["student"])}
     return _apply(state, gradients, optimizers), sums, scalars
-
-
-def _hidden_gradient(states, teacher_states, projections, where, scale, see: Views):
-    """(gradient of the states, that of the projections, weighted total, sums)."""
-
-    def loss(states, projections):
-        total, sums = hidden.hidden_loss(
-            see.hidden_terms, states, teacher_states, projections, where
-        )
-        return scale * total, sums
-
-    (total, sums), (d_states, d_projections) = jax.value_and_grad(
-        loss, argnums=(0, 1), has_aux=True
-    )(states, projections)
-    return d_states, {"projection": d_projections} if projections else {}, total, sums
-
-
-def _corpus_gradient(state: TrainState, corpus: Batch, scale, see: Views):
-    """Gradient for the student of `corpus_terms`, every token but the first counting; its loss."""
-    method = see.method
-    where = responses(corpus, corpus.tokens.shape[1] - 1)
-
-    def student(params):
-        return view(see.models.student, params, corpus, where, method.vocab_size)
-
-    learner, pullback = jax.vjp(student, state.params["student"])
-    terms = {}
-    for name, weight in method.corpus_terms:
-        if name == GOLD:
-            terms[name] = Term(losses.cross_entropy, where.labels, weight * scale)
-        else:
-            params = see.teacher_params(state.params)
-            seen = view(see.models.teacher, params, corpus, where, method.vocab_size)
-            terms[name] = Term(losses.divergence(name), seen, weight * scale)
-    gradient, total, _ = _gradient(terms, {}, where.mask, lambda x: x, learner)
-    return pullback(gradient)[0], total
-
-
-class Term(NamedTuple):
-    """One summand of a loss: a function of (target, learner logits), its target, its weight."""
-
-    function: losses.Divergence
-    target: Any
-    weight: jax.Array
-
-
-def _term(name: str, weight, x: _Part, seen, see: Views) -> Term:
-    """What the learner's term `name` compares with, for a part whose other model is `seen`."""
-    method = see.method
-    if name == POLICY:
-        clip = method.policy_gradient.ratio_clip
-        function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
-        return Term(function, x.policy, weight)
-    if name == GOLD:
-        labels = see.where(x.rows).labels
-        if method.targets not in ON_POLICY:
-            return Term(losses.cross_entropy, labels, weight)
-        written_by_others = jnp.broadcast_to(~x.own[:, None], labels.shape)
-        return Term(_gold_cross_entropy, (labels, written_by_others), weight)
-    function = losses.tempered(losses.divergence(name), method.temperature)
-    return Term(losses.weighted(function, method.token_weighting), seen, weight)
-
-
-def _gold_cross_entropy(target, logits):
-    """On the student's own rows it would only make it surer of what it says."""
-    labels, counts = target
-    return losses.cross_entropy(labels, logits) * counts
-
-
-def _gradient(terms: dict[str, Term], observe, mask, learner, at, *observed):
-    """Gradient of the weighted terms for `learner(at)`, their sum, and every masked sum by name."""
-
-    def loss(at):
-        return linear_loss(
-            [term.function for term in terms.values()],
-            learner(at),
-            [*(term.target for term in terms.values()), *observed],
-            mask,
-            jnp.stack([term.weight for term in terms.values()]),
-            observe=tuple(observe.values()),
-        )
-
-    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(at)
-    return gradient, total, dict(zip([*terms, *observe], sums))
-
-
-def _observations(method: Method) -> dict[str, losses.Observation]:
-    """What is measured beside the student's loss; the last target is the teacher as it is seen."""
-    observe = {"student_entropy": _entropy}
-    if method.needs_view:
-        observe["agreement"] = _agreement
-        if not method.prompted:
-            observe[f"kl_{method.teacher_view}"] = _learner_to_teacher
-    return observe
-
-
-def _student_to_learner(targets, prompted):
-    """KL(q || p_P): the student is the first target of the prompt's loss."""
-    return losses.forward_kl(targets[0], prompted)
-
-
-def _student_to_plain(targets, prompted):
-    """KL(q || p): the plain teacher is the second target of the prompt's loss."""
-    return losses.forward_kl(targets[0], targets[1])
-
-
-def _learner_to_teacher(targets, student):
-    """KL(q || p)."""
-    return losses.compare(losses.reverse_kl, targets[-1], student)
-
-
-def _agreement(targets, student):
-    return losses.compare(losses.agreement, targets[-1], student)
-
-
-def _entropy(targets, student):
-    return losses.entropy(student)
-
-
-def _accumulate(part: Callable, xs: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Sum of `part`'s gradients over the leading axis G of `xs`, and its sums stacked, `[G]`."""
-    first = jax.tree.map(lambda x: x[0], xs)
-    if jax.tree.leaves(xs)[0].shape[0] == 1:
-        gradient, sums = part(*first)
-        return gradient, jax.tree.map(lambda x: x[None], sums)
-
-    def body(total, x):
-        gradient, sums = part(*x)
-        return jax.tree.map(jnp.add, total, gradient), sums
-
-    shapes = jax.eval_shape(part, *first)[0]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(body, zeros, xs)
 
 
 def _apply(state: TrainState, gradients: dict[str, Any], optimizers: Optimizers) -> TrainState:

@@ -296,7 +296,8 @@ class _Loop:
             self.spent = {name: self.spent[name] + spent[name] for name in spent}
             values["tokens_per_second"] = tokens / seconds
             values["seconds_per_update"] = seconds / updates
-        values["learning_rate"] = float(stage.learning_rate(self.done - stage.first - 1))
+        made = (self.done - stage.first) * stage.method.minibatches * stage.method.passes
+        values["learning_rate"] = float(stage.learning_rate(made - 1))  # of the latest update
         self.writer.write(self.done, values | {"stage": stage.name})
         self.progress.update(self.done, values | {"loss": values["student_loss"]})
         skipped, limit = values["skipped_in_a_row"], self.experiment.config.stop_after_skipped

@@ -1,5 +1,6 @@
 """Every mistake in a config is told at once, with its path and what would be right."""
 
+import json
 import re
 import textwrap
 
@@ -15,7 +16,9 @@ from promptkd_jax.config import (
     ListOf,
     Optional,
     Str,
+    as_json,
     check,
+    claim,
     fingerprint,
     load_config,
 )
@@ -109,6 +112,84 @@ def test_a_wrong_file_is_told(load, source, argument, found):
 def test_a_bug_in_the_file_keeps_its_own_error(load):
     with pytest.raises(NameError, match="oops"):
         load(source="def get_config(): return oops")
+
+
+# The config of a run's folder.
+
+
+def write_json(folder, content) -> str:
+    path = folder / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_the_config_of_a_folder_is_the_one_that_claimed_it(load, tmp_path):
+    source = FILE.replace(', "impedance": 1j', "")  # JSON has no complex numbers
+    config = load("--config.stages[1].loss.alpha=0.25", source=source)
+    claim(tmp_path / "run", config)
+    again, rest = load_config([f"--config={tmp_path / 'run' / 'config.json'}", "--other"])
+    assert rest == ["--other"]
+    assert as_json(again) == as_json(config) and fingerprint(again) == fingerprint(config)
+    assert again.betas == (0.9, 0.99) and again.seed is None
+    assert [type(stage) for stage in again.stages] == [ConfigDict, ConfigDict]
+    assert type(again.optimizer.learning_rate) is float
+    with pytest.raises(AttributeError, match="locked"):
+        again.stages[0].loss.new_field = 1
+
+
+def test_lists_in_a_json_file_are_tuples_at_any_depth(tmp_path):
+    terms = {"terms": [["kl", 1.0], ["ce", 0.5]], "layers": [0, 2]}
+    path = write_json(tmp_path, {"config": {"stages": [terms], "none": []}})
+    config, _ = load_config([f"--config={path}", "--config.stages[0].layers=(1, 2)"])
+    assert config.stages[0].terms == (("kl", 1.0), ("ce", 0.5))
+    assert config.stages[0].layers == (1, 2) and config.none == ()
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ("{", "is not JSON: "),
+        ([1], "is not the config of a run; expected"),
+        ({"width": 3}, "is not the config of a run; expected"),
+        ({"config": [1]}, "is not the config of a run; expected"),
+    ],
+)
+def test_a_wrong_json_file_is_told(tmp_path, content, found):
+    (line,) = mistakes(load_config, [f"--config={write_json(tmp_path, content)}"])
+    assert "config.json" in line and found in line
+
+
+def test_a_missing_json_file_and_an_argument_are_told(tmp_path):
+    path = write_json(tmp_path, {"config": {}})
+    assert mistakes(load_config, [f"--config={path}:large"]) == [
+        f"config: {path} takes no argument, but got 'large'"
+    ]
+    assert mistakes(load_config, ["--config=no/such.json"]) == [
+        "config: there is no JSON file 'no/such.json'"
+    ]
+
+
+def test_a_folder_has_one_config_but_for_what_is_ignored(tmp_path):
+    claim(tmp_path, make_config(), ("name", "stages.learning_rate"))
+    other = make_config()
+    other.name, other.stages = "other", ({"learning_rate": 7}, {"learning_rate": 8})
+    claim(tmp_path, other, ("name", "stages.learning_rate"))
+    assert load_config([f"--config={tmp_path / 'config.json'}"])[0].name == "other"
+    third = make_config()
+    third.steps, third.betas, third.name = 2, [0.9, 0.5], "third"
+    assert mistakes(claim, tmp_path, third, ("name", "stages.learning_rate")) == [
+        f"{tmp_path} belongs to a run of another config; take another --workdir, or set back",
+        "  config.betas[1]: there 1, now 0.5",
+        "  config.steps: there 1, now 2",
+    ]
+    assert load_config([f"--config={tmp_path / 'config.json'}"])[0].name == "other"
+
+
+def test_claiming_again_writes_nothing(tmp_path):
+    claim(tmp_path, make_config())
+    before = (tmp_path / "config.json").stat().st_mtime_ns
+    claim(tmp_path, make_config())
+    assert (tmp_path / "config.json").stat().st_mtime_ns == before
 
 
 # Overrides.

@@ -1,7 +1,6 @@
-"""The policy's gradient is the enumerated one, and the requests do not depend on interruptions."""
+"""Requests are rewarded as is said, and do not depend on interruptions."""
 
 import dataclasses
-import importlib.resources
 import itertools
 import json
 import pathlib
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from promptkd_jax import data_free
+from promptkd_jax import data_free, topics
 from promptkd_jax.data import DataError
-from promptkd_jax.data_free import DataFree, clean_request, write_requests
-from promptkd_jax.losses import entropy
+from promptkd_jax.data_free import DataFree, write_requests
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import Model, load_model
 
@@ -30,8 +28,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("models")
     tiny.write_model(folder / "teacher", width=32, depth=2, seed=0, extra=MORE_WORDS)
     tiny.write_model(folder / "student", width=16, depth=2, seed=1, extra=MORE_WORDS)
-    topics = [f"say {a} {b}" for a in tiny.WORDS[:3] for b in ("sky", "grass")]
-    write_bank(folder / "bank.jsonl", topics)
+    prompts = [f"say {a} {b}" for a in tiny.WORDS[:3] for b in ("sky", "grass")]
+    write_bank(folder / "bank.jsonl", prompts)
     return folder
 
 
@@ -56,159 +54,13 @@ def settings(folder) -> DataFree:
     )
 
 
-def write_bank(file: pathlib.Path, topics: list[str]) -> str:
-    file.write_text("".join(json.dumps({"instruction": topic}) + "\n" for topic in topics))
+def write_bank(file: pathlib.Path, prompts: list[str]) -> str:
+    file.write_text("".join(json.dumps({"instruction": prompt}) + "\n" for prompt in prompts))
     return str(file)
 
 
 def lines(file: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-# The policy
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_the_expected_gradient_is_that_of_the_expected_reward(weight):
-    """Every round of two draws from three topics, weighted with its probability."""
-    logits, values = jnp.array([0.5, -0.3, 0.1]), jnp.array([1.0, -2.0, 0.7])
-    policy = jax.nn.softmax(logits)
-    estimate = sum(
-        policy[i]
-        * policy[j]
-        * data_free.policy_gradient(logits, jnp.array([i, j]), values[jnp.array([i, j])], weight)
-        for i, j in itertools.product(range(3), repeat=2)
-    )
-
-    def expected(logits):
-        return jax.nn.softmax(logits) @ values + weight * entropy(logits)
-
-    np.testing.assert_allclose(estimate, jax.grad(expected)(logits), atol=1e-6)
-
-
-def pull(settings: DataFree, values: np.ndarray, rounds: int) -> np.ndarray:
-    """The policy's probabilities after so many rounds of a bandit with noisy rewards."""
-    policy = data_free.init_policy(len(values), settings.learning_rate)
-    rng = np.random.default_rng(0)
-    for _ in range(rounds):
-        probabilities = np.asarray(jax.nn.softmax(policy.logits), np.float64)
-        drawn = rng.choice(len(values), settings.round_size, p=probabilities / probabilities.sum())
-        rewards = values[drawn] + rng.normal(0, 0.5, settings.round_size)
-        policy = data_free.reinforce(policy, drawn, rewards, settings)
-    return np.asarray(jax.nn.softmax(policy.logits))
-
-
-def test_the_better_topic_is_found_and_the_others_are_kept():
-    values = np.zeros(8)
-    values[5] = 1.0
-    found = pull(DataFree(round_size=32), values, 30)
-    assert 0.5 < found[5] < 0.95, found
-    greedy = pull(DataFree(round_size=32, entropy_weight=0.0), values, 30)
-    assert greedy[5] > 0.95 and greedy.min() < found.min() / 5, (greedy, found)
-
-
-def test_the_bonus_holds_the_policy_at_the_exponential_of_the_advantages():
-    values = jnp.array([1.0, -2.0, 0.7])
-    logits = values / 0.5 + 3  # pi is proportional to exp(advantage / entropy_weight)
-    policy = jax.nn.softmax(logits)
-    gradients = jnp.stack(
-        [data_free.policy_gradient(logits, jnp.array([i]), values[i], 0.5) for i in range(3)]
-    )
-    np.testing.assert_allclose(policy @ gradients, 0, atol=1e-6)
-
-
-def test_a_topic_that_was_not_drawn_stays_where_it_is():
-    settings = DataFree(learning_rate=0.2)
-    policy = data_free.init_policy(5, settings.learning_rate)
-    drawn, rewards = jnp.array([0, 1, 1, 3]), [0.3, 0.1, -0.7, 0.2]
-    logits = data_free.reinforce(policy, drawn, rewards, settings).logits
-    np.testing.assert_allclose(logits[jnp.array([2, 4])], 0, atol=1e-3)
-    np.testing.assert_allclose(jnp.abs(logits[jnp.array([0, 1, 3])]), 0.2, atol=1e-3)
-
-
-def test_rewards_are_normalised_within_the_round():
-    found = data_free.normalised([1.0, 5.0, -3.0, 0.5])
-    np.testing.assert_allclose([found.mean(), found.std()], [0, 1], atol=1e-6)
-    np.testing.assert_array_equal(data_free.normalised([0.1] * 3), 0)
-    with pytest.raises(ValueError, match="round_size: 1"):
-        DataFree(round_size=1)
-
-
-# The texts
-
-
-@pytest.mark.parametrize(
-    ("written", "request_"),
-    [
-        ("\n\n  What is rain?  \nIt is water.", "What is rain?"),
-        ('"What is rain?"', "What is rain?"),
-        ("“What is rain?”", "What is rain?"),
-        ('"What is', "What is"),
-        ('1. "What is rain?"', "What is rain?"),
-        ("- What is rain?", "What is rain?"),
-        ("(2) What is rain?", "What is rain?"),
-        ("**Question:** What is rain?", "What is rain?"),
-        ("**Question 1: What is rain?**", "What is rain?"),
-        ("Sure! Here is a question:\n\nWhat is rain?", "What is rain?"),
-        ("Here is a list: a, b. Sort it.", "Here is a list: a, b. Sort it."),
-        ('Define "rain"', 'Define "rain"'),
-        ('"Rain" and "snow"', '"Rain" and "snow"'),
-        ("3.5 litres cost 7. What does one cost?", "3.5 litres cost 7. What does one cost?"),
-        ("Sort these:\nrain, cat", "Sort these:"),
-        ("  \n", ""),
-        ("", ""),
-    ],
-)
-def test_the_request_is_the_first_line_without_its_trimmings(written, request_):
-    assert clean_request(written) == request_
-
-
-def test_what_is_no_new_request():
-    known = {data_free.words("What is rain?")}
-    assert data_free.fault("?!", known) == "empty"
-    assert data_free.fault("Rain!", known) == "one word"
-    assert data_free.fault("what IS  rain", known) == "duplicate"
-    assert data_free.fault("What is snow?", known) == ""
-
-
-def test_similarity_is_the_largest_share_of_word_pairs():
-    earlier = [data_free.word_pairs(text) for text in ("What is rain?", "Name two birds.")]
-    assert data_free.similarity("What is snow?", earlier) == 1 / 3
-    assert data_free.similarity("Name two birds", earlier) == 1
-    assert data_free.similarity("Plan a party", earlier) == 0
-    assert data_free.similarity("Plan a party", []) == 0
-
-
-# The bank
-
-
-def test_the_bank_has_distinct_topics_of_many_tasks():
-    bank = data_free.read_bank("package:topics.jsonl")
-    file = importlib.resources.files("promptkd_jax") / "prompts" / "topics.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()]
-    assert len(bank) == len(rows) == 64
-    for field in ("instruction", "topic"):
-        assert len({row[field].lower() for row in rows}) == 64
-    assert len({row["task"] for row in rows}) == 16
-    assert all(row["instruction"].endswith(", and nothing else.") for row in rows)
-
-
-def test_a_bank_that_leaves_no_choice_is_refused(tmp_path):
-    twice = write_bank(tmp_path / "bank.jsonl", ["say red", "say a", "say red"])
-    with pytest.raises(DataError, match="bank.jsonl: .*found twice: 'say red'"):
-        data_free.read_bank(twice)
-    with pytest.raises(DataError, match="at least two"):
-        data_free.read_bank(write_bank(tmp_path / "bank.jsonl", ["say red"]))
-
-
-def test_a_topic_longer_than_a_prompt_is_refused(teacher, student, settings, tmp_path):
-    with pytest.raises(DataError, match="longer than"):
-        write_requests(
-            teacher, student, tmp_path / "r.jsonl", settings, **HOW | {"prompt_capacity": 2}
-        )
-
-
-# Writing
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +74,7 @@ def test_requests_are_records_without_answers(whole, teacher):
     records, file = whole
     assert len(records) == 18
     assert all(record.input == "" and record.outputs == () for record in records)
-    assert len({data_free.words(record.instruction) for record in records}) == 18
+    assert len({topics.words(record.instruction) for record in records}) == 18
     assert not any("<end>" in record.instruction for record in records)
     kept = [line["request"] for line in lines(file) if line.get("fault") == ""]
     assert [record.instruction for record in records] == kept[:18]
@@ -332,6 +184,13 @@ def test_duplicates_are_dropped_counted_and_the_end_of_patience_is_told(
     assert {line["reward"] for line in first if line["fault"]} == {-1 - 0.2 * worst}
 
 
+def test_a_topic_longer_than_a_prompt_is_refused(teacher, student, settings, tmp_path):
+    with pytest.raises(DataError, match="longer than"):
+        write_requests(
+            teacher, student, tmp_path / "r.jsonl", settings, **HOW | {"prompt_capacity": 2}
+        )
+
+
 def test_a_request_that_fits_no_prompt_is_dropped(teacher, student, settings, tmp_path):
     tight = HOW | {"prompt_capacity": 13}
     file = tmp_path / "requests.jsonl"
@@ -348,3 +207,8 @@ def test_a_damaged_line_is_named(whole, teacher, student, settings, tmp_path):
     copy.write_text(whole[1].read_text().replace('{"topic"', '{"top', 1))
     with pytest.raises(DataError, match="requests.jsonl:1: broken JSON"):
         write_requests(teacher, student, copy, settings, **HOW)
+
+
+def test_a_round_of_one_is_refused():
+    with pytest.raises(ValueError, match="round_size: 1"):
+        DataFree(round_size=1)

@@ -90,7 +90,7 @@ def _save_tensors(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards):
-        _save_shard(folder / file, shard)
+        write_tensors(folder / file, shard)
     # An index or a file that an earlier save left behind would be read instead of these.
     for earlier in folder.glob("model*.safetensors*"):
         if earlier.name not in names:
@@ -104,13 +104,18 @@ def _save_tensors(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
         )
 
 
-def _save_shard(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Whole or not at all, so that what an earlier save wrote stays good on a full disk."""
+def write_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Whole or not at all, so that what an earlier save wrote stays good on a full disk.
+
+    Raises:
+      ModelError: the file cannot be written.
+    """
     unfinished = file.with_suffix(".unfinished")
     try:
         save_file(tensors, unfinished, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ModelError(f"{file}: could not be written: {error}") from error
+    unfinished.chmod(0o644)  # safetensors leaves it to its owner alone
     unfinished.replace(file)
 
 

@@ -1,0 +1,119 @@
+"""`promptkd init --teacher MODEL --layers 18 --output FOLDER`: a student to be distilled, made of
+some of its teacher's layers.
+
+DistilBERT (Sanh et al. 2019, arXiv 1910.01108) starts as every other layer of BERT, DistilGPT2 as
+the layers 0, 2, 4, 7, 9 and 11 of GPT-2's 12. A run does the same with `student.layers`; with a
+folder of their own, several runs, or other tools, start from one student.
+"""
+
+import argparse
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.export import save_model
+from promptkd_jax.models.load import chosen_layers, keep_layers, load_model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes a student that starts as some of its teacher's layers, for transformers."""
+    options = _parser().parse_args(argv)
+    try:
+        init(options.teacher, options.layers, options.output, dtype=options.dtype)
+    except ModelError as error:
+        sys.exit(f"promptkd init: {error}")
+
+
+def init(
+    teacher: str, layers: int | Sequence[int], output: pathlib.Path, *, dtype: str = "float32"
+) -> None:
+    """Writes the student as a transformers folder with a model card.
+
+    Args:
+      teacher: what `load_model` takes: a folder, a GGUF file, a hub id.
+      layers: how many of its layers, evenly spread, the first and the last among them; or which,
+        counted from 0, in this order.
+      output: a folder that is new or empty.
+      dtype: what the parameters are written in.
+
+    Raises:
+      ModelError: a teacher that cannot be read, layers that it does not have, or an `output` that
+        holds something already.
+    """
+    _check_empty(output)
+    whole = load_model(teacher, dtype=dtype, param_dtype=dtype)
+    depth = whole.decoder.config.depth
+    kept = chosen_layers(depth, layers)
+    student = keep_layers(whole, kept)
+    facts = {
+        "Teacher": f"{teacher} ({depth} layers)",
+        "Its layers that were kept, counted from 0": ", ".join(map(str, kept)),
+        "Parameters": f"{sum(x.size for x in jax.tree.leaves(student.params)):,} in {dtype}",
+    }
+    save_model(output, student, card=_card(facts))
+    print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts.items()), sep="\n")
+
+
+def _check_empty(folder: pathlib.Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder}: is a file; the student is written into a folder")
+    found = sorted(file.name for file in folder.glob("*"))
+    if found:
+        what = "a model" if "config.json" in found else "files"
+        raise ModelError(
+            f"{folder}: holds {what} already ({', '.join(found[:5])}{', …' * (len(found) > 5)}); "
+            "give a folder that is new or empty"
+        )
+
+
+def _card(facts: dict[str, str]) -> str:
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [knowledge-distillation, promptkd]",
+        "---",
+        "# A student before distillation",
+        "",
+        "Some of its teacher's layers, written by promptkd_jax and not trained since.",
+        "",
+        *(f"- {name}: {fact}" for name, fact in facts.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _layers(text: str) -> int | tuple[int, ...]:
+    """ "18" as a number, "0,2,4" (and "5,") as a list."""
+    if not re.fullmatch(r"\d+( *, *\d+)*( *,)?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of layers (18) nor a list of them (0,2,4,7,9,11)"
+        )
+    if "," not in text:
+        return int(text)
+    listed = tuple(int(layer) for layer in text.split(",") if layer)
+    if twice := sorted({layer for layer in listed if listed.count(layer) > 1}):
+        raise argparse.ArgumentTypeError(f"{text!r} has layer {twice[0]} more than once")
+    return listed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="promptkd init", description=main.__doc__)
+    parser.add_argument("--teacher", required=True, help="folder, .gguf file, or hub id")
+    parser.add_argument(
+        "--layers",
+        required=True,
+        type=_layers,
+        help="how many, evenly spread (18); or which, counted from 0 (0,2,4,7,9,11)",
+    )
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="a new folder")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()

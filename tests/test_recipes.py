@@ -1,0 +1,661 @@
+"""Every recipe, teacher view and source of rows as a whole run of tiny models; what cannot be is
+refused before anything is loaded."""
+
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from conftest import ROOT
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from promptkd_jax import cache, experiment, sharding, train
+from promptkd_jax.config import ConfigError, claim, load_config
+from promptkd_jax.data import DataError
+from promptkd_jax.models.decoder import embed
+from promptkd_jax.recipe import METHODS, check_recipe, hidden_term, method_stage, stage_config
+from promptkd_jax.report import read_metrics
+
+VOCABULARY = len(tiny.tokenizer())
+GOLD = "cross_entropy"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("recipes") / "models"
+    tiny.short_config(folder)
+    return folder
+
+
+@pytest.fixture
+def config(models) -> ConfigDict:
+    """Of one stage that `change` replaces; evaluated before and after only."""
+    return short(models, stage("kd"))
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing it takes a third of a run, and other tests do."""
+    monkeypatch.setattr(train, "write_report", lambda *_, **__: None)
+
+
+def short(models: pathlib.Path, *stages: ConfigDict) -> ConfigDict:
+    config = tiny.short_config(models)
+    config.evaluation.every = 0
+    config.checkpoint.every = 1000
+    config.stages = stages
+    return config
+
+
+def stage(method: str, **changes) -> ConfigDict:
+    """Of a few small steps."""
+    return method_stage(method, **(dict(steps=3, batch_size=4, learning_rate=1e-3) | changes))
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
+    check_recipe(config)
+    return train.run(config, workdir)
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> experiment.Experiment:
+    """What a run is made of, before its first update."""
+    check_recipe(config)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return experiment.prepare(config, workdir, mesh)
+
+
+def updates(workdir: pathlib.Path) -> list[dict]:
+    return [row for row in read_metrics(workdir) if "student_loss" in row]
+
+
+def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one: pathlib.Path, other: pathlib.Path, atol: float = 0.0) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=atol, err_msg=name)
+
+
+def differ(one: pathlib.Path, other: pathlib.Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return any(np.any(ours[name] != theirs[name]) for name in ours)
+
+
+# The named methods
+
+STATISTICS = {"student_entropy", "response_length", "tokens", "student_grad_norm", "learning_rate"}
+CLOSE = {"agreement", "kl_plain"}
+PROMPT = {"prompt_loss", "prompt_kd", "prompt_regulariser", "kl_prompted", "kl_plain"}
+LOGGED = {
+    "sft": set(),
+    "kd": {*CLOSE, GOLD, "forward_kl"},
+    "seqkd": set(),
+    "imitkd": {*CLOSE, "eos_rate"},
+    "gkd": {*CLOSE, "eos_rate", "on_policy_share"},
+    "minillm": {*CLOSE, "eos_rate", "policy_gradient", "reverse_kl"},
+    "opd": {*CLOSE, "eos_rate"},
+    "distillm": {*CLOSE, "on_policy_share", "replay_threshold"},
+    "abkd": CLOSE,
+    "promptkd": {*PROMPT, "eos_rate", "prompt_norm", "regularisation_weight"},
+    "promptkd_abkd": {*PROMPT, "eos_rate", "prompt_norm", "regularisation_weight"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_named_method_trains(models, tmp_path, method):
+    config = short(models, stage(method))
+    prompted = method.startswith("promptkd")
+    config.evaluation.update(every=2 if method == "distillm" else 0, prompt_effect=prompted)
+    summary = run(config, tmp_path)
+    for score in ("kl", "agreement", "loss", "rougeL", "response_length", "eos_rate", "repetition"):
+        assert {f"{score}_before", f"{score}_after"} <= summary.keys(), score
+    measured = {"seconds", "training_seconds", "tokens_per_second", "seconds_per_sample"}
+    assert measured | {"peak_memory_gb"} <= summary.keys()
+    effect = {"kl_prompted_after", "teacher_rougeL", "teacher_rougeL_prompted"}
+    assert (effect <= summary.keys()) == prompted
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["updates"] == 3 and summary["updates_skipped"] == 0
+    assert all(np.isfinite(value) for value in summary.values()), summary
+    for row in updates(tmp_path):
+        found = {name for name, value in row.items() if name != "stage" and np.isfinite(value)}
+        assert (STATISTICS | LOGGED[method] | {"student_loss"}) <= found, row
+    assert differ(tmp_path / "student", models / "student")
+    for when in ("before", "after"):
+        assert len(json.loads((tmp_path / f"{when}.json").read_text())["texts"]) == 5
+    assert (tmp_path / "teacher_answers.jsonl").exists() == (method == "seqkd")
+
+
+def test_a_method_takes_changes_and_says_which_there_are():
+    changed = method_stage("gkd", on_policy_share=0.3, batch_size=2)
+    assert changed.student_terms == (("reverse_kl", 1.0),)
+    assert (changed.on_policy_share, changed.batch_size) == (0.3, 2)
+    with pytest.raises(ValueError, match="'gdk'; there are: sft, kd, seqkd"):
+        method_stage("gdk")
+
+
+# Teacher views
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_teacher_alone_sees_demonstrations(models, tmp_path):
+    config = short(models, stage("kd", teacher_view="in_context"))
+    config.in_context.examples = 3
+    found = prepare(config, tmp_path / "prepared")
+    rows = prepare(short(models, stage("sft")), tmp_path / "rows")
+    examples = np.split(np.asarray(found.stages[0].method.demonstrations), 3)
+    assert not rows.stages[0].method.demonstrations
+    known = [rows.stages[0].batches[i].tokens[:, :10].tolist() for i in range(3)]
+    known = [row for batch in known for row in batch]
+    assert all(example.tolist() in known for example in examples)
+    run(config, tmp_path / "run")
+    assert all(row["tokens"] == 4 * 10 for row in updates(tmp_path / "run"))
+    assert all(row["kl_in_context"] > 0 for row in updates(tmp_path / "run"))
+
+
+def test_demonstrations_have_to_be_there(models, config, tmp_path):
+    config.stages = (stage("imitkd", teacher_view="in_context"),)
+    config.in_context.examples = 13
+    with pytest.raises(DataError, match=r"train.jsonl: 12 rows, of which 13 with an answer"):
+        run(config, tmp_path)
+    config.in_context.examples = 2
+    bare = tmp_path / "requests.jsonl"
+    bare.write_text("".join(f'{{"instruction": "say {i}"}}\n' for i in range(12)))
+    config.data.train = str(bare)
+    with pytest.raises(DataError, match="2 with an answer are wanted as demonstrations"):
+        run(config, tmp_path / "bare")
+
+
+def write_cache(config: ConfigDict, folder: pathlib.Path, *options: str) -> None:
+    """By the command line, from the `config.json` of a run."""
+    claim(folder / "run", config)
+    file = folder / "run" / "config.json"
+    cache.main([f"--config={file}", f"--output={folder / 'cache'}", *options])
+
+
+@pytest.fixture(scope="module")
+def whole_cache(models) -> pathlib.Path:
+    """k = V."""
+    folder = models.parent / "whole"
+    write_cache(short(models, stage("kd")), folder, f"--top-k={VOCABULARY}", "--batch-size=5")
+    return folder / "cache"
+
+
+def cached_config(models: pathlib.Path, folder: pathlib.Path) -> ConfigDict:
+    config = short(models, stage("kd", teacher_view="cached"))
+    config.cache.update(path=str(folder), top_k=VOCABULARY)
+    config.evaluation.teacher = False
+    return config
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_whole_cache_stands_for_the_teacher(models, whole_cache, tmp_path, monkeypatch):
+    loaded, load = [], experiment.load_model
+
+    def recorded(path, **how):
+        loaded.append(path)
+        return load(path, **how)
+
+    monkeypatch.setattr(experiment, "load_model", recorded)
+    summary = run(cached_config(models, whole_cache), tmp_path / "cached")
+    assert loaded == [str(models / "student")]
+    assert not {"kl_after", "agreement_after"} & summary.keys() and "loss_after" in summary
+    run(short(models, stage("kd")), tmp_path / "online")
+    assert str(models / "teacher") in loaded
+    assert_same(tmp_path / "cached" / "student", tmp_path / "online" / "student", atol=2e-5)
+    for ours, theirs in zip(updates(tmp_path / "cached"), updates(tmp_path / "online")):
+        assert ours["student_loss"] == pytest.approx(theirs["student_loss"], rel=1e-5)
+        assert ours["kl_cached"] == pytest.approx(theirs["kl_plain"], rel=1e-4)
+
+
+def test_a_cache_of_something_else_is_refused_at_the_start(models, whole_cache, tmp_path):
+    fresh = functools.partial(cached_config, models, whole_cache)
+    teacher, tokenizer, data, kept, nowhere = (fresh() for _ in range(5))
+    teacher.teacher.path = tiny.write_model(tmp_path / "other", width=32, depth=3, seed=5)
+    student = tiny.write_model(tmp_path / "words", width=16, depth=2, seed=1, extra=("Ġpurple",))
+    tokenizer.student.path = student
+    data.data.train = tiny.write_data(tmp_path / "data.jsonl", 11)
+    kept.cache.top_k = 8
+    nowhere.cache.path = str(tmp_path / "nowhere")
+    for number, (config, message) in enumerate(
+        (
+            (teacher, "something else.*\n  teacher: there 'sha256"),
+            (tokenizer, "tokenizer: there '275 tokens.*, now '276 tokens"),
+            (data, "rows: there '12 rows.*, now '11 rows"),
+            (kept, "top_k: there 275, now 8"),
+            (nowhere, "nowhere: holds no cache"),
+        )
+    ):
+        with pytest.raises(DataError, match=message):
+            run(config, tmp_path / f"run{number}")
+        assert not (tmp_path / f"run{number}" / "before.json").exists()
+
+
+# Resuming
+
+
+class Interrupted(Exception):
+    """What ends a run in the middle."""
+
+
+def die(config: ConfigDict, workdir: pathlib.Path, step: int, monkeypatch) -> None:
+    """The run, until the step that was to be the next after `step`."""
+    summarise, done = train.summarise, len(updates(workdir)) if workdir.exists() else 0
+
+    def dying(*arguments):
+        nonlocal done
+        if done == step:
+            raise Interrupted
+        done += 1
+        return summarise(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train, "summarise", dying)
+        run(config, workdir)
+
+
+REPLAY = dict(capacity=4, threshold=1.0, tolerance=0.1, step=0.1)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, monkeypatch, capsys):
+    """What it needs is all there: replayed rows, position among them, the teacher that learns."""
+    replay = stage("distillm", steps=4, replay=REPLAY)
+    minillm = stage("minillm", minibatches=2, passes=2, warmup_steps=8)
+    online = stage("kd", teacher_view="online", teacher_learning_rate=2e-3)
+    config = short(models, replay, minillm, online)
+    config.checkpoint.every = 1
+    config.evaluation.every = 2
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run(config, whole)
+    capsys.readouterr()
+    for step in (2, 6, 9):
+        die(config, again, step, monkeypatch)
+        assert not (again / "summary.json").exists()
+    run(config, again)
+    assert "continuing from step 9" in capsys.readouterr().out
+    for model in ("student", "teacher"):
+        assert_same(whole / model, again / model)
+    losses = [[row["student_loss"] for row in updates(folder)] for folder in (whole, again)]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+    rows = {kind: [row for row in updates(whole) if row["stage"] == kind] for kind in METHODS}
+    assert [row["on_policy_share"] for row in rows["distillm"]] == [1.0] * 4
+    rates = [row["learning_rate"] for row in rows["minillm"]]  # 4 updates a step, from rate 0 on
+    assert rates == pytest.approx([1e-3 * 3 / 8, 1e-3 * 7 / 8, 1e-3])
+    for row in rows["kd"]:
+        parts = row["teacher_cross_entropy"] + row["teacher_forward_kl"]
+        assert row["teacher_loss"] == pytest.approx(parts, rel=1e-5)
+    assert differ(whole / "teacher", models / "teacher")
+
+
+# Other losses
+
+
+@pytest.mark.usefixtures("no_report")
+def test_hidden_terms_add_up_between_models_of_different_width(models, tmp_path):
+    terms = (
+        hidden_term("cosine", weight=0.5, projection=True),
+        hidden_term("mse", weight=0.25, projection=True, layers="uniform"),
+        hidden_term("relation", weight=2.0, layers=((0, 1), (1, 2))),
+    )
+    run(short(models, stage("kd", hidden_terms=terms)), tmp_path)
+    of_terms = {"cosine_1_2": 0.5, "mse_0_1": 0.25, "mse_1_2": 0.25}
+    of_terms |= {"relation_0_1": 2.0, "relation_1_2": 2.0, GOLD: 0.5, "forward_kl": 0.5}
+    for row in updates(tmp_path):
+        total = sum(weight * row[name] for name, weight in of_terms.items())
+        assert row["student_loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_hidden_states_of_different_width_need_a_projection(models, tmp_path):
+    config = short(models, stage("kd", hidden_terms=(hidden_term("mse"),)))
+    with pytest.raises(ConfigError, match="kd.hidden_terms: mse: the student is 16 wide"):
+        run(config, tmp_path)
+    assert not (tmp_path / "before.json").exists()
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_corpus_is_lines_of_text_or_of_json(models, tmp_path):
+    documents = [" ".join(tiny.WORDS[i : i + 9]) for i in range(10)]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(documents))
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    terms = ((GOLD, 0.5), ("forward_kl", 0.5))
+    config = short(models, stage("sft", corpus_terms=terms, micro_batches=2))
+    found = []
+    for kind in ("jsonl", "txt"):
+        config.data.corpus = str(tmp_path / f"corpus.{kind}")
+        found.append(prepare(config, tmp_path / kind).stages[0].corpus[1])
+    for ours, theirs in zip(*found):
+        np.testing.assert_array_equal(ours, theirs)
+    assert np.all(found[0].lengths == 24) and np.all(found[0].prompt_lengths == 1)
+    run(config, tmp_path / "run")
+    for row in updates(tmp_path / "run"):
+        assert row["corpus_loss"] > 0
+        total = row[GOLD] + row["corpus_loss"]
+        assert row["student_loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_corpus_has_to_hold_a_batch(models, config, tmp_path):
+    config.stages = (stage("sft", corpus_terms=((GOLD, 1.0),)),)
+    for number, (text, message) in enumerate(
+        ((" \n", "no text"), ("say red", "corpus has .* a row takes 24"))
+    ):
+        config.data.corpus = str(tmp_path / f"{number}.txt")
+        pathlib.Path(config.data.corpus).write_text(text)
+        with pytest.raises(DataError, match=message):
+            run(config, tmp_path / f"run{number}")
+
+
+# The soft prompt
+
+
+def test_a_soft_prompt_starts_from_embeddings_or_noise(models, tmp_path):
+    config = short(models, stage("promptkd"))
+    found = {}
+    for init in ("text", "pad", "vocabulary", "random", "examples"):
+        config.soft_prompt.init = init
+        found[init] = prepare(config, tmp_path)
+        assert found[init].learned["soft_prompt"].shape == (7, 32), init
+    prompts = {init: np.asarray(made.learned["soft_prompt"]) for init, made in found.items()}
+    teacher = found["text"].teacher
+    table = np.asarray(embed(teacher.params, np.arange(VOCABULARY)))
+    ids = teacher.tokenizer("Suppose you are a student.", add_special_tokens=False)["input_ids"]
+    np.testing.assert_array_equal(prompts["text"], table[ids[:7]])
+    np.testing.assert_array_equal(prompts["pad"], table[[0] * 7])
+    rows = {tuple(row) for row in table}
+    assert all(tuple(row) in rows for row in prompts["vocabulary"])
+    assert len({tuple(row) for row in prompts["vocabulary"]}) > 3
+    assert not any(tuple(row) in rows for row in prompts["random"])
+    record = found["examples"].stages[0].batches  # its rows are the demonstrations
+    starts = [table[row[:7]].tolist() for i in range(3) for row in record[i].tokens]
+    assert prompts["examples"].tolist() in starts
+
+
+def test_a_short_text_is_repeated(models, tmp_path):
+    config = short(models, stage("promptkd"))
+    config.soft_prompt.update(text="red", length=8)
+    prompt = np.asarray(prepare(config, tmp_path).learned["soft_prompt"])
+    np.testing.assert_array_equal(prompt[:3], prompt[3:6])
+    np.testing.assert_array_equal(prompt[:2], prompt[6:])
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_regularisation_stays_or_adapts(models, tmp_path):
+    changes = dict(regularisation=0.5, prompt_learning_rate=2e-3)
+    stages = [
+        stage("promptkd", name=schedule, regularisation_schedule=schedule, **changes)
+        for schedule in ("constant", "adaptive")
+    ]
+    run(short(models, *stages), tmp_path)
+    rows = updates(tmp_path)
+    coefficients = [row["regularisation_weight"] for row in rows]
+    assert coefficients == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.51, 0.5202], rel=1e-5)
+    for row in rows:
+        assert row["prompt_regulariser"] > 1.2 * 0.01  # of target_kl: the coefficient has to rise
+        total = row["prompt_kd"] + row["regularisation_weight"] * row["prompt_regulariser"]
+        assert row["prompt_loss"] == pytest.approx(total, rel=1e-5)
+
+
+# Rows that the teacher wrote
+
+
+@pytest.mark.usefixtures("no_report")
+def test_answers_are_written_once_for_all_runs_of_a_folder(models, tmp_path, capsys):
+    config = short(models, stage("seqkd"))
+    config.answers.path = str(tmp_path / "answers")
+    run(config, tmp_path / "one")
+    assert "the teacher writes 12 answers" in capsys.readouterr().out
+    file = tmp_path / "answers" / "teacher_answers.jsonl"
+    written = file.read_bytes()
+    config.stages = (stage("seqkd", student_terms=(("forward_kl", 1.0),)),)
+    run(config, tmp_path / "two")
+    assert "the teacher writes" not in capsys.readouterr().out
+    assert file.read_bytes() == written and not (tmp_path / "two" / file.name).exists()
+    lengths = [[row["response_length"] for row in updates(tmp_path / w)] for w in ("one", "two")]
+    assert lengths[0] == lengths[1]
+    config.seed = 11
+    with pytest.raises(DataError, match=r"take another place.*\n  seed: there 10, now 11$"):
+        run(config, tmp_path / "three")
+    assert file.read_bytes() == written
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_without_data(models, tmp_path):
+    bank = tmp_path / "bank.jsonl"
+    bank.write_text("".join(f'{{"instruction": "name {word}"}}\n' for word in tiny.WORDS[:4]))
+    config = short(models, stage("seqkd"))
+    config.data.max_length = 20  # room for 4: the sampler of the requests is that of the answers
+    config.data.update(train="teacher", dev="teacher", dev_rows=3)
+    sizes = dict(requests=8, round_size=6, max_request_tokens=4, max_new_tokens=4)
+    config.data_free.update(bank=str(bank), **sizes)
+    config.evaluation.references = "teacher"
+    summary = run(config, tmp_path / "run")
+    assert summary["updates"] == 3 and np.isfinite(summary["kl_after"])
+    answered = (tmp_path / "run" / "dev_answers.jsonl").read_text().splitlines()
+    trained = (tmp_path / "run" / "teacher_answers.jsonl").read_text().splitlines()
+    assert (len(answered), len(trained)) == (3, 8)
+    requests = [tuple(json.loads(line)["request"]) for line in answered + trained]
+    assert len(set(requests)) == 11
+    assert (tmp_path / "run" / "requests.jsonl").exists()
+
+
+# Where a student starts, and where its training ends
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_student_of_listed_layers(models, tmp_path):
+    config = short(models, stage("kd", steps=2))
+    config.student.update(path="", layers=(0, 2))
+    found = prepare(config, tmp_path / "prepared")
+    for ours, theirs in zip(
+        jax.tree.leaves(found.student.params["layers"]),
+        jax.tree.leaves(found.teacher.params["layers"]),
+    ):
+        np.testing.assert_array_equal(ours, theirs[np.array([0, 2])])
+    summary = run(config, tmp_path / "run")
+    assert np.isfinite(summary["kl_after"])
+    exported = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
+    assert exported["num_hidden_layers"] == 2
+    assert differ(tmp_path / "run" / "student", models / "student")
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_lowest_dev_loss_can_choose_the_checkpoint(models, tmp_path, capsys):
+    config = short(models, stage("sft", steps=4, learning_rate=0.5))
+    config.evaluation.every = 1
+    config.checkpoint.update(export="best", select="loss")
+    summary = run(config, tmp_path)
+    losses = [row["dev/loss"] for row in read_metrics(tmp_path) if "dev/loss" in row]
+    best = int(np.argmin(losses)) + 1
+    assert len(losses) == 4 and best < 4, losses
+    assert f"the best checkpoint by dev loss is that of step {best}" in capsys.readouterr().out
+    assert summary["loss_after"] == pytest.approx(min(losses), rel=1e-6)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_budget_of_time_ends_a_run(models, tmp_path, capsys):
+    config = short(models, stage("sft", steps=200), stage("promptkd", steps=200))
+    config.stop_after_seconds = 1e-6
+    summary = run(config, tmp_path)
+    assert summary["updates"] == 2  # the first is compilation, which does not count
+    assert summary["training_seconds"] > 1e-6
+    assert {row["stage"] for row in updates(tmp_path)} == {"sft"}
+    assert differ(tmp_path / "student", models / "student")
+    assert run(config, tmp_path) == summary
+    assert "finished, nothing to do" in capsys.readouterr().out
+
+
+# What cannot be
+
+
+def refused(config: ConfigDict) -> str:
+    with pytest.raises(ConfigError) as error:
+        check_recipe(config)
+    return str(error.value)
+
+
+CACHED = dict(teacher_view="cached")
+CE, POLICY = (GOLD, 1.0), ("policy_gradient", 1.0)
+IMPOSSIBLE = {
+    "student rows, cache": (
+        stage("imitkd", **CACHED),
+        ["stages[0].targets: 'student' makes rows during training"],
+    ),
+    "replayed rows, cache": (
+        stage("distillm", **CACHED),
+        [
+            "stages[0].targets: 'replay' makes rows during training",
+            "stages[0].targets: 'replay' goes by the validation loss",
+        ],
+    ),
+    "prompt, cache": (
+        stage("kd", prompt_learning_rate=1e-3, **CACHED),
+        ["stages[0].prompt_learning_rate: a cached teacher cannot be prompted"],
+    ),
+    "hidden states, cache": (
+        stage("kd", hidden_terms=(hidden_term("relation"),), **CACHED),
+        ["stages[0].hidden_terms: a cached teacher has log-probabilities but no hidden states"],
+    ),
+    "temperature, cache": (
+        stage("kd", temperature=2.0, **CACHED),
+        ["stages[0].temperature: 2 needs the whole distribution"],
+    ),
+    "corpus, cache": (
+        stage("kd", corpus_terms=(("forward_kl", 1.0),), **CACHED),
+        ["stages[0].corpus_terms: a cached teacher has not seen the corpus"],
+    ),
+    "cache of nowhere": (
+        stage("kd", **CACHED),
+        ["stages[0].teacher_view: 'cached' needs config.cache.path"],
+    ),
+    "policy gradient, gold rows": (
+        stage("minillm", targets="gold", teacher_share=0.0),
+        ["stages[0].student_terms: policy_gradient rewards what the student wrote"],
+    ),
+    "policy gradient, weighting": (
+        stage("minillm", token_weighting="teacher_confidence"),
+        ["stages[0].token_weighting: 'teacher_confidence' is not for policy_gradient"],
+    ),
+    "teacher's share, gold rows": (
+        stage("kd", teacher_share=0.2),
+        ["stages[0].teacher_share: 0.2 mixes the teacher into rollouts"],
+    ),
+    "cross-entropy, student rows": (
+        stage("imitkd", student_terms=(CE,)),
+        ["stages[0].student_terms: cross_entropy on the student's own rollouts"],
+    ),
+    "a prompt that nobody looks at": (
+        stage("sft", teacher_view="prompted"),
+        ["stages[0].teacher_view: 'prompted' is of no use"],
+    ),
+    "a term twice": (
+        stage("sft", student_terms=(CE, CE)),
+        ["stages[0].student_terms: cross_entropy, cross_entropy: expected each name once"],
+    ),
+    "corpus of nowhere": (
+        stage("sft", corpus_terms=(CE,)),
+        ["stages[0].corpus_terms: need config.data.corpus"],
+    ),
+    "replay, no evaluation": (
+        stage("distillm"),
+        ["stages[0].targets: 'replay' goes by the validation loss"],
+    ),
+    "replay of less than a batch": (
+        stage("distillm", replay=REPLAY | dict(capacity=3)),
+        ["stages[0].replay.capacity: 3 is less than one batch"],
+    ),
+    "unknown view": (stage("kd", teacher_view="blind"), ["stages[0].teacher_view: 'blind'"]),
+    "unknown rows": (stage("kd", targets="both"), ["stages[0].targets: 'both'"]),
+    "unknown weighting": (
+        stage("kd", token_weighting="length"),
+        ["stages[0].token_weighting: 'length'"],
+    ),
+    "unknown schedules": (
+        stage("kd", regularisation_schedule="cosine", schedule="adaptive"),
+        ["stages[0].regularisation_schedule: 'cosine'", "stages[0].schedule: 'adaptive'"],
+    ),
+    "unknown hidden term": (
+        stage("kd", hidden_terms=(ConfigDict(dict(hidden_term("mse")) | dict(kind="attention")),)),
+        ["stages[0].hidden_terms[0].kind: 'attention'"],
+    ),
+    "policy gradient, corpus or teacher": (
+        stage("kd", corpus_terms=(POLICY,), teacher_terms=(POLICY,)),
+        ["stages[0].corpus_terms[0]: ('policy_gradient'", "stages[0].teacher_terms[0]: ('policy_"],
+    ),
+    "teacher's rows, cache": (
+        stage("seqkd", student_terms=(("forward_kl", 1.0),), **CACHED),
+        ["stages[0].targets: promptkd cache reads the data's own answers"],
+    ),
+    "heads of a cosine": (
+        stage("kd", hidden_terms=(ConfigDict(dict(hidden_term("mse")) | dict(heads=2)),)),
+        ["stages[0].hidden_terms[0]: mse: heads = 2"],
+    ),
+    "minibatches": (
+        stage("minillm", minibatches=3),
+        ["stages[0].micro_batches: 1 x 3 minibatches do not divide batch_size = 4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("combination", IMPOSSIBLE)
+def test_an_impossible_combination_is_refused_with_the_reason(config, combination):
+    impossible, messages = IMPOSSIBLE[combination]
+    config.stages = (impossible,)
+    found = refused(config)
+    assert len(found.splitlines()) >= len(messages)
+    for message in messages:
+        assert f"config.{message}" in found, found
+
+
+def test_without_data_there_are_no_gold_answers(config):
+    config.data.train = "teacher"
+    config.stages = (stage("sft"), stage("gkd"), stage("seqkd"))
+    found = refused(config)
+    assert "config.stages[0].targets: 'gold' needs gold answers" in found
+    assert "config.stages[1].targets: 'mixed' needs gold answers" in found
+    assert "config.stages[2]" not in found
+    assert "set config.evaluation.references = 'teacher'" in found
+    config.data.train, config.data.dev = "train.jsonl", "teacher"
+    assert "config.data.dev: 'teacher' takes dev_rows" in refused(config)
+
+
+def test_a_recipe_that_looks_at_a_teacher_needs_one(config):
+    config.teacher.path = ""
+    needs = [
+        stage("promptkd"),
+        stage("kd"),
+        stage("seqkd"),
+        stage("sft", hidden_terms=(hidden_term("relation"),)),
+        stage("sft", teacher_view="online", student_terms=(("forward_kl", 1.0),)),
+    ]
+    for one in needs:
+        config.stages = (one,)
+        assert "config.teacher.path: is empty, but the recipe needs a teacher" in refused(config)
+    config.stages = (stage("sft"),)
+    check_recipe(config)
+
+
+def test_all_that_contradicts_is_told_at_once(config):
+    config.stages = (
+        stage("imitkd", temperature=2.0, prompt_learning_rate=1e-3, **CACHED),
+        stage("distillm", replay=REPLAY | dict(capacity=2)),
+    )
+    found = refused(config).splitlines()
+    paths = [line.split(": ")[0] for line in found]
+    assert paths == [
+        "config.stages[0].targets",
+        "config.stages[0].temperature",
+        "config.stages[0].teacher_view",
+        "config.stages[0].prompt_learning_rate",
+        "config.stages[1].replay.capacity",
+        "config.stages[1].targets",
+    ]
