@@ -18,7 +18,7 @@ from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.data import DataError, read_records
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.offline import write_cache
-from promptkd_jax.recipe import check_recipe
+from promptkd_jax.schema import check_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

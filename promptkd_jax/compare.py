@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from promptkd_jax import comparison_report, recipe
+from promptkd_jax import build, comparison_report, schema
 from promptkd_jax.comparison import IRRELEVANT, Plan, Run, plan
 from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
 from promptkd_jax.config import ConfigError, claim, load_config
@@ -91,7 +91,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     claim(workdir, config, IRRELEVANT)
     trainings = [*made.pretraining.values(), *made.runs.values()]
     for run in trainings:
-        claim(run.folder, run.config, recipe.IRRELEVANT)
+        claim(run.folder, run.config, schema.IRRELEVANT)
     for number, run in enumerate(trainings, start=1):
         _train_once(run, f"[{number}/{len(trainings)}] {run.name}", workdir / "cache")
     measured = measure(config, made, workdir)
@@ -232,7 +232,7 @@ def _answer_sets(
         answers = write_answers(
             model,
             rows,
-            sampling=recipe.sampling(config.test.sampling, model.eos_ids),
+            sampling=build.sampling(config.test.sampling, model.eos_ids),
             prompt_capacity=data.max_prompt_length,
             max_new_tokens=data.max_length - data.max_prompt_length,
             batch_size=config.test.batch_size,

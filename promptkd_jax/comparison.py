@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from promptkd_jax import recipe
+from promptkd_jax import recipe, schema
 from promptkd_jax.config import Choice, ConfigError, Float, Int, ListOf, Str, check
 
 
@@ -88,7 +88,7 @@ def _check(config: ConfigDict, made: Plan) -> None:
     mistakes = list(_contradictions(config, made))
     for run in (*made.pretraining.values(), *made.runs.values()):
         try:
-            recipe.check_recipe(run.config)
+            schema.check_recipe(run.config)
         except ConfigError as error:
             mistakes += [f"{run.name}: {line}" for line in str(error).splitlines()]
     if mistakes:
@@ -147,7 +147,7 @@ def _are_sets(value: Any) -> bool:
     return _is_group(value) and len(value) > 0 and all(isinstance(value[n], str) for n in value)
 
 
-# What is a group here is a config of a run, or a part of one: `recipe.check_recipe` checks it.
+# What is a group here is a config of a run, or a part of one: `schema.check_recipe` checks it.
 _RUN = _Fits("None, or the config of a run", _is_run_or_none)
 SCHEMA = {
     "title": Str(nonempty=True),
@@ -170,7 +170,7 @@ SCHEMA = {
         "split": Str(),
         "rows": Int(low=0),  # 0: all
         "batch_size": Int(low=1),
-        "sampling": recipe.SCHEMA["evaluation"]["sampling"],
+        "sampling": schema.SCHEMA["evaluation"]["sampling"],
     },
     "exposure_bias": {"rows": Int(low=0), "samples": Int(low=1)},
     "bootstrap": {"draws": Int(low=1)},
@@ -182,6 +182,6 @@ IRRELEVANT = (
     *(
         f"{group}.{name}"
         for group in ("run", "pretraining.teacher", "pretraining.student")
-        for name in recipe.IRRELEVANT
+        for name in schema.IRRELEVANT
     ),
 )

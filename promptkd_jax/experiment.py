@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from promptkd_jax import hidden, manifest, offline, recipe, sharding
+from promptkd_jax import build, hidden, manifest, offline, schema, sharding
 from promptkd_jax.data import (
     DataError,
     Record,
@@ -181,8 +181,9 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: pa
     targets = {stage.targets for stage in config.stages}
     dev_gold = config.evaluation.references == "gold"
     if data.train == "teacher":
-        records = _written_requests(config, teacher, student, vocab_size, workdir)
-        dev_records, records = records[: data.dev_rows], records[data.dev_rows :]
+        held = data.dev_rows if data.dev == "teacher" else 0
+        records = _written_requests(config, teacher, student, vocab_size, workdir, held)
+        dev_records, records = records[:held], records[held:]
     else:
         need_output = bool(targets & {"gold", "mixed", "replay"})
         records = read_records(data.train, split=data.train_split, need_output=need_output)
@@ -202,7 +203,7 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: pa
     )
     kinds = dict.fromkeys(TARGETS, rows)
     if "teacher" in targets:
-        chosen = recipe.sampling(config.answers.sampling, student.eos_ids)
+        chosen = build.sampling(config.answers.sampling, student.eos_ids)
         kinds["teacher"] = write(rows, folder / "teacher_answers.jsonl", sampling=chosen)
     if not dev_gold:
         greedy = Sampling(temperature=0.0, eos_ids=student.eos_ids)
@@ -210,14 +211,14 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: pa
     return kinds, dev
 
 
-def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, workdir):
-    """Where there are no data: see `data_free`."""
+def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, workdir, more: int):
+    """Where there are no data: see `data_free`. So many, and `more` to hold out."""
     settings, data = DataFree(**config.data_free), config.data
     return write_requests(
         teacher,
         student,
         workdir / "requests.jsonl",
-        dataclasses.replace(settings, requests=settings.requests + data.dev_rows),
+        dataclasses.replace(settings, requests=settings.requests + more),
         template=data.template,
         prompt_capacity=data.max_prompt_length,
         batch_size=config.answers.batch_size,
@@ -269,7 +270,7 @@ def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[
         term
         for stage in config.stages
         if stage.hidden_terms
-        for term in recipe.resolved_hidden_terms(stage, *shapes)
+        for term in build.resolved_hidden_terms(stage, *shapes)
     ]
     if terms:
         widths = [shape.width for shape in shapes]
@@ -311,7 +312,7 @@ def save(
         config.title,
         teacher=teacher and teacher.name,
         data=config.data.train,
-        stages=[recipe.describe(stage) for stage in config.stages],
+        stages=[build.describe(stage) for stage in config.stages],
         metrics=metrics,
     )
     student = experiment.student.replace(params=state.student)
@@ -367,7 +368,7 @@ def load_models(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model | No
         )
 
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
-    if recipe.needs_the_teacher(config) or measured:
+    if schema.needs_the_teacher(config) or measured:
         teacher = load(config.teacher.path, config.teacher)
     if config.student.path:
         student = load(config.student.path, config.student)
@@ -403,9 +404,9 @@ def _stage(
 ) -> Stage:
     teacher, student = models
     rows, length = kinds[stage.targets], config.data.max_length
-    steps = recipe.stage_steps(stage, len(rows.tokens))
+    steps = build.stage_steps(stage, len(rows.tokens))
     longest = max(len(row) - length for row, length in zip(rows.tokens, rows.prompt_lengths))
-    method = recipe.make_method(
+    method = build.make_method(
         config,
         stage,
         steps=steps,
@@ -414,7 +415,7 @@ def _stage(
         eos_ids=student.eos_ids,
         demonstrations=demonstrations,
     )
-    optimizers = recipe.make_optimizers(
+    optimizers = build.make_optimizers(
         stage,
         student.params,
         teacher and teacher.params,
@@ -444,7 +445,7 @@ def _stage(
         steps=steps,
         method=method,
         optimizers=optimizers,
-        learning_rate=recipe.learning_rate(stage, stage.learning_rate, updates),
+        learning_rate=build.learning_rate(stage, stage.learning_rate, updates),
         batches=batches(rows, seed=seed, cached=cached, capacity=method.response_capacity),
         corpus=corpus,
     )

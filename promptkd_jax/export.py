@@ -1,19 +1,19 @@
 """`promptkd export --workdir DIR --output FOLDER`: a checkpoint of a run, for transformers."""
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
-from ml_collections import ConfigDict
 
 from promptkd_jax import sharding
-from promptkd_jax.checkpoint import CheckpointError, Checkpoints
+from promptkd_jax.checkpoint import CheckpointError
+from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.data import DataError
 from promptkd_jax.experiment import prepare, save
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.train import open_checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     try:
         export(options.workdir, options.step, options.output)
-    except (CheckpointError, DataError, ModelError) as error:
+    except (CheckpointError, ConfigError, DataError, ModelError) as error:
         sys.exit(f"promptkd export: {error}")
 
 
@@ -30,18 +30,10 @@ def export(workdir: pathlib.Path, step: str, output: pathlib.Path) -> None:
     file = workdir / "config.json"
     if not file.exists():
         raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
-    config = ConfigDict(json.loads(file.read_text())["config"])
-    config.stages = tuple(ConfigDict(stage) for stage in config.stages)
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # not that of the training machine
+    config, _ = load_config([f"--config={file}"])
+    config.mesh.update(data=-1, fsdp=1, tensor=1)  # not that of the training machine
     mesh = sharding.make_mesh(config.mesh)
-    metric = "dev/rougeL" if config.evaluation.every else None
-    rule = config.checkpoint
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(
-            workdir / "checkpoints", keep=rule.keep, every=rule.every, best_metric=metric
-        ) as checkpoints,
-    ):
+    with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
         named = {"last": checkpoints.latest_step, "best": checkpoints.best_step}
         number = named[step]() if step in named else int(step)
         if number is None:

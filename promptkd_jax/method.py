@@ -123,7 +123,10 @@ class Method:
     conventions: Conventions = Conventions()
 
     def __post_init__(self):
-        if mistakes := contradictions(self):
+        mistakes = contradictions(self)
+        if self.teacher_view == "in_context" and not self.demonstrations:
+            mistakes.append("demonstrations: are none, but teacher_view = 'in_context' needs some")
+        if mistakes:
             raise ValueError("; ".join(mistakes))
 
     @property
@@ -181,6 +184,8 @@ def contradictions(method) -> list[str]:
         )
         if getattr(method, field) not in choices
     ]
+    if not names:
+        found.append("student_terms: are none; expected at least one, its weight may be 0")
     if len(set(names)) < len(names):
         found.append(f"student_terms: {', '.join(names)}: expected each name once")
     if set(names) == {GOLD} and method.targets == "student":
@@ -214,6 +219,11 @@ def _about_policy(method) -> list[str]:
         )
     if method.token_weighting != "uniform":
         found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY}")
+    if method.teacher_share and method.teacher_view != "plain":
+        found.append(
+            f"teacher_share: {method.teacher_share:g} mixes the plain teacher into rollouts, of "
+            f"which {POLICY} would need the weights; expected teacher_view = 'plain', or 0"
+        )
     return found
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import published, recipe, train
+from promptkd_jax import published, recipe, schema, train
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError, claim, fingerprint, load_config
 from promptkd_jax.data import DataError, Record, read_records, tokenize
@@ -193,7 +193,7 @@ def plan(
         _connect(runs, workdir)
     for name, config in runs.items():
         try:
-            recipe.check_recipe(config)
+            schema.check_recipe(config)
         except ConfigError as error:
             raise ConfigError(f"{source} with method={name}: {error}") from error
     return runs

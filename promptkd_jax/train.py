@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from promptkd_jax import recipe, sharding
+from promptkd_jax import build, schema, sharding
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints
 from promptkd_jax.config import ConfigError, as_json, claim, fingerprint, load_config
 from promptkd_jax.data import DataError, stream
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, unknown = load_config(rest)
         if unknown:
             raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
-        recipe.check_recipe(config)
+        schema.check_recipe(config)
         signal.signal(signal.SIGTERM, _leave)
         run(config, options.workdir)
     except (ConfigError, DataError, ModelError, CheckpointError, TrainingError) as error:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains, or continues, or finds it done; returns what `summary.json` says."""
-    claim(workdir, config, recipe.IRRELEVANT)
+    claim(workdir, config, schema.IRRELEVANT)
     summary = workdir / "summary.json"
     if summary.exists():
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
@@ -142,13 +142,23 @@ def _score(experiment: Experiment, model: Model, soft_prompt: jax.Array | None =
     return score(
         model,
         experiment.dev,
-        sampling=recipe.sampling(config.sampling, model.eos_ids),
+        sampling=build.sampling(config.sampling, model.eos_ids),
         prompt_capacity=data.max_prompt_length,
         max_new_tokens=experiment.max_new_tokens,
         batch_size=config.batch_size,
         seed=experiment.config.seed,
         vocab_size=experiment.vocab_size,
         soft_prompt=soft_prompt,
+    )
+
+
+def open_checkpoints(config: ConfigDict, workdir: pathlib.Path) -> Checkpoints:
+    """Those of the run with this config, which `workdir` belongs to."""
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        every=config.checkpoint.every,
+        best_metric=SELECTION if config.evaluation.every else None,
     )
 
 
@@ -173,15 +183,9 @@ def fit(
       started: when this process began its work, on the monotonic clock.
       before: what `assess` said of the initial student.
     """
-    config = experiment.config
-    rule = config.checkpoint
+    rule = experiment.config.checkpoint
     with (
-        Checkpoints(
-            workdir / "checkpoints",
-            keep=rule.keep,
-            every=rule.every,
-            best_metric=SELECTION if config.evaluation.every else None,
-        ) as checkpoints,
+        open_checkpoints(experiment.config, workdir) as checkpoints,
         _Loop(experiment, workdir, checkpoints, started, before) as loop,
     ):
         for stage in experiment.stages:
@@ -211,7 +215,7 @@ class _Loop:
         self.experiment, self.checkpoints, self.started = experiment, checkpoints, started
         self.state, self.done, self.before = None, 0, before
         self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
-        self._fingerprint = fingerprint(experiment.config, recipe.IRRELEVANT)
+        self._fingerprint = fingerprint(experiment.config, schema.IRRELEVANT)
         if restored := checkpoints.restore_latest(experiment.abstract_state()):
             self.done, self.state, meta = restored
             if meta["fingerprint"] != self._fingerprint:

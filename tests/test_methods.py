@@ -570,6 +570,17 @@ def test_minibatches_are_updates_one_after_the_other():
             "token_weighting: 'teacher_confidence' is not for policy_gradient",
         ),
         (
+            dict(
+                student_terms=(("policy_gradient", 1.0),),
+                targets="student",
+                teacher_view="prompted",
+                teacher_share=0.2,
+            ),
+            "teacher_share: 0.2 mixes the plain teacher into rollouts, of which policy_gradient",
+        ),
+        (dict(student_terms=()), "student_terms: are none; expected at least one"),
+        (dict(teacher_view="in_context"), "demonstrations: are none, but teacher_view = 'in_cont"),
+        (
             dict(teacher_view="cached", targets="student"),
             "targets: 'student' makes rows during training, but a cached teacher knows only",
         ),
@@ -600,8 +611,9 @@ def test_all_contradictions_are_told_at_once():
 def test_combinations_that_mean_something():
     plain(teacher_view="cached", targets="teacher", corpus_terms=(("cross_entropy", 1.0),))
     cosine = HiddenTerm("cosine")
+    gold = (("cross_entropy", 1.0),)
     plain(
-        student_terms=(("cross_entropy", 1.0),), teacher_view="in_context", hidden_terms=(cosine,)
+        student_terms=gold, teacher_view="in_context", demonstrations=(7,), hidden_terms=(cosine,)
     )
     for targets in ("mixed", "replay"):
-        plain(student_terms=(("cross_entropy", 1.0),), targets=targets, teacher_share=0.2)
+        plain(student_terms=gold, targets=targets, teacher_share=0.2)

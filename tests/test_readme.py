@@ -8,8 +8,10 @@ import pytest
 import tiny
 
 from promptkd_jax.cli import COMMANDS
+from promptkd_jax.comparison import plan
 from promptkd_jax.config import load_config
-from promptkd_jax.recipe import check_recipe
+from promptkd_jax.recipe import METHODS
+from promptkd_jax.schema import check_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,12 +29,18 @@ def test_examples_run_one_after_the_other(tmp_path, monkeypatch):
     assert namespace["state"].step == 1
 
 
-def test_every_config_named_is_one():
+def test_every_config_named_is_one(tmp_path):
     named = set(re.findall(r"configs/\w+\.py(?::[\w.=,]+)?", README))
     assert {"configs/quickstart.py", "configs/gpt2.py:student=base"} <= named
     for name in named:
-        config, _ = load_config([f"--config={ROOT / name}"])
-        check_recipe(config)
+        for method in METHODS if "NAME" in name else [""]:
+            config, _ = load_config([f"--config={ROOT / name.replace('NAME', method)}"])
+            plan(config, tmp_path) if "methods" in config else check_recipe(config)
+
+
+def test_every_method_is_a_row_of_the_table():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| .* \| .* \|.*\|$", README, flags=re.MULTILINE)
+    assert tuple(name for name in rows if name in METHODS) == tuple(METHODS)
 
 
 def test_every_command_named_exists():

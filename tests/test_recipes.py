@@ -4,8 +4,6 @@ refused before anything is loaded."""
 import functools
 import json
 import pathlib
-import shutil
-from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -16,14 +14,17 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from promptkd_jax import cache, experiment, sharding, train
+from promptkd_jax.build import stage_steps
 from promptkd_jax.config import ConfigError, claim, load_config
 from promptkd_jax.data import DataError
 from promptkd_jax.models.decoder import embed
-from promptkd_jax.recipe import METHODS, check_recipe, hidden_term, method_stage, stage_config
+from promptkd_jax.recipe import METHODS, hidden_term, method_stage
 from promptkd_jax.report import read_metrics
+from promptkd_jax.schema import check_recipe
 
 VOCABULARY = len(tiny.tokenizer())
 GOLD = "cross_entropy"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def models(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def config(models) -> ConfigDict:
-    """Of one stage that `change` replaces; evaluated before and after only."""
+    """Of one stage, evaluated before and after it only."""
     return short(models, stage("kd"))
 
 
@@ -139,6 +140,7 @@ def test_a_method_takes_changes_and_says_which_there_are():
     changed = method_stage("gkd", on_policy_share=0.3, batch_size=2)
     assert changed.student_terms == (("reverse_kl", 1.0),)
     assert (changed.on_policy_share, changed.batch_size) == (0.3, 2)
+    assert method_stage("gkd", name="later").name == "later"
     with pytest.raises(ValueError, match="'gdk'; there are: sft, kd, seqkd"):
         method_stage("gdk")
 
@@ -465,20 +467,29 @@ def test_a_student_of_listed_layers(models, tmp_path):
     assert np.isfinite(summary["kl_after"])
     exported = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
     assert exported["num_hidden_layers"] == 2
-    assert differ(tmp_path / "run" / "student", models / "student")
+
+
+@pytest.mark.parametrize("text, layers", [("12", 12), ("(0, 2)", (0, 2))])
+def test_layers_are_given_on_the_command_line(text, layers):
+    source = f"--config={CONFIGS}/quickstart.py"
+    config, _ = load_config([source, f"--config.student.layers={text}"])
+    check_recipe(config)
+    assert config.student.layers == layers
 
 
 @pytest.mark.usefixtures("no_report")
 def test_the_lowest_dev_loss_can_choose_the_checkpoint(models, tmp_path, capsys):
-    config = short(models, stage("sft", steps=4, learning_rate=0.5))
+    config = short(models, stage("sft", steps=2, learning_rate=0.5))
     config.evaluation.every = 1
     config.checkpoint.update(export="best", select="loss")
+    config.teacher.path, config.evaluation.teacher = "", False  # as the paper's SFT runs
     summary = run(config, tmp_path)
     losses = [row["dev/loss"] for row in read_metrics(tmp_path) if "dev/loss" in row]
     best = int(np.argmin(losses)) + 1
-    assert len(losses) == 4 and best < 4, losses
+    assert len(losses) == 2 and best == 1, losses
     assert f"the best checkpoint by dev loss is that of step {best}" in capsys.readouterr().out
     assert summary["loss_after"] == pytest.approx(min(losses), rel=1e-6)
+    assert "kl_after" not in summary
 
 
 @pytest.mark.usefixtures("no_report")
@@ -622,10 +633,15 @@ def test_without_data_there_are_no_gold_answers(config):
     found = refused(config)
     assert "config.stages[0].targets: 'gold' needs gold answers" in found
     assert "config.stages[1].targets: 'mixed' needs gold answers" in found
-    assert "config.stages[2]" not in found
-    assert "set config.evaluation.references = 'teacher'" in found
-    config.data.train, config.data.dev = "train.jsonl", "teacher"
-    assert "config.data.dev: 'teacher' takes dev_rows" in refused(config)
+    assert len(found.splitlines()) == 2
+    config.stages = (stage("imitkd", teacher_view="in_context"),)
+    assert "config.in_context: demonstrations are gold answers" in refused(config)
+    config.stages = (stage("seqkd"),)
+    check_recipe(config)  # the dev set is a file, with gold answers
+    config.data.dev = "teacher"
+    found = refused(config)
+    assert "config.evaluation.references: 'gold', and requests that the teacher writes" in found
+    assert "config.data.dev: 'teacher' takes dev_rows" in found
 
 
 def test_a_recipe_that_looks_at_a_teacher_needs_one(config):
@@ -659,3 +675,159 @@ def test_all_that_contradicts_is_told_at_once(config):
         "config.stages[1].replay.capacity",
         "config.stages[1].targets",
     ]
+
+
+# The recipes of the paper
+
+STUDENTS = {
+    "gpt2": ("base", "medium", "large"),
+    "opt": ("1.3b", "2.7b", "6.7b"),
+    "llama": ("7b",),
+    "smollm2": ("360m", "135m"),
+}
+# (global batch, learning rate, epochs) by method and student, from the published scripts.
+SUPERVISED = {
+    "base": (32, 5e-4, 20),
+    "medium": (32, 1e-4, 20),
+    "large": (32, 1e-4, 10),
+    "1.3b": (32, 5e-5, 10),
+    "2.7b": (32, 5e-5, 10),
+    "6.7b": (32, 1e-5, 10),
+    "7b": (32, 1e-5, 10),
+}
+ON_POLICY = {
+    "base": (256, 5e-5, 20),
+    "medium": (64, 1e-5, 20),
+    "large": (64, 5e-6, 15),
+    "1.3b": (64, 5e-6, 10),
+    "2.7b": (64, 5e-6, 10),
+    "6.7b": (64, 5e-6, 10),
+    "7b": (64, 5e-6, 10),
+}
+DISTILLM = {
+    "base": (8, 5e-4, 20),
+    "medium": (8, 5e-4, 20),
+    "large": (8, 1e-4, 10),
+    "1.3b": (8, 5e-5, 10),
+    "2.7b": (8, 5e-5, 10),
+    "6.7b": (8, 5e-5, 10),
+    "7b": (8, 5e-5, 10),  # that of OPT: nothing is published
+}
+PUBLISHED = dict.fromkeys(("sft", "kd", "seqkd"), SUPERVISED)
+PUBLISHED |= dict.fromkeys(("gkd", "promptkd"), ON_POLICY) | {"distillm": DISTILLM}
+PAPER = [(family, size) for family in ("gpt2", "opt", "llama") for size in STUDENTS[family]]
+EPOCH = {256: 44, 64: 178, 32: 357, 8: 1429}  # updates in 11,435 rows
+
+
+def recipe(family: str, student: str, method: str) -> ConfigDict:
+    argument = f"{CONFIGS}/{family}.py:student={student},method={method}"
+    return load_config([f"--config={argument}"])[0]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "teacher", "init"])
+@pytest.mark.parametrize("family", STUDENTS)
+def test_a_shipped_recipe_is_one_that_can_run(family, method):
+    for student in STUDENTS[family]:
+        config = recipe(family, student, method)
+        check_recipe(config)
+        assert [one.name for one in config.stages] == [method]
+        assert config.evaluation.every == EPOCH[config.stages[0].batch_size]
+        assert (config.seed, config.checkpoint.export) == (10, "best")
+        assert (config.data.max_prompt_length, config.data.max_length) == (256, 512)
+        sampled = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
+        assert config.evaluation.sampling.to_dict() == sampled
+
+
+def test_a_shipped_recipe_says_what_there_is():
+    with pytest.raises(ConfigError, match=r"student=base\|medium\|large; method=sft\|kd"):
+        recipe("gpt2", "small", "kd")
+    with pytest.raises(ConfigError, match=r"'method=pkd' is not one of .*promptkd\|"):
+        recipe("gpt2", "base", "pkd")
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("family, student", PAPER)
+def test_published_rates_batches_and_epochs(family, student, method):
+    config = recipe(family, student, method)
+    (found,) = config.stages
+    values = (found.batch_size, found.learning_rate, found.epochs)
+    assert values == PUBLISHED[method][student]
+    on_policy = method in ("gkd", "promptkd")
+    assert (found.schedule, found.warmup_steps) == (
+        ("constant", 100) if on_policy else ("cosine", 0)
+    )
+    assert (found.lr_min, found.weight_decay, found.clip) == (1e-7, 1e-2, 1.0)
+    accumulated = {256: 16, 64: 4 if family == "gpt2" else 1}
+    assert found.micro_batches == accumulated.get(found.batch_size, 1)
+    pretrained = recipe(family, student, "sft").student.path
+    assert (config.student.path == pretrained) == (method in ("sft", "kd", "seqkd"))
+
+
+@pytest.mark.parametrize("family, student", PAPER)
+def test_published_promptkd(family, student):
+    config = recipe(family, student, "promptkd")
+    (found,) = config.stages
+    assert (found.targets, found.teacher_view) == ("student", "prompted")
+    assert found.student_terms == (("reverse_kl", 1.0),)
+    assert (found.prompt_divergence, found.prompt_regulariser) == ("reverse_kl",) * 2
+    assert (found.regularisation, found.regularisation_schedule) == (1.0, "linear")
+    assert found.prompt_learning_rate in (0.0, found.learning_rate)
+    prompt = config.soft_prompt
+    assert (prompt.length, prompt.init, prompt.text) == (7, "text", "Suppose you are a student.")
+    assert prompt.add_special_tokens == (family != "gpt2")
+    planned = {"base": 880, "medium": 3560, "large": 2670}
+    assert stage_steps(found, 11_435) == planned.get(student, 1780)
+
+
+@pytest.mark.parametrize("family, student", PAPER)
+def test_published_minillm(family, student):
+    (found,) = recipe(family, student, "minillm").stages
+    assert (found.targets, found.teacher_share, found.passes) == ("student", 0.2, 4)
+    assert found.student_terms == (("policy_gradient", 1.0), ("reverse_kl", 1.0))
+    assert (found.batch_size, found.learning_rate, found.weight_decay) == (256, 5e-6, 1e-6)
+    assert found.steps * found.minibatches * found.passes == 5000
+    assert (found.schedule, found.warmup_steps) == ("constant", 100)
+    policy = found.policy_gradient
+    assert (policy.gamma, policy.reward_scaling, policy.reward_clip) == (0.95, 0.5, 100.0)
+    assert policy.ratio_clip == 0.2 and policy.length_normalise
+
+
+@pytest.mark.parametrize(
+    "family, rate", [("gpt2", 5e-5), ("opt", 1e-5), ("llama", 1e-5)], ids=["gpt2", "opt", "llama"]
+)
+def test_published_pipeline_before_distillation(family, rate):
+    for student in STUDENTS[family]:
+        teacher, init = (recipe(family, student, method) for method in ("teacher", "init"))
+        (found,) = teacher.stages
+        assert (found.batch_size, found.learning_rate, found.epochs) == (32, rate, 10)
+        assert teacher.checkpoint.select == "rougeL" and init.checkpoint.select == "loss"
+        (found,) = init.stages
+        batch_size, rate_of_student, _ = SUPERVISED[student]
+        assert (found.batch_size, found.learning_rate, found.epochs) == (
+            batch_size,
+            rate_of_student,
+            3,
+        )
+        assert init.student.path == recipe(family, student, "sft").student.path
+        assert teacher.student.path not in (
+            init.student.path,
+            recipe(family, student, "kd").teacher.path,
+        )
+
+
+def test_published_losses():
+    terms = {
+        ("base", "kd"): ((GOLD, 0.5), ("forward_kl", 0.5)),
+        ("base", "gkd"): (("reverse_kl", 1.0),),
+        ("base", "imitkd"): (("forward_kl", 1.0),),
+        ("base", "abkd"): (("alpha_beta(0.2, 0.7)", 1.0),),
+        ("base", "distillm"): (("skew_forward_kl(0.1)", 1.0),),
+        ("medium", "distillm"): (("skew_reverse_kl(0.1)", 1.0),),
+        ("large", "distillm"): (("skew_reverse_kl(0.1)", 1.0),),
+    }
+    for (student, method), expected in terms.items():
+        assert recipe("gpt2", student, method).stages[0].student_terms == expected
+    gkd, opd, distillm = (recipe("gpt2", "base", m).stages[0] for m in ("gkd", "opd", "distillm"))
+    assert (gkd.targets, gkd.on_policy_share) == ("mixed", 1.0)
+    assert opd.policy_gradient.gamma == 0.0 and opd.policy_gradient.whiten == "none"
+    assert distillm.replay.to_dict() == dict(capacity=1000, threshold=0.0, tolerance=0.1, step=0.1)

@@ -22,8 +22,8 @@ from promptkd_jax.config import ConfigError
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import load_model
 from promptkd_jax.prompt import load_soft_prompt
-from promptkd_jax.recipe import check_recipe
 from promptkd_jax.report import read_metrics
+from promptkd_jax.schema import check_recipe
 
 CONFIG = """
 import pathlib, sys

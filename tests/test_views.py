@@ -243,13 +243,13 @@ def two_of_them() -> tuple[jax.Array, jax.Array]:
 def test_at_high_temperatures_the_logits_are_matched(name):
     """tau^2 KL tends to the variance of the logits' difference over 2, in both directions."""
     target, learner = two_of_them()
-    function = losses.tempered(losses.divergence(name), 100.0)
+    function = losses.tempered(losses.divergence(name), 300.0)
     difference = learner - target
     expected = jnp.var(difference, axis=-1) / 2
-    np.testing.assert_allclose(function(target, learner), expected, rtol=5e-2)
+    np.testing.assert_allclose(function(target, learner), expected, rtol=2e-2)
     slope = jax.grad(lambda x: function(target, x).sum())(learner)
     expected = (difference - difference.mean(axis=-1, keepdims=True)) / 7
-    np.testing.assert_allclose(slope, expected, atol=2e-2)
+    np.testing.assert_allclose(slope, expected, atol=1e-2)
 
 
 def test_a_temperature_of_1_changes_nothing():
@@ -295,11 +295,9 @@ def with_prompt(step: int = 0) -> TrainState:
     return before.replace(regularisation=jnp.float32(0.5))
 
 
-def hearing(loudness: float):
-    """The teacher with its attention, through which alone a prompt has an effect, times this."""
-    teacher = jax.tree.map(lambda x: x, teacher_params())
-    teacher["layers"]["attention"]["out"]["kernel"] *= loudness
-    return teacher
+def saying(loudness: float):
+    """The teacher with its logits times this, and with them what the prompt does to them."""
+    return teacher_params() | {"lm_head": loudness * teacher_params()["lm_head"]}
 
 
 def test_a_constant_regularisation():
@@ -324,12 +322,12 @@ def test_an_adaptive_regularisation_goes_towards_its_target_by_2_percent_at_most
     assert found["prompt_loss"] == pytest.approx(total, rel=1e-5)
     assert after.regularisation == pytest.approx(0.5 * 1.01, rel=1e-4)
 
-    below, metrics = update(method, before, teacher=hearing(0))
+    below, metrics = update(method, before, teacher=saying(0))
     assert summarise(metrics)["prompt_regulariser"] == pytest.approx(0, abs=1e-6)
     assert below.regularisation == pytest.approx(0.5 * 0.98)
-    above, metrics = update(method, before, teacher=hearing(2))
-    assert summarise(metrics)["prompt_regulariser"] > 1.2 * reached / 1.1
+    above, metrics = update(method, before, teacher=saying(2))
+    assert summarise(metrics)["prompt_regulariser"] > 1.2 * reached
     assert above.regularisation == pytest.approx(0.5 * 1.02)
-    again, metrics = update(method, above, teacher=hearing(2))
+    again, metrics = update(method, above, teacher=saying(2))
     assert summarise(metrics)["regularisation_weight"] == pytest.approx(0.51)
     assert again.regularisation == pytest.approx(0.51 * 1.02)
