@@ -105,24 +105,37 @@ def accumulate(part: Callable, xs: Any) -> tuple[Any, dict[str, jax.Array]]:
     return jax.lax.scan(body, zeros, xs)
 
 
-# The student's terms, or those of a teacher that learns
+# The student's terms, and those of a teacher that learns
 
 
-def term(name: str, weight: jax.Array, part: Part, seen: Linear | TopK | None, see: Views) -> Term:
-    """What the learner's term `name` compares with, where the other model says `seen`."""
+def student_term(
+    name: str, weight: jax.Array, part: Part, seen: Linear | TopK | None, see: Views
+) -> Term:
+    """What the student's term `name` compares with, where the teacher says `seen`."""
     method = see.method
+    if name == GOLD:
+        return _gold_term(weight, part, see)
     if name == POLICY:
         clip = method.policy_gradient.ratio_clip
         function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
         return Term(function, part.policy, weight)
-    if name == GOLD:
-        labels = see.where(part.rows).labels
-        if method.targets not in ON_POLICY:
-            return Term(losses.cross_entropy, labels, weight)
-        written_by_others = jnp.broadcast_to(~part.own[:, None], labels.shape)
-        return Term(_gold_cross_entropy, (labels, written_by_others), weight)
     function = losses.tempered(losses.divergence(name), method.temperature)
     return Term(losses.weighted(function, method.token_weighting), seen, weight)
+
+
+def teacher_term(name: str, weight: jax.Array, part: Part, student: Linear, see: Views) -> Term:
+    """What an online teacher's term `name` compares with."""
+    if name == GOLD:
+        return _gold_term(weight, part, see)
+    return Term(losses.divergence(name), student, weight)
+
+
+def _gold_term(weight: jax.Array, part: Part, see: Views) -> Term:
+    labels = see.where(part.rows).labels
+    if see.method.targets not in ON_POLICY:
+        return Term(losses.cross_entropy, labels, weight)
+    written_by_others = jnp.broadcast_to(~part.own[:, None], labels.shape)
+    return Term(_gold_cross_entropy, (labels, written_by_others), weight)
 
 
 def _gold_cross_entropy(target, logits):

@@ -222,8 +222,8 @@ SCHEMA = {
 }
 # What does not change the student that comes out, so that it may change between resumes.
 IRRELEVANT = (
-    *("title", "log_every", "mesh", "evaluation.samples"),
-    *("checkpoint.every", "checkpoint.keep"),
+    *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
+    *("checkpoint.every", "checkpoint.keep", "answers.path", "cache.path"),
 )
 
 

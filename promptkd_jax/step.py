@@ -288,7 +288,7 @@ def _update_teacher(state: TrainState, parts: Part, counts, see: Views, optimize
         )
         student = see.student(state.params["student"], x.rows)
         terms = {
-            f"teacher_{name}": objective.term(name, weight * scale, x, student, see)
+            f"teacher_{name}": objective.teacher_term(name, weight * scale, x, student, see)
             for name, weight in see.method.teacher_terms
         }
         mask = see.where(x.rows).mask
@@ -359,7 +359,7 @@ def _update_student(state: TrainState, parts: Part, counts, see: Views, optimize
         (student, states), pullback = see.student_vjp(state.params["student"], x.rows)
         seen, teacher_states = _teacher(state, x, see) if method.needs_view else (None, {})
         terms = {
-            name: objective.term(name, weight * scale, x, seen, see)
+            name: objective.student_term(name, weight * scale, x, seen, see)
             for name, weight in method.student_terms
         }
         d_student, total, sums = objective.gradient(

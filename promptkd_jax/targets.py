@@ -183,6 +183,8 @@ def target_rows(
 
     coin = jax.random.fold_in(key, _COIN)
     if method.targets == "replay":
+        if replay is None:
+            raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
         done = step / method.total_steps
         rows, own, replay = _replayed(replay, batch, lambda: write()[0], coin, done)
         statistics = {"replay_threshold": replay.threshold, "on_policy_share": own.mean()}

@@ -108,6 +108,8 @@ class Views:
     ) -> tuple[Linear | TopK, hidden.States]:
         """The teacher's distributions, and the hidden states that the method's terms look at."""
         if self.method.teacher_view == "cached":
+            if rows.cached is None:
+                raise ValueError("teacher_view = 'cached' needs batches with their `cached` field")
             return rows.cached, {}
         teacher = self.teacher_params(params)
         prefix = soft_prompt

@@ -46,8 +46,6 @@ HELD_OUT = {
     "agreement": ("top-1 agreement with the teacher", ".3f", "higher"),
     "rougeL": ("ROUGE-L", ".2f", "higher"),
 }
-
-
 # What summary.json compares before and after training.
 COMPARED = (*HELD_OUT, "loss", "response_length", "eos_rate", "repetition")
 PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")

@@ -35,7 +35,7 @@ from promptkd_jax import policy_gradient
 from promptkd_jax.batch import Batch, gather, responses
 from promptkd_jax.hidden import HiddenTerm
 from promptkd_jax.method import Method
-from promptkd_jax.models.decoder import Decoder, head
+from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.policy_gradient import PolicyGradient
 from promptkd_jax.sampler import Sampling, Voice, row_keys, sample
 from promptkd_jax.step import Optimizers, TrainState, init_state, summarise, train_step
@@ -136,11 +136,15 @@ def moved(tree, other) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), tree, other)))
 
 
+def rows_of(method: Method, student, key, replay: Replay | None = None):
+    """`target_rows` of the batch in the first step."""
+    return _rows_of(method, student, teacher_params(), key, replay)
+
+
 @functools.partial(jit, static_argnums=0)
-def rows_of(method: Method, student, key, step=0, replay=None):
-    """`target_rows` of the batch."""
-    second = Voice(TEACHER, teacher_params()) if method.teacher_share else None
-    return target_rows(method, STUDENT, student, batch(), replay, key, step=step, teacher=second)
+def _rows_of(method: Method, student, teacher, key, replay):
+    second = Voice(TEACHER, teacher) if method.teacher_share else None
+    return target_rows(method, STUDENT, student, batch(), replay, key, step=0, teacher=second)
 
 
 def response(rows: Batch, row: int) -> list[int]:
@@ -352,7 +356,7 @@ def test_a_step_with_replay_on_old_rows():
 
 def test_other_targets_leave_the_buffer_alone():
     full = push(empty_replay(4, 12, threshold=1.0), numbered(1, 2, 3, 4))
-    _, own, after, _ = rows_of(plain(), begin().student, jax.random.key(0), 0, full)
+    _, own, after, _ = rows_of(plain(), begin().student, jax.random.key(0), full)
     jax.tree.map(np.testing.assert_array_equal, after, full)
     assert not own.any()
 
@@ -374,35 +378,31 @@ SHARE = 0.3
 
 
 @functools.partial(jit, static_argnames=("share", "vocab_size", "new"))
-def spoken(requests, lengths, active=None, *, share=None, vocab_size=VOCABULARY, new=6):
-    """What the student writes, together with the teacher where a share is given."""
-    rows = len(lengths)
-    jointly = {} if share is None else dict(second=Voice(TEACHER, teacher_params()))
+def spoken(requests, lengths, second, active=None, *, share=0.0, vocab_size=VOCABULARY, new=6):
+    """What the student writes, at a share together with a `second` model."""
     return sample(
         STUDENT,
         random_params(STUDENT.config, 22),
         requests,
         lengths,
-        row_keys(jax.random.key(8), jnp.arange(rows)),
+        row_keys(jax.random.key(8), jnp.arange(len(lengths))),
         max_new_tokens=new,
         sampling=Sampling(eos_ids=(EOS,)),
         vocab_size=vocab_size,
         active=active,
-        second_share=share or 0.0,
-        **jointly,
+        second=None if second is None else Voice(TEACHER, second),
+        second_share=share,
     )
 
 
 def mixture(tokens, vocab_size: int) -> np.ndarray:
     """(1 - a) q + a p after `tokens` `[T]`."""
-
-    def probability(decoder, params):
-        tokens_ = jnp.asarray(tokens)[None]
-        hidden = decoder.apply({"params": params}, tokens_)[0, -1]
-        return jax.nn.softmax(head(params)[:vocab_size] @ hidden)
-
-    q = probability(STUDENT, random_params(STUDENT.config, 22))
-    p = probability(TEACHER, teacher_params())
+    rows = np.zeros((4, 12), np.int32)  # as other tests have them compiled
+    rows[:, : len(tokens)] = tokens
+    q, p = (
+        jax.nn.softmax(seen(decoder, params, rows)[0, len(tokens) - 1, :vocab_size])
+        for decoder, params in ((STUDENT, begin().student), (TEACHER, teacher_params()))
+    )
     assert 0.5 * abs(p - q).sum() > 0.2  # else it could not be told which was drawn from
     return np.asarray((1 - SHARE) * q + SHARE * p, np.float64)
 
@@ -419,7 +419,7 @@ def test_teacher_and_student_write_together():
     rows, vocab_size, request = 6000, 5, [11, 7, 30]
     requests = np.tile(np.int32(request), (rows, 1))
     lengths = np.full(rows, 3, np.int32)
-    out = spoken(requests, lengths, share=SHARE, vocab_size=vocab_size, new=2)
+    out = spoken(requests, lengths, teacher_params(), share=SHARE, vocab_size=vocab_size, new=2)
     first, second = np.asarray(out.tokens)[:, 3:].T
     assert_frequencies(first, mixture(request, vocab_size))
     token = np.bincount(first).argmax()
@@ -429,9 +429,9 @@ def test_teacher_and_student_write_together():
 
 def test_no_share_is_the_student_alone_and_rows_that_are_off_stay_requests():
     tokens, lengths = batch().tokens[:, :4], batch().prompt_lengths
-    alone = spoken(tokens, lengths)
+    alone = spoken(tokens, lengths, None)
     active = np.array([True, False, True, False])
-    found = spoken(tokens, lengths, active, share=0.0)
+    found = spoken(tokens, lengths, teacher_params(), active)
     np.testing.assert_array_equal(found.tokens[active], alone.tokens[active])
     np.testing.assert_array_equal(found.lengths[active], alone.lengths[active])
     np.testing.assert_array_equal(found.lengths[~active], lengths[~active])
@@ -454,7 +454,7 @@ def positions(rows: Batch):
 
 
 @jit
-def dense_target(student, rows: Batch) -> policy_gradient.PolicyTarget:
+def dense_target(student, teacher, rows: Batch) -> policy_gradient.PolicyTarget:
     """What the answers are worth, from all logits."""
     where = positions(rows)
 
@@ -462,17 +462,17 @@ def dense_target(student, rows: Batch) -> policy_gradient.PolicyTarget:
         both = gather(log_probs(decoder, params, rows.tokens), where)
         return jnp.take_along_axis(both, where.labels[..., None], axis=-1)[..., 0]
 
-    q, p = of_labels(STUDENT, student), of_labels(TEACHER, teacher_params())
+    q, p = of_labels(STUDENT, student), of_labels(TEACHER, teacher)
     return policy_gradient.policy_target(where.labels, where.mask, q, p, 0.2, PolicyGradient())
 
 
 @jit
 @jax.value_and_grad
-def dense_policy(student, rows: Batch, target: policy_gradient.PolicyTarget):
+def dense_policy(student, teacher, rows: Batch, target: policy_gradient.PolicyTarget):
     """The mean over response tokens of MiniLLM's two terms."""
     where = positions(rows)
     learner = gather(log_probs(STUDENT, student, rows.tokens), where)
-    teacher = gather(log_probs(TEACHER, teacher_params(), rows.tokens), where)
+    teacher = gather(log_probs(TEACHER, teacher, rows.tokens), where)
     policy = policy_gradient.clipped_policy_gradient(target, learner, 0.2)
     return (where.mask * (policy + 0.5 * kl(learner, teacher))).sum() / where.mask.sum()
 
@@ -485,10 +485,10 @@ def own_rows(before: TrainState) -> Batch:
 def test_minillm():
     before = begin()
     rows = own_rows(before)
-    target = dense_target(before.student, rows)
+    target = dense_target(before.student, teacher_params(), rows)
     mask = positions(rows).mask == 1
     assert target.importance[mask].min() < 0.9 and target.importance[mask].max() > 1.1
-    value, expected = dense_policy(before.student, rows, target)
+    value, expected = dense_policy(before.student, teacher_params(), rows, target)
     after, metrics = update(MINILLM, before)
     assert_close(gradient(after), expected, 1e-5)
     assert_close(summarise(metrics)["student_loss"], value, 1e-5)
@@ -500,10 +500,10 @@ def test_minillm_in_parts_and_passes():
     the student that wrote them."""
     before = begin()
     rows = own_rows(before)
-    target = dense_target(before.student, rows)
+    target = dense_target(before.student, teacher_params(), rows)
     student, state = before.student, before.optimizers["student"]
     for _ in range(2):
-        _, slope = dense_policy(student, rows, target)
+        _, slope = dense_policy(student, teacher_params(), rows, target)
         updates, state = OPTIMIZERS.student.update(slope, state, student)
         student = optax.apply_updates(student, updates)
     after, _ = update(dataclasses.replace(MINILLM, micro_batches=2, passes=2), before)

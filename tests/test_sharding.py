@@ -129,7 +129,7 @@ def test_sizes_that_do_not_make_the_devices(sizes):
 
 
 ON_EIGHT_DEVICES = """
-import functools, json, sys
+import dataclasses, functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from promptkd_jax import optimizer, sharding
@@ -140,6 +140,7 @@ from promptkd_jax.sampler import Sampling
 from promptkd_jax.batch import Batch
 from promptkd_jax.method import Method
 from promptkd_jax.step import Optimizers, init_state, summarise, train_step
+from promptkd_jax.targets import empty_replay, target_rows
 from promptkd_jax.teacher import Models
 
 config = json.loads(sys.argv[1])
@@ -205,6 +206,40 @@ for sizes, cut in (((8, 1, 1), (1, 1)), ((2, -1, 2), (2, 2))):
         assert (rows * cut[0], width * cut[1]) == leaf.shape, (sizes, rows, width)
     assert len(state.student["lm_head"].addressable_shards) == 8
 
+def written(targets, sizes):
+    # rows of two updates: of the first they are new, of the second from the buffer
+    each = dataclasses.replace(
+        method, targets=targets, teacher_view="plain", response_capacity=9, max_new_tokens=6
+    )
+    replay = empty_replay(8, 10, threshold=1.0) if targets == "replay" else None
+    before, rows, place = begin.replace(replay=replay), batch, None
+    if sizes:
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+        place = sharding.shardings(before, mesh)
+        before = jax.device_put(before, place)
+        rows = jax.device_put(batch, sharding.rows_sharding(mesh))
+
+    def two(state, rows):
+        replay, found = state.replay, []
+        for step in (0, each.total_steps):
+            key = jax.random.fold_in(state.key, step)
+            *made, replay, _ = target_rows(
+                each, models.student, state.student, rows, replay, key, step=step, teacher=None
+            )
+            found.append(made)
+        return found, replay
+
+    return jax.device_get(jax.jit(two, compiler_options=fast)(before, rows))
+
+for targets in ("mixed", "replay"):
+    here, there = written(targets, None), written(targets, (2, 2, 2))
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+    own = [own for _, own in here[0]]
+    if targets == "mixed":
+        assert 0 < np.mean(own) < 1 and (own[0] != own[1]).any(), own
+    else:
+        assert np.all(own) and here[1].count == 8
+
 sizes = {"data": -1, "fsdp": 2, "tensor": 2}
 assert dict(sharding.make_mesh(sizes).shape) == sizes | {"data": 2}
 try:
@@ -218,7 +253,8 @@ print("same on every mesh")
 
 
 def test_eight_devices_give_the_update_of_one():
-    """Two PromptKD updates, rollouts included, on pure data parallelism and on all three axes."""
+    """Two PromptKD updates, rollouts included, on pure data parallelism and on all three axes; and
+    the rows of mixed targets and of a replay buffer."""
     root = pathlib.Path(__file__).parents[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
