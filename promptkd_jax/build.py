@@ -110,6 +110,7 @@ def make_optimizers(
             learning_rate(stage, peak, updates),
             weight_decay=stage.weight_decay,
             clip=stage.clip,
+            b2=stage.adam_b2,
             decay_mask=mask,
         )
 

@@ -31,7 +31,7 @@ from promptkd_jax.config import ConfigError, claim, load_config
 from promptkd_jax.data import DataError, Rows, read_records, tokenize
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.experiment import shared_vocabulary
-from promptkd_jax.exposure_bias import exposure_bias
+from promptkd_jax.exposure_bias import end_ids, exposure_bias, write_texts
 from promptkd_jax.files import once, write_json
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import Model, load_with_tokenizer
@@ -163,11 +163,12 @@ def measure(config: ConfigDict, made: Plan, workdir: pathlib.Path) -> dict[str, 
             contender.folder / f"test-seed{seed}.json",
             functools.partial(_answer_sets, config, sets, load, contender),
         )
+    write = functools.cache(functools.partial(_teacher_texts, config, dev, load, made.teacher))
     exposure: dict[str, dict[int, Any]] = {}
     for (method, seed), run in made.runs.items():
         exposure.setdefault(method, {})[seed] = once(
             run.folder / "exposure_bias.json",
-            functools.partial(_exposure_bias, config, dev, load, made.teacher, run, seed),
+            functools.partial(_exposure_bias, config, dev, load, made.teacher, write, run, seed),
         )
     requests = {
         name: {
@@ -246,20 +247,51 @@ def _answer_sets(
 
 
 def _exposure_bias(
-    config: ConfigDict, dev: Rows, load: Callable[[str], Model], teacher: str, run: Run, seed: int
+    config: ConfigDict,
+    dev: Rows,
+    load: Callable[[str], Model],
+    teacher: str,
+    write: Callable[..., list[Rows]],
+    run: Run,
+    seed: int,
 ) -> dict[str, list[float]]:
-    models, data = (load(teacher), load(run.student)), config.run.data
+    models = load(teacher), load(run.student)
+    vocab_size = shared_vocabulary(*models)
     found = exposure_bias(
         *models,
         dev,
-        samples=config.exposure_bias.samples,
         seed=seed,
+        vocab_size=vocab_size,
+        teacher_texts=write(seed, vocab_size, end_ids(*models)),
+        **_text_sizes(config),
+    )
+    return {name: np.asarray(curve).tolist() for name, curve in found._asdict().items()}
+
+
+def _teacher_texts(
+    config: ConfigDict,
+    dev: Rows,
+    load: Callable[[str], Model],
+    teacher: str,
+    seed: int,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+) -> list[Rows]:
+    """The same for all methods of a seed."""
+    sizes = _text_sizes(config)
+    return write_texts(
+        load(teacher), dev, seed=seed, vocab_size=vocab_size, eos_ids=eos_ids, **sizes
+    )
+
+
+def _text_sizes(config: ConfigDict) -> dict[str, int]:
+    data = config.run.data
+    return dict(
+        samples=config.exposure_bias.samples,
         prompt_capacity=data.max_prompt_length,
         max_new_tokens=data.max_length - data.max_prompt_length,
         batch_size=config.test.batch_size,
-        vocab_size=shared_vocabulary(*models),
     )
-    return {name: np.asarray(curve).tolist() for name, curve in found._asdict().items()}
 
 
 # What it says.

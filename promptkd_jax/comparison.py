@@ -157,7 +157,7 @@ SCHEMA = {
     "seeds": ListOf(Int(low=0), nonempty=True),
     "budget": {
         "kind": Choice("steps", "seconds"),
-        "steps": Int(low=1),  # of every run; at most so many where the budget is in seconds
+        "steps": Int(low=2),  # of every run; at most so many where the budget is in seconds
         "seconds": Float(low=0.0),
     },
     "pretraining": {"teacher": _RUN, "student": _RUN},
@@ -178,7 +178,7 @@ SCHEMA = {
 }
 # What may change from one start to the next: further methods and seeds, and how it is shown.
 IRRELEVANT = (
-    *("title", "note", "methods", "reference", "seeds", "bootstrap", "samples"),
+    *("title", "note", "methods", "changes", "reference", "seeds", "bootstrap", "samples"),
     *(
         f"{group}.{name}"
         for group in ("run", "pretraining.teacher", "pretraining.student")

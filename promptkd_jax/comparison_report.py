@@ -92,7 +92,8 @@ def budget(found: Mapping[str, Any]) -> str:
         )
     return (
         f"Budget: equal wall-clock. Every method trains for {seconds:,.0f} s, however many steps "
-        f"of {batches} rows that makes (at most {steps:,})."
+        f"of {batches} rows that makes (at most {steps:,}, for which the schedules are made; "
+        "compilation is not counted)."
     )
 
 
@@ -101,7 +102,11 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     seeds = len(found["seeds"])
     over = f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."
     made = [_rouge_table(found, over)]
-    cost = f"Of training alone, without evaluation. {over}"
+    cost = (
+        "Time and speed are those of training alone, without compilation, evaluation and the "
+        "writing of teacher's answers; peak memory is that of the whole run, in which every method "
+        f"is measured against the teacher. {over}"
+    )
     made.append(Table("Cost", cost, *_figures(found, COST)))
     made.append(_behaviour_table(found, over))
     if any("kl_prompted_after" in figures for figures in found["figures"].values()):

@@ -7,7 +7,7 @@ devices may change between a save and a restore.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -481,3 +481,12 @@ def eval_batches(rows: Rows, *, batch_size: int, length: int) -> Iterator[tuple[
     for start in range(0, count, batch_size):
         indices = np.minimum(np.arange(start, start + batch_size), count - 1)
         yield collate(rows, indices, length=length), min(batch_size, count - start)
+
+
+def with_responses(rows: Rows, responses: Iterable[Sequence[int]]) -> Rows:
+    """The requests of the rows with these token ids as their responses, one for every row."""
+    tokens = [
+        np.concatenate([row[:start], np.asarray(response, np.int32)])
+        for row, start, response in zip(rows.tokens, rows.prompt_lengths, responses, strict=True)
+    ]
+    return rows._replace(tokens=tokens)

@@ -45,9 +45,16 @@ import numpy as np
 from promptkd_jax import manifest as manifests
 from promptkd_jax import topics
 from promptkd_jax.batch import Batch, responses
-from promptkd_jax.data import DataError, Record, Rows, eval_batches, render_prompt, tokenize
+from promptkd_jax.data import (
+    DataError,
+    Record,
+    Rows,
+    eval_batches,
+    render_prompt,
+    tokenize,
+    with_responses,
+)
 from promptkd_jax.evaluate import decode, write_answers
-from promptkd_jax.files import write_json
 from promptkd_jax.losses import Divergence, cross_entropy, forward_kl, linear_values
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
@@ -131,7 +138,8 @@ def write_requests(
     """
     pair = _Pair(teacher, student, template, prompt_capacity, batch_size, vocab_size)
     bank = _bank_rows(pair, settings.bank)
-    _claim(file, pair, settings, bank)
+    manifest = file.with_suffix(".manifest.json")
+    manifests.claim(manifest, _made_from(pair, settings, bank), teacher, file=file)
     policy = topics.init_policy(len(bank.tokens), settings.learning_rate)
     rounds, policy = _read_rounds(file, policy)
     found = _kept(rounds)
@@ -264,7 +272,7 @@ def _disagreements(
         return []
     rows = _rows(pair, [Record(text, "", ()) for text in requests])
     answers = _answers(pair, rows, settings.max_new_tokens, 1.0, key)
-    rows = _with_responses(rows, list(answers))
+    rows = with_responses(rows, answers)
     return _means(pair, forward_kl, (pair.teacher, pair.student), rows, settings.max_new_tokens)
 
 
@@ -275,7 +283,7 @@ def _surprises(pair: _Pair, settings: DataFree, prompts: Rows, requests: list[st
         return []
     most = settings.max_request_tokens
     encoded = pair.teacher.tokenizer(requests, add_special_tokens=False)["input_ids"]
-    rows = _with_responses(prompts, [ids[:most] for ids in encoded])
+    rows = with_responses(prompts, [ids[:most] for ids in encoded])
     return _means(pair, cross_entropy, (pair.teacher,), rows, most)
 
 
@@ -321,27 +329,7 @@ def _select(rows: Rows, indices: Sequence[int]) -> Rows:
     )
 
 
-def _with_responses(prompts: Rows, written: Sequence[Sequence[int]]) -> Rows:
-    pairs = zip(prompts.tokens, written, strict=True)
-    return prompts._replace(
-        tokens=[np.concatenate([prompt, np.asarray(tokens, np.int32)]) for prompt, tokens in pairs]
-    )
-
-
 # The file
-
-
-def _claim(file: pathlib.Path, pair: _Pair, settings: DataFree, bank: Rows) -> None:
-    """Writes the manifest, or compares with the one that is there."""
-    made_from = _made_from(pair, settings, bank)
-    manifest = file.with_suffix(".manifest.json")
-    if manifest.exists():
-        manifests.compare(manifest, made_from)
-    elif file.exists():
-        raise DataError(f"{file}: {manifest.name}, which says what made it, is missing; remove it")
-    else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(manifest, made_from | manifests.made_by(pair.teacher))
 
 
 def _made_from(pair: _Pair, settings: DataFree, bank: Rows) -> dict[str, Any]:

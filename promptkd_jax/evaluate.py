@@ -22,11 +22,13 @@ from rich.table import Table
 from promptkd_jax import losses
 from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
+from promptkd_jax.files import write_json
 from promptkd_jax.losses import linear_loss
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, load_with_tokenizer
 from promptkd_jax.sampler import Sampling, row_keys, sample
+from promptkd_jax.statistics import spread
 from promptkd_jax.teacher import view
 from promptkd_jax.text_metrics import answer_statistics, text_scores
 
@@ -214,11 +216,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             seeds[str(seed)], texts = _score_set(model, rows, options, seed)
             _write_samples(options.output / f"{name}-seed{seed}.jsonl", rows, texts)
         counts = {"rows": len(rows.tokens), "dropped": rows.dropped}
-        found[name] = counts | {"seeds": seeds} | _over_seeds(seeds.values())
+        found[name] = counts | {"seeds": seeds} | _over_seeds([*seeds.values()])
     settings = {key: value for key, value in vars(options).items() if key != "output"}
-    (options.output / "evaluation.json").write_text(
-        json.dumps({"settings": settings, "sets": found}, indent=2) + "\n"
-    )
+    write_json(options.output / "evaluation.json", {"settings": settings, "sets": found})
     return found
 
 
@@ -242,16 +242,8 @@ def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int)
 
 
 def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation (0 for one seed) of each score."""
-    scores = list(scores)
-    columns = {name: np.array([one[name] for one in scores]) for name in scores[0]}
-    return {
-        name: {
-            "mean": float(values.mean()),
-            "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
-        }
-        for name, values in columns.items()
-    }
+    """Mean and deviation of each score."""
+    return {name: spread([one[name] for one in scores])._asdict() for name in scores[0]}
 
 
 def _write_samples(file: pathlib.Path, rows: Rows, texts: Sequence[str]) -> None:

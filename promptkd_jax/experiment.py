@@ -30,7 +30,12 @@ from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import Model, check_text, chosen_layers, keep_layers, load_model
-from promptkd_jax.prompt import init_soft_prompt, random_soft_prompt, save_soft_prompt
+from promptkd_jax.prompt import (
+    init_soft_prompt,
+    pooled_soft_prompt,
+    random_soft_prompt,
+    save_soft_prompt,
+)
 from promptkd_jax.report import model_card
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import Optimizers, TrainState, init_state
@@ -52,6 +57,11 @@ class Stage:
     learning_rate: optax.Schedule
     batches: grain.MapDataset
     corpus: grain.MapDataset | None
+
+    @property
+    def updates_of_a_step(self) -> int:
+        """How often a step updates the student."""
+        return self.method.minibatches * self.method.passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +158,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
     student = student.replace(eos_ids=eos_ids)
     teacher = teacher and teacher.replace(eos_ids=eos_ids)
     rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
-    demonstrations = _demonstrations(config, rows["gold"])
+    shown = _shown(config, rows["gold"])
+    demonstrations = tuple(int(token) for index in shown for token in rows["gold"].tokens[index])
+    rows["in context"] = _without(rows["gold"], shown)
     stages, first = [], 0
     for index, stage in enumerate(config.stages):
         made = _stage(
@@ -241,21 +253,42 @@ def tokenized(config: ConfigDict, student: Model, source: str, records: Sequence
     return rows
 
 
-def _demonstrations(config: ConfigDict, rows: Rows) -> tuple[int, ...]:
-    """Token ids of some rows with their answers, one after the other; () where nobody sees them."""
+def _shown(config: ConfigDict, rows: Rows) -> list[int]:
+    """The rows that are demonstrations, with their answers; none where nobody sees them."""
     wanted = config.soft_prompt.init == "examples" or any(
         stage.teacher_view == "in_context" for stage in config.stages
     )
     if not wanted:
-        return ()
+        return []
     number, found = config.in_context.examples, len(rows.tokens)
     if number > found or not all(record.outputs for record in rows.records):
         raise DataError(
             f"{config.data.train}: {found} rows, of which {number} with an answer are wanted as "
             "demonstrations (config.in_context.examples)"
         )
-    chosen = np.random.default_rng(config.seed).choice(found, number, replace=False)
-    return tuple(int(token) for index in chosen for token in rows.tokens[index])
+    return np.random.default_rng(config.seed).choice(found, number, replace=False).tolist()
+
+
+def _without(rows: Rows, indices: Sequence[int]) -> Rows:
+    """The others: on a demonstration itself the teacher would only read out its answer."""
+    kept = [index for index in range(len(rows.tokens)) if index not in set(indices)]
+    return rows._replace(
+        tokens=[rows.tokens[index] for index in kept],
+        prompt_lengths=rows.prompt_lengths[kept],
+        records=[rows.records[index] for index in kept],
+    )
+
+
+def _check_room(config: ConfigDict, teacher: Model, demonstrations: tuple[int, ...]) -> None:
+    """Raises ModelError where demonstrations and rows are longer than the teacher can see."""
+    decoder, length = teacher.decoder.config, len(demonstrations) + config.data.max_length
+    if decoder.learned_positions and length > decoder.max_positions:
+        raise ModelError(
+            f"{teacher.name}: {config.in_context.examples} demonstrations of {len(demonstrations)} "
+            f"tokens and rows of {config.data.max_length} do not fit into its "
+            f"{decoder.max_positions} positions; set config.in_context.examples lower, or "
+            "config.data.max_length"
+        )
 
 
 def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[str, Any]:
@@ -264,7 +297,10 @@ def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[
     if any(stage.teacher_view == "prompted" for stage in config.stages):
         learned["soft_prompt"] = _soft_prompt(config, teacher, vocab_size, demonstrations, key)
     if any(stage.teacher_view == "online" for stage in config.stages):
-        learned["teacher"] = jax.tree.map(jnp.copy, teacher.params)
+        # In half precision most updates would round to nothing.
+        learned["teacher"] = jax.tree.map(
+            lambda x: jnp.array(x, jnp.float32, copy=True), teacher.params
+        )
     shapes = [model.decoder.config for model in (student, teacher) if model]
     terms = [
         term
@@ -283,10 +319,10 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
     chosen, tokenizer = config.soft_prompt, teacher.tokenizer
     if chosen.init == "random":
         return random_soft_prompt(key, chosen.length, teacher.decoder.config.width)
+    if chosen.init == "examples":
+        return pooled_soft_prompt(teacher.params, demonstrations, chosen.length)
     if chosen.init == "vocabulary":
         ids = jax.random.randint(key, (chosen.length,), 0, vocab_size)
-    elif chosen.init == "examples":
-        ids = demonstrations
     elif chosen.init == "pad":
         own = tokenizer.pad_token_id
         ids = [teacher.eos_ids[0] if own is None else own]
@@ -320,7 +356,8 @@ def save(
     paths = {"student": str(folder / "student")}
     if "teacher" in state.params:
         paths["teacher"] = str(folder / "teacher")
-        learned = teacher.replace(params=state.params["teacher"])
+        decoder = Decoder(teacher.decoder.config.replace(param_dtype="float32"))
+        learned = teacher.replace(decoder=decoder, params=state.params["teacher"])
         save_model(folder / "teacher", learned, card=card)
     if state.soft_prompt is not None:
         paths["soft prompt"] = str(folder / "soft_prompt")
@@ -404,6 +441,10 @@ def _stage(
 ) -> Stage:
     teacher, student = models
     rows, length = kinds[stage.targets], config.data.max_length
+    if stage.teacher_view == "in_context":
+        _check_room(config, teacher, demonstrations)
+        if stage.targets != "teacher":
+            rows = kinds["in context"]
     steps = build.stage_steps(stage, len(rows.tokens))
     longest = max(len(row) - length for row, length in zip(rows.tokens, rows.prompt_lengths))
     method = build.make_method(

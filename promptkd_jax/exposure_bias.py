@@ -12,7 +12,7 @@ N requests, S samples of each, T columns, R response positions, M soft-prompt to
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.batch import Batch, responses
-from promptkd_jax.data import Rows, eval_batches
+from promptkd_jax.data import Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import write_answers
 from promptkd_jax.losses import forward_kl, linear_values
 from promptkd_jax.models.decoder import Decoder
@@ -67,6 +67,7 @@ def exposure_bias(
     max_new_tokens: int,
     batch_size: int,
     vocab_size: int,
+    teacher_texts: Sequence[Rows] | None = None,
 ) -> ExposureBias:
     """The ExAccErr curve of a student and its plain teacher, both sampling at temperature 1.
 
@@ -76,22 +77,76 @@ def exposure_bias(
         that the two curves differ by their models rather than by their luck.
       max_new_tokens: R, the length of the curves.
       vocab_size: the vocabulary that teacher and student share.
+      teacher_texts: what `write_texts` gives for the teacher with all of the above and `end_ids`,
+        for who has it from another student; None: written here.
 
     Returns:
       The curves. They start at 0 %, since the first position depends on the request only.
     """
-    eos_ids = tuple(dict.fromkeys(student.eos_ids + teacher.eos_ids))
-    scoring = dict(
+    write = functools.partial(
+        write_texts,
+        rows=rows,
+        samples=samples,
+        seed=seed,
+        prompt_capacity=prompt_capacity,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        eos_ids=end_ids(teacher, student),
+    )
+    errors = functools.partial(
+        position_errors,
+        teacher,
+        student,
         batch_size=batch_size,
         length=prompt_capacity + max_new_tokens,
         capacity=max_new_tokens,
         vocab_size=vocab_size,
     )
+    if teacher_texts is None:
+        teacher_texts = write(teacher)
+    student_error, student_count = _accumulated(map(errors, write(student)))
+    teacher_error, teacher_count = _accumulated(map(errors, teacher_texts))
+    return ExposureBias(
+        student_error,
+        teacher_error,
+        ex_acc_err(student_error, teacher_error),
+        student_count,
+        teacher_count,
+    )
 
-    def along_text_of(writer: Model):
-        total = np.zeros((2, max_new_tokens))
-        for sample in range(samples):
-            answers = write_answers(
+
+def _accumulated(errors: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of `position_errors` of each sample: the mean at a position, summed up to it, and counts."""
+    total, count = np.sum(list(errors), axis=0)
+    return np.cumsum(total / np.maximum(count, 1)), count.astype(int)
+
+
+def end_ids(teacher: Model, student: Model) -> tuple[int, ...]:
+    """What ends a text of either model."""
+    return tuple(dict.fromkeys(student.eos_ids + teacher.eos_ids))
+
+
+def write_texts(
+    writer: Model,
+    rows: Rows,
+    *,
+    samples: int,
+    seed: int,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+) -> list[Rows]:
+    """The rows with what the model writes as their responses, once for each of the samples.
+
+    Args: as of `exposure_bias`; `eos_ids` end a text.
+    """
+    return [
+        with_responses(
+            rows,
+            write_answers(
                 writer,
                 rows,
                 sampling=Sampling(eos_ids=eos_ids),
@@ -100,22 +155,10 @@ def exposure_bias(
                 batch_size=batch_size,
                 key=jax.random.fold_in(jax.random.key(seed), sample),
                 vocab_size=vocab_size,
-            )
-            total += position_errors(teacher, student, _answered(rows, answers), **scoring)
-        return total
-
-    (student_sum, student_count), (teacher_sum, teacher_count) = map(
-        along_text_of, (student, teacher)
-    )
-    student_error = np.cumsum(student_sum / np.maximum(student_count, 1))
-    teacher_error = np.cumsum(teacher_sum / np.maximum(teacher_count, 1))
-    return ExposureBias(
-        student_error,
-        teacher_error,
-        ex_acc_err(student_error, teacher_error),
-        student_count.astype(int),
-        teacher_count.astype(int),
-    )
+            ),
+        )
+        for sample in range(samples)
+    ]
 
 
 def ex_acc_err(student_error: np.ndarray, teacher_error: np.ndarray) -> np.ndarray:
@@ -167,15 +210,6 @@ def _comparison(
         return jnp.stack([(error * mask).sum(axis=0), mask.sum(axis=0)])
 
     return compare
-
-
-def _answered(rows: Rows, answers: Iterable[np.ndarray]) -> Rows:
-    """The same requests with other responses."""
-    tokens = [
-        np.concatenate([row[:start], answer])
-        for row, start, answer in zip(rows.tokens, rows.prompt_lengths, answers, strict=True)
-    ]
-    return rows._replace(tokens=tokens)
 
 
 def published_curve(

@@ -18,6 +18,7 @@ B batch, T positions, D width, V vocabulary, k kept tokens of a cached teacher.
 
 import ast
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -203,8 +204,13 @@ def _with_numbers(function: Divergence, numbers: tuple[float, ...]) -> Divergenc
     names = function.__code__.co_varnames[2 : function.__code__.co_argcount]
     if not 0 < len(numbers) <= len(names) or not all(isinstance(x, int | float) for x in numbers):
         raise TypeError(f"its parameters are ({', '.join(names)}), got {numbers}")
-    if function is not alpha_beta and not all(0 <= x <= 1 for x in numbers):
-        raise ValueError(f"{names[0]} is a share between 0 and 1, got {numbers[0]}")
+    if not all(math.isfinite(x) for x in numbers):
+        raise ValueError(f"its parameters are finite numbers, got {numbers}")
+    if function is not alpha_beta and not all(0 < x < 1 for x in numbers):
+        raise ValueError(
+            f"{names[0]} is a share between 0 and 1, got {numbers[0]}; its limits are forward_kl "
+            "and reverse_kl, by name"
+        )
     return functools.partial(function, **dict(zip(names, numbers)))
 
 
@@ -251,7 +257,8 @@ class Linear(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A distribution as a cache keeps it: its k largest `log_probs` and their `ids`, `[B, T, k]`.
+    """A distribution as a cache keeps it: its k largest `log_probs` and their `ids`, `[B, T, k]`,
+    the largest first.
 
     All other tokens are one bucket, the tail. Distributions are compared in these k + 1 buckets,
     which bounds their KL divergence from below; with k = V nothing is lost.

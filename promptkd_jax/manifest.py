@@ -4,16 +4,44 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from promptkd_jax.data import DataError
+from promptkd_jax.files import write_json
 from promptkd_jax.models.load import Model, resolve
+from promptkd_jax.synthetic import PREFIX
 
 FORMAT = 1
+
+
+def claim(
+    manifest: pathlib.Path,
+    made_from: dict[str, Any],
+    teacher: Model,
+    *,
+    file: pathlib.Path | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Compares `manifest` with `made_from`, or writes it where there is none.
+
+    Args:
+      file: must not be there without its manifest.
+      state: what a new manifest says besides, such as how far the writing has come; not compared.
+
+    Raises:
+      DataError: as `compare`; or there is `file` alone.
+    """
+    if manifest.exists():
+        compare(manifest, made_from)
+    elif file is not None and file.exists():
+        raise DataError(f"{file}: {manifest.name}, which says what made it, is missing; remove it")
+    else:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        write_json(manifest, made_from | dict(state or {}) | made_by(teacher))
 
 
 def compare(manifest: pathlib.Path, made_from: dict[str, Any]) -> None:
@@ -38,16 +66,23 @@ def made_by(teacher: Model) -> dict[str, str]:
 
 
 def of_files(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
-    """What tells a teacher from others: its files, and what it is computed in."""
+    """What tells a teacher from others: its files, and what it is computed in.
+
+    A `synthetic:` one has no files, and its name decides every parameter.
+    """
+    return {
+        "teacher": path if path.startswith(PREFIX) else _digest(path),
+        "dtype": f"{dtype}, parameters {param_dtype}",
+    }
+
+
+def _digest(path: str) -> str:
     file = resolve(path)
     files = (
         [file] if file.is_file() else [file / "config.json", *sorted(file.glob("*.safetensors"))]
     )
     digests = (_file_digest(file, *_version_of(file)) for file in files)
-    return {
-        "teacher": "sha256 " + hashlib.sha256(b"".join(digests)).hexdigest(),
-        "dtype": f"{dtype}, parameters {param_dtype}",
-    }
+    return "sha256 " + hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def of_model(teacher: Model) -> dict[str, str]:

@@ -185,13 +185,28 @@ def contradictions(method) -> list[str]:
         if getattr(method, field) not in choices
     ]
     if not names:
-        found.append("student_terms: are none; expected at least one, its weight may be 0")
+        found.append("student_terms: are none; expected at least one")
     if len(set(names)) < len(names):
         found.append(f"student_terms: {', '.join(names)}: expected each name once")
-    if set(names) == {GOLD} and method.targets == "student":
+    only_own = method.targets == "student" or (
+        method.targets == "mixed" and method.on_policy_share == 1
+    )
+    if GOLD in names and only_own:
         found.append(
-            f"student_terms: {GOLD} on the student's own rollouts teaches it nothing; name a "
-            "divergence, or other targets"
+            f"student_terms: {GOLD} counts rows that the student did not write, and targets = "
+            f"{method.targets!r} has none; name a divergence instead, or other targets"
+        )
+    if names and not any(weight > 0 for _, weight in method.student_terms):
+        found.append("student_terms: all weights are 0; expected one above 0")
+    for field in ("teacher_terms", "corpus_terms"):
+        others = [name for name, _ in getattr(method, field)]
+        if len(set(others)) < len(others):
+            found.append(f"{field}: {', '.join(others)}: expected each name once")
+    adapts = method.regularisation_schedule == "adaptive"
+    if adapts and method.prompt_regulariser == "soft_cross_entropy":
+        found.append(
+            "prompt_regulariser: soft_cross_entropy does not fall to 0, so that no coefficient "
+            "brings it to target_kl; expected forward_kl, which has the same gradient"
         )
     if set(names) <= {GOLD} and not method.hidden_terms and method.teacher_view != "plain":
         found.append(
@@ -219,6 +234,13 @@ def _about_policy(method) -> list[str]:
         )
     if method.token_weighting != "uniform":
         found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY}")
+    plain = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=0)
+    for field, value in plain.items():
+        if (chosen := getattr(method.sampling, field)) != value:
+            found.append(
+                f"sampling.{field}: {chosen!r}, but {POLICY} values tokens as drawn from the "
+                f"models as they are; expected {value!r}"
+            )
     if method.teacher_share and method.teacher_view != "plain":
         found.append(
             f"teacher_share: {method.teacher_share:g} mixes the plain teacher into rollouts, of "
@@ -243,6 +265,11 @@ def _about_cache(method, names: list[str]) -> list[str]:
         found.append(
             f"temperature: {method.temperature:g} needs the whole distribution, a cached teacher "
             "keeps the largest log-probabilities; expected 1"
+        )
+    if method.token_weighting != "uniform":
+        found.append(
+            f"token_weighting: {method.token_weighting!r} needs whole distributions, a cached "
+            "teacher keeps the largest log-probabilities; expected 'uniform'"
         )
     if any(name != GOLD for name, _ in method.corpus_terms):
         found.append(

@@ -160,7 +160,10 @@ def _learner_to_teacher(targets, student):
 
 
 def _agreement(targets, student):
-    return losses.compare(losses.agreement, targets[-1], student)
+    teacher = targets[-1]
+    if isinstance(teacher, TopK):  # the largest is kept, and kept first
+        return (teacher.ids[..., 0] == jnp.argmax(student, axis=-1)).astype(jnp.float32)
+    return losses.agreement(teacher, student)
 
 
 def _entropy(targets, student):
@@ -180,18 +183,20 @@ def prompt_terms(
       plain: what the teacher says without the soft prompt; None where there is no L_reg.
       weight: of both terms; coefficient: alpha_k.
     """
-    divergence = _prompt_divergence(method.prompt_divergence, method)
+    free = method.conventions.entropy_free
+    divergence = _prompt_divergence(method.prompt_divergence, entropy_free=free)
     terms = {"prompt_kd": Term(divergence, student, weight)}
     observations = {"kl_prompted": _student_to_learner}
     if plain is not None:
-        divergence = _prompt_divergence(method.prompt_regulariser, method)
+        free &= method.regularisation_schedule != "adaptive"  # that goes by the value
+        divergence = _prompt_divergence(method.prompt_regulariser, entropy_free=free)
         terms["prompt_regulariser"] = Term(divergence, plain, weight * coefficient)
         observations["kl_plain"] = _student_to_plain
     return terms, observations
 
 
-def _prompt_divergence(name: str, method: Method) -> losses.Divergence:
-    if name == "forward_kl" and method.conventions.entropy_free:
+def _prompt_divergence(name: str, *, entropy_free: bool) -> losses.Divergence:
+    if name == "forward_kl" and entropy_free:
         name = "soft_cross_entropy"
     return losses.divergence(name)
 

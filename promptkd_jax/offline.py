@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from promptkd_jax import manifest as manifests
 from promptkd_jax.batch import Batch, responses
-from promptkd_jax.data import DataError, Rows, eval_batches
+from promptkd_jax.data import DataError, Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.files import write_json
 from promptkd_jax.losses import CHUNK_ELEMENTS, Linear, TopK, log_probs
@@ -70,7 +70,8 @@ def teacher_answers(
     Raises:
       DataError: `file` was made by something else, or is damaged.
     """
-    _begin_answers(file, teacher, rows, sampling, seed, max_new_tokens, vocab_size)
+    made_from = _answers_made_from(teacher, rows, sampling, seed, max_new_tokens, vocab_size)
+    manifests.claim(file.with_suffix(".manifest.json"), made_from, teacher, file=file)
     answers = _kept_answers(file, rows, batch_size)
     missing = write_answers(
         teacher,
@@ -91,13 +92,18 @@ def teacher_answers(
             answers.append(line["answer"])
             out.write(json.dumps(line) + "\n")
             out.flush()
-    return _with_answers(rows, answers, teacher.tokenizer)
+    records = [
+        record._replace(outputs=(decode(teacher.tokenizer, answer),))
+        for record, answer in zip(rows.records, answers, strict=True)
+    ]
+    return with_responses(rows, answers)._replace(records=records)
 
 
-def _begin_answers(file, teacher, rows, sampling, seed, max_new_tokens, vocab_size) -> None:
-    """Writes the manifest, or compares with the one that is there."""
+def _answers_made_from(
+    teacher: Model, rows: Rows, sampling: Sampling, seed: int, max_new_tokens: int, vocab_size: int
+) -> dict[str, Any]:
     requests = [_request(rows, number) for number in range(len(rows.tokens))]
-    made_from = {
+    return {
         "format": manifests.FORMAT,
         "what": "answers",
         **manifests.of_model(teacher),
@@ -108,14 +114,6 @@ def _begin_answers(file, teacher, rows, sampling, seed, max_new_tokens, vocab_si
         "max_new_tokens": max_new_tokens,
         "vocab_size": vocab_size,
     }
-    manifest = file.with_suffix(".manifest.json")
-    if manifest.exists():
-        manifests.compare(manifest, made_from)
-    elif file.exists():
-        raise DataError(f"{file}: {manifest.name}, which says what made it, is missing; remove it")
-    else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(manifest, made_from | manifests.made_by(teacher))
 
 
 def _kept_answers(file: pathlib.Path, rows: Rows, batch_size: int) -> list[list[int]]:
@@ -151,18 +149,6 @@ def _kept_answer(file: pathlib.Path, rows: Rows, number: int, text: bytes) -> li
 
 def _request(rows: Rows, number: int) -> list[int]:
     return rows.tokens[number][: rows.prompt_lengths[number]].tolist()
-
-
-def _with_answers(rows: Rows, answers: list[list[int]], tokenizer: Any) -> Rows:
-    tokens = [
-        np.concatenate([row[:length], np.asarray(answer, np.int32)])
-        for row, length, answer in zip(rows.tokens, rows.prompt_lengths, answers)
-    ]
-    records = [
-        record._replace(outputs=(decode(tokenizer, answer),))
-        for record, answer in zip(rows.records, answers, strict=True)
-    ]
-    return rows._replace(tokens=tokens, records=records)
 
 
 # Log-probabilities
@@ -236,12 +222,9 @@ def write_cache(
     made_from = _cache_made_from(manifests.of_model(teacher), teacher.tokenizer, rows, vocab_size)
     made_from |= {"top_k": top_k}
     manifest = folder / "manifest.json"
-    if manifest.exists():
-        manifests.compare(manifest, made_from)
-    else:
+    if not manifest.exists():
         _create_arrays(folder, counts, top_k, vocab_size)
-        start = {"rows_written": 0} | manifests.made_by(teacher)
-        write_json(manifest, made_from | start)
+    manifests.claim(manifest, made_from, teacher, state={"rows_written": 0})
     _write_rows(teacher, rows, folder, top_k, batch_size, length, vocab_size)
     return Cached(folder, np.array(_array(folder / "offsets.npy")), vocab_size)
 

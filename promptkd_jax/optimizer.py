@@ -47,11 +47,12 @@ def adamw(
     weight_decay: float,
     clip: float,
     decay_mask: Any = None,
+    b2: float = 0.999,
 ) -> optax.GradientTransformation:
-    """Clip the global norm to `clip`, then AdamW (0.9, 0.999, 1e-8), decoupled decay."""
+    """Clip the global norm to `clip`, then AdamW (0.9, b2, 1e-8), decoupled decay."""
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(learning_rate, weight_decay=weight_decay, mask=decay_mask),
+        optax.adamw(learning_rate, b2=b2, weight_decay=weight_decay, mask=decay_mask),
     )
 
 

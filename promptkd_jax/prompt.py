@@ -32,6 +32,19 @@ def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.
     return embed(params, repeated).astype(jnp.float32)
 
 
+def pooled_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.Array:
+    """A text of any length in `length` vectors: means of its embeddings, `[M, D]` float32.
+
+    The text is cut into M stretches of equal size; one that is shorter than M is repeated first.
+
+    Raises:
+      ValueError: no token ids.
+    """
+    repeated = max(length, len(token_ids))
+    embeddings = init_soft_prompt(params, token_ids, repeated)
+    return jnp.stack([jnp.mean(part, axis=0) for part in jnp.array_split(embeddings, length)])
+
+
 def random_soft_prompt(key: jax.Array, length: int, width: int) -> jax.Array:
     """Standard normal numbers, `[M, D]` float32: PEFT's RANDOM. Far larger than embeddings are."""
     return jax.random.normal(key, (length, width), jnp.float32)

@@ -64,6 +64,7 @@ def stage_config(name: str, **changes: Any) -> ConfigDict:
         lr_min=1e-7,
         weight_decay=1e-2,
         clip=1.0,
+        adam_b2=0.999,
         sampling=sampling_config(),
     )
     return ConfigDict(base | changes)
@@ -260,10 +261,20 @@ def _paper_stage(method: str, size: PaperSize, teacher: tuple[str, str, float, i
         changes = dict(batch_size=8, learning_rate=rate, epochs=float(epochs))
         terms = ((divergence, 1.0),)
         return method_stage(method, student_terms=terms, **(supervised | changes))
-    if method == "minillm":  # 5,000 updates, 4 for each batch of rollouts
-        schedule = dict(learning_rate=5e-6, warmup_steps=100, weight_decay=1e-6)
-        return method_stage(method, batch_size=256, micro_batches=16, steps=1250, **schedule)
     batch_size, micro_batches, rate, epochs = size.on_policy
+    if method == "minillm":  # 5,000 updates: 4 passes over 256 rollouts, a batch at a time
+        minibatches = 256 // batch_size
+        return method_stage(
+            method,
+            batch_size=256,
+            minibatches=minibatches,
+            micro_batches=micro_batches,
+            steps=5000 // (4 * minibatches),
+            learning_rate=5e-6,
+            warmup_steps=100,
+            weight_decay=1e-6,
+            adam_b2=0.95,
+        )
     return method_stage(
         method,
         batch_size=batch_size,

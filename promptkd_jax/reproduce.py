@@ -161,10 +161,14 @@ def missing_sets(given: Mapping[str, Any]) -> list[str]:
 
 
 def published_numbers(source: str) -> dict[str, dict[str, float]]:
-    """By method and set, for "FAMILY.py:student=SIZE"; says so where none are published."""
+    """By method and set, for "FAMILY.py:student=SIZE"; says so where none are published.
+
+    Without a size it is the first, as in `recipe.paper_config`.
+    """
     file, _, argument = source.partition(":")
-    student = dict(part.partition("=")[::2] for part in argument.split(",")).get("student")
     sizes = published.ROUGE_L.get(pathlib.Path(file).stem, {})
+    arguments = dict(part.partition("=")[::2] for part in argument.split(","))
+    student = arguments.get("student", next(iter(sizes), ""))
     if student not in sizes:
         known = [f"{f}.py:student={s}" for f, sizes in published.ROUGE_L.items() for s in sizes]
         print(f"no published numbers for {source}: there are those of {', '.join(known)}")

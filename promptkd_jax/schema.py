@@ -157,6 +157,7 @@ _STAGE = {
     "lr_min": Float(low=0.0),
     "weight_decay": Float(low=0.0),
     "clip": Float(low=0.0, open_low=True),
+    "adam_b2": Float(low=0.0, high=0.999999),
     "sampling": _SAMPLING,
 }
 SCHEMA = {

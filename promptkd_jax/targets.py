@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.batch import Batch, choose_rows, widen
-from promptkd_jax.method import ON_POLICY, Method
+from promptkd_jax.method import ON_POLICY, POLICY, Method
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.sampler import Sampling, Voice, row_keys, sample
 
@@ -165,6 +165,8 @@ def target_rows(
     if method.targets not in ON_POLICY:
         return batch, nobody, replay, _row_statistics(batch)
 
+    values_samples = any(name == POLICY for name, _ in method.student_terms)
+
     def write(active=None):
         return rollout(
             student,
@@ -175,7 +177,8 @@ def target_rows(
             max_new_tokens=method.rollout_length,
             sampling=method.sampling,
             vocab_size=method.vocab_size,
-            force_eos=method.conventions.force_eos,
+            # What was not sampled has no worth as a sample.
+            force_eos=method.conventions.force_eos and not values_samples,
             active=active,
             second=teacher,
             second_share=method.teacher_share,

@@ -161,7 +161,7 @@ def open_checkpoints(config: ConfigDict, workdir: pathlib.Path) -> Checkpoints:
 
 
 class Trained(NamedTuple):
-    """What training comes to: the state to export, updates done, and what they took.
+    """What training comes to: the state to export, the student's updates, and what they took.
 
     `seconds` of the whole run, all its processes; `training` the sums of `_Loop.spent`.
     """
@@ -193,7 +193,11 @@ def fit(
         if rule.export == "best" and best not in (None, loop.done):
             print(f"the best checkpoint by dev {rule.select} is that of step {best}")
             state = checkpoints.restore(best, experiment.abstract_state())[0]
-        return Trained(state, loop.done, time.monotonic() - loop.started, loop.spent)
+        updates = sum(
+            min(max(loop.done - stage.first, 0), stage.steps) * stage.updates_of_a_step
+            for stage in experiment.stages
+        )
+        return Trained(state, updates, time.monotonic() - loop.started, loop.spent)
 
 
 class _Loop:
@@ -211,7 +215,7 @@ class _Loop:
         before: dict[str, Any],
     ):
         self.experiment, self.checkpoints, self.started = experiment, checkpoints, started
-        self.state, self.done, self.before = None, 0, before
+        self.state, self.done, self._validation_loss = None, 0, before["loss"]
         self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
         self._fingerprint = fingerprint(experiment.config, schema.IRRELEVANT)
         if restored := checkpoints.restore_latest(experiment.abstract_state()):
@@ -223,6 +227,7 @@ class _Loop:
                 )
             self.started -= meta["seconds"]
             self.spent = meta["spent"]
+            self._validation_loss = meta["validation_loss"]
             print("\n".join(checkpoints.damage + [f"continuing from step {self.done}"]))
         truncate_metrics(workdir, self.done)
         self.writer = MetricWriter(workdir)
@@ -252,12 +257,13 @@ class _Loop:
         experiment, end = self.experiment, stage.first + stage.steps
         config = experiment.config
         log_every = min(config.log_every, config.stop_after_skipped)  # logs see what was skipped
+        if config.stop_after_seconds:
+            log_every = 1  # and the time
         if self.done >= end or self.over:
             return
         if self.done == stage.first:
             self.state = experiment.start(stage, self.state)
-            if not self.done:
-                self._adapt_replay(stage, self.before)
+            self._adapt_replay(stage)
         teacher = experiment.teacher and experiment.teacher.params
         step = jax.jit(
             functools.partial(
@@ -269,12 +275,14 @@ class _Loop:
             out_shardings=(experiment.placed(), None),
             donate_argnums=0,
         )
+        self._mark()
         first = self.done - stage.first
         corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
         for rows in zip(stream(stage.batches, first), corpus):
             rows = self._placed(rows)
             self.state, metrics = step(self.state, teacher, *rows)
             self.done += 1
+            self._tokens = self._tokens + metrics.scalars["tokens"]
             if self.done == stage.first + first + 1:
                 jax.block_until_ready(metrics)
                 self._mark()  # the first update of a stage is compilation
@@ -290,15 +298,8 @@ class _Loop:
 
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""
-        updates, seconds = self.done - self._marked[0], time.monotonic() - self._marked[1]
-        if updates:
-            rows = updates * self.experiment.config.stages[stage.index].batch_size
-            tokens = updates * values["tokens"]
-            spent = {"seconds": seconds, "rows": rows, "tokens": tokens}
-            self.spent = {name: self.spent[name] + spent[name] for name in spent}
-            values["tokens_per_second"] = tokens / seconds
-            values["seconds_per_update"] = seconds / updates
-        made = (self.done - stage.first) * stage.method.minibatches * stage.method.passes
+        values |= self._account(stage)
+        made = (self.done - stage.first) * stage.updates_of_a_step
         values["learning_rate"] = float(stage.learning_rate(made - 1))  # of the latest update
         self.writer.write(self.done, values | {"stage": stage.name})
         self.progress.update(self.done, values | {"loss": values["student_loss"]})
@@ -310,30 +311,42 @@ class _Loop:
                 f"the student. Last checkpoint: {self.checkpoints.latest_step()}. Try a smaller "
                 "learning rate, or dtype float32"
             )
-        self._mark()
 
     def _mark(self) -> None:
-        self._marked = self.done, time.monotonic()
+        self._marked, self._tokens = (self.done, time.monotonic()), 0.0
+
+    def _account(self, stage: Stage) -> dict[str, float]:
+        """Adds to `spent` what was done since the last mark, and marks; how fast that was."""
+        tokens = float(self._tokens)  # waits for the device
+        steps, seconds = self.done - self._marked[0], time.monotonic() - self._marked[1]
+        self._mark()
+        if not steps:
+            return {}
+        rows = steps * self.experiment.config.stages[stage.index].batch_size
+        spent = {"seconds": seconds, "rows": rows, "tokens": tokens}
+        self.spent = {name: self.spent[name] + spent[name] for name in spent}
+        return {"tokens_per_second": tokens / seconds, "seconds_per_update": seconds / steps}
 
     def _evaluate(self, stage: Stage) -> dict[str, float] | None:
         every = self.experiment.config.evaluation.every
         if not every or (self.done % every and not self.over):
             return None
+        self._account(stage)
         found = assess(self.experiment, self.state.student)
+        self._validation_loss = found["loss"]
         scores = {f"dev/{name}": value for name, value in found.items() if name != "texts"}
         self.writer.write(self.done, scores | {"stage": stage.name})
-        self._adapt_replay(stage, found)
+        self._adapt_replay(stage)
         self._mark()
         selected = self.experiment.config.checkpoint.select
         return scores | {SELECTION: -found["loss"] if selected == "loss" else found[selected]}
 
-    def _adapt_replay(self, stage: Stage, found: dict[str, Any]) -> None:
-        """DistiLLM's schedule goes by the validation loss."""
+    def _adapt_replay(self, stage: Stage) -> None:
+        """DistiLLM's schedule goes by the validation loss, first by that before the stage."""
         if stage.method.targets == "replay":
             rule = self.experiment.config.stages[stage.index].replay
-            replay = adapt(
-                self.state.replay, found["loss"], tolerance=rule.tolerance, step=rule.step
-            )
+            loss, replay = self._validation_loss, self.state.replay
+            replay = adapt(replay, loss, tolerance=rule.tolerance, step=rule.step)
             self.state = self.state.replace(replay=replay)
 
     def _save(self, stage: Stage, scores: dict[str, float] | None) -> None:
@@ -346,6 +359,7 @@ class _Loop:
                 "fingerprint": self._fingerprint,
                 "seconds": time.monotonic() - self.started,
                 "spent": self.spent,
+                "validation_loss": self._validation_loss,
             },
             metrics=scores,
             force=self.over or self._stop_asked or scores is not None,

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -164,6 +165,22 @@ def test_the_teacher_answers_anew_with_each_seed(finished):
     folder = finished[0] / "fixed" / "teacher"
     one, other = (json.loads((folder / f"test-seed{seed}.json").read_text()) for seed in (10, 20))
     assert one["test"]["texts"] != other["test"]["texts"]
+
+
+def test_the_teacher_writes_once_for_all_methods_of_a_seed(finished, config, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "again")
+    kept = {file: file.read_text() for file in workdir.glob("runs/*/exposure_bias.json")}
+    for file in kept:
+        file.unlink()
+    write, seeds = compare.write_texts, []
+    monkeypatch.setattr(
+        compare,
+        "write_texts",
+        lambda *of, seed, **how: seeds.append(seed) or write(*of, seed=seed, **how),
+    )
+    compare.measure(config, comparison.plan(config, workdir), workdir)
+    assert sorted(seeds) == [10, 20] and len(kept) == 4
+    assert kept == {file: file.read_text() for file in kept}
 
 
 def test_the_report_is_a_page_with_everything_escaped(finished):

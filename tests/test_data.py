@@ -288,6 +288,18 @@ def test_token_row_errors(tokenizer):
         _tokenize([data.Record("a", "", ()), data.Record("é", "", ())], silent)
 
 
+def test_other_responses_stand_behind_the_same_prompts():
+    rows = _rows(3)._replace(prompt_lengths=np.array([1, 2, 1], np.int32))
+    found = data.with_responses(rows, iter([[7, 8], np.array([9]), []]))
+    assert [row.tolist() for row in found.tokens] == [[0, 7, 8], [1, 1, 9], [2]]
+    assert {row.dtype for row in found.tokens} == {np.dtype(np.int32)}
+    assert found.records is rows.records and found.prompt_lengths is rows.prompt_lengths
+    assert [row.tolist() for row in rows.tokens] == [[0, 0], [1, 1, 1], [2, 2, 2, 2]]
+    for count in (2, 4):
+        with pytest.raises(ValueError, match="zip"):
+            data.with_responses(rows, [[7]] * count)
+
+
 # Batches
 
 

@@ -13,11 +13,13 @@ from test_golden import assert_close, cases
 from promptkd_jax import evaluate
 from promptkd_jax.data import Record, tokenize
 from promptkd_jax.exposure_bias import (
+    end_ids,
     ex_acc_err,
     exposure_bias,
     position_errors,
     published_curve,
     published_ex_acc_err,
+    write_texts,
 )
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import Model, load_model
@@ -106,6 +108,17 @@ def test_agrees_with_the_dense_definition(models, rows):
     np.testing.assert_allclose(found.student_error, regret, rtol=1e-4)
     np.testing.assert_allclose(found.ex_acc_err, 100 * (regret - eps) / eps, atol=0.02)
     assert np.abs(found.ex_acc_err).max() > 1
+
+
+def test_texts_of_the_teacher_written_before_are_the_same(models, rows):
+    """Texts of another seed change the teacher's curve alone."""
+    found = measured(models, rows)
+    sizes = SIZES | dict(vocab_size=models[1].vocab_size, eos_ids=end_ids(*models), samples=2)
+    for seed, same in ((3, True), (4, False)):
+        texts = write_texts(models[0], rows, seed=seed, **sizes)
+        other = measured(models, rows, teacher_texts=texts)
+        np.testing.assert_array_equal(other.student_error, found.student_error)
+        assert np.array_equal(other.teacher_error, found.teacher_error) == same
 
 
 def test_the_first_position_has_no_excess(models, rows):

@@ -243,7 +243,7 @@ def with_holes() -> tuple[np.ndarray, np.ndarray]:
     return target, learner
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "skew_forward_kl(0)", "jensen_shannon(0)"])
+@pytest.mark.parametrize("spec", [*SPECS, "skew_forward_kl(0.001)", "jensen_shannon(0.001)"])
 def test_impossible_tokens_give_finite_values_and_gradients(spec):
     target, learner = with_holes()
     value, gradient = jax.value_and_grad(lambda x: divergence(spec)(target, x).sum())(learner)
@@ -550,3 +550,17 @@ def test_no_array_of_all_logits():
 
     assert mebibytes(chunked) <= 220
     assert mebibytes(whole) > 1000
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["jensen_shannon(0.0)", "jensen_shannon(1)", "skew_forward_kl(1.0)", "skew_reverse_kl(0)"],
+)
+def test_a_share_at_its_limit_is_refused_with_the_names_of_the_limits(spec):
+    with pytest.raises(ValueError, match="its limits are forward_kl and reverse_kl, by name"):
+        losses.divergence(spec)
+
+
+def test_numbers_of_a_divergence_are_finite():
+    with pytest.raises(ValueError, match="finite"):
+        losses.divergence("alpha_beta(1e400, 1)")

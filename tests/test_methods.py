@@ -550,7 +550,7 @@ def test_minibatches_are_updates_one_after_the_other():
         (dict(token_weighting="loud"), "token_weighting: 'loud' is not one of uniform, teacher_"),
         (
             dict(student_terms=(("cross_entropy", 1.0),), targets="student"),
-            "student_terms: cross_entropy on the student's own rollouts teaches it nothing",
+            "student_terms: cross_entropy counts rows that the student did not write",
         ),
         (
             dict(student_terms=(("cross_entropy", 1.0),), teacher_view="prompted"),

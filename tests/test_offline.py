@@ -280,6 +280,19 @@ def test_a_teacher_that_moved_is_the_same(teacher, rows, small, tmp_path):
     reopen(load_model(str(moved)), rows, small, top_k=4)
 
 
+def test_a_synthetic_teacher_is_known_by_its_name(rows, tmp_path):
+    one, other = (load_model(f"synthetic:llama-D32-L1-S{seed}") for seed in (0, 1))
+    how = dict(vocab_size=one.vocab_size)
+    known = rows._replace(tokens=[row % one.vocab_size for row in rows.tokens])
+    write(one, known, tmp_path, **how)
+    reopen(load_model(one.name), known, tmp_path, **how)
+    for act in (write, reopen):
+        with refused("teacher"):
+            act(other, known, tmp_path, **how)
+        with refused("dtype"):
+            act(load_model(one.name, dtype="bfloat16"), known, tmp_path, **how)
+
+
 def test_impossible_caches_are_refused(teacher, rows, tmp_path):
     for top_k in (0, VOCABULARY + 1):
         with pytest.raises(DataError, match=rf"top_k {top_k}: expected 1 to {VOCABULARY}"):

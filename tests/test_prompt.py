@@ -11,7 +11,12 @@ from safetensors.numpy import load_file, save_file
 from test_models import LENGTHS, PREFIX, TOKENS, logits, make_pair, random_model
 
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
+from promptkd_jax.prompt import (
+    init_soft_prompt,
+    load_soft_prompt,
+    pooled_soft_prompt,
+    save_soft_prompt,
+)
 from promptkd_jax.sampler import Sampling, row_keys, sample
 
 STUDENT = [15979, 577, 345, 389, 257, 3710, 13]  # "Suppose you are a student." for GPT-2
@@ -214,3 +219,17 @@ def test_peft_generates_what_we_sample_behind_the_prompt(pair, adapted):
         eos_token_id=None,
     )
     assert found[0].tolist() == out.tokens[0].tolist()
+
+
+def test_a_long_text_is_pooled():
+    params = {"embed": {"embedding": jax.random.normal(jax.random.key(0), (14, 3))}}
+    ids = np.arange(14)
+    pairs = np.asarray(init_soft_prompt(params, ids, 14)).reshape(7, 2, -1)
+    pooled = pooled_soft_prompt(params, ids, 7)
+    np.testing.assert_allclose(pooled, pairs.mean(axis=1), rtol=1e-6)
+    exact = init_soft_prompt(params, ids[:7], 7)
+    np.testing.assert_array_equal(pooled_soft_prompt(params, ids[:7], 7), exact)
+    np.testing.assert_array_equal(
+        pooled_soft_prompt(params, ids[:3], 7),
+        init_soft_prompt(params, ids[:3], 7),
+    )

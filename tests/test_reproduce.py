@@ -9,10 +9,11 @@ import pytest
 import tiny
 
 from promptkd_jax import evaluate, published, recipe, reproduce
-from promptkd_jax.config import ConfigError
+from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.data import read_records
 from promptkd_jax.published import ROUGE_L, SETS
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = """
 import pathlib, sys
 sys.path.insert(0, {tests!r})
@@ -233,9 +234,21 @@ def test_published_numbers_are_found_by_the_name_of_the_config(capsys):
     assert found["promptkd"]["s_ni"] == 31.4 and found["teacher"]["unni"] == 33.8
     assert reproduce.published_numbers("llama.py:student=7b")["minillm"]["vicuna"] == 20.6
     assert capsys.readouterr().out == ""
-    assert reproduce.published_numbers("configs/gpt2.py") == {}
+    assert reproduce.published_numbers("gpt2.py:student=tiny") == {}
     assert "gpt2.py:student=medium" in capsys.readouterr().out
+    assert reproduce.published_numbers("configs/smollm2.py") == {}
+    assert "configs/smollm2.py" in capsys.readouterr().out
     assert all(tuple(row) == published.SETS for row in found.values())
+
+
+@pytest.mark.parametrize("family", ROUGE_L)
+def test_a_config_without_a_size_has_the_numbers_of_its_default(family, capsys):
+    config = load_config([f"--config={CONFIGS / family}.py"])[0]
+    numbers = reproduce.published_numbers(f"configs/{family}.py")
+    (size,) = [size for size, found in ROUGE_L[family].items() if found is numbers]
+    assert config.title.endswith(f" {size}")
+    assert reproduce.published_numbers(f"{family}.py:method=kd") is numbers
+    assert capsys.readouterr().out == ""
 
 
 # Mistakes
