@@ -154,7 +154,7 @@ def random(config, seed):
 adamw = optimizer.adamw(lambda step: 1e-2, weight_decay=0.1, clip=1.0)
 optimizers = Optimizers(adamw, adamw)
 method = Method(
-    targets="student", student_terms=(("reverse_kl", 1.0), ("cross_entropy", 0.1)), total_steps=4,
+    targets="student", student_terms=(("reverse_kl", 1.0), ("forward_kl", 0.1)), total_steps=4,
     response_capacity=6, prompt_capacity=4, vocab_size=30, teacher_view="prompted", micro_batches=1,
     sampling=Sampling(eos_ids=(3, 4)),
 )
