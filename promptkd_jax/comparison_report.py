@@ -178,8 +178,8 @@ def _behaviour_table(found: Mapping[str, Any], over: str) -> Table:
     last = [f"{found['exposure_bias'][row[0]][-1]:+.1f}" for row in rows]
     note = (
         f"Of the trained student, on held-out requests. {over} ExAccErr: how much more it errs on "
-        "its own text than on the teacher's, accumulated over the whole response; 0 is best, "
-        "below 0 is no fault."
+        "its own text than on the teacher's, accumulated up to the last position that a tenth of "
+        "the texts reach; 0 is best, below 0 is no fault."
     )
     rows = [[*row, value] for row, value in zip(rows, last)]
     return Table("Behaviour", note, [*header, "ExAccErr, %"], rows)
