@@ -1,6 +1,7 @@
 """The console command `promptkd`: one word chooses what it does."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -22,4 +23,6 @@ def main() -> None:
         lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
         print(f"usage: promptkd COMMAND …\n{lines}\n'promptkd COMMAND --help' says more.")
         sys.exit(0 if command in ("", "-h", "--help") else f"promptkd: no command {command!r}")
+    # "PyTorch was not found": it is not needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     importlib.import_module(f"promptkd_jax.{command}").main(arguments)

@@ -82,6 +82,8 @@ def fingerprint(config: Mapping | ConfigDict, ignore: tuple[str, ...] = ()) -> s
 def claim(folder: Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
     """Makes the folder that of a run with this config, as its `config.json` says.
 
+    A run that never got as far as to write anything else leaves its folder to the next.
+
     Args:
       ignore: as in `fingerprint`: what may change from one start of the run to the next.
 
@@ -91,7 +93,8 @@ def claim(folder: Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> Non
     file = folder / "config.json"
     ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
     theirs = json.loads(file.read_text("utf-8")) if file.exists() else None
-    if theirs and theirs["fingerprint"] != ours["fingerprint"]:
+    used = folder.exists() and any(other != file for other in folder.iterdir())
+    if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
         found, wanted = (_flat(one["config"], "config", ignore) for one in (theirs, ours))
         different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
         lines = [f"  {k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different]

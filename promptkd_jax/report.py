@@ -314,11 +314,9 @@ def model_card(
         *(f"- Stage {number}: {stage}" for number, stage in enumerate(stages, start=1)),
         f"- Training data: {data}",
         "",
-        "| held-out metric | before | after |",
-        "| --- | --- | --- |",
-        *rows,
-        "",
     ]
+    if rows:
+        lines += ["| held-out metric | before | after |", "| --- | --- | --- |", *rows, ""]
     return "\n".join(lines)
 
 

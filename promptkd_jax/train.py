@@ -86,6 +86,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     _check_devices(config, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
+        print("measuring the student before training …", flush=True)
         before = once(workdir / "before.json", lambda: assess(experiment))
         result = fit(experiment, workdir, started, before)
         return finish(experiment, workdir, result, before)
@@ -378,6 +379,7 @@ def finish(
 ) -> dict[str, Any]:
     """Exports, measures, reports; `summary.json` comes last and says that the run is finished."""
     config, state = experiment.config, trained.state
+    print("measuring the student after training …", flush=True)
     after = assess(experiment, state.student, state.soft_prompt)
     if state.soft_prompt is not None and config.evaluation.prompt_effect:
         after |= _prompt_effect(experiment, state.soft_prompt)

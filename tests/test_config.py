@@ -171,6 +171,7 @@ def test_a_missing_json_file_and_an_argument_are_told(tmp_path):
 
 def test_a_folder_has_one_config_but_for_what_is_ignored(tmp_path):
     claim(tmp_path, make_config(), ("name", "stages.learning_rate"))
+    (tmp_path / "before.json").write_text("{}")
     other = make_config()
     other.name, other.stages = "other", ({"learning_rate": 7}, {"learning_rate": 8})
     claim(tmp_path, other, ("name", "stages.learning_rate"))
@@ -432,3 +433,12 @@ def test_the_fingerprint_leaves_out_what_is_ignored():
     assert fingerprint(other, ignore) != fingerprint(changed(stages=({},)), ignore)
     assert fingerprint({"names": 1}, ("name",)) != fingerprint({"names": 2}, ("name",))
     assert fingerprint({"a": {"name": 1}}, ("name",)) != fingerprint({"a": {}}, ("name",))
+
+
+def test_a_folder_where_nothing_was_done_is_free_for_another_config(tmp_path):
+    claim(tmp_path, ConfigDict(dict(teacher="a typing mistake")))
+    claim(tmp_path, ConfigDict(dict(teacher="right")))
+    assert "right" in (tmp_path / "config.json").read_text()
+    (tmp_path / "before.json").write_text("{}")
+    with pytest.raises(ConfigError, match="teacher: there 'right', now 'another'"):
+        claim(tmp_path, ConfigDict(dict(teacher="another")))
