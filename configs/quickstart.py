@@ -6,7 +6,7 @@ student's own answers.
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import base_config, promptkd_config, sampling_config, stage_config
+from promptkd_jax.recipe import base_config, method_stage, sampling_config, stage_config
 
 
 def get_config() -> ConfigDict:
@@ -37,6 +37,6 @@ def get_config() -> ConfigDict:
             warmup_steps=4,
             lr_min=3e-5,
         ),
-        promptkd_config(steps=12, learning_rate=5e-5, prompt_learning_rate=1e-3),
+        method_stage("promptkd", steps=12, learning_rate=5e-5, prompt_learning_rate=1e-3),
     )
     return config

@@ -36,7 +36,7 @@ def sampling(config: ConfigDict, eos_ids: tuple[int, ...]) -> Sampling:
 
 
 def stage_steps(stage: ConfigDict, rows: int) -> int:
-    """Updates of a stage: as given, or whole batches of so many epochs over `rows` rows."""
+    """Steps of a stage: as given, or whole batches of so many epochs over `rows` rows."""
     return stage.steps or max(1, int(stage.epochs * (rows // stage.batch_size)))
 
 
@@ -88,21 +88,25 @@ def hidden_term(term: ConfigDict) -> HiddenTerm:
     return HiddenTerm(term.kind, float(term.weight), layers, term.heads, term.projection)
 
 
-def learning_rate(stage: ConfigDict, peak: float, steps: int) -> optax.Schedule:
-    """The stage's schedule over the updates of its `steps` steps, for one of its rates."""
+def learning_rate(stage: ConfigDict, peak: float, updates: int) -> optax.Schedule:
+    """The stage's schedule over its `updates`, for one of its rates."""
     return optimizer.schedule(
         stage.schedule,
         peak,
-        total_steps=steps,
+        total_steps=updates,
         warmup_steps=stage.warmup_steps,
         lr_min=stage.lr_min,
     )
 
 
 def make_optimizers(
-    stage: ConfigDict, student: Any, teacher: Any, *, steps: int, decay_norms: bool
+    stage: ConfigDict, student: Any, teacher: Any, *, steps: int, updates: int, decay_norms: bool
 ) -> Optimizers:
-    """AdamW for each group of parameters, each with its own clip and schedule."""
+    """AdamW for each group of parameters, each with its own clip and schedule.
+
+    Args:
+      steps: how often the stage updates soft prompt and teacher; updates: how often the student.
+    """
 
     def adamw(peak, params=None, updates=steps):
         mask = None if params is None else optimizer.decay_mask(params, decay_norms=decay_norms)
@@ -114,7 +118,6 @@ def make_optimizers(
             decay_mask=mask,
         )
 
-    updates = steps * stage.minibatches * stage.passes
     teacher_rate = stage.teacher_learning_rate or stage.learning_rate
     return Optimizers(
         student=adamw(stage.learning_rate, student, updates),

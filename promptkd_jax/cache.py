@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from promptkd_jax import experiment, sharding
-from promptkd_jax.config import ConfigError, load_config
+from promptkd_jax.config import ConfigError, parse
 from promptkd_jax.data import DataError, read_records
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.offline import write_cache
@@ -24,10 +24,7 @@ from promptkd_jax.schema import check_recipe
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and writes; a mistake of the user ends it with a message alone."""
     try:
-        options, rest = _parser().parse_known_args(argv)
-        config, unknown = load_config(rest)
-        if unknown:
-            raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+        options, config = parse(_parser(), argv)
         check_recipe(config)
         cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
     except (ConfigError, DataError, ModelError) as error:

@@ -27,14 +27,14 @@ from ml_collections import ConfigDict
 from promptkd_jax import build, comparison_report, schema
 from promptkd_jax.comparison import IRRELEVANT, Plan, Run, plan
 from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
-from promptkd_jax.config import ConfigError, claim, load_config
+from promptkd_jax.config import ConfigError, claim, parse
 from promptkd_jax.data import DataError, Rows, read_records, tokenize
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.experiment import shared_vocabulary
-from promptkd_jax.exposure_bias import end_ids, exposure_bias, write_texts
+from promptkd_jax.exposure_bias import exposure_bias, write_texts
 from promptkd_jax.files import once, write_json
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.load import Model, load_with_tokenizer
+from promptkd_jax.models.load import Model, end_ids, load_with_tokenizer
 from promptkd_jax.report import read_metrics
 from promptkd_jax.statistics import paired_difference, spread
 from promptkd_jax.text_metrics import rouge_l
@@ -63,10 +63,7 @@ class Contender(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and compares; a mistake of the user ends it with a message alone."""
     try:
-        options, rest = _parser().parse_known_args(argv)
-        config, unknown = load_config(rest)
-        if unknown:
-            raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+        options, config = parse(_parser(), argv)
         signal.signal(signal.SIGTERM, _leave)
         found = compare(config, options.workdir)
     except (ConfigError, DataError, ModelError, ComparisonError) as error:

@@ -5,6 +5,7 @@ may be. Here the file is imported and the overrides are set on the `ConfigDict` 
 mistakes are told at once, each with its path and what would be right.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -55,6 +56,21 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return config, rest
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """The options that `parser` knows, and the config that all else is about.
+
+    Raises:
+      ConfigError: as `load_config`; or an argument that is neither.
+    """
+    options, rest = parser.parse_known_args(argv)
+    config, unknown = load_config(rest)
+    if unknown:
+        raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+    return options, config
 
 
 def check(config: Mapping | ConfigDict, schema: Mapping[str, Any]) -> None:

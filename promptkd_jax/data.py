@@ -490,3 +490,12 @@ def with_responses(rows: Rows, responses: Iterable[Sequence[int]]) -> Rows:
         for row, start, response in zip(rows.tokens, rows.prompt_lengths, responses, strict=True)
     ]
     return rows._replace(tokens=tokens)
+
+
+def select_rows(rows: Rows, indices: Sequence[int]) -> Rows:
+    """The rows at these indices, in their order; one may stand there twice."""
+    return rows._replace(
+        tokens=[rows.tokens[index] for index in indices],
+        prompt_lengths=rows.prompt_lengths[np.asarray(indices, np.int32)],
+        records=[rows.records[index] for index in indices],
+    )

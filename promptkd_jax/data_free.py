@@ -51,6 +51,7 @@ from promptkd_jax.data import (
     Rows,
     eval_batches,
     render_prompt,
+    select_rows,
     tokenize,
     with_responses,
 )
@@ -211,7 +212,7 @@ def _write_round(
     """The topics drawn `[N]` and the requests written to them, with their rewards."""
     drawing, writing, answering = jax.random.split(key, 3)
     drawn = jax.random.categorical(drawing, policy.logits, shape=(settings.round_size,))
-    prompts = _select(bank, np.asarray(drawn))
+    prompts = select_rows(bank, np.asarray(drawn))
     texts = _write(pair, settings, prompts, writing)
     faults = topics.faults(texts, earlier, functools.partial(_fits, pair))
     kept = [i for i, found in enumerate(faults) if not found]
@@ -219,7 +220,7 @@ def _write_round(
     parts = zip(
         _disagreements(pair, settings, requests, answering),
         topics.similarities(requests, earlier),
-        _surprises(pair, settings, _select(prompts, kept), requests),
+        _surprises(pair, settings, select_rows(prompts, kept), requests),
     )
     scored = dict(zip(kept, parts))
     floor = reward(settings, 0.0, 1.0, max((part[2] for part in scored.values()), default=0.0))
@@ -318,15 +319,6 @@ def _measure(function: Divergence, decoders: tuple[Decoder, ...], capacity: int,
         return jnp.sum(values * where.mask, axis=1) / jnp.sum(where.mask, axis=1)
 
     return measure
-
-
-def _select(rows: Rows, indices: Sequence[int]) -> Rows:
-    return Rows(
-        tokens=[rows.tokens[i] for i in indices],
-        prompt_lengths=rows.prompt_lengths[np.asarray(indices, np.int32)],
-        records=[rows.records[i] for i in indices],
-        dropped=0,
-    )
 
 
 # The file

@@ -21,6 +21,7 @@ from promptkd_jax.data import (
     pack,
     read_corpus,
     read_records,
+    select_rows,
     tokenize,
     train_batches,
 )
@@ -29,7 +30,14 @@ from promptkd_jax.method import PRESETS, TARGETS, Method
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
-from promptkd_jax.models.load import Model, check_text, chosen_layers, keep_layers, load_model
+from promptkd_jax.models.load import (
+    Model,
+    check_text,
+    chosen_layers,
+    end_ids,
+    keep_layers,
+    load_model,
+)
 from promptkd_jax.prompt import (
     init_soft_prompt,
     pooled_soft_prompt,
@@ -57,11 +65,6 @@ class Stage:
     learning_rate: optax.Schedule
     batches: grain.MapDataset
     corpus: grain.MapDataset | None
-
-    @property
-    def updates_of_a_step(self) -> int:
-        """How often a step updates the student."""
-        return self.method.minibatches * self.method.passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,24 +157,21 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
     """
     teacher, student = load_models(config, mesh)
     vocab_size = shared_vocabulary(teacher, student)
-    eos_ids = tuple(dict.fromkeys(student.eos_ids + (teacher.eos_ids if teacher else ())))
+    eos_ids = end_ids(teacher, student)
     student = student.replace(eos_ids=eos_ids)
     teacher = teacher and teacher.replace(eos_ids=eos_ids)
     rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
     shown = _shown(config, rows["gold"])
     demonstrations = tuple(int(token) for index in shown for token in rows["gold"].tokens[index])
-    rows["in context"] = _without(rows["gold"], shown)
     stages, first = [], 0
     for index, stage in enumerate(config.stages):
+        its_rows = rows[stage.targets]
+        if stage.teacher_view == "in_context":
+            _check_room(config, teacher, demonstrations)
+            if stage.targets != "teacher":  # whose answers are not those that are shown
+                its_rows = _not_shown(its_rows, shown)
         made = _stage(
-            config,
-            stage,
-            index,
-            first,
-            rows,
-            (teacher, student),
-            vocab_size,
-            demonstrations,
+            config, index, first, its_rows, (teacher, student), vocab_size, demonstrations
         )
         stages.append(made)
         first += made.steps
@@ -269,14 +269,9 @@ def _shown(config: ConfigDict, rows: Rows) -> list[int]:
     return np.random.default_rng(config.seed).choice(found, number, replace=False).tolist()
 
 
-def _without(rows: Rows, indices: Sequence[int]) -> Rows:
+def _not_shown(rows: Rows, shown: Sequence[int]) -> Rows:
     """The others: on a demonstration itself the teacher would only read out its answer."""
-    kept = [index for index in range(len(rows.tokens)) if index not in set(indices)]
-    return rows._replace(
-        tokens=[rows.tokens[index] for index in kept],
-        prompt_lengths=rows.prompt_lengths[kept],
-        records=[rows.records[index] for index in kept],
-    )
+    return select_rows(rows, np.setdiff1d(np.arange(len(rows.tokens)), shown))
 
 
 def _check_room(config: ConfigDict, teacher: Model, demonstrations: tuple[int, ...]) -> None:
@@ -431,22 +426,17 @@ def _from_teacher_layers(config: ConfigDict, teacher: Model, load) -> Model:
 
 def _stage(
     config: ConfigDict,
-    stage: ConfigDict,
     index: int,
     first: int,
-    kinds: dict[str, Rows],
+    rows: Rows,
     models: tuple[Model | None, Model],
     vocab_size: int,
     demonstrations: tuple[int, ...],
 ) -> Stage:
-    teacher, student = models
-    rows, length = kinds[stage.targets], config.data.max_length
-    if stage.teacher_view == "in_context":
-        _check_room(config, teacher, demonstrations)
-        if stage.targets != "teacher":
-            rows = kinds["in context"]
+    """Stage `index`, after `first` steps of those before it."""
+    stage, (teacher, student), length = config.stages[index], models, config.data.max_length
     steps = build.stage_steps(stage, len(rows.tokens))
-    longest = max(len(row) - length for row, length in zip(rows.tokens, rows.prompt_lengths))
+    longest = max(len(row) - start for row, start in zip(rows.tokens, rows.prompt_lengths))
     method = build.make_method(
         config,
         stage,
@@ -456,29 +446,19 @@ def _stage(
         eos_ids=student.eos_ids,
         demonstrations=demonstrations,
     )
+    updates = steps * method.updates
     optimizers = build.make_optimizers(
         stage,
         student.params,
         teacher and teacher.params,
         steps=steps,
+        updates=updates,
         decay_norms=PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2",
     )
-    cached, how = None, config.teacher
-    if stage.teacher_view == "cached":
-        cached = offline.open_cache(
-            pathlib.Path(config.cache.path),
-            teacher=manifest.of_files(config.teacher.path, how.dtype, how.param_dtype),
-            tokenizer=student.tokenizer,
-            rows=rows,
-            vocab_size=vocab_size,
-            top_k=config.cache.top_k,
-        )
-    seed, updates = config.seed + index, steps * method.minibatches * method.passes
-    batches = functools.partial(train_batches, batch_size=stage.batch_size, length=length)
-    corpus = None
-    if stage.corpus_terms:
-        text = read_corpus(config.data.corpus, split=config.data.corpus_split)
-        corpus = batches(pack(text, student.tokenizer, length, student.eos_ids[0]), seed=seed)
+    batches = functools.partial(
+        train_batches, batch_size=stage.batch_size, length=length, seed=config.seed + index
+    )
+    cached = _cache(config, student, rows, vocab_size) if stage.teacher_view == "cached" else None
     return Stage(
         name=stage.name,
         index=index,
@@ -487,6 +467,24 @@ def _stage(
         method=method,
         optimizers=optimizers,
         learning_rate=build.learning_rate(stage, stage.learning_rate, updates),
-        batches=batches(rows, seed=seed, cached=cached, capacity=method.response_capacity),
-        corpus=corpus,
+        batches=batches(rows, cached=cached, capacity=method.response_capacity),
+        corpus=batches(_corpus(config, student)) if stage.corpus_terms else None,
     )
+
+
+def _cache(config: ConfigDict, student: Model, rows: Rows, vocab_size: int) -> offline.Cached:
+    """What the teacher, which need not be loaded, wrote down about the rows."""
+    teacher = config.teacher
+    return offline.open_cache(
+        pathlib.Path(config.cache.path),
+        teacher=manifest.of_files(teacher.path, teacher.dtype, teacher.param_dtype),
+        tokenizer=student.tokenizer,
+        rows=rows,
+        vocab_size=vocab_size,
+        top_k=config.cache.top_k,
+    )
+
+
+def _corpus(config: ConfigDict, student: Model) -> Rows:
+    texts = read_corpus(config.data.corpus, split=config.data.corpus_split)
+    return pack(texts, student.tokenizer, config.data.max_length, student.eos_ids[0])

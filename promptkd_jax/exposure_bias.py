@@ -24,7 +24,7 @@ from promptkd_jax.data import Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import write_answers
 from promptkd_jax.losses import forward_kl, linear_values
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model
+from promptkd_jax.models.load import Model, end_ids
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.teacher import view
 
@@ -120,11 +120,6 @@ def _accumulated(errors: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Of `position_errors` of each sample: the mean at a position, summed up to it, and counts."""
     total, count = np.sum(list(errors), axis=0)
     return np.cumsum(total / np.maximum(count, 1)), count.astype(int)
-
-
-def end_ids(teacher: Model, student: Model) -> tuple[int, ...]:
-    """What ends a text of either model."""
-    return tuple(dict.fromkeys(student.eos_ids + teacher.eos_ids))
 
 
 def write_texts(

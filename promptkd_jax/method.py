@@ -154,6 +154,11 @@ class Method:
         """Micro-batches that a step's rows are dealt out to."""
         return self.micro_batches * self.minibatches
 
+    @property
+    def updates(self) -> int:
+        """How often a step updates the student."""
+        return self.minibatches * self.passes
+
 
 def needs_teacher(method) -> bool:
     """For a `Method`, or the config of a stage, which has its fields."""

@@ -121,11 +121,6 @@ def method_stage(method: str, **changes: Any) -> ConfigDict:
     return stage_config(**(dict(name=method) | METHODS[method] | changes))
 
 
-def promptkd_config(**changes: Any) -> ConfigDict:
-    """PromptKD: the student's own rows, a prompted teacher, both losses reverse KL."""
-    return method_stage("promptkd", **changes)
-
-
 def base_config() -> ConfigDict:
     """Fields that all recipes share."""
     layers = FieldReference(0, field_type=object)  # a number, or a tuple

@@ -7,6 +7,7 @@ B batch, T columns, M soft-prompt tokens, V vocabulary.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -100,15 +101,7 @@ def sample(
     voices = (Voice(decoder, params, prefix), *([second] if second_share else []))
     rows, width = tokens.shape
     heads = [head(v.params)[:vocab_size].astype(v.decoder.config.dtype) for v in voices]
-
-    def logits(hidden: list[jax.Array]) -> jax.Array:  # of [B, D] each -> [B, V]
-        # Rounded to half precision, logits would tie, and top-k keeps ties.
-        each = [
-            jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32)
-            for h, kernel in zip(hidden, heads)
-        ]
-        return each[0] if len(each) == 1 else _mixed(*each, second_share)
-
+    logits = functools.partial(_logits, heads, second_share)
     prefilled = [_prefill(voice, tokens, lengths, width + max_new_tokens) for voice in voices]
     in_request = jnp.arange(width) < lengths[:, None]
     start = _Loop(
@@ -159,6 +152,16 @@ def _decode(voice: Voice, chosen, column, cache: Cache) -> tuple[jax.Array, Cach
         {"params": voice.params}, chosen[:, None], cache=cache, column=voice.shift + column
     )
     return hidden[:, 0], cache
+
+
+def _logits(heads: list[jax.Array], share: float, hidden: list[jax.Array]) -> jax.Array:
+    """`[B, V]` from each voice's head `[V, D]` and hidden states `[B, D]`."""
+    # Rounded to half precision, logits would tie, and top-k keeps ties.
+    each = [
+        jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32)
+        for h, kernel in zip(hidden, heads)
+    ]
+    return each[0] if len(each) == 1 else _mixed(*each, share)
 
 
 def _mixed(first: jax.Array, second: jax.Array, share: float) -> jax.Array:

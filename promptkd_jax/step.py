@@ -330,7 +330,7 @@ def _teacher(state: TrainState, x: Part, see: Views):
 def _update_student_in_turn(state, parts: Part, counts, see: Views, optimizers: Optimizers):
     """`passes` times each minibatch's update: (state, sums, scalars), means over the passes."""
     method = see.method
-    if method.minibatches * method.passes == 1:
+    if method.updates == 1:
         return _update_student(state, parts, counts, see, optimizers)
 
     def split(x):  # [N, …] -> [minibatches, G, …]
@@ -353,6 +353,8 @@ def _update_student(state: TrainState, parts: Part, counts, see: Views, optimize
     method = see.method
     scales = _scales(counts, method.conventions)
     observations = objective.student_observations(method)
+    if parts.corpus is not None:
+        corpus_scale = 1 / jnp.sum(parts.corpus.lengths - 1)
 
     def part(x: Part, scale):
         where = see.where(x.rows)
@@ -382,8 +384,6 @@ def _update_student(state: TrainState, parts: Part, counts, see: Views, optimize
             del sums[method.student_terms[0][0]]
         return gradients, sums | {"student_loss": total / scale}
 
-    if parts.corpus is not None:
-        corpus_scale = 1 / jnp.sum(parts.corpus.lengths - 1)
     gradients, sums = objective.accumulate(part, (parts, scales))
     scalars = {"student_grad_norm": optax.tree.norm(gradients["student"])}
     return _apply(state, gradients, optimizers), sums, scalars

@@ -4,6 +4,7 @@ of both, or what the student wrote before.
 B rows, T columns, C rows of a replay buffer.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -166,24 +167,21 @@ def target_rows(
         return batch, nobody, replay, _row_statistics(batch)
 
     values_samples = any(name == POLICY for name, _ in method.student_terms)
-
-    def write(active=None):
-        return rollout(
-            student,
-            params,
-            batch,
-            key,
-            prompt_capacity=method.prompt_capacity,
-            max_new_tokens=method.rollout_length,
-            sampling=method.sampling,
-            vocab_size=method.vocab_size,
-            # What was not sampled has no worth as a sample.
-            force_eos=method.conventions.force_eos and not values_samples,
-            active=active,
-            second=teacher,
-            second_share=method.teacher_share,
-        )
-
+    write = functools.partial(
+        rollout,
+        student,
+        params,
+        batch,
+        key,
+        prompt_capacity=method.prompt_capacity,
+        max_new_tokens=method.rollout_length,
+        sampling=method.sampling,
+        vocab_size=method.vocab_size,
+        # What was not sampled has no worth as a sample.
+        force_eos=method.conventions.force_eos and not values_samples,
+        second=teacher,
+        second_share=method.teacher_share,
+    )
     coin = jax.random.fold_in(key, _COIN)
     if method.targets == "replay":
         if replay is None:
@@ -194,7 +192,7 @@ def target_rows(
         return rows, own, replay, _row_statistics(rows) | statistics
     if method.targets == "mixed":
         own = jax.random.uniform(coin, (number,)) < method.on_policy_share
-        rows, ended = write(own)
+        rows, ended = write(active=own)
         rows = choose_rows(own, rows, batch)
         statistics = {"on_policy_share": own.mean()}
     else:

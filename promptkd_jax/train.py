@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from promptkd_jax import build, schema, sharding
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints
-from promptkd_jax.config import ConfigError, as_json, claim, fingerprint, load_config
+from promptkd_jax.config import ConfigError, as_json, claim, fingerprint, parse
 from promptkd_jax.data import DataError, stream
 from promptkd_jax.evaluate import closeness, score
 from promptkd_jax.experiment import Experiment, Stage, prepare, save
@@ -59,10 +59,7 @@ class TrainingError(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs; a mistake of the user ends it with a message alone."""
     try:
-        options, rest = _parser().parse_known_args(argv)
-        config, unknown = load_config(rest)
-        if unknown:
-            raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+        options, config = parse(_parser(), argv)
         schema.check_recipe(config)
         signal.signal(signal.SIGTERM, _leave)
         run(config, options.workdir)
@@ -86,10 +83,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     _check_devices(config, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
-        print("measuring the student before training …", flush=True)
-        before = once(workdir / "before.json", lambda: assess(experiment))
+        before = once(workdir / "before.json", lambda: _assess_first(experiment))
         result = fit(experiment, workdir, started, before)
         return finish(experiment, workdir, result, before)
+
+
+def _assess_first(experiment: Experiment) -> dict[str, Any]:
+    print("measuring the student before training …", flush=True)
+    return assess(experiment)
 
 
 def _leave(*_: Any) -> None:
@@ -195,7 +196,7 @@ def fit(
             print(f"the best checkpoint by dev {rule.select} is that of step {best}")
             state = checkpoints.restore(best, experiment.abstract_state())[0]
         updates = sum(
-            min(max(loop.done - stage.first, 0), stage.steps) * stage.updates_of_a_step
+            min(max(loop.done - stage.first, 0), stage.steps) * stage.method.updates
             for stage in experiment.stages
         )
         return Trained(state, updates, time.monotonic() - loop.started, loop.spent)
@@ -300,7 +301,7 @@ class _Loop:
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""
         values |= self._account(stage)
-        made = (self.done - stage.first) * stage.updates_of_a_step
+        made = (self.done - stage.first) * stage.method.updates
         values["learning_rate"] = float(stage.learning_rate(made - 1))  # of the latest update
         self.writer.write(self.done, values | {"stage": stage.name})
         self.progress.update(self.done, values | {"loss": values["student_loss"]})

@@ -13,7 +13,6 @@ from test_golden import assert_close, cases
 from promptkd_jax import evaluate
 from promptkd_jax.data import Record, tokenize
 from promptkd_jax.exposure_bias import (
-    end_ids,
     ex_acc_err,
     exposure_bias,
     position_errors,
@@ -22,7 +21,7 @@ from promptkd_jax.exposure_bias import (
     write_texts,
 )
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.load import Model, load_model
+from promptkd_jax.models.load import Model, end_ids, load_model
 from promptkd_jax.prompt import load_soft_prompt
 from promptkd_jax.sampler import Sampling
 

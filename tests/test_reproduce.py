@@ -18,7 +18,7 @@ CONFIG = """
 import pathlib, sys
 sys.path.insert(0, {tests!r})
 import tiny
-from promptkd_jax.recipe import promptkd_config, stage_config
+from promptkd_jax.recipe import method_stage, stage_config
 
 def get_config(arg=""):
     chosen = dict(part.split("=") for part in arg.split(","))
@@ -38,7 +38,7 @@ def get_config(arg=""):
         if chosen["method"] not in ("kd", "seqkd"):
             config.student.path = "hub/init"
     if chosen["method"] == "promptkd":
-        config.stages = (promptkd_config(**how),)
+        config.stages = (method_stage("promptkd", **how),)
     return config
 """
 SEEDS = ["10", "20"]

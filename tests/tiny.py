@@ -13,7 +13,7 @@ from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import Model
-from promptkd_jax.recipe import base_config, promptkd_config, sampling_config, stage_config
+from promptkd_jax.recipe import base_config, method_stage, sampling_config, stage_config
 
 WORDS = (
     *("red", "blue", "green", "say", "a", "the", "colour", "of", "sky", "grass"),
@@ -107,6 +107,6 @@ def short_config(folder: pathlib.Path) -> ConfigDict:
             batch_size=4,
             learning_rate=1e-3,
         ),
-        promptkd_config(steps=4, batch_size=4, micro_batches=2, learning_rate=1e-3),
+        method_stage("promptkd", steps=4, batch_size=4, micro_batches=2, learning_rate=1e-3),
     )
     return config

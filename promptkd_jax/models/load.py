@@ -141,6 +141,11 @@ def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:
     return uniform_layers(depth, chosen) if isinstance(chosen, int) else tuple(chosen)
 
 
+def end_ids(teacher: Model | None, student: Model) -> tuple[int, ...]:
+    """What ends a text of either model, the student's own first."""
+    return tuple(dict.fromkeys(student.eos_ids + (teacher.eos_ids if teacher else ())))
+
+
 def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
     """`kept` of `depth` layers, evenly spread, the first and the last among them.
 
