@@ -28,9 +28,9 @@ from promptkd_jax import build, comparison_report, schema
 from promptkd_jax.comparison import IRRELEVANT, Plan, Run, plan
 from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
 from promptkd_jax.config import ConfigError, claim, parse
-from promptkd_jax.data import DataError, Rows, read_records, tokenize
+from promptkd_jax.data import DataError, Rows, read_records
 from promptkd_jax.evaluate import decode, write_answers
-from promptkd_jax.experiment import shared_vocabulary
+from promptkd_jax.experiment import shared_vocabulary, tokenized
 from promptkd_jax.exposure_bias import exposure_bias, write_texts
 from promptkd_jax.files import once, write_json
 from promptkd_jax.models.config import ModelError
@@ -205,15 +205,8 @@ def _dev_rows(config: ConfigDict, teacher: Model) -> Rows:
 
 
 def _rows(config, source: str, split: str, model: Model, limit: int, *, need_output: bool) -> Rows:
-    data = config.run.data
-    return tokenize(
-        read_records(source, split=split, need_output=need_output)[: limit or None],
-        model.tokenizer,
-        template=data.template,
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length,
-        eos_id=model.eos_ids[0],
-    )
+    records = read_records(source, split=split, need_output=need_output)
+    return tokenized(config.run, model, source, records[: limit or None])
 
 
 def _answer_sets(

@@ -238,16 +238,16 @@ def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, wor
     )
 
 
-def tokenized(config: ConfigDict, student: Model, source: str, records: Sequence[Record]) -> Rows:
+def tokenized(config: ConfigDict, model: Model, source: str, records: Sequence[Record]) -> Rows:
     """The records as rows of the config's template and lengths; says how many were dropped."""
     limit = config.data.max_prompt_length
     rows = tokenize(
         records,
-        student.tokenizer,
+        model.tokenizer,
         template=config.data.template,
         max_prompt_length=limit,
         max_length=config.data.max_length,
-        eos_id=student.eos_ids[0],
+        eos_id=model.eos_ids[0],
     )
     print(f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens)")
     return rows
