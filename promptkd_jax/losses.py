@@ -25,10 +25,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax import sharding
+from promptkd_jax.sharding import ROWS, constrain
+
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
-# Elements of one [B, chunk, V] block of logits: 32 MiB in float32.
+# Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32.
 CHUNK_ELEMENTS = 2**23
 
 
@@ -253,7 +256,8 @@ class Linear(NamedTuple):
         """hidden @ head^T, `[B, T, V]`."""
         head = self.head.astype(self.hidden.dtype)
         # Rounded to half precision, logits would be off by more than a soft prompt moves them.
-        return jnp.einsum("btd,vd->btv", self.hidden, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", self.hidden, head, preferred_element_type=jnp.float32)
+        return constrain(logits, ROWS, None, "tensor")
 
 
 class TopK(NamedTuple):
@@ -328,8 +332,8 @@ def linear_loss(
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
     different = {id(target): target for target in targets}
     order = tuple(list(different).index(id(target)) for target in targets)
-    targets = tuple(different.values())
-    constants = jax.lax.stop_gradient((targets, mask.astype(jnp.float32), weights))
+    learner, *targets = _gathered([learner, *different.values()])
+    constants = jax.lax.stop_gradient((tuple(targets), mask.astype(jnp.float32), weights))
     functions = (tuple(terms), tuple(observe), order)
     loss, sums = _linear_loss(functions, chunk, learner, *constants)
     return loss, jax.lax.stop_gradient(sums)
@@ -350,7 +354,7 @@ def linear_values(
     Returns:
       One array per function. They carry no gradient.
     """
-    learner, targets = jax.lax.stop_gradient((learner, tuple(targets)))
+    learner, *targets = _gathered(jax.lax.stop_gradient([learner, *targets]))
     shape = learner.hidden.shape[:2]
     chunk = min(chunk or _default_chunk(shape, learner.head.shape[0]), shape[1])
     parts, join = _sequences(targets)
@@ -368,7 +372,8 @@ def linear_values(
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
     """As many positions as `CHUNK_ELEMENTS` allows, in blocks of even size: little is filled up."""
     rows, length = shape
-    most = max(CHUNK_ELEMENTS // (rows * vocab_size), 1)
+    on_one_device = max(rows * vocab_size // (sharding.parts(ROWS) * sharding.parts("tensor")), 1)
+    most = max(CHUNK_ELEMENTS // on_one_device, 1)
     blocks = -(-length // most)
     return -(-length // blocks)
 
@@ -383,6 +388,14 @@ def _block_loss(functions, learner: Linear, targets, mask, weights):
     constant = jax.lax.stop_gradient(logits)
     observed = [jnp.sum(f(references, constant) * mask) for f in observe]
     return sums @ weights, jnp.stack([*sums, *observed])
+
+
+def _gathered(models):
+    """Heads not cut along their width, so that not every block of positions has to gather them."""
+    return [
+        m._replace(head=constrain(m.head, "tensor", None)) if isinstance(m, Linear) else m
+        for m in models
+    ]
 
 
 def _references(targets):
@@ -453,6 +466,7 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
             gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
             (value, block_sums), (d_hidden, d_head) = gradient(hidden, learner.head)
             head_gradient = head_gradient + d_head.astype(jnp.float32)
+            head_gradient = constrain(head_gradient, "tensor", None)
         else:
             gradient = jax.value_and_grad(loss, has_aux=True)
             (value, block_sums), d_hidden = gradient(hidden, learner.head)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head
+from promptkd_jax.sharding import ROWS, constrain, gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Voice(NamedTuple):
     def shift(self) -> int:
         """M: how many columns its rows stand further to the right than their tokens."""
         return 0 if self.prefix is None else self.prefix.shape[0]
+
+    def resident(self) -> "Voice":
+        """With parameters as every step reads them: in the dtype of computation, not cut along
+        `fsdp`. Else each written token would gather and round all of them."""
+        dtype = self.decoder.config.dtype
+        return self._replace(params=gathered(jax.tree.map(lambda x: x.astype(dtype), self.params)))
 
 
 class _Loop(NamedTuple):
@@ -98,9 +105,10 @@ def sample(
     Returns:
       A Rollout over `[B, P + max_new_tokens]` columns; what stands behind a row's length is 0.
     """
-    voices = (Voice(decoder, params, prefix), *([second] if second_share else []))
+    voices = [Voice(decoder, params, prefix), *([second] if second_share else [])]
+    voices = [voice.resident() for voice in voices]
     rows, width = tokens.shape
-    heads = [head(v.params)[:vocab_size].astype(v.decoder.config.dtype) for v in voices]
+    heads = [head(voice.params)[:vocab_size] for voice in voices]
     logits = functools.partial(_logits, heads, second_share)
     prefilled = [_prefill(voice, tokens, lengths, width + max_new_tokens) for voice in voices]
     in_request = jnp.arange(width) < lengths[:, None]
@@ -158,7 +166,9 @@ def _logits(heads: list[jax.Array], share: float, hidden: list[jax.Array]) -> ja
     """`[B, V]` from each voice's head `[V, D]` and hidden states `[B, D]`."""
     # Rounded to half precision, logits would tie, and top-k keeps ties.
     each = [
-        jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32)
+        constrain(
+            jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32), ROWS, "tensor"
+        )
         for h, kernel in zip(hidden, heads)
     ]
     return each[0] if len(each) == 1 else _mixed(*each, share)

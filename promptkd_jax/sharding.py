@@ -1,22 +1,28 @@
 """The mesh, and one table that says where every parameter lies on it.
 
 Axes: `data` (rows), `fsdp` (rows too, and parameters cut along their width), `tensor` (heads,
-feed-forward and vocabulary). One device is a 1 x 1 x 1 mesh and the same code.
+feed-forward and vocabulary). One device is a 1 x 1 x 1 mesh and the same code; so are many
+processes, each of which holds its part of every array.
+
+Models and losses say by `constrain` where their intermediate arrays lie. They look at the mesh that
+`jax.set_mesh` has set, and without one do nothing.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from promptkd_jax.config import ConfigError
 
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))
+ROWS = ("data", "fsdp")  # the axes that the rows of a batch are dealt out to
 
 # (regular expression on a parameter's path, spec); the first match counts. Layers are stacked along
 # a leading axis. Optimizer moments have the paths of their parameters.
@@ -32,59 +38,171 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*(norm/(scale|bias)|(out|down)/bias)", P()),
     (r"(soft_prompt|projection|replay)(/.*)?", P()),
 )
+# Of grouped heads there may be fewer than devices along `tensor`: then each of these has all.
+FEW_HEADS = r"layers/attention/(key|value)/(kernel|bias)"
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices; one of the sizes may be -1, "the rest".
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `devices` (all); one of the sizes may be -1, "the rest".
+
+    Devices of several slices (TPU) are joined along `data`, which crosses the slow network least
+    often. Processes of one device each or of many, on GPUs or CPUs, come in their own order, so
+    that neighbours along `tensor` and `fsdp` are those of one node.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or `data` to slices.
     """
+    devices = jax.devices() if devices is None else devices
+    shape = _mesh_shape(sizes, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ConfigError(
+                f"config.mesh.data: {shape[0]} is not a multiple of the {slices} slices, between "
+                "which only this axis goes"
+            )
+        inside = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    else:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     shape = [sizes[axis] for axis in AXES]
-    devices = jax.device_count()
     if shape.count(-1) == 1:
-        known = int(np.prod([size for size in shape if size != -1]))
+        known = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = devices // max(known, 1)
-    if int(np.prod(shape)) != devices or min(shape) < 1:
+    if math.prod(shape) != devices or min(shape) < 1:
         asked = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES)
         raise ConfigError(f"config.mesh: {asked} does not make {devices} devices")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return tuple(shape)
 
 
 def spec(path: str) -> PartitionSpec:
     """The spec of the parameter at `path`. Raises ValueError where no rule covers it."""
     for pattern, found in RULES:
-        if re.search(rf"(^|/)({pattern})$", path):
+        if _matches(pattern, path):
             return found
     raise ValueError(f"no sharding rule covers the parameter {path!r}")
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return re.search(rf"(^|/)({pattern})$", path) is not None
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array of a parameter tree or of anything that contains one.
 
-    Scalars and keys are replicated. Raises ValueError where an axis does not divide a dimension.
+    Scalars and keys are replicated. Raises ConfigError where an axis does not divide a dimension.
     """
 
     def place(path, leaf):
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, P())
-        name = "/".join(str(_key(part)) for part in path)
-        found = spec(name)
-        for size, axes in zip(leaf.shape, found):
-            parts = mesh.shape[axes] if axes is not None else 1
-            if size % parts:
-                raise ConfigError(
-                    f"config.mesh: parameter {name} {leaf.shape}: {size} is not divisible by the "
-                    f"{parts} devices of mesh axis {axes!r}"
-                )
-        return NamedSharding(mesh, found)
+        return NamedSharding(mesh, _fitting_spec(_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Where the rows of a batch lie: across `data` and `fsdp`."""
-    return NamedSharding(mesh, ROWS)
+def _fitting_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The spec of an array of this shape on this mesh."""
+    if not shape:
+        return P()
+    kept = []
+    for size, axis in zip(shape, spec(name)):
+        parts = mesh.shape[axis] if axis is not None else 1
+        if size < parts and _matches(FEW_HEADS, name):
+            axis, parts = None, 1
+        if size % parts:
+            raise ConfigError(
+                f"config.mesh: parameter {name} {shape}: {size} is not divisible by the {parts} "
+                f"devices of mesh axis {axis!r}"
+            )
+        kept.append(axis)
+    return P(*kept)
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """Says where an array lies on the mesh in context; without one nothing is said.
+
+    Args:
+      axes: for each dimension an axis, several (`ROWS`), or None. Those that the mesh does not
+        have, or that do not divide the dimension, are left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size < 2:
+        return x
+    kept = [axis if _divides(mesh, axis, size) else None for size, axis in zip(x.shape, axes)]
+    return jax.lax.with_sharding_constraint(x, P(*kept))
+
+
+def _divides(mesh: Any, axis: Any, size: int) -> bool:
+    names = axis if isinstance(axis, tuple) else (axis,)
+    ours = all(mesh.shape.get(name) and _type(mesh, name) == AxisType.Auto for name in names)
+    return ours and size % math.prod(mesh.shape[name] for name in names) == 0
+
+
+def _type(mesh: Any, name: str) -> AxisType:
+    return mesh.axis_types[mesh.axis_names.index(name)]
+
+
+def parts(axis: Any) -> int:
+    """Devices along an axis of the mesh in context, or along several; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return math.prod(shape.get(name, 1) for name in names)
+
+
+def gathered(params: Any) -> Any:
+    """Parameters that are no longer cut along `fsdp`, for what reads all of them many times."""
+
+    def gather(path, x):
+        axes = [None if axis == "fsdp" else axis for axis in spec(_name(path))]
+        return constrain(x, *axes)
+
+    return params if parts("fsdp") == 1 else jax.tree_util.tree_map_with_path(gather, params)
+
+
+def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Where `rows` rows of a batch lie: across `data` and `fsdp`, where these divide them."""
+    return NamedSharding(mesh, P(ROWS if _divides(mesh, ROWS, rows) else None))
+
+
+def place_rows(tree: Any) -> Any:
+    """Host arrays `[B, …]`, the same on every process, on the mesh in context: each process hands
+    over the rows that its devices hold. Without a mesh: on one device."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jax.numpy.asarray, tree)
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(
+            x.shape, rows_sharding(mesh, x.shape[0]), lambda index: x[index]
+        )
+
+    return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as NumPy, whole, on every process, wherever their parts are."""
+    return jax.device_get(jax.tree.map(_whole, tree))
+
+
+def _whole(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+
+
+def platform() -> str:
+    """What the mesh in context consists of, also one of described chips that nobody has: "tpu",
+    "gpu" or "cpu"; without a mesh, what JAX computes on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def _name(path: Sequence[Any]) -> str:
+    return "/".join(str(_key(part)) for part in path)
 
 
 def _key(part: Any) -> Any:

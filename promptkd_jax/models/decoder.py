@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax.models.attention import CUT, attend, attend_to_cache
 from promptkd_jax.models.config import DecoderConfig, ModelError
+from promptkd_jax.sharding import ROWS, constrain
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -39,7 +41,12 @@ class Cache(NamedTuple):
 def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
     shape = (config.depth, rows, columns, config.kv_heads, config.head_width)
-    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    return _placed(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
+
+
+def _placed(cache: Cache) -> Cache:
+    """With rows and heads where those of queries are."""
+    return jax.tree.map(lambda x: constrain(x, None, *CUT), cache)
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:
@@ -92,7 +99,7 @@ class Decoder(nn.Module):
           ModelError: more columns than a learned position table has rows.
         """
         config = self.config
-        x = _embedding(config, config.vocab_size, "embed")(tokens)
+        x = Embedding(config, config.vocab_size, name="embed")(tokens)
         if prefix is not None:
             rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
@@ -100,7 +107,8 @@ class Decoder(nn.Module):
         if config.learned_positions:
             _check_columns(config, x.shape[1] if cache is None else cache.key.shape[2])
             table = config.max_positions + config.position_offset
-            x = x + _embedding(config, table, "positions")(positions + config.position_offset)
+            x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
+        x = constrain(x, ROWS, None, None)
         decode = column is not None
         (x, cache), _ = _layers(config)((x, cache), jnp.arange(config.depth), positions, decode)
         x = _norm(config, "final_norm")(x)
@@ -110,6 +118,22 @@ class Decoder(nn.Module):
         if prefix is not None:
             x = x[:, prefix.shape[0] :]
         return x if cache is None else (x, cache)
+
+
+class Embedding(nn.Module):
+    """A table of `rows` embeddings, looked up by `[...]` ids: `[..., D]`."""
+
+    config: DecoderConfig
+    rows: int
+
+    @nn.compact
+    def __call__(self, ids):
+        shape = (self.rows, self.config.width)
+        initial = nn.initializers.normal(0.02)
+        table = self.param("embedding", initial, shape, self.config.param_dtype)
+        # Cut along the width as well, a row would have to be put together after it is looked up.
+        table = constrain(table, "tensor", None)
+        return jnp.take(table, ids, axis=0).astype(self.config.dtype)
 
 
 class Layer(nn.Module):
@@ -124,8 +148,9 @@ class Layer(nn.Module):
         attended, cache = Attention(config, name="attention")(
             _norm(config, "attention_norm")(x), cache, index, positions, decode
         )
-        x = x + attended
+        x = constrain(x + attended, ROWS, None, None)
         x = x + FeedForward(config, name="mlp")(_norm(config, "mlp_norm")(x))
+        x = constrain(x, ROWS, None, None)
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
 
@@ -144,6 +169,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             query = _norm(config, "query_norm")(query)
             key = _norm(config, "key_norm")(key)
+        query, key, value = (constrain(x, *CUT) for x in (query, key, value))
         # Without rotary positions, so that their products say what tokens mean to one another and
         # not how far apart they stand, whatever the positions of the other model are.
         self.sow("intermediates", "queries", query)
@@ -154,9 +180,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache = _write(cache, index, key, value, positions if decode else None)
         if decode:
-            out = _attend_to_cache(config, query, cache, index, positions)
+            key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
+            out = attend_to_cache(query, key, value, positions, window=config.window)
         else:
-            out = _attend(config, query, key, value)
+            out = attend(query, key, value, window=config.window)
         return _project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
 
 
@@ -175,6 +202,7 @@ class FeedForward(nn.Module):
             hidden = activation(gate) * up
         else:
             hidden = activation(up)
+        hidden = constrain(hidden, ROWS, None, "tensor")
         return _project(config, config.width, config.mlp_bias, "down")(hidden)
 
 
@@ -216,46 +244,16 @@ def _frequencies(config: DecoderConfig) -> jax.Array:
 def _write(cache: Cache, index, key, value, positions) -> Cache:
     """Puts `[B, T, K, H]` into layer `index`: one column a row, or all from column 0."""
     if positions is None:
-        return jax.tree.map(
-            lambda c, x: jax.lax.dynamic_update_slice(c, x[None], (index, 0, 0, 0, 0)),
-            cache,
-            Cache(key, value),
-        )
-    rows = jnp.arange(key.shape[0])
-    return jax.tree.map(
-        lambda c, x: c.at[index, rows, positions[:, 0]].set(x[:, 0]), cache, Cache(key, value)
-    )
 
+        def write(c, x):
+            return jax.lax.dynamic_update_slice(c, x[None], (index, 0, 0, 0, 0))
+    else:
+        rows = jnp.arange(key.shape[0])
 
-def _attend(config: DecoderConfig, query, key, value):
-    window = None if config.window is None else (config.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=True,
-        local_window_size=window,
-        implementation=_implementation(config),
-    )
+        def write(c, x):
+            return c.at[index, rows, positions[:, 0]].set(x[:, 0])
 
-
-def _attend_to_cache(config: DecoderConfig, query, cache: Cache, index, positions):
-    """One query a row against the columns up to its own."""
-    key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
-    columns = jnp.arange(key.shape[1])[None]
-    seen = columns <= positions
-    if config.window is not None:
-        seen &= columns > positions - config.window
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=seen[:, None, None], implementation="xla"
-    )
-
-
-def _implementation(config: DecoderConfig) -> str:
-    """cuDNN where it can: a GPU, half precision, heads of at most 128 in multiples of 8."""
-    half = config.dtype in ("bfloat16", "float16")
-    fits = config.head_width % 8 == 0 and config.head_width <= 128
-    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+    return _placed(jax.tree.map(write, cache, Cache(key, value)))
 
 
 def _layers(config: DecoderConfig) -> nn.Module:
@@ -272,17 +270,6 @@ def _layers(config: DecoderConfig) -> nn.Module:
         length=config.depth,
     )
     return scanned(config, name="layers")
-
-
-def _embedding(config: DecoderConfig, rows: int, name: str) -> nn.Embed:
-    return nn.Embed(
-        rows,
-        config.width,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        embedding_init=nn.initializers.normal(0.02),
-        name=name,
-    )
 
 
 def _project(

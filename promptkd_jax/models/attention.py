@@ -1,0 +1,186 @@
+"""Causal attention of whole rows, by the fastest implementation that the chip and the shapes allow.
+
+"splash" is JAX's flash kernel for TPU, "cudnn" NVIDIA's, "xla" plain array operations; all three
+compute the same. Letters as in `models.decoder`: B rows, T columns, N heads, K key/value heads,
+H head width, S columns of the cache.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from promptkd_jax import sharding
+
+CUT = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
+LANES = 128  # the columns that a TPU register holds, and the least that splash takes at once
+MAX_BLOCK = 512  # columns; larger ones gain little and need memory on the chip
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, window: int | None = None
+) -> jax.Array:
+    """Every column attends to itself and those before it; scores are scaled by H ** -0.5.
+
+    Rows start at column 0, so there is no padding mask. Differentiable once.
+
+    Args:
+      query: `[B, T, N, H]`.
+      key, value: `[B, T, K, H]`; query head n reads key/value head n * K // N.
+      window: a column sees itself and the window - 1 before it; None: all before it.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of `query`.
+    """
+    rows, columns, heads, head_width = query.shape
+    chosen = implementation(
+        platform=sharding.platform(),
+        dtype=query.dtype.name,
+        rows=rows,
+        columns=columns,
+        heads=heads,
+        kv_heads=key.shape[2],
+        head_width=head_width,
+        row_parts=sharding.parts(sharding.ROWS),
+        head_parts=sharding.parts("tensor"),
+    )
+    if chosen == "splash":
+        return _splash(query, key, value, window)
+    if chosen == "cudnn":  # all three must be cut alike
+        query, key, value = (sharding.constrain(x, *CUT) for x in (query, key, value))
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=chosen,
+    )
+
+
+def attend_to_cache(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    columns: jax.Array,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """One query a row against the cache: `[B, 1, N, H]`.
+
+    Args:
+      query: `[B, 1, N, H]`.
+      key, value: `[B, S, K, H]`, one layer of the cache.
+      columns: `[B, 1]`, where each query stands; it sees the columns up to its own.
+      window: as for `attend`.
+    """
+    each = jnp.arange(key.shape[1])[None]
+    seen = each <= columns
+    if window is not None:
+        seen &= each > columns - window
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=seen[:, None, None], implementation="xla"
+    )
+
+
+def implementation(
+    *,
+    platform: str,
+    dtype: str,
+    rows: int,
+    columns: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    row_parts: int,
+    head_parts: int,
+) -> str:
+    """Which implementation `attend` takes: "splash", "cudnn" or "xla".
+
+    splash, on "tpu": bfloat16 or float32; at least 128 columns, since it pads to that; rows and
+    query heads that divide among the devices, since each device runs the kernel on its own.
+    Key/value heads need not divide: they are repeated.
+
+    cudnn, on "gpu": bfloat16 or float16; heads of at most 128 in multiples of 8; key/value heads
+    that divide among the devices, since it wants query, key and value cut alike. An odd number of
+    columns is fine, as there is no bias.
+
+    Args:
+      platform: of the devices, as `sharding.platform` says it.
+      dtype: of query, key and value.
+      rows, columns, heads, kv_heads, head_width: B, T, N, K, H, of all devices together.
+      row_parts: over how many devices the rows are dealt out (`data` times `fsdp`).
+      head_parts: over how many the heads are (`tensor`).
+    """
+    if platform == "tpu":
+        divides = rows % row_parts == 0 and heads % head_parts == 0
+        fits = dtype in ("bfloat16", "float32") and columns >= LANES
+        return "splash" if divides and fits else "xla"
+    if platform == "gpu":
+        fits = dtype in ("bfloat16", "float16") and head_width % 8 == 0 and head_width <= 128
+        return "cudnn" if fits and kv_heads % head_parts == 0 else "xla"
+    return "xla"
+
+
+def _splash(query, key, value, window: int | None) -> jax.Array:
+    """The kernel on each device's own rows and heads."""
+    kernel = functools.partial(_splash_on_device, window=window)
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(query, key, value)
+    # Every device needs the key/value heads of its own query heads: as many copies of each as make
+    # their number divide. There are then at most as many as query heads, which divide too.
+    kv_heads = key.shape[2]
+    copies = math.lcm(kv_heads, sharding.parts("tensor")) // kv_heads
+    key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    # check_vma: the kernel does not say along which axes its outputs vary.
+    cut = jax.shard_map(kernel, in_specs=(P(*CUT),) * 3, out_specs=P(*CUT), check_vma=False)
+    return cut(query, key, value)
+
+
+def _splash_on_device(query, key, value, *, window: int | None) -> jax.Array:
+    """The kernel wants `[N, T, H]`, scaled queries, and columns that are whole blocks.
+
+    Padded columns stand behind all others: no query sees them, and what they see is cut off.
+    """
+    _, columns, heads, head_width = query.shape
+    block = _block(columns)
+    padded = block * math.ceil(columns / block)
+    query = (query * head_width**-0.5).astype(query.dtype)
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, padded - columns), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x in (query, key, value)
+    )
+    kernel = _kernel(padded, heads, block, window)
+    return jax.vmap(kernel)(query, key, value).swapaxes(1, 2)[:, :columns]
+
+
+def _block(columns: int) -> int:
+    """Columns of a block: as few blocks of at most MAX_BLOCK as can be, with little padding."""
+    blocks = math.ceil(columns / MAX_BLOCK)
+    return LANES * math.ceil(columns / blocks / LANES)
+
+
+def _kernel(columns: int, heads: int, block: int, window: int | None):
+    """The kernel for `[N, T, H]`; on CPU, where only tests run it, interpreted."""
+    # Here, since only a TPU needs it and it is a tenth of a second to import.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    shape = (columns, columns)
+    if window is None:
+        mask = splash_attention.CausalMask(shape)
+    else:
+        mask = splash_attention.LocalMask(shape, (window - 1, 0), offset=0)
+    return splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        interpret=sharding.platform() == "cpu",
+    )

@@ -1,0 +1,196 @@
+"""Run by test_sharding.py in a process with eight virtual devices: `python on_eight_devices.py
+FAMILY`. What is computed on one device comes out on every mesh of eight."""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from promptkd_jax import optimizer, sharding
+from promptkd_jax.batch import Batch
+from promptkd_jax.method import Method
+from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.load import abstract_params
+from promptkd_jax.sampler import Sampling
+from promptkd_jax.step import Optimizers, init_state, summarise, train_step
+from promptkd_jax.targets import empty_replay, target_rows
+from promptkd_jax.teacher import Models
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,  # fewer than the devices of some meshes
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 32, "n_head": 8, "n_positions": 64}
+DEPTH = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
+CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+FAST = {"xla_backend_optimization_level": 0}
+
+
+def config_of(family: str, depth: int):
+    return from_hugging_face(CONFIGS[family] | {DEPTH[family]: depth})
+
+
+def random_params(config, seed):
+    rng = np.random.default_rng(seed)
+    shapes = abstract_params(config)
+    return jax.tree.map(lambda x: np.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), shapes)
+
+
+def rows() -> Batch:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 5, 8).astype(np.int32)
+    return Batch(rng.integers(0, 30, (8, 10)).astype(np.int32), lengths, lengths + 2)
+
+
+def method(**changes) -> Method:
+    base = Method(
+        targets="student",
+        student_terms=(("reverse_kl", 1.0), ("forward_kl", 0.1)),
+        total_steps=4,
+        response_capacity=6,
+        prompt_capacity=4,
+        vocab_size=30,
+        teacher_view="prompted",
+        sampling=Sampling(eos_ids=(3, 4)),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+ADAMW = optimizer.adamw(lambda step: 1e-2, weight_decay=0.1, clip=1.0)
+OPTIMIZERS = Optimizers(ADAMW, ADAMW)
+
+
+def begin(student):
+    soft_prompt = np.random.default_rng(4).normal(0, 0.4, (3, 32)).astype(np.float32)
+    params = {"student": random_params(student, 1), "soft_prompt": jnp.asarray(soft_prompt)}
+    return init_state(params, OPTIMIZERS, jax.random.key(2))
+
+
+def placed(tree, mesh):
+    return jax.device_put(tree, sharding.shardings(tree, mesh))
+
+
+def two_steps(teacher, student, state, frozen, batch, where=None):
+    """(state, metrics of two PromptKD steps, the rows that the first was made of)."""
+    models = Models(Decoder(student), Decoder(teacher))
+    step = functools.partial(train_step, method=method(), models=models, optimizers=OPTIMIZERS)
+
+    def with_rows(state, frozen, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        written, *_ = target_rows(
+            method(), models.student, state.student, batch, None, key, step=0, teacher=None
+        )
+        return *step(state, frozen, batch), written
+
+    jitted = jax.jit(with_rows, out_shardings=where, compiler_options=FAST)
+    measured, written = [], []
+    for _ in range(2):
+        state, metrics, made = jitted(state, frozen, batch)
+        measured.append(summarise(metrics))
+        written.append(jax.device_get(made))
+    return state, measured, written
+
+
+def close(found, expected, what):
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5, err_msg=str(what))
+
+
+def all_close(found, expected, what):
+    jax.tree.map(lambda one, other: close(one, other, what), found, expected)
+
+
+def decided(params):
+    """Without the bias of keys: it shifts all scores of a query alike, so that its gradient is 0
+    but for rounding, which Adam makes as large as any other."""
+    return jax.tree.map_with_path(
+        lambda path, x: (
+            0 if "key/bias" in jax.tree_util.keystr(path, simple=True, separator="/") else x
+        ),
+        params,
+    )
+
+
+def same_update_on_every_mesh(family: str) -> None:
+    teacher, student = config_of(family, 3), config_of(family, 2)
+    state, frozen, batch = begin(student), random_params(teacher, 3), rows()
+    one, expected, sampled = two_steps(teacher, student, state, frozen, batch)
+    assert 0 < expected[0]["eos_rate"] < 1
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), one.student, state.student)
+    assert np.mean(np.asarray(jax.tree.leaves(moved)) > 0.005) > 0.9
+    for sizes in MESHES:
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+        with jax.set_mesh(mesh):
+            there, measured, written = two_steps(
+                teacher,
+                student,
+                placed(state, mesh),
+                placed(frozen, mesh),
+                sharding.place_rows(batch),
+                (sharding.shardings(state, mesh), None, None),
+            )
+        jax.tree.map(np.testing.assert_array_equal, written, sampled)
+        for found, right in zip(measured, expected):
+            for name in right:
+                close(found[name], right[name], (sizes, name))
+        # the moments are what the gradients were
+        all_close(there.optimizers, one.optimizers, sizes)
+        all_close(decided(there.params), decided(one.params), sizes)
+        for leaf in jax.tree.leaves(there.student["layers"]["mlp"]["up"]["kernel"]):
+            assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
+
+
+def same_rows_of_every_source() -> None:
+    """Rows of two steps on all three axes: of replay the first are new, then from the buffer."""
+    student = config_of("llama", 2)
+    state, batch, decoder = begin(student), rows(), Decoder(student)
+
+    def written(targets, mesh=None):
+        each = method(targets=targets, teacher_view="plain", response_capacity=9, max_new_tokens=6)
+        replay = empty_replay(8, 10, threshold=1.0) if targets == "replay" else None
+        before = state.replace(replay=replay)
+
+        def two(state, rows):
+            replay, found = state.replay, []
+            for step in (0, each.total_steps):
+                key = jax.random.fold_in(state.key, step)
+                *made, replay, _ = target_rows(
+                    each, decoder, state.student, rows, replay, key, step=step, teacher=None
+                )
+                found.append(made)
+            return found, replay
+
+        two = jax.jit(two, compiler_options=FAST)
+        if mesh is None:
+            return jax.device_get(two(before, batch))
+        with jax.set_mesh(mesh):
+            return jax.device_get(two(placed(before, mesh), sharding.place_rows(batch)))
+
+    for targets in ("mixed", "replay"):
+        here, there = (
+            written(targets),
+            written(targets, sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))),
+        )
+        jax.tree.map(np.testing.assert_array_equal, here, there)
+        own = [own for _, own in here[0]]
+        if targets == "mixed":
+            assert 0 < np.mean(own) < 1 and (own[0] != own[1]).any(), own
+        else:
+            assert np.all(own) and here[1].count == 8
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    same_update_on_every_mesh(sys.argv[1])
+    if sys.argv[1] == "llama":
+        same_rows_of_every_source()
+    print("same on every mesh")
