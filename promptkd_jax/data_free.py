@@ -33,17 +33,16 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from promptkd_jax import hosts, sharding, topics
 from promptkd_jax import manifest as manifests
-from promptkd_jax import topics
 from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import (
     DataError,
@@ -56,6 +55,7 @@ from promptkd_jax.data import (
     with_responses,
 )
 from promptkd_jax.evaluate import decode, write_answers
+from promptkd_jax.files import Lines, read_text, write_text
 from promptkd_jax.losses import Divergence, cross_entropy, forward_kl, linear_values
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
@@ -108,7 +108,7 @@ class DataFree:
 def write_requests(
     teacher: Model,
     student: Model,
-    file: pathlib.Path,
+    file: epath.Path,
     settings: DataFree,
     *,
     template: str,
@@ -121,7 +121,8 @@ def write_requests(
     Every round is appended to `file`: a line per request with the parts of its reward (what was
     dropped says why in "fault"), then a line with the policy. A call that was stopped continues
     after the last whole round and gives the same requests; more `requests` continue as well. What
-    made the file stands beside it in `<name>.manifest.json`.
+    made the file stands beside it in `<name>.manifest.json`. All processes of a run take part; the
+    first one reads and writes the file.
 
     Args:
       teacher, student: with one tokenizer; generation ends at any of the teacher's `eos_ids`.
@@ -144,17 +145,18 @@ def write_requests(
     policy = topics.init_policy(len(bank.tokens), settings.learning_rate)
     rounds, policy = _read_rounds(file, policy)
     found = _kept(rounds)
-    while len(found) < settings.requests:
-        _check_patience(rounds, file, settings)
-        key = jax.random.fold_in(jax.random.key(settings.seed), len(rounds))
-        drawn, requests = _write_round(pair, settings, bank, policy, found, key)
-        rewards = [request.reward for request in requests]
-        policy = topics.reinforce(
-            policy, drawn, rewards, settings.learning_rate, settings.entropy_weight
-        )
-        _append_round(file, len(rounds), requests, policy)
-        rounds.append(requests)
-        found = _kept(rounds)
+    with Lines(file) as out:
+        while len(found) < settings.requests:
+            _check_patience(rounds, file, settings)
+            key = jax.random.fold_in(jax.random.key(settings.seed), len(rounds))
+            drawn, requests = _write_round(pair, settings, bank, policy, found, key)
+            rewards = [request.reward for request in requests]
+            policy = topics.reinforce(
+                policy, drawn, rewards, settings.learning_rate, settings.entropy_weight
+            )
+            out.append(_round_lines(len(rounds), requests, policy))
+            rounds.append(requests)
+            found = _kept(rounds)
     print(_account(file, rounds))
     return [Record(text, "", ()) for text in found[: settings.requests]]
 
@@ -297,7 +299,8 @@ def _means(
     params = [model.params for model in models]
     values, length = [], pair.prompt_capacity + most
     for batch, real in eval_batches(rows, batch_size=pair.batch_size, length=length):
-        values += jax.device_get(measure(params, batch))[:real].tolist()
+        found = sharding.to_host(measure(params, sharding.place_rows(batch)))
+        values += found[:real].tolist()
     if not np.isfinite(values).all():
         raise DataError(
             f"teacher {pair.teacher.name} or student {pair.student.name}: a log-probability of "
@@ -347,31 +350,32 @@ def _parameters(model: Model) -> str:
     """Of every array: a student made of a teacher's layers has no files of its own."""
     whole = hashlib.sha256()
     for leaf in jax.tree.leaves(model.params):
-        whole.update(np.asarray(jax.device_get(leaf)).tobytes())
+        whole.update(sharding.to_host(leaf).tobytes())
     return f"sha256 {whole.hexdigest()}"
 
 
-def _read_rounds(file: pathlib.Path, policy: Policy) -> tuple[list[list[_Request]], Policy]:
-    """The whole rounds of the file and the policy after them (`policy` where there is none).
-
-    What a stopped run left of the round after them is cut off.
-    """
-    rounds, pending, position, end = [], [], 0, 0
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    for number, line in enumerate(lines, start=1):
-        position += len(line)  # the file is ASCII
-        if not line.endswith("\n"):
-            break
-        fields = _parse(line, f"{file}:{number}")
-        if "logits" not in fields:
+def _read_rounds(file: epath.Path, policy: Policy) -> tuple[list[list[_Request]], Policy]:
+    """The whole rounds of the file and the policy after them (`policy` where there is none)."""
+    rounds, pending = [], []
+    for fields in hosts.on_first(lambda: _whole_rounds(file)):
+        if "logits" in fields:
+            policy = topics.restored_policy(fields, policy)
+            rounds.append(pending)
+            pending = []
+        else:
             pending.append(_Request(**fields))
-            continue
-        policy = topics.restored_policy(fields, policy)
-        rounds.append(pending)
-        pending, end = [], position
-    if position > end:
-        os.truncate(file, end)
     return rounds, policy
+
+
+def _whole_rounds(file: epath.Path) -> list[dict[str, Any]]:
+    """Their lines. What a stopped run left of the round after them is cut off."""
+    lines = read_text(file).splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    fields = [_parse(line, f"{file}:{number}") for number, line in enumerate(whole, start=1)]
+    end = max((number for number, one in enumerate(fields, start=1) if "logits" in one), default=0)
+    if end < len(lines):
+        write_text(file, "".join(lines[:end]))
+    return fields[:end]
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
@@ -381,20 +385,17 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: broken JSON ({error.msg}); take another file") from error
 
 
-def _append_round(
-    file: pathlib.Path, number: int, requests: list[_Request], policy: Policy
-) -> None:
+def _round_lines(number: int, requests: list[_Request], policy: Policy) -> str:
     lines = [request._asdict() for request in requests]
     lines.append({"round": number, **topics.policy_fields(policy)})
-    with file.open("a") as out:
-        out.write("".join(json.dumps(line) + "\n" for line in lines))
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _kept(rounds: list[list[_Request]]) -> list[str]:
     return [one.request for requests in rounds for one in requests if not one.fault]
 
 
-def _check_patience(rounds: list[list[_Request]], file: pathlib.Path, settings: DataFree) -> None:
+def _check_patience(rounds: list[list[_Request]], file: epath.Path, settings: DataFree) -> None:
     if len(rounds) >= PATIENCE and not _kept(rounds[-PATIENCE:]):
         raise DataError(
             f"{_account(file, rounds)}; {settings.requests} are wanted, but the last {PATIENCE} "
@@ -402,7 +403,7 @@ def _check_patience(rounds: list[list[_Request]], file: pathlib.Path, settings: 
         )
 
 
-def _account(file: pathlib.Path, rounds: list[list[_Request]]) -> str:
+def _account(file: epath.Path, rounds: list[list[_Request]]) -> str:
     """How many were kept, and dropped for what."""
     faults = collections.Counter(one.fault for requests in rounds for one in requests)
     kept = faults.pop("", 0)

@@ -14,15 +14,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import losses
+from promptkd_jax import hosts, losses, manifest, sharding
 from promptkd_jax.batch import Batch, responses
+from promptkd_jax.config import ConfigError
 from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
-from promptkd_jax.files import write_json
+from promptkd_jax.files import make_folder, to_path, write_json, write_text
+from promptkd_jax.hosts import HostsError
 from promptkd_jax.losses import linear_loss
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
@@ -31,6 +33,12 @@ from promptkd_jax.sampler import Sampling, row_keys, sample
 from promptkd_jax.statistics import spread
 from promptkd_jax.teacher import view
 from promptkd_jax.text_metrics import answer_statistics, text_scores
+
+# What decides the scores, as it is written beside them.
+SETTINGS = (
+    *("model", "data", "split", "template", "seeds", "temperature", "top_k", "top_p"),
+    *("no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size", "dtype"),
+)
 
 
 def write_answers(
@@ -52,21 +60,17 @@ def write_answers(
       Response tokens, an EOS included where the answer ended with one. Row i's answer depends on
       `key`, i and its request only.
     """
+    batch_size = _dealt_out(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
     rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
     length = max(map(len, rows.tokens))
     for index, (batch, real) in enumerate(
         eval_batches(rest, batch_size=batch_size, length=max(length, prompt_capacity))
     ):
-        numbers = jnp.arange(batch_size) + first + index * batch_size
-        out = compiled(
-            model.params,
-            batch.tokens[:, :prompt_capacity],
-            batch.prompt_lengths,
-            row_keys(key, numbers),
-            prefix=soft_prompt,
-        )
-        tokens, lengths = jax.device_get((out.tokens, out.lengths))
+        numbers = np.arange(batch_size, dtype=np.int32) + first + index * batch_size
+        requests = batch.tokens[:, :prompt_capacity], batch.prompt_lengths, numbers
+        out = compiled(model.params, *sharding.place_rows(requests), key, soft_prompt)
+        tokens, lengths = sharding.to_host((out.tokens, out.lengths))
         for row in range(real):
             yield tokens[row, batch.prompt_lengths[row] : lengths[row]]
 
@@ -74,15 +78,28 @@ def write_answers(
 @functools.lru_cache(maxsize=8)
 def _sampler(decoder: Decoder, sampling: Sampling, max_new_tokens: int, vocab_size: int | None):
     """One compilation for all sets and seeds."""
-    return jax.jit(
-        functools.partial(
-            sample,
+
+    @jax.jit
+    def compiled(params, requests, lengths, numbers, key, prefix):
+        return sample(
             decoder,
+            params,
+            requests,
+            lengths,
+            row_keys(key, numbers),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            prefix=prefix,
             vocab_size=vocab_size,
         )
-    )
+
+    return compiled
+
+
+def _dealt_out(batch_size: int) -> int:
+    """So many rows, or a few more, that each device has as many."""
+    devices = sharding.parts(sharding.ROWS)
+    return -(-batch_size // devices) * devices
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -112,10 +129,12 @@ def closeness(
     decoder = teacher and teacher.decoder
     compare = _comparison(decoder, student.decoder, int(capacity), vocab_size)
     total: dict[str, float] = collections.Counter()
+    batch_size = _dealt_out(batch_size)
     for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
         counted = (np.arange(batch_size) < real).astype(np.float32)
         params = (teacher and teacher.params, student.params)
-        sums = jax.device_get(compare(*params, batch, counted, soft_prompt))
+        placed = sharding.place_rows((batch, counted))
+        sums = sharding.to_host(compare(*params, *placed, soft_prompt))
         total.update({name: float(value) for name, value in sums.items()})
     tokens = total.pop("tokens")
     return {name: value / tokens for name, value in total.items()}
@@ -181,12 +200,14 @@ def score(
 def main(argv: Sequence[str] | None = None) -> None:
     """`promptkd evaluate`: every set with every seed; a table, `evaluation.json`, the samples."""
     options = _parser().parse_args(argv)
-    try:
-        found = evaluate(options)
-    except (DataError, ModelError) as error:
-        sys.exit(f"promptkd evaluate: {error}")
-    Console().print(_table(found))
-    print(f"written to {options.output}/evaluation.json, the answers beside it")
+    with hosts.together(options):
+        try:
+            with jax.set_mesh(sharding.make_mesh(sharding.parse_sizes(options.mesh))):
+                found = evaluate(options)
+        except (ConfigError, DataError, ModelError, HostsError) as error:
+            sys.exit(f"promptkd evaluate: {error}")
+        Console().print(_table(found))
+        print(f"written to {options.output}/evaluation.json, the answers beside it")
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -197,8 +218,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             f"--max-prompt-length {options.max_prompt_length}"
         )
     model = load_with_tokenizer(options.model, dtype=options.dtype)
-    options.output.mkdir(parents=True, exist_ok=True)
-    found = {}
+    output, found = to_path(options.output), {}
+    make_folder(output)
     for source in options.data:
         name = pathlib.Path(source.removeprefix("package:")).stem
         if name in found:
@@ -211,14 +232,15 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             max_length=options.max_length,
             eos_id=model.eos_ids[0],
         )
+        hosts.agree(f"the data ({source})", manifest.of_rows(rows.tokens))
         seeds = {}
         for seed in options.seeds:
             seeds[str(seed)], texts = _score_set(model, rows, options, seed)
-            _write_samples(options.output / f"{name}-seed{seed}.jsonl", rows, texts)
+            _write_samples(output / f"{name}-seed{seed}.jsonl", rows, texts)
         counts = {"rows": len(rows.tokens), "dropped": rows.dropped}
         found[name] = counts | {"seeds": seeds} | _over_seeds([*seeds.values()])
-    settings = {key: value for key, value in vars(options).items() if key != "output"}
-    write_json(options.output / "evaluation.json", {"settings": settings, "sets": found})
+    settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    write_json(output / "evaluation.json", {"settings": settings, "sets": found})
     return found
 
 
@@ -246,12 +268,17 @@ def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float
     return {name: spread([one[name] for one in scores])._asdict() for name in scores[0]}
 
 
-def _write_samples(file: pathlib.Path, rows: Rows, texts: Sequence[str]) -> None:
-    with file.open("w") as out:
-        for record, text in zip(rows.records, texts):
-            line = {"instruction": record.instruction, "input": record.input}
-            line |= {"references": record.outputs, "answer": text}
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _write_samples(file: epath.Path, rows: Rows, texts: Sequence[str]) -> None:
+    lines = [
+        {
+            "instruction": record.instruction,
+            "input": record.input,
+            "references": record.outputs,
+            "answer": text,
+        }
+        for record, text in zip(rows.records, texts)
+    ]
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _table(found: dict[str, Any]) -> Table:
@@ -269,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder, .gguf file, or hub id")
     parser.add_argument("--data", required=True, nargs="+", help="JSON lines files or hub ids")
     parser.add_argument("--split", default="test", help="of a hub data set")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for the results")
+    parser.add_argument("--output", required=True, help="folder for the results")
     parser.add_argument("--template", default="alpaca", choices=sorted(TEMPLATES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50])
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
@@ -280,6 +307,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--mesh", default="-1,1,1", help="data,fsdp,tensor; -1 for the rest")
+    hosts.add_arguments(parser)
     return parser
 
 

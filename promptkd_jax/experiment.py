@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, hidden, manifest, offline, schema, sharding
+from promptkd_jax import build, hidden, hosts, manifest, offline, schema, sharding
 from promptkd_jax.data import (
     DataError,
     Record,
@@ -26,6 +27,7 @@ from promptkd_jax.data import (
     train_batches,
 )
 from promptkd_jax.data_free import DataFree, write_requests
+from promptkd_jax.files import to_path
 from promptkd_jax.method import PRESETS, TARGETS, Method
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
@@ -128,8 +130,9 @@ class Experiment:
         return sharding.shardings(self._shapes(), self.mesh)
 
     def _shapes(self) -> TrainState:
-        key = jax.random.key(0)
-        return jax.eval_shape(lambda p: self._init(self.stages[0], p, key), self._params())
+        return jax.eval_shape(
+            lambda params: self._init(self.stages[0], params, jax.random.key(0)), self._params()
+        )
 
     def _params(self) -> dict[str, Any]:
         return {"student": self.student.params, **self.learned}
@@ -145,7 +148,7 @@ class Experiment:
         return init_state(params, stage.optimizers, key, regularisation=coefficient, replay=replay)
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Experiment:
+def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
     """Loads the models, reads the data, writes the teacher's requests and answers where the recipe
     wants them.
 
@@ -160,7 +163,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
     eos_ids = end_ids(teacher, student)
     student = student.replace(eos_ids=eos_ids)
     teacher = teacher and teacher.replace(eos_ids=eos_ids)
+    for model in filter(None, (teacher, student)):
+        facts = json.dumps(model.hf_config, sort_keys=True) + manifest.of_tokenizer(model.tokenizer)
+        hosts.agree(f"config.json or the tokenizer of {model.name}", facts)
     rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
+    for what, some in (*rows.items(), ("dev", dev)):
+        hosts.agree(f"the data ({what} rows)", manifest.of_rows(some.tokens))
     shown = _shown(config, rows["gold"])
     demonstrations = tuple(int(token) for index in shown for token in rows["gold"].tokens[index])
     stages, first = [], 0
@@ -175,11 +183,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
         )
         stages.append(made)
         first += made.steps
+    learned = _learned(config, teacher, student, vocab_size, demonstrations)
     return Experiment(
         config=config,
         teacher=teacher,
         student=student,
-        learned=_learned(config, teacher, student, vocab_size, demonstrations),
+        learned=jax.device_put(learned, sharding.shardings(learned, mesh)),
         vocab_size=vocab_size,
         dev=dev,
         stages=tuple(stages),
@@ -187,9 +196,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) 
     )
 
 
-def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: pathlib.Path):
+def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: epath.Path):
     """({kind of targets: rows}, dev rows)."""
-    data, folder = config.data, pathlib.Path(config.answers.path or workdir)
+    data, folder = config.data, to_path(config.answers.path or workdir)
     targets = {stage.targets for stage in config.stages}
     dev_gold = config.evaluation.references == "gold"
     if data.train == "teacher":
@@ -327,7 +336,7 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
 
 
 def save(
-    experiment: Experiment, state: TrainState, folder: pathlib.Path, metrics: Sequence[tuple] = ()
+    experiment: Experiment, state: TrainState, folder: epath.Path, metrics: Sequence[tuple] = ()
 ) -> dict[str, str]:
     """Writes the student of `state`, with a model card, and its soft prompt into `folder`; the
     teacher too, where it learned.
@@ -476,7 +485,7 @@ def _cache(config: ConfigDict, student: Model, rows: Rows, vocab_size: int) -> o
     """What the teacher, which need not be loaded, wrote down about the rows."""
     teacher = config.teacher
     return offline.open_cache(
-        pathlib.Path(config.cache.path),
+        epath.Path(config.cache.path),
         teacher=manifest.of_files(teacher.path, teacher.dtype, teacher.param_dtype),
         tokenizer=student.tokenizer,
         rows=rows,

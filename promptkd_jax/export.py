@@ -1,17 +1,18 @@
 """`promptkd export --workdir DIR --output FOLDER`: a checkpoint of a run, for transformers."""
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 
 from promptkd_jax import sharding
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.data import DataError
 from promptkd_jax.experiment import prepare, save
+from promptkd_jax.files import to_path
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.train import open_checkpoints
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"promptkd export: {error}")
 
 
-def export(workdir: pathlib.Path, step: str, output: pathlib.Path) -> None:
+def export(workdir: epath.Path, step: str, output: epath.Path) -> None:
     """See `main`. Raises CheckpointError where there is no such checkpoint."""
     file = workdir / "config.json"
     if not file.exists():
@@ -52,8 +53,8 @@ def _step(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd export", description=main.__doc__)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of a promptkd train")
-    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=to_path, help="of a promptkd train")
+    parser.add_argument("--output", required=True, type=to_path)
     parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
     return parser
 

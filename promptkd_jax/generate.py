@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
+from promptkd_jax import hosts, sharding
+from promptkd_jax.config import ConfigError
 from promptkd_jax.data import TEMPLATES, DataError, Record, tokenize
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.models.config import ModelError
@@ -16,49 +18,59 @@ from promptkd_jax.sampler import Sampling
 def main(argv: Sequence[str] | None = None) -> None:
     """Answers `--request`, or every line typed until an empty one."""
     options = _parser().parse_args(argv)
-    try:
-        model = load_with_tokenizer(options.model, dtype=options.dtype)
-        chosen = Sampling(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            eos_ids=model.eos_ids,
+    with hosts.together(options):
+        try:
+            with jax.set_mesh(sharding.make_mesh(sharding.parse_sizes(options.mesh))):
+                _answer_all(options)
+        except (ConfigError, DataError, ModelError) as error:
+            sys.exit(f"promptkd generate: {error}")
+
+
+def _answer_all(options: argparse.Namespace) -> None:
+    model = load_with_tokenizer(options.model, dtype=options.dtype)
+    chosen = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        eos_ids=model.eos_ids,
+    )
+    for number, request in enumerate(_requests(options.request)):
+        rows = tokenize(
+            [Record(request, "", ())],
+            model.tokenizer,
+            template=options.template,
+            max_prompt_length=options.max_prompt_length,
+            max_length=options.max_prompt_length + options.max_new_tokens,
+            eos_id=model.eos_ids[0],
         )
-        for number, request in enumerate(_requests(options.request)):
-            rows = tokenize(
-                [Record(request, "", ())],
-                model.tokenizer,
-                template=options.template,
-                max_prompt_length=options.max_prompt_length,
-                max_length=options.max_prompt_length + options.max_new_tokens,
-                eos_id=model.eos_ids[0],
-            )
-            answers = write_answers(
-                model,
-                rows,
-                sampling=chosen,
-                prompt_capacity=options.max_prompt_length,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=1,
-                vocab_size=model.vocab_size,
-                key=jax.random.fold_in(jax.random.key(options.seed), number),
-            )
-            print(decode(model.tokenizer, next(answers)), flush=True)
-    except (DataError, ModelError) as error:
-        sys.exit(f"promptkd generate: {error}")
+        answers = write_answers(
+            model,
+            rows,
+            sampling=chosen,
+            prompt_capacity=options.max_prompt_length,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=1,
+            vocab_size=model.vocab_size,
+            key=jax.random.fold_in(jax.random.key(options.seed), number),
+        )
+        print(decode(model.tokenizer, next(answers)), flush=True)
 
 
 def _requests(given: str | None) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    prompt = "> " if sys.stdin.isatty() else ""
+    while line := hosts.on_first(_typed):
+        yield line
+
+
+def _typed() -> str:
+    """The next line, "" at the end."""
     try:
-        while line := input(prompt).strip():
-            yield line
+        return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
-        return
+        return ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--mesh", default="-1,1,1", help="data,fsdp,tensor; -1 for the rest")
+    hosts.add_arguments(parser)
     return parser
 
 

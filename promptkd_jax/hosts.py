@@ -8,9 +8,11 @@ import argparse
 import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
+import socket
 import sys
 import threading
 import time
@@ -19,12 +21,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+# The exit status of many processes where a device or a connection failed, so that starting them
+# again may help; 1 says that it will not. (JAX itself aborts where a process is dead: 134.)
+RESTART = 42
 _FAILURES = "promptkd_jax/failures/"
 _POLL_SECONDS = 1.0
+_FOREVER = 10**9  # milliseconds: 11 days; who waits for a dead process is ended by its heartbeat
+_numbers = itertools.count()  # of the calls by which processes talk; the same on all
+# How JAX says that there is no cluster, or that it computes already, and so with one process.
+_ALONE = ("coordinator_address should be defined", "before any JAX calls")
 _ending = threading.Lock()  # held by whoever ends this process
 
 
@@ -41,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", type=int, help="how many there are")
     group.add_argument("--process", type=int, help="which of them this is, from 0")
     group.add_argument(
-        "--start-timeout", type=int, default=300, metavar="SECONDS", help="for all to come together"
+        "--start-timeout", type=int, default=60, metavar="SECONDS", help="for all to come together"
     )
     group.add_argument(
         "--heartbeat", type=int, default=60, metavar="SECONDS", help="until a silent one is dead"
@@ -60,15 +67,18 @@ def together(options: argparse.Namespace) -> Iterator[None]:
       options: with the flags of `add_arguments`.
 
     Raises:
-      HostsError: flags that do not say who this process is.
-      SystemExit: the others did not come, or one of them failed.
+      SystemExit: flags that do not say who this process is. (Where the others do not come, or one
+        of them fails, the process ends at once.)
     """
-    _start(options)
-    if jax.process_count() == 1:
+    try:
+        _start(options)
+    except HostsError as error:
+        sys.exit(f"promptkd: {error}")
+    if alone():
         yield
         return
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
     over = threading.Event()
     atexit.register(over.set)  # before the connection ends
     threading.Thread(target=_watch, args=[over], daemon=True).start()
@@ -82,37 +92,53 @@ def together(options: argparse.Namespace) -> Iterator[None]:
 
 def is_first() -> bool:
     """Whether this process is the one that writes files."""
-    return jax.process_index() == 0
+    return alone() or jax.process_index() == 0
+
+
+def alone() -> bool:
+    """Whether there is one process; where none was started, without touching a device."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def on_first(compute: Callable[[], Any]) -> Any:
-    """`compute()` of the first process, on all of them; it must be a JSON value."""
-    if jax.process_count() == 1:
+    """`compute()` of the first process, on all of them; it must be a JSON value.
+
+    The others wait, for as long as it takes and the first is alive.
+    """
+    if alone():
         return compute()
-    content = json.dumps(compute()).encode() if is_first() else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    padded = np.zeros(max(1024, 1 << size.bit_length()), np.uint8)  # few sizes: few compilations
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].tobytes())
+    key = f"promptkd_jax/first/{next(_numbers)}"
+    if is_first():
+        _store().key_value_set_bytes(key, json.dumps(compute()).encode())
+    return json.loads(_store().blocking_key_value_get_bytes(key, _FOREVER))
 
 
 def agree(what: str, text: str) -> None:
-    """Checks that all processes hold the same `text`.
+    """Checks that all processes hold the same `text`; they wait for one another.
 
     Raises:
       HostsError: on every process, where one holds another; says which.
     """
-    if jax.process_count() == 1:
+    if alone():
         return
-    ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    all_of_them = np.asarray(multihost_utils.process_allgather(ours))
-    others = [i for i, digest in enumerate(all_of_them) if (digest != all_of_them[0]).any()]
+    key = f"promptkd_jax/agree/{next(_numbers)}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    _store().key_value_set(f"{key}/{jax.process_index()}", digest)
+    digests = [
+        _store().blocking_key_value_get(f"{key}/{process}", _FOREVER)
+        for process in range(jax.process_count())
+    ]
+    others = [process for process, found in enumerate(digests) if found != digests[0]]
     if others:
         raise HostsError(
             f"{what} of process {', '.join(map(str, others))} is not that of process 0 (this is "
-            f"process {jax.process_index()} on {platform.node()}); all {len(all_of_them)} need the "
-            "same"
+            f"process {jax.process_index()} on {platform.node()}); all {len(digests)} need the same"
         )
+
+
+def _store():
+    """JAX's key-value store, which the coordinator keeps."""
+    return multihost.get_jax_distributed_client()
 
 
 def _start(options: argparse.Namespace) -> None:
@@ -121,58 +147,84 @@ def _start(options: argparse.Namespace) -> None:
         raise HostsError(
             "--coordinator, --processes and --process belong together: give all three or none"
         )
-    if options.processes == 1:
+    if options.processes == 1 or jax.distributed.is_initialized():
         return
-    where = options.coordinator or "the coordinator that the cluster's environment names"
-    late = (
-        f"promptkd: no connection of all {options.processes or ''} processes through {where} "
-        f"within {options.start_timeout} s (--start-timeout); this is process {options.process} on "
-        f"{platform.node()}. Is process 0 running, is the address right, is the port open?"
-    )
-    timer = threading.Timer(options.start_timeout, _leave, [late.replace("  ", " ")])
-    timer.start()  # JAX's own time limit ends in an abort that names no address
+    if options.coordinator:
+        print(
+            f"promptkd: process {options.process} of {options.processes} on {platform.node()} "
+            f"waits for the others at {options.coordinator}, {options.start_timeout} s at most",
+            file=sys.stderr,
+            flush=True,
+        )
+    if options.process:
+        _await_coordinator(options.coordinator, options.start_timeout)
     try:
         jax.distributed.initialize(
             *given,
-            initialization_timeout=options.start_timeout + 10,
+            initialization_timeout=options.start_timeout,
             heartbeat_timeout_seconds=options.heartbeat,
         )
-    except ValueError as error:
-        if given != (None, None, None) or "coordinator_address" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        if given != (None, None, None) or not any(text in str(error) for text in _ALONE):
             raise HostsError(f"--coordinator, --processes, --process: {error}") from error
-        # No cluster: one process.
-    finally:
-        timer.cancel()
+
+
+def _await_coordinator(address: str, seconds: int) -> None:
+    """Raises HostsError where nobody listens at `address`; JAX would abort, naming no address."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise HostsError(f"--coordinator: {address!r} is not HOST:PORT")
+    end, problem = time.monotonic() + seconds, None
+    while (left := end - time.monotonic()) > 0:
+        try:
+            socket.create_connection((host, int(port)), timeout=left).close()
+            return
+        except OSError as error:
+            problem = error
+            time.sleep(min(left, 0.5))
+    raise HostsError(
+        f"--coordinator: no process answers at {address} within {seconds} s (--start-timeout): "
+        f"{problem}. Is process 0 running, is the address right, is the port open?"
+    )
 
 
 def _watch(over: threading.Event) -> None:
     """Ends this process when another has failed, also in the middle of a collective operation."""
-    client = multihost.get_jax_distributed_client()
     while not over.wait(_POLL_SECONDS):
-        if failures := client.key_value_dir_get(_FAILURES):
+        if found := _failures():
             if _ending.acquire(blocking=False):
-                _leave("\n".join(message for _, message in failures))
+                _leave(*found)
             return
+
+
+def _failures() -> tuple[int, str] | None:
+    """The exit status that other processes have ended with, and why."""
+    found = [json.loads(text) for _, text in _store().key_value_dir_get(_FAILURES)]
+    if not found:
+        return None
+    return min(status for status, _ in found), "\n".join(message for _, message in found)
 
 
 def _end_all(error: BaseException) -> None:
     """Says what went wrong here, lets the others know, and does not wait for them."""
     if not _ending.acquire(blocking=False):
-        time.sleep(60)  # another thread ends the process
+        time.sleep(60)  # the thread that watches ends the process
     if isinstance(error, SystemExit):
-        message = str(error.code)
+        found = 1, str(error.code)
     else:
-        message = "".join(traceback.format_exception(error)).rstrip()
+        status = RESTART if isinstance(error, jax.errors.JaxRuntimeError) else 1
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        # Maybe another one has ended in the middle of what they did together, and has said why.
+        found = _failures() or (status, trace)
+    status, message = found
     who = f"process {jax.process_index()} on {platform.node()}"
-    multihost.get_jax_distributed_client().key_value_set(
-        f"{_FAILURES}{jax.process_index()}", f"{who}: {message}"
-    )
-    _leave(message)
+    said = json.dumps([status, f"{who}: {message}"])
+    _store().key_value_set(f"{_FAILURES}{jax.process_index()}", said)
+    _leave(status, message)
 
 
-def _leave(message: str) -> None:
-    """Ends the process whatever its threads wait for; the first stays until all have read why."""
+def _leave(status: int, message: str) -> None:
+    """Ends the process whatever its threads wait for, when the others have read why."""
     print(message, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized() and is_first():
-        time.sleep(3 * _POLL_SECONDS)
-    os._exit(1)
+    time.sleep(3 * _POLL_SECONDS)
+    os._exit(status)

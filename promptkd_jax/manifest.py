@@ -9,9 +9,11 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from promptkd_jax import hosts
 from promptkd_jax.data import DataError
-from promptkd_jax.files import write_json
+from promptkd_jax.files import make_folder, read_text, write_json
 from promptkd_jax.models.load import Model, resolve
 from promptkd_jax.synthetic import PREFIX
 
@@ -19,14 +21,16 @@ FORMAT = 1
 
 
 def claim(
-    manifest: pathlib.Path,
+    manifest: epath.Path,
     made_from: dict[str, Any],
     teacher: Model,
     *,
-    file: pathlib.Path | None = None,
+    file: epath.Path | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> None:
     """Compares `manifest` with `made_from`, or writes it where there is none.
+
+    All processes of a run call this alike; the first looks and writes, then all go on.
 
     Args:
       file: must not be there without its manifest.
@@ -35,16 +39,20 @@ def claim(
     Raises:
       DataError: as `compare`; or there is `file` alone.
     """
+    hosts.on_first(lambda: _compare_or_write(manifest, made_from, teacher, file, state))
+
+
+def _compare_or_write(manifest, made_from, teacher, file, state) -> None:
     if manifest.exists():
         compare(manifest, made_from)
     elif file is not None and file.exists():
         raise DataError(f"{file}: {manifest.name}, which says what made it, is missing; remove it")
     else:
-        manifest.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(manifest.parent)
         write_json(manifest, made_from | dict(state or {}) | made_by(teacher))
 
 
-def compare(manifest: pathlib.Path, made_from: dict[str, Any]) -> None:
+def compare(manifest: epath.Path, made_from: dict[str, Any]) -> None:
     """Raises DataError where `manifest` says anything else than `made_from`, with all that
     differs."""
     found, wanted = read_json(manifest), json.loads(json.dumps(made_from))
@@ -68,10 +76,11 @@ def made_by(teacher: Model) -> dict[str, str]:
 def of_files(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
     """What tells a teacher from others: its files, and what it is computed in.
 
-    A `synthetic:` one has no files, and its name decides every parameter.
+    A `synthetic:` one has no files, and its name decides every parameter. The files are read by the
+    first process of a run, which tells the others.
     """
     return {
-        "teacher": path if path.startswith(PREFIX) else _digest(path),
+        "teacher": path if path.startswith(PREFIX) else hosts.on_first(lambda: _digest(path)),
         "dtype": f"{dtype}, parameters {param_dtype}",
     }
 
@@ -120,10 +129,10 @@ def of_rows(rows: Sequence[Sequence[int]]) -> str:
     return f"{len(rows)} rows, sha256 {whole.hexdigest()}"
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: epath.Path) -> dict[str, Any]:
     """What a manifest says. Raises DataError where it is no JSON."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(read_text(file))
     except ValueError as error:
         raise DataError(
             f"{file}: damaged: {error}; remove it and what lies beside it, it is written anew"

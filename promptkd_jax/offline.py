@@ -24,13 +24,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from rich.progress import Progress
 
+from promptkd_jax import hosts, sharding
 from promptkd_jax import manifest as manifests
 from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import DataError, Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import decode, write_answers
-from promptkd_jax.files import write_json
+from promptkd_jax.files import Lines, is_remote, make_folder, write_json, write_text
 from promptkd_jax.losses import CHUNK_ELEMENTS, Linear, TopK, log_probs
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
@@ -46,7 +48,7 @@ ARRAYS = tuple(f"{name}.npy" for name in TopK._fields)
 def teacher_answers(
     teacher: Model,
     rows: Rows,
-    file: pathlib.Path,
+    file: epath.Path,
     *,
     sampling: Sampling,
     prompt_capacity: int,
@@ -58,7 +60,8 @@ def teacher_answers(
     """The rows with responses that the teacher wrote (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
 
     They are kept in `file`, with a manifest beside it; what is missing there is written, in the
-    same batches and so with the same answers as if the writing had never been stopped.
+    same batches and so with the same answers as if the writing had never been stopped. All
+    processes of a run take part; the first one reads and writes the file.
 
     Args:
       rows: their requests are answered; the responses that they have are not looked at.
@@ -72,7 +75,9 @@ def teacher_answers(
     """
     made_from = _answers_made_from(teacher, rows, sampling, seed, max_new_tokens, vocab_size)
     manifests.claim(file.with_suffix(".manifest.json"), made_from, teacher, file=file)
-    answers = _kept_answers(file, rows, batch_size)
+    devices = sharding.parts(sharding.ROWS)
+    batch_size = -(-batch_size // devices) * devices  # as `write_answers` deals them out
+    answers = hosts.on_first(lambda: _kept_answers(file, rows, batch_size))
     missing = write_answers(
         teacher,
         rows,
@@ -86,12 +91,11 @@ def teacher_answers(
     )
     if len(answers) < len(rows.tokens):
         print(f"the teacher writes {len(rows.tokens) - len(answers)} answers into {file}")
-    with file.open("a") as out:
+    with Lines(file) as out:
         for answer in missing:
             line = {"request": _request(rows, len(answers)), "answer": answer.tolist()}
             answers.append(line["answer"])
-            out.write(json.dumps(line) + "\n")
-            out.flush()
+            out.append(json.dumps(line) + "\n")
     records = [
         record._replace(outputs=(decode(teacher.tokenizer, answer),))
         for record, answer in zip(rows.records, answers, strict=True)
@@ -116,7 +120,7 @@ def _answers_made_from(
     }
 
 
-def _kept_answers(file: pathlib.Path, rows: Rows, batch_size: int) -> list[list[int]]:
+def _kept_answers(file: epath.Path, rows: Rows, batch_size: int) -> list[list[int]]:
     """The answers in `file`: all, or those of whole batches, so that what is still to be written is
     computed in the same batches as in a run that was not stopped. A torn end is cut off."""
     if not file.exists():
@@ -126,11 +130,12 @@ def _kept_answers(file: pathlib.Path, rows: Rows, batch_size: int) -> list[list[
     if len(whole) != len(rows.tokens):
         whole = whole[: len(whole) // batch_size * batch_size]
     answers = [_kept_answer(file, rows, *numbered) for numbered in enumerate(whole)]
-    os.truncate(file, sum(map(len, whole)))
+    if whole != lines:
+        write_text(file, b"".join(whole).decode())
     return answers
 
 
-def _kept_answer(file: pathlib.Path, rows: Rows, number: int, text: bytes) -> list[int]:
+def _kept_answer(file: epath.Path, rows: Rows, number: int, text: bytes) -> list[int]:
     try:
         line = json.loads(text)
         request, answer = line["request"], line["answer"]
@@ -194,7 +199,7 @@ class Cached:
 def write_cache(
     teacher: Model,
     rows: Rows,
-    folder: pathlib.Path,
+    folder: epath.PathLike,
     *,
     top_k: int,
     batch_size: int,
@@ -204,16 +209,20 @@ def write_cache(
     """Writes the plain teacher's k largest log-probabilities at every response position into
     `folder`, or what is still missing there.
 
+    All processes of a run take part; the first one writes.
+
     Args:
+      folder: of a file system, not of a bucket.
       top_k: k, at most `vocab_size`, where nothing is lost.
       batch_size: rows in one call of the teacher. The same one gives the same bytes.
       length: T, at least that of the longest row.
       vocab_size: the vocabulary that teacher and student share; probabilities add up to 1 over it.
 
     Raises:
-      DataError: `folder` was made by something else; a k or rows that cannot be used; or the
-        teacher's log-probabilities are not finite.
+      DataError: `folder` was made by something else, or is in a bucket; a k or rows that cannot be
+        used; or the teacher's log-probabilities are not finite.
     """
+    folder = on_a_file_system(folder)
     if not 0 < top_k <= vocab_size:
         raise DataError(f"top_k {top_k}: expected 1 to {vocab_size}, the size of the vocabulary")
     counts = _response_counts(rows)
@@ -222,15 +231,16 @@ def write_cache(
     made_from = _cache_made_from(manifests.of_model(teacher), teacher.tokenizer, rows, vocab_size)
     made_from |= {"top_k": top_k}
     manifest = folder / "manifest.json"
-    if not manifest.exists():
-        _create_arrays(folder, counts, top_k, vocab_size)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    if hosts.is_first() and not manifest.exists():
+        _create_arrays(folder, offsets, top_k, vocab_size)
     manifests.claim(manifest, made_from, teacher, state={"rows_written": 0})
-    _write_rows(teacher, rows, folder, top_k, batch_size, length, vocab_size)
-    return Cached(folder, np.array(_array(folder / "offsets.npy")), vocab_size)
+    _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size)
+    return Cached(folder, offsets, vocab_size)
 
 
 def open_cache(
-    folder: pathlib.Path,
+    folder: epath.PathLike,
     *,
     teacher: Mapping[str, str],
     tokenizer: Any,
@@ -245,8 +255,9 @@ def open_cache(
       top_k: the k that it has to have; None: any.
 
     Raises:
-      DataError: there is none, it is not finished, or something else made it.
+      DataError: there is none, it is not finished, something else made it, or it is in a bucket.
     """
+    folder = on_a_file_system(folder)
     manifest = folder / "manifest.json"
     if not manifest.exists():
         raise DataError(
@@ -283,10 +294,19 @@ def _response_counts(rows: Rows) -> np.ndarray:
     return np.array([len(row) for row in rows.tokens]) - rows.prompt_lengths
 
 
-def _create_arrays(folder: pathlib.Path, counts: np.ndarray, top_k: int, vocab_size: int) -> None:
+def on_a_file_system(folder: epath.PathLike) -> pathlib.Path:
+    """The same folder. Raises DataError for one in a bucket."""
+    if is_remote(folder):
+        raise DataError(
+            f"{folder}: a cache is read at random through memory maps, which a bucket does not "
+            "have; expected a folder of a disk or of a shared file system"
+        )
+    return pathlib.Path(folder)
+
+
+def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_size: int) -> None:
     """Files of their final size, with nothing in them yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    make_folder(folder)
     np.save(folder / "offsets.npy", offsets)
     ids = np.uint16 if vocab_size <= 2**16 else np.int32
     for name, dtype in zip(ARRAYS, (ids, np.float32)):
@@ -294,21 +314,20 @@ def _create_arrays(folder: pathlib.Path, counts: np.ndarray, top_k: int, vocab_s
         np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape)
 
 
-def _write_rows(teacher, rows, folder, top_k, batch_size, length, vocab_size) -> None:
+def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size) -> None:
     """Batch by batch: first the entries, then how far it has come."""
     manifest, total = folder / "manifest.json", len(rows.tokens)
-    state = manifests.read_json(manifest)
+    state = hosts.on_first(lambda: manifests.read_json(manifest))
     first = state["rows_written"]
     if first == total:
         return
     first = first // batch_size * batch_size  # the same batches as if it had not been stopped
-    offsets = _array(folder / "offsets.npy")
     compute = _largest(teacher.decoder, int(np.diff(offsets).max()), vocab_size, top_k)
     rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
     with Progress() as progress:
         task = progress.add_task("rows read by the teacher", total=total, completed=first)
         for batch, real in eval_batches(rest, batch_size=batch_size, length=length):
-            found = jax.device_get(compute(teacher.params, batch))
+            found = sharding.to_host(compute(teacher.params, sharding.place_rows(batch)))
             counts = np.where(np.arange(batch_size) < real, batch.lengths - batch.prompt_lengths, 0)
             mask = np.arange(found.ids.shape[1]) < counts[:, None]
             if not np.isfinite(found.log_probs[mask]).all():
@@ -316,7 +335,7 @@ def _write_rows(teacher, rows, folder, top_k, batch_size, length, vocab_size) ->
                     f"{teacher.name}: a log-probability in rows {first} to {first + real - 1} is "
                     "not finite; such a teacher cannot be distilled (try dtype float32)"
                 )
-            for name, array in zip(ARRAYS, found):
+            for name, array in zip(ARRAYS, found if hosts.is_first() else ()):
                 _write_entries(folder / name, array[mask], offsets[first])
             first += real
             write_json(manifest, state | {"rows_written": first})

@@ -1,15 +1,17 @@
 """The soft prompt: M embeddings `[M, D]` in front of the frozen teacher, and its PEFT form."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
+from etils import epath
+from safetensors.numpy import load
 
+from promptkd_jax import hosts, sharding
+from promptkd_jax.files import make_folder, read_text, to_path, write_json
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import embed
 from promptkd_jax.models.export import write_tensors
@@ -51,18 +53,20 @@ def random_soft_prompt(key: jax.Array, length: int, width: int) -> jax.Array:
 
 
 def save_soft_prompt(
-    folder: str | pathlib.Path, soft_prompt: jax.Array, *, teacher: str, hf_config: dict[str, Any]
+    folder: epath.PathLike, soft_prompt: jax.Array, *, teacher: str, hf_config: dict[str, Any]
 ) -> None:
     """Writes a PEFT prompt-tuning adapter that `peft.PeftModel.from_pretrained` loads.
 
+    All processes of a run call this; the first writes.
+
     Args:
-      folder: made where absent.
+      folder: made where absent; also one in a bucket.
       soft_prompt: `[M, D]`.
       teacher: name or path of the model that it belongs to.
       hf_config: the teacher's `config.json`.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = to_path(folder)
+    make_folder(folder)
     length, width = soft_prompt.shape
     config = {
         "peft_type": "PROMPT_TUNING",
@@ -77,23 +81,24 @@ def save_soft_prompt(
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {"prompt_embeddings": np.asarray(soft_prompt, np.float32)}
-    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", config)
+    tensors = {"prompt_embeddings": np.asarray(sharding.to_host(soft_prompt), np.float32)}
+    if hosts.is_first():
+        write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
-def load_soft_prompt(folder: str | pathlib.Path) -> jax.Array:
+def load_soft_prompt(folder: epath.PathLike) -> jax.Array:
     """Reads a PEFT prompt-tuning adapter, `[M, D]` float32. Raises ModelError for another kind."""
-    folder = pathlib.Path(folder)
+    folder = to_path(folder)
     file = folder / "adapter_config.json"
     if not file.exists():
         raise ModelError(f"{file}: no such file (a folder as save_soft_prompt or PEFT writes it)")
-    if (kind := json.loads(file.read_text()).get("peft_type")) != "PROMPT_TUNING":
+    if (kind := json.loads(read_text(file)).get("peft_type")) != "PROMPT_TUNING":
         raise ModelError(f"{file}: peft_type is {kind!r}; only PROMPT_TUNING adapters are prompts")
     weights = folder / "adapter_model.safetensors"
     if not weights.exists():
         raise ModelError(f"{weights}: no such file (weights are read from safetensors only)")
-    tensors = load_file(weights)
+    tensors = load(weights.read_bytes())
     if tensors.keys() != {"prompt_embeddings"}:
         raise ModelError(f"{folder}: expected one tensor prompt_embeddings, found {list(tensors)}")
     return jnp.asarray(tensors["prompt_embeddings"], jnp.float32)

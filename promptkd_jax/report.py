@@ -10,18 +10,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from promptkd_jax import curves
-from promptkd_jax.files import write_text
+from promptkd_jax import curves, hosts
+from promptkd_jax.files import Lines, is_remote, make_folder, to_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
@@ -37,16 +37,24 @@ PROGRESS_FIGURES = {
 class MetricWriter:
     """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard files in `workdir/tensorboard`.
 
-    One process of a run owns the writer. To resume, call `truncate_metrics` first; TensorBoard then
-    hides what it has of the steps after the last line of the file.
+    All processes of a run have one; that of the first writes. To resume, call `truncate_metrics`
+    first; TensorBoard then hides what it has of the steps after the last line of the file.
+
+    In a bucket the file is written anew, every few seconds and when flushed or closed (see
+    `files.Lines`), and there is no TensorBoard: tensorboardX would stop the run for good at the
+    first upload that fails.
 
     Raises:
       ValueError: if the file ends in a torn line or holds a line that is not a metrics row.
     """
 
     def __init__(self, workdir: str | os.PathLike):
-        path = Path(workdir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = self._tensorboard = None
+        if hosts.is_first():
+            self._open(to_path(workdir) / METRICS_FILE)
+
+    def _open(self, path: epath.Path) -> None:
+        make_folder(path.parent)
         path.touch()
         rows, torn = _parse(path)
         if torn:
@@ -54,7 +62,10 @@ class MetricWriter:
                 f"{path}:{len(rows) + 1}: torn line {torn[:60]!r}: call truncate_metrics with the "
                 "step to resume from before a MetricWriter is opened"
             )
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = Lines(path)
+        if is_remote(path):
+            print(f"{path.parent}: is in a bucket, where no TensorBoard files are written")
+            return
         self._tensorboard = SummaryWriter(
             logdir=str(path.parent / "tensorboard"),
             purge_step=max((row["step"] for row in rows), default=-1) + 1,
@@ -72,15 +83,21 @@ class MetricWriter:
             name: value if isinstance(value, str) else float(value)
             for name, value in metrics.items()
         }
-        self._file.write(_json_line({"step": int(step)} | values))
-        self._file.flush()
-        for name, value in values.items():
+        if self._lines is not None:
+            self._lines.append(_json_line({"step": int(step)} | values))
+        for name, value in values.items() if self._tensorboard is not None else ():
             if not isinstance(value, str) and math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, int(step))
 
+    def flush(self) -> None:
+        """Writes what waits: before a checkpoint, after which a resumed run goes on."""
+        if self._lines is not None:
+            self._lines.flush()
+
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        self.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -98,19 +115,20 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
       FileNotFoundError: if there is no such file.
       ValueError: if any other line is not a JSON object with a whole-numbered "step".
     """
-    return _parse(Path(workdir) / METRICS_FILE)[0]
+    return _parse(to_path(workdir) / METRICS_FILE)[0]
 
 
 def truncate_metrics(workdir: str | os.PathLike, step: int) -> None:
     """Removes the rows after `step`, and a torn last line, so that a resumed run has no step twice.
 
-    The file is replaced atomically. Without a file there is nothing to remove.
+    The file is replaced atomically, by the first process. Without a file there is nothing to
+    remove.
 
     Raises:
       ValueError: as `read_metrics`.
     """
-    path = Path(workdir) / METRICS_FILE
-    if path.exists():
+    path = to_path(workdir) / METRICS_FILE
+    if hosts.is_first() and path.exists():
         kept = (row for row in read_metrics(workdir) if row["step"] <= step)
         write_text(path, "".join(map(_json_line, kept)))
 
@@ -118,7 +136,8 @@ def truncate_metrics(workdir: str | os.PathLike, step: int) -> None:
 class TrainingProgress:
     """A progress bar on a terminal; elsewhere one plain line an update, free of control characters.
 
-    Shows the step, the metrics named in `PROGRESS_FIGURES` that the update has, and the time left:
+    Shows the step, the metrics named in `PROGRESS_FIGURES` that the update has, and the time left;
+    of the processes of a run, the first shows it:
 
         with TrainingProgress(1000, "PromptKD") as bar:
             bar.update(step, {"loss": 1.2, "tokens_per_second": 5400.0})
@@ -139,7 +158,7 @@ class TrainingProgress:
         console: Console | None = None,
     ):
         self._console = console or Console()
-        self._live = _shows_control_codes(self._console)
+        self._live = hosts.is_first() and _shows_control_codes(self._console)
         # The speed is that of the last ten minutes, since one update may take longer than rich's
         # half a minute. Compilation is not in it: the first sample is the first update.
         # On a narrow terminal only the figures wrap; all else keeps its width.
@@ -165,7 +184,7 @@ class TrainingProgress:
             if name in metrics
         )
         self._progress.update(self._task, completed=step, figures=figures)
-        if not self._live:
+        if not self._live and hosts.is_first():
             print(self._plain_line(), file=self._console.file, flush=True)
 
     def _plain_line(self) -> str:
@@ -229,8 +248,10 @@ def write_report(
     summary: Mapping,
     samples: Sequence[Mapping[str, str]],
     reference: str = "teacher",
-) -> Path:
+) -> epath.Path:
     """Writes `workdir/report.html`, one file that needs nothing else, and returns its path.
+
+    All processes of a run may call this; the first writes.
 
     The curves are those of `workdir/metrics.jsonl`, grouped as in `curves.PLOTS`, with a dashed
     line where the "stage" of the rows changes. Whatever is given is escaped.
@@ -251,6 +272,9 @@ def write_report(
       FileNotFoundError, ValueError: as `read_metrics`; ValueError also for another `better`.
       jinja2.UndefinedError: if a sample lacks one of its four texts.
     """
+    path = to_path(workdir) / REPORT_FILE
+    if not hosts.is_first():
+        return path
     evaluation, training = curves.plots(read_metrics(workdir))
     page = render(
         "report.html.jinja",
@@ -263,7 +287,6 @@ def write_report(
         reference=reference,
         config_text=config_text,
     )
-    path = Path(workdir) / REPORT_FILE
     write_text(path, page)
     return path
 
@@ -342,7 +365,7 @@ class _Comparison(NamedTuple):
         return cls(name, _number(before, spec), _number(after, spec), change, verdict)
 
 
-def _parse(path: Path) -> tuple[list[dict], bytes]:
+def _parse(path: epath.Path) -> tuple[list[dict], bytes]:
     """The rows of a metrics file, and what follows its last newline."""
     *lines, torn = path.read_bytes().split(b"\n")
     return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1)], torn

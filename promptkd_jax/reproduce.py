@@ -16,17 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import published, recipe, schema, train
-from promptkd_jax.checkpoint import CheckpointError
+from promptkd_jax import hosts, published, recipe, schema, sharding, train
 from promptkd_jax.config import ConfigError, claim, fingerprint, load_config
 from promptkd_jax.data import DataError, Record, read_records, tokenize
 from promptkd_jax.evaluate import score
 from promptkd_jax.files import once, write_json, write_text
-from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import Model, load_with_tokenizer
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.statistics import spread
@@ -60,20 +59,21 @@ class Row(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs; a mistake of the user ends it with a message alone."""
     options, overrides = _parser().parse_known_args(argv)
-    try:
-        rows = reproduce(
-            options.config,
-            options.workdir,
-            methods=options.methods,
-            seeds=options.seeds,
-            sets=options.sets,
-            overrides=overrides,
-            from_published=options.from_published,
-        )
-    except (ConfigError, DataError, ModelError, CheckpointError, train.TrainingError) as error:
-        sys.exit(f"promptkd reproduce: {error}")
-    Console().print(table(rows))
-    print(f"written to {options.workdir}/reproduction.json and reproduction.md")
+    with hosts.together(options):
+        try:
+            rows = reproduce(
+                options.config,
+                options.workdir,
+                methods=options.methods,
+                seeds=options.seeds,
+                sets=options.sets,
+                overrides=overrides,
+                from_published=options.from_published,
+            )
+        except train.MISTAKES as error:
+            sys.exit(f"promptkd reproduce: {error}")
+        Console().print(table(rows))
+        print(f"written to {options.workdir}/reproduction.json and reproduction.md")
 
 
 def reproduce(
@@ -109,10 +109,10 @@ def reproduce(
     for name, config in runs.items():
         print(f"{name}: {config.title}")
         train.run(config, workdir / name)
-    scores = {
-        name: evaluate(model, records, seeds, workdir / name / "evaluations")
-        for name, model in models.items()
-    }
+    scores = {}
+    for name, model in models.items():
+        with jax.set_mesh(sharding.make_mesh(model.config.mesh)):
+            scores[name] = evaluate(model, records, seeds, workdir / name / "evaluations")
     rows = compare(scores, theirs)
     found = {
         "config": source,
@@ -428,6 +428,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start from the fine-tuned models that the config names",
     )
+    hosts.add_arguments(parser)
     return parser
 
 

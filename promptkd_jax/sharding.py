@@ -8,6 +8,7 @@ Models and losses say by `constrain` where their intermediate arrays lie. They l
 `jax.set_mesh` has set, and without one do nothing.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -53,14 +54,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       ConfigError: the sizes do not multiply to the number of devices, or `data` to slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = _mesh_shape(sizes, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = mesh_shape(sizes, len(devices), slices)
     if slices > 1:
-        if shape[0] % slices:
-            raise ConfigError(
-                f"config.mesh.data: {shape[0]} is not a multiple of the {slices} slices, between "
-                "which only this axis goes"
-            )
         inside = (shape[0] // slices, *shape[1:])
         placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
     else:
@@ -68,14 +64,35 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes in a text such as "1,-1,1": data, fsdp, tensor.
+
+    Raises:
+      ConfigError: not three whole numbers.
+    """
+    if not re.fullmatch(r"-?\d+(,-?\d+){2}", text):
+        raise ConfigError(f"mesh: {text!r} is not data,fsdp,tensor, such as 1,-1,1")
+    return dict(zip(AXES, map(int, text.split(","))))
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int, slices: int = 1) -> tuple[int, ...]:
+    """The sizes in the order of `AXES`, one that is -1 filled in.
+
+    Raises:
+      ConfigError: as `make_mesh`.
+    """
     shape = [sizes[axis] for axis in AXES]
+    asked = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES)
     if shape.count(-1) == 1:
         known = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = devices // max(known, 1)
     if math.prod(shape) != devices or min(shape) < 1:
-        asked = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES)
         raise ConfigError(f"config.mesh: {asked} does not make {devices} devices")
+    if shape[0] % slices:
+        raise ConfigError(
+            f"config.mesh.data: {shape[0]} is not a multiple of the {slices} slices, between which "
+            "only this axis goes"
+        )
     return tuple(shape)
 
 
@@ -191,7 +208,12 @@ def to_host(tree: Any) -> Any:
 def _whole(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return x
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+    return _replicate(x, NamedSharding(x.sharding.mesh, P()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _replicate(x: jax.Array, everywhere: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, everywhere)
 
 
 def platform() -> str:

@@ -257,9 +257,12 @@ def model(
     hf_config = _hf_config(width, depth)
     config = from_hugging_face(hf_config, f"{PREFIX}{name}")
     decoder = Decoder(config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat))
-    params = decoder.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
-    if shardings is not None:
-        params = jax.device_put(params, shardings(params))
+
+    def init():
+        return decoder.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    placed = None if shardings is None else shardings(jax.eval_shape(init))
+    params = jax.jit(init, out_shardings=placed)()
     return Model(f"{PREFIX}{name}", decoder, params, hf_config, tokenizer(), (0,))
 
 

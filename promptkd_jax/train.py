@@ -8,7 +8,6 @@ import errno
 import functools
 import itertools
 import json
-import pathlib
 import platform
 import resource
 import signal
@@ -19,15 +18,18 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, schema, sharding
+from promptkd_jax import build, hosts, schema, sharding
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints
 from promptkd_jax.config import ConfigError, as_json, claim, fingerprint, parse
 from promptkd_jax.data import DataError, stream
 from promptkd_jax.evaluate import closeness, score
 from promptkd_jax.experiment import Experiment, Stage, prepare, save
-from promptkd_jax.files import once, write_json
+from promptkd_jax.files import check_shared, once, read_text, to_path, write_json
+from promptkd_jax.hosts import HostsError
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import Model
 from promptkd_jax.report import (
@@ -56,31 +58,45 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; says why and what is safe."""
 
 
+# What the user can mend: the message says how.
+MISTAKES = (ConfigError, DataError, ModelError, CheckpointError, TrainingError, HostsError)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs; a mistake of the user ends it with a message alone."""
-    try:
-        options, config = parse(_parser(), argv)
-        schema.check_recipe(config)
-        signal.signal(signal.SIGTERM, _leave)
-        run(config, options.workdir)
-    except (ConfigError, DataError, ModelError, CheckpointError, TrainingError) as error:
-        sys.exit(f"promptkd train: {error}")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(f"promptkd train: {error}; what was saved is good: make room, run it again")
+    options, _ = _parser().parse_known_args(argv)
+    with hosts.together(options):
+        try:
+            _, config = parse(_parser(), argv)
+            schema.check_recipe(config)
+            if not jax.distributed.is_initialized():  # which listens to SIGTERM itself
+                signal.signal(signal.SIGTERM, _leave)
+            run(config, to_path(options.workdir))
+        except MISTAKES as error:
+            sys.exit(f"promptkd train: {error}")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            sys.exit(f"promptkd train: {error}; what was saved is good: make room, run it again")
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains, or continues, or finds it done; returns what `summary.json` says."""
+def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+    """Trains, or continues, or finds it done; returns what `summary.json` says.
+
+    Args:
+      workdir: a folder that all processes see, as `files.to_path` makes it.
+    """
+    hosts.agree("the config", json.dumps(as_json(config), sort_keys=True))
+    hosts.agree("the version of jax, flax, optax or promptkd_jax", _versions())
     claim(workdir, config, schema.IRRELEVANT)
+    check_shared(workdir)
     summary = workdir / "summary.json"
-    if summary.exists():
+    if hosts.on_first(summary.exists):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
-        return json.loads(summary.read_text())
+        return hosts.on_first(lambda: json.loads(read_text(summary)))
     started = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
-    _check_devices(config, mesh)
+    _check_rows(config, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))
@@ -99,10 +115,12 @@ def _leave(*_: Any) -> None:
     sys.exit(0)
 
 
-def _check_devices(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def _versions() -> str:
+    return ", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax", "promptkd_jax"))
+
+
+def _check_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError where rows cannot be dealt out to the devices."""
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} processes: a run is one process for now")
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     for index, stage in enumerate(config.stages):
         parts = stage.micro_batches * stage.minibatches
@@ -152,7 +170,7 @@ def _score(experiment: Experiment, model: Model, soft_prompt: jax.Array | None =
     )
 
 
-def open_checkpoints(config: ConfigDict, workdir: pathlib.Path) -> Checkpoints:
+def open_checkpoints(config: ConfigDict, workdir: epath.Path) -> Checkpoints:
     """Those of the run with this config, which `workdir` belongs to."""
     return Checkpoints(
         workdir / "checkpoints",
@@ -175,7 +193,7 @@ class Trained(NamedTuple):
 
 
 def fit(
-    experiment: Experiment, workdir: pathlib.Path, started: float, before: dict[str, Any]
+    experiment: Experiment, workdir: epath.Path, started: float, before: dict[str, Any]
 ) -> Trained:
     """Every update that is not done yet.
 
@@ -211,7 +229,7 @@ class _Loop:
     def __init__(
         self,
         experiment: Experiment,
-        workdir: pathlib.Path,
+        workdir: epath.Path,
         checkpoints: Checkpoints,
         started: float,
         before: dict[str, Any],
@@ -239,7 +257,9 @@ class _Loop:
         self._stop_asked = False
 
     def __enter__(self) -> "_Loop":
-        self._handler = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        self._handler = signal.getsignal(signal.SIGTERM)
+        if not jax.distributed.is_initialized():  # which listens to it itself, see `train`
+            signal.signal(signal.SIGTERM, self._ask_to_stop)
         self.progress.__enter__()
         return self
 
@@ -274,15 +294,14 @@ class _Loop:
                 models=experiment.models,
                 optimizers=stage.optimizers,
             ),
-            out_shardings=(experiment.placed(), None),
+            out_shardings=(experiment.placed(), NamedSharding(experiment.mesh, sharding.P())),
             donate_argnums=0,
         )
         self._mark()
         first = self.done - stage.first
         corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
         for rows in zip(stream(stage.batches, first), corpus):
-            rows = self._placed(rows)
-            self.state, metrics = step(self.state, teacher, *rows)
+            self.state, metrics = step(self.state, teacher, *sharding.place_rows(rows))
             self.done += 1
             self._tokens = self._tokens + metrics.scalars["tokens"]
             if self.done == stage.first + first + 1:
@@ -290,13 +309,12 @@ class _Loop:
                 self._mark()  # the first update of a stage is compilation
             if self.done % log_every == 0 or self.done == end:
                 self._log(stage, summarise(metrics, stage.method.conventions))
-            self._save(stage, self._evaluate(stage))
+            scores = self._evaluate(stage)
+            if jax.distributed.is_initialized():  # then it says at which step all of them stop
+                self._stop_asked |= self.checkpoints.reached_preemption(self.done)
+            self._save(stage, scores)
             if self.done == end or self.over:
                 return
-
-    def _placed(self, rows: Any) -> Any:
-        where = sharding.rows_sharding(self.experiment.mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), rows)
 
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""
@@ -325,6 +343,7 @@ class _Loop:
         if not steps:
             return {}
         rows = steps * self.experiment.config.stages[stage.index].batch_size
+        seconds = hosts.on_first(lambda: seconds)  # one clock, so that all stop at the same step
         spent = {"seconds": seconds, "rows": rows, "tokens": tokens}
         self.spent = {name: self.spent[name] + spent[name] for name in spent}
         return {"tokens_per_second": tokens / seconds, "seconds_per_update": seconds / steps}
@@ -352,6 +371,7 @@ class _Loop:
             self.state = self.state.replace(replay=replay)
 
     def _save(self, stage: Stage, scores: dict[str, float] | None) -> None:
+        self.writer.flush()  # a resumed run continues the metrics that stand before its checkpoint
         self.checkpoints.save(
             self.done,
             self.state,
@@ -376,7 +396,7 @@ class _Loop:
 
 
 def finish(
-    experiment: Experiment, workdir: pathlib.Path, trained: Trained, before: dict[str, Any]
+    experiment: Experiment, workdir: epath.Path, trained: Trained, before: dict[str, Any]
 ) -> dict[str, Any]:
     """Exports, measures, reports; `summary.json` comes last and says that the run is finished."""
     config, state = experiment.config, trained.state
@@ -395,7 +415,8 @@ def finish(
     facts = {
         "Device": jax.devices()[0].device_kind,
         "Devices": str(jax.device_count()),
-        "Versions": ", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax")),
+        "Processes": str(jax.process_count()),
+        "Versions": _versions(),
         "Python": platform.python_version(),
         "Time": f"{trained.seconds / 60:.1f} min",
         "Peak memory": f"{summary['peak_memory_gb']:.2f} GB",
@@ -472,7 +493,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, help="folder of the run, or gs://BUCKET/…")
+    hosts.add_arguments(parser)
     return parser
 
 

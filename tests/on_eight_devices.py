@@ -14,7 +14,7 @@ from promptkd_jax.batch import Batch
 from promptkd_jax.method import Method
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import abstract_params
+from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import Optimizers, init_state, summarise, train_step
 from promptkd_jax.targets import empty_replay, target_rows

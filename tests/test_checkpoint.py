@@ -7,13 +7,15 @@ import sys
 import textwrap
 from pathlib import Path
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from promptkd_jax.checkpoint import CheckpointError, Checkpoints
+from promptkd_jax.checkpoint import CheckpointError, Checkpoints, _find_damage
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -403,3 +405,31 @@ def test_a_kill_in_the_middle_leaves_the_checkpoint_before(tmp_path, moment):
         np.testing.assert_array_equal(state["x"], np.arange(8.0))
         assert checkpoints.save(30, {"x": jnp.arange(8.0)}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["30"]
+
+
+# Buckets.
+
+
+def test_a_bucket_keeps_its_name(monkeypatch):
+    opened = []
+    monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, **_: opened.append(str(folder)))
+    Checkpoints("gs://pail/run/checkpoints", keep=1, every=1)
+    Checkpoints("checkpoints", keep=1, every=1)
+    assert opened == ["gs://pail/run/checkpoints", str(Path("checkpoints").absolute())]
+
+
+def test_checkpoints_that_cannot_be_opened_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/file/new cannot be opened .*Not a dir"):
+        Checkpoints(tmp_path / "file" / "new", keep=1, every=1)
+
+
+def test_files_in_a_bucket_have_the_checksums_of_a_disk(three, monkeypatch):
+    folder, pail = bucket.make(monkeypatch)
+    for file in (three / "30").rglob("*"):
+        if file.is_file():
+            (folder / "30" / file.relative_to(three / "30")).write_bytes(file.read_bytes())
+    assert _find_damage(folder / "30") == ""
+    name = largest_file(three / "30" / "state").relative_to(three / "30").as_posix()
+    (folder / "30" / name).write_bytes(b"other")
+    assert _find_damage(folder / "30") == f"{name} is not as it was written"

@@ -1,12 +1,15 @@
 """Every mistake in a config is told at once, with its path and what would be right."""
 
+import errno
 import json
 import re
 import textwrap
 
+import bucket
 import pytest
 from ml_collections import ConfigDict
 
+from promptkd_jax import hosts
 from promptkd_jax.config import (
     Bool,
     Choice,
@@ -22,6 +25,7 @@ from promptkd_jax.config import (
     fingerprint,
     load_config,
 )
+from promptkd_jax.files import write_text
 
 FILE = """
     from ml_collections import ConfigDict
@@ -442,3 +446,61 @@ def test_a_folder_where_nothing_was_done_is_free_for_another_config(tmp_path):
     (tmp_path / "before.json").write_text("{}")
     with pytest.raises(ConfigError, match="teacher: there 'right', now 'another'"):
         claim(tmp_path, ConfigDict(dict(teacher="another")))
+
+
+# Folders that cannot be written, and buckets.
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / name
+    with pytest.raises(
+        ConfigError, match=rf"^{folder}: cannot be written .*Not a directory.*a fol"
+    ):
+        claim(folder, make_config())
+
+
+def test_a_forbidden_folder_is_named(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied", "config.json.unfinished")
+
+    monkeypatch.setattr("promptkd_jax.files.os.fsync", refuse)
+    with pytest.raises(ConfigError, match="cannot be written .*denied.*that this user may write"):
+        claim(tmp_path / "run", make_config())
+
+
+def test_a_full_disk_is_no_mistake_in_a_config(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("promptkd_jax.files.os.fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        claim(tmp_path / "run", make_config())
+
+
+def test_a_bucket_that_is_absent_is_named(monkeypatch):
+    bucket.make(monkeypatch)
+    message = "^gs://other/run: cannot be written .*FileNotFound.*expected a bucket that exists"
+    with pytest.raises(ConfigError, match=message):
+        claim("gs://other/run", make_config())
+
+
+def test_a_run_in_a_bucket_keeps_its_config(load, monkeypatch):
+    folder, _ = bucket.make(monkeypatch)
+    config = load("--config.width=12", source=FILE.replace(', "impedance": 1j', ""))
+    claim(folder, config)
+    again, _ = load_config([f"--config={folder}/config.json"])
+    assert as_json(again) == as_json(config)
+    write_text(folder / "before.json", "{}")
+    config.width = 13
+    with pytest.raises(ConfigError, match="config.width: there 12, now 13"):
+        claim(folder, config)
+    with pytest.raises(ConfigError, match="config.json takes no argument, but got 'arg'"):
+        load_config([f"--config={folder}/config.json:arg"])
+
+
+def test_only_the_first_process_claims(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "on_first", lambda compute: None)
+    claim(tmp_path / "run", make_config())
+    assert not (tmp_path / "run").exists()

@@ -5,15 +5,17 @@ import itertools
 import json
 import pathlib
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from promptkd_jax import data_free, topics
+from promptkd_jax import data_free, hosts, manifest, topics
 from promptkd_jax.data import DataError
 from promptkd_jax.data_free import DataFree, write_requests
+from promptkd_jax.files import read_text, write_text
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import Model, load_model
 
@@ -212,3 +214,26 @@ def test_a_damaged_line_is_named(whole, teacher, student, settings, tmp_path):
 def test_a_round_of_one_is_refused():
     with pytest.raises(ValueError, match="round_size: 1"):
         DataFree(round_size=1)
+
+
+def test_requests_in_a_bucket_go_on_to_the_same(whole, teacher, student, settings, monkeypatch):
+    records, file = whole
+    folder, _ = bucket.make(monkeypatch)
+    copy = folder / "requests.jsonl"
+    write_text(copy.with_suffix(".manifest.json"), file.with_suffix(".manifest.json").read_text())
+    write_text(copy, file.read_text()[:-3])
+    assert write_requests(teacher, student, copy, settings, **HOW) == records
+    assert read_text(copy) == file.read_text()
+
+
+def test_other_processes_take_the_rounds_of_the_first(
+    whole, teacher, student, settings, monkeypatch, tmp_path
+):
+    """They go on with the same policy and the same requests, and write nothing."""
+    records, file = whole
+    told = iter([manifest.of_model(teacher)["teacher"], None, lines(file)[:7]])
+    monkeypatch.setattr(hosts, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    assert write_requests(teacher, student, tmp_path / "none.jsonl", settings, **HOW) == records
+    assert next(told, "all told") == "all told"
+    assert list(tmp_path.iterdir()) == []

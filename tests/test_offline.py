@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from promptkd_jax import cache, losses, manifest, offline
+from promptkd_jax import cache, hosts, losses, manifest, offline
 from promptkd_jax.batch import responses
 from promptkd_jax.config import ConfigError
 from promptkd_jax.data import (
@@ -26,6 +27,7 @@ from promptkd_jax.data import (
     train_batches,
 )
 from promptkd_jax.evaluate import write_answers
+from promptkd_jax.files import read_text, to_path, write_text
 from promptkd_jax.losses import Linear
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import Model, load_model
@@ -539,3 +541,61 @@ def test_a_config_without_a_teacher_has_no_cache(tmp_path):
     config.teacher.path = ""
     with pytest.raises(ConfigError, match=r"config\.teacher\.path: is empty"):
         cache.cache(config, tmp_path / "cache", top_k=3, batch_size=2)
+
+
+# Buckets, and many processes.
+
+
+def test_answers_in_a_bucket_go_on_to_the_same_bytes(teacher, rows, answered, monkeypatch):
+    folder, pail = bucket.make(monkeypatch)
+    file = folder / "answers.jsonl"
+    found = answer(teacher, rows, file)
+    whole = answered.read_text()
+    assert read_text(file) == whole and len(pail.writes) < 8, "not for every answer"
+    write_text(file, whole[: len(whole) // 2])
+    again = answer(teacher, rows, file)
+    assert read_text(file) == whole
+    assert [one.tolist() for one in again.tokens] == [one.tolist() for one in found.tokens]
+
+
+def test_a_cache_in_a_bucket_is_refused(teacher, rows, small, monkeypatch):
+    folder, _ = bucket.make(monkeypatch)
+    with pytest.raises(DataError, match="^gs://pail/run: .*memory maps.*a shared file system"):
+        write(teacher, rows, folder)
+    with pytest.raises(DataError, match="^gs://pail/run: .*memory maps"):
+        reopen(teacher, rows, folder)
+
+
+def test_the_command_refuses_a_bucket_before_it_loads_a_model(tmp_path):
+    config = tiny.short_config(tmp_path / "files")
+    config.teacher.path = str(tmp_path / "absent")
+    with pytest.raises(DataError, match="^gs://pail/cache: .*memory maps"):
+        cache.cache(config, to_path("gs://pail/cache"), top_k=2, batch_size=2)
+
+
+def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkeypatch, tmp_path):
+    """Their own disk stays empty, and they answer what the first one lacks."""
+    kept = [json.loads(line)["answer"] for line in answered.read_text().splitlines()][:4]
+    told = iter([manifest.of_model(teacher)["teacher"], None, kept])
+    monkeypatch.setattr(hosts, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    found = answer(teacher, rows, tmp_path / "answers.jsonl")
+    monkeypatch.undo()
+    assert next(told, "all told") == "all told"
+    expected = answer(teacher, rows, answered)
+    assert [one.tolist() for one in found.tokens] == [one.tolist() for one in expected.tokens]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_processes_write_no_entry(teacher, rows, small, monkeypatch, tmp_path):
+    told = iter([manifest.of_model(teacher)["teacher"], None, {"rows_written": 0}])
+    monkeypatch.setattr(hosts, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    found = write(teacher, rows, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert found.offsets.tolist() == np.load(small / "offsets.npy").tolist()
+
+
+def test_the_first_process_alone_reads_the_teachers_files(teacher, monkeypatch):
+    monkeypatch.setattr(hosts, "on_first", lambda compute: "told")
+    assert manifest.of_model(teacher)["teacher"] == "told"

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from promptkd_jax.models.config import from_hugging_face
-from promptkd_jax.models.load import abstract_params
+from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.optimizer import SCHEDULES, adamw, decay_mask, schedule
 
 

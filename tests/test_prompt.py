@@ -2,6 +2,7 @@
 
 import json
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import GOLDEN, TOKENIZERS
 from safetensors.numpy import load_file, save_file
 from test_models import LENGTHS, PREFIX, TOKENS, logits, make_pair, random_model
 
+from promptkd_jax import hosts
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.prompt import (
     init_soft_prompt,
@@ -233,3 +235,20 @@ def test_a_long_text_is_pooled():
         pooled_soft_prompt(params, ids[:3], 7),
         init_soft_prompt(params, ids[:3], 7),
     )
+
+
+# Buckets, and other processes.
+
+
+def test_an_adapter_in_a_bucket_is_bit_equal(monkeypatch):
+    folder, _ = bucket.make(monkeypatch)
+    config = random_model("opt").hf_config
+    save_soft_prompt(folder / "soft_prompt", PREFIX, teacher="teacher", hf_config=config)
+    np.testing.assert_array_equal(load_soft_prompt(f"{folder}/soft_prompt"), PREFIX)
+
+
+def test_other_processes_write_no_adapter(monkeypatch, tmp_path):
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    config = random_model("opt").hf_config
+    save_soft_prompt(tmp_path / "new", PREFIX, teacher="teacher", hf_config=config)
+    assert list(tmp_path.iterdir()) == []

@@ -7,11 +7,13 @@ import re
 import struct
 from html.parser import HTMLParser
 
+import bucket
 import jinja2
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from promptkd_jax import hosts
 from promptkd_jax.report import (
     MetricWriter,
     TrainingProgress,
@@ -305,3 +307,48 @@ def test_report_refuses_what_it_cannot_show(tmp_path):
     metrics = [("KL", 2.0, 1.5, ".3f", "less")]
     with pytest.raises(ValueError, match="'KL': better is 'less', not lower or higher"):
         report(tmp_path, summary=SUMMARY | {"metrics": metrics})
+
+
+# Buckets, and other processes.
+
+
+def test_metrics_in_a_bucket_come_back(monkeypatch, capsys):
+    folder, pail = bucket.make(monkeypatch)
+    write_rows(folder, [{"step": step, "loss": step / 7} for step in range(1, 9)])
+    truncate_metrics(folder, 5)
+    write_rows(folder, [{"step": 6, "loss": math.nan}])
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert set(pail.writes) == {"run/metrics.jsonl"}, "no TensorBoard"
+    assert len(pail.writes) < 8, "not for every row"
+    assert "gs://pail/run: is in a bucket, where no TensorBoard" in capsys.readouterr().out
+
+
+def test_a_flush_saves_all_rows(monkeypatch):
+    folder, _ = bucket.make(monkeypatch)
+    writer = MetricWriter(folder)
+    for step in range(3):
+        writer.write(step, {"loss": 1.0})
+    assert len(read_metrics(folder)) == 1
+    writer.flush()
+    assert len(read_metrics(folder)) == 3
+
+
+def test_the_report_of_a_bucket_is_in_it(monkeypatch):
+    folder, pail = bucket.make(monkeypatch)
+    assert "<table" in report(folder, [{"step": 1, "loss": 1.0}])
+    assert pail.writes[-1] == "run/report.html"
+
+
+def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
+    write_rows(tmp_path, [{"step": step, "loss": 1.0} for step in (1, 2)])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    truncate_metrics(tmp_path, 1)
+    write_rows(tmp_path / "new", [{"step": 3, "loss": 1.0}])
+    path = write_report(tmp_path, title="", config_text="", summary=SUMMARY, samples=[])
+    assert not path.exists() and (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "new").exists()
+    for file in (io.StringIO(), Terminal()):
+        with TrainingProgress(4, "PromptKD", console=Console(file=file)) as bar:
+            bar.update(2, {"loss": 1.5})
+        assert file.getvalue() == ""

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from promptkd_jax.config import ConfigError
 from promptkd_jax.models.config import from_hugging_face
-from promptkd_jax.models.load import abstract_params
+from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.sharding import AXES, ROWS, constrain, make_mesh, parts, shardings, spec
 from promptkd_jax.step import Optimizers, init_state
 

@@ -19,7 +19,7 @@ from promptkd_jax.batch import Batch
 from promptkd_jax.method import Conventions, Method
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder, head
-from promptkd_jax.models.load import abstract_params
+from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import Metrics, Optimizers, TrainState, init_state, summarise, train_step
 from promptkd_jax.targets import rollout

@@ -9,7 +9,7 @@ import numpy as np
 from promptkd_jax.batch import Batch, gather, responses
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder, embed, head
-from promptkd_jax.models.load import abstract_params
+from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.targets import rollout
 from promptkd_jax.teacher import view

@@ -78,12 +78,12 @@ def write_data(file: pathlib.Path, rows: int) -> str:
     return str(file)
 
 
-def short_config(folder: pathlib.Path) -> ConfigDict:
+def short_config(folder: pathlib.Path, *, pad: int = 0) -> ConfigDict:
     """A warm-up of 3 updates and 4 of PromptKD, on files in `folder` (made where absent)."""
     if not folder.exists():
         folder.mkdir(parents=True)
-        write_model(folder / "teacher", width=32, depth=3, seed=0)
-        write_model(folder / "student", width=16, depth=2, seed=1)
+        write_model(folder / "teacher", width=32, depth=3, seed=0, pad=pad)
+        write_model(folder / "student", width=16, depth=2, seed=1, pad=pad)
         write_data(folder / "train.jsonl", 12)
         write_data(folder / "dev.jsonl", 5)
     config = base_config()

@@ -16,7 +16,7 @@ from promptkd_jax import sharding
 
 CUT = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
 LANES = 128  # the columns that a TPU register holds, and the least that splash takes at once
-MAX_BLOCK = 512  # columns; larger ones gain little and need memory on the chip
+MAX_BLOCK = 512  # columns; the scores of a block then take 1 MiB on the chip
 
 
 def attend(
@@ -48,16 +48,9 @@ def attend(
     )
     if chosen == "splash":
         return _splash(query, key, value, window)
-    if chosen == "cudnn":  # all three must be cut alike
-        query, key, value = (sharding.constrain(x, *CUT) for x in (query, key, value))
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=chosen,
-    )
+    if chosen == "cudnn":
+        return _cudnn(query, key, value, window)
+    return _causal(query, key, value, window, "xla")
 
 
 def attend_to_cache(
@@ -104,8 +97,7 @@ def implementation(
     Key/value heads need not divide: they are repeated.
 
     cudnn, on "gpu": bfloat16 or float16; heads of at most 128 in multiples of 8; key/value heads
-    that divide among the devices, since it wants query, key and value cut alike. An odd number of
-    columns is fine, as there is no bias.
+    that divide among the devices, since it wants query, key and value cut alike.
 
     Args:
       platform: of the devices, as `sharding.platform` says it.
@@ -124,6 +116,31 @@ def implementation(
     return "xla"
 
 
+def _causal(query, key, value, window: int | None, chosen: str) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=chosen,
+    )
+
+
+def _cudnn(query, key, value, window: int | None) -> jax.Array:
+    """JAX refuses cuDNN's gradient of an odd number of columns, and wants all three cut alike."""
+    columns = query.shape[1]
+    query, key, value = (
+        sharding.constrain(_pad(x, columns % 2), *CUT) for x in (query, key, value)
+    )
+    return _causal(query, key, value, window, "cudnn")[:, :columns]
+
+
+def _pad(x: jax.Array, columns: int) -> jax.Array:
+    """More columns, of zeros, behind all others: no query sees them, what they see is cut off."""
+    return jnp.pad(x, ((0, 0), (0, columns), (0, 0), (0, 0)))
+
+
 def _splash(query, key, value, window: int | None) -> jax.Array:
     """The kernel on each device's own rows and heads."""
     kernel = functools.partial(_splash_on_device, window=window)
@@ -140,18 +157,12 @@ def _splash(query, key, value, window: int | None) -> jax.Array:
 
 
 def _splash_on_device(query, key, value, *, window: int | None) -> jax.Array:
-    """The kernel wants `[N, T, H]`, scaled queries, and columns that are whole blocks.
-
-    Padded columns stand behind all others: no query sees them, and what they see is cut off.
-    """
+    """The kernel wants `[N, T, H]`, scaled queries, and columns that are whole blocks."""
     _, columns, heads, head_width = query.shape
     block = _block(columns)
     padded = block * math.ceil(columns / block)
     query = (query * head_width**-0.5).astype(query.dtype)
-    query, key, value = (
-        jnp.pad(x, ((0, 0), (0, padded - columns), (0, 0), (0, 0))).swapaxes(1, 2)
-        for x in (query, key, value)
-    )
+    query, key, value = (_pad(x, padded - columns).swapaxes(1, 2) for x in (query, key, value))
     kernel = _kernel(padded, heads, block, window)
     return jax.vmap(kernel)(query, key, value).swapaxes(1, 2)[:, :columns]
 

@@ -31,6 +31,17 @@ REMAT = {
 }
 
 
+# Writes `[B, K, H]` at (layer, column) `[B, 2]` of a cache: b's into row b, which so stays where it
+# is on a mesh; `cache.at[layer, rows, columns]` would gather what is written from all devices.
+BY_ROW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+
+
 class Cache(NamedTuple):
     """Keys and values of all columns seen so far, each `[L, B, S, K, H]`."""
 
@@ -248,10 +259,10 @@ def _write(cache: Cache, index, key, value, positions) -> Cache:
         def write(c, x):
             return jax.lax.dynamic_update_slice(c, x[None], (index, 0, 0, 0, 0))
     else:
-        rows = jnp.arange(key.shape[0])
+        places = jnp.stack([jnp.full_like(positions[:, 0], index), positions[:, 0]], axis=1)
 
         def write(c, x):
-            return c.at[index, rows, positions[:, 0]].set(x[:, 0])
+            return jax.lax.scatter(c, places, x[:, 0], BY_ROW, unique_indices=True, mode="drop")
 
     return _placed(jax.tree.map(write, cache, Cache(key, value)))
 

@@ -4,10 +4,16 @@ A row is (Hugging Face name, path in our parameter tree, pattern). The pattern i
 from the stored layout to ours and at the same time the shape: V vocabulary, P rows of the position
 table, D width, N heads, K key/value heads, H head width, F feed-forward width. `{}` in a name is
 the layer; such parameters are stacked along a leading L. `C` joins tensors that are stored fused:
-the row's `part` says which slice along C is meant.
+the row's `part` says which slice along C is meant. Letters that are stored as one dimension stand
+together and in the same order in ours.
 """
 
 import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
 
 from promptkd_jax.models.config import DecoderConfig
 
@@ -27,6 +33,52 @@ class Tensor:
     def per_layer(self) -> bool:
         """Whether there is one such tensor in every layer."""
         return "{}" in self.name
+
+    @property
+    def stored(self) -> tuple[tuple[str, ...], ...]:
+        """The letters of each stored dimension: (("N", "H"), ("D",)) for "(N H) D"."""
+        groups = re.findall(r"\([^)]*\)|[A-Z]", self.pattern.split(" -> ")[0])
+        return tuple(tuple(group.strip("()").split()) for group in groups)
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """The letters of our dimensions, without L, and without the C of a `part`."""
+        letters = tuple(self.pattern.split(" -> ")[1].split())
+        return letters if self.part is None else letters[1:]
+
+    @property
+    def to_stored(self) -> str:
+        """einops notation from ours, without L, to the stored layout, both without C."""
+        groups = (" ".join(x for x in group if x in self.ours) for group in self.stored)
+        return f"{' '.join(self.ours)} -> {' '.join(f'({group})' for group in groups)}"
+
+    def stored_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in a file."""
+        return tuple(math.prod(sizes[x] for x in group) for group in self.stored)
+
+    def stretches(
+        self, sizes: Mapping[str, int], bounds: Mapping[str, tuple[int, int]]
+    ) -> list[list[tuple[int, int]]]:
+        """Where a part of a parameter is stored.
+
+        Args:
+          sizes: of each letter.
+          bounds: (start, stop) of each letter of `ours`.
+
+        Returns:
+          For each stored dimension the (start, stop) of its stretches, as few as there can be, in
+          the order in which their elements come in the part.
+        """
+        if self.part is not None:
+            bounds = {**bounds, "C": (self.part, self.part + 1)}
+        found = []
+        for group in self.stored:
+            shape = [sizes[x] for x in group]
+            chosen = tuple(slice(*bounds[x]) for x in group)
+            indices = np.arange(math.prod(shape)).reshape(shape)[chosen].ravel()
+            pieces = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+            found.append([(int(piece[0]), int(piece[-1]) + 1) for piece in pieces])
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

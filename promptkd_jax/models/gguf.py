@@ -88,11 +88,14 @@ class GGUFModel:
         """Shape of a tensor as in the Hugging Face model, [out, in] for a matrix."""
         return _shape(self._tensors[name])
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """One tensor, dequantised: float32, [out, in], rows of q and k in Hugging Face order.
 
         The file is memory-mapped, and each call reads and dequantises anew: nothing is kept. What
         the file itself holds as float32 is a read-only view of it.
+
+        Args:
+          index: which part; the rows that it cuts off are not dequantised.
         """
         tensor = self._tensors[name]
         rows = np.asarray(tensor.data)
@@ -100,14 +103,16 @@ class GGUFModel:
             rows = _unpermute(rows, self.config["num_attention_heads"])
         elif name.endswith("self_attn.k_proj.weight"):
             rows = _unpermute(rows, self.config["num_key_value_heads"])
-        return _gguf().dequantize(rows, tensor.tensor_type)
+        if index is None or rows.ndim == 1:
+            return _gguf().dequantize(rows, tensor.tensor_type)[index or ...]
+        return _gguf().dequantize(rows[index[0]], tensor.tensor_type)[:, *index[1:]]
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     """Opens a GGUF file of architecture "llama"; reads its header, no weights.
 
     Parsing takes seconds where the vocabulary is large. That all tensors are there, in the shapes
-    that `config` asks for, is for `load.load_params` to check, as it does for every source.
+    that `config` asks for, is for `streaming.load_params` to check, as it does for every source.
 
     Raises:
       GGUFError: not a whole GGUF file, not a plain Llama, or a tensor that a Llama does not have or

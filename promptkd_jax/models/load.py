@@ -1,36 +1,26 @@
 """From a folder, a hub id or a GGUF file to parameters: every tensor named, shaped and used."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from flax import traverse_util
 
+from promptkd_jax import sharding
 from promptkd_jax.models import families
-from promptkd_jax.models.config import DecoderConfig, ModelError, from_hugging_face
+from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
+from promptkd_jax.models.streaming import load_params
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-
-
-class TensorSource(Protocol):
-    """Named arrays that are read one at a time, with the `config.json` they belong to."""
-
-    path: str
-    config: dict[str, Any]
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +65,8 @@ def load_model(
         `synthetic:NAME` for a random model (see `synthetic`).
       dtype: what is computed in; param_dtype: what the parameters are kept in.
       remat: key of `decoder.REMAT`.
-      shardings: None, or a function from a tree of shapes to a tree of shardings.
+      shardings: None, for one device, or a function from a tree of shapes to a tree of
+        NamedShardings. Each process reads only what its devices hold.
 
     Raises:
       ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown.
@@ -117,7 +108,8 @@ def load_model(
 def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     """The same model with only `layers` of its layers, in this order (DistilGPT2's start).
 
-    All arrays are copies: a train step may take them over while `model` stays as it is.
+    All arrays are copies, and lie where those of `model` do: a train step may take them over while
+    `model` stays as it is.
 
     Raises:
       ModelError: a layer that the model does not have.
@@ -126,14 +118,23 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     if not layers or not set(layers) <= set(range(config.depth)):
         raise ModelError(f"layers {layers}: {model.name} has the layers 0 to {config.depth - 1}")
     index = np.asarray(layers)
-    params = jax.tree.map(jnp.copy, {k: v for k, v in model.params.items() if k != "layers"})
-    params["layers"] = jax.tree.map(lambda x: x[index], model.params["layers"])
+
+    def keep(params):
+        stack = jax.tree.map(lambda x: x[index], params["layers"])
+        return jax.tree.map(jnp.copy, params | {"layers": stack})
+
+    where = jax.tree.map(_committed_to, model.params)
+    params = jax.jit(keep, out_shardings=where)(model.params)
     depth_field = families.family(config).depth_field
     hf_config = {**model.hf_config, depth_field: len(layers)}
     if "layer_types" in hf_config:
         hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
     decoder = Decoder(config.replace(depth=len(layers)))
     return model.replace(decoder=decoder, params=params, hf_config=hf_config)
+
+
+def _committed_to(x: Any) -> Any:
+    return x.sharding if isinstance(x, jax.Array) and x.committed else None
 
 
 def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:
@@ -223,99 +224,11 @@ class SafetensorsFolder:
         """The stored shape."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype (bfloat16 as `ml_dtypes.bfloat16`)."""
-        return self._files[name].get_tensor(name)
-
-
-def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = None) -> Any:
-    """Fills the parameter tree of `Decoder(config)` from `source`; nothing may be left over."""
-    abstract = abstract_params(config)
-    shapes = traverse_util.flatten_dict(abstract, sep="/")
-    placed = traverse_util.flatten_dict(shardings(abstract), sep="/") if shardings else {}
-    prefix = _prefix(source, config)
-    rows = families.family(config).rows
-    _check_names(source, config, prefix)
-    params = {}
-    for row in rows:
-        array = _read(source, config, row, prefix).astype(jnp.dtype(config.param_dtype))
-        assert array.shape == shapes[row.path].shape, (row, array.shape, shapes[row.path].shape)
-        params[row.path] = jax.device_put(array, placed.get(row.path))
-    assert params.keys() == shapes.keys(), params.keys() ^ shapes.keys()
-    return traverse_util.unflatten_dict(params, sep="/")
-
-
-def abstract_params(config: DecoderConfig) -> Any:
-    """Shapes and dtypes of the parameters, nothing computed."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
-
-
-def stored_name(row: families.Tensor, prefix: str, layer: int | None = None) -> str:
-    """The full name of a row's tensor in a file."""
-    name = row.name if row.name == families.HEAD else prefix + row.name
-    return name if layer is None else name.format(layer)
-
-
-def stored_names(row: families.Tensor, config: DecoderConfig, prefix: str) -> Iterator[str]:
-    """The names of a row's tensors, layer by layer."""
-    layers = range(config.depth) if row.per_layer else [None]
-    return (stored_name(row, prefix, layer) for layer in layers)
-
-
-def _read(source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str):
-    """A row's parameter, its layers stacked."""
-    letters = families.sizes(config)
-    stored, ours = row.pattern.split(" -> ")
-    used = {letter: size for letter, size in letters.items() if letter in stored}
-    expected = tuple(
-        int(np.prod([letters[x] for x in group.strip("()").split()]))
-        for group in re.findall(r"\([^)]*\)|[A-Z]", stored)
-    )
-    arrays = []
-    for name in stored_names(row, config, prefix):
-        if (found := source.shape(name)) != expected:
-            raise ModelError(
-                f"{source.path}: tensor {name} has shape {found}; the config asks for {expected} "
-                f"({stored} with {', '.join(f'{k}={v}' for k, v in used.items())})"
-            )
-        array = einops.rearrange(source.read(name), f"{stored} -> {ours}", **used)
-        arrays.append(array if row.part is None else array[row.part])
-    return np.stack(arrays) if row.per_layer else arrays[0]
-
-
-def _prefix(source: TensorSource, config: DecoderConfig) -> str:
-    table = families.family(config)
-    names = set(source.names())
-    first = table.rows[0].name
-    for prefix in (table.prefix, *table.other_prefixes):
-        if prefix + first in names:
-            return prefix
-    raise ModelError(f"{source.path}: tensor {table.prefix + first} is missing")
-
-
-def _check_names(source: TensorSource, config: DecoderConfig, prefix: str) -> None:
-    table = families.family(config)
-    wanted = {name for row in table.rows for name in stored_names(row, config, prefix)}
-    found = set(source.names())
-    if missing := sorted(wanted - found):
-        raise ModelError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}")
-    harmless = re.compile("|".join((*table.ignored, "$^")))
-    left = {
-        name
-        for name in found - wanted
-        if not harmless.fullmatch(name.removeprefix(prefix))
-        and not (name == families.HEAD and config.tied)
-    }
-    if left:
-        raise ModelError(
-            f"{source.path}: {len(left)} tensors belong to nothing in a {config.family} of "
-            f"{config.depth} layers: {_some(sorted(left))}"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor, or the part at `index`, in its stored dtype (`ml_dtypes.bfloat16` too)."""
+        if index is None:
+            return self._files[name].get_tensor(name)
+        return self._files[name].get_slice(name)[index]
 
 
 def _json(file: pathlib.Path, default: Any = None) -> Any:
@@ -350,8 +263,14 @@ def _eos_ids(
 
 
 def load_with_tokenizer(path: str, *, dtype: str) -> Model:
-    """As `load_model`, for what reads and writes text. Raises ModelError where it cannot."""
-    model = load_model(path, dtype=dtype, param_dtype=dtype)
+    """As `load_model`, for what reads and writes text, onto the mesh in context.
+
+    Raises:
+      ModelError: it cannot be read, or has no tokenizer or EOS.
+    """
+    mesh = jax.sharding.get_mesh()
+    shardings = None if mesh.empty else functools.partial(sharding.shardings, mesh=mesh)
+    model = load_model(path, dtype=dtype, param_dtype=dtype, shardings=shardings)
     check_text(model)
     return model
 

@@ -1,0 +1,194 @@
+"""The tables of docs/plan.md: pairs of models on TPU slices, compiled by XLA's TPU compiler.
+
+python benchmarks/plan_table.py [--results benchmarks/results/plan.json] [--only PAIR] [--show]
+
+Needs libtpu (pip install 'jax[tpu]'), no TPU. Each row takes minutes: the best meshes by the
+estimate are compiled until one fits, at most `--compile` of them. What is there already is not made
+again, so a run that was stopped goes on where it was. `--show` only prints the tables.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from promptkd_jax import schema
+from promptkd_jax.config import ConfigError, load_config
+from promptkd_jax.files import write_json
+from promptkd_jax.plan import ahead, chips
+from promptkd_jax.plan import command as plan
+from promptkd_jax.plan.abstract_run import abstract_run
+from promptkd_jax.plan.chips import GIB
+
+PAIRS = {
+    "GPT-2 XL into base": "configs/gpt2.py:student=base",
+    "OPT 13B into 6.7B": "configs/opt.py:student=6.7b",
+    "Llama 13B into 7B": "configs/llama.py:student=7b",
+    "Llama-3.1 70B into 8B": "configs/llama31.py:student=8b",
+}
+SLICES = {
+    "v4-8": "v4:2x2x1",
+    "v5e-16": "v5e:4x4",
+    "v5e-64": "v5e:8x8",
+    "v5e-256": "v5e:16x16",
+    "v5p-128": "v5p:4x4x4",
+    "v6e-64": "v6e:8x8",
+}
+SCALED = "Llama 13B into 7B"
+# The same mesh but for `fsdp` and `data`: rows of a chip halve until each has one, then `data`.
+SCALING = {
+    "v5e:4x4": "1,4,4",
+    "v5e:4x8": "1,8,4",
+    "v5e:8x8": "1,16,4",
+    "v5e:8x16": "1,32,4",
+    "v5e:16x16": "1,64,4",
+}
+
+
+def main() -> None:
+    """Makes what is missing and prints the tables."""
+    jax.config.update("jax_platforms", "cpu")
+    options = _parser().parse_args()
+    file = options.results
+    results = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if not options.show:
+        if not ahead.has_compiler():
+            sys.exit(ahead.MISSING)
+        for pair in PAIRS:
+            if options.only not in (None, pair):
+                continue
+            for name, topology in SLICES.items():
+                _once(results, file, f"{pair} | {name}", _fastest, pair, topology, options)
+            for topology, mesh in SCALING.items() if pair == SCALED else ():
+                _once(results, file, f"scaling | {topology}", _given, pair, topology, mesh)
+    print(table(results), scaling_table(results), sep="\n\n")
+
+
+def _once(results: dict[str, Any], file: pathlib.Path, key: str, make: Any, *inputs: Any) -> None:
+    if key in results:
+        return
+    print(f"{key} …", flush=True)
+    results[key] = make(*inputs)
+    write_json(file, results)
+
+
+def _run(pair: str):
+    config, _ = load_config([f"--config={PAIRS[pair]}"])
+    schema.check_recipe(config)
+    return abstract_run(config)
+
+
+def _fastest(pair: str, topology: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The first of the meshes, fastest first by the estimate, that fits as compiled; else the one
+    that comes nearest."""
+    run, slices = _run(pair), chips.slices(topology)
+    try:
+        candidates, _ = plan.search(run, slices)
+    except ConfigError as error:
+        return {"impossible": str(error)}
+    tried = []
+    candidates.sort(key=lambda one: not one.plan["memory"]["fits"])
+    if not candidates[0].plan["memory"]["fits"]:  # by the estimate nothing does: the smallest
+        candidates.sort(key=lambda one: one.plan["memory"]["needed"])
+    for candidate in candidates[: options.compile]:
+        its_run = run.with_micro_batches(candidate.micro_batches)
+        tried.append(_compiled(its_run, slices, candidate.sizes))
+        if tried[-1].get("memory", {}).get("fits"):
+            return tried[-1]
+    return min(tried, key=lambda one: one.get("memory", {}).get("needed") or float("inf"))
+
+
+def _given(pair: str, topology: str, mesh: str) -> dict[str, Any]:
+    run, slices = _run(pair), chips.slices(topology)
+    run = run.with_micro_batches(1)
+    return _compiled(run, slices, plan.mesh_sizes(run, slices, mesh))
+
+
+def _compiled(run, slices, sizes) -> dict[str, Any]:
+    try:
+        return plan.compiled(run, slices, sizes)
+    except jax.errors.JaxRuntimeError as error:  # a fault of the compiler is a row of the table
+        return {"mesh": dict(sizes), "failed": str(error).splitlines()[0][:300]}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each pair and slice that was compiled."""
+    lines = [
+        "| pair | slice | mesh, micro-batches | GiB of a chip, of usable | fits "
+        "| s/step | tokens/s | USD/M tokens | stage, USD |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for key, found in results.items():
+        pair, name = key.split(" | ")
+        if pair != "scaling":
+            lines.append(f"| {pair} | {name} | {_row(found)} |")
+    return "\n".join(lines)
+
+
+def _row(found: dict[str, Any]) -> str:
+    if "phases" not in found:
+        return f"{found.get('impossible') or found.get('failed')} | | | | | |"
+    memory = found["memory"]
+    cost = [found["usd_per_million_tokens"], found["usd"]]
+    cells = [
+        f"{_mesh(found)}, {found['micro_batches']}",
+        f"{_gib(memory['needed'])} of {_gib(memory['usable'])}",
+        "yes" if memory["fits"] else "no",
+        f"{found['seconds_per_step']:.2f}" if memory["fits"] else "–",
+        f"{found['tokens_per_second']:,.0f}" if memory["fits"] else "–",
+        *(f"{x:,.2f}" if x is not None and memory["fits"] else "–" for x in cost),
+    ]
+    return " | ".join(cells)
+
+
+def scaling_table(results: dict[str, Any]) -> str:
+    """Markdown: one pair on ever more chips."""
+    lines = [
+        "| chips | mesh | kept, GiB | temporaries, GiB | needed, GiB "
+        "| sent in a step, GB | moved in a step, GB | tokens/s | tokens/s of a chip |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for topology in SCALING:
+        found = results.get(f"scaling | {topology}")
+        if found is None or "phases" not in found:
+            continue
+        memory, phases = found["memory"], found["phases"].values()
+        sent = sum(phase["sent"] + phase["sent_between_slices"] for phase in phases)
+        cells = [
+            str(found["chips"]),
+            _mesh(found),
+            _gib(sum(memory["kept"].values())),
+            _gib(memory["temporaries"]),
+            _gib(memory["needed"]),
+            f"{sent / 1e9:.1f}",
+            f"{sum(phase['moved'] for phase in phases) / 1e9:.0f}",
+            f"{found['tokens_per_second']:,.0f}",
+            f"{found['tokens_per_second'] / found['chips']:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mesh(found: dict[str, Any]) -> str:
+    return " × ".join(map(str, found["mesh"].values()))
+
+
+def _gib(size: float | None) -> str:
+    return "?" if size is None else f"{size / GIB:.1f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    results = pathlib.Path("benchmarks/results/plan.json")
+    parser.add_argument("--results", type=pathlib.Path, default=results)
+    parser.add_argument("--only", choices=list(PAIRS))
+    parser.add_argument("--compile", type=int, default=3, help="meshes of a row, at most")
+    parser.add_argument("--show", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

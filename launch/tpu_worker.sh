@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# One worker of a TPU slice. tpu_pod.sh calls it there over ssh:
+#
+#   tpu_worker.sh install        the environment
+#   tpu_worker.sh start WORDS…   runs a command that outlives the connection
+#   tpu_worker.sh follow LINES   shows the last LINES of its log (+1: all) and what comes, to its end
+#   tpu_worker.sh status         says "absent", "running", or "ended STATUS"
+#   tpu_worker.sh stop           asks it to save and end
+#
+# The log is ~/promptkd_run/log.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
+here=$HOME/promptkd_run
+
+alive() { [[ -e $here/pid ]] && kill -0 "$(<"$here/pid")" 2>/dev/null; }
+
+# What `start` leaves behind: runs the words, passes SIGTERM on to them, and notes how they end.
+work() {
+  local child status=0
+  "$@" &
+  child=$!
+  trap 'kill -TERM $child' TERM
+  while kill -0 $child 2>/dev/null; do
+    status=0
+    wait $child || status=$?
+  done
+  echo "ended $status" >"$here/status"
+}
+
+case ${1:-} in
+  install) # Ubuntu 22.04 has Python 3.10; uv brings 3.12
+    python3 -m pip install --quiet --user uv
+    python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
+    python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+    ;;
+  start)
+    program=("${@:2}")
+    find_promptkd
+    if alive; then kill -KILL -- "-$(<"$here/pid")"; fi # it would keep the TPU
+    rm -rf "$here"
+    mkdir "$here"
+    setsid bash launch/tpu_worker.sh work "${program[@]}" </dev/null >"$here/log" 2>&1 &
+    echo $! >"$here/pid"
+    ;;
+  work) work "${@:2}" ;;
+  follow)
+    while [[ ! -e $here/status ]] && alive; do sleep 0.2; done &
+    tail --lines="$2" --follow=name --sleep-interval=0.2 --pid=$! "$here/log"
+    ;;
+  status)
+    if [[ -e $here/status ]]; then
+      cat "$here/status"
+    elif [[ ! -e $here/pid ]]; then
+      echo absent
+    elif alive; then
+      echo running
+    else
+      echo "ended 1" # with the machine
+    fi
+    ;;
+  stop) ! alive || kill -TERM "$(<"$here/pid")" ;;
+  *) usage ;;
+esac

@@ -1,0 +1,218 @@
+"""Parameters from named tensors: every one named, shaped and used; each process reads its own part.
+
+A family's table says which stored tensor is which parameter. Here the part of a parameter that a
+device holds is traced back to parts of stored tensors, and only these are read, piece by piece.
+"""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+from promptkd_jax.models import families
+from promptkd_jax.models.config import DecoderConfig, ModelError
+from promptkd_jax.models.decoder import Decoder
+
+PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
+
+
+class TensorSource(Protocol):
+    """Named arrays that are read in parts, with the `config.json` they belong to."""
+
+    path: str
+    config: dict[str, Any]
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray: ...
+
+
+def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = None) -> Any:
+    """Fills the parameter tree of `Decoder(config)` from `source`; nothing may be left over.
+
+    Only what the devices of this process hold is read, each element once. Beyond these arrays, host
+    memory holds what they have of one stored tensor, for a moment twice, and a few times
+    PIECE_BYTES. All processes must call it.
+
+    Raises:
+      ModelError: a tensor is missing, of another shape, or unknown.
+    """
+    abstract = abstract_params(config)
+    shapes = traverse_util.flatten_dict(abstract, sep="/")
+    placed = traverse_util.flatten_dict(shardings(abstract), sep="/") if shardings else {}
+    prefix = _prefix(source, config)
+    rows = families.family(config).rows
+    _check_names(source, config, prefix)
+    for row in rows:
+        _check_shapes(source, config, row, prefix)
+    params = {}
+    for row in rows:
+        read = functools.partial(_read, source, config, row, prefix)
+        params[row.path] = _parameter(read, shapes[row.path], placed.get(row.path), row.per_layer)
+    assert params.keys() == shapes.keys(), params.keys() ^ shapes.keys()
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _parameter(
+    read: Callable[[Bounds], np.ndarray],
+    shape: jax.ShapeDtypeStruct,
+    sharding: NamedSharding | None,
+    per_layer: bool,
+) -> jax.Array:
+    """The array of which `read` gives parts; a large one is put together layer by layer."""
+    if not per_layer or _bytes_here(shape, sharding) <= PIECE_BYTES:
+        return _place(read, shape.shape, sharding)
+    stack = jnp.zeros(shape.shape, shape.dtype, device=sharding)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    for layer in range(shape.shape[0]):
+        part = functools.partial(_read_layer, read, layer)
+        stack = _put(stack, _place(part, shape.shape[1:], sharding), layer)
+        stack.block_until_ready()  # or the host would hold several layers
+    return stack
+
+
+def _bytes_here(shape: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> int:
+    """What the devices of one process hold of it, the same number on all processes."""
+    if sharding is None:
+        return math.prod(shape.shape) * shape.dtype.itemsize
+    part = math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+    return part * jax.local_device_count()
+
+
+def _place(
+    read: Callable[[Bounds], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    """The array of which `read` gives parts; devices that hold the same part share one reading."""
+    if sharding is None:
+        return jax.device_put(read(tuple((0, size) for size in shape)))
+    once = functools.cache(read)
+
+    def part(index):
+        return once(tuple(cut.indices(size)[:2] for cut, size in zip(index, shape)))
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _read_layer(read: Callable[[Bounds], np.ndarray], layer: int, bounds: Bounds) -> np.ndarray:
+    return read(((layer, layer + 1), *bounds))[0]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+
+
+def abstract_params(config: DecoderConfig) -> Any:
+    """Shapes and dtypes of the parameters, nothing computed."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
+
+
+def stored_name(row: families.Tensor, prefix: str, layer: int | None = None) -> str:
+    """The full name of a row's tensor in a file."""
+    name = row.name if row.name == families.HEAD else prefix + row.name
+    return name if layer is None else name.format(layer)
+
+
+def stored_names(row: families.Tensor, config: DecoderConfig, prefix: str) -> Iterator[str]:
+    """The names of a row's tensors, layer by layer."""
+    layers = range(config.depth) if row.per_layer else [None]
+    return (stored_name(row, prefix, layer) for layer in layers)
+
+
+def _read(
+    source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str, bounds: Bounds
+) -> np.ndarray:
+    """The part of a row's parameter within `bounds`, in the dtype of the parameters."""
+    part = np.empty([stop - start for start, stop in bounds], jnp.dtype(config.param_dtype))
+    layers, targets = [None], [part]
+    if row.per_layer:
+        layers, targets, bounds = range(*bounds[0]), part, bounds[1:]
+    stretches = row.stretches(families.sizes(config), dict(zip(row.ours, bounds, strict=True)))
+    for layer, target in zip(layers, targets, strict=True):
+        as_stored = einops.rearrange(target, row.to_stored)
+        assert np.may_share_memory(as_stored, target), row
+        _fill(as_stored, source, stored_name(row, prefix, layer), stretches)
+    return part
+
+
+def _fill(
+    target: np.ndarray, source: TensorSource, name: str, stretches: list[list[tuple[int, int]]]
+) -> None:
+    """Reads the stretches of each dimension of a tensor into `target`, which has no others."""
+    rows = max(1, PIECE_BYTES // target[0].nbytes)
+    steps = (rows, *target.shape[1:])
+    for cuts in itertools.product(*map(_pieces, stretches, steps)):
+        here, there = zip(*cuts)
+        target[here] = source.read(name, there)
+
+
+def _pieces(stretches: list[tuple[int, int]], step: int) -> Iterator[tuple[slice, slice]]:
+    """Stretches in pieces of at most `step`: (where they go, one behind the other, where from)."""
+    end = 0
+    for start, stop in stretches:
+        for first in range(start, stop, step):
+            size = min(step, stop - first)
+            yield slice(end, end + size), slice(first, first + size)
+            end += size
+
+
+def _check_shapes(
+    source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str
+) -> None:
+    sizes = families.sizes(config)
+    stored = row.pattern.split(" -> ")[0]
+    used = ", ".join(f"{letter}={size}" for letter, size in sizes.items() if letter in stored)
+    expected = row.stored_shape(sizes)
+    for name in stored_names(row, config, prefix):
+        if (found := source.shape(name)) != expected:
+            raise ModelError(
+                f"{source.path}: tensor {name} has shape {found}; the config asks for {expected} "
+                f"({stored} with {used})"
+            )
+
+
+def _prefix(source: TensorSource, config: DecoderConfig) -> str:
+    table = families.family(config)
+    names = set(source.names())
+    first = table.rows[0].name
+    for prefix in (table.prefix, *table.other_prefixes):
+        if prefix + first in names:
+            return prefix
+    raise ModelError(f"{source.path}: tensor {table.prefix + first} is missing")
+
+
+def _check_names(source: TensorSource, config: DecoderConfig, prefix: str) -> None:
+    table = families.family(config)
+    wanted = {name for row in table.rows for name in stored_names(row, config, prefix)}
+    found = set(source.names())
+    if missing := sorted(wanted - found):
+        raise ModelError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}")
+    harmless = re.compile("|".join((*table.ignored, "$^")))
+    left = {
+        name
+        for name in found - wanted
+        if not harmless.fullmatch(name.removeprefix(prefix))
+        and not (name == families.HEAD and config.tied)
+    }
+    if left:
+        raise ModelError(
+            f"{source.path}: {len(left)} tensors belong to nothing in a {config.family} of "
+            f"{config.depth} layers: {_some(sorted(left))}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,0 +1,14 @@
+"""What a run needs of TPUs that are not rented yet; see docs/plan.md.
+
+command       reads the command line, searches meshes
+abstract_run  a run's state and batch, of shapes alone
+ahead, hlo    compiled for chips that nobody has; what such a program sends
+roofline      memory, work and traffic, counted
+chips         what a chip has, and costs
+architectures the shapes of well-known models
+tables        for the terminal
+"""
+
+from promptkd_jax.plan.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,318 @@
+"""A run of which nothing is loaded: shapes, dtypes and, on a mesh, shardings of all that it keeps.
+
+The state is that of `experiment.Experiment`, made by the same functions from models that have
+shapes instead of parameters.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from promptkd_jax import build, hidden, schema, sharding
+from promptkd_jax.batch import Batch
+from promptkd_jax.config import ConfigError
+from promptkd_jax.experiment import Experiment, Stage
+from promptkd_jax.losses import TopK
+from promptkd_jax.method import PRESETS
+from promptkd_jax.models.config import ModelError, from_hugging_face
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.load import Model, chosen_layers, end_ids, resolve
+from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.plan.architectures import CONFIGS
+from promptkd_jax.recipe import DOLLY_ROWS
+
+UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how many rows there are
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """What a run is made of, its `index`-th stage the one that is looked at.
+
+    `params` of teacher and student are shapes. `learned`: as in `Experiment`. `steps` of the stage
+    is None where the number of rows is unknown. `notes` say what was assumed.
+    """
+
+    config: ConfigDict
+    index: int
+    teacher: Model | None
+    student: Model
+    learned: dict[str, Any]
+    vocab_size: int
+    steps: int | None
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def stage(self) -> Stage:
+        """The one that is looked at."""
+        return self.stages[self.index]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step, over all devices."""
+        return self.config.stages[self.index].batch_size
+
+    def with_micro_batches(self, number: int) -> "AbstractRun":
+        """The same run, its rows dealt out to so many micro-batches."""
+        method = dataclasses.replace(self.stage.method, micro_batches=number)
+        stages = list(self.stages)
+        stages[self.index] = dataclasses.replace(self.stage, method=method)
+        return dataclasses.replace(self, stages=tuple(stages))
+
+    def experiment(self, mesh: Any) -> Experiment:
+        """As `experiment.prepare` makes it, but of shapes. The mesh may be abstract."""
+        return Experiment(
+            config=self.config,
+            teacher=self.teacher,
+            student=self.student,
+            learned=self.learned,
+            vocab_size=self.vocab_size,
+            dev=None,
+            stages=self.stages,
+            mesh=mesh,
+        )
+
+    def arguments(self, mesh: Any) -> tuple[Any, Any, Batch, Batch | None]:
+        """State, teacher, rows and corpus of a train step, each array a ShapeDtypeStruct with the
+        sharding that it has in the run.
+
+        Raises:
+          ConfigError: an axis of the mesh does not divide a parameter, or the rows.
+        """
+        check_rows(self, mesh)
+        state = self.experiment(mesh).abstract_state()
+        teacher = None
+        if self.teacher is not None:
+            placed = sharding.shardings(self.teacher.params, mesh)
+            teacher = jax.tree.map(_struct, self.teacher.params, placed)
+        where = sharding.rows_sharding(mesh, self.batch_size)
+        rows = functools.partial(self._rows, where=where)
+        method = self.stage.method
+        cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
+        return state, teacher, rows(cached), rows(0) if method.corpus_terms else None
+
+    def _rows(self, cached: int, where: Any) -> Batch:
+        rows, columns = self.batch_size, self.config.data.max_length
+
+        def struct(*shape, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        top_k = None
+        if cached:
+            shape = (rows, self.stage.method.response_capacity, cached)
+            top_k = TopK(struct(*shape), struct(*shape, dtype=jnp.float32))
+        return Batch(struct(rows, columns), struct(rows), struct(rows), top_k)
+
+
+def check_rows(run: AbstractRun, mesh: Any) -> None:
+    """Raises ConfigError where rows cannot be dealt out evenly to the devices."""
+    parts, split = run.stage.method.parts, mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.batch_size % parts or (run.batch_size // parts) % split:
+        raise ConfigError(
+            f"config.stages[{run.index}].batch_size: {run.batch_size} in {parts} micro-batches "
+            f"cannot be dealt out evenly to {split} devices (data x fsdp)"
+        )
+
+
+def abstract_run(config: ConfigDict, stage: str | None = None, rows: int = 0) -> AbstractRun:
+    """The run of a checked config.
+
+    Args:
+      stage: the name of the one that is looked at; by default the last.
+      rows: of the training data; 0 for those of a local file, or of Dolly.
+
+    Raises:
+      ConfigError: no such stage. ModelError: a model of unknown or unsupported shape.
+    """
+    index, notes = _stage_index(config, stage), []
+    teacher, student = _models(config, notes)
+    vocab_size = student.vocab_size
+    if teacher is not None:
+        vocab_size = min(vocab_size, teacher.vocab_size)
+    rows = rows or _training_rows(config)
+    stages, steps = [], None
+    for number, chosen in enumerate(config.stages):
+        its_steps = build.stage_steps(chosen, rows) if chosen.steps or rows else None
+        if number == index:
+            steps = its_steps
+        made = _stage(config, number, its_steps or UNKNOWN_STEPS, (teacher, student), vocab_size)
+        stages.append(made)
+    if any(chosen.teacher_view == "in_context" for chosen in config.stages):
+        notes.append("a demonstration is taken to be half as long as the longest row")
+    return AbstractRun(
+        config=config,
+        index=index,
+        teacher=teacher,
+        student=student,
+        learned=_learned(config, teacher, student),
+        vocab_size=vocab_size,
+        steps=steps,
+        stages=tuple(stages),
+        notes=tuple(notes),
+    )
+
+
+def model_config(path: str) -> tuple[dict[str, Any], str]:
+    """The `config.json` of a model, and where it is from: its folder or file, the built-in table
+    (see `architectures`), or the hub.
+
+    Raises:
+      ModelError: it is nowhere.
+    """
+    if path.startswith("synthetic:"):
+        from promptkd_jax import synthetic  # it makes its parameters
+
+        return synthetic.model(path.removeprefix("synthetic:")).hf_config, "made by the package"
+    folder = pathlib.Path(path)
+    if path in CONFIGS and not folder.exists():
+        return CONFIGS[path], "the built-in table of architectures"
+    if folder.suffix == ".gguf":
+        from promptkd_jax.models.gguf import open_gguf
+
+        return open_gguf(str(resolve(path))).config, "its file"
+    if folder.exists():
+        file = folder / "config.json"
+        if not file.exists():
+            raise ModelError(f"{file}: no such file")
+        return json.loads(file.read_text("utf-8")), "its folder"
+    return _from_hub(path), "the hub"
+
+
+def _from_hub(path: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(path, "config.json")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"model {path!r}: no such local folder, not in the built-in table (architectures.py), "
+            f"and the hub says: {error}"
+        ) from error
+    return json.loads(pathlib.Path(file).read_text("utf-8"))
+
+
+def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:
+    """(teacher, student), as `experiment.load_models` chooses them."""
+    teacher, measured = None, config.evaluation.teacher and config.teacher.path
+    if schema.needs_the_teacher(config) or measured:
+        teacher = _model(config.teacher.path, config.teacher, notes, "teacher")
+    if config.student.path:
+        student = _model(config.student.path, config.student, notes, "student")
+    else:
+        depth = teacher.decoder.config.depth
+        kept = chosen_layers(depth, config.student.layers)
+        student = _model(config.teacher.path, config.student, notes, "student", len(kept))
+    eos_ids = end_ids(teacher, student)
+    teacher = teacher and teacher.replace(eos_ids=eos_ids)
+    return teacher, student.replace(eos_ids=eos_ids)
+
+
+def _model(path: str, how: ConfigDict, notes: list[str], role: str, depth: int = 0) -> Model:
+    hf_config, source = model_config(path)
+    decoder = from_hugging_face(hf_config, f"{path}: config").replace(
+        dtype=how.dtype, param_dtype=how.param_dtype, remat=how.remat
+    )
+    decoder = decoder.replace(depth=depth or decoder.depth)
+    params = abstract_params(decoder)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    notes.append(f"{role}: {path}, {size / 1e9:.3g} B parameters, shapes from {source}")
+    found = hf_config.get("eos_token_id")
+    eos_ids = tuple(found) if isinstance(found, list) else (found or 0,)
+    return Model(path, Decoder(decoder), params, dict(hf_config), None, eos_ids)
+
+
+def _stage_index(config: ConfigDict, name: str | None) -> int:
+    names = [stage.name for stage in config.stages]
+    if name is None:
+        return len(names) - 1
+    if name not in names:
+        raise ConfigError(f"--stage: {name!r} is no stage; there are {', '.join(names)}")
+    return names.index(name)
+
+
+def _training_rows(config: ConfigDict) -> int:
+    """0 where only reading the data would tell."""
+    data = config.data
+    if data.train == "teacher":
+        return config.data_free.requests
+    if data.train == "databricks/databricks-dolly-15k":
+        return DOLLY_ROWS
+    file = pathlib.Path(data.train)
+    if file.suffix == ".jsonl" and file.is_file():
+        with file.open("rb") as lines:
+            return sum(1 for _ in lines)
+    return 0
+
+
+def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) -> Stage:
+    """As `experiment.prepare` makes it, every row as long as the config allows."""
+    stage, (teacher, student) = config.stages[index], models
+    room = config.data.max_length - config.data.max_prompt_length
+    shown = config.in_context.examples * (config.data.max_length // 2)
+    method = build.make_method(
+        config,
+        stage,
+        steps=steps,
+        longest_response=room,
+        vocab_size=vocab_size,
+        eos_ids=student.eos_ids,
+        demonstrations=(0,) * shown,
+    )
+    updates = steps * method.updates
+    optimizers = build.make_optimizers(
+        stage,
+        student.params,
+        teacher and teacher.params,
+        steps=steps,
+        updates=updates,
+        decay_norms=PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2",
+    )
+    return Stage(
+        name=stage.name,
+        index=index,
+        first=0,
+        steps=steps,
+        method=method,
+        optimizers=optimizers,
+        learning_rate=build.learning_rate(stage, stage.learning_rate, updates),
+        batches=None,
+        corpus=None,
+    )
+
+
+def _learned(config: ConfigDict, teacher: Model | None, student: Model) -> dict[str, Any]:
+    """Shapes of what is trained beside the student."""
+    learned, views = {}, {stage.teacher_view for stage in config.stages}
+    if "prompted" in views:
+        shape = (config.soft_prompt.length, teacher.decoder.config.width)
+        learned["soft_prompt"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if "online" in views:
+        learned["teacher"] = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params
+        )
+    shapes = [model.decoder.config for model in (student, teacher) if model]
+    terms = [
+        term
+        for stage in config.stages
+        if stage.hidden_terms
+        for term in build.resolved_hidden_terms(stage, *shapes)
+    ]
+    if terms:
+        widths = [shape.width for shape in shapes]
+        made = jax.eval_shape(
+            lambda key: hidden.init_projections(terms, *widths, key), jax.random.key(0)
+        )
+        if made:
+            learned["projection"] = made
+    return learned
+
+
+def _struct(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

@@ -1,0 +1,164 @@
+"""XLA's TPU compiler without a TPU: a run's programs for chips that nobody here has.
+
+Needs libtpu (`pip install 'jax[tpu]'`), on any Linux machine. See `jax.experimental.topologies`.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from promptkd_jax import sharding
+from promptkd_jax.config import ConfigError
+from promptkd_jax.plan import hlo
+from promptkd_jax.plan.abstract_run import AbstractRun
+from promptkd_jax.plan.chips import EXAMPLES, GIB, Slices
+from promptkd_jax.plan.hlo import Collective
+from promptkd_jax.sampler import Voice
+from promptkd_jax.step import train_step
+from promptkd_jax.targets import target_rows
+
+# libtpu asks the machine that it runs on what TPU it has, and lets one process at a time use it.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+MISSING = "the TPU compiler is not installed: pip install 'jax[tpu]' (no TPU is needed for it)"
+
+
+class Program(NamedTuple):
+    """What the compiler says of one program, bytes on one device.
+
+    Attributes:
+      arguments: the inputs; `new_outputs`: what does not take the place of a donated input.
+      temporaries: everything between.
+      code: the program itself.
+      collectives: what is sent over the network.
+    """
+
+    arguments: int
+    new_outputs: int
+    temporaries: int
+    code: int
+    collectives: tuple[Collective, ...]
+
+    @property
+    def total(self) -> int:
+        """What a device needs."""
+        return self.arguments + self.new_outputs + self.temporaries + self.code
+
+
+class TooLarge(RuntimeError):
+    """The compiler found that a program does not fit; `needed` and `usable` bytes on one device."""
+
+    def __init__(self, needed: int | None, usable: int | None, message: str):
+        super().__init__(message)
+        self.needed, self.usable = needed, usable
+
+
+def has_compiler() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def described_devices(slices: Slices) -> list[Any]:
+    """Devices that can be compiled for, not computed on.
+
+    Raises:
+      ConfigError: a shape that the compiler does not know.
+    """
+    from jax.experimental import topologies
+
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"chip_config_name": slices.chip.compiler}
+    if slices.number > 1:
+        options["num_slices"] = slices.number
+    if slices.chips // slices.number == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=slices.name, **options
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"--topology: the compiler does not know {slices.name} ({error}); there are, for "
+            f"example, {EXAMPLES}"
+        ) from error
+    assert len(found) == slices.devices, (slices, len(found))
+    return list(found)
+
+
+def compile_step(run: AbstractRun, mesh: Any) -> Program:
+    """The train step, jitted as `train` does.
+
+    Raises:
+      TooLarge: it does not fit. ConfigError: the mesh does not divide the parameters or rows.
+    """
+    stage, experiment = run.stage, run.experiment(mesh)
+    step = functools.partial(
+        train_step, method=stage.method, models=experiment.models, optimizers=stage.optimizers
+    )
+    jitted = jax.jit(step, out_shardings=(experiment.placed(), None), donate_argnums=0)
+    return _compile(jitted, run, mesh, run.arguments(mesh))
+
+
+def compile_rollout(run: AbstractRun, mesh: Any) -> Program:
+    """What a step begins with alone: the student writes its answers. Raises as `compile_step`."""
+    method, models = run.stage.method, run.experiment(mesh).models
+
+    def write(params, teacher, batch, replay, key, step):
+        voice = Voice(models.teacher, teacher) if method.teacher_share else None
+        return target_rows(
+            method, models.student, params, batch, replay, key, step=step, teacher=voice
+        )[:2]
+
+    state, teacher, batch, _ = run.arguments(mesh)
+    if not method.teacher_share:
+        teacher = None
+    inputs = (state.params["student"], teacher, batch, state.replay, state.key, state.step)
+    return _compile(jax.jit(write), run, mesh, inputs)
+
+
+def _compile(jitted: Any, run: AbstractRun, mesh: Any, inputs: tuple) -> Program:
+    try:
+        with jax.set_mesh(mesh):
+            compiled = jitted.lower(*inputs).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _too_large(str(error)) from error
+    used = compiled.memory_analysis()
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    found = hlo.collectives(
+        compiled.as_text(),
+        unknown_trips=run.stage.method.rollout_length,
+        slice_devices=mesh.size // slices if slices > 1 else 0,
+    )
+    return Program(
+        arguments=used.argument_size_in_bytes,
+        new_outputs=used.output_size_in_bytes - used.alias_size_in_bytes,
+        temporaries=used.temp_size_in_bytes,
+        code=used.generated_code_size_in_bytes,
+        collectives=tuple(found),
+    )
+
+
+def _too_large(message: str) -> TooLarge:
+    """Reads "Used 20.53G of 15.75G hbm"."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
+    if not found:
+        return TooLarge(None, None, message.splitlines()[0])
+    units = {"K": 2**10, "M": 2**20, "G": GIB}
+    needed, usable = (int(float(found[i]) * units[found[i + 1]]) for i in (1, 3))
+    return TooLarge(needed, usable, message.splitlines()[0])
+
+
+def make_mesh(sizes: dict[str, int], slices: Slices) -> Any:
+    """A mesh of described devices, laid out as `sharding.make_mesh` lays out real ones."""
+    return sharding.make_mesh(sizes, described_devices(slices))

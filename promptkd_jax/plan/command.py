@@ -1,0 +1,366 @@
+"""`promptkd plan --config FILE[:arg] --topology v5e:8x8`: what a run needs of TPUs not yet rented.
+
+Counts a train step's memory, work and traffic from shapes, and has XLA's TPU compiler, where it is
+installed, compile the very step for these chips. No weights, no data, no TPU.
+"""
+
+import argparse
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from promptkd_jax import build, schema, sharding
+from promptkd_jax.config import ConfigError, parse
+from promptkd_jax.files import write_json
+from promptkd_jax.method import ON_POLICY
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.plan import ahead, chips, roofline
+from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run, check_rows
+from promptkd_jax.plan.ahead import Program, TooLarge
+from promptkd_jax.plan.chips import Slices
+from promptkd_jax.plan.hlo import Collective
+from promptkd_jax.plan.roofline import Work
+from promptkd_jax.plan.tables import show, show_search
+from promptkd_jax.sharding import AXES
+
+Sizes = Mapping[str, int]
+
+
+class Candidate(NamedTuple):
+    """A mesh and a number of micro-batches that divide everything, and what is estimated of it."""
+
+    sizes: dict[str, int]
+    micro_batches: int
+    plan: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line and plans; a mistake of the user ends it with a message alone."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
+    try:
+        options, config = parse(_parser(), argv)
+        schema.check_recipe(config)
+        slices = chips.slices(options.topology, options.slices)
+        run = abstract_run(config, options.stage, options.rows)
+        found = (_search if options.search else _plan_one)(run, slices, options)
+    except (ConfigError, ModelError) as error:
+        sys.exit(f"promptkd plan: {error}")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.output, found)
+        print(f"written to {options.output}")
+
+
+def _plan_one(run: AbstractRun, slices: Slices, options: argparse.Namespace) -> dict[str, Any]:
+    sizes = mesh_sizes(run, slices, options.mesh)
+    compiling = not options.no_compile and ahead.has_compiler()
+    found = (compiled if compiling else estimate)(run, slices, sizes, options.price)
+    show(found, missing=_missing(compiling, options))
+    return found
+
+
+def _missing(compiling: bool, options: argparse.Namespace) -> str | None:
+    return None if compiling or options.no_compile else ahead.MISSING
+
+
+def _search(run: AbstractRun, slices: Slices, options: argparse.Namespace) -> dict[str, Any]:
+    candidates, dropped = search(run, slices, options.price)
+    compiling = not options.no_compile and ahead.has_compiler()
+    best = [one for one in candidates if one.plan["memory"]["fits"]]
+    shown = [one.plan for one in best or candidates[:1]]
+    if compiling:
+        number = min(options.compile, len(best))
+        for place in range(number):
+            print(f"compiling {place + 1} of {number}: {_named(best[place].sizes)}", flush=True)
+            its_run = run.with_micro_batches(best[place].micro_batches)
+            shown[place] = compiled(its_run, slices, best[place].sizes, options.price)
+        shown.sort(key=_rank)
+    missing = _missing(compiling, options)
+    show_search(shown, dropped=dropped, fitting=len(best), missing=missing)
+    return {"plans": shown, "dropped": dropped}
+
+
+def mesh_sizes(run: AbstractRun, slices: Slices, text: str | None) -> dict[str, int]:
+    """The mesh of "data,fsdp,tensor", or of the config, one of which may be -1 for the rest.
+
+    Raises:
+      ConfigError: no three numbers, or they do not multiply to the devices of the slices.
+    """
+    sizes = sharding.parse_sizes(text) if text else run.config.mesh
+    return dict(zip(AXES, sharding.mesh_shape(sizes, slices.devices, slices.number)))
+
+
+def abstract_mesh(sizes: Sizes) -> AbstractMesh:
+    """A mesh of no devices at all."""
+    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def estimate(
+    run: AbstractRun, slices: Slices, sizes: Sizes, price: float | None = None
+) -> dict[str, Any]:
+    """The plan of one mesh from shapes alone.
+
+    Args:
+      price: USD per chip-hour; None for the list price, where there is one.
+
+    Raises:
+      ConfigError: the mesh does not divide rows or parameters.
+    """
+    kept = roofline.kept_bytes(run, abstract_mesh(sizes))
+    temporary = roofline.temporary_bytes(run, sizes)
+    beside = temporary["rollout"] + temporary["update"]
+    memory = _memory(slices, kept, temporary["cache"], sum(kept.values()) + beside, beside)
+    work = roofline.phases(run, sizes, slices.number)
+    return _assembled(run, slices, sizes, price, memory, work, None)
+
+
+def compiled(
+    run: AbstractRun, slices: Slices, sizes: Sizes, price: float | None = None
+) -> dict[str, Any]:
+    """The plan of one mesh with the TPU compiler's memory and traffic; work is counted.
+
+    Raises as `estimate`, and:
+      ConfigError: the compiler does not know the topology.
+    """
+    check_rows(run, abstract_mesh(sizes))
+    mesh = ahead.make_mesh(dict(sizes), slices)
+    found = estimate(run, slices, sizes, price)
+    begun = time.monotonic()
+    programs = {"step": _compiled(ahead.compile_step, run, mesh)}
+    if run.stage.method.targets in ON_POLICY:
+        programs["rollout"] = _compiled(ahead.compile_rollout, run, mesh)
+    step, kept = programs["step"], roofline.kept_bytes(run, abstract_mesh(sizes))
+    cache = found["memory"]["cache"]
+    if isinstance(step, Program):
+        beside = step.total - sum(kept.values())
+        memory = _memory(slices, kept, cache, step.total, beside, by="compiler")
+    else:
+        memory = _memory(slices, kept, cache, step.needed, None, by="compiler", fits=False)
+    tokens = run.stage.method.rollout_length
+    work = _with_traffic(roofline.phases(run, sizes, slices.number), programs, tokens)
+    said = {
+        "programs": {name: _said(program) for name, program in programs.items()},
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    return _assembled(run, slices, sizes, price, memory, work, said)
+
+
+def _compiled(compile_it: Callable, run: AbstractRun, mesh: Any) -> Program | TooLarge:
+    try:
+        return compile_it(run, mesh)
+    except TooLarge as error:
+        return error
+
+
+def _said(program: Program | TooLarge) -> dict[str, Any]:
+    if isinstance(program, TooLarge):
+        return {"needed": program.needed, "usable": program.usable, "message": str(program)}
+    kinds: dict[str, dict[str, float]] = {}
+    for one in program.collectives:
+        kind = kinds.setdefault(one.kind, {"number": 0, "sent": 0.0, "sent_between_slices": 0.0})
+        kind["number"] += one.trips
+        kind["sent"] += one.sent
+        kind["sent_between_slices"] += one.sent_between_slices
+    sizes = program._asdict()
+    del sizes["collectives"]
+    return {**sizes, "total": program.total, "collectives": kinds}
+
+
+def _with_traffic(
+    work: dict[str, Work], programs: Mapping[str, Program | TooLarge], tokens: int
+) -> dict[str, Work]:
+    """The phases with what the compiled programs send.
+
+    What the rollout alone sends is prefill, but for its outermost loop over at most `tokens`
+    tokens, which is decode. The rest of the step is both updates; they share it as they share the
+    estimate.
+    """
+    step, rollout = programs["step"], programs.get("rollout")
+    if not isinstance(step, Program) or isinstance(rollout, TooLarge):
+        return work
+    traffic = {"prefill": (0.0, 0.0), "decode": (0.0, 0.0)}
+    if rollout is not None:
+        loop = [one for one in rollout.collectives if _in_decode_loop(one, tokens)]
+        rest = [one for one in rollout.collectives if not _in_decode_loop(one, tokens)]
+        traffic = {"prefill": _sent(rest), "decode": _sent(loop)}
+    updates = [name for name in work if name not in traffic]
+    whole = _sent(step.collectives)
+    left = [max(a - b - c, 0.0) for a, b, c in zip(whole, *traffic.values())]
+    estimated = sum(work[name].sent for name in updates)
+    for name in updates:
+        share = work[name].sent / estimated if estimated else 1 / len(updates)
+        traffic[name] = (left[0] * share, left[1] * share)
+    return {name: Work(one.flops, one.moved, *traffic[name]) for name, one in work.items()}
+
+
+def _in_decode_loop(one: Collective, tokens: int) -> bool:
+    if not one.name:
+        return one.trips % tokens == 0
+    return re.match(r"jit\([^)]*\)(/cond|/branch_\w+)*/while/", one.name) is not None
+
+
+def _sent(collectives: Sequence[Any]) -> tuple[float, float]:
+    return (
+        sum(one.sent for one in collectives),
+        sum(one.sent_between_slices for one in collectives),
+    )
+
+
+def _memory(
+    slices: Slices,
+    kept: Mapping[str, int],
+    cache: float,
+    needed: float | None,
+    beside: float | None,
+    *,
+    by: str = "estimate",
+    fits: bool | None = None,
+) -> dict[str, Any]:
+    """Bytes of one device. The cache is one of the temporaries, which are all `beside` what is
+    kept; `needed` and `beside` are None where the compiler did not say."""
+    chip = slices.chip
+    usable = chip.per_device(chip.usable_gib) * chips.GIB
+    return {
+        "kept": dict(kept),
+        "cache": round(cache),
+        "temporaries": None if beside is None else round(beside),
+        "needed": None if needed is None else round(needed),
+        "usable": round(usable),
+        "has": round(chip.per_device(chip.hbm_gib) * chips.GIB),
+        "fits": bool(needed is not None and needed <= usable) if fits is None else fits,
+        "by": by,
+    }
+
+
+def _assembled(
+    run: AbstractRun,
+    slices: Slices,
+    sizes: Sizes,
+    price: float | None,
+    memory: dict[str, Any],
+    work: Mapping[str, Work],
+    said: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """All that is known, as it is written to JSON."""
+    phases, seconds = {}, 0.0
+    for name, one in work.items():
+        each = one.seconds(slices)
+        bound = max(each, key=each.get)
+        seconds += each[bound]
+        phases[name] = {**vars(one), "seconds": each, "bound": bound, "time": each[bound]}
+    price = slices.chip.usd_per_hour if price is None else price
+    tokens = run.batch_size * run.config.data.max_length / seconds
+    per_hour = None if price is None else price * slices.chips
+    hours = None if run.steps is None else run.steps * seconds / 3600
+    counted = said is not None and not any(
+        "message" in program for program in said["programs"].values()
+    )
+    return {
+        "title": run.config.title,
+        "stage": build.describe(run.config.stages[run.index]),
+        "notes": list(run.notes),
+        "topology": slices.name,
+        "slices": slices.number,
+        "chips": slices.chips,
+        "devices": slices.devices,
+        "mesh": dict(sizes),
+        "rows": run.batch_size,
+        "columns": run.config.data.max_length,
+        "micro_batches": run.stage.method.micro_batches,
+        "memory": memory,
+        "phases": phases,
+        "traffic_by": "compiler" if counted else "estimate",
+        "seconds_per_step": seconds,
+        "tokens_per_second": tokens,
+        "usd_per_chip_hour": price,
+        "usd_per_million_tokens": None if per_hour is None else per_hour / 3600 / tokens * 1e6,
+        "steps": run.steps,
+        "hours": hours,
+        "usd": None if None in (per_hour, hours) else per_hour * hours,
+        "compiled": said,
+    }
+
+
+def search(
+    run: AbstractRun, slices: Slices, price: float | None = None
+) -> tuple[list[Candidate], dict[str, int]]:
+    """Every mesh and number of micro-batches, estimated, the best first.
+
+    Returns:
+      The candidates: those that fit first, of these the one with most tokens per second; and by
+      reason how many were not considered.
+    """
+    found, dropped = [], {"rows do not divide": 0, "a parameter does not divide": 0}
+    models = [model.decoder.config for model in (run.student, run.teacher) if model]
+    heads = min(config.heads for config in models)
+    for sizes in _factorisations(slices.devices, slices.number):
+        for number in _divisors(run.batch_size // run.stage.method.minibatches):
+            its_run = run.with_micro_batches(number)
+            if not _rows_divide(its_run, sizes):
+                dropped["rows do not divide"] += 1
+                continue
+            if sizes["tensor"] > heads:
+                dropped["a parameter does not divide"] += 1
+                continue
+            try:
+                plan = estimate(its_run, slices, sizes, price)
+            except ConfigError:
+                dropped["a parameter does not divide"] += 1
+                continue
+            found.append(Candidate(sizes, number, plan))
+    if not found:
+        raise ConfigError(
+            f"--search: no mesh of {slices.devices} devices divides both the "
+            f"{run.batch_size} rows and the parameters; take fewer chips or another batch_size"
+        )
+    return sorted(found, key=lambda one: _rank(one.plan)), dropped
+
+
+def _rank(plan: Mapping[str, Any]) -> tuple:
+    """What fits first, compiled before estimated, then the faster; within 2 % the smaller."""
+    pace = round(math.log(plan["seconds_per_step"], 1.02))
+    memory = plan["memory"]
+    return not memory["fits"], plan["compiled"] is None, pace, memory["needed"] or math.inf
+
+
+def _rows_divide(run: AbstractRun, sizes: Sizes) -> bool:
+    rows = run.batch_size // run.stage.method.parts
+    return rows > 0 and rows % (sizes["data"] * sizes["fsdp"]) == 0
+
+
+def _factorisations(devices: int, slices: int) -> Iterator[dict[str, int]]:
+    """All data x fsdp x tensor, `data` a multiple of the slices."""
+    for data in _divisors(devices):
+        for fsdp in _divisors(devices // data):
+            if data % slices == 0:
+                yield dict(zip(AXES, (data, fsdp, devices // data // fsdp)))
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _named(sizes: Sizes) -> str:
+    return " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="promptkd plan", description=main.__doc__)
+    parser.add_argument("--topology", required=True, help=f"of one slice: {chips.EXAMPLES}")
+    parser.add_argument("--slices", type=int, default=1, help="joined by the slow network")
+    parser.add_argument("--mesh", help="data,fsdp,tensor; one may be -1; default: config.mesh")
+    parser.add_argument("--stage", help="of the config, by name; default: the last")
+    parser.add_argument("--rows", type=int, default=0, help="of the training data, if not counted")
+    parser.add_argument("--price", type=float, help="USD per chip-hour; default: the list price")
+    parser.add_argument("--search", action="store_true", help="try all meshes and micro-batches")
+    parser.add_argument("--compile", type=int, default=3, help="so many of the best of --search")
+    parser.add_argument("--no-compile", action="store_true", help="the estimate alone, in seconds")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file for all figures")
+    return parser

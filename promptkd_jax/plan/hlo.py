@@ -1,0 +1,274 @@
+"""What a compiled program sends over the network, read from its HLO text.
+
+A collective in a loop counts as often as the loop turns: by `known_trip_count` where the compiler
+wrote it down, else by the number that the loop's condition compares its counter with (JAX's scans
+count from 0), else as often as the caller says.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+_WIDTHS = {
+    0.5: "s4 u4",
+    1: "pred s8 u8 f8e4m3 f8e4m3fn f8e4m3b11fnuz f8e5m2",
+    2: "s16 u16 bf16 f16",
+    4: "s32 u32 f32",
+    8: "s64 u64 f64 c64",
+    16: "c128",
+}
+BYTES = {name: width for width, names in _WIDTHS.items() for name in names.split()}
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_ONE_TO_ONE = ("collective-permute", "send")
+
+
+class Collective(NamedTuple):
+    """One of the `KINDS`, or a "send" to the host, which passes it on to another slice (so the
+    compiler writes what goes between slices), on each device.
+
+    Attributes:
+      size: bytes of the whole array: gathered, reduced, or exchanged.
+      group: devices that take part; `slices`: among how many slices they are.
+      trips: how often.
+      name: of the JAX operation that it is for; "" where the compiler lost it.
+    """
+
+    kind: str
+    size: int
+    group: int
+    slices: int
+    trips: int
+    name: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends to others of its slice, in all trips.
+
+        The least that a ring can do: of n devices, each sends (n - 1) / n of the array, twice for
+        an all-reduce, all of it for a permutation.
+        """
+        return self.trips * self._share(self.group // self.slices) * self.size
+
+    @property
+    def sent_between_slices(self) -> float:
+        """Bytes that a device sends to another slice: the same for its part of the array."""
+        inside = self.group // self.slices
+        part = self.size if self.kind in _ONE_TO_ONE else self.size / inside
+        return self.trips * self._share(self.slices) * part
+
+    def _share(self, devices: int) -> float:
+        if devices == 1:
+            return 0.0
+        if self.kind in _ONE_TO_ONE:
+            return 1.0
+        return (2 if self.kind == "all-reduce" else 1) * (devices - 1) / devices
+
+
+class _Instruction(NamedTuple):
+    name: str
+    type: str
+    opcode: str
+    operands: str
+    rest: str
+
+
+def collectives(text: str, *, unknown_trips: int = 1, slice_devices: int = 0) -> list[Collective]:
+    """All that a program sends.
+
+    Args:
+      text: the HLO of one device, as `Compiled.as_text()` gives it.
+      unknown_trips: how often a loop turns that does not say so.
+      slice_devices: devices of a slice; 0 for one slice.
+    """
+    computations = _computations(text)
+    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE).group(1)
+    counted, beside = [], {}
+    for instruction, trips, computation, fusion in _walk(computations, entry, unknown_trips):
+        found = _collective(instruction, trips, computation, slice_devices)
+        channel = re.search(r"channel_id=(\d+)", instruction.rest)
+        if found is None:
+            continue
+        if not fusion or channel is None:
+            counted.append(found)
+        else:
+            beside.setdefault(channel.group(1), []).append((fusion, found))
+    return [*counted, *(one for same in beside.values() for one in _once(same))]
+
+
+def _once(same: list[tuple[str, Collective]]) -> list[Collective]:
+    """A collective that runs beside other work stands in all fusions that it runs beside, also in
+    loops that begin and end while it runs; it counts where it starts."""
+    starts = [one for fusion, one in same if fusion.startswith("async-collective-start")]
+    return starts or [min((one for _, one in same), key=lambda one: one.trips)]
+
+
+def _computations(text: str) -> dict[str, list[_Instruction]]:
+    # What a kernel carries along may have lines of its own, also such as "}".
+    found, current = {}, []
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line):
+            current = found.setdefault(header.group(1), [])
+        elif line.startswith("  ") and " = " in line and (instruction := _instruction(line)):
+            current.append(instruction)
+    return found
+
+
+def _instruction(line: str) -> _Instruction | None:
+    left, _, right = line.strip().removeprefix("ROOT ").partition(" = ")
+    end = _closing(right) + 1 if right.startswith("(") else right.find(" ")
+    kind, rest = right[:end], right[end:].lstrip()
+    opcode, bracket, _ = rest.partition("(")
+    if not bracket:
+        return None
+    close = _closing(rest, len(opcode))
+    return _Instruction(
+        left.lstrip("%"), kind, opcode, rest[len(opcode) + 1 : close], rest[close + 1 :]
+    )
+
+
+def _closing(text: str, start: int = 0) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    return len(text) - 1
+
+
+def _walk(
+    computations: Mapping[str, list[_Instruction]], entry: str, unknown_trips: int
+) -> Iterator[tuple[_Instruction, int, str, str]]:
+    """Every instruction that runs, how often, in which computation, and in which fusion or ""."""
+    todo = [(entry, 1, "")]
+    while todo:
+        name, trips, fusion = todo.pop()
+        for instruction in computations.get(name, ()):
+            yield instruction, trips, name, fusion
+            if instruction.opcode == "while":
+                turns = trips * _turns(instruction, computations, unknown_trips)
+                todo += [(body, turns, fusion) for body in _called(instruction)]
+            elif instruction.opcode == "fusion":
+                todo += [(body, trips, instruction.name) for body in _called(instruction)]
+            elif instruction.opcode in ("call", "conditional", "async-start"):
+                todo += [(body, trips, fusion) for body in _called(instruction)]
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    names = re.findall(
+        r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)",
+        instruction.rest,
+    )
+    if branches := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
+        names += [name.strip().lstrip("%") for name in branches.group(1).split(",")]
+    return names
+
+
+def _turns(loop: _Instruction, computations, unknown_trips: int) -> int:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known.group(1))
+    condition = re.search(r"condition=%?([\w.-]+)", loop.rest).group(1)
+    constants, limits = {}, []
+    for one in computations[condition]:
+        if one.opcode == "constant" and re.fullmatch(r"\d+", one.operands):
+            constants[one.name] = int(one.operands)
+        if one.opcode == "compare" and "direction=LT" in one.rest:
+            name = one.operands.split(",")[-1].split()[-1].lstrip("%")
+            limits += [constants[name]] if name in constants else []
+    return max(limits) if limits else unknown_trips
+
+
+def _collective(
+    instruction: _Instruction, trips: int, computation: str, slice_devices: int
+) -> Collective | None:
+    if instruction.opcode == "send" and "_xla_megascale" in instruction.rest:
+        return Collective("send", int(_sizes(instruction.type)[0]), 2, 2, trips, "")
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    sizes = _sizes(instruction.type)
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        sizes = sizes[1:2]  # (operand, result, …)
+    size = sum(sizes)
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # of an all-reduce only this device's part is made
+    elif kind == "reduce-scatter":
+        size *= _groups(instruction.rest).shape[1]
+    name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    if kind == "collective-permute":
+        group, slices = 2, _crossed_pairs(instruction.rest, slice_devices)
+    else:
+        members = _groups(instruction.rest)
+        group, slices = members.shape[1], _crossed(members, slice_devices)
+    return Collective(kind, int(size), group, slices, trips, name.group(1) if name else "")
+
+
+def _sizes(kind: str) -> list[float]:
+    """Bytes of every array of a type."""
+    return [
+        BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
+        for dtype, shape in re.findall(r"([a-z]\w*)\[([\d,]*)\]", kind)
+        if dtype in BYTES
+    ]
+
+
+def _crossed(members: np.ndarray, slice_devices: int) -> int:
+    """Among how many slices the devices of a group are."""
+    if not slice_devices:
+        return 1
+    return max(len(set((group // slice_devices).tolist())) for group in members)
+
+
+def _crossed_pairs(rest: str, slice_devices: int) -> int:
+    pairs = re.findall(r"\{(\d+),(\d+)\}", rest.partition("source_target_pairs=")[2])
+    pairs = np.array(pairs or [(0, 0)], int)
+    return _crossed(pairs, slice_devices)
+
+
+def _groups(rest: str) -> np.ndarray:
+    """The devices of each group, `[groups, members]`, in any of the notations for them."""
+    text = rest.partition("replica_groups=")[2]
+    if listed := re.match(r"\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", text):
+        return np.array(
+            [list(map(int, g.split(","))) for g in re.findall(r"[\d,]+(?=\})", listed[1])]
+        )
+    if iota := re.match(r"\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(iota.group(3)).reshape(int(iota.group(1)), int(iota.group(2)))
+    if named := re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}", text):
+        return _named_groups(*named.groups())
+    raise ValueError(f"replica groups in an unknown notation: {text[:80]!r}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """ "[2,4]T(1,0)": 0 to 7 as a table of 2 x 4, transposed."""
+    shape, _, order = text.partition("T")
+    devices = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return devices.transpose(_numbers(order)) if order else devices
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _named_groups(axes: str, devices: str | None, chosen: str) -> np.ndarray:
+    """Groups along some axes of a mesh; "'a':(2)3" is the part of axis a of size 3 behind 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    shape, along = [], []
+    wanted = {
+        name: (int(before), int(size)) if size else None
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+    }
+    for name, size in sizes.items():
+        before, part = 1, size
+        if name in wanted and wanted[name]:
+            before, part = wanted[name]
+        shape += [before, part, size // (before * part)]
+        along += [False, name in wanted, False]
+    table = _iota(devices) if devices else np.arange(math.prod(sizes.values()))
+    table = table.reshape(shape)
+    order = [*np.flatnonzero(np.logical_not(along)), *np.flatnonzero(along)]
+    members = math.prod(size for size, is_along in zip(shape, along) if is_along)
+    return table.transpose(order).reshape(-1, members)

@@ -1,0 +1,141 @@
+"""What a person sees of a plan."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from promptkd_jax.plan.chips import GIB
+
+
+def show(plan: Mapping[str, Any], *, missing: str | None = None) -> None:
+    """Prints one plan (see `plan.estimate`).
+
+    Args:
+      missing: why there is only an estimate, where there should be more.
+    """
+    console = Console()
+    console.print("\n".join(_heading(plan)), highlight=False, markup=False)
+    console.print(_memory_table(plan))
+    console.print(_phases_table(plan))
+    console.print("\n".join(_summary(plan)), highlight=False)
+    if missing:
+        console.print(f"ESTIMATE ONLY: {missing}", highlight=False, markup=False)
+
+
+def show_search(
+    plans: Sequence[Mapping[str, Any]],
+    *,
+    dropped: Mapping[str, int],
+    fitting: int,
+    missing: str | None = None,
+    most: int = 12,
+) -> None:
+    """Prints the first of the plans side by side."""
+    console = Console()
+    console.print("\n".join(_heading(plans[0], mesh=False)), highlight=False, markup=False)
+    left_out = ", ".join(f"{number} where {why}" for why, number in dropped.items() if number)
+    console.print(f"{fitting} meshes fit by the estimate; left out: {left_out or 'none'}")
+    headings = ("mesh", "micro", "GiB", "fits", "by", "s/step", "tokens/s", "USD/Mtok")
+    table = Table(title="data x fsdp x tensor, the fastest first", title_justify="left")
+    for name in headings:
+        table.add_column(name, justify="right")
+    for plan in plans[:most]:
+        memory = plan["memory"]
+        table.add_row(
+            " x ".join(map(str, plan["mesh"].values())),
+            str(plan["micro_batches"]),
+            _gib(memory["needed"]),
+            "yes" if memory["fits"] else "NO",
+            memory["by"],
+            f"{plan['seconds_per_step']:.3g}",
+            f"{plan['tokens_per_second']:,.0f}",
+            _optional(plan["usd_per_million_tokens"], ".3g"),
+        )
+    console.print(table)
+    if missing:
+        console.print(f"ESTIMATE ONLY: {missing}", highlight=False, markup=False)
+
+
+def _heading(plan: Mapping[str, Any], *, mesh: bool = True) -> list[str]:
+    chips = f"{plan['chips']} chips"
+    if plan["devices"] != plan["chips"]:
+        chips += f" ({plan['devices']} devices)"
+    what = f"{plan['slices']} x {plan['topology']}" if plan["slices"] > 1 else plan["topology"]
+    lines = [plan["title"], plan["stage"], *plan["notes"]]
+    lines.append(f"{what}: {chips}, {plan['rows']} rows of {plan['columns']} tokens a step")
+    if mesh:
+        axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+        lines.append(f"mesh: {axes}; {plan['micro_batches']} micro-batches")
+    return lines
+
+
+def _memory_table(plan: Mapping[str, Any]) -> Table:
+    memory = plan["memory"]
+    each = "one device (half a chip)" if plan["devices"] > plan["chips"] else "one chip"
+    table = Table("memory of " + each, show_footer=True)
+    table.columns[0].footer = f"needed ({memory['by']}), of {_gib(memory['usable'])} usable"
+    table.add_column("GiB", justify="right", footer=f"{_gib(memory['needed'])}")
+    verdict = "FITS" if memory["fits"] else "DOES NOT FIT"
+    table.add_column("", footer=verdict)
+    for part, size in memory["kept"].items():
+        table.add_row(part, _gib(size), "exact")
+    table.add_row("temporaries", _gib(memory["temporaries"]), memory["by"])
+    if memory["cache"]:
+        table.add_row("  of these the rollout's cache", _gib(memory["cache"]), "exact")
+    return table
+
+
+def _phases_table(plan: Mapping[str, Any]) -> Table:
+    phases = plan["phases"]
+    table = Table("a step, by phase")
+    for name in phases:
+        table.add_column(name, justify="right")
+    sent = {name: one["sent"] + one["sent_between_slices"] for name, one in phases.items()}
+    rows = {
+        "PFLOP, all chips": [one["flops"] / 1e15 for one in phases.values()],
+        "GB of HBM moved": [one["moved"] / 1e9 for one in phases.values()],
+        f"GB sent ({plan['traffic_by']})": [size / 1e9 for size in sent.values()],
+    }
+    for limit in next(iter(phases.values()))["seconds"]:
+        rows[f"{limit}, s"] = [one["seconds"][limit] for one in phases.values()]
+    rows["at least, s"] = [one["time"] for one in phases.values()]
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.3g}" for value in values))
+    table.add_row("bound by", *(one["bound"] for one in phases.values()))
+    return table
+
+
+def _summary(plan: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if not plan["memory"]["fits"]:
+        lines.append("it does not fit: --search tries other meshes and micro-batches")
+    lines += [
+        "PFLOP of all chips together, bytes and seconds of each; a real run is slower.",
+        f"step: at least {plan['seconds_per_step']:.3g} s; tokens per second: at most "
+        f"{plan['tokens_per_second']:,.0f}",
+    ]
+    price = plan["usd_per_chip_hour"]
+    if price is None:
+        lines.append("cost: no list price is published for this chip; give --price")
+    else:
+        cost = plan["usd_per_million_tokens"]
+        lines.append(f"cost: at least {cost:.3g} USD per million tokens at {price:g} per chip-hour")
+    if plan["hours"] is not None:
+        cost = "" if plan["usd"] is None else f", {plan['usd']:,.0f} USD"
+        lines.append(
+            f"stage: {plan['steps']} steps, at least {plan['hours']:.3g} h{cost}, without "
+            "compilation, evaluation and checkpoints"
+        )
+    if plan["compiled"]:
+        lines.append(f"compiled in {plan['compiled']['seconds']:.0f} s")
+    return lines
+
+
+def _gib(size: float | None) -> str:
+    return "?" if size is None else f"{size / GIB:.2f}"
+
+
+def _optional(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

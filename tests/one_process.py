@@ -1,0 +1,44 @@
+"""One process of a run of test_processes.py: `promptkd train`, slower.
+
+In the environment: `PAUSE_AT=STEP`, the checkpoint of that step is never finished; `STEP_SECONDS`,
+how long a step takes at least; `FAIL_ON=PROCESS`, this one cannot read its data.
+"""
+
+import os
+import sys
+import time
+
+import jax
+
+from promptkd_jax import experiment, train
+from promptkd_jax.checkpoint import Checkpoints
+from promptkd_jax.data import DataError
+
+write_checksums, save, read = (
+    Checkpoints._write_checksums,
+    Checkpoints.save,
+    experiment.read_records,
+)
+
+
+def pause(self):
+    while str(self._pending) == os.environ.get("PAUSE_AT"):
+        (self._directory / "paused").touch()
+        time.sleep(0.1)
+    write_checksums(self)
+
+
+def slow_save(self, *args, **kwargs):
+    time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+    return save(self, *args, **kwargs)
+
+
+def failing_read(*args, **kwargs):
+    if str(jax.process_index()) == os.environ.get("FAIL_ON"):
+        raise DataError("there is no such file")
+    return read(*args, **kwargs)
+
+
+Checkpoints._write_checksums, Checkpoints.save = pause, slow_save
+experiment.read_records = failing_read
+train.main(sys.argv[1:])

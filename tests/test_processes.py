@@ -1,0 +1,179 @@
+"""Two real processes are one run: the same numbers, through kills and signals, and one voice."""
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from promptkd_jax import train
+from promptkd_jax.recipe import method_stage
+
+TESTS = pathlib.Path(__file__).parent
+STEPS = 8
+HEARTBEAT = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Models, data, a config file, and the run of one process in `one`."""
+    folder = tmp_path_factory.mktemp("processes")
+    config = tiny.short_config(folder / "data", pad=1)  # 276 tokens: tensor = 2 divides them
+    config.evaluation.update(every=0)
+    config.checkpoint.export = "last"
+    config.stages = (
+        method_stage("promptkd", steps=STEPS, batch_size=4, micro_batches=2, learning_rate=1e-3),
+    )
+    train.run(config, folder / "one")
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def command(folder, workdir, *arguments) -> list[str]:
+    config = folder / "one" / "config.json"
+    return [
+        *(sys.executable, TESTS / "one_process.py", f"--config={config}"),
+        *(f"--workdir={folder / workdir}", *arguments),
+    ]
+
+
+@contextlib.contextmanager
+def two_processes(folder, workdir, *arguments, each=((), ()), **environment):
+    """Starts them, yields both, and leaves none behind."""
+    port, running = free_port(), []
+    for number in (0, 1):
+        flags = (
+            *(f"--coordinator=localhost:{port}", "--processes=2", f"--process={number}"),
+            *(f"--heartbeat={HEARTBEAT}", *arguments, *each[number]),
+        )
+        running.append(
+            subprocess.Popen(
+                command(folder, workdir, *flags),
+                env=os.environ | {"PYTHONPATH": f"{TESTS.parent}"} | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        yield running
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+
+
+def ends(running, timeout=120):
+    """[(exit status, stdout, stderr)] of all."""
+    return [(one.wait(timeout), one.stdout.read(), one.stderr.read()) for one in running]
+
+
+def wait_for(found, what: str, running, timeout=120):
+    end = time.monotonic() + timeout
+    while not found():
+        gone = [one.stderr.read() for one in running if one.poll() is not None]
+        assert not gone and time.monotonic() < end, (what, gone)
+        time.sleep(0.1)
+
+
+def metrics(folder, workdir) -> dict[int, dict]:
+    lines = (folder / workdir / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+def saved(folder, workdir) -> list[int]:
+    names = [path.name for path in (folder / workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def same_losses(folder, workdir):
+    expected, found = metrics(folder, "one"), metrics(folder, workdir)
+    assert list(found) == list(expected) == list(range(1, STEPS + 1))
+    for step, right in expected.items():  # Adam makes a gradient that is 0 but for rounding large
+        for name, tolerance in (
+            ("kl_prompted", 3e-4),
+            ("prompt_loss", 3e-4),
+            ("student_loss", 3e-3),
+        ):
+            assert found[step][name] == pytest.approx(right[name], rel=tolerance), (step, name)
+
+
+def killed_while_saving(folder, workdir, victim: int, step: int, *arguments):
+    """Kills a process in the middle of the asynchronous save of `step`; the other must end too."""
+    paused = folder / workdir / "checkpoints" / "paused"
+    paused.unlink(missing_ok=True)
+    with two_processes(folder, workdir, *arguments, PAUSE_AT=str(step)) as running:
+        wait_for(paused.exists, f"the save of step {step}", running)
+        running[victim].send_signal(signal.SIGKILL)
+        survivor = running[1 - victim]
+        status, _, stderr = ends([survivor], timeout=HEARTBEAT + 60)[0]
+    assert status != 0
+    assert "another task died" in stderr or "heartbeat" in stderr.lower(), stderr[-2000:]
+    assert saved(folder, workdir)[-1] == step - 1
+
+
+def test_one_run_through_kills_signals_and_other_meshes(folder):
+    """Two processes, cut along fsdp, data and tensor in turn; at last one alone. Every loss is that
+    of the run that one process made without a stop."""
+    killed_while_saving(folder, "two", 1, 3, "--config.mesh.data=1", "--config.mesh.fsdp=2")
+    killed_while_saving(folder, "two", 0, 5, "--config.mesh.data=2")
+    tensor = ("--config.mesh.data=1", "--config.mesh.tensor=2")
+    with two_processes(folder, "two", *tensor, STEP_SECONDS="0.5") as running:
+        wait_for(lambda: saved(folder, "two")[-1] >= 5, "the save of step 5", running)
+        running[1].send_signal(signal.SIGTERM)
+        (status, stdout, stderr), other = ends(running)
+        assert (status, other[0]) == (0, 0), (stderr, other[2])
+    stopped = saved(folder, "two")[-1]
+    assert 5 <= stopped < STEPS
+    assert f"stopped after step {stopped} and saved" in stdout
+    assert other[1] == ""  # the first speaks for both
+    done = subprocess.run(command(folder, "two"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from step {stopped}" in done.stdout
+    same_losses(folder, "two")
+    ours, theirs = ((folder / run / "student" / "model.safetensors") for run in ("one", "two"))
+    assert ours.stat().st_size == theirs.stat().st_size
+
+
+def test_different_configs_are_refused_by_both(folder):
+    each = ((), ("--config.seed=11",))
+    with two_processes(folder, "different", each=each) as running:
+        for status, _, stderr in ends(running):
+            assert status == 1
+            assert "the config of process 1 is not that of process 0" in stderr, stderr
+    assert not (folder / "different").exists()
+
+
+def test_what_fails_on_one_is_said_by_both(folder):
+    """Process 1 cannot read its data, while the other already waits for it."""
+    with two_processes(folder, "failing", FAIL_ON="1") as running:
+        (first, _, heard), (second, _, own) = ends(running)
+    assert first == second == 1
+    assert own.endswith("promptkd train: there is no such file\n")
+    assert f"process 1 on {platform.node()}: promptkd train: there is no such file" in heard
+
+
+def test_a_coordinator_that_is_not_there(folder):
+    flags = ("--coordinator=localhost:1", "--processes=2", "--process=1", "--start-timeout=4")
+    done = subprocess.run(command(folder, "alone", *flags), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no process answers at localhost:1 within 4 s" in done.stderr
+    assert not (folder / "alone").exists()
+
+
+def test_flags_that_do_not_say_who_this_is(folder):
+    with pytest.raises(SystemExit, match="give all three or none"):
+        train.main([*map(str, command(folder, "flags", "--processes=2")[2:])])
