@@ -14,7 +14,7 @@ import time
 import pytest
 import tiny
 
-from promptkd_jax import train
+from promptkd_jax import evaluate, train
 from promptkd_jax.recipe import method_stage
 
 TESTS = pathlib.Path(__file__).parent
@@ -42,26 +42,31 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def command(folder, workdir, *arguments) -> list[str]:
+def training(folder, workdir, *arguments) -> list:
+    """The words of `promptkd train` behind the interpreter."""
     config = folder / "one" / "config.json"
     return [
-        *(sys.executable, TESTS / "one_process.py", f"--config={config}"),
-        *(f"--workdir={folder / workdir}", *arguments),
+        TESTS / "one_process.py",
+        *(f"--config={config}", f"--workdir={folder / workdir}", *arguments),
     ]
 
 
+def alone(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True)
+
+
 @contextlib.contextmanager
-def two_processes(folder, workdir, *arguments, each=((), ()), **environment):
+def two_processes(*words, each=((), ()), **environment):
     """Starts them, yields both, and leaves none behind."""
     port, running = free_port(), []
     for number in (0, 1):
         flags = (
             *(f"--coordinator=localhost:{port}", "--processes=2", f"--process={number}"),
-            *(f"--heartbeat={HEARTBEAT}", *arguments, *each[number]),
+            *(f"--heartbeat={HEARTBEAT}", *each[number]),
         )
         running.append(
             subprocess.Popen(
-                command(folder, workdir, *flags),
+                [sys.executable, *words, *flags],
                 env=os.environ | {"PYTHONPATH": f"{TESTS.parent}"} | environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -115,7 +120,7 @@ def killed_while_saving(folder, workdir, victim: int, step: int, *arguments):
     """Kills a process in the middle of the asynchronous save of `step`; the other must end too."""
     paused = folder / workdir / "checkpoints" / "paused"
     paused.unlink(missing_ok=True)
-    with two_processes(folder, workdir, *arguments, PAUSE_AT=str(step)) as running:
+    with two_processes(*training(folder, workdir, *arguments), PAUSE_AT=str(step)) as running:
         wait_for(paused.exists, f"the save of step {step}", running)
         running[victim].send_signal(signal.SIGKILL)
         survivor = running[1 - victim]
@@ -131,7 +136,7 @@ def test_one_run_through_kills_signals_and_other_meshes(folder):
     killed_while_saving(folder, "two", 1, 3, "--config.mesh.data=1", "--config.mesh.fsdp=2")
     killed_while_saving(folder, "two", 0, 5, "--config.mesh.data=2")
     tensor = ("--config.mesh.data=1", "--config.mesh.tensor=2")
-    with two_processes(folder, "two", *tensor, STEP_SECONDS="0.5") as running:
+    with two_processes(*training(folder, "two", *tensor), STEP_SECONDS="0.5") as running:
         wait_for(lambda: saved(folder, "two")[-1] >= 5, "the save of step 5", running)
         running[1].send_signal(signal.SIGTERM)
         (status, stdout, stderr), other = ends(running)
@@ -140,7 +145,7 @@ def test_one_run_through_kills_signals_and_other_meshes(folder):
     assert 5 <= stopped < STEPS
     assert f"stopped after step {stopped} and saved" in stdout
     assert other[1] == ""  # the first speaks for both
-    done = subprocess.run(command(folder, "two"), capture_output=True, text=True)
+    done = alone(*training(folder, "two"))
     assert done.returncode == 0, done.stderr
     assert f"continuing from step {stopped}" in done.stdout
     same_losses(folder, "two")
@@ -150,7 +155,7 @@ def test_one_run_through_kills_signals_and_other_meshes(folder):
 
 def test_different_configs_are_refused_by_both(folder):
     each = ((), ("--config.seed=11",))
-    with two_processes(folder, "different", each=each) as running:
+    with two_processes(*training(folder, "different"), each=each) as running:
         for status, _, stderr in ends(running):
             assert status == 1
             assert "the config of process 1 is not that of process 0" in stderr, stderr
@@ -159,7 +164,7 @@ def test_different_configs_are_refused_by_both(folder):
 
 def test_what_fails_on_one_is_said_by_both(folder):
     """Process 1 cannot read its data, while the other already waits for it."""
-    with two_processes(folder, "failing", FAIL_ON="1") as running:
+    with two_processes(*training(folder, "failing"), FAIL_ON="1") as running:
         (first, _, heard), (second, _, own) = ends(running)
     assert first == second == 1
     assert own.endswith("promptkd train: there is no such file\n")
@@ -168,7 +173,7 @@ def test_what_fails_on_one_is_said_by_both(folder):
 
 def test_a_coordinator_that_is_not_there(folder):
     flags = ("--coordinator=localhost:1", "--processes=2", "--process=1", "--start-timeout=4")
-    done = subprocess.run(command(folder, "alone", *flags), capture_output=True, text=True)
+    done = alone(*training(folder, "alone", *flags))
     assert done.returncode == 1
     assert "no process answers at localhost:1 within 4 s" in done.stderr
     assert not (folder / "alone").exists()
@@ -176,4 +181,23 @@ def test_a_coordinator_that_is_not_there(folder):
 
 def test_flags_that_do_not_say_who_this_is(folder):
     with pytest.raises(SystemExit, match="give all three or none"):
-        train.main([*map(str, command(folder, "flags", "--processes=2")[2:])])
+        train.main(training(folder, "flags", "--processes=2")[1:])
+
+
+def test_an_evaluation_of_two_is_that_of_one(folder):
+    """Each does its rows, of models that are cut; the first writes."""
+
+    def arguments(output):
+        return [
+            *(f"--model={folder / 'one' / 'student'}", f"--data={folder / 'data' / 'dev.jsonl'}"),
+            *("--template=plain", "--max-prompt-length=16", "--max-length=24", "--seeds=1"),
+            *("--batch-size=3", f"--output={folder / output}"),
+        ]
+
+    evaluate.main([*arguments("alone"), "--mesh=1,1,1"])
+    words = ["-m", "promptkd_jax.evaluate", *arguments("both"), "--mesh=1,2,1"]
+    with two_processes(*words) as running:
+        for status, _, stderr in ends(running):
+            assert status == 0, stderr
+    for name in ("evaluation.json", "dev-seed1.jsonl"):
+        assert (folder / "both" / name).read_text() == (folder / "alone" / name).read_text()
