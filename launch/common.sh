@@ -71,13 +71,16 @@ need_program() {
   ((${#program[@]})) || fail "no command to run: … -- promptkd train --config … --workdir …"
 }
 
-# The word `promptkd` is .venv/bin/promptkd of the current folder where that exists, else the one on
-# PATH. Words before it may set something: env HF_TOKEN=… promptkd train …
+# The first word `promptkd` is .venv/bin/promptkd of the current folder where that exists, else the
+# one on PATH. Words before it may set something: env HF_TOKEN=… promptkd train …
 find_promptkd() {
   local index
   [[ -x .venv/bin/promptkd ]] || return 0
   for index in "${!program[@]}"; do
-    [[ ${program[index]} != promptkd ]] || program[index]=.venv/bin/promptkd
+    if [[ ${program[index]} == promptkd ]]; then
+      program[index]=.venv/bin/promptkd
+      return
+    fi
   done
 }
 

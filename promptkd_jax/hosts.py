@@ -149,6 +149,8 @@ def _start(options: argparse.Namespace) -> None:
         )
     if options.processes == 1 or jax.distributed.is_initialized():
         return
+    if not options.coordinator and os.environ.get("SLURM_NTASKS") == "1":
+        return  # JAX would give the only task one GPU of all that it has
     if options.coordinator:
         print(
             f"promptkd: process {options.process} of {options.processes} on {platform.node()} "

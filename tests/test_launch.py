@@ -142,9 +142,9 @@ def test_the_word_promptkd_is_that_of_the_environment_here_else_on_path(place):
     stub(place, "elsewhere", "")
     pathlib.Path(".venv/bin").mkdir(parents=True)
     (place / "elsewhere").rename(".venv/bin/promptkd")
-    after = printed("slurm.sbatch", "--", "promptkd", "train")
+    after = printed("slurm.sbatch", "--", "promptkd", "reproduce", "--methods", "promptkd")
     assert before[0][-2:] == ["promptkd", "train"]
-    assert after[0][-2:] == [".venv/bin/promptkd", "train"]
+    assert after[0][-4:] == [".venv/bin/promptkd", "reproduce", "--methods", "promptkd"]
 
 
 # --- One machine ---

@@ -201,3 +201,34 @@ def test_an_evaluation_of_two_is_that_of_one(folder):
             assert status == 0, stderr
     for name in ("evaluation.json", "dev-seed1.jsonl"):
         assert (folder / "both" / name).read_text() == (folder / "alone" / name).read_text()
+
+
+ON_SLURM = """
+import argparse, os, jax
+from promptkd_jax import hosts
+parser = argparse.ArgumentParser()
+hosts.add_arguments(parser)
+with hosts.together(parser.parse_args([])):
+    told = hosts.on_first(lambda: {"from": jax.process_index(), "of": jax.process_count()})
+    hosts.agree("what process 0 says", str(told))
+    print(told)
+"""
+
+
+def test_the_tasks_of_a_slurm_step_find_each_other():
+    """As `srun --ntasks=2` sets the environment; no flag says anything."""
+    job = str(free_port() + 1)  # JAX makes the port of it
+    step = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ON_SLURM],
+            env=os.environ | step | {"SLURM_PROCID": task, "SLURM_LOCALID": task},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in ("0", "1")
+    ]
+    first, second = ends(tasks)
+    assert first[0] == second[0] == 0, (first[2], second[2])
+    assert "{'from': 0, 'of': 2}" in first[1] and second[1] == ""
