@@ -1,6 +1,7 @@
 """What the fields of a checked config become: methods, optimizers, schedules, sampling."""
 
 import dataclasses
+from argparse import Namespace
 from typing import Any
 
 import optax
@@ -24,8 +25,8 @@ def describe(stage: ConfigDict) -> str:
     return " + ".join([f"{stage.name}: {terms} on rows from {stage.targets}{view}", *more])
 
 
-def sampling(config: ConfigDict, eos_ids: tuple[int, ...]) -> Sampling:
-    """The `sampling` group of a config."""
+def sampling(config: ConfigDict | Namespace, eos_ids: tuple[int, ...]) -> Sampling:
+    """The `sampling` group of a config, or flags of these names."""
     return Sampling(
         temperature=config.temperature,
         top_k=config.top_k,

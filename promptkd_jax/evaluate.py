@@ -19,7 +19,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import hosts, losses, manifest, sharding
+from promptkd_jax import build, hosts, losses, manifest, sharding
 from promptkd_jax.batch import Batch, responses
 from promptkd_jax.config import ConfigError
 from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
@@ -248,13 +248,7 @@ def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int)
     return score(
         model,
         rows,
-        sampling=Sampling(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            eos_ids=model.eos_ids,
-        ),
+        sampling=build.sampling(options, model.eos_ids),
         prompt_capacity=options.max_prompt_length,
         max_new_tokens=options.max_length - options.max_prompt_length,
         batch_size=options.batch_size,

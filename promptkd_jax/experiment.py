@@ -305,6 +305,15 @@ def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[
         learned["teacher"] = jax.tree.map(
             lambda x: jnp.array(x, jnp.float32, copy=True), teacher.params
         )
+    if matrices := projections(config, teacher, student, key):
+        learned["projection"] = matrices
+    return learned
+
+
+def projections(
+    config: ConfigDict, teacher: Model | None, student: Model, key: jax.Array
+) -> hidden.Projections:
+    """Between the hidden states of both models, for the terms of all stages; {} where none is."""
     shapes = [model.decoder.config for model in (student, teacher) if model]
     terms = [
         term
@@ -312,11 +321,7 @@ def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[
         if stage.hidden_terms
         for term in build.resolved_hidden_terms(stage, *shapes)
     ]
-    if terms:
-        widths = [shape.width for shape in shapes]
-        if projections := hidden.init_projections(terms, *widths, key):
-            learned["projection"] = projections
-    return learned
+    return hidden.init_projections(terms, *(shape.width for shape in shapes), key) if terms else {}
 
 
 def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.Array:

@@ -13,8 +13,8 @@ from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.data import DataError
 from promptkd_jax.experiment import prepare, save
 from promptkd_jax.files import to_path
+from promptkd_jax.loop import open_checkpoints
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.train import open_checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:

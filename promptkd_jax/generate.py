@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from promptkd_jax import hosts, sharding
+from promptkd_jax import build, hosts, sharding
 from promptkd_jax.config import ConfigError
 from promptkd_jax.data import TEMPLATES, DataError, Record, tokenize
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import load_with_tokenizer
-from promptkd_jax.sampler import Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,13 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _answer_all(options: argparse.Namespace) -> None:
     model = load_with_tokenizer(options.model, dtype=options.dtype)
-    chosen = Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-        eos_ids=model.eos_ids,
-    )
+    chosen = build.sampling(options, model.eos_ids)
     for number, request in enumerate(_requests(options.request)):
         rows = tokenize(
             [Record(request, "", ())],

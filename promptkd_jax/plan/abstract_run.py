@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, hidden, schema, sharding
+from promptkd_jax import build, schema, sharding
 from promptkd_jax.batch import Batch
 from promptkd_jax.config import ConfigError
-from promptkd_jax.experiment import Experiment, Stage
+from promptkd_jax.experiment import Experiment, Stage, projections
 from promptkd_jax.losses import TopK
 from promptkd_jax.method import PRESETS
 from promptkd_jax.models.config import ModelError, from_hugging_face
@@ -297,20 +297,8 @@ def _learned(config: ConfigDict, teacher: Model | None, student: Model) -> dict[
         learned["teacher"] = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params
         )
-    shapes = [model.decoder.config for model in (student, teacher) if model]
-    terms = [
-        term
-        for stage in config.stages
-        if stage.hidden_terms
-        for term in build.resolved_hidden_terms(stage, *shapes)
-    ]
-    if terms:
-        widths = [shape.width for shape in shapes]
-        made = jax.eval_shape(
-            lambda key: hidden.init_projections(terms, *widths, key), jax.random.key(0)
-        )
-        if made:
-            learned["projection"] = made
+    if made := jax.eval_shape(lambda: projections(config, teacher, student, jax.random.key(0))):
+        learned["projection"] = made
     return learned
 
 
