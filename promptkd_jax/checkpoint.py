@@ -145,7 +145,7 @@ class Checkpoints:
         """
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
-        if not force and (step == 0 or step % self._every):
+        if not force and not self.due(step):
             return False
         self.wait()
         if not self._follows_latest(step):
@@ -164,6 +164,10 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
         self._at = step
         return True
+
+    def due(self, step: int) -> bool:
+        """Whether `save` saves at this step unasked."""
+        return step > 0 and step % self._every == 0
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
         """Restores the newest checkpoint that is whole, and renames damaged ones that are newer.

@@ -23,7 +23,7 @@ from promptkd_jax import build, hosts, losses, manifest, sharding
 from promptkd_jax.batch import Batch, responses
 from promptkd_jax.config import ConfigError
 from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
-from promptkd_jax.files import make_folder, to_path, write_json, write_text
+from promptkd_jax.files import failures, make_folder, to_path, write_json, write_text
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.losses import linear_loss
 from promptkd_jax.models.config import ModelError
@@ -60,7 +60,7 @@ def write_answers(
       Response tokens, an EOS included where the answer ended with one. Row i's answer depends on
       `key`, i and its request only.
     """
-    batch_size = _dealt_out(batch_size)
+    batch_size = dealt_out(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
     rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
     length = max(map(len, rows.tokens))
@@ -96,7 +96,7 @@ def _sampler(decoder: Decoder, sampling: Sampling, max_new_tokens: int, vocab_si
     return compiled
 
 
-def _dealt_out(batch_size: int) -> int:
+def dealt_out(batch_size: int) -> int:
     """So many rows, or a few more, that each device has as many."""
     devices = sharding.parts(sharding.ROWS)
     return -(-batch_size // devices) * devices
@@ -129,7 +129,7 @@ def closeness(
     decoder = teacher and teacher.decoder
     compare = _comparison(decoder, student.decoder, int(capacity), vocab_size)
     total: dict[str, float] = collections.Counter()
-    batch_size = _dealt_out(batch_size)
+    batch_size = dealt_out(batch_size)
     for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
         counted = (np.arange(batch_size) < real).astype(np.float32)
         params = (teacher and teacher.params, student.params)
@@ -203,9 +203,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with hosts.together(options):
         try:
             with jax.set_mesh(sharding.make_mesh(sharding.parse_sizes(options.mesh))):
+                hosts.agree_on_options(options)
                 found = evaluate(options)
         except (ConfigError, DataError, ModelError, HostsError) as error:
             sys.exit(f"promptkd evaluate: {error}")
+        except failures(options.output) as error:
+            sys.exit(f"promptkd evaluate: --output {options.output}: {error}")
         Console().print(_table(found))
         print(f"written to {options.output}/evaluation.json, the answers beside it")
 

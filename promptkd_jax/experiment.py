@@ -163,9 +163,7 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
     eos_ids = end_ids(teacher, student)
     student = student.replace(eos_ids=eos_ids)
     teacher = teacher and teacher.replace(eos_ids=eos_ids)
-    for model in filter(None, (teacher, student)):
-        facts = json.dumps(model.hf_config, sort_keys=True) + manifest.of_tokenizer(model.tokenizer)
-        hosts.agree(f"config.json or the tokenizer of {model.name}", facts)
+    _agree_on_models(teacher, student)
     rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
     for what, some in (*rows.items(), ("dev", dev)):
         hosts.agree(f"the data ({what} rows)", manifest.of_rows(some.tokens))
@@ -194,6 +192,14 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
         stages=tuple(stages),
         mesh=mesh,
     )
+
+
+def _agree_on_models(*models: Model | None) -> None:
+    """Raises HostsError where the processes of a run read different ones."""
+    for model in filter(None, () if hosts.alone() else models):
+        facts = (model.hf_config, manifest.of_tokenizer(model.tokenizer))
+        facts = json.dumps(facts, sort_keys=True) + manifest.glimpse(model.name)
+        hosts.agree(f"the model {model.name}", facts)
 
 
 def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: epath.Path):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from promptkd_jax import sharding
+from promptkd_jax import hosts, sharding
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.data import DataError
 from promptkd_jax.experiment import prepare, save
 from promptkd_jax.files import to_path
+from promptkd_jax.hosts import HostsError
 from promptkd_jax.loop import open_checkpoints
 from promptkd_jax.models.config import ModelError
 
@@ -20,19 +21,26 @@ from promptkd_jax.models.config import ModelError
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes student and soft prompt of the last, the best, or a numbered checkpoint."""
     options = _parser().parse_args(argv)
-    try:
-        export(options.workdir, options.step, options.output)
-    except (CheckpointError, ConfigError, DataError, ModelError) as error:
-        sys.exit(f"promptkd export: {error}")
+    with hosts.together(options):
+        try:
+            hosts.agree_on_options(options)
+            sizes = sharding.parse_sizes(options.mesh)
+            export(options.workdir, options.step, options.output, sizes)
+        except (CheckpointError, ConfigError, DataError, ModelError, HostsError) as error:
+            sys.exit(f"promptkd export: {error}")
 
 
-def export(workdir: epath.Path, step: str, output: epath.Path) -> None:
-    """See `main`. Raises CheckpointError where there is no such checkpoint."""
+def export(workdir: epath.Path, step: str, output: epath.Path, mesh: dict[str, int]) -> None:
+    """See `main`. Raises CheckpointError where there is no such checkpoint.
+
+    Args:
+      mesh: sizes of its axes, on this machine.
+    """
     file = workdir / "config.json"
-    if not file.exists():
+    if not hosts.on_first(file.exists):
         raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
     config, _ = load_config([f"--config={file}"])
-    config.mesh.update(data=-1, fsdp=1, tensor=1)  # not that of the training machine
+    config.mesh.update(mesh)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
         named = {"last": checkpoints.latest_step, "best": checkpoints.best_step}
@@ -56,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", required=True, type=to_path, help="of a promptkd train")
     parser.add_argument("--output", required=True, type=to_path)
     parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
+    parser.add_argument("--mesh", default="-1,1,1", help="data,fsdp,tensor; -1 for the rest")
+    hosts.add_arguments(parser)
     return parser
 
 

@@ -10,6 +10,7 @@ from promptkd_jax import build, hosts, sharding
 from promptkd_jax.config import ConfigError
 from promptkd_jax.data import TEMPLATES, DataError, Record, tokenize
 from promptkd_jax.evaluate import decode, write_answers
+from promptkd_jax.hosts import HostsError
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import load_with_tokenizer
 
@@ -20,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with hosts.together(options):
         try:
             with jax.set_mesh(sharding.make_mesh(sharding.parse_sizes(options.mesh))):
+                hosts.agree_on_options(options)
                 _answer_all(options)
-        except (ConfigError, DataError, ModelError) as error:
+        except (ConfigError, DataError, ModelError, HostsError) as error:
             sys.exit(f"promptkd generate: {error}")
 
 

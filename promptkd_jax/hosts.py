@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", type=int, help="how many there are")
     group.add_argument("--process", type=int, help="which of them this is, from 0")
     group.add_argument(
-        "--start-timeout", type=int, default=60, metavar="SECONDS", help="for all to come together"
+        "--start-timeout", type=int, default=50, metavar="SECONDS", help="for all to come together"
     )
     group.add_argument(
         "--heartbeat", type=int, default=60, metavar="SECONDS", help="until a silent one is dead"
@@ -136,6 +136,12 @@ def agree(what: str, text: str) -> None:
         )
 
 
+def agree_on_options(options: argparse.Namespace) -> None:
+    """`agree` on all flags but who a process is."""
+    same = {name: value for name, value in vars(options).items() if name != "process"}
+    agree("the command line", str(sorted(same.items())))
+
+
 def _store():
     """JAX's key-value store, which the coordinator keeps."""
     return multihost.get_jax_distributed_client()
@@ -160,15 +166,30 @@ def _start(options: argparse.Namespace) -> None:
         )
     if options.process:
         _await_coordinator(options.coordinator, options.start_timeout)
+    where = options.coordinator or "the address that the cluster's environment gives"
+    late = (
+        f"promptkd: not all processes came together at {where} within {options.start_timeout} s "
+        f"(--start-timeout); this is process {options.process} on {platform.node()}"
+    )
+    timer = threading.Timer(options.start_timeout, _give_up, [late])
+    timer.daemon = True
+    timer.start()  # JAX's own limit ends in an abort that says nothing of this
     try:
         jax.distributed.initialize(
             *given,
-            initialization_timeout=options.start_timeout,
+            initialization_timeout=options.start_timeout + 30,
             heartbeat_timeout_seconds=options.heartbeat,
         )
     except (ValueError, RuntimeError) as error:
         if given != (None, None, None) or not any(text in str(error) for text in _ALONE):
             raise HostsError(f"--coordinator, --processes, --process: {error}") from error
+    finally:
+        timer.cancel()
+
+
+def _give_up(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _await_coordinator(address: str, seconds: int) -> None:
@@ -201,7 +222,10 @@ def _watch(over: threading.Event) -> None:
 
 def _failures() -> tuple[int, str] | None:
     """The exit status that other processes have ended with, and why."""
-    found = [json.loads(text) for _, text in _store().key_value_dir_get(_FAILURES)]
+    try:
+        found = [json.loads(text) for _, text in _store().key_value_dir_get(_FAILURES)]
+    except jax.errors.JaxRuntimeError:  # the first is gone, and with it the store
+        return None
     if not found:
         return None
     return min(status for status, _ in found), "\n".join(message for _, message in found)
@@ -209,8 +233,8 @@ def _failures() -> tuple[int, str] | None:
 
 def _end_all(error: BaseException) -> None:
     """Says what went wrong here, lets the others know, and does not wait for them."""
-    if not _ending.acquire(blocking=False):
-        time.sleep(60)  # the thread that watches ends the process
+    while not _ending.acquire(timeout=60):
+        pass  # the thread that watches ends the process
     if isinstance(error, SystemExit):
         found = 1, str(error.code)
     else:
@@ -218,15 +242,15 @@ def _end_all(error: BaseException) -> None:
         trace = "".join(traceback.format_exception(error)).rstrip()
         # Maybe another one has ended in the middle of what they did together, and has said why.
         found = _failures() or (status, trace)
-    status, message = found
     who = f"process {jax.process_index()} on {platform.node()}"
-    said = json.dumps([status, f"{who}: {message}"])
-    _store().key_value_set(f"{_FAILURES}{jax.process_index()}", said)
-    _leave(status, message)
+    said = json.dumps([found[0], f"{who}: {found[1]}"])
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # where the first is gone with its store
+        _store().key_value_set(f"{_FAILURES}{jax.process_index()}", said)
+    _leave(*found)
 
 
 def _leave(status: int, message: str) -> None:
     """Ends the process whatever its threads wait for, when the others have read why."""
     print(message, file=sys.stderr, flush=True)
-    time.sleep(3 * _POLL_SECONDS)
+    time.sleep((6 if is_first() else 3) * _POLL_SECONDS)  # the store is gone with the first
     os._exit(status)

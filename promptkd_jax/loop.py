@@ -157,16 +157,16 @@ class _Loop:
         self._stop_asked = False
 
     def __enter__(self) -> "_Loop":
-        self._handler = signal.getsignal(signal.SIGTERM)
         if not jax.distributed.is_initialized():  # which listens to it itself, see `train`
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
+            self._handler = signal.signal(signal.SIGTERM, self._ask_to_stop)
         self.progress.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
         self.writer.close()
-        signal.signal(signal.SIGTERM, self._handler)
+        if not jax.distributed.is_initialized():
+            signal.signal(signal.SIGTERM, self._handler)
 
     @property
     def over(self) -> bool:
@@ -271,7 +271,9 @@ class _Loop:
             self.state = self.state.replace(replay=replay)
 
     def _save(self, stage: Stage, scores: dict[str, float] | None) -> None:
-        self.writer.flush()  # a resumed run continues the metrics that stand before its checkpoint
+        force = self.over or self._stop_asked or scores is not None
+        if force or self.checkpoints.due(self.done):
+            self.writer.flush()  # a resumed run continues what stands before its checkpoint
         self.checkpoints.save(
             self.done,
             self.state,
@@ -284,7 +286,7 @@ class _Loop:
                 "validation_loss": self._validation_loss,
             },
             metrics=scores,
-            force=self.over or self._stop_asked or scores is not None,
+            force=force,
         )
         if self._stop_asked:
             self.checkpoints.wait()

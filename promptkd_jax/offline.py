@@ -31,7 +31,7 @@ from promptkd_jax import hosts, sharding
 from promptkd_jax import manifest as manifests
 from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import DataError, Rows, eval_batches, with_responses
-from promptkd_jax.evaluate import decode, write_answers
+from promptkd_jax.evaluate import dealt_out, decode, write_answers
 from promptkd_jax.files import Lines, is_remote, make_folder, write_json, write_text
 from promptkd_jax.losses import CHUNK_ELEMENTS, Linear, TopK, log_probs
 from promptkd_jax.models.decoder import Decoder
@@ -75,8 +75,7 @@ def teacher_answers(
     """
     made_from = _answers_made_from(teacher, rows, sampling, seed, max_new_tokens, vocab_size)
     manifests.claim(file.with_suffix(".manifest.json"), made_from, teacher, file=file)
-    devices = sharding.parts(sharding.ROWS)
-    batch_size = -(-batch_size // devices) * devices  # as `write_answers` deals them out
+    batch_size = dealt_out(batch_size)
     answers = hosts.on_first(lambda: _kept_answers(file, rows, batch_size))
     missing = write_answers(
         teacher,

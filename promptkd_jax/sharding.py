@@ -141,32 +141,37 @@ def _fitting_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Says where an array lies on the mesh in context; without one nothing is said.
 
+    A mesh of other axes, or of axes that are not `AxisType.Auto`, is somebody else's: of the axes
+    that it lacks nothing is said.
+
     Args:
-      axes: for each dimension an axis, several (`ROWS`), or None. Those that the mesh does not
-        have, or that do not divide the dimension, are left out.
+      axes: for each dimension an axis, several (`ROWS`), or None: the dimension is not cut. Axes
+        that do not divide it do not cut it either.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size < 2:
+    ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+    if mesh.size < 2 or not ours.intersection(AXES):
         return x
-    kept = [axis if _divides(mesh, axis, size) else None for size, axis in zip(x.shape, axes)]
+    whole = None if ours.issuperset(AXES) else P.UNCONSTRAINED
+    kept = []
+    for size, axis in zip(x.shape, axes):
+        names = tuple(name for name in _names(axis) if name in ours)
+        cuts = names and size % math.prod(mesh.shape[name] for name in names) == 0
+        kept.append(names if cuts else whole)
     return jax.lax.with_sharding_constraint(x, P(*kept))
 
 
-def _divides(mesh: Any, axis: Any, size: int) -> bool:
-    names = axis if isinstance(axis, tuple) else (axis,)
-    ours = all(mesh.shape.get(name) and _type(mesh, name) == AxisType.Auto for name in names)
-    return ours and size % math.prod(mesh.shape[name] for name in names) == 0
-
-
-def _type(mesh: Any, name: str) -> AxisType:
-    return mesh.axis_types[mesh.axis_names.index(name)]
+def _names(axis: Any) -> tuple[str, ...]:
+    """The mesh axes in one element of a spec."""
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 def parts(axis: Any) -> int:
     """Devices along an axis of the mesh in context, or along several; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
-    names = axis if isinstance(axis, tuple) else (axis,)
-    return math.prod(shape.get(name, 1) for name in names)
+    return math.prod(shape.get(name, 1) for name in _names(axis))
 
 
 def gathered(params: Any) -> Any:
@@ -181,7 +186,18 @@ def gathered(params: Any) -> Any:
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Where `rows` rows of a batch lie: across `data` and `fsdp`, where these divide them."""
-    return NamedSharding(mesh, P(ROWS if _divides(mesh, ROWS, rows) else None))
+    divides = rows % math.prod(mesh.shape[name] for name in ROWS) == 0
+    return NamedSharding(mesh, P(ROWS if divides else None))
+
+
+def check_rows(what: str, rows: int, parts: int, mesh: Any) -> None:
+    """Raises ConfigError where `rows`, in so many micro-batches, cannot be dealt out evenly."""
+    devices = math.prod(mesh.shape[name] for name in ROWS)
+    if rows % parts or rows // parts % devices:
+        raise ConfigError(
+            f"{what}: {rows} in {parts} micro-batches cannot be dealt out evenly to {devices} "
+            "devices (data x fsdp)"
+        )
 
 
 def place_rows(tree: Any) -> Any:

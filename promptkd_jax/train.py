@@ -82,7 +82,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         return hosts.on_first(lambda: json.loads(read_text(summary)))
     started = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    for index, stage in enumerate(config.stages):
+        what, parts = f"config.stages[{index}].batch_size", stage.micro_batches * stage.minibatches
+        sharding.check_rows(what, stage.batch_size, parts, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))
@@ -103,18 +105,6 @@ def _leave(*_: Any) -> None:
 
 def _versions() -> str:
     return ", ".join(f"{p} {version(p)}" for p in ("jax", "flax", "optax", "promptkd_jax"))
-
-
-def _check_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises ConfigError where rows cannot be dealt out to the devices."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    for index, stage in enumerate(config.stages):
-        parts = stage.micro_batches * stage.minibatches
-        if (stage.batch_size // parts) % rows:
-            raise ConfigError(
-                f"config.stages[{index}].batch_size: {stage.batch_size} in {parts} "
-                f"micro-batches cannot be dealt out evenly to {rows} devices (data x fsdp)"
-            )
 
 
 def finish(

@@ -8,6 +8,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from promptkd_jax import optimizer, sharding
 from promptkd_jax.batch import Batch
@@ -188,9 +190,27 @@ def same_rows_of_every_source() -> None:
             assert np.all(own) and here[1].count == 8
 
 
+def other_meshes_are_left_alone() -> None:
+    """Who imports the losses may have a mesh of their own."""
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    for kind, shape, names, cut in (
+        (auto, (4, 2), ("dp", "mp"), P("dp", None, "mp")),
+        (explicit, (4, 2), ("dp", "mp"), P("dp", None, "mp")),
+        (explicit, (4, 2), ("data", "tensor"), P("data", None, "tensor")),
+        (auto, (8,), ("data",), P("data", None, None)),
+        (auto, (4, 2), ("data", "mp"), P("data", None, "mp")),
+    ):
+        mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.ones((8, 3, 4)), jax.NamedSharding(mesh, cut))
+            found = jax.jit(lambda x: sharding.constrain(x, sharding.ROWS, None, "tensor"))(x)
+        assert found.sharding.is_equivalent_to(x.sharding, 3), (names, kind, found.sharding)
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
     same_update_on_every_mesh(sys.argv[1])
     if sys.argv[1] == "llama":
         same_rows_of_every_source()
+        other_meshes_are_left_alone()
     print("same on every mesh")

@@ -145,6 +145,7 @@ def test_one_run_through_kills_signals_and_other_meshes(folder):
     assert 5 <= stopped < STEPS
     assert f"stopped after step {stopped} and saved" in stdout
     assert other[1] == ""  # the first speaks for both
+    assert "nobody listens" not in stderr + other[2]
     done = alone(*training(folder, "two"))
     assert done.returncode == 0, done.stderr
     assert f"continuing from step {stopped}" in done.stdout
@@ -162,13 +163,15 @@ def test_different_configs_are_refused_by_both(folder):
     assert not (folder / "different").exists()
 
 
-def test_what_fails_on_one_is_said_by_both(folder):
-    """Process 1 cannot read its data, while the other already waits for it."""
-    with two_processes(*training(folder, "failing"), FAIL_ON="1") as running:
-        (first, _, heard), (second, _, own) = ends(running)
-    assert first == second == 1
+@pytest.mark.parametrize("who", [0, 1])
+def test_what_fails_on_one_is_said_by_both(folder, who):
+    """One cannot read its data, while the other already waits for it."""
+    with two_processes(*training(folder, f"failing{who}"), FAIL_ON=str(who)) as running:
+        found = ends(running)
+    (failed, _, own), (other, _, heard) = found[who], found[1 - who]
+    assert failed == other == 1, (own, heard)
     assert own.endswith("promptkd train: there is no such file\n")
-    assert f"process 1 on {platform.node()}: promptkd train: there is no such file" in heard
+    assert f"process {who} on {platform.node()}: promptkd train: there is no such file" in heard
 
 
 def test_a_coordinator_that_is_not_there(folder):

@@ -88,7 +88,7 @@ def _bytes_here(shape: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> 
     if sharding is None:
         return math.prod(shape.shape) * shape.dtype.itemsize
     part = math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
-    return part * jax.local_device_count()
+    return part * max(1, sharding.mesh.devices.size // jax.process_count())
 
 
 def _place(

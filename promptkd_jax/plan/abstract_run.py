@@ -112,12 +112,8 @@ class AbstractRun:
 
 def check_rows(run: AbstractRun, mesh: Any) -> None:
     """Raises ConfigError where rows cannot be dealt out evenly to the devices."""
-    parts, split = run.stage.method.parts, mesh.shape["data"] * mesh.shape["fsdp"]
-    if run.batch_size % parts or (run.batch_size // parts) % split:
-        raise ConfigError(
-            f"config.stages[{run.index}].batch_size: {run.batch_size} in {parts} micro-batches "
-            f"cannot be dealt out evenly to {split} devices (data x fsdp)"
-        )
+    what = f"config.stages[{run.index}].batch_size"
+    sharding.check_rows(what, run.batch_size, run.stage.method.parts, mesh)
 
 
 def abstract_run(config: ConfigDict, stage: str | None = None, rows: int = 0) -> AbstractRun:

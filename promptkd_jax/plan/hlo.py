@@ -2,7 +2,7 @@
 
 A collective in a loop counts as often as the loop turns: by `known_trip_count` where the compiler
 wrote it down, else by the number that the loop's condition compares its counter with (JAX's scans
-count from 0), else as often as the caller says.
+count from 0), else as often as the caller says. Of a conditional, all branches are counted.
 """
 
 import math

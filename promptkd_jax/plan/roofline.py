@@ -140,7 +140,8 @@ class _Counter:
         if products > 1:
             found += Work(sent=self._around(rows * positions / self.row_parts * config.width * 4))
         if products > 2:
-            found += Work(0, 0, *self._reduce_gradient(2 * size))  # float32
+            in_float32 = config.vocab_size * config.width * 4 / self.mesh["tensor"]
+            found += Work(0, 0, *self._reduce_gradient(in_float32))
         return found
 
     def resident(self, config: DecoderConfig) -> Work:
