@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+GCS = ["gcsfs>=2026.8", "google-cloud-storage>=3"]  # for a workdir in a bucket
+
 setup(
     name="promptkd_jax",
     version="0.1.0",
@@ -40,7 +42,8 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]", "gcsfs>=2026.8", "google-cloud-storage>=3"],
+        "tpu": ["jax[tpu]", *GCS],
+        "gcs": GCS,
         "gguf": ["gguf>=0.19"],
         "dev": [
             "gguf>=0.19",

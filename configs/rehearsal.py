@@ -13,7 +13,7 @@ from promptkd_jax.recipe import base_config, method_stage
 def get_config() -> ConfigDict:
     """The rehearsal."""
     config = base_config()
-    config.title = "Rehearsal: random small models on generated text"
+    config.title = "Rehearsal"
     config.teacher.path = "synthetic:llama-D256-L4-S0"
     config.student.path = "synthetic:llama-D128-L2-S1"
     config.data.update(

@@ -120,8 +120,8 @@ def _claim(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> N
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         needed = (
-            "a bucket that exists, credentials for it, and the right to read, write, list and "
-            "delete its objects"
+            "a bucket that exists, credentials for it, the right to read, write, list and delete "
+            "its objects, and the packages of the extra gcs: pip install -e '.[gcs]'"
             if is_remote(folder)
             else "a folder, existing or not, that this user may write"
         )

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import threading
@@ -153,6 +154,8 @@ def _start(options: argparse.Namespace) -> None:
         raise HostsError(
             "--coordinator, --processes and --process belong together: give all three or none"
         )
+    if options.coordinator:
+        _check_flags(options)
     if options.processes == 1 or jax.distributed.is_initialized():
         return
     if not options.coordinator and os.environ.get("SLURM_NTASKS") == "1":
@@ -192,11 +195,18 @@ def _give_up(message: str) -> None:
     os._exit(1)
 
 
+def _check_flags(options: argparse.Namespace) -> None:
+    if not re.fullmatch(r".+:\d+", options.coordinator):
+        raise HostsError(f"--coordinator: {options.coordinator!r} is not HOST:PORT")
+    if not 0 <= options.process < options.processes:
+        raise HostsError(
+            f"--process: {options.process} is none of {options.processes}, counted from 0"
+        )
+
+
 def _await_coordinator(address: str, seconds: int) -> None:
     """Raises HostsError where nobody listens at `address`; JAX would abort, naming no address."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise HostsError(f"--coordinator: {address!r} is not HOST:PORT")
     end, problem = time.monotonic() + seconds, None
     while (left := end - time.monotonic()) > 0:
         try:

@@ -157,16 +157,18 @@ class _Loop:
         self._stop_asked = False
 
     def __enter__(self) -> "_Loop":
-        if not jax.distributed.is_initialized():  # which listens to it itself, see `train`
-            self._handler = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        self._handlers = {}
+        if not jax.distributed.is_initialized():  # which listens to SIGTERM itself, see `train`
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._ask_to_stop)
         self.progress.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
         self.writer.close()
-        if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     @property
     def over(self) -> bool:
@@ -294,4 +296,6 @@ class _Loop:
             sys.exit(0)
 
     def _ask_to_stop(self, *_: Any) -> None:
+        if self._stop_asked:
+            raise KeyboardInterrupt  # asked twice: at once
         self._stop_asked = True

@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(config, to_path(options.workdir))
         except MISTAKES as error:
             sys.exit(f"promptkd train: {error}")
+        except KeyboardInterrupt:
+            sys.exit("promptkd train: interrupted; the same command continues")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

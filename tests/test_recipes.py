@@ -13,7 +13,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from promptkd_jax import cache, experiment, sharding, train
+from promptkd_jax import cache, experiment, loop, sharding, train
 from promptkd_jax.build import stage_steps
 from promptkd_jax.config import ConfigError, claim, load_config
 from promptkd_jax.data import DataError
@@ -252,7 +252,7 @@ class Interrupted(Exception):
 
 def die(config: ConfigDict, workdir: pathlib.Path, step: int, monkeypatch) -> None:
     """The run, until the step that was to be the next after `step`."""
-    summarise, done = train.summarise, len(updates(workdir)) if workdir.exists() else 0
+    summarise, done = loop.summarise, len(updates(workdir)) if workdir.exists() else 0
 
     def dying(*arguments):
         nonlocal done
@@ -262,7 +262,7 @@ def die(config: ConfigDict, workdir: pathlib.Path, step: int, monkeypatch) -> No
         return summarise(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(train, "summarise", dying)
+        patch.setattr(loop, "summarise", dying)
         run(config, workdir)
 
 

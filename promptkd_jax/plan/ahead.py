@@ -28,7 +28,10 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-MISSING = "the TPU compiler is not installed: pip install 'jax[tpu]' (no TPU is needed for it)"
+MISSING = (
+    "the TPU compiler is not installed: .venv/bin/pip install -e '.[tpu]', or pip install "
+    "'jax[tpu]' (no TPU is needed for it)"
+)
 
 
 class Program(NamedTuple):

@@ -22,7 +22,7 @@ from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import Slices
 
-PHASES = ("prefill", "decode", "teacher update", "student update")
+PHASES = ("prefill", "decode", "prompt update", "student update")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
