@@ -4,7 +4,8 @@ python benchmarks/plan_table.py [--results benchmarks/results/plan.json] [--only
 
 Needs libtpu (pip install 'jax[tpu]'), no TPU. Each row takes minutes: the best meshes by the
 estimate are compiled until one fits, at most `--compile` of them. What is there already is not made
-again, so a run that was stopped goes on where it was. `--show` only prints the tables.
+again, so a run that was stopped goes on where it was; until then a row is the estimate, and says
+so. `--show` only prints the tables.
 """
 
 import argparse
@@ -58,6 +59,13 @@ def main() -> None:
         if not ahead.has_compiler():
             sys.exit(ahead.MISSING)
         for pair in PAIRS:
+            for name, topology in SLICES.items():
+                _once(results, file, f"estimate | {pair} | {name}", _estimated, pair, topology)
+            for topology, mesh in SCALING.items() if pair == SCALED else ():
+                _once(
+                    results, file, f"estimate | scaling | {topology}", _guess, pair, topology, mesh
+                )
+        for pair in PAIRS:
             if options.only not in (None, pair):
                 continue
             for name, topology in SLICES.items():
@@ -101,6 +109,23 @@ def _fastest(pair: str, topology: str, options: argparse.Namespace) -> dict[str,
     return min(tried, key=lambda one: one.get("memory", {}).get("needed") or float("inf"))
 
 
+def _estimated(pair: str, topology: str) -> dict[str, Any]:
+    """The best mesh by the estimate; where none fits, the one that needs least."""
+    try:
+        candidates, _ = plan.search(_run(pair), chips.slices(topology))
+    except ConfigError as error:
+        return {"impossible": str(error)}
+    best = candidates[0].plan
+    if best["memory"]["fits"]:
+        return best
+    return min((one.plan for one in candidates), key=lambda one: one["memory"]["needed"])
+
+
+def _guess(pair: str, topology: str, mesh: str) -> dict[str, Any]:
+    run, slices = _run(pair).with_micro_batches(1), chips.slices(topology)
+    return plan.estimate(run, slices, plan.mesh_sizes(run, slices, mesh))
+
+
 def _given(pair: str, topology: str, mesh: str) -> dict[str, Any]:
     run, slices = _run(pair), chips.slices(topology)
     run = run.with_micro_batches(1)
@@ -115,17 +140,26 @@ def _compiled(run, slices, sizes) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each pair and slice that was compiled."""
+    """Markdown: a row for each pair and slice."""
     lines = [
-        "| pair | slice | mesh, micro-batches | GiB of a chip, of usable | fits "
+        "| pair | slice | by | mesh, micro-batches | GiB of a chip, of usable | fits "
         "| s/step | tokens/s | USD/M tokens | stage, USD |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for key, found in results.items():
-        pair, name = key.split(" | ")
-        if pair != "scaling":
-            lines.append(f"| {pair} | {name} | {_row(found)} |")
+    for pair in PAIRS:
+        for name in SLICES:
+            if found := _found(results, f"{pair} | {name}"):
+                lines.append(f"| {pair} | {name} | {_by(found)} | {_row(found)} |")
     return "\n".join(lines)
+
+
+def _found(results: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """What was compiled, else what was estimated."""
+    return results.get(key) or results.get(f"estimate | {key}")
+
+
+def _by(found: dict[str, Any]) -> str:
+    return found.get("memory", {}).get("by", "–")
 
 
 def _row(found: dict[str, Any]) -> str:
@@ -147,18 +181,19 @@ def _row(found: dict[str, Any]) -> str:
 def scaling_table(results: dict[str, Any]) -> str:
     """Markdown: one pair on ever more chips."""
     lines = [
-        "| chips | mesh | kept, GiB | temporaries, GiB | needed, GiB "
+        "| chips | by | mesh | kept, GiB | temporaries, GiB | needed, GiB "
         "| sent in a step, GB | moved in a step, GB | tokens/s | tokens/s of a chip |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for topology in SCALING:
-        found = results.get(f"scaling | {topology}")
+        found = _found(results, f"scaling | {topology}")
         if found is None or "phases" not in found:
             continue
         memory, phases = found["memory"], found["phases"].values()
         sent = sum(phase["sent"] + phase["sent_between_slices"] for phase in phases)
         cells = [
             str(found["chips"]),
+            _by(found),
             _mesh(found),
             _gib(sum(memory["kept"].values())),
             _gib(memory["temporaries"]),
