@@ -211,7 +211,7 @@ with on((2, 2, 2)):
 cut = 'sharding_constraint %'
 alike = '<@mesh, [{"data", "fsdp"}, {}, {"tensor"}, {}]>'
 lines = [line for line in lowered.splitlines() if cut in line]
-assert len(lines) == 3 and all(alike in line for line in lines), lines
+assert len(lines) >= 3 and all(alike in line for line in lines), lines
 print("same on every mesh")
 '''
 

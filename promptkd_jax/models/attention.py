@@ -35,6 +35,7 @@ def attend(
       `[B, T, N, H]` in the dtype of `query`.
     """
     rows, columns, heads, head_width = query.shape
+    key, value = (spread(x, heads) for x in (key, value))
     chosen = implementation(
         platform=sharding.platform(),
         dtype=query.dtype.name,
@@ -51,6 +52,18 @@ def attend(
     if chosen == "cudnn":
         return _cudnn(query, key, value, window)
     return _causal(query, key, value, window, "xla")
+
+
+def copies(heads: int, kv_heads: int) -> int:
+    """How often each key/value head stands beside itself, so that the devices of `tensor` share out
+    all of them and each has those of its own query heads."""
+    least = math.lcm(kv_heads, sharding.parts("tensor"))
+    return least // kv_heads if heads % least == 0 else 1
+
+
+def spread(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values `[B, T, K, H]` with their `copies` for `heads` query heads."""
+    return sharding.constrain(jnp.repeat(x, copies(heads, x.shape[2]), axis=2), *CUT)
 
 
 def attend_to_cache(
@@ -94,7 +107,7 @@ def implementation(
 
     splash, on "tpu": bfloat16 or float32; at least 128 columns, since it pads to that; rows and
     query heads that divide among the devices, since each device runs the kernel on its own.
-    Key/value heads need not divide: they are repeated.
+    Key/value heads divide too, with their copies.
 
     cudnn, on "gpu": bfloat16 or float16; heads of at most 128 in multiples of 8; key/value heads
     that divide among the devices, since it wants query, key and value cut alike.
@@ -146,11 +159,6 @@ def _splash(query, key, value, window: int | None) -> jax.Array:
     kernel = functools.partial(_splash_on_device, window=window)
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(query, key, value)
-    # Every device needs the key/value heads of its own query heads: as many copies of each as make
-    # their number divide. There are then at most as many as query heads, which divide too.
-    kv_heads = key.shape[2]
-    copies = math.lcm(kv_heads, sharding.parts("tensor")) // kv_heads
-    key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
     # check_vma: the kernel does not say along which axes its outputs vary.
     cut = jax.shard_map(kernel, in_specs=(P(*CUT),) * 3, out_specs=P(*CUT), check_vma=False)
     return cut(query, key, value)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.models.attention import CUT, attend, attend_to_cache
+from promptkd_jax.models.attention import CUT, attend, attend_to_cache, copies, spread
 from promptkd_jax.models.config import DecoderConfig, ModelError
 from promptkd_jax.sharding import ROWS, constrain
 
@@ -43,7 +43,9 @@ BY_ROW = jax.lax.ScatterDimensionNumbers(
 
 
 class Cache(NamedTuple):
-    """Keys and values of all columns seen so far, each `[L, B, S, K, H]`."""
+    """Keys and values of all columns seen so far, each `[L, B, S, K, H]`.
+
+    Where devices along `tensor` do not divide K, it is that of `attention.copies`."""
 
     key: jax.Array
     value: jax.Array
@@ -51,7 +53,8 @@ class Cache(NamedTuple):
 
 def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
-    shape = (config.depth, rows, columns, config.kv_heads, config.head_width)
+    heads = config.kv_heads * copies(config.heads, config.kv_heads)
+    shape = (config.depth, rows, columns, heads, config.head_width)
     return _placed(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
 
 
@@ -188,6 +191,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "values", value)
         if not config.learned_positions:
             query, key = (rotate(config, a, positions) for a in (query, key))
+        key, value = (spread(a, config.heads) for a in (key, value))
         if cache is not None:
             cache = _write(cache, index, key, value, positions if decode else None)
         if decode:

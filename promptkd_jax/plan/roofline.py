@@ -202,11 +202,11 @@ class _Counter:
 
 
 def cache_bytes(config: DecoderConfig, rows: int, columns: int, mesh: Mapping[str, int]) -> float:
-    """Keys and values: 2 L B S K H, rows along `data` and `fsdp`, heads along `tensor` where this
-    divides them."""
-    cut = mesh["tensor"] if config.kv_heads % mesh["tensor"] == 0 else 1
-    elements = 2 * config.depth * rows * columns * config.kv_heads * config.head_width
-    return elements * _BYTES[config.dtype] / (mesh["data"] * mesh["fsdp"] * cut)
+    """Keys and values: 2 L B S K H, rows along `data` and `fsdp`, heads along `tensor`, each as
+    often as makes their number divide."""
+    heads = math.lcm(config.kv_heads, mesh["tensor"]) / mesh["tensor"]
+    elements = 2 * config.depth * rows * columns * heads * config.head_width
+    return elements * _BYTES[config.dtype] / (mesh["data"] * mesh["fsdp"])
 
 
 def phases(run: AbstractRun, mesh: Mapping[str, int], slices: int = 1) -> dict[str, Work]:
