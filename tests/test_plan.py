@@ -133,7 +133,7 @@ def test_the_cache_counts_both_keys_and_values_of_every_column():
     real = sum(x.nbytes for x in empty_cache(config, 8, 30))
     assert roofline.cache_bytes(config, 8, 30, sizes(1, 1, 1)) == real
     assert roofline.cache_bytes(config, 8, 30, sizes(2, 2, 2)) == real / 8
-    assert roofline.cache_bytes(config, 8, 30, sizes(1, 2, 4)) == real / 2  # 2 heads, 4 devices
+    assert roofline.cache_bytes(config, 8, 30, sizes(1, 2, 4)) == real / 4  # 2 heads, each twice
 
 
 # Work
