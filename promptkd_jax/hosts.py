@@ -172,7 +172,7 @@ def _start(options: argparse.Namespace) -> None:
     where = options.coordinator or "the address that the cluster's environment gives"
     late = (
         f"promptkd: not all processes came together at {where} within {options.start_timeout} s "
-        f"(--start-timeout); this is process {options.process} on {platform.node()}"
+        f"(--start-timeout), seen from {platform.node()}"
     )
     timer = threading.Timer(options.start_timeout, _give_up, [late])
     timer.daemon = True
@@ -261,6 +261,7 @@ def _end_all(error: BaseException) -> None:
 
 def _leave(status: int, message: str) -> None:
     """Ends the process whatever its threads wait for, when the others have read why."""
+    sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     time.sleep((6 if is_first() else 3) * _POLL_SECONDS)  # the store is gone with the first
     os._exit(status)

@@ -83,24 +83,15 @@ def placed(tree, mesh):
 
 
 def two_steps(teacher, student, state, frozen, batch, where=None):
-    """(state, metrics of two PromptKD steps, the rows that the first was made of)."""
+    """The state after two PromptKD steps, and their metrics."""
     models = Models(Decoder(student), Decoder(teacher))
     step = functools.partial(train_step, method=method(), models=models, optimizers=OPTIMIZERS)
-
-    def with_rows(state, frozen, batch):
-        key = jax.random.fold_in(state.key, state.step)
-        written, *_ = target_rows(
-            method(), models.student, state.student, batch, None, key, step=0, teacher=None
-        )
-        return *step(state, frozen, batch), written
-
-    jitted = jax.jit(with_rows, out_shardings=where, compiler_options=FAST)
-    measured, written = [], []
+    step = jax.jit(step, out_shardings=where, compiler_options=FAST)
+    measured = []
     for _ in range(2):
-        state, metrics, made = jitted(state, frozen, batch)
+        state, metrics = step(state, frozen, batch)
         measured.append(summarise(metrics))
-        written.append(jax.device_get(made))
-    return state, measured, written
+    return state, measured
 
 
 def close(found, expected, what):
@@ -125,24 +116,25 @@ def decided(params):
 def same_update_on_every_mesh(family: str) -> None:
     teacher, student = config_of(family, 3), config_of(family, 2)
     state, frozen, batch = begin(student), random_params(teacher, 3), rows()
-    one, expected, sampled = two_steps(teacher, student, state, frozen, batch)
+    one, expected = two_steps(teacher, student, state, frozen, batch)
     assert 0 < expected[0]["eos_rate"] < 1
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), one.student, state.student)
     assert np.mean(np.asarray(jax.tree.leaves(moved)) > 0.005) > 0.9
     for sizes in MESHES:
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
         with jax.set_mesh(mesh):
-            there, measured, written = two_steps(
+            there, measured = two_steps(
                 teacher,
                 student,
                 placed(state, mesh),
                 placed(frozen, mesh),
                 sharding.place_rows(batch),
-                (sharding.shardings(state, mesh), None, None),
+                (sharding.shardings(state, mesh), None),
             )
-        jax.tree.map(np.testing.assert_array_equal, written, sampled)
         for found, right in zip(measured, expected):
-            for name in right:
+            for name in ("response_length", "eos_rate", "tokens"):
+                assert found[name] == right[name], (sizes, name)
+            for name in right:  # the divergences are those on the sampled tokens
                 close(found[name], right[name], (sizes, name))
         # the moments are what the gradients were
         all_close(there.optimizers, one.optimizers, sizes)
@@ -177,7 +169,7 @@ def same_rows_of_every_source() -> None:
         with jax.set_mesh(mesh):
             return jax.device_get(two(placed(before, mesh), sharding.place_rows(batch)))
 
-    for targets in ("mixed", "replay"):
+    for targets in ("student", "mixed", "replay"):
         here, there = (
             written(targets),
             written(targets, sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))),
@@ -187,7 +179,9 @@ def same_rows_of_every_source() -> None:
         if targets == "mixed":
             assert 0 < np.mean(own) < 1 and (own[0] != own[1]).any(), own
         else:
-            assert np.all(own) and here[1].count == 8
+            assert np.all(own)
+        if targets == "replay":
+            assert here[1].count == 8
 
 
 def other_meshes_are_left_alone() -> None:

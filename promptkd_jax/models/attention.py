@@ -63,6 +63,8 @@ def copies(heads: int, kv_heads: int) -> int:
 
 def spread(x: jax.Array, heads: int) -> jax.Array:
     """Keys or values `[B, T, K, H]` with their `copies` for `heads` query heads."""
+    if copies(heads, x.shape[2]) == 1:
+        return x
     return sharding.constrain(jnp.repeat(x, copies(heads, x.shape[2]), axis=2), *CUT)
 
 
