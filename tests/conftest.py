@@ -21,3 +21,10 @@ def folder(variable: str, default: str) -> pathlib.Path:
 GOLDEN = folder("PROMPTKD_GOLDEN", "golden")
 DATA = folder("PROMPTKD_DATA", "data")
 TOKENIZERS = folder("PROMPTKD_TOKENIZERS", "tokenizers")
+
+LONGEST = ("test_processes", "test_recipes", "test_sharding", "test_train", "test_compare")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them when all else is done."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
