@@ -304,9 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--mesh", default="-1,1,1", help="data,fsdp,tensor, -1 for the rest: --mesh=1,-1,1"
-    )
+    hosts.add_mesh_argument(parser)
     hosts.add_arguments(parser)
     return parser
 

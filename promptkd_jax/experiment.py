@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from promptkd_jax import build, hidden, hosts, manifest, offline, schema, sharding
@@ -48,7 +49,7 @@ from promptkd_jax.prompt import (
 )
 from promptkd_jax.report import model_card
 from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import Optimizers, TrainState, init_state
+from promptkd_jax.step import Optimizers, TrainState, init_state, train_step
 from promptkd_jax.targets import empty_replay
 from promptkd_jax.teacher import Models
 
@@ -116,6 +117,15 @@ class Experiment:
         key = jax.random.fold_in(jax.random.key(self.config.seed), stage.index)
         state = begin(params, key)
         return state.replace(skipped=before.skipped) if before else state
+
+    def jitted_step(self, stage: Stage) -> Callable:
+        """`train_step` of a stage: (state, teacher, batch, corpus) to (state, metrics), with the
+        state donated and the metrics on every device."""
+        step = functools.partial(
+            train_step, method=stage.method, models=self.models, optimizers=stage.optimizers
+        )
+        everywhere = NamedSharding(self.mesh, sharding.P())
+        return jax.jit(step, out_shardings=(self.placed(), everywhere), donate_argnums=0)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state; they are the same in every stage."""
@@ -454,7 +464,7 @@ def _stage(
     demonstrations: tuple[int, ...],
 ) -> Stage:
     """Stage `index`, after `first` steps of those before it."""
-    stage, (teacher, student), length = config.stages[index], models, config.data.max_length
+    stage, (_, student), length = config.stages[index], models, config.data.max_length
     steps = build.stage_steps(stage, len(rows.tokens))
     longest = max(len(row) - start for row, start in zip(rows.tokens, rows.prompt_lengths))
     method = build.make_method(
@@ -466,15 +476,6 @@ def _stage(
         eos_ids=student.eos_ids,
         demonstrations=demonstrations,
     )
-    updates = steps * method.updates
-    optimizers = build.make_optimizers(
-        stage,
-        student.params,
-        teacher and teacher.params,
-        steps=steps,
-        updates=updates,
-        decay_norms=PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2",
-    )
     batches = functools.partial(
         train_batches, batch_size=stage.batch_size, length=length, seed=config.seed + index
     )
@@ -485,10 +486,25 @@ def _stage(
         first=first,
         steps=steps,
         method=method,
-        optimizers=optimizers,
-        learning_rate=build.learning_rate(stage, stage.learning_rate, updates),
+        optimizers=stage_optimizers(config, stage, models, method),
+        learning_rate=build.learning_rate(stage, stage.learning_rate, steps * method.updates),
         batches=batches(rows, cached=cached, capacity=method.response_capacity),
         corpus=batches(_corpus(config, student)) if stage.corpus_terms else None,
+    )
+
+
+def stage_optimizers(
+    config: ConfigDict, stage: ConfigDict, models: tuple[Model | None, Model], method: Method
+) -> Optimizers:
+    """Those of a stage of `method`, for (teacher, student)."""
+    teacher, student = models
+    return build.make_optimizers(
+        stage,
+        student.params,
+        teacher and teacher.params,
+        steps=method.total_steps,
+        updates=method.total_steps * method.updates,
+        decay_norms=PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2",
     )
 
 

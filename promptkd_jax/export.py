@@ -64,9 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", required=True, type=to_path, help="of a promptkd train")
     parser.add_argument("--output", required=True, type=to_path)
     parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
-    parser.add_argument(
-        "--mesh", default="-1,1,1", help="data,fsdp,tensor, -1 for the rest: --mesh=1,-1,1"
-    )
+    hosts.add_mesh_argument(parser)
     hosts.add_arguments(parser)
     return parser
 

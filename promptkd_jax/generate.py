@@ -81,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--mesh", default="-1,1,1", help="data,fsdp,tensor, -1 for the rest: --mesh=1,-1,1"
-    )
+    hosts.add_mesh_argument(parser)
     hosts.add_arguments(parser)
     return parser
 

@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag `--mesh` of commands without a config, for `sharding.parse_sizes`."""
+    text = "data,fsdp,tensor; -1 for the rest; such as --mesh=1,-1,1 (default: --mesh=-1,1,1)"
+    parser.add_argument("--mesh", default="-1,1,1", help=text)
+
+
 @contextlib.contextmanager
 def together(options: argparse.Namespace) -> Iterator[None]:
     """Starts the processes of a run; where one fails, all say why, and end.
@@ -85,7 +91,7 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     threading.Thread(target=_watch, args=[over], daemon=True).start()
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, the others must not wait for this process
         if isinstance(error, SystemExit) and not error.code:
             raise
         _end_all(error)

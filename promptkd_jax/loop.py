@@ -1,6 +1,5 @@
 """The training loop: update after update, with logs, evaluations, checkpoints, and how it ends."""
 
-import functools
 import itertools
 import signal
 import sys
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 from etils import epath
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from promptkd_jax import build, hosts, schema, sharding
@@ -20,7 +18,7 @@ from promptkd_jax.evaluate import closeness, score
 from promptkd_jax.experiment import Experiment, Stage
 from promptkd_jax.models.load import Model
 from promptkd_jax.report import MetricWriter, TrainingProgress, truncate_metrics
-from promptkd_jax.step import TrainState, summarise, train_step
+from promptkd_jax.step import TrainState, summarise
 from promptkd_jax.targets import adapt
 
 SELECTION = "selection"  # the score that chooses the best checkpoint, higher is better
@@ -189,16 +187,7 @@ class _Loop:
             self.state = experiment.start(stage, self.state)
             self._adapt_replay(stage)
         teacher = experiment.teacher and experiment.teacher.params
-        step = jax.jit(
-            functools.partial(
-                train_step,
-                method=stage.method,
-                models=experiment.models,
-                optimizers=stage.optimizers,
-            ),
-            out_shardings=(experiment.placed(), NamedSharding(experiment.mesh, sharding.P())),
-            donate_argnums=0,
-        )
+        step = experiment.jitted_step(stage)
         self._mark()
         first = self.done - stage.first
         corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
@@ -295,7 +284,7 @@ class _Loop:
             print(f"stopped after step {self.done} and saved; the same command continues")
             sys.exit(0)
 
-    def _ask_to_stop(self, *_: Any) -> None:
-        if self._stop_asked:
-            raise KeyboardInterrupt  # asked twice: at once
+    def _ask_to_stop(self, number: int, _: Any) -> None:
+        if self._stop_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C: at once
         self._stop_asked = True

@@ -8,7 +8,6 @@ Models and losses say by `constrain` where their intermediate arrays lie. They l
 `jax.set_mesh` has set, and without one do nothing.
 """
 
-import argparse
 import functools
 import math
 import re
@@ -63,12 +62,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     else:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag `--mesh`, for `parse_sizes`."""
-    text = "data,fsdp,tensor; -1 for the rest; such as --mesh=1,-1,1 (default: --mesh=-1,1,1)"
-    parser.add_argument("--mesh", default="-1,1,1", help=text)
 
 
 def parse_sizes(text: str) -> dict[str, int]:

@@ -17,9 +17,8 @@ from ml_collections import ConfigDict
 from promptkd_jax import build, schema, sharding
 from promptkd_jax.batch import Batch
 from promptkd_jax.config import ConfigError
-from promptkd_jax.experiment import Experiment, Stage, projections
+from promptkd_jax.experiment import Experiment, Stage, projections, stage_optimizers
 from promptkd_jax.losses import TopK
-from promptkd_jax.method import PRESETS
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, chosen_layers, end_ids, resolve
@@ -249,7 +248,7 @@ def _training_rows(config: ConfigDict) -> int:
 
 def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) -> Stage:
     """As `experiment.prepare` makes it, every row as long as the config allows."""
-    stage, (teacher, student) = config.stages[index], models
+    stage, (_, student) = config.stages[index], models
     room = config.data.max_length - config.data.max_prompt_length
     shown = config.in_context.examples * (config.data.max_length // 2)
     method = build.make_method(
@@ -261,23 +260,14 @@ def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) 
         eos_ids=student.eos_ids,
         demonstrations=(0,) * shown,
     )
-    updates = steps * method.updates
-    optimizers = build.make_optimizers(
-        stage,
-        student.params,
-        teacher and teacher.params,
-        steps=steps,
-        updates=updates,
-        decay_norms=PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2",
-    )
     return Stage(
         name=stage.name,
         index=index,
         first=0,
         steps=steps,
         method=method,
-        optimizers=optimizers,
-        learning_rate=build.learning_rate(stage, stage.learning_rate, updates),
+        optimizers=stage_optimizers(config, stage, models, method),
+        learning_rate=build.learning_rate(stage, stage.learning_rate, steps * method.updates),
         batches=None,
         corpus=None,
     )

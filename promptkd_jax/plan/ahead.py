@@ -3,7 +3,6 @@
 Needs libtpu (`pip install 'jax[tpu]'`), on any Linux machine. See `jax.experimental.topologies`.
 """
 
-import functools
 import importlib.util
 import os
 import re
@@ -18,7 +17,6 @@ from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import EXAMPLES, GIB, Slices
 from promptkd_jax.plan.hlo import Collective
 from promptkd_jax.sampler import Voice
-from promptkd_jax.step import train_step
 from promptkd_jax.targets import target_rows
 
 # libtpu asks the machine that it runs on what TPU it has, and lets one process at a time use it.
@@ -98,16 +96,12 @@ def described_devices(slices: Slices) -> list[Any]:
 
 
 def compile_step(run: AbstractRun, mesh: Any) -> Program:
-    """The train step, jitted as `train` does.
+    """The train step, as a run jits it.
 
     Raises:
       TooLarge: it does not fit. ConfigError: the mesh does not divide the parameters or rows.
     """
-    stage, experiment = run.stage, run.experiment(mesh)
-    step = functools.partial(
-        train_step, method=stage.method, models=experiment.models, optimizers=stage.optimizers
-    )
-    jitted = jax.jit(step, out_shardings=(experiment.placed(), None), donate_argnums=0)
+    jitted = run.experiment(mesh).jitted_step(run.stage)
     return _compile(jitted, run, mesh, run.arguments(mesh))
 
 
