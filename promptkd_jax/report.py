@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
-from promptkd_jax import curves, hosts
+from promptkd_jax import hosts
 from promptkd_jax.files import Lines, is_remote, make_folder, to_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -66,6 +65,8 @@ class MetricWriter:
         if is_remote(path):
             print(f"{path.parent}: is in a bucket, where no TensorBoard files are written")
             return
+        from tensorboardX import SummaryWriter  # takes seconds: it imports torch where there is one
+
         self._tensorboard = SummaryWriter(
             logdir=str(path.parent / "tensorboard"),
             purge_step=max((row["step"] for row in rows), default=-1) + 1,
@@ -275,6 +276,8 @@ def write_report(
     path = to_path(workdir) / REPORT_FILE
     if not hosts.is_first():
         return path
+    from promptkd_jax import curves  # and Matplotlib, which takes a second
+
     evaluation, training = curves.plots(read_metrics(workdir))
     page = render(
         "report.html.jinja",
@@ -297,6 +300,8 @@ def render(template: str, **values: Any) -> str:
     Raises:
       jinja2.UndefinedError: if the template needs a value that is not given.
     """
+    from promptkd_jax.curves import CURVE_COLOURS
+
     folder = resources.files("promptkd_jax")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
@@ -306,7 +311,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
-    environment.globals["curve_colours"] = curves.CURVE_COLOURS
+    environment.globals["curve_colours"] = CURVE_COLOURS
     return environment.get_template(template).render(**values)
 
 

@@ -7,8 +7,7 @@ several references, mean over requests times 100.
 import functools
 import string
 from collections.abc import Sequence
-
-from rouge_score import rouge_scorer
+from typing import Any
 
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -121,7 +120,9 @@ def grouped_text_scores(
 
 
 @functools.cache
-def _scorer() -> rouge_scorer.RougeScorer:
+def _scorer() -> Any:
+    from rouge_score import rouge_scorer  # takes seconds: it imports NLTK, which imports SciPy
+
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
