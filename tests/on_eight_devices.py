@@ -35,7 +35,6 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 32, "n_head": 8, "n_po
 DEPTH = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
 CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def config_of(family: str, depth: int):
@@ -86,7 +85,7 @@ def two_steps(teacher, student, state, frozen, batch, where=None):
     """The state after two PromptKD steps, and their metrics."""
     models = Models(Decoder(student), Decoder(teacher))
     step = functools.partial(train_step, method=method(), models=models, optimizers=OPTIMIZERS)
-    step = jax.jit(step, out_shardings=where, compiler_options=FAST)
+    step = jax.jit(step, out_shardings=where)
     measured = []
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
@@ -163,7 +162,7 @@ def same_rows_of_every_source() -> None:
                 found.append(made)
             return found, replay
 
-        two = jax.jit(two, compiler_options=FAST)
+        two = jax.jit(two)
         if mesh is None:
             return jax.device_get(two(before, batch))
         with jax.set_mesh(mesh):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import devices
 
 from promptkd_jax import sharding
 from promptkd_jax.models import attention
@@ -155,7 +156,6 @@ from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.streaming import abstract_params
 
-FAST = {"xla_backend_optimization_level": 0}
 choose = attention.implementation
 
 def on(sizes):
@@ -164,10 +164,10 @@ def on(sizes):
 def both(function, sizes, inputs, place):
     """By XLA on one device, and by splash on the mesh."""
     attention.implementation = choose
-    expected = jax.jit(function, compiler_options=FAST)(*inputs)
+    expected = jax.jit(function)(*inputs)
     attention.implementation = lambda **_: "splash"
     with on(sizes):
-        found = jax.jit(function, compiler_options=FAST)(*place(inputs, jax.sharding.get_mesh()))
+        found = jax.jit(function)(*place(inputs, jax.sharding.get_mesh()))
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5, err_msg=str(sizes))
     jax.tree.map(close, found, expected)
     return found
@@ -217,8 +217,7 @@ print("same on every mesh")
 
 
 def test_eight_devices_attend_as_one():
-    flags = "--xla_force_host_platform_device_count=8"
-    assert run_script(ON_EIGHT_DEVICES, XLA_FLAGS=flags) == "same on every mesh\n"
+    assert run_script(ON_EIGHT_DEVICES, XLA_FLAGS=devices(8)) == "same on every mesh\n"
 
 
 FOR_TPU = """

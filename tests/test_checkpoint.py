@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from conftest import devices
 
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints, _find_damage
 
@@ -331,8 +332,7 @@ def test_restores_onto_another_mesh(tmp_path):
         for name in saved:
             assert np.asarray(restored[name]).tobytes() == np.asarray(saved[name]).tobytes()
     """
-    flags = "--xla_force_host_platform_device_count=8"
-    result = run_python(script, tmp_path, XLA_FLAGS=flags)
+    result = run_python(script, tmp_path, XLA_FLAGS=devices(8))
     assert result.returncode == 0, result.stderr
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import devices
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -180,7 +181,7 @@ def test_eight_devices_give_the_update_of_one(family):
     folder = pathlib.Path(__file__).parent
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": devices(8),
         "PYTHONPATH": str(folder.parent),
     }
     done = subprocess.run(

@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 import weakref
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,6 @@ from promptkd_jax.models.load import Model, keep_layers, load_model
 from promptkd_jax.models.streaming import abstract_params, load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
-FAST = "--xla_backend_optimization_level=0"
 WIDE = {  # the layers are most of it
     "model_type": "llama",
     "vocab_size": 64,
@@ -330,7 +330,7 @@ def on_a_mesh(folder: pathlib.Path, names: list[str], processes: int, devices: i
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}",
+        "XLA_FLAGS": conftest.devices(devices),
         "PYTHONPATH": str(ROOT),
     }
     configs = json.dumps({name: FAMILIES[name] for name in names})
