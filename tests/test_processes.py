@@ -22,7 +22,7 @@ from promptkd_jax.recipe import method_stage
 TESTS = pathlib.Path(__file__).parent
 STEPS = 8
 RUNS = ("one", "two")
-HEARTBEAT = 5
+HEARTBEAT = 5  # seconds until a process that was killed is missed
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def two_processes(*words, each=((), ()), **environment):
     for number in (0, 1):
         flags = (
             *(f"--coordinator=localhost:{port}", "--processes=2", f"--process={number}"),
-            *(f"--heartbeat={HEARTBEAT}", *each[number]),
+            *each[number],
         )
         running.append(
             subprocess.Popen(
@@ -123,7 +123,8 @@ def killed_while_saving(folder, workdir, victim: int, step: int, *arguments):
     """Kills a process in the middle of the asynchronous save of `step`; the other must end too."""
     paused = folder / workdir / "checkpoints" / "paused"
     paused.unlink(missing_ok=True)
-    with two_processes(*training(folder, workdir, *arguments), PAUSE_AT=str(step)) as running:
+    words = training(folder, workdir, f"--heartbeat={HEARTBEAT}", *arguments)
+    with two_processes(*words, PAUSE_AT=str(step)) as running:
         wait_for(paused.exists, f"the save of step {step}", running)
         running[victim].send_signal(signal.SIGKILL)
         survivor = running[1 - victim]
