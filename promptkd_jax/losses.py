@@ -316,8 +316,9 @@ def linear_loss(
       weights: `[len(terms)]`; 1 for each where absent. May be traced.
       observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
         is wanted; they see the same logits that the terms see (and a `TopK` as it is).
-      chunk: positions of the T axis in one block; by default as many as keep a block of logits
-        below `CHUNK_ELEMENTS`. The batch axis is never cut, so it can stay sharded.
+      chunk: positions in one block of a device; by default as many as keep its logits below
+        `CHUNK_ELEMENTS`. Positions with mask 0 cost nothing: each device has those of its own rows
+        that count in as few blocks as they fill.
 
     Returns:
       (loss, sums): the scalar loss, and the unweighted masked sum of each term, then of each
@@ -326,14 +327,14 @@ def linear_loss(
     """
     if len(terms) > len(targets):
         raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
-    if chunk is None:
-        chunk = _default_chunk(mask.shape, learner.head.shape[0])
-    chunk = min(max(chunk, 1), mask.shape[1])
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
     different = {id(target): target for target in targets}
     order = tuple(list(different).index(id(target)) for target in targets)
     learner, *targets = _gathered([learner, *different.values()])
-    constants = jax.lax.stop_gradient((tuple(targets), mask.astype(jnp.float32), weights))
+    learner, targets, mask = _packed(learner, targets, mask.astype(jnp.float32))
+    chunk = chunk or _default_chunk(mask.shape, learner.head.shape[0])
+    chunk = min(max(chunk, 1), mask.shape[1])
+    constants = jax.lax.stop_gradient((tuple(targets), mask, weights))
     functions = (tuple(terms), tuple(observe), order)
     loss, sums = _linear_loss(functions, chunk, learner, *constants)
     return loss, jax.lax.stop_gradient(sums)
@@ -398,6 +399,25 @@ def _gathered(models):
     ]
 
 
+def _packed(learner: Linear, targets: Sequence[Any], mask: jax.Array):
+    """All `[B, T, …]` as `[devices, B / devices * T, …]`, positions that count before all others.
+
+    `devices` are those that the rows are dealt out to: nothing is sent."""
+    devices = sharding.parts(ROWS)
+    devices = 1 if mask.shape[0] % devices else devices
+    flat = mask.reshape(devices, -1)
+    order = jnp.argsort(flat == 0, axis=1, stable=True)
+
+    def pack(x):
+        x = x.reshape(*flat.shape, *x.shape[2:])
+        places = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
+        return constrain(jnp.take_along_axis(x, places, axis=1), ROWS, *(None,) * (x.ndim - 1))
+
+    parts, join = _sequences(targets)
+    hidden, parts, mask = jax.tree.map(pack, (learner.hidden, parts, mask))
+    return Linear(hidden, learner.head), join(parts), mask
+
+
 def _references(targets):
     return [t.logits() if isinstance(t, Linear) else t for t in targets]
 
@@ -431,6 +451,30 @@ def _sequences(targets):
     return parts, join
 
 
+def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = None):
+    """`jax.lax.scan` over the blocks of `xs`, whose last is the mask, up to the last position that
+    counts: (carry, what `body` says of each block put together, zeros behind it).
+
+    Args:
+      like: of the shape and dtype of what is put together; None where that is nothing.
+    """
+    *_, mask = xs
+    filled = jnp.max(jnp.sum(mask != 0, axis=1))
+    blocks = _blocks(xs, chunk)
+    whole = None if like is None else _blocks(jnp.zeros_like(like), chunk)
+
+    def turn(i, state):
+        carry, whole = state
+        block = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), blocks)
+        carry, found = body(carry, block)
+        if whole is not None:
+            whole = jax.lax.dynamic_update_index_in_dim(whole, found, i, 0)
+        return carry, whole
+
+    carry, whole = jax.lax.fori_loop(0, -(-filled // chunk), turn, (carry, whole))
+    return carry, None if whole is None else _unblocked(whole, mask.shape[1])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear_loss(functions, chunk, learner, targets, mask, weights):
     parts, join = _sequences(targets)
@@ -443,7 +487,7 @@ def _linear_loss(functions, chunk, learner, targets, mask, weights):
         return (total[0] + loss, total[1] + sums), None
 
     zero = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])))
-    return jax.lax.scan(body, zero, _blocks((learner.hidden, parts, mask), chunk))[0]
+    return _scan_filled(body, zero, (learner.hidden, parts, mask), chunk)[0]
 
 
 def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
@@ -453,7 +497,6 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
         lambda x: x.value, (learner, targets, mask, weights), is_leaf=lambda x: hasattr(x, "value")
     )
     parts, join = _sequences(targets)
-    length = mask.shape[1]
 
     def body(carry, block):
         total, sums, head_gradient = carry
@@ -474,10 +517,9 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
 
     zero_head = jnp.zeros(learner.head.shape, jnp.float32) if with_head else None
     carry = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])), zero_head)
-    (total, sums, d_head), d_hidden = jax.lax.scan(
-        body, carry, _blocks((learner.hidden, parts, mask), chunk)
+    (total, sums, d_head), d_hidden = _scan_filled(
+        body, carry, (learner.hidden, parts, mask), chunk, like=learner.hidden
     )
-    d_hidden = _unblocked(d_hidden, length)
     like_head = jnp.zeros((0,), learner.head.dtype)  # a residual can carry a dtype only so
     return (total, sums), (d_hidden, d_head, like_head)
 

@@ -518,14 +518,26 @@ def test_no_gradient_of_the_head_where_nobody_asks_for_it():
     assert len(products(jax.grad(loss), *learner)) == 3
 
 
-@pytest.mark.parametrize("chunk, blocks", [(1, 7), (2, 4), (6, 2), (7, 1), (8, 1), (None, 1)])
-def test_no_more_blocks_than_needed(chunk, blocks):
+@pytest.mark.parametrize("chunk, blocks", [(1, 8), (2, 4), (6, 2), (7, 2), (8, 1), (None, 1)])
+def test_positions_that_do_not_count_fill_no_blocks(chunk, blocks):
+    """Of the 14, 8 count."""
     learner, teacher, _, mask = problem()
-    jaxpr = jax.make_jaxpr(
-        lambda x: linear_loss([losses.reverse_kl], x, [teacher], mask, chunk=chunk)[0]
-    )(learner)
-    loops = [e.params["length"] for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
-    assert loops == [blocks]
+    seen = []
+
+    def counted(target, logits):
+        jax.debug.callback(seen.append, logits.shape[1])
+        return losses.reverse_kl(target, logits)
+
+    jax.jit(jax.grad(lambda x: linear_loss([counted], x, [teacher], mask, chunk=chunk)[0]))(learner)
+    jax.effects_barrier()
+    assert seen == [min(chunk or mask.size, mask.size)] * blocks
+
+
+def test_nothing_counts():
+    learner, teacher, _, mask = problem()
+    loss = jax.value_and_grad(lambda x: linear_loss([losses.reverse_kl], x, [teacher], 0 * mask)[0])
+    value, gradient = loss(learner)
+    assert value == 0 and all(jnp.all(x == 0) for x in gradient)
 
 
 def test_no_array_of_all_logits():
