@@ -71,6 +71,7 @@ class Method:
       prompt_capacity: columns of the longest request.
       vocab_size: what teacher and student share.
       max_new_tokens: of a rollout; None for `response_capacity`.
+      rollout_slots: rows that a rollout writes at once, see `sampler.sample`; 0: all of a step.
       on_policy_share: lambda of GKD, for "mixed" targets.
       teacher_share: the teacher's share in the mixture that rollouts are drawn from (MiniLLM).
       teacher_view: how the teacher is seen, one of `VIEWS`.
@@ -101,6 +102,7 @@ class Method:
     prompt_capacity: int
     vocab_size: int
     max_new_tokens: int | None = None
+    rollout_slots: int = 0
     on_policy_share: float = 0.5
     teacher_share: float = 0.0
     teacher_view: str = "plain"

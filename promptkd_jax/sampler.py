@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head
-from promptkd_jax.sharding import ROWS, constrain, gathered
+from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place_cache
+from promptkd_jax.sharding import ROWS, constrain, gathered, parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,6 @@ class Voice(NamedTuple):
         return self._replace(params=gathered(jax.tree.map(lambda x: x.astype(dtype), self.params)))
 
 
-class _Loop(NamedTuple):
-    step: jax.Array
-    tokens: jax.Array
-    lengths: jax.Array
-    ended: jax.Array
-    logits: jax.Array  # [B, V] for the token to be written next
-    caches: tuple[Cache, ...]
-
-
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     """One key for each of the row numbers `rows` `[B]`, whatever the others are."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
@@ -88,6 +79,7 @@ def sample(
     active: jax.Array | None = None,
     second: Voice | None = None,
     second_share: float = 0.0,
+    slots: int = 0,
 ) -> Rollout:
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
@@ -101,48 +93,196 @@ def sample(
       second: a model that decodes jointly: each token is drawn from (1 - second_share) times the
         first's distribution plus second_share times the second's (MiniLLM, arXiv 2306.08543, eq. 4:
         the teacher, at a share of 0.2).
+      slots: rows that are written at once; 0: all. When a quarter of them have ended, others take
+        their places, so that no row waits for the longest, and the cache is that of `slots` rows.
+        What is written is the same.
 
     Returns:
       A Rollout over `[B, P + max_new_tokens]` columns; what stands behind a row's length is 0.
+
+    Raises:
+      ValueError: the mesh does not divide the slots.
     """
     voices = [Voice(decoder, params, prefix), *([second] if second_share else [])]
     voices = [voice.resident() for voice in voices]
-    rows, width = tokens.shape
-    heads = [head(voice.params)[:vocab_size] for voice in voices]
-    logits = functools.partial(_logits, heads, second_share)
-    prefilled = [_prefill(voice, tokens, lengths, width + max_new_tokens) for voice in voices]
-    in_request = jnp.arange(width) < lengths[:, None]
-    start = _Loop(
-        step=jnp.zeros((), jnp.int32),
-        tokens=jnp.pad(jnp.where(in_request, tokens, 0), ((0, 0), (0, max_new_tokens))),
+    writer = _Writer(
+        voices=voices,
+        heads=[head(voice.params)[:vocab_size] for voice in voices],
+        share=second_share,
+        sampling=sampling,
+        limit=max_new_tokens,
+        requests=jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 0),
         lengths=lengths,
-        ended=jnp.zeros(rows, bool) if active is None else ~active,
-        logits=logits([hidden for hidden, _ in prefilled]),
-        caches=tuple(cache for _, cache in prefilled),
+        keys=keys,
     )
+    if not 0 < slots < tokens.shape[0]:
+        return writer.write(writer.begin(active=active)).written
+    return _write_in_turn(writer, slots, active)
 
-    def unfinished(loop: _Loop):
-        return (loop.step < max_new_tokens) & ~jnp.all(loop.ended)
 
-    def write_one(loop: _Loop) -> _Loop:
-        allowed = _forbid_repeats(loop, sampling.no_repeat_ngram_size)
-        chosen = choose(allowed, _at_step(keys, loop.step), sampling)  # [B]
-        here = (jnp.arange(loop.tokens.shape[1]) == loop.lengths[:, None]) & ~loop.ended[:, None]
-        seen = [
-            _decode(voice, chosen, loop.lengths, cache) for voice, cache in zip(voices, loop.caches)
-        ]
-        return _Loop(
-            step=loop.step + 1,
-            tokens=jnp.where(here, chosen[:, None], loop.tokens),
-            lengths=loop.lengths + ~loop.ended,
-            ended=loop.ended | jnp.isin(chosen, jnp.array(sampling.eos_ids, jnp.int32)),
-            logits=logits([hidden for hidden, _ in seen]),
-            caches=tuple(cache for _, cache in seen),
+class _Slots(NamedTuple):
+    """Rows that are being written, `[S, …]` each."""
+
+    row: jax.Array | None  # which of all rows, B for none of them; None: all of them in order
+    keys: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    left: jax.Array  # tokens that may still be written
+    ended: jax.Array  # by an EOS
+    logits: jax.Array  # [S, V] for the token to be written next
+    caches: list[Cache]
+
+    @property
+    def running(self) -> jax.Array:
+        return ~self.ended & (self.left > 0)
+
+    @property
+    def written(self) -> Rollout:
+        return Rollout(self.tokens, self.lengths, self.ended)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """Who writes, what, and how."""
+
+    voices: list[Voice]
+    heads: list[jax.Array]
+    share: float
+    sampling: Sampling
+    limit: int
+    requests: jax.Array
+    lengths: jax.Array
+    keys: jax.Array
+
+    def begin(self, row: jax.Array | None = None, active: jax.Array | None = None) -> _Slots:
+        """Reads the requests of the rows `row` `[S]`, or of all; only those `active` will run."""
+        given = self.requests, self.lengths, self.keys
+        requests, lengths, keys = given if row is None else (x[row] for x in given)
+        columns, left = requests.shape[1] + self.limit, jnp.full_like(lengths, self.limit)
+        read = [_prefill(voice, requests, lengths, columns) for voice in self.voices]
+        return _Slots(
+            row=row,
+            keys=keys,
+            tokens=jnp.pad(requests, ((0, 0), (0, self.limit))),
+            lengths=lengths,
+            left=left if active is None else jnp.where(active, left, 0),
+            ended=jnp.zeros(lengths.shape, bool),
+            logits=self._logits([hidden for hidden, _ in read]),
+            caches=[cache for _, cache in read],
         )
 
-    end = jax.lax.while_loop(unfinished, write_one, start)
-    ended = end.ended if active is None else end.ended & active
-    return Rollout(end.tokens, end.lengths, ended)
+    def write(self, slots: _Slots, enough=lambda slots: False) -> _Slots:
+        """Token by token, until all rows are written or it is `enough`."""
+
+        def unfinished(slots: _Slots):
+            return jnp.any(slots.running) & ~jnp.asarray(enough(slots))
+
+        return jax.lax.while_loop(unfinished, self._write_one, slots)
+
+    def _write_one(self, slots: _Slots) -> _Slots:
+        allowed = _forbid_repeats(slots, self.sampling.no_repeat_ngram_size)
+        keys = jax.vmap(jax.random.fold_in)(slots.keys, self.limit - slots.left)
+        chosen = choose(allowed, keys, self.sampling)  # [S]
+        running = slots.running
+        here = (jnp.arange(slots.tokens.shape[1]) == slots.lengths[:, None]) & running[:, None]
+        seen = [
+            _decode(voice, chosen, slots.lengths, cache)
+            for voice, cache in zip(self.voices, slots.caches)
+        ]
+        is_end = jnp.isin(chosen, jnp.array(self.sampling.eos_ids, jnp.int32))
+        return slots._replace(
+            tokens=jnp.where(here, chosen[:, None], slots.tokens),
+            lengths=slots.lengths + running,
+            left=slots.left - running,
+            ended=slots.ended | (is_end & running),
+            logits=self._logits([hidden for hidden, _ in seen]),
+            caches=[cache for _, cache in seen],
+        )
+
+    def _logits(self, hidden: list[jax.Array]) -> jax.Array:
+        """`[S, V]` from the hidden states `[S, D]` of each voice."""
+        # Rounded to half precision, logits would tie, and top-k keeps ties.
+        each = [
+            constrain(
+                jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32),
+                ROWS,
+                "tensor",
+            )
+            for h, kernel in zip(hidden, self.heads)
+        ]
+        return each[0] if len(each) == 1 else _mixed(*each, self.share)
+
+
+def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rollout:
+    """All rows through so many slots.
+
+    On a mesh the slots are dealt out as rows are, and every device lets rows into its own: what is
+    sent between devices are tokens, not caches.
+    """
+    number, devices = writer.lengths.shape[0], parts(ROWS)
+    if slots % devices:
+        raise ValueError(f"{slots} slots are not divisible by the {devices} devices of the rows")
+    least = max(slots // devices // 4, 1)  # free slots of a device that are worth a prefill
+    queue = jnp.arange(number) if active is None else jnp.argsort(~active, stable=True)
+    waiting = number if active is None else jnp.sum(active)
+
+    def begin(turns, can):
+        can &= turns < waiting
+        row = jnp.where(can, queue[jnp.minimum(turns, number - 1)], number)
+        return writer.begin(row, can), can
+
+    def write(now, next_turn):
+        def enough(now):
+            free = jnp.sum(~now.running.reshape(devices, -1), axis=1)
+            return (next_turn < waiting) & (jnp.max(free) >= least)
+
+        return writer.write(now, enough)
+
+    def let_in(state):
+        next_turn, now, out = state
+        out = _collect(out, now)
+        free = ~now.running.reshape(devices, -1)
+        places = jnp.argsort(~free, axis=1, stable=True)[:, :least]  # [devices, least]
+        can = jnp.take_along_axis(free, places, axis=1)
+        turns = next_turn + jnp.cumsum(can.reshape(-1)) - 1
+        new, can = begin(turns, can.reshape(-1))
+        places = jnp.where(can.reshape(places.shape), places, free.shape[1])
+        next_turn += jnp.sum(can)
+        return next_turn, write(_put(now, new, places), next_turn), out
+
+    first, _ = begin(jnp.arange(slots), jnp.ones(slots, bool))
+    requests = jnp.pad(writer.requests, ((0, 0), (0, writer.limit)))
+    out = Rollout(requests, writer.lengths, jnp.zeros(number, bool))
+    next_turn = jnp.minimum(slots, waiting)
+    _, last, out = jax.lax.while_loop(
+        lambda state: state[0] < waiting, let_in, (next_turn, write(first, next_turn), out)
+    )
+    return _collect(out, last)
+
+
+def _collect(out: Rollout, slots: _Slots) -> Rollout:
+    """With what the slots hold so far."""
+    return jax.tree.map(lambda x, y: x.at[slots.row].set(y, mode="drop"), out, slots.written)
+
+
+def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
+    """`new` in the places `[devices, F / devices]` of each device's slots."""
+    devices = places.shape[0]
+
+    def put(x, y, axis=0):
+        def split(x):
+            return x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
+
+        def on_device(x, y, places):
+            x, y = jnp.moveaxis(x, axis, 0), jnp.moveaxis(y, axis, 0)
+            return jnp.moveaxis(x.at[places].set(y, mode="drop"), 0, axis)
+
+        found = jax.vmap(on_device, (axis, axis, 0), axis)(split(x), split(y), places)
+        return found.reshape(x.shape)
+
+    caches = jax.tree.map(functools.partial(put, axis=1), slots.caches, new.caches)
+    slots = jax.tree.map(put, slots._replace(caches=[]), new._replace(caches=[]))
+    return slots._replace(caches=[place_cache(cache) for cache in caches])
 
 
 def _prefill(voice: Voice, tokens, lengths, columns: int) -> tuple[jax.Array, Cache]:
@@ -160,18 +300,6 @@ def _decode(voice: Voice, chosen, column, cache: Cache) -> tuple[jax.Array, Cach
         {"params": voice.params}, chosen[:, None], cache=cache, column=voice.shift + column
     )
     return hidden[:, 0], cache
-
-
-def _logits(heads: list[jax.Array], share: float, hidden: list[jax.Array]) -> jax.Array:
-    """`[B, V]` from each voice's head `[V, D]` and hidden states `[B, D]`."""
-    # Rounded to half precision, logits would tie, and top-k keeps ties.
-    each = [
-        constrain(
-            jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32), ROWS, "tensor"
-        )
-        for h, kernel in zip(hidden, heads)
-    ]
-    return each[0] if len(each) == 1 else _mixed(*each, share)
 
 
 def _mixed(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
@@ -192,10 +320,6 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def _at_step(keys: jax.Array, step: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-
-
 def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
     """-inf below the k-th largest logit of a row."""
     threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
@@ -211,20 +335,20 @@ def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
-def _forbid_repeats(loop: _Loop, n: int) -> jax.Array:
+def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
     """-inf for every token that would complete an n-gram which the row already contains."""
     if n == 0:
-        return loop.logits
-    width = loop.tokens.shape[1]
+        return slots.logits
+    width = slots.tokens.shape[1]
     if width < n:
-        return loop.logits
+        return slots.logits
     starts = jnp.arange(width - n + 1)
-    tail = loop.lengths[:, None] - (n - 1) + jnp.arange(n - 1)  # columns of the last n - 1 tokens
-    tail = jnp.take_along_axis(loop.tokens, jnp.maximum(tail, 0), axis=1)  # [B, n - 1]
-    same = starts + n <= loop.lengths[:, None]  # the n-gram lies inside of the row
+    tail = slots.lengths[:, None] - (n - 1) + jnp.arange(n - 1)  # columns of the last n - 1 tokens
+    tail = jnp.take_along_axis(slots.tokens, jnp.maximum(tail, 0), axis=1)  # [B, n - 1]
+    same = starts + n <= slots.lengths[:, None]  # the n-gram lies inside of the row
     for i in range(n - 1):
-        same &= loop.tokens[:, i : width - n + 1 + i] == tail[:, i : i + 1]
-    rows = jnp.arange(loop.tokens.shape[0])[:, None]
-    banned = jnp.zeros(loop.logits.shape, bool)
-    banned = banned.at[rows, loop.tokens[:, n - 1 :]].max(same, mode="drop")
-    return jnp.where(banned, -jnp.inf, loop.logits)
+        same &= slots.tokens[:, i : width - n + 1 + i] == tail[:, i : i + 1]
+    rows = jnp.arange(slots.tokens.shape[0])[:, None]
+    banned = jnp.zeros(slots.logits.shape, bool)
+    banned = banned.at[rows, slots.tokens[:, n - 1 :]].max(same, mode="drop")
+    return jnp.where(banned, -jnp.inf, slots.logits)

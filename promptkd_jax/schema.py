@@ -146,6 +146,7 @@ _STAGE = {
         "step": Float(low=0.0, high=1.0),
     },
     "batch_size": Int(low=1),
+    "rollout_slots": Int(low=0),
     "micro_batches": Int(low=1),
     "minibatches": Int(low=1),
     "passes": Int(low=1),

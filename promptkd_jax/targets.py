@@ -36,12 +36,13 @@ def rollout(
     active: jax.Array | None = None,
     second: Voice | None = None,
     second_share: float = 0.0,
+    slots: int = 0,
 ) -> tuple[Batch, jax.Array]:
     """The model's own continuation of the batch's requests: on-policy targets.
 
     Requests are the first `prompt_lengths` tokens of each row, at most `prompt_capacity`.
     `force_eos` overwrites the last token of a row that ran to the limit, as the published code
-    does; otherwise such a row has no EOS. `active`, `second` and its share: see `sample`.
+    does; otherwise such a row has no EOS. `active`, `second` and its share, `slots`: see `sample`.
 
     Returns:
       The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
@@ -60,6 +61,7 @@ def rollout(
         active=active,
         second=second,
         second_share=second_share,
+        slots=slots,
     )
     tokens = out.tokens
     if force_eos:
@@ -181,6 +183,7 @@ def target_rows(
         force_eos=method.conventions.force_eos and not values_samples,
         second=teacher,
         second_share=method.teacher_share,
+        slots=method.rollout_slots,
     )
     coin = jax.random.fold_in(key, _COIN)
     if method.targets == "replay":

@@ -87,6 +87,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     for index, stage in enumerate(config.stages):
         what, parts = f"config.stages[{index}].batch_size", stage.micro_batches * stage.minibatches
         sharding.check_rows(what, stage.batch_size, parts, mesh)
+        slots = f"config.stages[{index}].rollout_slots"
+        sharding.check_rows(slots, stage.rollout_slots, 1, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))

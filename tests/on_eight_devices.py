@@ -143,12 +143,19 @@ def same_update_on_every_mesh(family: str) -> None:
 
 
 def same_rows_of_every_source() -> None:
-    """Rows of two steps on all three axes: of replay the first are new, then from the buffer."""
+    """Rows of two steps on all three axes, half of them in slots that the others take over: of
+    replay the first are new, then from the buffer."""
     student = config_of("llama", 2)
     state, batch, decoder = begin(student), rows(), Decoder(student)
 
     def written(targets, mesh=None):
-        each = method(targets=targets, teacher_view="plain", response_capacity=9, max_new_tokens=6)
+        each = method(
+            targets=targets,
+            teacher_view="plain",
+            response_capacity=9,
+            max_new_tokens=6,
+            rollout_slots=4 if mesh else 0,
+        )
         replay = empty_replay(8, 10, threshold=1.0) if targets == "replay" else None
         before = state.replace(replay=replay)
 

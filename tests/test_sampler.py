@@ -106,8 +106,9 @@ def test_forbidden_are_the_tokens_that_complete_an_ngram_of_the_row(n):
     tokens = rng.integers(0, 3, (200, 12), dtype=np.int32)
     lengths = rng.integers(1, 13, 200, dtype=np.int32)
     logits = rng.normal(size=(200, 3)).astype(np.float32)
-    loop = sampler._Loop(None, jnp.asarray(tokens), jnp.asarray(lengths), None, logits, None)
-    found = np.asarray(sampler._forbid_repeats(loop, n))
+    nothing = dict.fromkeys(sampler._Slots._fields)
+    slots = sampler._Slots(**nothing | {"tokens": tokens, "lengths": lengths, "logits": logits})
+    found = np.asarray(sampler._forbid_repeats(jax.tree.map(jnp.asarray, slots), n))
     for row, length, before, after in zip(tokens.tolist(), lengths, logits, found):
         row = row[:length]
         there = {tuple(row[i : i + n]) for i in range(length - n + 1)}
@@ -376,6 +377,72 @@ def test_sampling_behind_a_soft_prompt_of_real_tokens(name):
     np.testing.assert_array_equal(soft.tokens, hard.tokens[:, 5:])
     np.testing.assert_array_equal(soft.lengths, hard.lengths - 5)
     assert len({tuple(row) for row in soft.tokens[:, 8:]}) == 4
+
+
+# Slots: more rows than are written at once.
+
+MANY = 13
+
+
+@functools.cache
+def many_rows():
+    rng = np.random.default_rng(8)
+    tokens = rng.integers(1, VOCAB, (MANY, 8), dtype=np.int32)
+    return tokens, rng.integers(1, 9, MANY, dtype=np.int32)
+
+
+def write_many(model, **options) -> Rollout:
+    tokens, lengths = many_rows()
+    keys = row_keys(jax.random.key(4), jnp.arange(MANY))
+    sampling = Sampling(eos_ids=tuple(range(1, 12)), no_repeat_ngram_size=2)
+    function = functools.partial(
+        sample, model.decoder, max_new_tokens=16, sampling=sampling, **options
+    )
+    return jax.tree.map(np.asarray, jax.jit(function)(model.params, tokens, lengths, keys))
+
+
+@pytest.mark.parametrize("slots", [1, 4, 9, MANY - 1, MANY, 50])
+def test_slots_change_nothing(llama, slots):
+    soft_prompt = embed(llama.params, np.int32([9, 2, 44]))
+    expected = write_many(llama, prefix=soft_prompt)
+    assert 2 < expected.ended.sum() < MANY  # some by an EOS, some by the limit
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        write_many(llama, prefix=soft_prompt, slots=slots),
+        expected,
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_slots_leave_rows_alone_that_are_not_active(llama, share):
+    active = np.arange(MANY) < share * MANY
+    active = np.random.default_rng(1).permutation(active)
+    expected = write_many(llama, active=active)
+    assert (expected.lengths[~active] == many_rows()[1][~active]).all()
+    found = write_many(llama, active=active, slots=4)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_two_models_write_in_slots(llama):
+    second = dict(second=sampler.Voice(llama.decoder, llama.params), second_share=0.3)
+    expected = write_many(llama, **second)
+    jax.tree.map(np.testing.assert_array_equal, write_many(llama, slots=4, **second), expected)
+
+
+def test_a_long_row_holds_up_no_other(llama, monkeypatch):
+    """In steps: at least all tokens over the slots, and less than the longest of each four rows."""
+    steps, decode = [], sampler._decode
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: steps.append(1))
+        return decode(*arguments)
+
+    monkeypatch.setattr(sampler, "_decode", counted)
+    out = write_many(llama, slots=4)
+    jax.effects_barrier()
+    new = out.lengths - many_rows()[1]
+    waiting_for_all = sum(max(new[i : i + 4]) for i in range(0, MANY, 4))
+    assert new.sum() / 4 <= len(steps) < waiting_for_all
 
 
 def test_all_in_one_call_without_the_host(llama):

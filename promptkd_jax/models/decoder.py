@@ -55,10 +55,10 @@ def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
     heads = config.kv_heads * copies(config.heads, config.kv_heads)
     shape = (config.depth, rows, columns, heads, config.head_width)
-    return _placed(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
+    return place_cache(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
 
 
-def _placed(cache: Cache) -> Cache:
+def place_cache(cache: Cache) -> Cache:
     """With rows and heads where those of queries are."""
     return jax.tree.map(lambda x: constrain(x, None, *CUT), cache)
 
@@ -268,7 +268,7 @@ def _write(cache: Cache, index, key, value, positions) -> Cache:
         def write(c, x):
             return jax.lax.scatter(c, places, x[:, 0], BY_ROW, unique_indices=True, mode="drop")
 
-    return _placed(jax.tree.map(write, cache, Cache(key, value)))
+    return place_cache(jax.tree.map(write, cache, Cache(key, value)))
 
 
 def _layers(config: DecoderConfig) -> nn.Module:

@@ -228,11 +228,17 @@ def _rollout(run: AbstractRun, count: _Counter) -> tuple[Work, Work]:
     if method.teacher_share:
         voices.append(run.teacher.decoder.config)
     prefill, decode = Work(), Work()
-    rows, asked, steps = run.batch_size, method.prompt_capacity, method.rollout_length
+    slots, asked, steps = _slots(run), method.prompt_capacity, method.rollout_length
+    turns = run.batch_size / slots
     for voice in voices:
-        prefill += count.resident(voice) + count.forward(voice, rows, asked)
-        decode += count.decode(voice, rows, asked + steps, steps)
+        prefill += count.resident(voice) + count.forward(voice, run.batch_size, asked)
+        decode += count.decode(voice, slots, asked + steps, steps) * turns
     return prefill, decode
+
+
+def _slots(run: AbstractRun) -> int:
+    """Rows that are written at once."""
+    return min(run.stage.method.rollout_slots or run.batch_size, run.batch_size)
 
 
 def _sizes(run: AbstractRun) -> tuple[int, int, int, int, int]:
@@ -345,7 +351,7 @@ def temporary_bytes(run: AbstractRun, mesh: Mapping[str, int]) -> dict[str, floa
     if voices and method.teacher_share:
         voices.append(run.teacher.decoder.config)
     length = method.prompt_capacity + method.rollout_length
-    cache = sum(cache_bytes(voice, run.batch_size, length, mesh) for voice in voices)
+    cache = sum(cache_bytes(voice, _slots(run), length, mesh) for voice in voices)
     copies = sum(count._layer_bytes(voice) + 2 * count._head_bytes(voice) for voice in voices)
     devices = mesh["fsdp"] * mesh["tensor"]
     gradients = 4 * _parameters(run.student) / devices * (2 if method.parts > 1 else 1)
