@@ -59,6 +59,11 @@ def choose_rows(chosen: jax.Array, one: Batch, other: Batch) -> Batch:
     return Batch(tokens, prompt_lengths, jnp.where(chosen, one.lengths, other.lengths))
 
 
+def narrow(batch: Batch, width: int) -> Batch:
+    """The first `width` columns, of rows that are no longer."""
+    return batch._replace(tokens=batch.tokens[..., :width])
+
+
 def widen(batch: Batch, width: int) -> Batch:
     """The rows in `width` columns, with nothing cached. Raises ValueError where they are wider."""
     more = width - batch.tokens.shape[1]

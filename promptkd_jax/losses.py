@@ -400,18 +400,12 @@ def _gathered(models):
 
 
 def _packed(learner: Linear, targets: Sequence[Any], mask: jax.Array):
-    """All `[B, T, …]` as `[devices, B / devices * T, …]`, positions that count before all others.
-
-    `devices` are those that the rows are dealt out to: nothing is sent."""
-    devices = sharding.parts(ROWS)
-    devices = 1 if mask.shape[0] % devices else devices
-    flat = mask.reshape(devices, -1)
-    order = jnp.argsort(flat == 0, axis=1, stable=True)
+    """All `[B, T, …]` as `[devices, B / devices * T, …]`, what counts before all else."""
+    counts = mask.reshape(sharding.row_parts(mask.shape[0]), -1) != 0
+    order = jnp.argsort(~counts, axis=1, stable=True)
 
     def pack(x):
-        x = x.reshape(*flat.shape, *x.shape[2:])
-        places = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
-        return constrain(jnp.take_along_axis(x, places, axis=1), ROWS, *(None,) * (x.ndim - 1))
+        return sharding.take_own(x.reshape(-1, *x.shape[2:]), order)
 
     parts, join = _sequences(targets)
     hidden, parts, mask = jax.tree.map(pack, (learner.hidden, parts, mask))

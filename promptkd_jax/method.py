@@ -88,6 +88,9 @@ class Method:
       hidden_terms: losses on hidden states, see `HiddenTerm`.
       corpus_terms: ((name, weight), …) on rows of plain text, beside the others.
       micro_batches: G; rows are dealt out to micro-batches in turn.
+      length_buckets: lengths that an update is compiled for, up to that of a whole row in even
+        steps; a micro-batch takes the least that its longest row fits into, and micro-batches have
+        rows of like length. More of them compile longer. What is computed is the same.
       minibatches, passes: a step's rows serve `passes` times `minibatches` updates of the student,
         each on its part of them (MiniLLM: 4 passes).
 
@@ -120,6 +123,7 @@ class Method:
     corpus_terms: Terms = ()
     sampling: Sampling = Sampling()
     micro_batches: int = 1
+    length_buckets: int = 1
     minibatches: int = 1
     passes: int = 1
     conventions: Conventions = Conventions()
@@ -155,6 +159,12 @@ class Method:
     def parts(self) -> int:
         """Micro-batches that a step's rows are dealt out to."""
         return self.micro_batches * self.minibatches
+
+    @property
+    def sorts_rows(self) -> bool:
+        """Whether rows of like length go into one micro-batch, where that changes no number."""
+        alike = not self.conventions.mean_of_means and self.minibatches == 1
+        return alike and self.length_buckets > 1 and self.micro_batches > 1
 
     @property
     def updates(self) -> int:

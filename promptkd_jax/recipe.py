@@ -55,6 +55,7 @@ def stage_config(name: str, **changes: Any) -> ConfigDict:
         replay=dict(capacity=1000, threshold=0.0, tolerance=0.1, step=0.1),
         batch_size=8,  # global: over all devices and micro-batches
         micro_batches=1,
+        length_buckets=1,  # lengths that an update is compiled for, for rows that are shorter
         minibatches=1,  # updates that the rows of a step are divided among
         passes=1,  # times that the rows of a step are gone through
         learning_rate=5e-5,

@@ -148,6 +148,7 @@ _STAGE = {
     "batch_size": Int(low=1),
     "rollout_slots": Int(low=0),
     "micro_batches": Int(low=1),
+    "length_buckets": Int(low=1, high=16),
     "minibatches": Int(low=1),
     "passes": Int(low=1),
     "learning_rate": Float(low=0.0, open_low=True),

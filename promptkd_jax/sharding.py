@@ -200,6 +200,20 @@ def check_rows(what: str, rows: int, parts: int, mesh: Any) -> None:
         )
 
 
+def row_parts(rows: int) -> int:
+    """Devices that so many rows are dealt out to; 1 where they do not divide."""
+    return 1 if rows % parts(ROWS) else parts(ROWS)
+
+
+def take_own(x: Any, order: Any) -> Any:
+    """Elements of `x` `[n, …]`, each device its own: order `[devices, k]` counts from the first of
+    a device's n / devices. `[devices, k, …]`; nothing is sent."""
+    x = x.reshape(order.shape[0], -1, *x.shape[1:])
+    places = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
+    taken = jax.numpy.take_along_axis(x, places, axis=1)
+    return constrain(taken, ROWS, *(None,) * (x.ndim - 1))
+
+
 def place_rows(tree: Any) -> Any:
     """Host arrays `[B, …]`, the same on every process, on the mesh in context: each process hands
     over the rows that its devices hold. Without a mesh: on one device."""

@@ -6,7 +6,7 @@ B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabu
 G micro-batches of one update, N parts of a step (the micro-batches of all its minibatches).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax import losses, objective, policy_gradient
-from promptkd_jax.batch import Batch
+from promptkd_jax import losses, objective, policy_gradient, sharding
+from promptkd_jax.batch import Batch, narrow
 from promptkd_jax.losses import Linear, linear_values
 from promptkd_jax.method import POLICY, PRESETS, Conventions, Method
 from promptkd_jax.objective import Part
@@ -144,7 +144,8 @@ def train_step(
     )
     parts = _deal_parts(rows, own, corpus, method)
     counts = _counts(parts.rows, method.response_capacity)
-    if method.parts * method.passes == 1:  # one forward of the student serves both updates
+    # One forward of the student serves both updates, unless each trims the rows.
+    if method.parts * method.passes == method.length_buckets == 1:
         see = see.sharing(state.params["student"], _first(parts).rows)
     new, sums = state.replace(replay=replay), {}
     if method.prompted:
@@ -191,8 +192,35 @@ def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Metho
     def deal(x):
         return jnp.swapaxes(x.reshape(-1, method.parts, *x.shape[1:]), 0, 1)
 
+    if method.sorts_rows:
+        rows, own = _by_length(rows, own, method.parts)
     corpus = corpus if method.corpus_terms else None
     return jax.tree.map(deal, Part(rows, own, corpus))
+
+
+def _by_length(rows: Batch, own: jax.Array, number: int) -> tuple[Batch, jax.Array]:
+    """Every device's rows in such an order that the shortest are dealt to the first part."""
+    devices = sharding.row_parts(own.shape[0] // number)
+    shortest_first = jnp.argsort(rows.lengths.reshape(devices, -1), axis=1, stable=True)
+    order = shortest_first.reshape(devices, number, -1).swapaxes(1, 2).reshape(devices, -1)
+    return jax.tree.map(lambda x: sharding.take_own(x, order).reshape(x.shape), (rows, own))
+
+
+def _trimmed(part: Callable, method: Method) -> Callable:
+    """`part`, a function of a Part and more, with rows in the least of the compiled lengths."""
+    number = method.length_buckets
+
+    def trimmed(x: Part, *others):
+        columns = x.rows.tokens.shape[-1]
+        widths = [-(-columns * k // number) for k in range(1, number + 1)]
+        branches = [
+            lambda x, *others, width=width: part(x._replace(rows=narrow(x.rows, width)), *others)
+            for width in widths
+        ]
+        least = jnp.searchsorted(jnp.array(widths), jnp.max(x.rows.lengths))
+        return jax.lax.switch(least, branches, x, *others)
+
+    return trimmed if number > 1 else part
 
 
 def _first(parts: Part) -> Part:
@@ -238,7 +266,7 @@ def _update_prompt(state: TrainState, parts: Part, counts, see: Views, optimizer
 
     coefficients = _coefficients(state, method)
     scales = _scales(counts, method.conventions)
-    gradients, sums = objective.accumulate(part, (parts, scales, coefficients))
+    gradients, sums = objective.accumulate(_trimmed(part, method), (parts, scales, coefficients))
     new = _apply(state, gradients, optimizers)
     if method.regularisation and method.regularisation_schedule == "adaptive":
         found = jnp.sum(sums["prompt_regulariser"]) / jnp.sum(counts)
@@ -296,7 +324,7 @@ def _update_teacher(state: TrainState, parts: Part, counts, see: Views, optimize
         return {"teacher": pullback(gradient)[0]}, sums | {"teacher_loss": total / scale}
 
     scales = _scales(counts, see.method.conventions)
-    gradients, sums = objective.accumulate(part, (parts, scales))
+    gradients, sums = objective.accumulate(_trimmed(part, see.method), (parts, scales))
     scalars = {"teacher_grad_norm": optax.tree.norm(gradients)}
     return _apply(state, gradients, optimizers), sums, scalars
 
@@ -316,9 +344,9 @@ def _policy_targets(state: TrainState, parts: Part, see: Views) -> policy_gradie
         log_probs = [linear_values([of_labels], one, [where.labels])[0] for one in seen]
         return where.labels, where.mask, *log_probs
 
-    found = jax.lax.map(part, parts)
-    flat = [x.reshape(-1, x.shape[-1]) for x in found]
     method = see.method
+    found = jax.lax.map(_trimmed(part, method), parts)
+    flat = [x.reshape(-1, x.shape[-1]) for x in found]
     target = policy_gradient.policy_target(*flat, method.teacher_share, method.policy_gradient)
     return jax.tree.map(lambda x: x.reshape(found[0].shape), target)
 
@@ -384,7 +412,7 @@ def _update_student(state: TrainState, parts: Part, counts, see: Views, optimize
             del sums[method.student_terms[0][0]]
         return gradients, sums | {"student_loss": total / scale}
 
-    gradients, sums = objective.accumulate(part, (parts, scales))
+    gradients, sums = objective.accumulate(_trimmed(part, method), (parts, scales))
     scalars = {"student_grad_norm": optax.tree.norm(gradients["student"])}
     return _apply(state, gradients, optimizers), sums, scalars
 

@@ -15,8 +15,9 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from promptkd_jax.batch import Batch
-from promptkd_jax.method import Conventions, Method
+import promptkd_jax.step as step_module
+from promptkd_jax.batch import Batch, narrow
+from promptkd_jax.method import PRESETS, Conventions, Method
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.streaming import abstract_params
@@ -376,6 +377,36 @@ def test_accumulation_changes_nothing(make, parts):
         assert_close(prompt_gradient(cut), prompt_gradient(whole))
     for name, value in summarise(expected).items():
         np.testing.assert_allclose(summarise(found)[name], value, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("parts, widths", [(1, [12]), (2, [8, 12]), (4, [4, 8, 12, 12])])
+def test_rows_of_like_length_in_fewer_columns(parts, widths, monkeypatch):
+    """Rows of 12, 2, 9 and 7 tokens, in 4, 8 or 12 columns."""
+    taken = []
+
+    def counted(rows, width):
+        jax.debug.callback(lambda: taken.append(width))
+        return narrow(rows, width)
+
+    monkeypatch.setattr(step_module, "narrow", counted)
+    whole, expected = update(method())
+    cut, found = update(method(micro_batches=parts, length_buckets=3))
+    jax.effects_barrier()
+    assert taken == 2 * widths  # the soft prompt's update, then the student's
+    assert_close(student_gradient(cut), student_gradient(whole))
+    assert_close(prompt_gradient(cut), prompt_gradient(whole))
+    for name, value in summarise(expected).items():
+        np.testing.assert_allclose(summarise(found)[name], value, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"conventions": PRESETS["faithful"]}, {"micro_batches": 2, "minibatches": 2}]
+)
+def test_rows_stay_in_their_part_where_that_matters(changes):
+    changes = {"micro_batches": 4} | changes
+    _, expected = update(method(**changes))
+    _, found = update(method(length_buckets=3, **changes))
+    np.testing.assert_array_equal(found.counts, expected.counts)
 
 
 FIRST = np.array([1, 0, 1, 0], np.float32)  # the rows of the first of two micro-batches
