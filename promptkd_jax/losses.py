@@ -52,8 +52,14 @@ def _power(log_p: jax.Array, exponent: float) -> jax.Array:
     return jnp.where(jnp.isneginf(log_p), 0.0, jnp.exp(exponent * _finite(log_p)))
 
 
+def _expected(p: jax.Array, x: jax.Array) -> jax.Array:
+    """sum_v p_v x_v: a product of vectors, which XLA's CPU compiler can do 20 times as fast as it
+    adds up what is multiplied."""
+    return jnp.einsum("...v,...v->...", p, x, precision="highest")
+
+
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.exp(log_p) * (_finite(log_p) - _finite(log_q)), axis=-1)
+    return _expected(jnp.exp(log_p), _finite(log_p) - _finite(log_q))
 
 
 def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
@@ -80,7 +86,7 @@ def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
     The published PromptKD code reports this number for its "forward" losses.
     """
     log_q = log_probs(learner)
-    return -jnp.sum(jnp.exp(log_probs(target)) * _finite(log_q), axis=-1)
+    return -_expected(jnp.exp(log_probs(target)), _finite(log_q))
 
 
 def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
@@ -158,7 +164,7 @@ def agreement(target: jax.Array, learner: jax.Array) -> jax.Array:
 def entropy(logits: jax.Array) -> jax.Array:
     """Of the distribution itself, in nats."""
     log_p = log_probs(logits)
-    return -jnp.sum(jnp.exp(log_p) * _finite(log_p), axis=-1)
+    return -_expected(jnp.exp(log_p), _finite(log_p))
 
 
 def confidence(logits: jax.Array) -> jax.Array:

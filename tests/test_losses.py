@@ -497,12 +497,16 @@ def equations(jaxpr):
 
 def products(function, *arguments) -> list[tuple[int, ...]]:
     """The sorted shapes of all matrix products in `function`; vectors are not matrices."""
+
+    def of_matrices(equation) -> bool:
+        if equation.primitive.name != "dot_general":
+            return False
+        (summed, _), (batch, _) = equation.params["dimension_numbers"]
+        return len(summed) > 0 and equation.outvars[0].aval.ndim > max(len(batch), 1)
+
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    return [
-        tuple(sorted(equation.outvars[0].aval.shape))
-        for equation in equations(jaxpr)
-        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.ndim > 1
-    ]
+    found = filter(of_matrices, equations(jaxpr))
+    return [tuple(sorted(equation.outvars[0].aval.shape)) for equation in found]
 
 
 def test_no_gradient_of_the_head_where_nobody_asks_for_it():
