@@ -80,17 +80,20 @@ def attend_to_cache(
 
     Args:
       query: `[B, 1, N, H]`.
-      key, value: `[B, S, K, H]`, one layer of the cache.
+      key, value: `[B, K, S, H]`, one layer of the cache.
       columns: `[B, 1]`, where each query stands; it sees the columns up to its own.
       window: as for `attend`.
     """
-    each = jnp.arange(key.shape[1])[None]
+    rows, _, heads, head_width = query.shape
+    each = jnp.arange(key.shape[2])
     seen = each <= columns
     if window is not None:
         seen &= each > columns - window
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=seen[:, None, None], implementation="xla"
-    )
+    query = query.reshape(rows, key.shape[1], -1, head_width)  # [B, K, N / K, H]
+    scores = jnp.einsum("bkgh,bksh->bkgs", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores * head_width**-0.5, -jnp.inf)
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", shares, value).reshape(rows, 1, heads, head_width)
 
 
 def implementation(

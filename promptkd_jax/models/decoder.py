@@ -32,18 +32,19 @@ REMAT = {
 
 
 # Writes `[B, K, H]` at (layer, column) `[B, 2]` of a cache: b's into row b, which so stays where it
-# is on a mesh; `cache.at[layer, rows, columns]` would gather what is written from all devices.
+# is on a mesh; `cache.at[layer, rows, :, columns]` would gather what is written from all devices.
 BY_ROW = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(1, 2),
-    inserted_window_dims=(0, 2),
-    scatter_dims_to_operand_dims=(0, 2),
+    inserted_window_dims=(0, 3),
+    scatter_dims_to_operand_dims=(0, 3),
     operand_batching_dims=(1,),
     scatter_indices_batching_dims=(0,),
 )
 
 
 class Cache(NamedTuple):
-    """Keys and values of all columns seen so far, each `[L, B, S, K, H]`.
+    """Keys and values of all columns seen so far, each `[L, B, K, S, H]`: what a head reads for the
+    next token lies together.
 
     Where devices along `tensor` do not divide K, it is that of `attention.copies`."""
 
@@ -54,13 +55,13 @@ class Cache(NamedTuple):
 def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
     heads = config.kv_heads * copies(config.heads, config.kv_heads)
-    shape = (config.depth, rows, columns, heads, config.head_width)
+    shape = (config.depth, rows, heads, columns, config.head_width)
     return place_cache(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
 
 
 def place_cache(cache: Cache) -> Cache:
     """With rows and heads where those of queries are."""
-    return jax.tree.map(lambda x: constrain(x, None, *CUT), cache)
+    return jax.tree.map(lambda x: constrain(x, None, ROWS, "tensor", None, None), cache)
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
         if config.learned_positions:
-            _check_columns(config, x.shape[1] if cache is None else cache.key.shape[2])
+            _check_columns(config, x.shape[1] if cache is None else cache.key.shape[3])
             table = config.max_positions + config.position_offset
             x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
         x = constrain(x, ROWS, None, None)
@@ -261,7 +262,7 @@ def _write(cache: Cache, index, key, value, positions) -> Cache:
     if positions is None:
 
         def write(c, x):
-            return jax.lax.dynamic_update_slice(c, x[None], (index, 0, 0, 0, 0))
+            return jax.lax.dynamic_update_slice(c, x.swapaxes(1, 2)[None], (index, 0, 0, 0, 0))
     else:
         places = jnp.stack([jnp.full_like(positions[:, 0], index), positions[:, 0]], axis=1)
 
