@@ -74,7 +74,7 @@ OPTIMIZERS = Optimizers(ADAMW, ADAMW)
 def begin(student):
     soft_prompt = np.random.default_rng(4).normal(0, 0.4, (3, 32)).astype(np.float32)
     params = {"student": random_params(student, 1), "soft_prompt": jnp.asarray(soft_prompt)}
-    return init_state(params, OPTIMIZERS, jax.random.key(2))
+    return init_state(params, OPTIMIZERS, jax.random.key(3))
 
 
 def placed(tree, mesh):

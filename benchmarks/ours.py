@@ -1,0 +1,133 @@
+"""One side of the comparison: promptkd_jax, the train step as a run jits it."""
+
+import dataclasses
+import functools
+import itertools
+import resource
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import RATE, STEPS, Case
+
+import promptkd_jax as pkd
+from promptkd_jax.checkpoint import Checkpoints
+from promptkd_jax.targets import rollout
+
+
+class Side:
+    """The parts of the work; each does its part to the end."""
+
+    def __init__(self, case: Case, models: dict[str, str]):
+        self._case, self._batches = case, itertools.count()
+        dtypes = dict(dtype=case.dtype, remat=case.remat)
+        teacher = pkd.load_model(models["teacher"], param_dtype=case.dtype, **dtypes)
+        student = pkd.load_model(models["student"], **dtypes)
+        self._teacher = jax.block_until_ready(teacher.params)
+        method = pkd.Method(
+            targets="student",
+            student_terms=(("reverse_kl", 1.0),),
+            total_steps=STEPS,
+            response_capacity=case.response,
+            prompt_capacity=case.request,
+            vocab_size=case.student["vocab_size"],
+            teacher_view="prompted",
+            sampling=pkd.Sampling(eos_ids=() if case.eos_id is None else (case.eos_id,)),
+            micro_batches=case.micro_batches,
+            length_buckets=case.length_buckets,
+        )
+        rate = pkd.schedule("constant", RATE, total_steps=STEPS)
+        adamw = pkd.adamw(rate, weight_decay=0.01, clip=1.0)
+        optimizers = pkd.Optimizers(adamw, adamw)
+        step = functools.partial(
+            pkd.train_step,
+            models=pkd.Models(student.decoder, teacher.decoder),
+            optimizers=optimizers,
+        )
+
+        def jitted(**changes):
+            changed = dataclasses.replace(method, **changes)
+            return jax.jit(functools.partial(step, method=changed), donate_argnums=0)
+
+        self._iteration = jitted()
+        self._update = jitted(targets="gold")
+        self._student_update = jitted(targets="gold", teacher_view="plain")
+        self._rollout = jax.jit(
+            functools.partial(
+                rollout,
+                student.decoder,
+                prompt_capacity=case.request,
+                max_new_tokens=case.response,
+                sampling=method.sampling,
+                vocab_size=method.vocab_size,
+                force_eos=False,
+            )
+        )
+        prompt = pkd.init_soft_prompt(self._teacher, range(case.soft_prompt), case.soft_prompt)
+        self._state = pkd.init_state(
+            {"student": student.params, "soft_prompt": prompt}, optimizers, jax.random.key(0)
+        )
+        self._rows, self._factors, self._multiply = None, {}, jax.jit(jnp.matmul)
+
+    def rollout(self) -> int:
+        """Writes the answers of a batch; returns their tokens."""
+        batch, key = self._batch(), jax.random.key(0)
+        rows, _ = jax.block_until_ready(self._rollout(self._state.student, batch, key))
+        self._rows = rows if self._rows is None else self._rows
+        return int(jnp.sum(rows.lengths - rows.prompt_lengths))
+
+    def update(self) -> None:
+        """Soft prompt and student, on rows that are there."""
+        self._take(self._update, self._rows)
+
+    def student_update(self) -> None:
+        """The student alone, on rows that are there."""
+        self._take(self._student_update, self._rows)
+
+    def iteration(self) -> None:
+        """Rollout and update."""
+        self._take(self._iteration, self._batch())
+
+    def checkpoint(self) -> None:
+        """Saves what is trained, and reads it back."""
+        with tempfile.TemporaryDirectory() as folder:
+            with Checkpoints(folder, keep=1, every=1) as checkpoints:
+                checkpoints.save(1, self._state, {})
+                checkpoints.wait()
+                _, restored, *_ = checkpoints.restore_latest(jax.eval_shape(lambda: self._state))
+            jax.block_until_ready(restored)
+
+    def matmul(self) -> float:
+        """A large product in the dtype of computation; returns its operations."""
+        return self._product(*self._case.square)
+
+    def stream(self) -> float:
+        """A product of as many rows as a batch has; returns the bytes of its matrix."""
+        self._product(*self._case.skinny)
+        _, inner, outer = self._case.skinny
+        return inner * outer * jnp.dtype(self._case.dtype).itemsize
+
+    def _product(self, rows: int, inner: int, outer: int) -> float:
+        if (rows, inner, outer) not in self._factors:
+            shapes = (rows, inner), (inner, outer)
+            self._factors[rows, inner, outer] = [jnp.ones(s, self._case.dtype) for s in shapes]
+        jax.block_until_ready(self._multiply(*self._factors[rows, inner, outer]))
+        return 2.0 * rows * inner * outer
+
+    def peak_bytes(self) -> int:
+        """The most memory so far: of the device, on a CPU of the process."""
+        if jax.default_backend() == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+    def _take(self, step, batch: pkd.Batch) -> None:
+        self._state, _ = jax.block_until_ready(step(self._state, self._teacher, batch))
+
+    def _batch(self) -> pkd.Batch:
+        requests = self._case.requests(next(self._batches))
+        lengths = np.array([len(request) for request in requests], np.int32)
+        tokens = np.zeros((len(requests), self._case.columns), np.int32)
+        for row, request in zip(tokens, requests):
+            row[: len(request)] = request
+        return pkd.Batch(tokens, lengths, lengths + 1)
