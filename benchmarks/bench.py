@@ -1,6 +1,7 @@
 """Ours against theirs, part by part, in one run on one machine: `make bench`.
 
-python benchmarks/bench.py [--cases cpu] [--repeats 5] [--output FILE.json]
+python benchmarks/bench.py [--cases cpu] [--case NAME …] [--sides SIDE …] [--repeats 5]
+  [--output FILE.json]
 
 Each side runs in a process of its own, and they take turns: one works, the others wait. A figure is
 the median of what is measured after a warm-up. What a ratio says is ours against the faster of
@@ -16,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -149,7 +151,9 @@ def main() -> None:
     chosen = cases.CASES[options.cases]
     result = about(options) | {"cases": {}}
     for case in chosen:
-        found = measure(case, list(SIDES), options.repeats)
+        if options.case and case.name not in options.case:
+            continue
+        found = measure(case, options.sides, options.repeats)
         ratios, shares = compare(case, found)
         described = dataclasses.asdict(case)
         one = {"case": described, "found": found, "ratios": ratios, "shares": shares}
@@ -186,7 +190,7 @@ def about(options: argparse.Namespace) -> dict:
 
     device = jax.devices()[0]
     return {
-        "command": f"bench.py --cases {options.cases} --repeats {options.repeats}",
+        "command": shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]]),
         "device": device.platform if device.platform == "cpu" else device.device_kind,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": {"python": platform.python_version()}
@@ -235,6 +239,8 @@ def table(one: dict) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="cpu", choices=cases.CASES)
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="of them (default: all)")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--repeats", default=5, type=int, help="after a warm-up")
     parser.add_argument("--output", type=pathlib.Path, help="file (default: by date and device)")
     return parser
