@@ -1,6 +1,6 @@
 """Ours against theirs, part by part, in one run on one machine: `make bench`.
 
-python benchmarks/bench.py [--cases cpu] [--case NAME …] [--sides SIDE …] [--repeats 5]
+python benchmarks/bench.py [--cases cpu] [--case NAME] [--sides SIDE …] [--repeats 5]
   [--output FILE.json]
 
 Each side runs in a process of its own, and they take turns: one works, the others wait. A figure is
@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 
-import cases
-from cases import Case
+import work
+from cases import CASES, Case
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE.parent / ".cache" / "benchmarks"
@@ -35,7 +35,7 @@ SIDES = {
     "ours": ("ours", {}),
     "theirs": ("theirs", {}),
     "theirs, torch.compile": ("theirs", {"compile": True}),
-    "theirs, bfloat16": ("theirs", {"autocast": True}),
+    "theirs, bfloat16": ("theirs", {"dtype": "bfloat16"}),
 }
 PARTS = ("rollout", "update", "student_update", "iteration", "checkpoint")
 RATES = ("matmul", "stream")
@@ -76,7 +76,7 @@ class Process:
 
 def measure(case: Case, sides: list[str], repeats: int) -> dict:
     """What each side takes for each part."""
-    models = cases.write_models(case, MODELS)
+    models = work.write_models(case, MODELS)
     with tempfile.TemporaryDirectory() as compiled, contextlib.ExitStack() as stack:
         first = {side: first_step(side, case, models, compiled) for side in sides}
         running = {side: Process(side, case, models, compiled) for side in sides}
@@ -122,9 +122,7 @@ def compare(case: Case, found: dict) -> tuple[dict, dict]:
     """Ratios, ours against the faster of theirs, larger is better; and shares of what the machine
     gave to the same process: of its rate of large products, and of reading a matrix."""
     ours = found["ours"]
-    same = [found[side] for side in found if side.startswith("theirs") and "bfloat16" not in side]
-    if case.dtype == "bfloat16":
-        same = [found[side] for side in found if side.startswith("theirs")]
+    same = [found[side] for side in found if side in theirs(case)]
 
     def fewest(part: str) -> float:
         return min(side[part]["seconds"] for side in same)
@@ -136,23 +134,36 @@ def compare(case: Case, found: dict) -> tuple[dict, dict]:
         "update": fewest("update") / ours["update"]["seconds"],
         "memory": min(side["peak_bytes"] for side in same) / ours["peak_bytes"],
     }
-    rate = cases.work(case)["update"] / ours["update"]["seconds"]
+    rate = work.operations(case)["update"] / ours["update"]["seconds"]
     shares = {"update": rate / ours["matmul"]["per_second"]}
     if case.mean_response is None:
-        rate = cases.decode_bytes(case) / ours["rollout"]["seconds"]
+        rate = work.decode_bytes(case) / ours["rollout"]["seconds"]
         shares["rollout"] = rate / ours["stream"]["per_second"]
     return ratios, shares
 
 
+def theirs(case: Case) -> list[str]:
+    """Their columns that compute in the dtype of the case."""
+    return [
+        name
+        for name, (module, settings) in SIDES.items()
+        if module == "theirs" and settings.get("dtype", case.dtype) == case.dtype
+    ]
+
+
 def main() -> None:
     """Measures, and writes what was found."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two sides share a GPU
-    chosen = cases.CASES[options.cases]
-    result = about(options) | {"cases": {}}
+    chosen = [case for case in CASES[options.cases] if options.case in (None, case.name)]
+    if not chosen:
+        names = ", ".join(repr(case.name) for case in CASES[options.cases])
+        parser.error(f"--case: {options.case!r} is not one of {names}")
+    if not {"ours", "theirs"} <= set(options.sides):
+        parser.error("--sides: ours and theirs must be among them")
+    result = about() | {"cases": {}}
     for case in chosen:
-        if options.case and case.name not in options.case:
-            continue
         found = measure(case, options.sides, options.repeats)
         ratios, shares = compare(case, found)
         described = dataclasses.asdict(case)
@@ -184,7 +195,7 @@ def with_section(text: str, new: str, device: str) -> str:
     return f"{before.rstrip()}\n\n{begin}{new}{end}{rest.partition(end)[2]}"
 
 
-def about(options: argparse.Namespace) -> dict:
+def about() -> dict:
     """Command, device and versions."""
     import jax
 
@@ -238,8 +249,8 @@ def table(one: dict) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", default="cpu", choices=cases.CASES)
-    parser.add_argument("--case", nargs="+", metavar="NAME", help="of them (default: all)")
+    parser.add_argument("--cases", default="cpu", choices=CASES)
+    parser.add_argument("--case", metavar="NAME", help="one of them (default: all)")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--repeats", default=5, type=int, help="after a warm-up")
     parser.add_argument("--output", type=pathlib.Path, help="file (default: by date and device)")

@@ -1,20 +1,11 @@
-"""What is measured: a pair of models with random weights, and the shape of the work."""
+"""What is measured: a pair of models and the shape of the work.
+
+Imports neither JAX nor PyTorch: both sides read it, and neither may pay for the other's.
+"""
 
 import dataclasses
-import hashlib
-import json
-import math
-import pathlib
 
-import jax
 import numpy as np
-
-from promptkd_jax.models.config import from_hugging_face
-from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.export import save_model
-from promptkd_jax.models.load import Model
-from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.plan import roofline
 
 RATE = 5e-5  # of learning, of both optimizers
 STEPS = 1000  # K of the coefficient of L_reg
@@ -168,67 +159,3 @@ GPU = (
     ),
 )
 CASES = {"cpu": CPU, "gpu": GPU}
-
-
-def write_models(case: Case, folder: pathlib.Path) -> dict[str, str]:
-    """Folders of the case's teacher and student in `folder`, written where they are not yet."""
-    return {
-        "teacher": str(_write_model(folder, case.teacher, 0)),
-        "student": str(_write_model(folder, case.student, 1, case.mean_response)),
-    }
-
-
-def _write_model(
-    folder: pathlib.Path, hf_config: dict, seed: int, mean_response: int | None = None
-) -> pathlib.Path:
-    """A random model under a name that says all about it; a `mean_response` is GPT-2's alone."""
-    described = json.dumps([hf_config, seed, mean_response], sort_keys=True)
-    path = folder / hashlib.sha256(described.encode()).hexdigest()[:16]
-    if (path / "model.safetensors").exists():
-        return path
-    config, rng = from_hugging_face(hf_config), np.random.default_rng(seed)
-
-    def draw(name, leaf):
-        if name[-1].key in ("scale", "bias"):
-            return np.full(leaf.shape, name[-1].key == "scale", np.float32)
-        return rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
-
-    params = jax.tree.map_with_path(draw, abstract_params(config))
-    if mean_response is not None:
-        # The final bias gives the last token of the vocabulary the probability 1 / mean_response.
-        wanted = math.log(hf_config["vocab_size"] / mean_response)
-        end = params["embed"]["embedding"][-1]
-        params["final_norm"]["bias"] += wanted * end / np.sum(end**2)
-    save_model(path, Model(str(path), Decoder(config), params, hf_config, None, ()))
-    return path
-
-
-def work(case: Case) -> dict[str, float]:
-    """Operations of the matrix products that Algorithm 1 needs, on full rows; a product counts 2.
-
-    The rollout's are those of its tokens. Both teachers and the student are multiplied out at the
-    response positions alone; the teacher's backward pass makes no gradient of weights.
-    """
-    teacher, student = map(from_hugging_face, (case.teacher, case.student))
-    rows, columns, behind = case.rows, case.columns, case.columns + case.soft_prompt
-
-    def head(config):
-        return roofline.head_flops(config, rows, case.response)
-
-    seen = roofline.forward_flops(teacher, rows, behind) + head(teacher)
-    learns = roofline.forward_flops(student, rows, columns) + 3 * head(student)
-    learns += roofline.backward_flops(student, rows, columns, weights=True)
-    prompt = 2 * roofline.forward_flops(teacher, rows, behind) + 3 * head(teacher)
-    prompt += roofline.backward_flops(teacher, rows, behind, weights=False)
-    return {"student_update": seen + learns, "update": prompt + seen + learns}
-
-
-def decode_bytes(case: Case) -> float:
-    """That a rollout to the limit reads at least: for each token the student's matrices, once for
-    all rows, and the keys and values so far."""
-    config = from_hugging_face(case.student)
-    size = 4 if case.dtype == "float32" else 2
-    matrices = roofline.matrix_parameters(config) + config.vocab_size * config.width
-    column = 2 * config.depth * case.rows * config.kv_heads * config.head_width
-    cached = column * (case.request + case.response / 2)
-    return case.response * size * (matrices + cached)

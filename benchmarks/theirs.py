@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 class Side:
     """The parts of the work, as in `ours`."""
 
-    def __init__(self, case: Case, models: dict[str, str], **changes):
+    def __init__(self, case: Case, models: dict[str, str], *, dtype: str = "", **changes):
         self._case, self._batches, self._rows = case, itertools.count(), None
         settings = Settings(
             student_learning_rate=RATE,
@@ -26,6 +26,7 @@ class Side:
             max_prompt_length=case.request,
             max_length=case.columns,
             device="cuda" if torch.cuda.is_available() else "cpu",
+            autocast=(dtype or case.dtype) == "bfloat16",
             **changes,
         )
         teacher, student = (
