@@ -406,7 +406,10 @@ def _gathered(models):
 
 
 def _packed(learner: Linear, targets: Sequence[Any], mask: jax.Array):
-    """All `[B, T, …]` as `[devices, B / devices * T, …]`, what counts before all else."""
+    """All `[B, T, …]` as `[devices, B / devices * T, …]`, what counts before all else. On somebody
+    else's mesh they stay as they are."""
+    if sharding.is_foreign():
+        return learner, targets, mask
     counts = mask.reshape(sharding.row_parts(mask.shape[0]), -1) != 0
     order = jnp.argsort(~counts, axis=1, stable=True)
 
@@ -459,7 +462,7 @@ def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = No
       like: of the shape and dtype of what is put together; None where that is nothing.
     """
     *_, mask = xs
-    filled = jnp.max(jnp.sum(mask != 0, axis=1))
+    filled = jnp.max(jnp.where(mask != 0, jnp.arange(1, mask.shape[1] + 1), 0))
     blocks = _blocks(xs, chunk)
     whole = None if like is None else _blocks(jnp.zeros_like(like), chunk)
 

@@ -149,7 +149,7 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
         that do not divide it do not cut it either.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+    ours = _ours(mesh)
     if mesh.size < 2 or not ours.intersection(AXES):
         return x
     whole = None if ours.issuperset(AXES) else P.UNCONSTRAINED
@@ -159,6 +159,17 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
         cuts = names and size % math.prod(mesh.shape[name] for name in names) == 0
         kept.append(names if cuts else whole)
     return jax.lax.with_sharding_constraint(x, P(*kept))
+
+
+def is_foreign() -> bool:
+    """Whether the mesh in context is somebody else's: where its rows lie, nobody here knows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and not _ours(mesh).issuperset(AXES)
+
+
+def _ours(mesh: Any) -> set[str]:
+    axes = zip(mesh.axis_names, mesh.axis_types)
+    return {name for name, kind in axes if kind == AxisType.Auto}
 
 
 def _names(axis: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from promptkd_jax import optimizer, sharding
+from promptkd_jax import losses, optimizer, sharding
 from promptkd_jax.batch import Batch
 from promptkd_jax.method import Method
 from promptkd_jax.models.config import from_hugging_face
@@ -193,6 +193,17 @@ def same_rows_of_every_source() -> None:
 def other_meshes_are_left_alone() -> None:
     """Who imports the losses may have a mesh of their own."""
     auto, explicit = AxisType.Auto, AxisType.Explicit
+    rng = np.random.default_rng(5)
+    inputs = [rng.normal(size=(8, 6, 16)).astype(np.float32) for _ in range(2)]
+    inputs.append(rng.integers(0, 2, (8, 6)).astype(np.float32))
+    head = rng.normal(size=(32, 16)).astype(np.float32)
+
+    @jax.value_and_grad
+    def loss(learner, target, mask):
+        learner, target = losses.Linear(learner, head), losses.Linear(target, head)
+        return losses.linear_loss([losses.reverse_kl], learner, [target], mask, chunk=4)[0]
+
+    whole_loss = jax.jit(loss)(*inputs)
     for kind, shape, names, cut in (
         (auto, (4, 2), ("dp", "mp"), P("dp", None, "mp")),
         (explicit, (4, 2), ("dp", "mp"), P("dp", None, "mp")),
@@ -204,7 +215,10 @@ def other_meshes_are_left_alone() -> None:
         with jax.set_mesh(mesh):
             x = jax.device_put(jnp.ones((8, 3, 4)), jax.NamedSharding(mesh, cut))
             found = jax.jit(lambda x: sharding.constrain(x, sharding.ROWS, None, "tensor"))(x)
+            rows = jax.NamedSharding(mesh, P(names[0]))
+            cut_loss = jax.jit(loss)(*jax.device_put(inputs, rows))
         assert found.sharding.is_equivalent_to(x.sharding, 3), (names, kind, found.sharding)
+        all_close(cut_loss, whole_loss, (names, kind))
 
 
 if __name__ == "__main__":
