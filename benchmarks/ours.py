@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import resource
 import tempfile
 
 import jax
@@ -115,10 +114,10 @@ class Side:
         jax.block_until_ready(self._multiply(*self._factors[rows, inner, outer]))
         return 2.0 * rows * inner * outer
 
-    def peak_bytes(self) -> int:
-        """The most memory so far: of the device, on a CPU of the process."""
+    def device_peak_bytes(self) -> int | None:
+        """The most memory so far of a device that has its own."""
         if jax.default_backend() == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return None
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
     def _take(self, step, batch: pkd.Batch) -> None:

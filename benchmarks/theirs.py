@@ -2,7 +2,6 @@
 
 import itertools
 import pathlib
-import resource
 import tempfile
 
 import torch
@@ -92,11 +91,9 @@ class Side:
         self._wait()
         return 2.0 * rows * inner * outer
 
-    def peak_bytes(self) -> int:
-        """The most memory so far: of the device, on a CPU of the process."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def device_peak_bytes(self) -> int | None:
+        """The most memory so far of a device that has its own."""
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
     @property
     def _how(self) -> dict:
