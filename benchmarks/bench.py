@@ -1,17 +1,28 @@
 """Ours against theirs, part by part, in one run on one machine: `make bench`.
 
-python benchmarks/bench.py [--cases cpu] [--case NAME] [--sides SIDE …] [--repeats 5]
-  [--output FILE.json]
+python benchmarks/bench.py [--cases cpu|gpu] [--only cases|growth] [--case NAME] [--axis AXIS …]
+  [--sides SIDE …] [--repeats 3] [--output FILE.json]
 
-Each side runs in a process of its own, and they take turns: one works, the others wait. A figure is
-the median of what is measured after a warm-up. What a ratio says is ours against the faster of
-theirs in the same dtype, larger is better.
+Each side runs in a process of its own. On a CPU they take turns: one works, the others wait; on a
+GPU, whose memory one can fill, one ends before the next begins. A figure is the median of what is
+measured after a warm-up. What a ratio says is ours against the faster of theirs in the same dtype,
+larger is better.
+
+First come the cases, with the sides that `cases.py` names for each. Left out there, for time: on a
+CPU "theirs, torch.compile", and bfloat16 where answers end by themselves (`--case NAME --sides …`
+measures them). Then comes growth: around one small case rows, columns, vocabulary, soft prompt and
+models grow, one at a time.
+
+What is found goes into results/, with what earlier runs on the same device found of cases and axes
+that this one leaves out, and from there into README.md, see `report.py`; `--output` writes it to a
+file alone.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,9 +34,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 
+import report
 import work
-from cases import CASES, Case
+from cases import CASES, GROWTH, Case
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE.parent / ".cache" / "benchmarks"
@@ -37,17 +50,24 @@ SIDES = {
     "theirs, torch.compile": ("theirs", {"compile": True}),
     "theirs, bfloat16": ("theirs", {"dtype": "bfloat16"}),
 }
-PARTS = ("rollout", "update", "student_update", "iteration", "checkpoint")
-RATES = ("matmul", "stream")
+# The peak of memory is that of iterations alone, so they come first.
+STEP = ("iteration", "rollout", "update", "student_update")
+OTHERS = ("checkpoint", "matmul", "stream")
+GROWTH_REPEATS = 2
+
+
+class SideEnded(RuntimeError):
+    """A side ended before its work was done; what it printed says why."""
 
 
 class Process:
-    """A side at work in a process of its own."""
+    """A side at work in a process of its own, which ends with the context."""
 
     def __init__(self, side: str, case: Case, models: dict[str, str], compiled: str):
         module, settings = SIDES[side]
         described = [json.dumps(settings), json.dumps(dataclasses.asdict(case))]
         places = {"JAX_COMPILATION_CACHE_DIR": compiled, "TORCHINDUCTOR_CACHE_DIR": compiled}
+        self._begin = time.perf_counter()
         self._child = subprocess.Popen(
             [sys.executable, HERE / "serve.py", module, *described, *models.values()],
             env=os.environ | places | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
@@ -62,48 +82,76 @@ class Process:
         print(part, file=self._child.stdin, flush=True)
         return self._answer()
 
-    def end(self) -> None:
-        """Stops it."""
+    def first_iteration(self) -> float:
+        """Seconds from the start of the process to the end of this iteration."""
+        self.do("iteration")
+        return time.perf_counter() - self._begin
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._child.stdin.close()
         self._child.wait()
 
     def _answer(self) -> dict:
         line = self._child.stdout.readline()
         if not line:
-            raise RuntimeError("a side ended before its work was done; what it printed says why")
+            raise SideEnded(f"exit status {self._child.wait()}")
         return json.loads(line)
 
 
-def measure(case: Case, sides: list[str], repeats: int) -> dict:
-    """What each side takes for each part."""
+def measure(
+    case: Case, sides: Sequence[str], repeats: int, parts: Sequence[str], in_turn: bool
+) -> dict:
+    """What each side takes for each part; a side that ended before its work was done is not there.
+
+    With `parts` beside the step's, also the first iteration of a process, without and with what an
+    earlier one compiled.
+    """
     models = work.write_models(case, MODELS)
-    with tempfile.TemporaryDirectory() as compiled, contextlib.ExitStack() as stack:
-        first = {side: first_step(side, case, models, compiled) for side in sides}
-        running = {side: Process(side, case, models, compiled) for side in sides}
-        for process in running.values():
-            stack.callback(process.end)
-        found = {side: {"load": [running[side].loading]} for side in sides}
-        for part in (*PARTS, *RATES):
-            for turn in range(1 + repeats):
+    found = {}
+    for group in [list(sides)] if in_turn else [[side] for side in sides]:
+        with tempfile.TemporaryDirectory() as compiled:
+            start = functools.partial(Process, case=case, models=models, compiled=compiled)
+            try:
+                measured = _measure(start, group, repeats, parts)
+                if set(parts) - set(STEP):
+                    for side in group:
+                        measured[side]["first_step_cached"] = _cached_first_iteration(start, side)
+                found |= measured
+            except SideEnded as ended:
+                print(f"{case.name}, {' or '.join(group)}: {ended}", file=sys.stderr)
+    return found
+
+
+def _measure(
+    start: Callable[[str], Process], sides: list[str], repeats: int, parts: Sequence[str]
+) -> dict:
+    """All parts of sides that take turns; the first iteration is the warm-up of its part."""
+    found, first = {side: {} for side in sides}, {}
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for side in sides:
+            running[side] = stack.enter_context(start(side))
+            first[side] = running[side].first_iteration()
+            found[side]["load"] = [running[side].loading]
+        for part in parts:
+            for turn in range(part == "iteration", 1 + repeats):
                 for side in sides:
                     answer = running[side].do(part)
                     if turn:
                         found[side].setdefault(part, []).append(answer)
-    return {side: summary(found[side]) | first[side] for side in sides}
+    peaks = {side: found[side]["iteration"][-1]["peak_bytes"] for side in sides}
+    return {
+        side: summary(found[side]) | {"first_step": first[side], "peak_bytes": peaks[side]}
+        for side in sides
+    }
 
 
-def first_step(side: str, case: Case, models: dict[str, str], compiled: str) -> dict:
-    """Seconds from the start of a process to the end of its first iteration, without and with what
-    an earlier one compiled; and the most memory of a run that does nothing but iterations."""
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        process = Process(side, case, models, compiled)
-        process.do("iteration")
-        seconds.append(time.perf_counter() - start)
-        peak = process.do("iteration")["peak_bytes"]
-        process.end()
-    return {"first_step": seconds[0], "first_step_cached": seconds[1], "peak_bytes": peak}
+def _cached_first_iteration(start: Callable[[str], Process], side: str) -> float:
+    with start(side) as process:
+        return process.first_iteration()
 
 
 def summary(found: dict[str, list[dict]]) -> dict:
@@ -118,28 +166,23 @@ def summary(found: dict[str, list[dict]]) -> dict:
     return result
 
 
-def compare(case: Case, found: dict) -> tuple[dict, dict]:
-    """Ratios, ours against the faster of theirs, larger is better; and shares of what the machine
-    gave to the same process: of its rate of large products, and of reading a matrix."""
+def compare(case: Case, found: dict) -> dict[str, float]:
+    """Ratios, ours against the best of theirs in the same dtype, larger is better."""
+    same = [found[side] for side in theirs(case) if side in found]
+    if "ours" not in found or not same:
+        return {}
     ours = found["ours"]
-    same = [found[side] for side in found if side in theirs(case)]
 
     def fewest(part: str) -> float:
         return min(side[part]["seconds"] for side in same)
 
     fastest = max(side["rollout"]["per_second"] for side in same)
-    ratios = {
+    return {
         "iteration": fewest("iteration") / ours["iteration"]["seconds"],
         "rollout": ours["rollout"]["per_second"] / fastest,
         "update": fewest("update") / ours["update"]["seconds"],
         "memory": min(side["peak_bytes"] for side in same) / ours["peak_bytes"],
     }
-    rate = work.operations(case)["update"] / ours["update"]["seconds"]
-    shares = {"update": rate / ours["matmul"]["per_second"]}
-    if case.mean_response is None:
-        rate = work.decode_bytes(case) / ours["rollout"]["seconds"]
-        shares["rollout"] = rate / ours["stream"]["per_second"]
-    return ratios, shares
 
 
 def theirs(case: Case) -> list[str]:
@@ -151,110 +194,102 @@ def theirs(case: Case) -> list[str]:
     ]
 
 
+def measure_case(case: Case, sides: Sequence[str], repeats: int, in_turn: bool) -> dict:
+    """All of a case."""
+    found = measure(case, sides, repeats, (*STEP, *OTHERS), in_turn)
+    needed, ours = work.needed(case), found.get("ours")
+    shares = {}
+    if needed and ours:
+        rate = needed["update"]["flops"] / ours["update"]["seconds"]
+        shares["update"] = rate / ours["matmul"]["per_second"]
+        rate = needed["rollout"]["bytes"] / ours["rollout"]["seconds"]
+        shares["rollout"] = rate / ours["stream"]["per_second"]
+    return {
+        "case": dataclasses.asdict(case),
+        "found": found,
+        "ratios": compare(case, found),
+        "shares": shares,
+        "needed": needed,
+        "same_dtype": ["ours", *theirs(case)],
+    }
+
+
+def measure_axis(axis: str, cases: Sequence[Case], measured: dict, in_turn: bool) -> list[dict]:
+    """The points of an axis in order; those in `measured` are there already, new ones go there."""
+    points = []
+    for case in sorted(cases, key=lambda case: work.sizes(case)[axis]):
+        if case.name not in measured:
+            found = measure(case, case.sides, GROWTH_REPEATS, STEP, in_turn)
+            measured[case.name] = {"sizes": work.sizes(case), "found": found}
+            seconds = {side: round(one["iteration"]["seconds"], 3) for side, one in found.items()}
+            print(f"{time.strftime('%H:%M:%S')} {case.name}: iteration {seconds}", flush=True)
+        points.append({"case": dataclasses.asdict(case)} | measured[case.name])
+    return points
+
+
 def main() -> None:
     """Measures, and writes what was found."""
-    parser = _parser()
-    options = parser.parse_args()
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two sides share a GPU
-    chosen = [case for case in CASES[options.cases] if options.case in (None, case.name)]
-    if not chosen:
-        names = ", ".join(repr(case.name) for case in CASES[options.cases])
-        parser.error(f"--case: {options.case!r} is not one of {names}")
-    if not {"ours", "theirs"} <= set(options.sides):
-        parser.error("--sides: ours and theirs must be among them")
-    result = about() | {"cases": {}}
-    for case in chosen:
-        found = measure(case, options.sides, options.repeats)
-        ratios, shares = compare(case, found)
-        described = dataclasses.asdict(case)
-        one = {"case": described, "found": found, "ratios": ratios, "shares": shares}
-        result["cases"][case.name] = one
-        result.setdefault("ratios", ratios)  # those of the first case
-        print(table(one), flush=True)
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-        return
-    name = f"{datetime.date.today()}-{result['device']}.json".replace(" ", "-")
-    (HERE / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
-    readme = HERE / "README.md"
-    readme.write_text(with_section(readme.read_text(), section(name, result), result["device"]))
+    options = _options()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU is not this process's alone
+    run, device = about()
+    in_turn = device == "cpu"
+    result = {"device": device, "cases": {}, "growth": {}}
+    cases, growth = CASES[options.cases], GROWTH[options.cases]
+    for case in [] if options.only == "growth" else cases:
+        if options.case in (None, case.name):
+            one = measure_case(case, options.sides or case.sides, options.repeats, in_turn)
+            result["cases"][case.name] = {"run": run} | one
+            print(report.case_table(one), flush=True)
+            keep(result, options.output)
+    measured = {}
+    for axis in [] if options.only == "cases" else options.axis:
+        points = measure_axis(axis, (growth.base, *growth.axes[axis]), measured, in_turn)
+        result["growth"][axis] = {"run": run, "points": points}
+        print(report.growth_table(axis, points), flush=True)
+        keep(result, options.output)
 
 
-def section(name: str, result: dict) -> str:
-    """The tables of a run, and how they came about."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    tables = [table(one) for one in result["cases"].values()]
-    about = f"`{result['command']}`, {result['machine']}, {versions}: [{name}](results/{name})."
-    return "\n".join([f"### {result['device']}", "", about, "", *tables])
+def keep(result: dict, output: pathlib.Path | None) -> None:
+    """Writes what was found so far."""
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        report.publish(HERE, result)
 
 
-def with_section(text: str, new: str, device: str) -> str:
-    """`text` with the section of a device replaced, or added at its end."""
-    begin, end = f"<!-- {device} -->\n", f"<!-- end of {device} -->\n"
-    before, _, rest = text.partition(begin)
-    return f"{before.rstrip()}\n\n{begin}{new}{end}{rest.partition(end)[2]}"
-
-
-def about() -> dict:
-    """Command, device and versions."""
+def about() -> tuple[dict, str]:
+    """The command of this run and where it ran, and the device."""
     import jax
 
     device = jax.devices()[0]
-    return {
+    run = {
         "command": shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]]),
-        "device": device.platform if device.platform == "cpu" else device.device_kind,
+        "date": str(datetime.date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+    return run, device.platform if device.platform == "cpu" else device.device_kind
 
 
-def table(one: dict) -> str:
-    """Markdown: a line for each part, a column for each side."""
-    found = one["found"]
-    lines = [
-        f"| {one['case']['name']} | " + " | ".join(found) + " | ratio |",
-        "|---" * (len(found) + 2) + "|",
-    ]
-
-    def line(label: str, figure, ratio: str = "") -> None:
-        figures = [figure(side) for side in found.values()]
-        lines.append(f"| {label} | " + " | ".join(figures) + f" | {ratio} |")
-
-    def seconds(part: str):
-        def text(side: dict) -> str:
-            middle, each = side[part]["seconds"], side[part]["all"]
-            return f"{middle:.2f} ({min(each):.2f}–{max(each):.2f})"
-
-        return text
-
-    def ratio(name: str) -> str:
-        return f"{one['ratios'][name]:.2f}"
-
-    line("iteration, s", seconds("iteration"), ratio("iteration"))
-    line("rollout, s", seconds("rollout"))
-    line("rollout, tokens/s", lambda s: f"{s['rollout']['per_second']:,.0f}", ratio("rollout"))
-    line("update of both, s", seconds("update"), ratio("update"))
-    line("update of the student alone, s", seconds("student_update"))
-    line("peak memory, GiB", lambda s: f"{s['peak_bytes'] / 2**30:.2f}", ratio("memory"))
-    line("first iteration, from the start, s", lambda s: f"{s['first_step']:.0f}")
-    line("the same, compiled before, s", lambda s: f"{s['first_step_cached']:.0f}")
-    line("loading, s", lambda s: f"{s['load']['seconds']:.1f}")
-    line("checkpoint, saved and read, s", seconds("checkpoint"))
-    line("large product, GFLOP/s", lambda s: f"{s['matmul']['per_second'] / 1e9:,.0f}")
-    line("skinny product, GB/s", lambda s: f"{s['stream']['per_second'] / 1e9:,.1f}")
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in one["shares"].items())
-    return "\n".join([*lines, "", f"Of the machine's rates, ours: {shares}.", ""])
-
-
-def _parser() -> argparse.ArgumentParser:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="cpu", choices=CASES)
-    parser.add_argument("--case", metavar="NAME", help="one of them (default: all)")
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
-    parser.add_argument("--repeats", default=5, type=int, help="after a warm-up")
-    parser.add_argument("--output", type=pathlib.Path, help="file (default: by date and device)")
-    return parser
+    parser.add_argument("--only", choices=("cases", "growth"), help="(default: both)")
+    parser.add_argument("--case", metavar="NAME", help="this case only, and no growth")
+    parser.add_argument("--axis", nargs="+", choices=report.AXES, help="these only, and no cases")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="(default: see cases.py)")
+    parser.add_argument("--repeats", default=3, type=int, help="of cases, after a warm-up")
+    parser.add_argument("--output", type=pathlib.Path, help="file (default: results/ and README)")
+    options = parser.parse_args()
+    names = [case.name for case in CASES[options.cases]]
+    if options.case not in (None, *names):
+        parser.error(f"--case: {options.case!r} is not one of {', '.join(map(repr, names))}")
+    if options.sides and not {"ours", "theirs"} <= set(options.sides):
+        parser.error("--sides: ours and theirs must be among them")
+    named = "cases" if options.case else "growth" if options.axis else None
+    options.only, options.axis = options.only or named, options.axis or list(report.AXES)
+    return options
 
 
 if __name__ == "__main__":

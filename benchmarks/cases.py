@@ -25,6 +25,7 @@ class Case:
       dtype: what is computed in; the student's parameters are float32.
       micro_batches, length_buckets, remat: ours, see `Method` and `decoder.REMAT`. Theirs pads to
         the longest row.
+      sides: that are measured unless others are asked for, see `bench.SIDES`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     micro_batches: int = 1
     length_buckets: int = 1
     remat: str = "none"
+    sides: tuple[str, ...] = ("ours", "theirs")
 
     @property
     def columns(self) -> int:
@@ -53,8 +55,9 @@ class Case:
 
     @property
     def skinny(self) -> tuple[int, int, int]:
-        """One that shows how fast it reads a matrix, of a quarter of a gigabyte in float32."""
-        return self.rows, 4096, 16384
+        """One that shows how fast it reads a matrix: a quarter of a gigabyte in float32, two in
+        bfloat16, which a GPU reads in much more time than it takes to start."""
+        return self.rows, *((4096, 16384) if self.dtype == "float32" else (16384, 65536))
 
     @property
     def eos_id(self) -> int | None:
@@ -117,12 +120,18 @@ LLAMA_3B = llama(3072, 28, 24, 8, 8192)
 LLAMA_8B = llama(4096, 32, 32, 8, 14336)
 
 CPU = (
-    Case("GPT-2 124M into 45M", GPT2_BASE, GPT2_45M, remat="dots"),
+    Case(
+        "GPT-2 124M into 45M",
+        GPT2_BASE,
+        GPT2_45M,
+        remat="dots",
+        sides=("ours", "theirs", "theirs, bfloat16"),
+    ),
     Case(
         "GPT-2 124M into 45M, answers that end",
         GPT2_BASE,
         GPT2_45M,
-        rows=16,
+        rows=8,
         mean_response=32,
         micro_batches=4,
         length_buckets=4,
@@ -138,6 +147,7 @@ GPU = (
         request=256,
         response=256,
         dtype="bfloat16",
+        sides=("ours", "theirs", "theirs, torch.compile"),
     ),
     Case(
         "Llama 3B into 1B",
@@ -147,6 +157,7 @@ GPU = (
         request=256,
         response=256,
         dtype="bfloat16",
+        sides=("ours", "theirs", "theirs, torch.compile"),
     ),
     Case(
         "Llama 8B into 1B",
@@ -156,6 +167,93 @@ GPU = (
         request=256,
         response=256,
         dtype="bfloat16",
+        sides=("ours", "theirs", "theirs, torch.compile"),
     ),
 )
 CASES = {"cpu": CPU, "gpu": GPU}
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """A base case, and by axis what differs from it in that one quantity; see `work.sizes`."""
+
+    base: Case
+    axes: dict[str, tuple[Case, ...]]
+
+
+def growth(
+    base: Case,
+    *,
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    vocabulary: tuple[int, ...],
+    soft_prompt: tuple[int, ...],
+    models: dict[str, tuple[dict, dict]],
+) -> Growth:
+    """Cases around `base`; half of the columns are the answer's, `models` are (teacher, student)
+    by name."""
+
+    def other(name: str, **changes) -> Case:
+        return dataclasses.replace(base, name=name, **changes)
+
+    def speaking(size: int) -> dict[str, dict]:
+        ids = {"vocab_size": size, "bos_token_id": size - 1, "eos_token_id": size - 1}
+        return {"teacher": base.teacher | ids, "student": base.student | ids}
+
+    axes = {
+        "rows": [other(f"{n} rows", rows=n) for n in rows],
+        "columns": [other(f"{n} columns", request=n // 2, response=n // 2) for n in columns],
+        "vocabulary": [other(f"vocabulary of {n}", **speaking(n)) for n in vocabulary],
+        "soft_prompt": [other(f"{n} soft-prompt vectors", soft_prompt=n) for n in soft_prompt],
+        "parameters": [other(name, teacher=t, student=s) for name, (t, s) in models.items()],
+    }
+    return Growth(base, {axis: tuple(cases) for axis, cases in axes.items()})
+
+
+def _gpt2(width: int, depth: int, heads: int) -> dict:
+    """With 32k words and room for long rows behind a soft prompt."""
+    return gpt2(width, depth, heads, vocab_size=32768, columns=2048)
+
+
+GROWTH = {
+    "cpu": growth(
+        Case(
+            "GPT-2 512x6 into 256x4",
+            _gpt2(512, 6, 8),
+            _gpt2(256, 4, 4),
+            request=32,
+            response=32,
+            soft_prompt=8,
+            remat="dots",
+        ),
+        rows=(1, 16),
+        columns=(128, 256),
+        vocabulary=(131072, 262144),
+        soft_prompt=(32, 128),
+        models={
+            "GPT-2 256x4 into 128x2": (_gpt2(256, 4, 4), _gpt2(128, 2, 2)),
+            "GPT-2 768x12 into 512x6": (_gpt2(768, 12, 12), _gpt2(512, 6, 8)),
+        },
+    ),
+    "gpu": growth(
+        Case(
+            "GPT-2 1600x48 into 768x12",
+            _gpt2(1600, 48, 25),
+            _gpt2(768, 12, 12),
+            rows=32,
+            request=256,
+            response=256,
+            soft_prompt=8,
+            dtype="bfloat16",
+        ),
+        rows=(8, 16, 64),
+        columns=(128, 256, 1024),
+        vocabulary=(65536, 131072, 262144),
+        soft_prompt=(1, 64, 256),
+        models={
+            "GPT-2 768x12 into 512x6": (_gpt2(768, 12, 12), _gpt2(512, 6, 8)),
+            "GPT-2 1024x24 into 768x12": (_gpt2(1024, 24, 16), _gpt2(768, 12, 12)),
+            "GPT-2 1280x36 into 768x12": (_gpt2(1280, 36, 20), _gpt2(768, 12, 12)),
+        },
+    ),
+}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from cases import Case
 
-from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import Model
@@ -50,11 +50,33 @@ def _write_model(
     return path
 
 
+def sizes(case: Case) -> dict[str, int]:
+    """Where a case lies on each axis of growth; parameters are those of both models."""
+    models = (case.teacher, case.student)
+    return {
+        "rows": case.rows,
+        "columns": case.columns,
+        "vocabulary": case.student["vocab_size"],
+        "soft_prompt": case.soft_prompt,
+        "parameters": sum(_parameters(from_hugging_face(model)) for model in models),
+    }
+
+
+def needed(case: Case) -> dict[str, dict[str, float]] | None:
+    """`flops` and `bytes` of a part of the work. None where answers end by themselves: counts are
+    those of full rows."""
+    if case.mean_response is not None:
+        return None
+    least = {"rollout": decode_bytes(case)} | update_bytes(case)
+    return {part: {"flops": f, "bytes": least[part]} for part, f in operations(case).items()}
+
+
 def operations(case: Case) -> dict[str, float]:
     """Operations of the matrix products that Algorithm 1 needs, on full rows; a product counts 2.
 
-    The rollout's are those of its tokens. Both teachers and the student are multiplied out at the
-    response positions alone; the teacher's backward pass makes no gradient of weights.
+    The rollout's are those of its tokens, each with the keys before it. Both teachers and the
+    student are multiplied out at the response positions alone; the teacher's backward pass makes no
+    gradient of weights.
     """
     teacher, student = map(from_hugging_face, (case.teacher, case.student))
     rows, columns, behind = case.rows, case.columns, case.columns + case.soft_prompt
@@ -62,20 +84,61 @@ def operations(case: Case) -> dict[str, float]:
     def head(config):
         return roofline.head_flops(config, rows, case.response)
 
+    middle = case.request + case.response // 2
+    rollout = roofline.forward_flops(student, rows, case.request, case.request // 2)
+    rollout += roofline.forward_flops(student, rows, case.response, middle) + head(student)
     seen = roofline.forward_flops(teacher, rows, behind) + head(teacher)
     learns = roofline.forward_flops(student, rows, columns) + 3 * head(student)
     learns += roofline.backward_flops(student, rows, columns, weights=True)
     prompt = 2 * roofline.forward_flops(teacher, rows, behind) + 3 * head(teacher)
     prompt += roofline.backward_flops(teacher, rows, behind, weights=False)
-    return {"student_update": seen + learns, "update": prompt + seen + learns}
+    return {"rollout": rollout, "update": prompt + seen + learns, "student_update": seen + learns}
 
 
 def decode_bytes(case: Case) -> float:
     """That a rollout to the limit reads at least: for each token the student's matrices, once for
     all rows, and the keys and values so far."""
-    config = from_hugging_face(case.student)
-    size = 4 if case.dtype == "float32" else 2
-    matrices = roofline.matrix_parameters(config) + config.vocab_size * config.width
+    config, size = from_hugging_face(case.student), _size(case)
     column = 2 * config.depth * case.rows * config.kv_heads * config.head_width
     cached = column * (case.request + case.response / 2)
-    return case.response * size * (matrices + cached)
+    return case.response * size * (_matrix_elements(config) + cached)
+
+
+def update_bytes(case: Case) -> dict[str, float]:
+    """That the updates move at least, where no cache holds what is counted:
+
+    - a pass over a model, forward or backward, reads its matrices and its head once, and reads and
+      writes the hidden states of every column once in each layer;
+    - a forward writes the logits of the response positions once, in float32;
+    - the student's gradient is written once, and AdamW reads it, the parameters and two moments and
+      writes all but the gradient, in float32.
+
+    Nothing else is: neither attention nor what is inside a layer, no hidden state that is kept for
+    the backward pass, no logit that is read again. A step that recomputes or spills moves more.
+    """
+    teacher, student = map(from_hugging_face, (case.teacher, case.student))
+    size, behind = _size(case), case.columns + case.soft_prompt
+
+    def passes(config: DecoderConfig, columns: int, forwards: int, backwards: int) -> float:
+        hidden = 2 * config.depth * case.rows * columns * config.width
+        one = size * (_matrix_elements(config) + hidden)
+        logits = 4 * case.rows * case.response * config.vocab_size
+        return (forwards + backwards) * one + forwards * logits
+
+    learns = passes(student, case.columns, 1, 1) + (1 + 7) * 4 * _parameters(student)
+    seen, prompt = passes(teacher, behind, 1, 0), passes(teacher, behind, 2, 1)
+    return {"update": prompt + seen + learns, "student_update": seen + learns}
+
+
+def _matrix_elements(config: DecoderConfig) -> int:
+    """Of all layers and the head."""
+    return roofline.matrix_parameters(config) + config.vocab_size * config.width
+
+
+def _parameters(config: DecoderConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def _size(case: Case) -> int:
+    """Bytes of a number in the dtype of computation."""
+    return 4 if case.dtype == "float32" else 2
