@@ -4,6 +4,7 @@ import itertools
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from promptkd_jax import build, hosts, schema, sharding
+from promptkd_jax.batch import Batch
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints
 from promptkd_jax.config import fingerprint
 from promptkd_jax.data import stream
@@ -118,6 +120,13 @@ def fit(
         return Trained(state, updates, time.monotonic() - loop.started, loop.spent)
 
 
+def _placed_batches(stage: Stage, first: int) -> Iterator[tuple[Batch, Batch | None]]:
+    """(rows, corpus) for the steps of a stage from `first` on, on the devices."""
+    rows = stream(stage.batches, first)
+    corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
+    return map(sharding.place_rows, zip(rows, corpus))
+
+
 class _Loop:
     """Where a run stands: `done` updates of all, the `state` after them, and what they took.
 
@@ -190,10 +199,13 @@ class _Loop:
         step = experiment.jitted_step(stage)
         self._mark()
         first = self.done - stage.first
-        corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
-        for rows in zip(stream(stage.batches, first), corpus):
-            self.state, metrics = step(self.state, teacher, *sharding.place_rows(rows))
+        batches = _placed_batches(stage, first)
+        rows = next(batches)
+        while not (self.done == end or self.over):
+            self.state, metrics = step(self.state, teacher, *rows)
             self.done += 1
+            if self.done < end:
+                rows = next(batches)  # the device is at work, and nothing has waited for it yet
             self._tokens = self._tokens + metrics.scalars["tokens"]
             if self.done == stage.first + first + 1:
                 jax.block_until_ready(metrics)
@@ -204,8 +216,6 @@ class _Loop:
             if jax.distributed.is_initialized():  # then it says at which step all of them stop
                 self._stop_asked |= self.checkpoints.reached_preemption(self.done)
             self._save(stage, scores)
-            if self.done == end or self.over:
-                return
 
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""

@@ -2,6 +2,7 @@
 refused before anything is loaded."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from promptkd_jax import cache, experiment, loop, sharding, train
 from promptkd_jax.build import stage_steps
 from promptkd_jax.config import ConfigError, claim, load_config
-from promptkd_jax.data import DataError
+from promptkd_jax.data import DataError, stream
 from promptkd_jax.models.decoder import embed
 from promptkd_jax.recipe import METHODS, hidden_term, method_stage, sampling_config
 from promptkd_jax.report import read_metrics
@@ -241,6 +242,38 @@ def test_a_cache_of_something_else_is_refused_at_the_start(models, whole_cache, 
         with pytest.raises(DataError, match=message):
             run(config, tmp_path / f"run{number}")
         assert not (tmp_path / f"run{number}" / "before.json").exists()
+
+
+# The loop
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_next_rows_are_read_before_anything_waits_for_the_device(models, tmp_path, monkeypatch):
+    """Between a step and its log; and none after the last step."""
+    events, jitted_step = [], experiment.Experiment.jitted_step
+
+    def recorded(name, function):
+        def recording(*arguments):
+            events.append(name)
+            return function(*arguments)
+
+        return recording
+
+    def reading(dataset, start):
+        return map(recorded("read", lambda batch: batch), stream(dataset, start))
+
+    monkeypatch.setattr(loop, "stream", reading)
+    monkeypatch.setattr(loop, "summarise", recorded("wait", loop.summarise))
+    monkeypatch.setattr(jax, "block_until_ready", recorded("wait", jax.block_until_ready))
+    monkeypatch.setattr(
+        experiment.Experiment,
+        "jitted_step",
+        lambda self, stage: recorded("step", jitted_step(self, stage)),
+    )
+    run(short(models, stage("sft"), stage("imitkd", steps=1)), tmp_path / "run")
+    in_turn = [name for name, _ in itertools.groupby(events)]
+    first = ["read", "step", "read", "wait", "step", "read", "wait", "step", "wait"]
+    assert in_turn == [*first, "read", "step", "wait"]
 
 
 # Resuming
