@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import report
 import work
@@ -75,17 +75,18 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.loading = self._answer()
 
     def do(self, part: str) -> dict:
         """`seconds`, `value` and `peak_bytes` of a part."""
         print(part, file=self._child.stdin, flush=True)
         return self._answer()
 
-    def first_iteration(self) -> float:
-        """Seconds from the start of the process to the end of this iteration."""
+    def first_iteration(self) -> tuple[dict, float]:
+        """What loading took, and seconds from the start of the process to the end of its first
+        iteration."""
+        loading = self._answer()
         self.do("iteration")
-        return time.perf_counter() - self._begin
+        return loading, time.perf_counter() - self._begin
 
     def __enter__(self) -> "Process":
         return self
@@ -106,8 +107,8 @@ def measure(
 ) -> dict:
     """What each side takes for each part; a side that ended before its work was done is not there.
 
-    With `parts` beside the step's, also the first iteration of a process, without and with what an
-    earlier one compiled.
+    With `parts` beside the step's, also loading and the first iteration of a process, without and
+    with what an earlier one compiled; without them sides load while others work.
     """
     models = work.write_models(case, MODELS)
     found = {}
@@ -115,11 +116,7 @@ def measure(
         with tempfile.TemporaryDirectory() as compiled:
             start = functools.partial(Process, case=case, models=models, compiled=compiled)
             try:
-                measured = _measure(start, group, repeats, parts)
-                if set(parts) - set(STEP):
-                    for side in group:
-                        measured[side]["first_step_cached"] = _cached_first_iteration(start, side)
-                found |= measured
+                found |= _measure(start, group, repeats, parts)
             except SideEnded as ended:
                 print(f"{case.name}, {' or '.join(group)}: {ended}", file=sys.stderr)
     return found
@@ -128,41 +125,53 @@ def measure(
 def _measure(
     start: Callable[[str], Process], sides: list[str], repeats: int, parts: Sequence[str]
 ) -> dict:
-    """All parts of sides that take turns; the first iteration is the warm-up of its part."""
-    found, first = {side: {} for side in sides}, {}
+    """All parts of sides that take turns."""
     with contextlib.ExitStack() as stack:
-        running = {}
-        for side in sides:
-            running[side] = stack.enter_context(start(side))
-            first[side] = running[side].first_iteration()
-            found[side]["load"] = [running[side].loading]
-        for part in parts:
-            for turn in range(part == "iteration", 1 + repeats):
-                for side in sides:
-                    answer = running[side].do(part)
-                    if turn:
-                        found[side].setdefault(part, []).append(answer)
-    peaks = {side: found[side]["iteration"][-1]["peak_bytes"] for side in sides}
-    return {
-        side: summary(found[side]) | {"first_step": first[side], "peak_bytes": peaks[side]}
-        for side in sides
-    }
+        begun = ((side, stack.enter_context(start(side))) for side in sides)
+        if starts_count := bool(set(parts) - set(STEP)):
+            running, beginnings = _begin(begun)
+        else:
+            running, _ = _begin(list(begun))
+        answers = _turns(running, repeats, parts)
+    found = {side: {part: summary(a) for part, a in answers[side].items()} for side in sides}
+    for side in sides:
+        found[side]["peak_bytes"] = answers[side]["iteration"][-1]["peak_bytes"]
+        if starts_count:
+            found[side] |= beginnings[side]
+            with start(side) as process:
+                found[side]["first_step_cached"] = process.first_iteration()[1]
+    return found
 
 
-def _cached_first_iteration(start: Callable[[str], Process], side: str) -> float:
-    with start(side) as process:
-        return process.first_iteration()
+def _begin(begun: Iterable[tuple[str, Process]]) -> tuple[dict[str, Process], dict[str, dict]]:
+    """Processes after their first iteration, and what that and loading took."""
+    running, beginnings = {}, {}
+    for side, process in begun:
+        running[side] = process
+        loading, seconds = process.first_iteration()
+        beginnings[side] = {"load": summary([loading]), "first_step": seconds}
+    return running, beginnings
 
 
-def summary(found: dict[str, list[dict]]) -> dict:
-    """Medians and spreads by part, and rates where a part says what it did."""
-    result = {}
-    for part, answers in found.items():
-        seconds = [answer["seconds"] for answer in answers]
-        result[part] = {"seconds": statistics.median(seconds), "all": seconds}
-        if answers[0]["value"] is not None:
-            rates = [answer["value"] / answer["seconds"] for answer in answers]
-            result[part]["per_second"] = statistics.median(rates)
+def _turns(running: dict[str, Process], repeats: int, parts: Sequence[str]) -> dict:
+    """Answers by side and part, without those of a part's warm-up, which an iteration has had."""
+    found = {side: {part: [] for part in parts} for side in running}
+    for part in parts:
+        for turn in range(part == "iteration", 1 + repeats):
+            for side, process in running.items():
+                answer = process.do(part)
+                if turn:
+                    found[side][part].append(answer)
+    return found
+
+
+def summary(answers: list[dict]) -> dict:
+    """Median and all of the seconds, and a rate where a part says what it did."""
+    seconds = [answer["seconds"] for answer in answers]
+    result = {"seconds": statistics.median(seconds), "all": seconds}
+    if answers[0]["value"] is not None:
+        rates = [answer["value"] / answer["seconds"] for answer in answers]
+        result["per_second"] = statistics.median(rates)
     return result
 
 
@@ -262,8 +271,10 @@ def about() -> tuple[dict, str]:
     import jax
 
     device = jax.devices()[0]
+    output = argparse.ArgumentParser()
+    output.add_argument("--output")  # says nothing of the figures
     run = {
-        "command": shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/bench.py", *output.parse_known_args()[1]]),
         "date": str(datetime.date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": {"python": platform.python_version()}

@@ -226,8 +226,8 @@ GROWTH = {
             soft_prompt=8,
             remat="dots",
         ),
-        rows=(1, 16),
-        columns=(128, 256),
+        rows=(1, 8),
+        columns=(32, 256),
         vocabulary=(131072, 262144),
         soft_prompt=(32, 128),
         models={

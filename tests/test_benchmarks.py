@@ -9,6 +9,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))  # not a package
 
+import bench  # noqa: E402
 import cases  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
@@ -90,7 +91,7 @@ def results() -> tuple[dict, dict]:
         {"case": one["case"], "sizes": dict.fromkeys(report.AXES, n), "found": found}
         for n, found in ((1, {"ours": side(1), "theirs": side(2)}), (4, {"ours": side(3)}))
     ]
-    axes = {axis: {"run": RUN, "points": points} for axis in report.AXES}
+    axes = {axis: {"run": RUN, "points": points} for axis in ("rows", "parameters")}
     empty = {"device": "A device", "cases": {}, "growth": {}}
     return empty | {"cases": {"tiny": one}}, empty | {"growth": axes}
 
@@ -132,3 +133,55 @@ def test_what_is_drawn_again_is_the_same(folder):
 def test_figures_have_three_digits():
     figures = [report._figure(seconds) for seconds in (0.1234, 1.234, 12.34, 123.4)]
     assert figures == ["0.123", "1.23", "12.3", "123"]
+
+
+IDLE = """
+class Side:
+    def __init__(self, case, models, *, ends=False):
+        self._ends = ends
+
+    def device_peak_bytes(self):
+        return None
+
+    def iteration(self):
+        if self._ends:
+            raise SystemExit(3)
+
+    def rollout(self):
+        return 4
+
+    def matmul(self):
+        return 1.0
+
+    stream, update, student_update, checkpoint = matmul, iteration, iteration, iteration
+"""
+
+
+@pytest.fixture
+def idle(tmp_path, monkeypatch):
+    """Sides that do nothing, one of which ends before its work is done."""
+    (tmp_path / "idle.py").write_text(IDLE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sides = {"ours": ("idle", {}), "theirs": ("idle", {}), "ends": ("idle", {"ends": True})}
+    monkeypatch.setattr(bench, "SIDES", sides)
+    monkeypatch.setattr(work, "write_models", lambda *_: {"teacher": "-", "student": "-"})
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_every_part_is_measured_as_often_as_asked(idle, in_turn):
+    found = bench.measure(CASE, ["ours", "theirs"], 2, (*bench.STEP, *bench.OTHERS), in_turn)
+    assert set(found) == {"ours", "theirs"}
+    for side in found.values():
+        assert all(len(side[part]["all"]) == 2 for part in (*bench.STEP, *bench.OTHERS))
+        assert {"load", "first_step", "first_step_cached"} < set(side)
+        assert "per_second" in side["rollout"] and "per_second" not in side["update"]
+    one = {"case": dataclasses.asdict(CASE), "found": found, "shares": {}}
+    assert "ours | theirs" in report.case_table(one | {"ratios": bench.compare(CASE, found)})
+
+
+def test_a_side_that_ends_is_left_out_and_its_memory_is_its_own(idle):
+    ballast = bytearray(b"1") * 2**28
+    found = bench.measure(CASE, ["ours", "ends"], 1, bench.STEP, in_turn=False)
+    assert set(found) == {"ours"}
+    assert found["ours"]["peak_bytes"] < len(ballast)
+    assert bench.compare(CASE, found) == {}
