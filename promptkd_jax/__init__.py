@@ -23,7 +23,15 @@ from promptkd_jax.optimizer import adamw, decay_mask, schedule
 from promptkd_jax.policy_gradient import PolicyGradient
 from promptkd_jax.prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
 from promptkd_jax.sampler import Rollout, Sampling, Voice, row_keys, sample
-from promptkd_jax.step import Metrics, Optimizers, TrainState, init_state, summarise, train_step
+from promptkd_jax.step import (
+    Metrics,
+    Optimizers,
+    TrainState,
+    init_state,
+    summarise,
+    train_step,
+    write_ahead,
+)
 from promptkd_jax.targets import Replay, empty_replay
 from promptkd_jax.teacher import Models, view, view_with_states
 
@@ -76,4 +84,5 @@ __all__ = [
     "uniform_layers",
     "view",
     "view_with_states",
+    "write_ahead",
 ]

@@ -24,6 +24,7 @@ from promptkd_jax.data import (
     read_corpus,
     read_records,
     select_rows,
+    stream,
     tokenize,
     train_batches,
 )
@@ -49,8 +50,8 @@ from promptkd_jax.prompt import (
 )
 from promptkd_jax.report import model_card
 from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import Optimizers, TrainState, init_state, train_step
-from promptkd_jax.targets import empty_replay
+from promptkd_jax.step import Optimizers, TrainState, init_state, train_step, write_ahead
+from promptkd_jax.targets import empty_replay, empty_written
 from promptkd_jax.teacher import Models
 
 
@@ -118,6 +119,16 @@ class Experiment:
         state = begin(params, key)
         return state.replace(skipped=before.skipped) if before else state
 
+    def write_ahead(self, stage: Stage, state: TrainState) -> TrainState:
+        """The state, donated, with the rows of the stage's first step, where its rows are written
+        ahead."""
+        if not stage.method.stale_rollouts:
+            return state
+        write = functools.partial(write_ahead, method=stage.method, models=self.models)
+        write = jax.jit(write, out_shardings=self.placed(), donate_argnums=0)
+        batch = sharding.place_rows(next(stream(stage.batches, 0)))
+        return write(state, self.teacher and self.teacher.params, batch)
+
     def jitted_step(self, stage: Stage) -> Callable:
         """`train_step` of a stage: (state, teacher, batch, corpus) to (state, metrics), with the
         state donated and the metrics on every device."""
@@ -149,13 +160,22 @@ class Experiment:
 
     def _init(self, stage: Stage, params: dict[str, Any], key: jax.Array) -> TrainState:
         """A stage's first state. All have the same structure, whatever each of them trains."""
-        replay, config = None, self.config
+        replay, pending, config = None, None, self.config
         if any(s.targets == "replay" for s in config.stages):
             capacity = max(s.replay.capacity for s in config.stages if s.targets == "replay")
             threshold = config.stages[stage.index].replay.threshold
             replay = empty_replay(capacity, config.data.max_length, threshold)
-        coefficient = stage.method.regularisation
-        return init_state(params, stage.optimizers, key, regularisation=coefficient, replay=replay)
+        ahead = [s.batch_size for s in config.stages if s.stale_rollouts]
+        if ahead:  # all alike, see `schema`
+            pending = empty_written(ahead[0], config.data.max_length)
+        return init_state(
+            params,
+            stage.optimizers,
+            key,
+            regularisation=stage.method.regularisation,
+            replay=replay,
+            pending=pending,
+        )
 
 
 def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:

@@ -121,8 +121,9 @@ def fit(
 
 
 def _placed_batches(stage: Stage, first: int) -> Iterator[tuple[Batch, Batch | None]]:
-    """(rows, corpus) for the steps of a stage from `first` on, on the devices."""
-    rows = stream(stage.batches, first)
+    """(rows, corpus) for the steps of a stage from `first` on, on the devices. Rows that a step
+    writes ahead are those of the next."""
+    rows = stream(stage.batches, first + stage.method.stale_rollouts)
     corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
     return map(sharding.place_rows, zip(rows, corpus))
 
@@ -195,6 +196,7 @@ class _Loop:
         if self.done == stage.first:
             self.state = experiment.start(stage, self.state)
             self._adapt_replay(stage)
+            self.state = experiment.write_ahead(stage, self.state)
         teacher = experiment.teacher and experiment.teacher.params
         step = experiment.jitted_step(stage)
         self._mark()

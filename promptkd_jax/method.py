@@ -72,6 +72,8 @@ class Method:
       vocab_size: what teacher and student share.
       max_new_tokens: of a rollout; None for `response_capacity`.
       rollout_slots: rows that a rollout writes at once, see `sampler.sample`; 0: all of a step.
+      stale_rollouts: the rows of a step are written during the step before, by the student as it is
+        before that step's update: writing and updating do not wait for each other.
       on_policy_share: lambda of GKD, for "mixed" targets.
       teacher_share: the teacher's share in the mixture that rollouts are drawn from (MiniLLM).
       teacher_view: how the teacher is seen, one of `VIEWS`.
@@ -106,6 +108,7 @@ class Method:
     vocab_size: int
     max_new_tokens: int | None = None
     rollout_slots: int = 0
+    stale_rollouts: bool = False
     on_policy_share: float = 0.5
     teacher_share: float = 0.0
     teacher_view: str = "plain"
@@ -235,6 +238,12 @@ def contradictions(method) -> list[str]:
             f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "
             f"targets = {method.targets!r} has none; expected targets = 'student'"
         )
+    if method.stale_rollouts and method.targets not in ON_POLICY:
+        found.append(
+            f"stale_rollouts: rows are written a step ahead, but targets = {method.targets!r} has "
+            f"none that are written during training; expected False, or one of "
+            f"{', '.join(ON_POLICY)}"
+        )
     if POLICY in names:
         found += _about_policy(method)
     if method.teacher_view == "cached":
@@ -248,6 +257,12 @@ def _about_policy(method) -> list[str]:
         found.append(
             f"student_terms: {POLICY} rewards what the student wrote; expected targets = "
             f"'student', found {method.targets!r}"
+        )
+    if method.stale_rollouts:
+        found.append(
+            f"stale_rollouts: {POLICY} takes the student as it is for the one that wrote the rows, "
+            "in its ratios and rewards, and rows written a step ahead are of the one before it; "
+            "expected False"
         )
     if method.token_weighting != "uniform":
         found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY}")

@@ -39,6 +39,7 @@ def stage_config(name: str, **changes: Any) -> ConfigDict:
         student_terms=((GOLD, 1.0),),  # (divergence, weight), see losses.DIVERGENCES
         teacher_view="plain",  # see method.VIEWS
         rollout_slots=0,  # rows that are written at once, others follow where some end; 0: all
+        stale_rollouts=False,  # rows are written during the step before, see method.Method
         on_policy_share=0.5,  # "mixed" targets: GKD's lambda
         teacher_share=0.0,  # of the teacher in the mixture that rollouts are drawn from
         temperature=1.0,  # in the student's divergences

@@ -147,6 +147,7 @@ _STAGE = {
     },
     "batch_size": Int(low=1),
     "rollout_slots": Int(low=0),
+    "stale_rollouts": Bool(),
     "micro_batches": Int(low=1),
     "length_buckets": Int(low=1, high=16),
     "minibatches": Int(low=1),
@@ -265,6 +266,13 @@ def _contradictions(config: ConfigDict):
             yield f"{path}.name: {stage.name!r} is the name of an earlier stage too"
     if not config.teacher.path and needs_the_teacher(config):
         yield "config.teacher.path: is empty, but the recipe needs a teacher"
+    sizes = {stage.batch_size for stage in config.stages if stage.stale_rollouts}
+    if len(sizes) > 1:
+        yield (
+            f"config.stages: batch_size is {' and '.join(map(str, sorted(sizes)))} in stages with "
+            "stale_rollouts; the rows written ahead have one place in a checkpoint, expected one "
+            "batch_size"
+        )
     if data.dev == "teacher" and config.evaluation.references == "gold":
         yield (
             "config.evaluation.references: 'gold', and requests that the teacher writes have no "

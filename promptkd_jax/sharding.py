@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (r".*(norm/(scale|bias)|(out|down)/bias)", P()),
     (r"(soft_prompt|projection|replay)(/.*)?", P()),
+    (r"pending(/.*)?", P(ROWS)),
 )
 # Of grouped heads there may be fewer than devices along `tensor`: then each of these has all.
 FEW_HEADS = r"layers/attention/(key|value)/(kernel|bias)"
@@ -126,7 +127,7 @@ def _fitting_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec
         return P()
     kept = []
     for size, axis in zip(shape, spec(name)):
-        parts = mesh.shape[axis] if axis is not None else 1
+        parts = math.prod(mesh.shape[one] for one in _names(axis))
         if size < parts and _matches(FEW_HEADS, name):
             axis, parts = None, 1
         if size % parts:

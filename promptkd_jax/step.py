@@ -19,7 +19,7 @@ from promptkd_jax.batch import Batch, narrow
 from promptkd_jax.losses import Linear, linear_values
 from promptkd_jax.method import POLICY, PRESETS, Conventions, Method
 from promptkd_jax.objective import Part
-from promptkd_jax.targets import Replay, target_rows
+from promptkd_jax.targets import Replay, Written, row_statistics, target_rows
 from promptkd_jax.teacher import Models, Views
 
 
@@ -43,7 +43,8 @@ class TrainState:
     `params` and `optimizers` have the groups of `Optimizers`: "student", and where they are trained
     "soft_prompt" `[M, D]`, "teacher", "projection". `step` counts the steps of this stage,
     `regularisation` is the coefficient of L_reg where that adapts, `replay` the buffer of "replay"
-    targets. `skipped` counts the non-finite steps in all, `skipped_in_a_row` the latest of them.
+    targets, `pending` the rows of this step where rows are written a step ahead, see `write_ahead`.
+    `skipped` counts the non-finite steps in all, `skipped_in_a_row` the latest of them.
     """
 
     step: jax.Array
@@ -52,6 +53,7 @@ class TrainState:
     optimizers: dict[str, Any]
     regularisation: jax.Array
     replay: Replay | None
+    pending: Written | None
     skipped: jax.Array
     skipped_in_a_row: jax.Array
 
@@ -82,6 +84,7 @@ def init_state(
     *,
     regularisation: float = 1.0,
     replay: Replay | None = None,
+    pending: Written | None = None,
 ) -> TrainState:
     """A state at step 0.
 
@@ -90,6 +93,8 @@ def init_state(
       optimizers: one for every group in `params`.
       regularisation: where the coefficient of an "adaptive" L_reg starts.
       replay: `empty_replay(…)` where a method has "replay" targets.
+      pending: a place for what `write_ahead` will write, where states of several methods shall
+        have one structure.
     """
     params = {name: group for name, group in params.items() if group is not None}
     return TrainState(
@@ -99,9 +104,23 @@ def init_state(
         optimizers={name: getattr(optimizers, name).init(params[name]) for name in params},
         regularisation=jnp.full((), regularisation, jnp.float32),
         replay=replay,
+        pending=pending,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )
+
+
+def write_ahead(
+    state: TrainState, teacher: Any, batch: Batch, *, method: Method, models: Models
+) -> TrainState:
+    """The state with the rows of its next step in `pending`, written from that step's `batch`.
+
+    Where a method has `stale_rollouts`, this begins a stage; from then on every step writes the
+    rows of the next.
+    """
+    see = Views(method, models, teacher)
+    pending, replay = _write(state, batch, see, state.step)
+    return state.replace(pending=pending, replay=replay)
 
 
 def train_step(
@@ -120,34 +139,36 @@ def train_step(
     KL(p_P || p)]; theta <- theta - eta grad KL(q || p_P) with the P just updated. Without a prompt
     only the last of these, with whichever terms `method` names.
 
+    With `method.stale_rollouts` the rows trained on are `state.pending`, and the student as it is
+    before the update writes those of the next step: neither needs the other's result.
+
     Args:
       state: see `TrainState`.
       teacher: the teacher's parameters (None where `method.needs_teacher` is False or it learns).
-      batch: B rows, B divisible by `method.parts`.
+      batch: B rows, B divisible by `method.parts`; with `method.stale_rollouts` the next step's.
       corpus: rows of plain text for `method.corpus_terms`, as many or another multiple of them.
 
     Returns:
-      The new state and Metrics. A step whose loss or gradient is not finite changes nothing but
-      `step` and the counters.
+      The new state and Metrics, of the rows trained on. A step whose loss or gradient is not finite
+      changes nothing but `step`, the counters and what is written ahead.
     """
-    key = jax.random.fold_in(state.key, state.step)
     see = Views(method, models, teacher)
-    rows, own, replay, statistics = target_rows(
-        method,
-        models.student,
-        state.params["student"],
-        batch,
-        state.replay,
-        key,
-        step=state.step,
-        teacher=see.second_voice(state.params),
-    )
-    parts = _deal_parts(rows, own, corpus, method)
+    if method.stale_rollouts:
+        if state.pending is None:
+            raise ValueError("stale_rollouts = True needs a state that write_ahead(…) began")
+        written, ahead = state.pending, _write(state, batch, see, state.step + 1)
+        state = state.replace(pending=ahead[0], replay=ahead[1])
+        new = state
+    else:
+        written, replay = _write(state, batch, see, state.step)
+        new = state.replace(replay=replay)
+    statistics = row_statistics(method, written, new.replay)
+    parts = _deal_parts(written.rows, written.own, corpus, method)
     counts = _counts(parts.rows, method.response_capacity)
     # One forward of the student serves both updates, unless each trims the rows.
     if method.parts * method.passes == method.length_buckets == 1:
         see = see.sharing(state.params["student"], _first(parts).rows)
-    new, sums = state.replace(replay=replay), {}
+    sums = {}
     if method.prompted:
         new, sums, more = _update_prompt(new, parts, counts, see, optimizers)
         parts = parts._replace(soft_prompt=_prompt_in_turn(state, new, method))
@@ -159,6 +180,20 @@ def train_step(
         parts = parts._replace(policy=_policy_targets(new, parts, see))
     new, student_sums, more = _update_student_in_turn(new, parts, counts, see, optimizers)
     return _unless_not_finite(state, new, sums | student_sums, counts, statistics | more)
+
+
+def _write(state: TrainState, batch: Batch, see: Views, step: jax.Array):
+    """The rows of `step`, written by the student as it is, and the replay buffer after them."""
+    return target_rows(
+        see.method,
+        see.models.student,
+        state.params["student"],
+        batch,
+        state.replay,
+        jax.random.fold_in(state.key, step),
+        step=step,
+        teacher=see.second_voice(state.params),
+    )
 
 
 def _unless_not_finite(state, new, sums, counts, scalars) -> tuple[TrainState, Metrics]:

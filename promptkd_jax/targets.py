@@ -6,7 +6,7 @@ B rows, T columns, C rows of a replay buffer.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -93,13 +93,14 @@ class Replay:
         return self.count >= self.rows.lengths.shape[0]
 
 
+def _empty_rows(number: int, columns: int) -> Batch:
+    one = jnp.ones(number, jnp.int32)
+    return Batch(jnp.zeros((number, columns), jnp.int32), one, one)
+
+
 def empty_replay(capacity: int, columns: int, threshold: float = 0.0) -> Replay:
     """A buffer of `capacity` rows of `columns` tokens, with nothing in it."""
-    rows = Batch(
-        jnp.zeros((capacity, columns), jnp.int32),
-        jnp.ones(capacity, jnp.int32),
-        jnp.ones(capacity, jnp.int32),
-    )
+    rows = _empty_rows(capacity, columns)
     count, threshold = jnp.zeros((), jnp.int32), jnp.full((), threshold, jnp.float32)
     return Replay(rows, count, threshold, jnp.full((), jnp.inf, jnp.float32))
 
@@ -139,6 +140,21 @@ def adapt(
     )
 
 
+class Written(NamedTuple):
+    """The rows of one step `[B, T]`, per row whether the student wrote it, and whether it ended by
+    itself (for "replay" targets nobody asks)."""
+
+    rows: Batch
+    own: jax.Array
+    ended: jax.Array
+
+
+def empty_written(number: int, columns: int) -> Written:
+    """The place of `number` rows of `columns` tokens that are still to be written."""
+    nobody = jnp.zeros(number, bool)
+    return Written(_empty_rows(number, columns), nobody, nobody)
+
+
 def target_rows(
     method: Method,
     student: Decoder,
@@ -149,8 +165,8 @@ def target_rows(
     *,
     step: jax.Array,
     teacher: Voice | None,
-) -> tuple[Batch, jax.Array, Replay | None, dict[str, jax.Array]]:
-    """The rows that a step of `method` trains on.
+) -> tuple[Written, Replay | None]:
+    """The rows that a step of `method` trains on, and the buffer after it.
 
     Every coin is drawn from `key`, so that all hosts see the same.
 
@@ -159,14 +175,11 @@ def target_rows(
       batch: the data's rows.
       replay: the buffer of "replay" targets.
       step: of the stage, from 0.
-
-    Returns:
-      The rows, per row whether the student wrote it, the buffer after it, and statistics.
     """
     number = batch.lengths.shape[0]
     nobody = jnp.zeros(number, bool)
     if method.targets not in ON_POLICY:
-        return batch, nobody, replay, _row_statistics(batch)
+        return Written(batch, nobody, nobody), replay
 
     values_samples = any(name == POLICY for name, _ in method.student_terms)
     write = functools.partial(
@@ -191,18 +204,27 @@ def target_rows(
             raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
         done = step / method.total_steps
         rows, own, replay = _replayed(replay, batch, lambda: write()[0], coin, done)
-        statistics = {"replay_threshold": replay.threshold, "on_policy_share": own.mean()}
-        return rows, own, replay, _row_statistics(rows) | statistics
+        return Written(rows, own, nobody), replay
     if method.targets == "mixed":
         own = jax.random.uniform(coin, (number,)) < method.on_policy_share
         rows, ended = write(active=own)
-        rows = choose_rows(own, rows, batch)
-        statistics = {"on_policy_share": own.mean()}
-    else:
-        own, statistics = ~nobody, {}
-        rows, ended = write()
-    statistics["eos_rate"] = jnp.sum(ended) / jnp.maximum(jnp.sum(own), 1)
-    return rows, own, replay, _row_statistics(rows) | statistics
+        return Written(choose_rows(own, rows, batch), own, ended), replay
+    rows, ended = write()
+    return Written(rows, ~nobody, ended), replay
+
+
+def row_statistics(method: Method, written: Written, replay: Replay | None) -> dict[str, jax.Array]:
+    """What there is to say of the rows that a step trains on; of the buffer, as it is now."""
+    rows, own, ended = written
+    lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
+    found = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
+    if method.targets in ("mixed", "replay"):
+        found["on_policy_share"] = own.mean()
+    if method.targets in ("student", "mixed"):
+        found["eos_rate"] = jnp.sum(ended) / jnp.maximum(jnp.sum(own), 1)
+    if method.targets == "replay":
+        found["replay_threshold"] = replay.threshold
+    return found
 
 
 def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, done: jax.Array):
@@ -226,8 +248,3 @@ def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, do
     case = jnp.where(new, 2, jnp.where(old, 1, 0))
     rows, replay = jax.lax.switch(case, [of_data, of_buffer, written_now])
     return rows, jnp.broadcast_to(case > 0, (number,)), replay
-
-
-def _row_statistics(rows: Batch) -> dict[str, jax.Array]:
-    lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
-    return {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}

@@ -18,7 +18,7 @@ from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import Optimizers, init_state, summarise, train_step
+from promptkd_jax.step import Optimizers, init_state, summarise, train_step, write_ahead
 from promptkd_jax.targets import empty_replay, target_rows
 from promptkd_jax.teacher import Models
 
@@ -163,10 +163,10 @@ def same_rows_of_every_source() -> None:
             replay, found = state.replay, []
             for step in (0, each.total_steps):
                 key = jax.random.fold_in(state.key, step)
-                *made, replay, _ = target_rows(
+                written, replay = target_rows(
                     each, decoder, state.student, rows, replay, key, step=step, teacher=None
                 )
-                found.append(made)
+                found.append(written)
             return found, replay
 
         two = jax.jit(two)
@@ -181,13 +181,44 @@ def same_rows_of_every_source() -> None:
             written(targets, sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))),
         )
         jax.tree.map(np.testing.assert_array_equal, here, there)
-        own = [own for _, own in here[0]]
+        own = [written.own for written in here[0]]
         if targets == "mixed":
             assert 0 < np.mean(own) < 1 and (own[0] != own[1]).any(), own
         else:
             assert np.all(own)
         if targets == "replay":
             assert here[1].count == 8
+
+
+def same_rows_ahead() -> None:
+    """A step on all three axes trains on the rows written before it and writes the next."""
+    teacher, student = config_of("llama", 3), config_of("llama", 2)
+    state, frozen, batch = begin(student), random_params(teacher, 3), rows()
+    how = dict(
+        method=method(stale_rollouts=True), models=Models(Decoder(student), Decoder(teacher))
+    )
+    write = functools.partial(write_ahead, **how)
+    step = functools.partial(train_step, optimizers=OPTIMIZERS, **how)
+
+    def one_step(state, frozen, batch, where=None):
+        state = jax.jit(write, out_shardings=where)(state, frozen, batch)
+        places = where and (where, None)
+        after, metrics = jax.jit(step, out_shardings=places)(state, frozen, batch)
+        return state.pending, after, summarise(metrics)
+
+    here = one_step(state, frozen, batch)
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))
+    where = sharding.shardings(state.replace(pending=here[0]), mesh)
+    with jax.set_mesh(mesh):
+        there = one_step(
+            placed(state, mesh), placed(frozen, mesh), sharding.place_rows(batch), where
+        )
+    for found, expected in ((there[0], here[0]), (there[1].pending, here[1].pending)):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert found.rows.tokens.addressable_shards[0].data.shape == (2, 10)
+    assert (here[0].rows.tokens != here[1].pending.rows.tokens).any()
+    all_close(there[1].optimizers, here[1].optimizers, "rows ahead")
+    assert there[2]["tokens"] == here[2]["tokens"] == here[0].rows.lengths.sum()
 
 
 def other_meshes_are_left_alone() -> None:
@@ -226,5 +257,6 @@ if __name__ == "__main__":
     same_update_on_every_mesh(sys.argv[1])
     if sys.argv[1] == "llama":
         same_rows_of_every_source()
+        same_rows_ahead()
         other_meshes_are_left_alone()
     print("same on every mesh")

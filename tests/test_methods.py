@@ -38,7 +38,14 @@ from promptkd_jax.method import Method
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.policy_gradient import PolicyGradient
 from promptkd_jax.sampler import Sampling, Voice, row_keys, sample
-from promptkd_jax.step import Optimizers, TrainState, init_state, summarise, train_step
+from promptkd_jax.step import (
+    Optimizers,
+    TrainState,
+    init_state,
+    summarise,
+    train_step,
+    write_ahead,
+)
 from promptkd_jax.targets import Replay, adapt, draw, empty_replay, push, target_rows
 from promptkd_jax.teacher import Models
 
@@ -136,15 +143,15 @@ def moved(tree, other) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), tree, other)))
 
 
-def rows_of(method: Method, student, key, replay: Replay | None = None):
+def rows_of(method: Method, student, key, replay: Replay | None = None, rows=None):
     """`target_rows` of the batch in the first step."""
-    return _rows_of(method, student, teacher_params(), key, replay)
+    return _rows_of(method, student, teacher_params(), key, replay, rows or batch())
 
 
 @functools.partial(jit, static_argnums=0)
-def _rows_of(method: Method, student, teacher, key, replay):
+def _rows_of(method: Method, student, teacher, key, replay, rows: Batch):
     second = Voice(TEACHER, teacher) if method.teacher_share else None
-    return target_rows(method, STUDENT, student, batch(), replay, key, step=0, teacher=second)
+    return target_rows(method, STUDENT, student, rows, replay, key, step=0, teacher=second)
 
 
 def response(rows: Batch, row: int) -> list[int]:
@@ -188,7 +195,7 @@ def test_a_mixed_row_is_the_students_own_or_the_datas():
     share, kinds = [], set()
     for number in range(200):
         key = jax.random.key(number)
-        rows, own, _, _ = rows_of(QUARTER, student, key)
+        (rows, own, _), _ = rows_of(QUARTER, student, key)
         share.append(np.asarray(own))
         if number < 8:
             written, _ = student_rows(student, key)
@@ -211,7 +218,7 @@ def test_mixed_targets_whole_or_in_parts(parts):
     """The coin is that of the state's key and step; cross entropy counts the data's rows alone."""
     before = begin(step=MIXED_STEP)
     key = jax.random.fold_in(before.key, MIXED_STEP)
-    rows, own, _, _ = rows_of(QUARTER, before.student, key)
+    (rows, own, _), _ = rows_of(QUARTER, before.student, key)
     assert 0 < own.sum() < 4
     after, metrics = update(in_parts(QUARTER, parts), before)
     found = summarise(metrics)
@@ -220,7 +227,7 @@ def test_mixed_targets_whole_or_in_parts(parts):
     assert_close(found["student_loss"], value)
     assert_close(metrics.sums["cross_entropy"].sum(), (sums[0] * ~own).sum())
     assert found["on_policy_share"] == own.mean()
-    _, other, _, _ = rows_of(QUARTER, before.student, jax.random.fold_in(before.key, 0))
+    (_, other, _), _ = rows_of(QUARTER, before.student, jax.random.fold_in(before.key, 0))
     assert (own != other).any()
 
 
@@ -284,7 +291,7 @@ def scheduled(replay: Replay, step):
     """How often rows are the data's, of the buffer and new, `[3]`, over 4000 keys."""
 
     def one(key):
-        _, own, after, _ = target_rows(
+        (_, own, _), after = target_rows(
             SCHEDULED, STUDENT, begin().student, batch(), replay, key, step=step, teacher=None
         )
         pushed = after.count - replay.count
@@ -356,7 +363,7 @@ def test_a_step_with_replay_on_old_rows():
 
 def test_other_targets_leave_the_buffer_alone():
     full = push(empty_replay(4, 12, threshold=1.0), numbered(1, 2, 3, 4))
-    _, own, after, _ = rows_of(plain(), begin().student, jax.random.key(0), full)
+    (_, own, _), after = rows_of(plain(), begin().student, jax.random.key(0), full)
     jax.tree.map(np.testing.assert_array_equal, after, full)
     assert not own.any()
 
@@ -479,7 +486,7 @@ def dense_policy(student, teacher, rows: Batch, target: policy_gradient.PolicyTa
 
 def own_rows(before: TrainState) -> Batch:
     """What student and teacher write in the first step."""
-    return rows_of(MINILLM, before.student, jax.random.fold_in(before.key, 0))[0]
+    return rows_of(MINILLM, before.student, jax.random.fold_in(before.key, 0))[0].rows
 
 
 def test_minillm():
@@ -508,6 +515,98 @@ def test_minillm_in_parts_and_passes():
         student = optax.apply_updates(student, updates)
     after, _ = update(dataclasses.replace(MINILLM, micro_batches=2, passes=2), before)
     assert_close(after.student, student, 2e-5)
+
+
+# Rows written a step ahead
+
+STALE = dataclasses.replace(QUARTER, stale_rollouts=True)
+
+
+def of_step(step: int) -> Batch:
+    """The data's rows in another order for every step."""
+    return jax.tree.map(lambda x: np.roll(x, step, axis=0), batch())
+
+
+def begin_ahead(method: Method, before: TrainState) -> TrainState:
+    """With the rows of the first step written."""
+    write = functools.partial(write_ahead, method=method, models=Models(STUDENT, TEACHER))
+    return jit(write)(before, teacher_params(), of_step(0))
+
+
+def test_a_frozen_student_writes_the_same_rows_a_step_ahead():
+    """So that all that is said of step k is the same."""
+    fresh = begin()
+    stale = begin_ahead(STALE, fresh)
+    for step in range(3):
+        fresh_after, expected = update(QUARTER, fresh, of_step(step))
+        stale_after, found = update(STALE, stale, of_step(step + 1))
+        assert found.scalars.keys() == expected.scalars.keys()
+        for name in ("tokens", "response_length", "eos_rate", "on_policy_share"):
+            assert found.scalars[name] == expected.scalars[name]
+        assert_close(gradient(stale_after), gradient(fresh_after))
+        assert_close(found.sums, expected.sums, 1e-5)
+        same = dict(params=fresh.params, optimizers=fresh.optimizers)
+        fresh, stale = fresh_after.replace(**same), stale_after.replace(**same)
+
+
+def test_rows_ahead_are_those_of_the_student_before_the_update():
+    state, others = begin_ahead(STALE, begin()), 0
+    assert state.step == 0
+    for step in range(4):
+        key, rows = jax.random.fold_in(state.key, step + 1), of_step(step + 1)
+        expected, _ = rows_of(STALE, state.student, key, rows=rows)
+        after, metrics = update(STALE, state, rows)
+        jax.tree.map(np.testing.assert_array_equal, after.pending, expected)
+        fresh, _ = rows_of(STALE, after.student, key, rows=rows)
+        others += (fresh.rows.tokens != expected.rows.tokens).any()
+        trained_on, own, _ = state.pending
+        weights = dict(gold=0.4 * ~own, reverse=0.6)
+        (value, _), _ = dense_student(state.student, trained_on, **weights)
+        assert_close(summarise(metrics)["student_loss"], value)
+        assert metrics.scalars["tokens"] == trained_on.lengths.sum()
+        state = after
+    assert others  # than the student after the update would write
+
+
+def test_writing_and_updating_need_nothing_of_each_other():
+    state = begin_ahead(STALE, begin())
+    after, _ = update(STALE, state, of_step(1))
+    other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), state.pending)
+    rows = other.rows._replace(tokens=(other.rows.tokens + 1) % VOCABULARY)
+    trained, _ = update(STALE, state.replace(pending=other._replace(rows=rows)), of_step(1))
+    jax.tree.map(np.testing.assert_array_equal, trained.pending, after.pending)
+    assert moved(trained.params, after.params) > 0
+    written, _ = update(STALE, state, of_step(2))
+    jax.tree.map(np.testing.assert_array_equal, written.params, after.params)
+    assert (written.pending.rows.tokens != after.pending.rows.tokens).any()
+
+
+def test_a_step_that_is_skipped_moves_the_rows_on():
+    """And they stay in the buffer; nothing else changes."""
+    method = dataclasses.replace(REPLAY, stale_rollouts=True)
+    state = begin_ahead(method, begin(replay=empty_replay(8, 12, threshold=1.0)))
+    first = state.pending.rows
+    broken = jax.tree.map(lambda x: x * jnp.nan, teacher_params())
+    after, _ = update(method, state, of_step(1), teacher=broken)
+    assert (after.step, after.skipped) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after.optimizers, state.optimizers)
+    assert (after.pending.rows.tokens != first.tokens).any() and after.replay.count == 8
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), first, after.pending.rows)
+    jax.tree.map(np.testing.assert_array_equal, after.replay.rows, both)
+    healed, metrics = update(method, after, of_step(2))
+    assert metrics.scalars["tokens"] == after.pending.rows.lengths.sum()
+    assert (healed.skipped, healed.skipped_in_a_row) == (1, 0)
+    assert moved(healed.params, after.params) > 0
+
+
+def test_rows_that_nobody_wrote_ahead():
+    with pytest.raises(ValueError, match="write_ahead"):
+        update(STALE, begin())
+    with pytest.raises(ValueError, match="stale_rollouts: rows are written a step ahead, but"):
+        plain(stale_rollouts=True)
+    with pytest.raises(ValueError, match="stale_rollouts: policy_gradient takes the student as"):
+        dataclasses.replace(MINILLM, stale_rollouts=True)
 
 
 # Several updates in one step

@@ -128,6 +128,25 @@ def test_memory_is_that_of_the_real_arrays():
     assert cut["rows and the rest"] == kept["rows and the rest"] // 4
 
 
+def test_rows_written_ahead_are_kept_where_the_rows_lie():
+    """Of each: tokens, two lengths, whose it is and whether it ended."""
+    rows = 8 * (256 + 2) * 4
+    for shape, devices in (((1, 1, 1), 1), ((2, 2, 2), 4)):
+        kept = roofline.kept_bytes(
+            small_run(stale_rollouts=True), plan.abstract_mesh(sizes(*shape))
+        )
+        assert kept["rows and the rest"] == (2 * rows + 8 * 2) // devices
+
+
+def test_a_step_that_writes_ahead_compiles_from_shapes():
+    run = small_run(stale_rollouts=True, batch_size=2)
+    mesh = sharding.make_mesh(sizes(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        lowered = run.experiment(mesh).jitted_step(run.stage).lower(*run.arguments(mesh))
+    state, _ = lowered.out_info
+    assert state.pending.rows.tokens.shape == (2, 256)
+
+
 def test_the_cache_counts_both_keys_and_values_of_every_column():
     config = from_hugging_face(SMALLER).replace(dtype="bfloat16")
     real = sum(x.nbytes for x in empty_cache(config, 8, 30))

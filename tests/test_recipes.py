@@ -304,8 +304,9 @@ REPLAY = dict(capacity=8, threshold=1.0, tolerance=0.1, step=0.1)
 
 @pytest.mark.usefixtures("no_report")
 def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, monkeypatch, capsys):
-    """What it needs is all there: replayed rows, position among them, the teacher that learns."""
-    replay = stage("distillm", steps=6, replay=REPLAY)
+    """What it needs is all there: replayed rows and those written ahead, the position among them,
+    the teacher that learns."""
+    replay = stage("distillm", steps=6, replay=REPLAY, stale_rollouts=True)
     minillm = stage("minillm", minibatches=2, passes=2, warmup_steps=8)
     online = stage("kd", teacher_view="online", teacher_learning_rate=2e-3)
     config = short(models, replay, minillm, online)
@@ -331,6 +332,32 @@ def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, mo
         parts = row["teacher_cross_entropy"] + row["teacher_forward_kl"]
         assert row["teacher_loss"] == pytest.approx(parts, rel=1e-5)
     assert differ(whole / "teacher", models / "teacher")
+
+
+@pytest.mark.usefixtures("no_report")
+def test_rows_written_ahead_are_those_of_their_step(models, tmp_path):
+    """At a rate at which nothing changes, every step has the rows of the run that writes them when
+    it needs them; in every stage, and the corpus beside them as well."""
+    figures = []
+    lines = [f"{other} say {word}" for word in tiny.WORDS for other in tiny.WORDS]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(lines))
+    for stale in (False, True):
+        some = stage("imitkd", micro_batches=2)
+        rest = stage("gkd", on_policy_share=0.5, corpus_terms=(CE,), stale_rollouts=stale)
+        some.learning_rate = rest.learning_rate = 1e-30
+        config = short(models, some, rest)
+        config.stages[0].stale_rollouts = stale
+        config.data.corpus = str(tmp_path / "corpus.txt")
+        run(config, tmp_path / str(stale))
+        figures.append(updates(tmp_path / str(stale)))
+    fresh, ahead = figures
+    assert len(ahead) == 6
+    assert len({row["tokens"] for row in ahead}) > 2
+    for one, other in zip(fresh, ahead):
+        for name in ("step", "stage", "tokens", "response_length", "eos_rate"):
+            assert one[name] == other[name], name
+        for name in ("student_loss", "corpus_loss"):
+            assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5), name
 
 
 # Other losses
@@ -592,6 +619,14 @@ IMPOSSIBLE = {
         stage("minillm", token_weighting="teacher_confidence"),
         ["stages[0].token_weighting: 'teacher_confidence' is not for policy_gradient"],
     ),
+    "rows ahead, gold rows": (
+        stage("kd", stale_rollouts=True),
+        ["stages[0].stale_rollouts: rows are written a step ahead, but targets = 'gold' has none"],
+    ),
+    "rows ahead, policy gradient": (
+        stage("opd", stale_rollouts=True),
+        ["stages[0].stale_rollouts: policy_gradient takes the student as it is"],
+    ),
     "teacher's share, gold rows": (
         stage("kd", teacher_share=0.2),
         ["stages[0].teacher_share: 0.2 mixes the teacher into rollouts"],
@@ -709,6 +744,14 @@ def test_a_recipe_that_looks_at_a_teacher_needs_one(config):
         config.stages = (one,)
         assert "config.teacher.path: is empty, but the recipe needs a teacher" in refused(config)
     config.stages = (stage("sft"),)
+    check_recipe(config)
+
+
+def test_rows_ahead_have_one_place(config):
+    ahead = stage("gkd", stale_rollouts=True)
+    config.stages = (stage("imitkd", stale_rollouts=True, batch_size=8), ahead)
+    assert "config.stages: batch_size is 4 and 8 in stages with stale_rollouts" in refused(config)
+    config.stages = (stage("imitkd", batch_size=8), ahead)
     check_recipe(config)
 
 

@@ -20,6 +20,7 @@ from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.sharding import AXES, ROWS, constrain, make_mesh, parts, shardings, spec
 from promptkd_jax.step import Optimizers, init_state
+from promptkd_jax.targets import empty_written
 
 P = PartitionSpec
 LLAMA = {
@@ -83,6 +84,7 @@ def test_optimizer_moments_lie_where_their_parameters_do():
             {"student": student, "soft_prompt": jnp.zeros((3, 16))},
             Optimizers(optimizer, optimizer),
             jax.random.key(0),
+            pending=empty_written(4, 6),
         ),
         params("llama"),
     )
@@ -91,6 +93,7 @@ def test_optimizer_moments_lie_where_their_parameters_do():
     for tree in (moments.mu, moments.nu):
         assert flat(tree) == flat(placed.student)
     assert placed.soft_prompt.spec == placed.optimizers["soft_prompt"][1][0].mu.spec == P()
+    assert {place.spec for place in jax.tree.leaves(placed.pending)} == {P(ROWS)}
     assert placed.key.spec == placed.step.spec == moments.count.spec == P()
 
 

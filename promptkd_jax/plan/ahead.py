@@ -113,7 +113,7 @@ def compile_rollout(run: AbstractRun, mesh: Any) -> Program:
         voice = Voice(models.teacher, teacher) if method.teacher_share else None
         return target_rows(
             method, models.student, params, batch, replay, key, step=step, teacher=voice
-        )[:2]
+        )[0]
 
     state, teacher, batch, _ = run.arguments(mesh)
     if not method.teacher_share:

@@ -321,11 +321,12 @@ def kept_bytes(run: AbstractRun, mesh: Any) -> dict[str, int]:
     """
     state, teacher, rows, corpus = run.arguments(mesh)
     named = {"student": state.params["student"], "soft prompt": state.soft_prompt}
+    written = (state.replay, state.pending)
     parts = {
         "teacher": (teacher, state.params.get("teacher")),
         **named,
         "optimizers": state.optimizers,
-        "rows and the rest": (state.params.get("projection"), state.replay, rows, corpus),
+        "rows and the rest": (state.params.get("projection"), written, rows, corpus),
     }
     return {name: sum(map(_on_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
 
