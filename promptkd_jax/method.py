@@ -92,7 +92,8 @@ class Method:
       micro_batches: G; rows are dealt out to micro-batches in turn.
       length_buckets: lengths that an update is compiled for, up to that of a whole row in even
         steps; a micro-batch takes the least that its longest row fits into, and micro-batches have
-        rows of like length. More of them compile longer. What is computed is the same.
+        rows of like length. So do rollouts, for their requests. More of them compile longer. What
+        is computed is the same.
       minibatches, passes: a step's rows serve `passes` times `minibatches` updates of the student,
         each on its part of them (MiniLLM: 4 passes).
 

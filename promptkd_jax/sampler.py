@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax.batch import in_least_width
 from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place_cache
 from promptkd_jax.sharding import ROWS, constrain, gathered, parts
 
@@ -80,6 +81,7 @@ def sample(
     second: Voice | None = None,
     second_share: float = 0.0,
     slots: int = 0,
+    request_lengths: int = 1,
 ) -> Rollout:
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
@@ -96,6 +98,8 @@ def sample(
       slots: rows that are written at once; 0: all. When a quarter of them have ended, others take
         their places, so that no row waits for the longest, and the cache is that of `slots` rows.
         What is written is the same.
+      request_lengths: compiled lengths, up to P in even steps; requests are read in the least that
+        the longest of them fits into.
 
     Returns:
       A Rollout over `[B, P + max_new_tokens]` columns; what stands behind a row's length is 0.
@@ -114,6 +118,7 @@ def sample(
         requests=jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 0),
         lengths=lengths,
         keys=keys,
+        request_lengths=request_lengths,
     )
     if not 0 < slots < tokens.shape[0]:
         return writer.write(writer.begin(active=active)).written
@@ -153,13 +158,18 @@ class _Writer:
     requests: jax.Array
     lengths: jax.Array
     keys: jax.Array
+    request_lengths: int
 
     def begin(self, row: jax.Array | None = None, active: jax.Array | None = None) -> _Slots:
         """Reads the requests of the rows `row` `[S]`, or of all; only those `active` will run."""
         given = self.requests, self.lengths, self.keys
         requests, lengths, keys = given if row is None else (x[row] for x in given)
         columns, left = requests.shape[1] + self.limit, jnp.full_like(lengths, self.limit)
-        read = [_prefill(voice, requests, lengths, columns) for voice in self.voices]
+
+        def read_in(width: int):
+            return [_prefill(v, requests[:, :width], lengths, columns) for v in self.voices]
+
+        read = in_least_width(read_in, lengths, requests.shape[1], self.request_lengths)
         return _Slots(
             row=row,
             keys=keys,

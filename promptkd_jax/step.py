@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from promptkd_jax import losses, objective, policy_gradient, sharding
-from promptkd_jax.batch import Batch, narrow
+from promptkd_jax.batch import Batch, in_least_width, narrow
 from promptkd_jax.losses import Linear, linear_values
 from promptkd_jax.method import POLICY, PRESETS, Conventions, Method
 from promptkd_jax.objective import Part
@@ -243,19 +243,15 @@ def _by_length(rows: Batch, own: jax.Array, number: int) -> tuple[Batch, jax.Arr
 
 def _trimmed(part: Callable, method: Method) -> Callable:
     """`part`, a function of a Part and more, with rows in the least of the compiled lengths."""
-    number = method.length_buckets
 
     def trimmed(x: Part, *others):
-        columns = x.rows.tokens.shape[-1]
-        widths = [-(-columns * k // number) for k in range(1, number + 1)]
-        branches = [
-            lambda x, *others, width=width: part(x._replace(rows=narrow(x.rows, width)), *others)
-            for width in widths
-        ]
-        least = jnp.searchsorted(jnp.array(widths), jnp.max(x.rows.lengths))
-        return jax.lax.switch(least, branches, x, *others)
+        def in_width(width: int):
+            return part(x._replace(rows=narrow(x.rows, width)), *others)
 
-    return trimmed if number > 1 else part
+        columns = x.rows.tokens.shape[-1]
+        return in_least_width(in_width, x.rows.lengths, columns, method.length_buckets)
+
+    return trimmed
 
 
 def _first(parts: Part) -> Part:

@@ -37,12 +37,13 @@ def rollout(
     second: Voice | None = None,
     second_share: float = 0.0,
     slots: int = 0,
+    request_lengths: int = 1,
 ) -> tuple[Batch, jax.Array]:
     """The model's own continuation of the batch's requests: on-policy targets.
 
     Requests are the first `prompt_lengths` tokens of each row, at most `prompt_capacity`.
     `force_eos` overwrites the last token of a row that ran to the limit, as the published code
-    does; otherwise such a row has no EOS. `active`, `second` and its share, `slots`: see `sample`.
+    does; otherwise such a row has no EOS. All else: see `sample`.
 
     Returns:
       The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
@@ -62,6 +63,7 @@ def rollout(
         second=second,
         second_share=second_share,
         slots=slots,
+        request_lengths=request_lengths,
     )
     tokens = out.tokens
     if force_eos:
@@ -197,6 +199,7 @@ def target_rows(
         second=teacher,
         second_share=method.teacher_share,
         slots=method.rollout_slots,
+        request_lengths=method.length_buckets,
     )
     coin = jax.random.fold_in(key, _COIN)
     if method.targets == "replay":

@@ -456,6 +456,28 @@ def test_a_long_row_holds_up_no_other(llama, monkeypatch):
     assert new.sum() / 4 <= len(steps) < waiting_for_all
 
 
+@pytest.mark.parametrize("longest, width", [(8, 8), (6, 6), (3, 3), (2, 3)])
+def test_requests_are_read_in_the_least_of_the_compiled_lengths(llama, monkeypatch, longest, width):
+    """Requests of at most 8 columns, in 3, 6 or 8."""
+    taken, prefill = [], sampler._prefill
+
+    def counted(voice, tokens, lengths, columns):
+        jax.debug.callback(lambda: taken.append(tokens.shape[1]))
+        return prefill(voice, tokens, lengths, columns)
+
+    def write(number):
+        function = functools.partial(sample, llama.decoder, max_new_tokens=4)
+        lengths = np.minimum(LENGTHS, longest)
+        compiled = jax.jit(functools.partial(function, request_lengths=number))
+        return compiled(llama.params, REQUESTS, lengths, KEYS)
+
+    expected = write(1)
+    monkeypatch.setattr(sampler, "_prefill", counted)
+    jax.tree.map(np.testing.assert_array_equal, write(3), expected)
+    jax.effects_barrier()
+    assert taken == [width]
+
+
 def test_all_in_one_call_without_the_host(llama):
     function = functools.partial(
         sample, llama.decoder, max_new_tokens=4, sampling=Sampling(top_k=3, top_p=0.9)
