@@ -18,7 +18,8 @@ from promptkd_jax.targets import rollout
 class Side:
     """The parts of the work; each does its part to the end."""
 
-    def __init__(self, case: Case, models: dict[str, str]):
+    def __init__(self, case: Case, models: dict[str, str], **changes):
+        case = dataclasses.replace(case, **changes)
         self._case, self._batches = case, itertools.count()
         dtypes = dict(dtype=case.dtype, remat=case.remat)
         teacher = pkd.load_model(models["teacher"], param_dtype=case.dtype, **dtypes)
@@ -35,6 +36,7 @@ class Side:
             sampling=pkd.Sampling(eos_ids=() if case.eos_id is None else (case.eos_id,)),
             micro_batches=case.micro_batches,
             length_buckets=case.length_buckets,
+            rollout_slots=case.rollout_slots,
         )
         rate = pkd.schedule("constant", RATE, total_steps=STEPS)
         adamw = pkd.adamw(rate, weight_decay=0.01, clip=1.0)
@@ -61,6 +63,8 @@ class Side:
                 sampling=method.sampling,
                 vocab_size=method.vocab_size,
                 force_eos=False,
+                slots=method.rollout_slots,
+                request_lengths=method.length_buckets,
             )
         )
         prompt = pkd.init_soft_prompt(self._teacher, range(case.soft_prompt), case.soft_prompt)

@@ -72,7 +72,8 @@ def side(scale: float) -> dict:
     timed = {"seconds": scale, "all": [scale, scale], "per_second": 1e9 / scale}
     parts = ("iteration", "rollout", "update", "student_update", "load", "checkpoint")
     parts += ("matmul", "stream")
-    whole = {"first_step": 1.0, "first_step_cached": 1.0, "peak_bytes": int(scale * 2**30)}
+    whole = {"first_step": 1.0, "first_step_cached": 1.0}
+    whole |= dict.fromkeys(("peak_bytes", "peak_bytes_cached"), int(scale * 2**30))
     return {part: timed for part in parts} | whole
 
 
