@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import report
 import work
@@ -50,7 +51,8 @@ SIDES = {
     "ours, whole rows": ("ours", {"length_buckets": 1}),
     "ours, in slots": ("ours", {"rollout_slots": 4}),
     "theirs": ("theirs", {}),
-    "theirs, torch.compile": ("theirs", {"compile": True}),
+    "theirs, one micro-batch": ("theirs", {"micro_batches": 1}),
+    "theirs, torch.compile": ("theirs", {"compile": True, "static_cache": True}),
     "theirs, bfloat16": ("theirs", {"dtype": "bfloat16"}),
 }
 # The peak of memory is that of iterations alone, so they come first.
@@ -81,7 +83,8 @@ class Process:
 
     def do(self, part: str) -> dict:
         """`seconds`, `value` and `peak_bytes` of a part."""
-        print(part, file=self._child.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            print(part, file=self._child.stdin, flush=True)
         return self._answer()
 
     def first_iteration(self) -> tuple[dict, float]:
@@ -95,7 +98,8 @@ class Process:
         return self
 
     def __exit__(self, *_) -> None:
-        self._child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
         self._child.wait()
 
     def _answer(self) -> dict:
@@ -118,54 +122,65 @@ def measure(
     for group in [list(sides)] if in_turn else [[side] for side in sides]:
         with tempfile.TemporaryDirectory() as compiled:
             start = functools.partial(Process, case=case, models=models, compiled=compiled)
-            try:
-                found |= _measure(start, group, repeats, parts)
-            except SideEnded as ended:
-                print(f"{case.name}, {' or '.join(group)}: {ended}", file=sys.stderr)
+            found |= _measure(start, group, repeats, parts)
     return found
 
 
 def _measure(
-    start: Callable[[str], Process], sides: list[str], repeats: int, parts: Sequence[str]
+    start: Callable[[str], Process], sides: Sequence[str], repeats: int, parts: Sequence[str]
 ) -> dict:
     """All parts of sides that take turns."""
+    starts_count = bool(set(parts) - set(STEP))
     with contextlib.ExitStack() as stack:
-        begun = ((side, stack.enter_context(start(side))) for side in sides)
-        if starts_count := bool(set(parts) - set(STEP)):
-            running, beginnings = _begin(begun)
-        else:
-            running, _ = _begin(list(begun))
-        answers = _turns(running, repeats, parts)
-    found = {side: {part: summary(a) for part, a in answers[side].items()} for side in sides}
-    for side in sides:
-        found[side]["peak_bytes"] = answers[side]["iteration"][-1]["peak_bytes"]
-        if starts_count:
-            found[side] |= beginnings[side]
-            with start(side) as process:
-                found[side]["first_step_cached"] = process.first_iteration()[1]
-                found[side]["peak_bytes_cached"] = process.do("iteration")["peak_bytes"]
+        running = {}
+
+        def begin(side: str) -> None:
+            running[side] = stack.enter_context(start(side))
+
+        def first(side: str) -> dict:
+            if starts_count:
+                begin(side)
+            loading, seconds = running[side].first_iteration()
+            return {"load": summary([loading]), "first_step": seconds}
+
+        if not starts_count:
+            _each(sides, begin)
+        found = _each(sides, first)
+        for part in parts:
+            answers = _turns({side: running[side] for side in found}, part, repeats)
+            found = {side: found[side] | {part: summary(answers[side])} for side in answers}
+            if part == "iteration":
+                for side in found:
+                    found[side]["peak_bytes"] = answers[side][-1]["peak_bytes"]
+
+    def cached(side: str) -> dict:
+        with start(side) as process:
+            _, seconds = process.first_iteration()
+            again = process.do("iteration")
+        return {"first_step_cached": seconds, "peak_bytes_cached": again["peak_bytes"]}
+
+    if starts_count:
+        found = {side: found[side] | more for side, more in _each(found, cached).items()}
     return found
 
 
-def _begin(begun: Iterable[tuple[str, Process]]) -> tuple[dict[str, Process], dict[str, dict]]:
-    """Processes after their first iteration, and what that and loading took."""
-    running, beginnings = {}, {}
-    for side, process in begun:
-        running[side] = process
-        loading, seconds = process.first_iteration()
-        beginnings[side] = {"load": summary([loading]), "first_step": seconds}
-    return running, beginnings
+def _turns(running: dict[str, Process], part: str, repeats: int) -> dict[str, list[dict]]:
+    """Answers of a part after its warm-up, which an iteration has had."""
+    answers = {side: [] for side in running}
+    for turn in range(part == "iteration", 1 + repeats):
+        found = _each(answers, lambda side: running[side].do(part))
+        answers = {side: answers[side] + [answer] * (turn > 0) for side, answer in found.items()}
+    return answers
 
 
-def _turns(running: dict[str, Process], repeats: int, parts: Sequence[str]) -> dict:
-    """Answers by side and part, without those of a part's warm-up, which an iteration has had."""
-    found = {side: {part: [] for part in parts} for side in running}
-    for part in parts:
-        for turn in range(part == "iteration", 1 + repeats):
-            for side, process in running.items():
-                answer = process.do(part)
-                if turn:
-                    found[side][part].append(answer)
+def _each(sides: Iterable[str], work_of: Callable[[str], Any]) -> dict[str, Any]:
+    """What each side comes to, without those that ended before."""
+    found = {}
+    for side in sides:
+        try:
+            found[side] = work_of(side)
+        except SideEnded as ended:
+            print(f"{side}: {ended}", file=sys.stderr)
     return found
 
 
@@ -180,20 +195,20 @@ def summary(answers: list[dict]) -> dict:
 
 
 def compare(case: Case, found: dict) -> dict[str, float]:
-    """Ratios, ours against the best of theirs in the same dtype, larger is better."""
+    """Ratios, ours against the best of theirs in the same dtype, larger is better. Where answers
+    end by themselves no two samples are alike: iterations and rollouts go by their tokens."""
     same = [found[side] for side in theirs(case) if side in found]
     if "ours" not in found or not same:
         return {}
     ours = found["ours"]
 
-    def fewest(part: str) -> float:
-        return min(side[part]["seconds"] for side in same)
+    def tokens(part: str) -> float:
+        return ours[part]["per_second"] / max(side[part]["per_second"] for side in same)
 
-    fastest = max(side["rollout"]["per_second"] for side in same)
     return {
-        "iteration": fewest("iteration") / ours["iteration"]["seconds"],
-        "rollout": ours["rollout"]["per_second"] / fastest,
-        "update": fewest("update") / ours["update"]["seconds"],
+        "iteration": tokens("iteration"),
+        "rollout": tokens("rollout"),
+        "update": min(side["update"]["seconds"] for side in same) / ours["update"]["seconds"],
         "memory": min(side["peak_bytes_cached"] for side in same) / ours["peak_bytes_cached"],
     }
 
@@ -251,6 +266,8 @@ def main() -> None:
     for case in [] if options.only == "growth" else cases:
         if options.case in (None, case.name):
             one = measure_case(case, options.sides or case.sides, options.repeats, in_turn)
+            if not one["found"]:
+                continue  # no side has done its work; what was found before stays
             result["cases"][case.name] = {"run": run} | one
             print(report.case_table(one), flush=True)
             keep(result, options.output)

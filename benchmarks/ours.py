@@ -71,13 +71,13 @@ class Side:
         self._state = pkd.init_state(
             {"student": student.params, "soft_prompt": prompt}, optimizers, jax.random.key(0)
         )
-        self._rows, self._factors, self._multiply = None, {}, jax.jit(jnp.matmul)
+        self._rows = jax.device_put(batch_of(case, case.requests(0), case.answers(0)))
+        self._factors, self._multiply = {}, jax.jit(jnp.matmul)
 
     def rollout(self) -> int:
         """Writes the answers of a batch; returns their tokens."""
         batch, key = self._batch(), jax.random.key(0)
         rows, _ = jax.block_until_ready(self._rollout(self._state.student, batch, key))
-        self._rows = rows if self._rows is None else self._rows
         return int(jnp.sum(rows.lengths - rows.prompt_lengths))
 
     def update(self) -> None:
@@ -88,9 +88,9 @@ class Side:
         """The student alone, on rows that are there."""
         self._take(self._student_update, self._rows)
 
-    def iteration(self) -> None:
-        """Rollout and update."""
-        self._take(self._iteration, self._batch())
+    def iteration(self) -> int:
+        """Rollout and update; returns the tokens of the answers."""
+        return int(jnp.sum(self._take(self._iteration, self._batch()).counts))
 
     def checkpoint(self) -> None:
         """Saves what is trained, and reads it back."""
@@ -124,13 +124,20 @@ class Side:
             return None
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
-    def _take(self, step, batch: pkd.Batch) -> None:
-        self._state, _ = jax.block_until_ready(step(self._state, self._teacher, batch))
+    def _take(self, step, batch: pkd.Batch) -> pkd.Metrics:
+        self._state, metrics = jax.block_until_ready(step(self._state, self._teacher, batch))
+        return metrics
 
     def _batch(self) -> pkd.Batch:
         requests = self._case.requests(next(self._batches))
-        lengths = np.array([len(request) for request in requests], np.int32)
-        tokens = np.zeros((len(requests), self._case.columns), np.int32)
-        for row, request in zip(tokens, requests):
-            row[: len(request)] = request
-        return pkd.Batch(tokens, lengths, lengths + 1)
+        return batch_of(self._case, requests, [[0]] * len(requests))
+
+
+def batch_of(case: Case, requests: list[list[int]], answers: list[list[int]]) -> pkd.Batch:
+    """Rows from column 0 on, in all columns of the case."""
+    rows = [[*request, *answer] for request, answer in zip(requests, answers)]
+    tokens = np.zeros((len(rows), case.columns), np.int32)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+    lengths = [np.array([len(row) for row in some], np.int32) for some in (requests, rows)]
+    return pkd.Batch(tokens, *lengths)

@@ -90,14 +90,19 @@ def case_table(one: dict) -> str:
 
         return text
 
-    line("iteration, s", seconds("iteration"), "iteration")
+    line("iteration, s", seconds("iteration"))
+    line("its answers, tokens/s", lambda s: f"{s['iteration']['per_second']:,.1f}", "iteration")
     line("iterations an hour", lambda s: f"{3600 / s['iteration']['seconds']:,.0f}")
     line("rollout, s", seconds("rollout"))
     line("rollout, tokens/s", lambda s: f"{s['rollout']['per_second']:,.0f}", "rollout")
     line("update of both, s", seconds("update"), "update")
     line("update of the student alone, s", seconds("student_update"))
-    line("peak memory, GiB", lambda s: f"{s['peak_bytes_cached'] / 2**30:.2f}", "memory")
-    line("the same, with compiling, GiB", lambda s: f"{s['peak_bytes'] / 2**30:.2f}")
+    line(
+        "peak memory, compiled before, GiB",
+        lambda s: f"{s['peak_bytes_cached'] / 2**30:.2f}",
+        "memory",
+    )
+    line("peak memory, with compiling, GiB", lambda s: f"{s['peak_bytes'] / 2**30:.2f}")
     line("first iteration, from the start, s", lambda s: f"{s['first_step']:.0f}")
     line("the same, compiled before, s", lambda s: f"{s['first_step_cached']:.0f}")
     line("loading, s", lambda s: f"{s['load']['seconds']:.1f}")
@@ -118,7 +123,7 @@ def growth_table(axis: str, points: Iterable[dict]) -> str:
         "rollout, tokens/s": lambda s: f"{s['rollout']['per_second']:,.0f}",
         "update of both, s": lambda s: _figure(s["update"]["seconds"]),
         "of the student alone, s": lambda s: _figure(s["student_update"]["seconds"]),
-        "peak memory, GiB": lambda s: f"{s['peak_bytes'] / 2**30:.2f}",
+        "peak memory, with compiling, GiB": lambda s: f"{s['peak_bytes'] / 2**30:.2f}",
     }
     lines = [f"| {AXES[axis]} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for point in points:
@@ -137,7 +142,7 @@ def _cell(found: dict, figure: Callable[[dict], str]) -> str:
 
 
 def _figure(seconds: float) -> str:
-    """With three digits."""
+    """With three digits, and no more than three behind the point."""
     return f"{seconds:.{max(0, 2 - len(str(int(seconds))) + 1) if seconds >= 1 else 3}f}"
 
 

@@ -6,7 +6,7 @@ import tempfile
 
 import torch
 from cases import RATE, STEPS, Case
-from torch_promptkd import Settings, TorchPromptKD
+from torch_promptkd import IGNORED, Rows, Settings, TorchPromptKD
 from transformers import AutoModelForCausalLM
 
 
@@ -14,7 +14,8 @@ class Side:
     """The parts of the work, as in `ours`."""
 
     def __init__(self, case: Case, models: dict[str, str], *, dtype: str = "", **changes):
-        self._case, self._batches, self._rows = case, itertools.count(), None
+        self._case, self._batches = case, itertools.count()
+        own = {"micro_batches": case.micro_batches} | changes
         settings = Settings(
             student_learning_rate=RATE,
             prompt_learning_rate=RATE,
@@ -26,7 +27,7 @@ class Side:
             max_length=case.columns,
             device="cuda" if torch.cuda.is_available() else "cpu",
             autocast=(dtype or case.dtype) == "bfloat16",
-            **changes,
+            **own,
         )
         teacher, student = (
             AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
@@ -35,11 +36,11 @@ class Side:
         self._loop = TorchPromptKD(teacher, student, settings)
         self._dtype = torch.bfloat16 if settings.autocast else torch.float32
         self._factors = {}
+        self._rows = rows_of(case, self._loop)
 
     def rollout(self) -> int:
         """Writes the answers of a batch; returns their tokens."""
         rows = self._loop.rollout(self._requests(), **self._how)
-        self._rows = rows if self._rows is None else self._rows
         self._wait()
         return int(rows.mask.sum())
 
@@ -53,10 +54,11 @@ class Side:
         self._loop.update_student(self._rows)
         self._wait()
 
-    def iteration(self) -> None:
-        """Rollout and update."""
-        self._loop.iteration(self._requests(), **self._how)
+    def iteration(self) -> int:
+        """Rollout and update; returns the tokens of the answers."""
+        metrics = self._loop.iteration(self._requests(), **self._how)
         self._wait()
+        return int(metrics["tokens"])
 
     def checkpoint(self) -> None:
         """Saves what is trained, and reads it back."""
@@ -107,3 +109,23 @@ class Side:
     def _wait(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+def rows_of(case: Case, loop: TorchPromptKD) -> Rows:
+    """The case's own rows, padded to the longest, or to all columns where shapes are fixed."""
+    requests, answers = case.requests(0), case.answers(0)
+    longest = max(len(x) + len(y) for x, y in zip(requests, answers))
+    columns = case.columns if loop.settings.fixed_shapes else longest
+    rows = [[*x, *y] for x, y in zip(requests, answers)]
+    labels = [[IGNORED] * len(x) + y for x, y in zip(requests, answers)]
+
+    def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+        filled = [row + [filler] * (columns - len(row)) for row in rows]
+        return torch.tensor(filled, device=loop.device)
+
+    return Rows(
+        input_ids=padded(rows, case.student["vocab_size"] - 1)[:, :-1],
+        attention_mask=padded([[1] * len(row) for row in rows], 0)[:, 1:],
+        labels=padded(labels, IGNORED)[:, 1:],
+        first=min(map(len, requests)) - 1,
+    )

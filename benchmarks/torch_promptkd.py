@@ -9,7 +9,7 @@ soft-prompt tokens, D width of the teacher.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ class Settings:
       regularisation: coefficient of L_reg; 0 drops the plain teacher's forward.
       max_prompt_length: the most tokens of a request.
       max_length: the most tokens of a row, request and response.
+      micro_batches: that the rows of an update are dealt out to, their gradients added up.
       autocast: bfloat16, in which the frozen teacher is then held as well.
       compile: the forward and backward passes of both updates.
       static_cache: of `generate`, which transformers then compiles where it runs on a GPU.
@@ -55,6 +56,7 @@ class Settings:
     regularisation: float = 1.0
     max_prompt_length: int = 256
     max_length: int = 512
+    micro_batches: int = 1
     device: str = "cpu"
     autocast: bool = False
     compile: bool = False
@@ -127,7 +129,8 @@ class TorchPromptKD:
     ) -> dict[str, torch.Tensor]:
         """y ~ q(.|x), then the prompt's update, then the student's with the prompt just updated."""
         rows = self.rollout(requests, max_new_tokens, eos_id=eos_id, pad_id=pad_id)
-        return self.update_prompt(rows) | self.update_student(rows)
+        metrics = self.update_prompt(rows) | self.update_student(rows)
+        return metrics | {"tokens": rows.mask.sum()}
 
     def rollout(
         self,
@@ -182,23 +185,36 @@ class TorchPromptKD:
         settings = self.settings
         self.step += 1
         weight = settings.regularisation * max(0.0, 1 - self.step / settings.total_steps)
-        with self._autocast():
-            distillation, regulariser = self._prompt_losses(rows)
-        loss = distillation + weight * regulariser
-        norm = self._descend(loss, self.prompt_optimizer)
+        found = torch.zeros(2, device=self.device)
+        for part, share in self._parts(rows):
+            with self._autocast():
+                distillation, regulariser = self._prompt_losses(part)
+            (share * (distillation + weight * regulariser)).backward()
+            found += share * torch.stack([distillation.detach(), regulariser.detach()])
+        distillation, regulariser = found
         return {
-            "prompt_kd": distillation.detach(),
-            "prompt_regulariser": regulariser.detach(),
-            "prompt_loss": loss.detach(),
-            "prompt_grad_norm": norm,
+            "prompt_kd": distillation,
+            "prompt_regulariser": regulariser,
+            "prompt_loss": distillation + weight * regulariser,
+            "prompt_grad_norm": self._descend(self.prompt_optimizer),
         }
 
     def update_student(self, rows: Rows) -> dict[str, torch.Tensor]:
         """theta <- theta - eta grad KL(q || p_P)."""
-        with self._autocast():
-            loss = self._student_loss(rows)
-        norm = self._descend(loss, self.student_optimizer)
-        return {"student_loss": loss.detach(), "student_grad_norm": norm}
+        found = torch.zeros((), device=self.device)
+        for part, share in self._parts(rows):
+            with self._autocast():
+                loss = self._student_loss(part)
+            (share * loss).backward()
+            found += share * loss.detach()
+        norm = self._descend(self.student_optimizer)
+        return {"student_loss": found, "student_grad_norm": norm}
+
+    def _parts(self, rows: Rows) -> Iterator[tuple[Rows, torch.Tensor]]:
+        """Micro-batches, each with its share of the tokens."""
+        for part in zip(*(x.chunk(self.settings.micro_batches) for x in rows[:3])):
+            part = Rows(*part, rows.first)
+            yield part, part.mask.sum() / rows.mask.sum()
 
     def _prompt_losses(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """L_kd and L_reg."""
@@ -227,9 +243,8 @@ class TorchPromptKD:
         ).logits
         return logits.float().log_softmax(dim=-1)
 
-    def _descend(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    def _descend(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """One update; the gradient's norm before clipping."""
-        loss.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = clip_grad_norm_(parameters, self.settings.clip)
         optimizer.step()

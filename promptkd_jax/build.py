@@ -25,6 +25,12 @@ def describe(stage: ConfigDict) -> str:
     return " + ".join([f"{stage.name}: {terms} on rows from {stage.targets}{view}", *more])
 
 
+def remat(model: ConfigDict) -> str:
+    """The policy of a model's config. "auto" is for `train` to replace; where nothing is trained it
+    means nothing."""
+    return "full" if model.remat == "auto" else model.remat
+
+
 def sampling(config: ConfigDict | Namespace, eos_ids: tuple[int, ...]) -> Sampling:
     """The `sampling` group of a config, or flags of these names."""
     return Sampling(

@@ -445,7 +445,7 @@ def load_models(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model | No
             path,
             dtype=how.dtype,
             param_dtype=how.param_dtype,
-            remat=how.remat,
+            remat=build.remat(how),
             shardings=lambda tree: sharding.shardings(tree, mesh),
         )
 
@@ -469,7 +469,7 @@ def _from_teacher_layers(config: ConfigDict, teacher: Model, load) -> Model:
     if config.teacher.param_dtype != config.student.param_dtype:
         whole = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
     else:
-        how = dict(dtype=config.student.dtype, remat=config.student.remat)
+        how = dict(dtype=config.student.dtype, remat=build.remat(config.student))
         whole = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
     return keep_layers(whole, chosen_layers(whole.decoder.config.depth, config.student.layers))
 

@@ -31,8 +31,11 @@ from promptkd_jax.sharding import ROWS, constrain
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
-# Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32.
-CHUNK_ELEMENTS = 2**23
+
+def chunk_elements(platform: str) -> int:
+    """Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32, 128 on a GPU,
+    where reading the head for every block takes as long as multiplying some hundred positions."""
+    return 2**25 if platform == "gpu" else 2**23
 
 
 def log_probs(logits: jax.Array) -> jax.Array:
@@ -156,7 +159,8 @@ def cross_entropy(labels: jax.Array, learner: jax.Array) -> jax.Array:
 
 
 def agreement(target: jax.Array, learner: jax.Array) -> jax.Array:
-    """1 where both put their largest probability on the same token, else 0. No gradient."""
+    """1 where some token has the largest probability of both, else 0. No gradient."""
+    # The maxima are there for the softmax already; an argmax takes a CPU as long as a product.
     largest = [x == jnp.max(x, axis=-1, keepdims=True) for x in (target, learner)]
     return jnp.any(largest[0] & largest[1], axis=-1).astype(jnp.float32)
 
@@ -326,7 +330,7 @@ def linear_loss(
       observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
         is wanted; they see the same logits that the terms see (and a `TopK` as it is).
       chunk: positions in one block of a device; by default as many as keep its logits below
-        `CHUNK_ELEMENTS`. Positions with mask 0 cost nothing: each device has those of its own rows
+        `chunk_elements`. Positions with mask 0 cost nothing: each device has those of its own rows
         that count in as few blocks as they fill.
 
     Returns:
@@ -380,10 +384,10 @@ def linear_values(
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
-    """As many positions as `CHUNK_ELEMENTS` allows, in blocks of even size: little is filled up."""
+    """As many positions as `chunk_elements` allows, in blocks of even size: little is filled up."""
     rows, length = shape
-    on_one_device = max(rows * vocab_size // (sharding.parts(ROWS) * sharding.parts("tensor")), 1)
-    most = max(CHUNK_ELEMENTS // on_one_device, 1)
+    parts = sharding.row_parts(rows) * sharding.parts("tensor")
+    most = max(chunk_elements(sharding.platform()) // max(rows * vocab_size // parts, 1), 1)
     blocks = -(-length // most)
     return -(-length // blocks)
 

@@ -93,7 +93,7 @@ class Method:
       length_buckets: lengths that an update is compiled for, up to that of a whole row in even
         steps; a micro-batch takes the least that its longest row fits into, and micro-batches have
         rows of like length. So do rollouts, for their requests. More of them compile longer. What
-        is computed is the same.
+        is computed is the same, up to rounding.
       minibatches, passes: a step's rows serve `passes` times `minibatches` updates of the student,
         each on its part of them (MiniLLM: 4 passes).
 
@@ -167,7 +167,9 @@ class Method:
     @property
     def sorts_rows(self) -> bool:
         """Whether rows of like length go into one micro-batch, where that changes no number."""
-        alike = not self.conventions.mean_of_means and self.minibatches == 1
+        by = self.conventions
+        parts_differ = by.mean_of_means or by.stale_prompt or by.early_clock
+        alike = not parts_differ and self.minibatches == 1
         return alike and self.length_buckets > 1 and self.micro_batches > 1
 
     @property

@@ -162,7 +162,8 @@ def _learner_to_teacher(targets, student):
 def _agreement(targets, student):
     teacher = targets[-1]
     if isinstance(teacher, TopK):  # the largest is kept, and kept first
-        return (teacher.ids[..., 0] == jnp.argmax(student, axis=-1)).astype(jnp.float32)
+        there = jnp.take_along_axis(student, teacher.ids[..., :1], axis=-1)[..., 0]
+        return (there == jnp.max(student, axis=-1)).astype(jnp.float32)
     return losses.agreement(teacher, student)
 
 

@@ -33,7 +33,7 @@ from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import DataError, Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import dealt_out, decode, write_answers
 from promptkd_jax.files import Lines, is_remote, make_folder, write_json, write_text
-from promptkd_jax.losses import CHUNK_ELEMENTS, Linear, TopK, log_probs
+from promptkd_jax.losses import Linear, TopK, chunk_elements, log_probs
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
 from promptkd_jax.sampler import Sampling
@@ -381,6 +381,7 @@ def largest(model: Linear, top_k: int) -> TopK:
         values, ids = jax.lax.top_k(log_probs(logits), top_k)
         return TopK(ids, values)
 
-    chunk = max(CHUNK_ELEMENTS // (model.hidden.shape[0] * model.head.shape[0]), 1)
+    most = chunk_elements(sharding.platform())
+    chunk = max(most // (model.hidden.shape[0] * model.head.shape[0]), 1)
     found = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)

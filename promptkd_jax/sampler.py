@@ -97,9 +97,9 @@ def sample(
         the teacher, at a share of 0.2).
       slots: rows that are written at once; 0: all. When a quarter of them have ended, others take
         their places, so that no row waits for the longest, and the cache is that of `slots` rows.
-        What is written is the same.
+        What is written is the same, where rounding does not turn a token.
       request_lengths: compiled lengths, up to P in even steps; requests are read in the least that
-        the longest of them fits into.
+        the longest active one fits into.
 
     Returns:
       A Rollout over `[B, P + max_new_tokens]` columns; what stands behind a row's length is 0.
@@ -165,11 +165,12 @@ class _Writer:
         given = self.requests, self.lengths, self.keys
         requests, lengths, keys = given if row is None else (x[row] for x in given)
         columns, left = requests.shape[1] + self.limit, jnp.full_like(lengths, self.limit)
+        asked = lengths if active is None else jnp.where(active, lengths, 1)
 
         def read_in(width: int):
-            return [_prefill(v, requests[:, :width], lengths, columns) for v in self.voices]
+            return [_prefill(v, requests[:, :width], asked, columns) for v in self.voices]
 
-        read = in_least_width(read_in, lengths, requests.shape[1], self.request_lengths)
+        read = in_least_width(read_in, asked, requests.shape[1], self.request_lengths)
         return _Slots(
             row=row,
             keys=keys,

@@ -103,7 +103,7 @@ _SAMPLING = {
     "top_p": Float(low=0.0, high=1.0, open_low=True),
     "no_repeat_ngram_size": Int(low=0),
 }
-_MODEL = {"path": Str(), "dtype": _DTYPE, "param_dtype": _DTYPE, "remat": Choice(*REMAT)}
+_MODEL = {"path": Str(), "dtype": _DTYPE, "param_dtype": _DTYPE, "remat": Choice("auto", *REMAT)}
 _POLICY_GRADIENT = {
     "gamma": Float(low=0.0, high=1.0),
     "reward_scaling": Float(low=0.0, open_low=True),
@@ -227,6 +227,7 @@ SCHEMA = {
 # What does not change the student that comes out, so that it may change between resumes.
 IRRELEVANT = (
     *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
+    *("teacher.remat", "student.remat"),
     *("checkpoint.every", "checkpoint.keep", "answers.path", "cache.path"),
 )
 

@@ -28,6 +28,7 @@ from promptkd_jax.files import check_shared, once, read_text, to_path, write_jso
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.loop import Trained, TrainingError, assess, fit, score_dev
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.report import (
     summary_table,
     write_report,
@@ -89,6 +90,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         sharding.check_rows(what, stage.batch_size, parts, mesh)
         slots = f"config.stages[{index}].rollout_slots"
         sharding.check_rows(slots, stage.rollout_slots, 1, mesh)
+    config = with_chosen_remat(config, mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))

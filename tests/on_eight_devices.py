@@ -81,10 +81,10 @@ def placed(tree, mesh):
     return jax.device_put(tree, sharding.shardings(tree, mesh))
 
 
-def two_steps(teacher, student, state, frozen, batch, where=None):
+def two_steps(teacher, student, state, frozen, batch, where=None, **changes):
     """The state after two PromptKD steps, and their metrics."""
-    models = Models(Decoder(student), Decoder(teacher))
-    step = functools.partial(train_step, method=method(), models=models, optimizers=OPTIMIZERS)
+    fixed = dict(models=Models(Decoder(student), Decoder(teacher)), optimizers=OPTIMIZERS)
+    step = functools.partial(train_step, method=method(**changes), **fixed)
     step = jax.jit(step, out_shardings=where)
     measured = []
     for _ in range(2):
@@ -119,6 +119,7 @@ def same_update_on_every_mesh(family: str) -> None:
     assert 0 < expected[0]["eos_rate"] < 1
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), one.student, state.student)
     assert np.mean(np.asarray(jax.tree.leaves(moved)) > 0.005) > 0.9
+    in_parts = dict(micro_batches=2, length_buckets=2)  # which changes nothing
     for sizes in MESHES:
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
         with jax.set_mesh(mesh):
@@ -129,6 +130,7 @@ def same_update_on_every_mesh(family: str) -> None:
                 placed(frozen, mesh),
                 sharding.place_rows(batch),
                 (sharding.shardings(state, mesh), None),
+                **in_parts if sizes == MESHES[-1] else {},
             )
         for found, right in zip(measured, expected):
             for name in ("response_length", "eos_rate", "tokens"):
@@ -155,6 +157,7 @@ def same_rows_of_every_source() -> None:
             response_capacity=9,
             max_new_tokens=6,
             rollout_slots=4 if mesh else 0,
+            length_buckets=2 if mesh else 1,
         )
         replay = empty_replay(8, 10, threshold=1.0) if targets == "replay" else None
         before = state.replace(replay=replay)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import sys
+import types
 
 import pytest
 from conftest import ROOT
@@ -147,14 +148,18 @@ class Side:
     def iteration(self):
         if self._ends:
             raise SystemExit(3)
+        return 4
 
     def rollout(self):
         return 4
 
+    def update(self):
+        return None
+
     def matmul(self):
         return 1.0
 
-    stream, update, student_update, checkpoint = matmul, iteration, iteration, iteration
+    stream, student_update, checkpoint = matmul, update, update
 """
 
 
@@ -180,9 +185,30 @@ def test_every_part_is_measured_as_often_as_asked(idle, in_turn):
     assert "ours | theirs" in report.case_table(one | {"ratios": bench.compare(CASE, found)})
 
 
-def test_a_side_that_ends_is_left_out_and_its_memory_is_its_own(idle):
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_side_that_ends_is_left_out_and_its_memory_is_its_own(idle, in_turn):
     ballast = bytearray(b"1") * 2**28
-    found = bench.measure(CASE, ["ours", "ends"], 1, bench.STEP, in_turn=False)
+    found = bench.measure(CASE, ["ends", "ours"], 1, bench.STEP, in_turn)
     assert set(found) == {"ours"}
     assert found["ours"]["peak_bytes"] < len(ballast)
     assert bench.compare(CASE, found) == {}
+
+
+def test_both_sides_update_on_the_same_rows():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    import ours
+    import theirs
+
+    case = dataclasses.replace(CASE, rows=3, request=6, response=5, mean_response=3)
+    loop = types.SimpleNamespace(settings=theirs.Settings(), device=torch.device("cpu"))
+    rows = theirs.rows_of(case, loop)
+    batch = ours.batch_of(case, case.requests(0), case.answers(0))
+    assert len(set(batch.lengths - batch.prompt_lengths)) > 1
+    for row, (tokens, begin, end) in enumerate(zip(*batch[:3])):
+        supervised = rows.labels[row] != theirs.IGNORED
+        assert rows.labels[row][supervised].tolist() == tokens[begin:end].tolist()
+        assert rows.input_ids[row][supervised].tolist() == tokens[begin - 1 : end - 1].tolist()
+        assert rows.attention_mask[row].sum() == end - 1
+    assert rows.mask.sum() == sum(batch.lengths - batch.prompt_lengths)
+    assert rows.first == min(batch.prompt_lengths) - 1

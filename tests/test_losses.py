@@ -126,6 +126,12 @@ def test_cross_entropy_entropy_and_agreement_equal_their_definitions():
     np.testing.assert_array_equal(losses.agreement(target, both), same)
 
 
+def test_a_token_that_is_among_the_largest_of_both_is_agreed_on():
+    target = jnp.array([[1.0, 1.0, 0.0]] * 3)
+    learner = jnp.array([[0.0, 2.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 1.0]])
+    np.testing.assert_array_equal(losses.agreement(target, learner), [1, 0, 1])
+
+
 # Limits and relations
 
 

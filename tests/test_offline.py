@@ -164,7 +164,7 @@ def test_positions_are_computed_in_blocks(monkeypatch):
         jax.random.normal(jax.random.key(i), s) for i, s in ((0, (2, 7, 5)), (1, (50, 5)))
     )
     model = Linear(hidden, kernel)
-    monkeypatch.setattr(offline, "CHUNK_ELEMENTS", 3 * 2 * 50)
+    monkeypatch.setattr(offline, "chunk_elements", lambda _: 3 * 2 * 50)
     values, ids = jax.lax.top_k(losses.log_probs(model.logits()), 3)
     found = offline.largest(model, 3)
     np.testing.assert_array_equal(found.ids, ids)

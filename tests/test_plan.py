@@ -15,9 +15,9 @@ import tiny
 from promptkd_jax import schema, sharding
 from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.models.config import ModelError, from_hugging_face
-from promptkd_jax.models.decoder import Decoder, empty_cache
+from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
 from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.plan import ahead, architectures, chips, hlo, roofline
+from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, model_config
 from promptkd_jax.recipe import base_config, method_stage
@@ -102,6 +102,64 @@ def test_a_folder_comes_before_the_table(tmp_path):
 
 
 # Memory
+
+
+def with_auto(**changes):
+    config = small_config(**changes)
+    config.teacher.remat = config.student.remat = "auto"
+    return config
+
+
+@pytest.mark.parametrize("missing, policy", [(0, "none"), (1, "dots"), (2, "full"), (3, "full")])
+def test_the_remat_policy_is_the_first_that_fits(missing, policy, monkeypatch):
+    """In as much memory as each policy needs, less a byte."""
+    config, mesh = with_auto(), plan.abstract_mesh(sizes(1, 1, 1))
+    needed = [remat.needed_bytes(remat.with_remat(config, policy), mesh) for policy in REMAT]
+    assert sorted(needed, reverse=True) == needed and len(set(needed)) == 3
+    memory = max(needed) if missing == 0 else needed[missing - 1] - 1
+    monkeypatch.setattr(remat, "device_bytes", lambda: memory / remat.SHARE)
+    chosen = remat.with_chosen_remat(config, mesh)
+    assert chosen.teacher.remat == chosen.student.remat == policy
+    assert config.teacher.remat == "auto"
+
+
+def test_a_policy_that_somebody_named_stays():
+    config, mesh = with_auto(), plan.abstract_mesh(sizes(1, 1, 1))
+    config.student.remat = "dots"
+    assert remat.with_remat(config, "none").student.remat == "dots"
+    named = small_config()
+    assert remat.with_chosen_remat(named, mesh) is named
+
+
+def test_more_devices_have_room_for_more():
+    config = with_auto(batch_size=8)
+
+    def saved(number: int) -> float:
+        mesh = plan.abstract_mesh(sizes(number, 1, 1))
+        most, least = (remat.with_remat(config, policy) for policy in ("none", "full"))
+        return remat.needed_bytes(most, mesh) - remat.needed_bytes(least, mesh)
+
+    np.testing.assert_allclose(saved(8), saved(1) / 8)
+
+
+def test_what_layers_keep_is_what_xla_keeps():
+    """Of a deep decoder alone, by the compiler's own account of one gradient."""
+    tokens, found, expected = jnp.zeros((32, 64), jnp.int32), {}, {}
+    deep = architectures._llama(256, 24, 4, 2, 512, vocab_size=64)
+
+    def loss(params, decoder):
+        return jnp.sum(decoder.apply({"params": params}, tokens) ** 2)
+
+    for policy in REMAT:
+        config = from_hugging_face(deep).replace(remat=policy)
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        compiled = gradient.lower(abstract_params(config), Decoder(config)).compile()
+        found[policy] = compiled.memory_analysis().temp_size_in_bytes
+        count = roofline._Counter(sizes(1, 1, 1), 1)
+        expected[policy] = roofline._saved(count, config, 32, 64, "cpu")
+    for more, less in (("dots", "full"), ("none", "dots")):
+        saved = found[more] - found[less]
+        assert 0.8 < (expected[more] - expected[less]) / saved < 1.25, (found, expected)
 
 
 def test_memory_is_that_of_the_real_arrays():

@@ -117,10 +117,12 @@ class Training:
         assert_close(logits[real], of[name][real], tolerance, name)
 
 
-@pytest.mark.parametrize("padding_mask", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"padding_mask": True}, {"micro_batches": 2}], ids=lambda s: "".join(s) or "-"
+)
 @pytest.mark.parametrize("folder, case", cases())
-def test_training(folder, case, padding_mask):
-    training = Training(folder, case, padding_mask=padding_mask)
+def test_training(folder, case, settings):
+    training = Training(folder, case, **settings)
     promptkd, expected, initial = training.promptkd, training.expected, training.initial
     teacher, student = promptkd.teacher, promptkd.student
     assert_close(promptkd.soft_prompt, initial["prompt_init"], 1e-6, "prompt_init")

@@ -23,11 +23,12 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 
-# What the backward pass keeps of a layer; "none" keeps everything and computes nothing twice.
+# What the backward pass finds of a layer, from the policy that keeps most, and computes nothing
+# twice, to the one that keeps least.
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 

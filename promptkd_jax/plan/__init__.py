@@ -4,6 +4,7 @@ command       reads the command line, searches meshes
 abstract_run  a run's state and batch, of shapes alone
 ahead, hlo    compiled for chips that nobody has; what such a program sends
 roofline      memory, work and traffic, counted
+remat         what the backward pass may keep, by the memory of the devices that are here
 chips         what a chip has, and costs
 architectures the shapes of well-known models
 tables        for the terminal

@@ -212,7 +212,7 @@ def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:
 def _model(path: str, how: ConfigDict, notes: list[str], role: str, depth: int = 0) -> Model:
     hf_config, source = model_config(path)
     decoder = from_hugging_face(hf_config, f"{path}: config").replace(
-        dtype=how.dtype, param_dtype=how.param_dtype, remat=how.remat
+        dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
     )
     decoder = decoder.replace(depth=depth or decoder.depth)
     params = abstract_params(decoder)

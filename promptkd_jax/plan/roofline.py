@@ -18,6 +18,7 @@ import jax
 
 from promptkd_jax import losses
 from promptkd_jax.method import GOLD, ON_POLICY, POLICY
+from promptkd_jax.models.attention import implementation
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import Slices
@@ -130,7 +131,7 @@ class _Counter:
         each), which is gathered once and read for every block of positions."""
         size = config.vocab_size * config.width * _BYTES[config.dtype] / self.mesh["tensor"]
         on_device = max(rows * config.vocab_size // math.prod(self.mesh.values()), 1)
-        block = max(losses.CHUNK_ELEMENTS // on_device, 1)
+        block = max(losses.chunk_elements("tpu") // on_device, 1)
         logits = rows * positions * config.vocab_size * 4 / math.prod(self.mesh.values())
         found = Work(
             products * head_flops(config, rows, positions),
@@ -336,14 +337,19 @@ def _on_device(leaf: Any) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
 
-def temporary_bytes(run: AbstractRun, mesh: Mapping[str, int]) -> dict[str, float]:
+def temporary_bytes(
+    run: AbstractRun, mesh: Mapping[str, int], platform: str = "tpu"
+) -> dict[str, float]:
     """What a device needs beside that, an estimate: "rollout" and "update", together, as the
     compiler was seen to do; "cache" is part of the rollout's.
 
     The rollout keeps the cache and a gathered copy of the student in the dtype of computation, once
-    more as it is laid out for decoding; the update gradients, the hidden state of every layer
-    (where layers are computed again; all activations where they are not), a layer's gathered
-    parameters, heads, and logits of a block.
+    more as it is laid out for decoding; the update gradients, what `remat` lets the layers keep, a
+    layer's gathered parameters, heads, and logits of a block.
+
+    Args:
+      mesh: sizes of `data`, `fsdp`, `tensor`.
+      platform: of the devices.
     """
     method, count = run.stage.method, _Counter(mesh, 1)
     rows, _, columns, positions, before = _sizes(run)
@@ -356,9 +362,9 @@ def temporary_bytes(run: AbstractRun, mesh: Mapping[str, int]) -> dict[str, floa
     copies = sum(count._layer_bytes(voice) + 2 * count._head_bytes(voice) for voice in voices)
     devices = mesh["fsdp"] * mesh["tensor"]
     gradients = 4 * _parameters(run.student) / devices * (2 if method.parts > 1 else 1)
-    saved = _saved(count, student, rows, columns)
+    saved = _saved(count, student, rows, columns, platform)
     if method.prompted or method.teacher_view == "online":
-        saved += _saved(count, run.teacher.decoder.config, rows, before + columns)
+        saved += _saved(count, run.teacher.decoder.config, rows, before + columns, platform)
     models = [model.decoder.config for model in (run.student, run.teacher) if model]
     gathered = max(2 * count._layer_bytes(config) / config.depth for config in models)
     heads = sum(count._head_bytes(config) for config in models) + 2 * count._head_bytes(student)
@@ -366,7 +372,7 @@ def temporary_bytes(run: AbstractRun, mesh: Mapping[str, int]) -> dict[str, floa
         6
         * 4
         * min(
-            losses.CHUNK_ELEMENTS,
+            losses.chunk_elements(platform),
             rows * positions * run.vocab_size / math.prod(mesh.values()),
         )
     )
@@ -374,9 +380,29 @@ def temporary_bytes(run: AbstractRun, mesh: Mapping[str, int]) -> dict[str, floa
     return {"cache": cache, "rollout": cache + 2 * copies, "update": update}
 
 
-def _saved(count: _Counter, config: DecoderConfig, rows: int, columns: int) -> float:
-    """What the forward keeps for the backward pass."""
-    tokens = rows * columns / count.row_parts
+def _saved(count: _Counter, config: DecoderConfig, rows: int, columns: int, platform: str) -> float:
+    """What the forward keeps for the backward pass: the input of every layer; with "dots" also what
+    its matrices give, which the backward pass reads; with "none" the inputs and outputs of all
+    products, attention's weights among them where no flash kernel leaves them out, and half as much
+    again for norms, rotations and activation functions."""
+    tokens, size = rows * columns / count.row_parts, _BYTES[config.dtype]
     if config.remat == "none":
-        return tokens * count._activations(config)
-    return config.depth * tokens * config.width * _BYTES[config.dtype]
+        scores = 3 * 4 * config.depth * config.heads / count.mesh["tensor"] * columns
+        flash = implementation(
+            platform=platform,
+            dtype=config.dtype,
+            rows=rows,
+            columns=columns,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_width=config.head_width,
+            row_parts=count.row_parts,
+            head_parts=count.mesh["tensor"],
+        )
+        return tokens * (1.5 * count._activations(config) + (scores if flash == "xla" else 0))
+    kept = config.width
+    if config.remat == "dots":
+        cut = (config.heads + 2 * config.kv_heads) * config.head_width
+        cut += (2 if config.gated else 1) * config.mlp_width
+        kept += config.width + cut / count.mesh["tensor"]
+    return config.depth * tokens * kept * size

@@ -1,0 +1,55 @@
+"""Which remat policy a run's memory has room for: `remat = "auto"`."""
+
+import os
+
+import jax
+from ml_collections import ConfigDict
+
+from promptkd_jax import hosts, sharding
+from promptkd_jax.models.decoder import REMAT
+from promptkd_jax.plan import roofline
+from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
+
+SHARE = 0.75  # of a device's memory: an estimate does not know all
+
+
+def with_chosen_remat(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict:
+    """A checked config with a policy in place of every "auto": of those whose estimate fits into
+    the devices of `mesh` the one that computes least twice, else "full"."""
+    if "auto" not in (config.teacher.remat, config.student.remat):
+        return config
+    memory = hosts.on_first(device_bytes)
+    for policy in REMAT:  # the first keeps most
+        tried = with_remat(config, policy)
+        needed = needed_bytes(tried, mesh)
+        if needed <= SHARE * memory:
+            break
+    print(f"remat: {policy}, an estimated {needed / 1e9:.1f} of a device's {memory / 1e9:.1f} GB")
+    return tried
+
+
+def with_remat(config: ConfigDict, policy: str) -> ConfigDict:
+    """A copy with `policy` in place of every "auto"."""
+    copy = config.copy_and_resolve_references()
+    for model in (copy.teacher, copy.student):
+        if model.remat == "auto":
+            model.remat = policy
+    return copy
+
+
+def needed_bytes(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+    """What a device of `mesh` needs in the stage that needs most, an estimate."""
+    return max(_needed_bytes(abstract_run(config, stage.name), mesh) for stage in config.stages)
+
+
+def _needed_bytes(run: AbstractRun, mesh: jax.sharding.Mesh) -> float:
+    temporary = roofline.temporary_bytes(run, mesh.shape, sharding.platform())
+    kept = sum(roofline.kept_bytes(run, mesh).values())
+    return kept + temporary["rollout"] + temporary["update"]
+
+
+def device_bytes() -> float:
+    """The memory of a device; those of a CPU share the machine's."""
+    if statistics := jax.local_devices()[0].memory_stats():
+        return statistics["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
