@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax import losses
-from promptkd_jax.losses import Linear, linear_loss
+from promptkd_jax.linear import Linear, linear_loss
 
 
 def main() -> None:

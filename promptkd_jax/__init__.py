@@ -14,7 +14,8 @@ L layers, G micro-batches. p is the teacher, q the student, P the soft prompt.
 from promptkd_jax import losses
 from promptkd_jax.batch import Batch, Responses, gather, responses
 from promptkd_jax.hidden import HiddenTerm, hidden_loss
-from promptkd_jax.losses import Linear, TopK, divergence, linear_loss, linear_values
+from promptkd_jax.linear import Linear, TopK, linear_loss, linear_values
+from promptkd_jax.losses import divergence
 from promptkd_jax.method import PRESETS, Conventions, Method
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.export import save_model

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.losses import TopK
+from promptkd_jax.linear import TopK
 
 
 class Batch(NamedTuple):

@@ -56,7 +56,8 @@ from promptkd_jax.data import (
 )
 from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.files import Lines, read_text, write_text
-from promptkd_jax.losses import Divergence, cross_entropy, forward_kl, linear_values
+from promptkd_jax.linear import linear_values
+from promptkd_jax.losses import Divergence, cross_entropy, forward_kl
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
 from promptkd_jax.sampler import Sampling

@@ -25,7 +25,7 @@ from promptkd_jax.config import ConfigError
 from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
 from promptkd_jax.files import failures, make_folder, to_path, write_json, write_text
 from promptkd_jax.hosts import HostsError
-from promptkd_jax.losses import linear_loss
+from promptkd_jax.linear import linear_loss
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, load_with_tokenizer

@@ -22,7 +22,8 @@ import numpy as np
 from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import write_answers
-from promptkd_jax.losses import forward_kl, linear_values
+from promptkd_jax.linear import linear_values
+from promptkd_jax.losses import forward_kl
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, end_ids
 from promptkd_jax.sampler import Sampling

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from promptkd_jax import hidden, losses, policy_gradient
 from promptkd_jax.batch import Batch, Responses, responses
-from promptkd_jax.losses import Linear, TopK, linear_loss
+from promptkd_jax.linear import Linear, Observation, TopK, compare, linear_loss
 from promptkd_jax.method import GOLD, ON_POLICY, POLICY, Method
 from promptkd_jax.policy_gradient import PolicyTarget
 from promptkd_jax.teacher import Views, view
@@ -45,7 +45,7 @@ class Term(NamedTuple):
 
 
 Terms = dict[str, Term]
-Observations = dict[str, losses.Observation]
+Observations = dict[str, Observation]
 
 
 def gradient(
@@ -156,7 +156,7 @@ def student_observations(method: Method) -> Observations:
 
 def _learner_to_teacher(targets, student):
     """KL(q || p)."""
-    return losses.compare(losses.reverse_kl, targets[-1], student)
+    return compare(losses.reverse_kl, targets[-1], student)
 
 
 def _agreement(targets, student):

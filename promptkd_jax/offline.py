@@ -33,7 +33,8 @@ from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import DataError, Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import dealt_out, decode, write_answers
 from promptkd_jax.files import Lines, is_remote, make_folder, write_json, write_text
-from promptkd_jax.losses import Linear, TopK, chunk_elements, log_probs
+from promptkd_jax.linear import Linear, TopK, chunk_elements
+from promptkd_jax.losses import log_probs
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
 from promptkd_jax.sampler import Sampling

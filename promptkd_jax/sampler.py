@@ -340,12 +340,22 @@ def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """-inf outside of the smallest set of tokens whose probability reaches p."""
-    descending = -jnp.sort(-logits, axis=-1)
-    probability = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    threshold = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
+    """-inf outside of the smallest set of tokens whose probability reaches p; what is equally
+    probable stays together."""
+    probability = jax.nn.softmax(logits, axis=-1)
+    rank = jax.lax.bitcast_convert_type(probability, jnp.int32)  # in the same order
+
+    def halve(_, bounds):
+        """Tokens from rank `low` on reach p, or are all; those from `high` on do not."""
+        low, high = bounds
+        middle = low + (high - low) // 2
+        reached = jnp.sum(jnp.where(rank >= middle, probability, 0), axis=-1, keepdims=True) >= p
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    none = jax.lax.bitcast_convert_type(jnp.float32(2), jnp.int32)
+    bounds = jnp.zeros_like(rank[:, :1]), jnp.full_like(rank[:, :1], none)
+    low, _ = jax.lax.fori_loop(0, 31, halve, bounds)
+    return jnp.where(rank < low, -jnp.inf, logits)
 
 
 def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:

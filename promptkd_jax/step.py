@@ -16,7 +16,7 @@ import optax
 
 from promptkd_jax import losses, objective, policy_gradient, sharding
 from promptkd_jax.batch import Batch, in_least_width, narrow
-from promptkd_jax.losses import Linear, linear_values
+from promptkd_jax.linear import Linear, linear_values
 from promptkd_jax.method import POLICY, PRESETS, Conventions, Method
 from promptkd_jax.objective import Part
 from promptkd_jax.targets import Replay, Written, row_statistics, target_rows

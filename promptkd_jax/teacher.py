@@ -10,7 +10,7 @@ import numpy as np
 
 from promptkd_jax import hidden
 from promptkd_jax.batch import Batch, Responses, gather, responses
-from promptkd_jax.losses import Linear, TopK
+from promptkd_jax.linear import Linear, TopK
 from promptkd_jax.method import Method
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.sampler import Voice

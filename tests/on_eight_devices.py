@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from promptkd_jax import losses, optimizer, sharding
 from promptkd_jax.batch import Batch
+from promptkd_jax.linear import Linear, linear_loss
 from promptkd_jax.method import Method
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
@@ -234,8 +235,8 @@ def other_meshes_are_left_alone() -> None:
 
     @jax.value_and_grad
     def loss(learner, target, mask):
-        learner, target = losses.Linear(learner, head), losses.Linear(target, head)
-        return losses.linear_loss([losses.reverse_kl], learner, [target], mask, chunk=4)[0]
+        learner, target = Linear(learner, head), Linear(target, head)
+        return linear_loss([losses.reverse_kl], learner, [target], mask, chunk=4)[0]
 
     whole_loss = jax.jit(loss)(*inputs)
     for kind, shape, names, cut in (

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import sys
 import types
 
@@ -212,3 +213,12 @@ def test_both_sides_update_on_the_same_rows():
         assert rows.attention_mask[row].sum() == end - 1
     assert rows.mask.sum() == sum(batch.lengths - batch.prompt_lengths)
     assert rows.first == min(batch.prompt_lengths) - 1
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "benchmarks" / "results").glob("????-??-??-*.json"))
+)
+def test_what_was_measured_can_be_shown(file):
+    result = json.loads(file.read_text())
+    text = report.section(result, file.stem, {})
+    assert all(f"| {name} |" in text for name in result["cases"])

@@ -10,7 +10,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from promptkd_jax import losses
-from promptkd_jax.losses import DIVERGENCES, Linear, divergence, linear_loss
+from promptkd_jax.linear import Linear, linear_loss
+from promptkd_jax.losses import DIVERGENCES, divergence
 
 SHAPE = (3, 5, 13)
 SPECS = (

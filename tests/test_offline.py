@@ -28,7 +28,7 @@ from promptkd_jax.data import (
 )
 from promptkd_jax.evaluate import write_answers
 from promptkd_jax.files import read_text, to_path, write_text
-from promptkd_jax.losses import Linear
+from promptkd_jax.linear import Linear, linear_loss
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import Model, load_model
 from promptkd_jax.sampler import Sampling
@@ -185,7 +185,7 @@ def test_a_loss_on_cached_batches_counts_real_positions_alone(teacher, rows, tmp
 
     def loss(hidden):
         learner = Linear(hidden, head(teacher.params)[:VOCABULARY])
-        return losses.linear_loss((losses.forward_kl,), learner, (target,), where.mask)[0]
+        return linear_loss((losses.forward_kl,), learner, (target,), where.mask)[0]
 
     value, gradient = jax.value_and_grad(loss)(hidden)
     assert abs(value) < 1e-4  # the teacher against itself

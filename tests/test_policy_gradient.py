@@ -13,7 +13,7 @@ from test_golden import assert_close, cases
 
 from promptkd_jax import losses
 from promptkd_jax.batch import Batch, gather, responses
-from promptkd_jax.losses import Linear, linear_loss
+from promptkd_jax.linear import Linear, linear_loss
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.export import to_hugging_face
 from promptkd_jax.models.load import load_model

@@ -37,7 +37,7 @@ from test_step import (
 from promptkd_jax import hidden, losses
 from promptkd_jax.batch import Batch, gather, responses
 from promptkd_jax.hidden import HiddenTerm
-from promptkd_jax.losses import TopK
+from promptkd_jax.linear import TopK
 from promptkd_jax.step import TrainState, summarise
 from promptkd_jax.teacher import view_with_states
 

@@ -90,6 +90,7 @@ def short_config(folder: pathlib.Path, *, pad: int = 0) -> ConfigDict:
     config.title = "tiny"
     config.teacher.path = str(folder / "teacher")
     config.student.path = str(folder / "student")
+    config.teacher.remat = config.student.remat = "auto"
     config.data.train = str(folder / "train.jsonl")
     config.data.dev = str(folder / "dev.jsonl")
     config.data.template = "plain"

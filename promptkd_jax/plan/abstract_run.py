@@ -18,7 +18,7 @@ from promptkd_jax import build, schema, sharding
 from promptkd_jax.batch import Batch
 from promptkd_jax.config import ConfigError
 from promptkd_jax.experiment import Experiment, Stage, projections, stage_optimizers
-from promptkd_jax.losses import TopK
+from promptkd_jax.linear import TopK
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model, chosen_layers, end_ids, resolve
