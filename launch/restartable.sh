@@ -9,9 +9,10 @@ asked='' child='' status=0
 trap 'asked=yes; [[ ! $child ]] || kill -TERM "$child"' TERM
 "$@" &
 child=$!
-while kill -0 "$child" 2>/dev/null; do
+until
   status=0
-  wait "$child" || status=$?
-done
+  wait "$child" || status=$?  # also of a child that has ended already; a signal ends it early
+  ! kill -0 "$child" 2>/dev/null
+do :; done
 [[ ! $asked ]] || exit 42
 exit $status
