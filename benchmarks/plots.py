@@ -62,7 +62,7 @@ def growth(axes: dict):
         every = [point["sizes"][axis] for point in axes[axis]["points"]]
         _logarithmic(below, every)
         below.set_xlabel(AXES[axis])
-    for axes_, label in zip(grid[:, 0], ("iteration, s", "peak memory, GiB")):
+    for axes_, label in zip(grid[:, 0], ("iteration, s", "peak memory\nwith compiling, GiB")):
         axes_.set_yscale("log")
         axes_.yaxis.set_major_locator(_few_ticks())
         axes_.yaxis.set_major_formatter("{x:g}")
