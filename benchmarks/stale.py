@@ -41,21 +41,21 @@ FIGURES = {  # of a run: name, format
 def main() -> None:
     """Trains what is not there yet and prints the table."""
     options = _options()
-    runs = _runs(options)
-    for run in runs.values():
+    pretraining, runs = _runs(options)
+    for run in (*pretraining, *runs.values()):
         if not (run.folder / "summary.json").exists():
             print(f"{run.name} …", file=sys.stderr, flush=True)
             claim(run.folder, run.config, schema.IRRELEVANT)
             compare.train(run, options.workdir / "cache")
-    found = {key: _figures(run) for key, run in runs.items() if isinstance(key, tuple)}
+    found = {key: _figures(run) for key, run in runs.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"`python {shlex.join(sys.argv)}`", end=": ")
     print(f"{_device()}; {versions}, Python {platform.python_version()}\n")
     print("\n".join(_table(found, options.seeds)))
 
 
-def _runs(options: argparse.Namespace) -> dict:
-    """Every training: by name those of the teacher and the student, by (stale, seed) the others."""
+def _runs(options: argparse.Namespace) -> tuple[list[comparison.Run], dict]:
+    """The trainings of the teacher and the student, and by (stale, seed) the others."""
     config, _ = load_config([f"--config={HERE / 'configs/compare.py'}:small"])
     config = config.copy_and_resolve_references().unlock()
     config.methods, config.seeds = (options.method,), tuple(options.seeds)
@@ -63,7 +63,7 @@ def _runs(options: argparse.Namespace) -> dict:
     config.changes.all.learning_rate = options.rate
     config.run.update(log_every=1)
     made = comparison.plan(config, options.workdir)
-    runs = dict(made.pretraining)
+    runs = {}
     for seed in options.seeds:
         for stale in (False, True):
             run = made.runs[options.method, seed]
@@ -74,7 +74,7 @@ def _runs(options: argparse.Namespace) -> dict:
             own.title = f"{run.name}, {kind} rows"
             folder = f"{options.method}-{options.steps}-{options.rate:g}-{kind}-seed{seed}"
             runs[stale, seed] = comparison.Run(own.title, own, options.workdir / folder)
-    return runs
+    return list(made.pretraining.values()), runs
 
 
 def _figures(run: comparison.Run) -> dict[str, float]:

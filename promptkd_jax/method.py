@@ -236,21 +236,28 @@ def contradictions(method) -> list[str]:
             f"teacher_view: {method.teacher_view!r} is of no use where no term of student_terms "
             "looks at the teacher; name a divergence there"
         )
-    if method.teacher_share and method.targets not in ON_POLICY:
+    if method.targets not in ON_POLICY:
+        found += _without_rollouts(method)
+    if POLICY in names:
+        found += _about_policy(method)
+    if method.teacher_view == "cached":
+        found += _about_cache(method, names)
+    return found
+
+
+def _without_rollouts(method) -> list[str]:
+    found = []
+    if method.teacher_share:
         found.append(
             f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "
             f"targets = {method.targets!r} has none; expected targets = 'student'"
         )
-    if method.stale_rollouts and method.targets not in ON_POLICY:
+    if method.stale_rollouts:
         found.append(
             f"stale_rollouts: rows are written a step ahead, but targets = {method.targets!r} has "
             f"none that are written during training; expected False, or one of "
             f"{', '.join(ON_POLICY)}"
         )
-    if POLICY in names:
-        found += _about_policy(method)
-    if method.teacher_view == "cached":
-        found += _about_cache(method, names)
     return found
 
 
