@@ -17,6 +17,7 @@ from promptkd_jax import sharding
 CUT = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
 LANES = 128  # the columns that a TPU register holds, and the least that splash takes at once
 MAX_BLOCK = 512  # columns; the scores of a block then take 1 MiB on the chip
+MAX_PARTS = 4  # of a row, without a kernel: then 5/8 of the scores are computed, 1/2 are needed
 
 
 def attend(
@@ -51,7 +52,7 @@ def attend(
         return _splash(query, key, value, window)
     if chosen == "cudnn":
         return _cudnn(query, key, value, window)
-    return _causal(query, key, value, window, "xla")
+    return _in_parts(query, key, value, window)
 
 
 def copies(heads: int, kv_heads: int) -> int:
@@ -85,15 +86,9 @@ def attend_to_cache(
       window: as for `attend`.
     """
     rows, _, heads, head_width = query.shape
-    each = jnp.arange(key.shape[2])
-    seen = each <= columns
-    if window is not None:
-        seen &= each > columns - window
+    seen = _seen(columns, jnp.arange(key.shape[2]), window)  # [B, 1, S]
     query = query.reshape(rows, key.shape[1], -1, head_width)  # [B, K, N / K, H]
-    scores = jnp.einsum("bkgh,bksh->bkgs", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores * head_width**-0.5, -jnp.inf)
-    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgs,bksh->bkgh", shares, value).reshape(rows, 1, heads, head_width)
+    return _weigh(query, key, value, seen[:, None]).reshape(rows, 1, heads, head_width)
 
 
 def implementation(
@@ -134,15 +129,48 @@ def implementation(
     return "xla"
 
 
-def _causal(query, key, value, window: int | None, chosen: str) -> jax.Array:
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=chosen,
-    )
+def _in_parts(query, key, value, window: int | None) -> jax.Array:
+    """A few columns of queries at a time, against no keys but those that one of them sees."""
+    columns = query.shape[1]
+    query = _grouped(query, key.shape[2])
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
+    size = math.ceil(columns / min(MAX_PARTS, math.ceil(columns / LANES)))
+    parts = []
+    for begin in range(0, columns, size):
+        end = min(begin + size, columns)
+        first = 0 if window is None else max(0, begin + 1 - window)
+        seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), window)
+        seen_keys = key[:, :, first:end], value[:, :, first:end]
+        parts.append(_weigh(query[:, :, :, begin:end], *seen_keys, seen))
+    return _ungrouped(jnp.concatenate(parts, axis=3))
+
+
+def _grouped(query, kv_heads: int) -> jax.Array:
+    """`[B, T, N, H]` by the key/value head that is read: `[B, K, N / K, T, H]`."""
+    rows, columns, _, head_width = query.shape
+    return jnp.moveaxis(query.reshape(rows, columns, kv_heads, -1, head_width), 1, 3)
+
+
+def _ungrouped(x) -> jax.Array:
+    """The inverse of `_grouped`."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _seen(columns, others, window: int | None) -> jax.Array:
+    """Which of the `others` `[S]` each of the `columns` `[…, T]` sees: `[…, T, S]`."""
+    seen = others <= columns[..., None]
+    return seen if window is None else seen & (others > columns[..., None] - window)
+
+
+def _weigh(query, key, value, seen) -> jax.Array:
+    """The mean of the values that are `seen`, weighted by the softmax of the scores: `[B, K, …, H]`
+    of queries `[B, K, …, H]` and of keys and values `[B, K, S, H]`."""
+    # With heads before columns XLA's CPU compiler transposes no scores.
+    scores = jnp.einsum("bk...h,bksh->bk...s", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf)
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bk...s,bksh->bk...h", shares, value)
 
 
 def _cudnn(query, key, value, window: int | None) -> jax.Array:
@@ -151,7 +179,15 @@ def _cudnn(query, key, value, window: int | None) -> jax.Array:
     query, key, value = (
         sharding.constrain(_pad(x, columns % 2), *CUT) for x in (query, key, value)
     )
-    return _causal(query, key, value, window, "cudnn")[:, :columns]
+    attended = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return attended[:, :columns]
 
 
 def _pad(x: jax.Array, columns: int) -> jax.Array:
