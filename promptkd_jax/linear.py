@@ -109,6 +109,8 @@ def linear_loss(
       observation, `[len(terms) + len(observe)]`, which carry no gradient. All are sums: divide by
       `mask.sum()` (over all devices and micro-batches) for a mean.
     """
+    if not terms:
+        raise ValueError("no terms; expected at least one (linear_values measures without a loss)")
     if len(terms) > len(targets):
         raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)

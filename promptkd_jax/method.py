@@ -28,6 +28,7 @@ VIEWS = {
     "online": "as it is, and it learns from the student in turn",
 }
 REGULARISATIONS = ("linear", "constant", "adaptive")
+LEAST = dict(rollout_slots=0, micro_batches=1, length_buckets=1, minibatches=1, passes=1)
 
 Terms = tuple[tuple[str, float], ...]
 
@@ -92,8 +93,9 @@ class Method:
       micro_batches: G; rows are dealt out to micro-batches in turn.
       length_buckets: lengths that an update is compiled for, up to that of a whole row in even
         steps; a micro-batch takes the least that its longest row fits into, and micro-batches have
-        rows of like length. So do rollouts, for their requests. More of them compile longer. What
-        is computed is the same, up to rounding.
+        rows of like length. So do rollouts, for their requests. More of them compile longer, and
+        the soft prompt's update makes a forward of the student of its own. What is computed is the
+        same, up to rounding.
       minibatches, passes: a step's rows serve `passes` times `minibatches` updates of the student,
         each on its part of them (MiniLLM: 4 passes).
 
@@ -133,7 +135,12 @@ class Method:
     conventions: Conventions = Conventions()
 
     def __post_init__(self):
-        mistakes = contradictions(self)
+        mistakes = [
+            f"{field}: {getattr(self, field)}; expected at least {least}"
+            for field, least in LEAST.items()
+            if getattr(self, field) < least
+        ]
+        mistakes += contradictions(self)
         if self.teacher_view == "in_context" and not self.demonstrations:
             mistakes.append("demonstrations: are none, but teacher_view = 'in_context' needs some")
         if mistakes:
@@ -247,6 +254,11 @@ def contradictions(method) -> list[str]:
 
 def _without_rollouts(method) -> list[str]:
     found = []
+    if method.rollout_slots:
+        found.append(
+            f"rollout_slots: {method.rollout_slots} rows are to be written at once, but targets = "
+            f"{method.targets!r} has none that are written during training; expected 0"
+        )
     if method.teacher_share:
         found.append(
             f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "

@@ -473,6 +473,8 @@ def test_terms_and_targets_must_be_as_many():
     learner, teacher, _, mask = problem()
     with pytest.raises(ValueError, match="2 terms need as many targets, got 1"):
         linear_loss([losses.reverse_kl] * 2, learner, [teacher], mask)
+    with pytest.raises(ValueError, match="no terms; expected at least one"):
+        linear_loss([], learner, [teacher], mask, observe=[lambda targets, logits: logits[..., 0]])
 
 
 def test_a_position_outside_of_the_mask_changes_nothing():

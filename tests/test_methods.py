@@ -609,6 +609,13 @@ def test_rows_that_nobody_wrote_ahead():
         dataclasses.replace(MINILLM, stale_rollouts=True)
 
 
+def test_counts_have_a_least():
+    with pytest.raises(
+        ValueError, match="rollout_slots: -1; expected at least 0; length_buckets: 0"
+    ):
+        plain(rollout_slots=-1, length_buckets=0)
+
+
 # Several updates in one step
 
 

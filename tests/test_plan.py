@@ -259,6 +259,9 @@ def test_phases_follow_the_method():
     gold = small_config()
     gold.stages = (method_stage("kd", batch_size=8, steps=10),)
     assert list(roofline.phases(abstract_run(gold), sizes(1, 1, 1))) == ["student update"]
+    in_buckets = roofline.phases(small_run(length_buckets=2), sizes(1, 1, 1))
+    again = roofline.forward_flops(small_run().student.decoder.config, 8, 256)
+    assert run_flops(in_buckets) - run_flops(prompted) == again  # it is not shared then
     without = small_run(regularisation=0.0)
     plain = run_flops(prompted) - run_flops(roofline.phases(without, sizes(1, 1, 1)))
     teacher = without.teacher.decoder.config

@@ -619,6 +619,10 @@ IMPOSSIBLE = {
         stage("minillm", token_weighting="teacher_confidence"),
         ["stages[0].token_weighting: 'teacher_confidence' is not for policy_gradient"],
     ),
+    "slots, gold rows": (
+        stage("kd", rollout_slots=2),
+        ["stages[0].rollout_slots: 2 rows are to be written at once, but targets = 'gold' has"],
+    ),
     "rows ahead, gold rows": (
         stage("kd", stale_rollouts=True),
         ["stages[0].stale_rollouts: rows are written a step ahead, but targets = 'gold' has none"],

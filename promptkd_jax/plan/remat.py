@@ -49,7 +49,8 @@ def _needed_bytes(run: AbstractRun, mesh: jax.sharding.Mesh) -> float:
 
 
 def device_bytes() -> float:
-    """The memory of a device; those of a CPU share the machine's."""
+    """The memory of a device; those of a CPU share the machine's, of which a container or a job
+    may have less: name a policy there."""
     if statistics := jax.local_devices()[0].memory_stats():
         return statistics["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()

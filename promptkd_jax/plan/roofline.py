@@ -304,7 +304,8 @@ def _student(run: AbstractRun, count: _Counter) -> Work:
 
 def _shared(run: AbstractRun) -> bool:
     """Whether one forward of the student serves both updates; it counts in the student's."""
-    return run.stage.method.parts * run.stage.method.passes == 1
+    method = run.stage.method
+    return method.parts * method.passes == method.length_buckets == 1
 
 
 def _parameters(model: Any) -> int:
