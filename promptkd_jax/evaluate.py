@@ -294,8 +294,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, nargs="+", help="JSON lines files or hub ids")
     parser.add_argument("--split", default="test", help="of a hub data set")
     parser.add_argument("--output", required=True, help="folder for the results")
-    parser.add_argument("--template", default="alpaca", choices=sorted(TEMPLATES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50])
+    template = "that of the training (default: alpaca)"
+    parser.add_argument("--template", default="alpaca", choices=sorted(TEMPLATES), help=template)
+    seeds = "all rows are answered once with each (default: 10 20 30 40 50)"
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help=seeds)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)

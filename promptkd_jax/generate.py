@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd generate", description=main.__doc__)
     parser.add_argument("--model", required=True, help="folder, .gguf file, or hub id")
     parser.add_argument("--request", help="answer this and stop")
-    parser.add_argument("--template", default="chat", choices=sorted(TEMPLATES))
+    template = "that of the training (default: chat)"
+    parser.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help=template)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)

@@ -282,9 +282,8 @@ def _about_policy(method) -> list[str]:
         )
     if method.stale_rollouts:
         found.append(
-            f"stale_rollouts: {POLICY} takes the student as it is for the one that wrote the rows, "
-            "in its ratios and rewards, and rows written a step ahead are of the one before it; "
-            "expected False"
+            f"stale_rollouts: {POLICY} needs rows that the student wrote as it is; those written a "
+            "step ahead are of the student before its last update; expected False"
         )
     if method.token_weighting != "uniform":
         found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY}")

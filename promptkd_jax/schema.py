@@ -309,8 +309,13 @@ def _stage_contradictions(path: str, stage: ConfigDict, config: ConfigDict):
     parts = stage.micro_batches * stage.minibatches
     if stage.batch_size % parts:
         yield (
-            f"{path}.micro_batches: {stage.micro_batches} x {stage.minibatches} minibatches do not "
-            f"divide batch_size = {stage.batch_size}"
+            f"{path}.micro_batches: {stage.micro_batches} in each of {stage.minibatches} "
+            f"minibatches do not divide batch_size = {stage.batch_size}"
+        )
+    if stage.rollout_slots > stage.batch_size:
+        yield (
+            f"{path}.rollout_slots: {stage.rollout_slots} are more than a step has rows; expected "
+            f"at most batch_size = {stage.batch_size}, or 0 for all of them"
         )
     yield from (f"{path}.{mistake}" for mistake in contradictions(stage))
     for index, term in enumerate(stage.hidden_terms):

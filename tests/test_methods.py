@@ -605,7 +605,7 @@ def test_rows_that_nobody_wrote_ahead():
         update(STALE, begin())
     with pytest.raises(ValueError, match="stale_rollouts: rows are written a step ahead, but"):
         plain(stale_rollouts=True)
-    with pytest.raises(ValueError, match="stale_rollouts: policy_gradient takes the student as"):
+    with pytest.raises(ValueError, match="stale_rollouts: policy_gradient needs rows that"):
         dataclasses.replace(MINILLM, stale_rollouts=True)
 
 

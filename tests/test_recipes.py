@@ -619,6 +619,10 @@ IMPOSSIBLE = {
         stage("minillm", token_weighting="teacher_confidence"),
         ["stages[0].token_weighting: 'teacher_confidence' is not for policy_gradient"],
     ),
+    "more slots than rows": (
+        stage("gkd", rollout_slots=5),
+        ["stages[0].rollout_slots: 5 are more than a step has rows; expected"],
+    ),
     "slots, gold rows": (
         stage("kd", rollout_slots=2),
         ["stages[0].rollout_slots: 2 rows are to be written at once, but targets = 'gold' has"],
@@ -629,7 +633,7 @@ IMPOSSIBLE = {
     ),
     "rows ahead, policy gradient": (
         stage("opd", stale_rollouts=True),
-        ["stages[0].stale_rollouts: policy_gradient takes the student as it is"],
+        ["stages[0].stale_rollouts: policy_gradient needs rows that the student wrote as it is"],
     ),
     "teacher's share, gold rows": (
         stage("kd", teacher_share=0.2),
@@ -703,7 +707,7 @@ IMPOSSIBLE = {
     ),
     "minibatches": (
         stage("minillm", minibatches=3),
-        ["stages[0].micro_batches: 1 x 3 minibatches do not divide batch_size = 4"],
+        ["stages[0].micro_batches: 1 in each of 3 minibatches do not divide batch_size = 4"],
     ),
 }
 

@@ -36,10 +36,12 @@ def show_search(
     console = Console()
     console.print("\n".join(_heading(plans[0], mesh=False)), highlight=False, markup=False)
     left_out = ", ".join(f"{number} where {why}" for why, number in dropped.items() if number)
-    console.print(f"{fitting} meshes fit by the estimate; left out: {left_out or 'none'}")
+    pairs = "pairs of a mesh and a number of micro-batches"
+    console.print(f"{fitting} {pairs} fit by the estimate; left out: {left_out or 'none'}")
     headings = ("mesh", "micro", "GiB", "fits", "by", "s/step", "tokens/s", "USD/Mtok")
     table = Table(
-        title="data x fsdp x tensor, the fastest first (within 2 %: the smaller)",
+        title=f"data x fsdp x tensor and micro-batches, {min(most, len(plans))} of {len(plans)}: "
+        "the fastest first, in classes of 2 % of the time; in a class the smallest first",
         title_justify="left",
     )
     for name in headings:
