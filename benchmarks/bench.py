@@ -58,7 +58,7 @@ SIDES = {
 # The peak of memory is that of iterations alone, so they come first.
 STEP = ("iteration", "rollout", "update", "student_update")
 OTHERS = ("checkpoint", "matmul", "stream")
-GROWTH_REPEATS = 2
+GROWTH_REPEATS = 3
 
 
 class SideEnded(RuntimeError):
@@ -122,14 +122,21 @@ def measure(
     for group in [list(sides)] if in_turn else [[side] for side in sides]:
         with tempfile.TemporaryDirectory() as compiled:
             start = functools.partial(Process, case=case, models=models, compiled=compiled)
-            found |= _measure(start, group, repeats, parts)
+            found |= _measure(start, group, {part: turns(case, part, repeats) for part in parts})
     return found
 
 
-def _measure(
-    start: Callable[[str], Process], sides: Sequence[str], repeats: int, parts: Sequence[str]
-) -> dict:
-    """All parts of sides that take turns."""
+def turns(case: Case, part: str, repeats: int) -> int:
+    """How often a part is measured: more often than `repeats` where that takes no time, and where
+    no two times are alike."""
+    if part in ("matmul", "stream"):
+        return 9
+    varies = case.mean_response is not None and part in ("iteration", "rollout")
+    return 3 * repeats if varies else repeats
+
+
+def _measure(start: Callable[[str], Process], sides: Sequence[str], parts: dict[str, int]) -> dict:
+    """All `parts`, each so often, of sides that take turns."""
     starts_count = bool(set(parts) - set(STEP))
     with contextlib.ExitStack() as stack:
         running = {}
@@ -146,8 +153,8 @@ def _measure(
         if not starts_count:
             _each(sides, begin)
         found = _each(sides, first)
-        for part in parts:
-            answers = _turns({side: running[side] for side in found}, part, repeats)
+        for part, times in parts.items():
+            answers = _turns({side: running[side] for side in found}, part, times)
             found = {side: found[side] | {part: summary(answers[side])} for side in answers}
             if part == "iteration":
                 for side in found:
@@ -164,10 +171,10 @@ def _measure(
     return found
 
 
-def _turns(running: dict[str, Process], part: str, repeats: int) -> dict[str, list[dict]]:
+def _turns(running: dict[str, Process], part: str, times: int) -> dict[str, list[dict]]:
     """Answers of a part after its warm-up, which an iteration has had."""
     answers = {side: [] for side in running}
-    for turn in range(part == "iteration", 1 + repeats):
+    for turn in range(part == "iteration", 1 + times):
         found = _each(answers, lambda side: running[side].do(part))
         answers = {side: answers[side] + [answer] * (turn > 0) for side, answer in found.items()}
     return answers
@@ -185,12 +192,14 @@ def _each(sides: Iterable[str], work_of: Callable[[str], Any]) -> dict[str, Any]
 
 
 def summary(answers: list[dict]) -> dict:
-    """Median and all of the seconds, and a rate where a part says what it did."""
-    seconds = [answer["seconds"] for answer in answers]
+    """Median and all of the seconds; where a part says what it did, that and the rate: of all turns
+    together where no two did the same, else of the median."""
+    seconds, values = ([answer[key] for answer in answers] for key in ("seconds", "value"))
     result = {"seconds": statistics.median(seconds), "all": seconds}
-    if answers[0]["value"] is not None:
-        rates = [answer["value"] / answer["seconds"] for answer in answers]
-        result["per_second"] = statistics.median(rates)
+    if None not in values:
+        alike = len(set(values)) == 1
+        rate = values[0] / result["seconds"] if alike else sum(values) / sum(seconds)
+        result |= {"values": values, "per_second": rate}
     return result
 
 
@@ -249,8 +258,8 @@ def measure_axis(axis: str, cases: Sequence[Case], measured: dict, in_turn: bool
         if case.name not in measured:
             found = measure(case, case.sides, GROWTH_REPEATS, STEP, in_turn)
             measured[case.name] = {"sizes": work.sizes(case), "found": found}
-            seconds = {side: round(one["iteration"]["seconds"], 3) for side, one in found.items()}
-            print(f"{time.strftime('%H:%M:%S')} {case.name}: iteration {seconds}", flush=True)
+            times = ", ".join(f"{s} {one['iteration']['seconds']:.3f}" for s, one in found.items())
+            print(f"{time.strftime('%H:%M:%S')} {case.name}, s/iteration: {times}", flush=True)
         points.append({"case": dataclasses.asdict(case)} | measured[case.name])
     return points
 
@@ -310,7 +319,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", choices=("cases", "growth"), help="(default: both)")
     parser.add_argument("--case", metavar="NAME", help="this case only, and no growth")
     parser.add_argument("--axis", nargs="+", choices=report.AXES, help="these only, and no cases")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="(default: see cases.py)")
+    sides = f"of cases (default: see cases.py), of {', '.join(map(repr, SIDES))}"
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="SIDE", help=sides)
     parser.add_argument("--repeats", default=3, type=int, help="of cases, after a warm-up")
     parser.add_argument("--output", type=pathlib.Path, help="file (default: results/ and README)")
     options = parser.parse_args()
@@ -319,6 +329,9 @@ def _options() -> argparse.Namespace:
         parser.error(f"--case: {options.case!r} is not one of {', '.join(map(repr, names))}")
     if options.sides and not {"ours", "theirs"} <= set(options.sides):
         parser.error("--sides: ours and theirs must be among them")
+    for one, other in (("case", "axis"), ("sides", "axis")):
+        if getattr(options, one) and getattr(options, other):
+            parser.error(f"--{one} is of cases, --{other} of growth: give one of them")
     named = "cases" if options.case else "growth" if options.axis else None
     options.only, options.axis = options.only or named, options.axis or list(report.AXES)
     return options

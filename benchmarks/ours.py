@@ -52,8 +52,9 @@ class Side:
             return jax.jit(functools.partial(step, method=changed), donate_argnums=0)
 
         self._iteration = jitted()
-        self._update = jitted(targets="gold")
-        self._student_update = jitted(targets="gold", teacher_view="plain")
+        on_rows = dict(targets="gold", rollout_slots=0)
+        self._update = jitted(**on_rows)
+        self._student_update = jitted(teacher_view="plain", **on_rows)
         self._rollout = jax.jit(
             functools.partial(
                 rollout,

@@ -8,6 +8,7 @@ COLOURS = {
     "theirs": "#d0641c",
     "theirs, torch.compile": "#3d9a50",
     "theirs, bfloat16": "#8a56ac",
+    "theirs, one micro-batch": "#8c7a3a",
 }
 AXES = {
     "rows": "rows",

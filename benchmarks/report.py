@@ -11,6 +11,7 @@ Of a result, `cases` (by name) and `growth` (by axis) each carry the `run` that 
 
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 
@@ -31,7 +32,7 @@ def publish(folder: pathlib.Path, new: dict) -> None:
     """Writes results, plots and the device's section of the README of `folder`."""
     name = new["device"].replace(" ", "-")
     files = sorted((folder / "results").glob(f"????-??-??-{name}.json"))
-    result = merged(json.loads(files[-1].read_text()), new) if files else new
+    result = merged(json.loads(files[-1].read_text()) if files else {}, new)
     stem = f"{max(run['date'] for run in _runs(result))}-{name}"
     (folder / "results" / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     drawn = plots.draw(result, folder / "results", stem)
@@ -41,9 +42,10 @@ def publish(folder: pathlib.Path, new: dict) -> None:
 
 
 def merged(old: dict, new: dict) -> dict:
-    """`new` over `old`, by case and axis."""
+    """`new` over `old`, by case and axis; `ratios` are those of the first case."""
     parts = {part: old.get(part, {}) | new[part] for part in ("cases", "growth")}
-    return {"device": new["device"]} | parts
+    first = next(iter(parts["cases"].values()), {"ratios": {}})
+    return {"device": new["device"], "ratios": first["ratios"]} | parts
 
 
 def section(result: dict, stem: str, drawn: dict[str, str]) -> str:
@@ -90,13 +92,30 @@ def case_table(one: dict) -> str:
 
         return text
 
+    def rate(part: str, scale: float, digits: int) -> Callable[[dict], str]:
+        def text(side: dict) -> str:
+            each = [v / s / scale for v, s in zip(side[part]["values"], side[part]["all"])]
+            middle = side[part]["per_second"] / scale
+            return f"{middle:,.{digits}f} ({min(each):,.{digits}f}–{max(each):,.{digits}f})"
+
+        return text
+
+    def tokens(part: str) -> Callable[[dict], str]:
+        return lambda side: f"{statistics.median(side[part]['values']):,.0f}"
+
     line("iteration, s", seconds("iteration"))
+    line("tokens of its answers", tokens("iteration"))
     line("its answers, tokens/s", lambda s: f"{s['iteration']['per_second']:,.1f}", "iteration")
     line("iterations an hour", lambda s: f"{3600 / s['iteration']['seconds']:,.0f}")
     line("rollout, s", seconds("rollout"))
+    line("its tokens", tokens("rollout"))
     line("rollout, tokens/s", lambda s: f"{s['rollout']['per_second']:,.0f}", "rollout")
     line("update of both, s", seconds("update"), "update")
     line("update of the student alone, s", seconds("student_update"))
+    line(
+        "the difference, the soft prompt's, s",
+        lambda s: f"{s['update']['seconds'] - s['student_update']['seconds']:.2f}",
+    )
     line(
         "peak memory, compiled before, GiB",
         lambda s: f"{s['peak_bytes_cached'] / 2**30:.2f}",
@@ -107,8 +126,8 @@ def case_table(one: dict) -> str:
     line("the same, compiled before, s", lambda s: f"{s['first_step_cached']:.0f}")
     line("loading, s", lambda s: f"{s['load']['seconds']:.1f}")
     line("checkpoint, saved and read, s", seconds("checkpoint"))
-    line("large product, GFLOP/s", lambda s: f"{s['matmul']['per_second'] / 1e9:,.0f}")
-    line("skinny product, GB/s", lambda s: f"{s['stream']['per_second'] / 1e9:,.1f}")
+    line("large product, GFLOP/s", rate("matmul", 1e9, 0))
+    line("skinny product, GB/s", rate("stream", 1e9, 1))
     if one["shares"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in one["shares"].items())
         lines += ["", f"Of the machine's rates, ours: {shares}."]
@@ -161,8 +180,11 @@ def _about(run: dict) -> str:
 
 def main() -> None:
     """Publishes files, one after the other."""
-    for file in sys.argv[1:]:
-        publish(pathlib.Path(__file__).parent, json.loads(pathlib.Path(file).read_text()))
+    for file in map(pathlib.Path, sys.argv[1:]):
+        if not file.exists():
+            sys.exit(f"report.py: there is no {file}; expected a file that bench.py wrote")
+        publish(pathlib.Path(__file__).parent, json.loads(file.read_text()))
+        print(f"{file}: its figures are in {pathlib.Path(__file__).with_name('README.md')}")
 
 
 if __name__ == "__main__":

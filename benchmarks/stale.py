@@ -1,5 +1,4 @@
-"""Rows written a step ahead (`stale_rollouts`) against fresh ones: what it does to the student, and
-to the time of an update.
+"""Rows written a step ahead (`stale_rollouts`) against fresh ones: what it does to the student.
 
 python benchmarks/stale.py [--workdir .cache/stale] [--method gkd] [--seeds 10 20 30] [--steps 150]
   [--rate 5e-4]
@@ -30,7 +29,6 @@ HERE = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 LAST = 50  # updates
 FIGURES = {  # of a run: name, format
-    "seconds": ("s/update, median", ".4f"),
     "loss": (f"student loss, last {LAST} updates", ".4f"),
     "kl_after": ("dev KL(p‖q), nats", ".4f"),
     "agreement_after": ("dev agreement", ".3f"),
@@ -80,14 +78,7 @@ def _runs(options: argparse.Namespace) -> tuple[list[comparison.Run], dict]:
 def _figures(run: comparison.Run) -> dict[str, float]:
     summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
     rows = [row for row in read_metrics(run.folder) if "student_loss" in row]
-    seconds = [row["seconds_per_update"] for row in rows if "seconds_per_update" in row]
-    return (
-        summary
-        | {
-            "seconds": statistics.median(seconds),  # whatever else the machine did meanwhile
-            "loss": statistics.fmean(row["student_loss"] for row in rows[-LAST:]),
-        }
-    )
+    return summary | {"loss": statistics.fmean(row["student_loss"] for row in rows[-LAST:])}
 
 
 def _table(found: dict, seeds: list[int]) -> list[str]:

@@ -20,7 +20,7 @@ from promptkd_jax.plan import roofline
 def write_models(case: Case, folder: pathlib.Path) -> dict[str, str]:
     """Folders of the case's teacher and student in `folder`, written where they are not yet."""
     return {
-        "teacher": str(_write_model(folder, case.teacher, 0)),
+        "teacher": str(_write_model(folder, case.teacher, 0, case.mean_response)),
         "student": str(_write_model(folder, case.student, 1, case.mean_response)),
     }
 
@@ -76,8 +76,8 @@ def operations(case: Case) -> dict[str, float]:
 
     The rollout's are those of its tokens, each with the keys before it. Both teachers and the
     student are multiplied out at the response positions alone; the teacher's backward pass makes no
-    gradient of weights. Attention counts whole squares, since that is what is computed without a
-    flash kernel: half of them would do, some 3 % less where rows have 256 columns.
+    gradient of weights. Attention counts whole squares; half of them would do, some 3 % less where
+    rows have 256 columns.
     """
     teacher, student = map(from_hugging_face, (case.teacher, case.student))
     rows, columns, behind = case.rows, case.columns, case.columns + case.soft_prompt

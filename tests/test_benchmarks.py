@@ -47,6 +47,10 @@ def test_models_have_positions_for_rows_behind_their_soft_prompts(device):
         assert case.columns + case.soft_prompt <= case.teacher["n_positions"]
 
 
+def test_every_side_that_counts_for_a_ratio_has_a_colour():
+    assert {"ours", *bench.theirs(CASE)} <= set(plots.COLOURS)
+
+
 def test_bytes_of_updates_are_those_of_their_passes():
     matrices = 2 * (4 + 8) * 8 * 8 + 32 * 8  # of 2 layers and the head
     parameters = (32 + 16) * 8 + 2 * (12 * 8 * 8 + 13 * 8) + 2 * 8
@@ -71,7 +75,8 @@ def test_nothing_is_counted_where_answers_end_by_themselves():
 
 
 def side(scale: float) -> dict:
-    timed = {"seconds": scale, "all": [scale, scale], "per_second": 1e9 / scale}
+    timed = {"seconds": scale, "all": [scale, scale], "values": [1e9, 1e9]}
+    timed["per_second"] = 1e9 / scale
     parts = ("iteration", "rollout", "update", "student_update", "load", "checkpoint")
     parts += ("matmul", "stream")
     whole = {"first_step": 1.0, "first_step_cached": 1.0}
@@ -174,12 +179,23 @@ def idle(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "write_models", lambda *_: {"teacher": "-", "student": "-"})
 
 
+def test_what_was_done_over_the_time_it_took():
+    def rate(*answers):
+        found = bench.summary([{"seconds": s, "value": v} for s, v in answers])
+        assert found["seconds"] == 2 and found["values"] == [v for _, v in answers]
+        return found["per_second"]
+
+    assert rate((1, 12), (9, 12), (2, 12)) == 6  # one slow turn of the same changes nothing
+    assert rate((1, 12), (9, 12), (2, 24)) == 4
+
+
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_every_part_is_measured_as_often_as_asked(idle, in_turn):
     found = bench.measure(CASE, ["ours", "theirs"], 2, (*bench.STEP, *bench.OTHERS), in_turn)
     assert set(found) == {"ours", "theirs"}
     for side in found.values():
-        assert all(len(side[part]["all"]) == 2 for part in (*bench.STEP, *bench.OTHERS))
+        for part in (*bench.STEP, *bench.OTHERS):
+            assert len(side[part]["all"]) == bench.turns(CASE, part, 2)
         assert {"load", "first_step", "first_step_cached"} < set(side)
         assert "per_second" in side["rollout"] and "per_second" not in side["update"]
     one = {"case": dataclasses.asdict(CASE), "found": found, "shares": {}}
@@ -222,3 +238,10 @@ def test_what_was_measured_can_be_shown(file):
     result = json.loads(file.read_text())
     text = report.section(result, file.stem, {})
     assert all(f"| {name} |" in text for name in result["cases"])
+    assert result["ratios"] == next(iter(result["cases"].values()))["ratios"]
+    for one in result["cases"].values():
+        case = cases.Case(**one["case"])
+        for side in one["found"].values():
+            for written in side["iteration"]["values"] + side["rollout"]["values"]:
+                ends = case.mean_response is not None
+                assert (written < case.rows * case.response) == ends
