@@ -8,10 +8,9 @@ GPU, whose memory one can fill, one ends before the next begins. A figure is the
 measured after a warm-up. What a ratio says is ours against the faster of theirs in the same dtype,
 larger is better.
 
-First come the cases, with the sides that `cases.py` names for each. Left out there, for time: on a
-CPU "theirs, torch.compile", and bfloat16 where answers end by themselves (`--case NAME --sides …`
-measures them). Then comes growth: around one small case rows, columns, vocabulary, soft prompt and
-models grow, one at a time.
+First come the cases, with the sides that `cases.py` names for each; `--case NAME --sides …` takes
+others. Then comes growth: around one small case rows, columns, vocabulary, soft prompt and models
+grow, one at a time.
 
 What is found goes into results/, with what earlier runs on the same device found of cases and axes
 that this one leaves out, and from there into README.md, see `report.py`; `--output` writes it to a
