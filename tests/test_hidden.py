@@ -278,8 +278,9 @@ def test_the_teacher_is_a_constant(kind):
 
 @pytest.mark.parametrize("policy", [policy for policy in REMAT if policy != "none"])
 def test_remat_changes_no_gradient(policy):
+    """But for rounding: gradients are up to 30 large."""
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
         run(Decoder(STUDENT.config.replace(remat=policy))),
         run(),
     )
