@@ -191,8 +191,8 @@ def _each(sides: Iterable[str], work_of: Callable[[str], Any]) -> dict[str, Any]
 
 
 def summary(answers: list[dict]) -> dict:
-    """Median and all of the seconds; where a part says what it did, that and the rate: of all turns
-    together where no two did the same, else of the median."""
+    """Median and all of the seconds; where a part says what it did, that and the rate: of the
+    median where all turns did the same, else of all turns together."""
     seconds, values = ([answer[key] for answer in answers] for key in ("seconds", "value"))
     result = {"seconds": statistics.median(seconds), "all": seconds}
     if None not in values:

@@ -25,7 +25,7 @@ class Case:
       dtype: what is computed in; the student's parameters are float32.
       micro_batches: of an update, of both sides.
       length_buckets, rollout_slots, remat: ours, see `Method` and `decoder.REMAT`. Theirs pads to
-        the longest row, and computes nothing twice.
+        the longest row.
       sides: that are measured unless others are asked for, see `bench.SIDES`.
     """
 

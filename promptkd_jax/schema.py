@@ -21,6 +21,7 @@ from promptkd_jax.config import (
 from promptkd_jax.hidden import KINDS
 from promptkd_jax.method import (
     GOLD,
+    LEAST,
     POLICY,
     PRESETS,
     REGULARISATIONS,
@@ -146,12 +147,9 @@ _STAGE = {
         "step": Float(low=0.0, high=1.0),
     },
     "batch_size": Int(low=1),
-    "rollout_slots": Int(low=0),
     "stale_rollouts": Bool(),
-    "micro_batches": Int(low=1),
-    "length_buckets": Int(low=1, high=16),
-    "minibatches": Int(low=1),
-    "passes": Int(low=1),
+    **{field: Int(low=least) for field, least in LEAST.items()},
+    "length_buckets": Int(low=LEAST["length_buckets"], high=16),
     "learning_rate": Float(low=0.0, open_low=True),
     "prompt_learning_rate": Float(low=0.0),
     "teacher_learning_rate": Float(low=0.0),

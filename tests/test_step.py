@@ -379,7 +379,7 @@ def test_accumulation_changes_nothing(make, parts):
         np.testing.assert_allclose(summarise(found)[name], value, rtol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("parts, widths", [(2, [8, 12]), (4, [4, 8, 12, 12])])
+@pytest.mark.parametrize("parts, widths", [(1, [12]), (2, [8, 12]), (4, [4, 8, 12, 12])])
 def test_rows_of_like_length_in_fewer_columns(parts, widths, monkeypatch):
     """Rows of 12, 2, 9 and 7 tokens, in 4, 8 or 12 columns."""
     taken = []
