@@ -12,6 +12,8 @@ Orbax writes the arrays in the background, sharded, and restores them onto any m
 In the folder of a run, `30/` is the checkpoint of step 30, `30.orbax-checkpoint-tmp/` one that was
 never finished (and is never restored), `30.damaged/` one that `restore_latest` had to pass over. In
 a bucket, which cannot rename, one that was never finished is `30/` without `commit_success.txt`.
+`scores.json` has what the states of checkpoints score, by step: an evaluation takes long, and what
+it evaluates should be safe before it begins.
 """
 
 import dataclasses
@@ -30,8 +32,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from promptkd_jax import hosts
-from promptkd_jax.files import failures, is_remote, to_path
+from promptkd_jax.files import failures, is_remote, read_text, to_path, write_json
 
+_SCORES = "scores.json"
 _CHECKSUMS = "checksums.json"
 
 
@@ -65,7 +68,8 @@ class Checkpoints:
             for step in ...:
                 state = train_step(state, batch)
                 preempted = checkpoints.reached_preemption(step)
-                checkpoints.save(step, state, meta, metrics=metrics, force=preempted)
+                if checkpoints.save(step, state, meta, force=preempted):
+                    checkpoints.note(step, evaluate(state))
 
     All processes of a run call every method alike, on one shared folder. Only one run at a time may
     `save` or `restore_latest` in a folder; others may open it meanwhile to `restore`.
@@ -99,19 +103,19 @@ class Checkpoints:
         self._every = every
         self._best_metric = best_metric
         self._policy = _LatestAndBest(keep, scores={})
+        self._noted: dict[str, dict[str, float]] = {}  # by step, as JSON has it
         self._at: int | None = None  # the step last saved or restored here
         self._pending: int | None = None  # the step being written
         self._cleaned = False
         try:
             self._manager = self._open()
+            self._read_scores()
         except failures(self._directory) as error:
             wanted = "; Orbax wants also the right storage.buckets.get, of the bucket itself"
             raise CheckpointError(
                 f"{self._directory} cannot be opened ({type(error).__name__}: {error})"
                 + (wanted if is_remote(self._directory) else "")
             ) from error
-        if best_metric is not None:
-            self._read_scores()
 
     def save(
         self,
@@ -119,7 +123,6 @@ class Checkpoints:
         state: Any,
         meta: dict,
         *,
-        metrics: dict[str, float] | None = None,
         force: bool = False,
     ) -> bool:
         """Starts writing a checkpoint if one is due; to be called at every step.
@@ -132,8 +135,7 @@ class Checkpoints:
           step: the number of steps taken so far.
           state: a pytree of arrays, typed PRNG keys, Python and NumPy numbers, and None.
           meta: JSON: what else a resumed run needs (config fingerprint, stage, data position).
-          metrics: of this very state, where it was evaluated: decides which checkpoint is best.
-          force: writes at any step (the last one, a preemption, a new best).
+          force: writes at any step (the last one, a preemption, one that is evaluated).
 
         Returns:
           Whether a checkpoint was started. A step that is saved already is not saved again.
@@ -141,7 +143,6 @@ class Checkpoints:
         Raises:
           CheckpointError: an earlier checkpoint could not be written, or the folder holds a later
             one than `step`.
-          ValueError: `metrics` lacks `best_metric`.
         """
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
@@ -150,12 +151,11 @@ class Checkpoints:
         self.wait()
         if not self._follows_latest(step):
             return False
-        metrics = self._check_metrics(metrics)
-        record = {"meta": meta, "metrics": metrics, "leaves": _describe_leaves(state)}
+        record = {"meta": meta, "leaves": _describe_leaves(state)}
         # Orbax encodes it in the background, where the caller may have changed it meanwhile.
         record = json.loads(json.dumps(record))
         self._remove_unfinished()
-        self._note_score(step, metrics)
+        self._forget(step)
         self._pending = step
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_numpy_scalars_to_arrays(state)),
@@ -164,6 +164,26 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
         self._at = step
         return True
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._pending is not None and self._manager.is_saving_in_progress()
+
+    def note(self, step: int, scores: dict[str, float]) -> None:
+        """Keeps what the state of checkpoint `step` scores, which decides which one is the best.
+
+        Raises:
+          ValueError: `scores` lacks `best_metric`.
+        """
+        if self._best_metric is not None and self._best_metric not in scores:
+            raise ValueError(f"no best_metric {self._best_metric!r} in scores {sorted(scores)}")
+        self._noted[str(step)] = {name: float(value) for name, value in scores.items()}
+        self._write_scores()
+
+    def noted(self, step: int) -> dict[str, float] | None:
+        """The scores of checkpoint `step`; None where none were noted."""
+        return self._noted.get(str(step))
 
     def due(self, step: int) -> bool:
         """Whether `save` saves at this step unasked."""
@@ -197,6 +217,7 @@ class Checkpoints:
             self.damage.append(f"checkpoint {step} is damaged ({problem}): continuing from {whole}")
             logging.warning(self.damage[-1])
         self._set_aside([step for step in steps if step > whole])
+        self._forget(whole + 1)
         return whole, *self._read(whole, abstract_state)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
@@ -300,25 +321,31 @@ class Checkpoints:
             "Continue from that one (restore_latest) or use another folder"
         )
 
-    def _check_metrics(self, metrics: dict[str, float] | None) -> dict[str, float] | None:
-        if metrics is None:
-            return None
-        if self._best_metric is not None and self._best_metric not in metrics:
-            raise ValueError(f"no best_metric {self._best_metric!r} in metrics {sorted(metrics)}")
-        return {name: float(value) for name, value in metrics.items()}
-
-    def _note_score(self, step: int, metrics: dict[str, float] | None) -> None:
-        score = (metrics or {}).get(self._best_metric, math.nan)
-        if not math.isnan(score):
-            self._policy.scores[step] = score
-
     def _read_scores(self) -> None:
-        for step in self.all_steps():
-            try:
-                self._note_score(step, self._read_record(step)["metrics"])
-            except (OSError, ValueError, KeyError) as error:
-                # Damaged: it cannot count as the best one, and whoever restores it is told.
-                logging.warning("checkpoint %d has no readable metrics: %r", step, error)
+        file = self._directory / _SCORES
+        found = hosts.on_first(lambda: read_text(file) if file.exists() else "{}")
+        try:
+            self._noted = json.loads(found)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: damaged: {error}; remove it") from error
+        self._choose_from_scores()
+
+    def _write_scores(self) -> None:
+        write_json(self._directory / _SCORES, self._noted)
+        self._choose_from_scores()
+
+    def _choose_from_scores(self) -> None:
+        scores = {
+            int(step): one.get(self._best_metric, math.nan) for step, one in self._noted.items()
+        }
+        self._policy.scores = {step: one for step, one in scores.items() if not math.isnan(one)}
+
+    def _forget(self, first: int) -> None:
+        """Drops the scores from step `first` on: those states are made, or written, anew."""
+        kept = {step: scores for step, scores in self._noted.items() if int(step) < first}
+        if kept != self._noted:
+            self._noted = kept
+            self._write_scores()
 
     def _read_record(self, step: int) -> dict:
         return self._manager.restore(

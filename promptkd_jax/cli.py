@@ -26,4 +26,7 @@ def main() -> None:
         sys.exit(0 if command in ("", "-h", "--help") else f"promptkd: no command {command!r}")
     # "PyTorch was not found": it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    importlib.import_module(f"promptkd_jax.{command}").main(arguments)
+    try:
+        importlib.import_module(f"promptkd_jax.{command}").main(arguments)
+    except KeyboardInterrupt:  # while modules are read; after that, see `signals`
+        sys.exit(130)

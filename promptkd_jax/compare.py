@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, comparison_report, schema
+from promptkd_jax import build, comparison_report, schema, signals
 from promptkd_jax.comparison import IRRELEVANT, Plan, Run, plan
 from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
 from promptkd_jax.config import ConfigError, claim, parse
@@ -64,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and compares; a mistake of the user ends it with a message alone."""
     try:
         options, config = parse(_parser(), argv)
-        signal.signal(signal.SIGTERM, _leave)
-        found = compare(config, options.workdir)
+        with signals.answered():
+            found = compare(config, options.workdir)
     except (ConfigError, DataError, ModelError, ComparisonError) as error:
         sys.exit(f"promptkd compare: {error}")
     print(comparison_report.markdown(found))
@@ -126,13 +125,28 @@ def train(run: Run, cache: pathlib.Path) -> None:
     command = [*module, f"--config={run.folder / 'config.json'}", f"--workdir={run.folder}"]
     environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"} | os.environ
     with log.open("a", encoding="utf-8") as out:
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode or not (run.folder / "summary.json").exists():
+        status = _run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    if status or not (run.folder / "summary.json").exists():
         tail = log.read_text("utf-8").splitlines()[-12:]
         raise ComparisonError(
-            f"{run.name} ended with exit status {done.returncode} before it was finished; the same "
+            f"{run.name} ended with exit status {status} before it was finished; the same "
             f"command continues here. The end of {log}:\n" + "\n".join(f"  {t}" for t in tail)
         )
+
+
+def _run(command: Sequence[str], **how: Any) -> int:
+    """The exit status of a program, which at a signal is told to stop, and waited for."""
+    with subprocess.Popen(command, start_new_session=True, **how) as process:  # Ctrl-C is for us
+        running = signals.deferred(
+            "", unsaved=lambda: False, writing=lambda: process.returncode is None
+        )
+        with running:
+            try:
+                return process.wait()
+            except signals.Stopped:
+                process.terminate()
+                process.wait()
+                raise
 
 
 # What is measured.
@@ -419,11 +433,6 @@ def _samples(config: ConfigDict, measured: Mapping[str, Any]) -> list[dict[str, 
                 }
             )
     return found[: config.samples]
-
-
-def _leave(*_: Any) -> None:
-    """SIGTERM: the training under way is killed, which it survives."""
-    sys.exit("promptkd compare: stopped; the same command continues")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,6 +24,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import multihost
 
+from promptkd_jax import signals
+
 # The exit status of many processes where a device or a connection failed, so that starting them
 # again may help; 1 says that it will not. (JAX itself aborts where a process is dead: 134.)
 RESTART = 42
@@ -67,8 +69,8 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     """Starts the processes of a run; where one fails, all say why, and end.
 
     For entry points, before anything touches a device. On a machine that belongs to no cluster, and
-    without flags, there is one process and nothing to start. Only the first process writes to
-    stdout.
+    without flags, there is one process and nothing to start but to listen to signals (of many, JAX
+    does; see `Checkpoints.reached_preemption`). Only the first process writes to stdout.
 
     Args:
       options: with the flags of `add_arguments`.
@@ -82,7 +84,8 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     except HostsError as error:
         sys.exit(f"promptkd: {error}")
     if alone():
-        yield
+        with signals.answered():
+            yield
         return
     if not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
@@ -92,7 +95,7 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # whatever it is, the others must not wait for this process
-        if isinstance(error, SystemExit) and not error.code:
+        if isinstance(error, signals.Stopped) or (isinstance(error, SystemExit) and not error.code):
             raise
         _end_all(error)
 

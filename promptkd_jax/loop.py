@@ -2,7 +2,6 @@
 
 import itertools
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, hosts, schema, sharding
+from promptkd_jax import build, hosts, schema, sharding, signals
 from promptkd_jax.batch import Batch
 from promptkd_jax.checkpoint import CheckpointError, Checkpoints
 from promptkd_jax.config import fingerprint
@@ -100,15 +99,29 @@ def fit(
     Args:
       started: when this process began its work, on the monotonic clock.
       before: what `assess` said of the initial student.
+
+    Raises:
+      TrainingError: the loss or a gradient is not finite again and again, or in every step.
+      CheckpointError: a checkpoint cannot be written, or is of another run.
+      Stopped: by a signal; what was done is saved.
     """
     rule = experiment.config.checkpoint
     with (
         open_checkpoints(experiment.config, workdir) as checkpoints,
         _Loop(experiment, workdir, checkpoints, started, before) as loop,
+        signals.deferred(
+            "this step", unsaved=lambda: loop.unsaved, writing=lambda: checkpoints.saving
+        ),
     ):
         for stage in experiment.stages:
             loop.train(stage)
         checkpoints.wait()
+        if int(loop.state.skipped) == loop.done:
+            raise TrainingError(
+                f"no update took place: the loss or a gradient was not finite in all {loop.done} "
+                "steps, so that the student is what it was before. Try a smaller learning rate, or "
+                "dtype float32"
+            )
         best, state = checkpoints.best_step(), loop.state
         if rule.export == "best" and best not in (None, loop.done):
             print(f"the best checkpoint by dev {rule.select} is that of step {best}")
@@ -157,26 +170,26 @@ class _Loop:
             self.spent = meta["spent"]
             self._validation_loss = meta["validation_loss"]
             print("\n".join(checkpoints.damage + [f"continuing from step {self.done}"]))
-        truncate_metrics(workdir, self.done)
+        self._saved = self.done, self.spent["seconds"]
+        self._mark()
+        truncate_metrics(workdir, self.done, evaluated=checkpoints.noted(self.done) is not None)
         self.writer = MetricWriter(workdir)
         self.progress = TrainingProgress(
-            experiment.total_steps, experiment.config.title, first_step=self.done
+            experiment.total_steps, build.title(experiment.config), first_step=self.done
         )
-        self._stop_asked = False
 
     def __enter__(self) -> "_Loop":
-        self._handlers = {}
-        if not jax.distributed.is_initialized():  # which listens to SIGTERM itself, see `train`
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._ask_to_stop)
         self.progress.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
         self.writer.close()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether steps were made of which there is no checkpoint."""
+        return self.done != self._saved[0]
 
     @property
     def over(self) -> bool:
@@ -191,6 +204,8 @@ class _Loop:
         log_every = min(config.log_every, config.stop_after_skipped)  # logs see what was skipped
         if config.stop_after_seconds:
             log_every = 1  # and the time
+        if stage.first < self.done <= end:
+            self._evaluate(stage)  # unless it was before the run was stopped
         if self.done >= end or self.over:
             return
         if self.done == stage.first:
@@ -214,10 +229,8 @@ class _Loop:
                 self._mark()  # the first update of a stage is compilation
             if self.done % log_every == 0 or self.done == end:
                 self._log(stage, summarise(metrics, stage.method.conventions))
-            scores = self._evaluate(stage)
-            if jax.distributed.is_initialized():  # then it says at which step all of them stop
-                self._stop_asked |= self.checkpoints.reached_preemption(self.done)
-            self._save(stage, scores)
+            self._save(stage)
+            self._evaluate(stage)
 
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""
@@ -251,19 +264,28 @@ class _Loop:
         self.spent = {name: self.spent[name] + spent[name] for name in spent}
         return {"tokens_per_second": tokens / seconds, "seconds_per_update": seconds / steps}
 
-    def _evaluate(self, stage: Stage) -> dict[str, float] | None:
+    @property
+    def _evaluation_due(self) -> bool:
         every = self.experiment.config.evaluation.every
-        if not every or (self.done % every and not self.over):
-            return None
-        self._account(stage)
-        found = assess(self.experiment, self.state.student)
-        self._validation_loss = found["loss"]
-        scores = {f"dev/{name}": value for name, value in found.items() if name != "texts"}
-        self.writer.write(self.done, scores | {"stage": stage.name})
+        return every > 0 and (self.done % every == 0 or self.over)
+
+    def _evaluate(self, stage: Stage) -> None:
+        """Scores the student, where it is due and was not done yet. Its checkpoint is written."""
+        if not self._evaluation_due:
+            return
+        scores = self.checkpoints.noted(self.done)
+        if scores is None:
+            self._account(stage)
+            found = assess(self.experiment, self.state.student)
+            scores = {f"dev/{name}": value for name, value in found.items() if name != "texts"}
+            self.writer.write(self.done, scores | {"stage": stage.name})
+            self.writer.flush()
+            selected = self.experiment.config.checkpoint.select
+            scores[SELECTION] = -found["loss"] if selected == "loss" else found[selected]
+            self.checkpoints.note(self.done, scores)
+            self._mark()
+        self._validation_loss = scores["dev/loss"]
         self._adapt_replay(stage)
-        self._mark()
-        selected = self.experiment.config.checkpoint.select
-        return scores | {SELECTION: -found["loss"] if selected == "loss" else found[selected]}
 
     def _adapt_replay(self, stage: Stage) -> None:
         """DistiLLM's schedule goes by the validation loss, first by that before the stage."""
@@ -273,11 +295,18 @@ class _Loop:
             replay = adapt(replay, loss, tolerance=rule.tolerance, step=rule.step)
             self.state = self.state.replace(replay=replay)
 
-    def _save(self, stage: Stage, scores: dict[str, float] | None) -> None:
-        force = self.over or self._stop_asked or scores is not None
+    def _save(self, stage: Stage) -> None:
+        """Writes a checkpoint where one is due, and obeys a signal."""
+        stop = signals.stop_asked()
+        if jax.distributed.is_initialized() and self.checkpoints.reached_preemption(self.done):
+            stop = signal.SIGTERM  # at a step that all processes stop at
+        minutes = self.experiment.config.checkpoint.minutes
+        late = 0 < 60 * minutes <= self.spent["seconds"] - self._saved[1]
+        last = self.done == stage.first + stage.steps  # before the next one is compiled
+        force = bool(self.over or last or late or stop or self._evaluation_due)
         if force or self.checkpoints.due(self.done):
             self.writer.flush()  # a resumed run continues what stands before its checkpoint
-        self.checkpoints.save(
+        saved = self.checkpoints.save(
             self.done,
             self.state,
             {
@@ -288,15 +317,11 @@ class _Loop:
                 "spent": self.spent,
                 "validation_loss": self._validation_loss,
             },
-            metrics=scores,
             force=force,
         )
-        if self._stop_asked:
+        if saved:
+            self._saved = self.done, self.spent["seconds"]
+        if stop:
             self.checkpoints.wait()
             print(f"stopped after step {self.done} and saved; the same command continues")
-            sys.exit(0)
-
-    def _ask_to_stop(self, number: int, _: Any) -> None:
-        if self._stop_asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: at once
-        self._stop_asked = True
+            raise signals.Stopped(stop)

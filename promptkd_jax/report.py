@@ -119,19 +119,24 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     return _parse(to_path(workdir) / METRICS_FILE)[0]
 
 
-def truncate_metrics(workdir: str | os.PathLike, step: int) -> None:
+def truncate_metrics(workdir: str | os.PathLike, step: int, *, evaluated: bool = True) -> None:
     """Removes the rows after `step`, and a torn last line, so that a resumed run has no step twice.
 
     The file is replaced atomically, by the first process. Without a file there is nothing to
     remove.
+
+    Args:
+      evaluated: whether the evaluation of `step` stays; otherwise it is made again.
 
     Raises:
       ValueError: as `read_metrics`.
     """
     path = to_path(workdir) / METRICS_FILE
     if hosts.is_first() and path.exists():
-        kept = (row for row in read_metrics(workdir) if row["step"] <= step)
-        write_text(path, "".join(map(_json_line, kept)))
+        rows = [row for row in read_metrics(workdir) if row["step"] <= step]
+        if not evaluated:
+            rows = [row for row in rows if row["step"] < step or "dev/loss" not in row]
+        write_text(path, "".join(map(_json_line, rows)))
 
 
 class TrainingProgress:

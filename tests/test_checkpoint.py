@@ -62,12 +62,12 @@ def assert_same_bits(left, right):
         assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), path
 
 
-def write(folder: Path, steps, keep=10, metrics=None, **options) -> None:
+def write(folder: Path, steps, keep=10, scores=None, **options) -> None:
     with Checkpoints(folder, keep=keep, every=1, **options) as checkpoints:
         for step in steps:
-            assert checkpoints.save(
-                step, make_state(step), {"at": step}, metrics=(metrics or {}).get(step)
-            )
+            assert checkpoints.save(step, make_state(step), {"at": step})
+            if scores and step in scores:
+                checkpoints.note(step, scores[step])
 
 
 @pytest.fixture(scope="module")
@@ -167,31 +167,49 @@ def test_keep_and_every_are_at_least_one(tmp_path, keep, every):
 
 
 def test_the_last_and_the_best_stay_also_after_reopening(tmp_path):
-    metrics = {2: {"score": 0.9}, 4: {"score": 0.1}, 5: {"score": float("nan")}}
-    write(tmp_path, range(1, 6), keep=2, best_metric="score", metrics=metrics)
+    scores = {2: {"score": 0.9}, 4: {"score": 0.1}, 5: {"score": float("nan")}}
+    write(tmp_path, range(1, 6), keep=2, best_metric="score", scores=scores)
     with Checkpoints(tmp_path, keep=2, every=1, best_metric="score") as checkpoints:
         assert checkpoints.all_steps() == [2, 4, 5]
         assert checkpoints.best_step() == 2
         checkpoints.restore_latest(abstract(make_state(5)))
-        checkpoints.save(6, make_state(6), {}, metrics={"score": 0.9})
+        checkpoints.save(6, make_state(6), {})
+        checkpoints.note(6, {"score": 0.9, "loss": 1 / 3})
+        checkpoints.save(7, make_state(7), {})
         checkpoints.wait()
-        assert (checkpoints.all_steps(), checkpoints.best_step()) == ([5, 6], 6)
+        assert (checkpoints.all_steps(), checkpoints.best_step()) == ([6, 7], 6)
+    with Checkpoints(tmp_path, keep=2, every=1, best_metric="score") as checkpoints:
+        assert checkpoints.noted(6) == {"score": 0.9, "loss": 1 / 3}
+        assert checkpoints.noted(7) is None
+
+
+def test_a_state_that_is_made_anew_has_no_scores_yet(harmed):
+    scores = {step: {"score": float(step)} for step in (10, 20, 30)}
+    with Checkpoints(harmed, keep=10, every=10, best_metric="score") as checkpoints:
+        for step, one in scores.items():
+            checkpoints.note(step, one)
+        assert checkpoints.best_step() == 30
+    flip_byte(largest_file(harmed / "30"))
+    with Checkpoints(harmed, keep=10, every=10, best_metric="score") as checkpoints:
+        assert checkpoints.restore_latest(abstract(make_state(20)))[0] == 20
+        assert (checkpoints.noted(20), checkpoints.noted(30)) == (scores[20], None)
+        assert checkpoints.best_step() == 20
 
 
 def test_without_a_best_metric_only_the_last_stay(tmp_path):
-    write(tmp_path, range(1, 6), keep=2, metrics={1: {"score": 1.0}})
+    write(tmp_path, range(1, 6), keep=2, scores={1: {"score": 1.0}})
     with Checkpoints(tmp_path, keep=2, every=1) as checkpoints:
         assert checkpoints.all_steps() == [4, 5]
         assert checkpoints.best_step() is None
 
 
-def test_metrics_without_the_best_metric_are_refused(tmp_path):
-    message = r"no best_metric 'rouge_l' in metrics \['loss'\]"
+def test_scores_without_the_best_metric_are_refused(tmp_path):
+    message = r"no best_metric 'rouge_l' in scores \['loss'\]"
     with (
         Checkpoints(tmp_path, keep=1, every=1, best_metric="rouge_l") as checkpoints,
         pytest.raises(ValueError, match=message),
     ):
-        checkpoints.save(1, {"x": 1.0}, {}, metrics={"loss": 1.0})
+        checkpoints.note(1, {"loss": 1.0})
 
 
 def test_a_run_that_did_not_continue_may_not_mix_with_an_older_one(harmed):
@@ -411,11 +429,11 @@ def test_a_kill_in_the_middle_leaves_the_checkpoint_before(tmp_path, moment):
 
 
 def test_a_bucket_keeps_its_name(monkeypatch):
-    opened = []
+    opened, (folder, _) = [], bucket.make(monkeypatch)
     monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, **_: opened.append(str(folder)))
-    Checkpoints("gs://pail/run/checkpoints", keep=1, every=1)
+    Checkpoints(folder / "checkpoints", keep=1, every=1)
     Checkpoints("checkpoints", keep=1, every=1)
-    assert opened == ["gs://pail/run/checkpoints", str(Path("checkpoints").absolute())]
+    assert opened == [f"{folder}/checkpoints", str(Path("checkpoints").absolute())]
 
 
 def test_checkpoints_that_cannot_be_opened_are_named(tmp_path):

@@ -1,0 +1,163 @@
+"""SIGTERM and Ctrl-C: answered within a second, obeyed as soon as nothing is lost by it.
+
+Python runs a signal's handler between two instructions of the main thread, one of which may be
+minutes of XLA. So the answer comes from a thread, which the interpreter tells of signals at once
+(`signal.set_wakeup_fd`). Then
+
+* the handler raises `Stopped` in the main thread, unless what was done has to be saved first
+  (`deferred`). Should the main thread not get to it, the process ends `GRACE_SECONDS` later;
+* a second signal ends the process where it is.
+
+The exit status is the conventional one, 128 + the signal's number, so that `train && evaluate` does
+not go on. The interpreter is not torn down: threads of XLA may still compute with what it frees.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """The end by a signal: status 143 for SIGTERM, 130 for Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+def _no() -> bool:
+    return False
+
+
+class _Listener:
+    """The first signal that came, and what has to be done before it is obeyed."""
+
+    def __init__(self):
+        self.number = 0
+        self.until, self.unsaved, self.writing = "", _no, _no
+        self._raised, self._answered = False, threading.Event()
+
+    def handle(self, number: int, _: Any) -> None:
+        """Runs in the main thread."""
+        if not self._raised and not self.unsaved():
+            self._raised = True
+            self._answered.wait(1.0)
+            raise Stopped(self.number or number)
+
+    def watch(self, pipe: int) -> None:
+        """Runs in a thread, until the other end of the pipe is closed."""
+        while numbers := os.read(pipe, 1):
+            if numbers[0] not in _NUMBERS:
+                continue
+            name = signal.Signals(numbers[0]).name
+            if self.number:
+                _say(f"{name} again: ending at once")
+                _end(128 + self.number)
+            self.number = numbers[0]
+            after = f" after {self.until}" if self.unsaved() else ""
+            _say(f"{name}: stopping{after} (a second one ends at once)")
+            self._answered.set()
+            threading.Thread(target=self._insist, daemon=True).start()
+        os.close(pipe)
+
+    def _insist(self) -> None:
+        while self.unsaved():
+            time.sleep(_POLL_SECONDS)
+        time.sleep(GRACE_SECONDS)
+        while self.unsaved() or self.writing():
+            time.sleep(_POLL_SECONDS)
+        _end(128 + self.number)
+
+
+_listener: _Listener | None = None  # signals are the process's, and so is who listens
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Listens to SIGTERM and Ctrl-C while a command runs in the main thread.
+
+    Raises:
+      Stopped: where a signal is obeyed.
+    """
+    global _listener
+    if _listener is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _listener = _Listener()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=_listener.watch, args=[reading], daemon=True).start()
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _listener.handle) for number in _NUMBERS}
+    try:
+        yield
+    except Stopped as stop:
+        atexit.register(_end, stop.code)  # until then a second signal still ends the process
+        raise
+    except BaseException:
+        _restore(handlers, woken, writing)
+        raise
+    else:
+        _restore(handlers, woken, writing)
+
+
+def _restore(handlers: dict, woken: int, writing: int) -> None:
+    global _listener
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(woken)
+    os.close(writing)
+    _listener = None
+
+
+@contextlib.contextmanager
+def deferred(
+    until: str, *, unsaved: Callable[[], bool], writing: Callable[[], bool]
+) -> Iterator[None]:
+    """Lets the body finish what it does before a signal is obeyed.
+
+    Args:
+      until: what is finished first, for the answer, such as "this step".
+      unsaved: whether something would be lost now; then the body has to ask `stop_asked`, to save,
+        and to raise `Stopped`. Called from another thread, too.
+      writing: whether something is being saved that the end of the process would break off.
+    """
+    if _listener is None:
+        yield
+        return
+    before = _listener.until, _listener.unsaved, _listener.writing
+    _listener.until, _listener.unsaved, _listener.writing = until, unsaved, writing
+    try:
+        yield
+    finally:
+        _listener.until, _listener.unsaved, _listener.writing = before
+
+
+def stop_asked() -> int:
+    """The number of the signal that has come, 0 where none has."""
+    return _listener.number if _listener else 0
+
+
+def _say(text: str) -> None:
+    """Writes past the locks of `sys.stderr`, which the main thread may hold in half a line."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\npromptkd: {text}\n".encode())
+
+
+def _end(status: int) -> None:
+    """Ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            if stream.isatty():
+                stream.write("\x1b[?25h")  # a progress bar may have hidden the cursor
+            stream.flush()
+    os._exit(status)

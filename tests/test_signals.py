@@ -1,0 +1,125 @@
+"""SIGTERM and Ctrl-C: an answer at once, an end as soon as nothing is lost, the usual status.
+
+`BUSY` keeps the main thread inside of one call of C, as XLA does, for longer than any test waits.
+"""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from promptkd_jax import signals
+
+BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+PROGRAM = """
+import contextlib, hashlib, signal, sys, time
+from promptkd_jax import signals
+signals.GRACE_SECONDS = 0.1
+saved = []
+
+def ready():
+    print("ready", flush=True)
+
+with signals.answered():
+{body}
+print("not stopped", flush=True)
+"""
+AT_ONCE = "time.sleep(1000)"
+STEP = """
+with signals.deferred("this step", unsaved=lambda: not saved, writing=lambda: False):
+    ready()
+    while not signals.stop_asked():
+        time.sleep(0.01)
+    print("finishing", flush=True)
+    saved.append(True)
+    raise signals.Stopped(signals.stop_asked())
+"""
+WRITING = f"""
+written = []
+
+def write():
+    sys.stdin.readline()
+    written.append(True)
+    print("written", flush=True)
+
+import threading
+writer = threading.Thread(target=write, daemon=True)
+writer.start()
+with signals.deferred("this step", unsaved=lambda: False, writing=lambda: not written):
+    try:
+        ready()
+        {BUSY}
+    finally:
+        writer.join()
+"""
+
+
+def start(body: str) -> subprocess.Popen:
+    indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(body=indented)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("body", [AT_ONCE, BUSY])
+def test_where_nothing_is_lost_a_signal_is_the_end(body, number):
+    """Also where the main thread never comes back to Python."""
+    process = start(f"ready()\n{body}")
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert output == "" and errors == (
+        f"\npromptkd: {number.name}: stopping (a second one ends at once)\n"
+    )
+
+
+def test_a_step_is_finished_and_saved_first():
+    process = start(STEP)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 143
+    assert "SIGTERM: stopping after this step (a second one" in errors
+    assert output == "finishing\n"
+
+
+def test_what_is_being_saved_is_saved():
+    process = start(WRITING)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "\n"
+    assert "SIGTERM: stopping (a" in process.stderr.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)  # far longer than its time of grace
+    output, _ = process.communicate("go on\n")
+    assert (process.returncode, output) == (143, "written\n")
+
+
+def test_a_second_signal_ends_whatever_is_lost():
+    process = start(
+        'with signals.deferred("this step", unsaved=lambda: True, writing=lambda: True):\n'
+        f"    ready()\n    {BUSY}"
+    )
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "SIGINT: stopping after this step" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors == "\npromptkd: SIGINT again: ending at once\n"
+
+
+def test_handlers_are_those_of_before_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with signals.answered():
+        with signals.answered():  # a command that is part of another
+            assert signal.getsignal(signal.SIGTERM) not in before
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signals.stop_asked() == 0
