@@ -61,7 +61,8 @@ def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size:
         vocab_size = experiment.shared_vocabulary(teacher, student)
         student = student.replace(params=None)  # tokenizes; its weights are not needed
         records = read_records(data.train, split=data.train_split, need_output=True)
-        rows = experiment.tokenized(config, student, data.train, records)
+        dated = experiment.with_date(config, folder)
+        rows = experiment.tokenized(dated, student, data.train, records)
         cached = write_cache(
             teacher,
             rows,

@@ -6,6 +6,7 @@ its data is one integer, the index of the next batch; it is global, so that the 
 devices may change between a save and a restore.
 """
 
+import datetime
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
@@ -42,6 +43,8 @@ class Rows(NamedTuple):
     prompt_lengths: np.ndarray  # int32, one per row
     records: list[Record]
     dropped: int
+    cut: int = 0  # responses without their end, and so without an end of sequence
+    date: str = ""  # that the prompts were rendered with, "" where the template shows none
 
 
 # Records
@@ -149,6 +152,7 @@ def _to_record(fields: object, where: str, need_output: bool) -> Record:
         raise DataError(f"{where}: field 'instruction' is empty; say what is asked")
     name, context = _pick(fields, ("input", "context"), where)
     context = "" if context is None else _text(context, name, where)
+    context = context if context.strip() else ""  # blanks are no input
     return Record(instruction, context, _outputs(fields, where, need_output))
 
 
@@ -156,7 +160,8 @@ def _outputs(fields: dict, where: str, need_output: bool) -> tuple[str, ...]:
     name, given = _pick(fields, ("output", "response"), where)
     if given is None and need_output:
         raise DataError(_missing(fields, name, where))
-    if given is None or (given in ("", []) and not need_output):
+    blank = given == [] or (isinstance(given, str) and not given.strip())
+    if given is None or (blank and not need_output):
         return ()
     if isinstance(given, str):
         return (_answer(given, name, where),)
@@ -210,7 +215,7 @@ def _shown(value: object) -> str:
 # Templates
 
 
-def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
     """The prompt of Stanford Alpaca, ending in a newline as in the MiniLLM experiments."""
     task = "Below is an instruction that describes a task"
     if record.input:
@@ -222,51 +227,79 @@ def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def _chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
     """One user turn and the opening of the answer, in the model's own chat format."""
     if not tokenizer.chat_template:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise DataError(
             f"template 'chat': tokenizer {name} has no chat template; use 'alpaca' or 'plain'"
         )
-    turn = {"role": "user", "content": _plain(record, tokenizer)}
-    return tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+    turn = {"role": "user", "content": _request(record)}
+    return tokenizer.apply_chat_template(
+        [turn],
+        chat_template=_stopped_clock(date) + tokenizer.get_chat_template(),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
 
 
-def _plain(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
+def _stopped_clock(date: str) -> str:
+    """A macro in place of the clock that transformers gives to templates, by which a run that
+    continues on another day would be another one; transformers passes on no function of ours."""
+    if not date:
+        return ""
+    day = datetime.datetime.fromisoformat(date)
+    shown = "".join(f"|replace('%{c}', '{day.strftime('%' + c)}')" for c in "aAbBdHIjmMpSuUVwWyY")
+    return f"{{%- macro {_CLOCK}(format) -%}}{{{{ format{shown} }}}}{{%- endmacro -%}}"
+
+
+def _plain(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
+    return _request(record) + "\n"
+
+
+def _request(record: Record) -> str:
     return f"{record.instruction}\n{record.input}" if record.input else record.instruction
 
 
-TEMPLATES: dict[str, Callable[[Record, PreTrainedTokenizerBase], str]] = {
+def shows_date(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts depend on the day on which they are rendered."""
+    return template == "chat" and _CLOCK in str(tokenizer.chat_template)
+
+
+_CLOCK = "strftime_now"
+TEMPLATES: dict[str, Callable[[Record, PreTrainedTokenizerBase, str], str]] = {
     "alpaca": _alpaca,
     "chat": _chat,
     "plain": _plain,
 }
 
 
-def render_prompt(record: Record, template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def render_prompt(
+    record: Record, template: str, tokenizer: PreTrainedTokenizerBase, date: str = ""
+) -> list[int]:
     """The tokens of a record's prompt; special tokens only where the template writes them.
 
     Args:
       record: its instruction and input make the prompt.
       template: "alpaca" (the published Alpaca text, with or without input), "chat" (one user turn
         and the generation prompt, in the tokenizer's chat template) or "plain" (the instruction,
-        and the input on the next line).
+        and the input on the next line; the response stands on a line of its own).
       tokenizer: the model's own.
+      date: such as "2026-11-27", for a chat template that shows one; "": today.
 
     Raises:
       DataError: the template is unknown, or "chat" for a tokenizer without a chat template.
     """
-    return _prompts([record], template, tokenizer)[0]
+    return _prompts([record], template, tokenizer, date)[0]
 
 
 def _prompts(
-    records: Sequence[Record], template: str, tokenizer: PreTrainedTokenizerBase
+    records: Sequence[Record], template: str, tokenizer: PreTrainedTokenizerBase, date: str
 ) -> list[list[int]]:
     if template not in TEMPLATES:
         raise DataError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
     render = TEMPLATES[template]
-    return _encode([render(record, tokenizer) for record in records], tokenizer)
+    return _encode([render(record, tokenizer, date) for record in records], tokenizer)
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -291,12 +324,16 @@ def tokenize(
     max_prompt_length: int,
     max_length: int,
     eos_id: int,
+    date: str = "",
 ) -> Rows:
     """Tokenises records into rows: prompt, first output, end of sequence, cut to max_length tokens.
 
     The response is encoded by itself, so that a prompt's tokens do not depend on it. A row that is
-    cut has no end of sequence; a record without output gives its prompt alone. A record whose
-    prompt has more than max_prompt_length tokens is dropped and counted.
+    cut has no end of sequence, and is counted; a record without output gives its prompt alone. A
+    record whose prompt has more than max_prompt_length tokens is dropped and counted.
+
+    Args:
+      template, date: as `render_prompt` takes them.
 
     Raises:
       DataError: no record is left, a prompt has no tokens, the two lengths contradict each other,
@@ -309,15 +346,20 @@ def tokenize(
         )
     if not records:
         raise DataError("no records to tokenise; expected at least one")
-    prompts = _prompts(records, template, tokenizer)
+    today = date or datetime.date.today().isoformat()  # one for all records, also at midnight
+    date = today if shows_date(template, tokenizer) else ""
+    prompts = _prompts(records, template, tokenizer, date)
     kept = _short_enough(prompts, max_prompt_length)
     answers = _encode(["".join(records[i].outputs[:1]) for i in kept], tokenizer)
     ends = [[*answer, eos_id] if records[i].outputs else [] for i, answer in zip(kept, answers)]
+    rows = [prompts[i] + end for i, end in zip(kept, ends)]
     return Rows(
-        tokens=[np.array((prompts[i] + end)[:max_length], np.int32) for i, end in zip(kept, ends)],
+        tokens=[np.array(row[:max_length], np.int32) for row in rows],
         prompt_lengths=np.array([len(prompts[i]) for i in kept], np.int32),
         records=[records[i] for i in kept],
         dropped=len(records) - len(kept),
+        cut=sum(len(row) > max_length for row in rows),
+        date=date,
     )
 
 

@@ -116,6 +116,7 @@ def write_requests(
     prompt_capacity: int,
     batch_size: int,
     vocab_size: int,
+    date: str = "",
 ) -> list[Record]:
     """Requests for the student to learn on, in the teacher's own words.
 
@@ -127,7 +128,7 @@ def write_requests(
 
     Args:
       teacher, student: with one tokenizer; generation ends at any of the teacher's `eos_ids`.
-      template: of topic prompts and of requests; see `data.TEMPLATES`.
+      template, date: of topic prompts and of requests; see `data.render_prompt`.
       prompt_capacity: the most tokens of a rendered topic prompt or request.
       batch_size: rows per forward; part of what decides the result to the last bit.
       vocab_size: what teacher and student share.
@@ -139,7 +140,7 @@ def write_requests(
       DataError: the bank cannot be used, the file is of other models or settings, or the teacher
         writes nothing new any more, or a log-probability is not finite.
     """
-    pair = _Pair(teacher, student, template, prompt_capacity, batch_size, vocab_size)
+    pair = _Pair(teacher, student, template, prompt_capacity, batch_size, vocab_size, date)
     bank = _bank_rows(pair, settings.bank)
     manifest = file.with_suffix(".manifest.json")
     manifests.claim(manifest, _made_from(pair, settings, bank), teacher, file=file)
@@ -174,6 +175,7 @@ class _Pair(NamedTuple):
     prompt_capacity: int
     batch_size: int
     vocab_size: int
+    date: str = ""
 
 
 class _Request(NamedTuple):
@@ -206,6 +208,7 @@ def _rows(pair: _Pair, records: Sequence[Record]) -> Rows:
         max_prompt_length=pair.prompt_capacity,
         max_length=pair.prompt_capacity,
         eos_id=pair.teacher.eos_ids[0],
+        date=pair.date,
     )
 
 
@@ -264,7 +267,8 @@ def _answers(pair: _Pair, rows: Rows, most: int, temperature: float, key: jax.Ar
 
 
 def _fits(pair: _Pair, text: str) -> bool:
-    tokens = render_prompt(Record(text, "", ()), pair.template, pair.teacher.tokenizer)
+    record = Record(text, "", ())
+    tokens = render_prompt(record, pair.template, pair.teacher.tokenizer, pair.date)
     return len(tokens) <= pair.prompt_capacity
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
+from datetime import date
 from typing import Any
 
 import grain
@@ -29,8 +30,8 @@ from promptkd_jax.data import (
     train_batches,
 )
 from promptkd_jax.data_free import DataFree, write_requests
-from promptkd_jax.files import to_path
-from promptkd_jax.method import PRESETS, TARGETS, Method
+from promptkd_jax.files import once, to_path
+from promptkd_jax.method import PRESETS, TARGETS, Method, reads_answers
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
@@ -197,6 +198,8 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
     rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
     for what, some in (*rows.items(), ("dev", dev)):
         hosts.agree(f"the data ({what} rows)", manifest.of_rows(some.tokens))
+    corpus = _corpus(config, student) if any(s.corpus_terms for s in config.stages) else None
+    manifest.claim_inputs(workdir, _inputs(config, teacher, student, rows, dev, corpus))
     shown = _shown(config, rows["gold"])
     demonstrations = tuple(int(token) for index in shown for token in rows["gold"].tokens[index])
     stages, first = [], 0
@@ -207,7 +210,7 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
             if stage.targets != "teacher":  # whose answers are not those that are shown
                 its_rows = _not_shown(its_rows, shown)
         made = _stage(
-            config, index, first, its_rows, (teacher, student), vocab_size, demonstrations
+            config, index, first, its_rows, corpus, (teacher, student), vocab_size, demonstrations
         )
         stages.append(made)
         first += made.steps
@@ -222,6 +225,33 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
         stages=tuple(stages),
         mesh=mesh,
     )
+
+
+def _inputs(config: ConfigDict, teacher, student, rows, dev, corpus) -> dict[str, str]:
+    """What the run learns from, by content, with the field that names it."""
+    data, found = config.data, {}
+    for field, model in (("teacher", teacher), ("student", student)):
+        if path := model and config[field].path:
+            found[f"{path} (config.{field}.path)"] = manifest.of_weights(path)
+    found["the tokenizer"] = manifest.of_tokenizer(student.tokenizer)
+    for targets in sorted({stage.targets for stage in config.stages}):
+        name = "answers of the teacher" if targets == "teacher" else "rows"
+        found[f"{data.train} (config.data.train, {name})"] = manifest.of_records(rows[targets])
+    found[f"{data.dev} (config.data.dev)"] = manifest.of_records(dev)
+    if corpus is not None:
+        found[f"{data.corpus} (config.data.corpus)"] = manifest.of_records(corpus)
+    return found | ({"the date (config.data.date)": dev.date} if dev.date else {})
+
+
+def with_date(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """The config with the date that chat templates are shown; "" becomes that of the run's first
+    start, which `workdir` keeps."""
+    if config.data.date:
+        return config
+    started = once(workdir / "started.json", lambda: {"date": date.today().isoformat()})
+    config = config.copy_and_resolve_references()
+    config.data.date = started["date"]
+    return config
 
 
 def _agree_on_models(*models: Model | None) -> None:
@@ -242,7 +272,7 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: ep
         records = _written_requests(config, teacher, student, vocab_size, workdir, held)
         dev_records, records = records[:held], records[held:]
     else:
-        need_output = bool(targets & {"gold", "mixed", "replay"})
+        need_output = any(map(reads_answers, config.stages))
         records = read_records(data.train, split=data.train_split, need_output=need_output)
     if data.dev != "teacher":
         dev_records = read_records(data.dev, split=data.dev_split, need_output=dev_gold)
@@ -280,21 +310,32 @@ def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, wor
         prompt_capacity=data.max_prompt_length,
         batch_size=config.answers.batch_size,
         vocab_size=vocab_size,
+        date=data.date,
     )
 
 
 def tokenized(config: ConfigDict, model: Model, source: str, records: Sequence[Record]) -> Rows:
-    """The records as rows of the config's template and lengths; says how many were dropped."""
-    limit = config.data.max_prompt_length
+    """The records as rows of the config's template and lengths; says how many were dropped, and how
+    many answers are cut."""
+    limit, length = config.data.max_prompt_length, config.data.max_length
     rows = tokenize(
         records,
         model.tokenizer,
         template=config.data.template,
         max_prompt_length=limit,
-        max_length=config.data.max_length,
+        max_length=length,
         eos_id=model.eos_ids[0],
+        date=config.data.date,
     )
-    print(f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens)")
+    print(
+        f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "
+        f"{rows.cut} answers cut at {length} tokens"
+    )
+    if rows.cut == len(rows.tokens):
+        print(
+            f"warning: config.data.max_length: {length} cuts every answer of {source}: none has an "
+            "end of sequence, from which a student learns to stop"
+        )
     return rows
 
 
@@ -390,7 +431,7 @@ def save(
     """
     config, teacher = experiment.config, experiment.teacher
     card = model_card(
-        config.title,
+        build.title(config),
         teacher=teacher and teacher.name,
         data=config.data.train,
         stages=[build.describe(stage) for stage in config.stages],
@@ -479,6 +520,7 @@ def _stage(
     index: int,
     first: int,
     rows: Rows,
+    corpus: Rows | None,
     models: tuple[Model | None, Model],
     vocab_size: int,
     demonstrations: tuple[int, ...],
@@ -509,7 +551,7 @@ def _stage(
         optimizers=stage_optimizers(config, stage, models, method),
         learning_rate=build.learning_rate(stage, stage.learning_rate, steps * method.updates),
         batches=batches(rows, cached=cached, capacity=method.response_capacity),
-        corpus=batches(_corpus(config, student)) if stage.corpus_terms else None,
+        corpus=batches(corpus) if stage.corpus_terms else None,
     )
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from promptkd_jax import hosts
-from promptkd_jax.data import DataError
+from promptkd_jax.data import DataError, Rows
 from promptkd_jax.files import make_folder, read_text, write_json
 from promptkd_jax.models.load import Model, resolve
 from promptkd_jax.synthetic import PREFIX
@@ -56,17 +57,42 @@ def _compare_or_write(manifest, made_from, teacher, file, state) -> None:
 def compare(manifest: epath.Path, made_from: dict[str, Any]) -> None:
     """Raises DataError where `manifest` says anything else than `made_from`, with all that
     differs."""
-    found, wanted = read_json(manifest), json.loads(json.dumps(made_from))
-    lines = [
-        f"  {name}: there {found.get(name)!r}, now {value!r}"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-    if lines:
+    found = read_json(manifest)
+    if lines := _differences(found, made_from):
         raise DataError(
             f"{manifest}: was made (by teacher {found.get('made_by')}) from something else; take "
             "another place for it, or set back\n" + "\n".join(lines)
         )
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    wanted = json.loads(json.dumps(wanted))
+    return [
+        f"  {name}: there {found.get(name)!r}, now {value!r}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+
+
+def claim_inputs(workdir: epath.Path, inputs: dict[str, Any]) -> None:
+    """Makes `inputs.json` say what a run learns from, by content: paths say nothing of it.
+
+    Raises:
+      DataError: the run that the folder belongs to was started with other inputs; says which.
+    """
+
+    def compare_or_write():
+        file = workdir / "inputs.json"
+        if not file.exists():
+            make_folder(workdir)
+            write_json(file, inputs)
+        elif lines := _differences(read_json(file), inputs):
+            raise DataError(
+                f"{workdir} belongs to a run whose inputs were others; take another --workdir, or "
+                "set back\n" + "\n".join(lines)
+            )
+
+    hosts.on_first(compare_or_write)
 
 
 def made_by(teacher: Model) -> dict[str, str]:
@@ -80,15 +106,19 @@ def of_files(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
     A `synthetic:` one has no files, and its name decides every parameter. The files are read by the
     first process of a run, which tells the others.
     """
-    return {
-        "teacher": path if path.startswith(PREFIX) else hosts.on_first(lambda: _digest(path)),
-        "dtype": f"{dtype}, parameters {param_dtype}",
-    }
+    return {"teacher": of_weights(path), "dtype": f"{dtype}, parameters {param_dtype}"}
+
+
+def of_weights(path: str) -> str:
+    """A digest of a model's files, or its name where it has none."""
+    return path if path.startswith(PREFIX) else hosts.on_first(lambda: _digest(path))
 
 
 def _digest(path: str) -> str:
-    digests = (_file_digest(file, *_version_of(file)) for file in _files(path))
-    return "sha256 " + hashlib.sha256(b"".join(digests)).hexdigest()
+    files = _files(path)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda file: _file_digest(file, *_version_of(file)), files)
+        return "sha256 " + hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _files(path: str) -> list[pathlib.Path]:
@@ -131,7 +161,7 @@ def _file_digest(file: pathlib.Path, size: int, changed: int) -> bytes:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """A tokenizer's size, and a digest of its sorted vocabulary."""
+    """A tokenizer's size, and a digest of its sorted vocabulary. (Rows tell how it splits text.)"""
     vocabulary = sorted(tokenizer.get_vocab().items())
     digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
     return f"{len(vocabulary)} tokens, sha256 {digest}"
@@ -144,6 +174,13 @@ def of_rows(rows: Sequence[Sequence[int]]) -> str:
         whole.update(len(row).to_bytes(8, "little"))
         whole.update(np.asarray(row, "<i8").tobytes())
     return f"{len(rows)} rows, sha256 {whole.hexdigest()}"
+
+
+def of_records(rows: Rows) -> str:
+    """`of_rows` with where each prompt ends, and all references."""
+    tokens = [np.append(start, row) for start, row in zip(rows.prompt_lengths, rows.tokens)]
+    outputs = json.dumps([record.outputs for record in rows.records]).encode()
+    return f"{of_rows(tokens)}, references {hashlib.sha256(outputs).hexdigest()[:16]}"
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:

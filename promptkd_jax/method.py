@@ -185,6 +185,12 @@ class Method:
         return self.minibatches * self.passes
 
 
+def reads_answers(method) -> bool:
+    """Whether rows may be the data's own answers, for a `Method`, or the config of a stage."""
+    mixed = method.targets == "mixed" and method.on_policy_share < 1
+    return mixed or method.targets in ("gold", "replay")
+
+
 def needs_teacher(method) -> bool:
     """For a `Method`, or the config of a stage, which has its fields."""
     if method.teacher_view == "cached":
@@ -218,10 +224,7 @@ def contradictions(method) -> list[str]:
         found.append("student_terms: are none; expected at least one")
     if len(set(names)) < len(names):
         found.append(f"student_terms: {', '.join(names)}: expected each name once")
-    only_own = method.targets == "student" or (
-        method.targets == "mixed" and method.on_policy_share == 1
-    )
-    if GOLD in names and only_own:
+    if GOLD in names and method.targets in ON_POLICY and not reads_answers(method):
         found.append(
             f"student_terms: {GOLD} counts rows that the student did not write, and targets = "
             f"{method.targets!r} has none; name a divergence instead, or other targets"

@@ -286,6 +286,7 @@ def _cache_made_from(teacher, tokenizer, rows: Rows, vocab_size: int) -> dict[st
         "rows": manifests.of_rows(
             [np.append(n, row) for n, row in zip(rows.prompt_lengths, rows.tokens)]
         ),
+        "config.data.date": rows.date or None,
         "vocab_size": vocab_size,
     }
 

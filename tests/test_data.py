@@ -74,15 +74,21 @@ def test_records_of_a_file(tmp_path):
         b"",
         {"instruction": " d ", "output": ["e", "f"]},
         {"instruction": "g", "input": None, "context": "h", "response": "i"},
+        {"instruction": "j", "input": " \n", "output": "k"},
+        {"instruction": "l", "context": "\t", "output": "m"},
     )
     assert data.read_records(path, need_output=True) == [
         data.Record("a", "b\u2028", ("c",)),
         data.Record(" d ", "", ("e", "f")),
         data.Record("g", "h", ("i",)),
+        data.Record("j", "", ("k",)),
+        data.Record("l", "", ("m",)),
     ]
 
 
-@pytest.mark.parametrize("nothing", [{}, {"output": None}, {"output": ""}, {"output": []}])
+@pytest.mark.parametrize(
+    "nothing", [{}, {"output": None}, {"output": ""}, {"output": " "}, {"output": []}]
+)
 def test_an_answer_may_be_absent_only_where_none_is_needed(tmp_path, nothing):
     path = _write(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "a", **nothing})
     assert data.read_records(path, need_output=False)[1].outputs == ()
@@ -207,8 +213,8 @@ Add {these}.
     [
         ("alpaca", "1 2", _WITH_INPUT),
         ("alpaca", "", _WITHOUT_INPUT),
-        ("plain", "1 2", "Add {these}.\n1 2"),
-        ("plain", "", "Add {these}."),
+        ("plain", "1 2", "Add {these}.\n1 2\n"),
+        ("plain", "", "Add {these}.\n"),
         ("chat", "1 2", "<|user|>Add {these}.\n1 2<|assistant|>"),
         ("chat", "", "<|user|>Add {these}.<|assistant|>"),
     ],
@@ -240,10 +246,10 @@ def test_template_errors(tokenizer):
 def test_a_row_is_prompt_response_and_end(tokenizer):
     records = [data.Record("ab", "c", ("de", "other")), data.Record("f", "", ())]
     rows = _tokenize(records, tokenizer)
-    assert tokenizer.decode(rows.tokens[0]) == "ab\ncde" + _EOS
-    assert tokenizer.decode(rows.tokens[0][: rows.prompt_lengths[0]]) == "ab\nc"
-    assert tokenizer.decode(rows.tokens[1]) == "f"  # no answer, so no end of one
-    assert rows.prompt_lengths.tolist() == [4, 1]
+    assert tokenizer.decode(rows.tokens[0]) == "ab\nc\nde" + _EOS
+    assert tokenizer.decode(rows.tokens[0][: rows.prompt_lengths[0]]) == "ab\nc\n"
+    assert tokenizer.decode(rows.tokens[1]) == "f\n"  # no answer, so no end of one
+    assert rows.prompt_lengths.tolist() == [5, 2]
     assert {row.dtype for row in rows.tokens} == {rows.prompt_lengths.dtype} == {np.dtype("int32")}
     assert (rows.records, rows.dropped) == (records, 0)
 
@@ -264,16 +270,16 @@ def test_the_response_does_not_change_the_prompt():
 
 
 def test_long_prompts_are_dropped_and_long_rows_are_cut(tokenizer):
-    prompts = ["123456", "1234", "12345"]
+    prompts = ["12345", "123", "1234"]
     records = [data.Record(prompt, "", ("abc",)) for prompt in prompts]
     rows = _tokenize(records, tokenizer, max_prompt_length=5, max_length=8)
-    assert [tokenizer.decode(row) for row in rows.tokens] == ["1234abc" + _EOS, "12345abc"]
+    assert [tokenizer.decode(row) for row in rows.tokens] == ["123\nabc" + _EOS, "1234\nabc"]
     assert rows.prompt_lengths.tolist() == [4, 5]
-    assert (rows.records, rows.dropped) == (records[1:], 1)
+    assert (rows.records, rows.dropped, rows.cut) == (records[1:], 1, 1)
 
 
 def test_token_row_errors(tokenizer):
-    records = [data.Record("a" * n, "", ()) for n in (7, 9)]
+    records = [data.Record("a" * n, "", ()) for n in (6, 8)]
     with pytest.raises(data.DataError) as error:
         _tokenize(records, tokenizer, max_prompt_length=6)
     for words in ("all 2 prompts", "max_prompt_length 6", "shortest has 7", "longest 9"):
@@ -319,8 +325,8 @@ def test_lengths_do_not_depend_on_the_padding_token(tokenizer):
     eos = tokenizer.eos_token_id
     rows = _tokenize([data.Record(f"a{_EOS}b", "", (f"c{_EOS}",))], tokenizer)
     batch = data.collate(rows, [0], length=8, pad_id=eos)
-    assert (batch.tokens[0] == eos).tolist() == [0, 1, 0, 0, 1, 1, 1, 1]
-    assert (batch.prompt_lengths.tolist(), batch.lengths.tolist()) == ([3], [6])  # with the end
+    assert (batch.tokens[0] == eos).tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
+    assert (batch.prompt_lengths.tolist(), batch.lengths.tolist()) == ([4], [7])  # with the end
 
 
 def test_a_row_longer_than_the_batch_is_an_error_at_once():

@@ -89,7 +89,8 @@ def test_the_parts_of_a_reward_are_what_they_are_said_to_be(whole, teacher, sett
         assert line["kl"] > 0 and 0 <= line["similarity"] <= 1 and line["surprise"] > 0
         assert line["reward"] == parts[0] - parts[1] - 0.2 * parts[2]
     first = requests[0]
-    prompt, text = (teacher.tokenizer(first[name])["input_ids"] for name in ("topic", "request"))
+    prompt = teacher.tokenizer(first["topic"] + "\n")["input_ids"]
+    text = teacher.tokenizer(first["request"])["input_ids"]
     text = text[: settings.max_request_tokens]
     tokens = jnp.array([prompt + text])
     log_p = jax.nn.log_softmax(logits_of(teacher, tokens)[0, len(prompt) - 1 : -1])
@@ -103,7 +104,7 @@ def test_disagreement_is_the_mean_kl_over_the_answer(teacher, student, settings,
     pair = data_free._Pair(teacher, student, **HOW)
     found = data_free._disagreements(pair, settings, requests, jax.random.key(0))
     for value, request, answer in zip(found, requests, answers):
-        prompt = teacher.tokenizer(request)["input_ids"]
+        prompt = teacher.tokenizer(request + "\n")["input_ids"]
         tokens = jnp.array([[*prompt, *answer]])
         at = slice(len(prompt) - 1, -1)
         log_p, log_q = (
