@@ -41,4 +41,4 @@ SIZES = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe for `student=base|medium|large,method=NAME`."""
-    return paper_config("GPT-2", TEACHER, SIZES, arg)
+    return paper_config(TEACHER, SIZES, arg)

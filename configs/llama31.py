@@ -28,7 +28,7 @@ SIZES = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe for `student=8b,method=NAME`."""
-    config = paper_config("Llama-3.1", TEACHER, SIZES, arg)
+    config = paper_config(TEACHER, SIZES, arg)
     config.soft_prompt.add_special_tokens = True
     config.mesh.update(data=1, fsdp=-1)  # whole on one device they do not fit: docs/plan.md
     return config

@@ -31,7 +31,7 @@ SIZES = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe for `student=1.3b|2.7b|6.7b,method=NAME`."""
-    config = paper_config("OPT", TEACHER, SIZES, arg)
+    config = paper_config(TEACHER, SIZES, arg)
     config.soft_prompt.add_special_tokens = True
     config.mesh.update(data=1, fsdp=-1)  # whole on one device they do not fit: docs/plan.md
     return config

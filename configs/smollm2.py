@@ -34,6 +34,6 @@ SIZES = {
 
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe for `student=360m|135m,method=NAME`."""
-    config = paper_config("SmolLM2", TEACHER, SIZES, arg)
+    config = paper_config(TEACHER, SIZES, arg)
     config.data.template = "chat"
     return config

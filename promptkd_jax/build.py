@@ -1,6 +1,7 @@
 """What the fields of a checked config become: methods, optimizers, schedules, sampling."""
 
 import dataclasses
+import re
 from argparse import Namespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from promptkd_jax import hidden, optimizer
 from promptkd_jax.config import ConfigError
 from promptkd_jax.hidden import HiddenTerm
-from promptkd_jax.method import PRESETS, Method
+from promptkd_jax.method import PRESETS, Method, needs_teacher
 from promptkd_jax.policy_gradient import PolicyGradient
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import Optimizers
@@ -23,6 +24,31 @@ def describe(stage: ConfigDict) -> str:
     more = [f"{term.weight:g} {term.kind}" for term in stage.hidden_terms]
     more += [f"{weight:g} {name} on a corpus" for name, weight in stage.corpus_terms]
     return " + ".join([f"{stage.name}: {terms} on rows from {stage.targets}{view}", *more])
+
+
+def title(config: ConfigDict) -> str:
+    """The title of a run: the config's own, or one made of its stages, models and data."""
+    if config.title:
+        return config.title
+    names = ", ".join(stage.name for stage in config.stages)
+    teacher, student = short_name(config.teacher.path), short_name(config.student.path)
+    if not student:
+        layers = config.student.layers
+        student = f"{layers if isinstance(layers, int) else len(layers)} of its layers"
+    taught = any(
+        needs_teacher(stage) or stage.teacher_view == "cached" or stage.targets == "teacher"
+        for stage in config.stages
+    )
+    models = f"{teacher} into {student}" if taught or not config.student.path else student
+    written = config.data.train == "teacher"
+    return f"{names}: {models} on {'its requests' if written else short_name(config.data.train)}"
+
+
+def short_name(source: str) -> str:
+    """The end of a path, of a hub id, or of "package:NAME/FILE", which says what it is and not
+    where it lies."""
+    name = re.split("[/:]", source.rstrip("/"))[-1]
+    return re.sub(r"\.(jsonl|json|gguf)$", "", name)
 
 
 def remat(model: ConfigDict) -> str:

@@ -139,9 +139,15 @@ def _compare_or_write(folder: epath.Path, config: ConfigDict, ignore: tuple[str,
         found, wanted = (_flat(one["config"], "config", ignore) for one in (theirs, ours))
         different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
         lines = [f"  {k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different]
+        student = folder / "student"
+        further = (
+            f"\nTo train its student further: --config.student.path={student} "
+            "--config.student.layers=0 with another --workdir"
+        )
         raise ConfigError(
             f"{folder} belongs to a run of another config; take another --workdir, or set back\n"
             + "\n".join(lines)
+            + (further if student.exists() else "")
         )
     if theirs != ours:
         make_folder(folder)

@@ -129,7 +129,7 @@ def base_config() -> ConfigDict:
     layers = FieldReference(0, field_type=object)  # a number, or a tuple
     return ConfigDict(
         dict(
-            title="distillation",
+            title="",  # "": made of stages, models and data, see build.title
             seed=10,
             preset="default",  # or "faithful": the published code's conventions
             teacher=model_config(),
@@ -151,6 +151,7 @@ def base_config() -> ConfigDict:
                 corpus="",  # plain text for corpus_terms
                 corpus_split="train",
                 template="alpaca",
+                date="",  # that a chat template may show; "": that of the run's first start
                 max_prompt_length=256,
                 max_length=512,
             ),
@@ -166,7 +167,7 @@ def base_config() -> ConfigDict:
                 prompt_effect=False,  # the teacher's own answers, without and with its prompt
                 samples=8,
             ),
-            checkpoint=dict(every=100, keep=2, export="last", select="rougeL"),
+            checkpoint=dict(every=100, minutes=10.0, keep=2, export="last", select="rougeL"),
             mesh=dict(data=-1, fsdp=1, tensor=1),
             log_every=1,
             stop_after_skipped=10,
@@ -195,7 +196,6 @@ FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "abkd", "promptkd", "
 
 
 def paper_config(
-    family: str,
     teacher: tuple[str, str, float, int],
     sizes: Mapping[str, PaperSize],
     argument: str,
@@ -218,7 +218,6 @@ def paper_config(
     )
     size, method = sizes[chosen["student"]], chosen["method"]
     config = base_config()
-    config.title = f"{method} on Dolly: {teacher[0]} into {family} {chosen['student']}"
     config.teacher.update(path=teacher[0], dtype="bfloat16", param_dtype="bfloat16")
     start = size.start if method in FROM_SFT else size.pretrained
     config.student.update(path=start, dtype="bfloat16")
@@ -232,7 +231,6 @@ def paper_config(
     config.checkpoint.update(every=500, export="best")
     config.log_every = 10
     if method == "teacher":
-        config.title = f"SFT on Dolly: {teacher[1]}"
         config.student.path = teacher[1]
     if method in ("teacher", "init"):
         config.teacher.path, config.evaluation.teacher = "", False

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import hosts, published, recipe, schema, sharding, train
+from promptkd_jax import build, hosts, published, recipe, schema, sharding, train
 from promptkd_jax.config import ConfigError, claim, fingerprint, load_config
 from promptkd_jax.data import DataError, Record, read_records, tokenize
 from promptkd_jax.evaluate import score
@@ -107,7 +107,7 @@ def reproduce(
     runs = plan(source, workdir, methods, overrides, from_published=from_published)
     models = contenders(runs, workdir)
     for name, config in runs.items():
-        print(f"{name}: {config.title}")
+        print(f"{name}: {build.title(config)}")
         train.run(config, workdir / name)
     scores = {}
     for name, model in models.items():

@@ -1,6 +1,7 @@
 """What the config of a run may be: every field, and the facts that need two fields to see."""
 
 import dataclasses
+import datetime
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,6 +30,7 @@ from promptkd_jax.method import (
     VIEWS,
     contradictions,
     needs_teacher,
+    reads_answers,
 )
 from promptkd_jax.models.decoder import REMAT
 from promptkd_jax.policy_gradient import WHITEN
@@ -97,6 +99,19 @@ class _TeacherLayers:
         return "" if type(value) is int and value >= 0 else str(self)
 
 
+class _Date:
+    """A day as ISO 8601 writes it, or none."""
+
+    def __str__(self) -> str:
+        return "a date such as '2026-11-27', or ''"
+
+    def fault(self, value: Any) -> str:
+        try:
+            return "" if value == "" or datetime.date.fromisoformat(value) else str(self)
+        except (TypeError, ValueError):
+            return str(self)
+
+
 _DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
 _SAMPLING = {
     "temperature": Float(low=0.0),
@@ -162,7 +177,7 @@ _STAGE = {
     "sampling": _SAMPLING,
 }
 SCHEMA = {
-    "title": Str(nonempty=True),
+    "title": Str(),
     "seed": Int(low=0),
     "preset": Choice(*PRESETS),
     "teacher": _MODEL,
@@ -184,6 +199,7 @@ SCHEMA = {
         "corpus": Str(),
         "corpus_split": Str(),
         "template": Choice("alpaca", "chat", "plain"),
+        "date": _Date(),
         "max_prompt_length": Int(low=1),
         "max_length": Int(low=2),
     },
@@ -213,6 +229,7 @@ SCHEMA = {
     },
     "checkpoint": {
         "every": Int(low=1),
+        "minutes": Float(low=0.0),
         "keep": Int(low=1),
         "export": Choice("last", "best"),
         "select": Choice(*SELECT),
@@ -226,7 +243,7 @@ SCHEMA = {
 IRRELEVANT = (
     *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
     *("teacher.remat", "student.remat"),
-    *("checkpoint.every", "checkpoint.keep", "answers.path", "cache.path"),
+    *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep", "answers.path", "cache.path"),
 )
 
 
@@ -344,7 +361,7 @@ def _stage_contradictions(path: str, stage: ConfigDict, config: ConfigDict):
             yield (
                 f"{path}.targets: 'replay' goes by the validation loss; set config.evaluation.every"
             )
-    if stage.targets not in ("teacher", "student") and config.data.train == "teacher":
+    if reads_answers(stage) and config.data.train == "teacher":
         yield (
             f"{path}.targets: {stage.targets!r} needs gold answers, and requests that the teacher "
             "writes have none; expected 'teacher' or 'student'"

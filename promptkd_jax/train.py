@@ -6,12 +6,12 @@ The same command continues a run that was stopped, and says so of one that is fi
 import argparse
 import errno
 import json
+import math
 import platform
 import resource
-import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,11 +19,11 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import hosts, schema, sharding
+from promptkd_jax import build, hosts, schema, sharding
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError, as_json, claim, parse
 from promptkd_jax.data import DataError
-from promptkd_jax.experiment import Experiment, prepare, save
+from promptkd_jax.experiment import Experiment, prepare, save, with_date
 from promptkd_jax.files import check_shared, once, read_text, to_path, write_json
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.loop import Trained, TrainingError, assess, fit, score_dev
@@ -56,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _, config = parse(_parser(), argv)
             schema.check_recipe(config)
-            if not jax.distributed.is_initialized():  # which listens to SIGTERM itself
-                signal.signal(signal.SIGTERM, _leave)
             run(config, to_path(options.workdir))
         except MISTAKES as error:
             sys.exit(f"promptkd train: {error}")
@@ -79,10 +77,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     hosts.agree("the version of jax, flax, optax or promptkd_jax", _versions())
     claim(workdir, config, schema.IRRELEVANT)
     check_shared(workdir)
-    summary = workdir / "summary.json"
-    if hosts.on_first(summary.exists):
+    if hosts.on_first(lambda: _is_finished(workdir)):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
-        return hosts.on_first(lambda: json.loads(read_text(summary)))
+        return hosts.on_first(lambda: json.loads(read_text(workdir / "summary.json")))
     started = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
     for index, stage in enumerate(config.stages):
@@ -90,23 +87,59 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         sharding.check_rows(what, stage.batch_size, parts, mesh)
         slots = f"config.stages[{index}].rollout_slots"
         sharding.check_rows(slots, stage.rollout_slots, 1, mesh)
-    config = with_chosen_remat(config, mesh)
+    config = with_chosen_remat(with_date(config, workdir), mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
+        for doubt in _doubts(experiment):
+            print(f"warning: {doubt}", flush=True)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))
         result = fit(experiment, workdir, started, before)
         return finish(experiment, workdir, result, before)
 
 
+def _doubts(experiment: Experiment) -> Iterator[str]:
+    """Fields that can be right, and seldom are."""
+    config, total = experiment.config, experiment.total_steps
+    for index, stage in enumerate(experiment.stages):
+        warmup, updates = config.stages[index].warmup_steps, stage.steps * stage.method.updates
+        if warmup >= updates:
+            yield (
+                f"config.stages[{index}].warmup_steps: {warmup}, but the stage has {updates} "
+                f"updates: its rate never comes to config.stages[{index}].learning_rate"
+            )
+    every = config.evaluation.every
+    if every > total:
+        yield (
+            f"config.evaluation.every: {every}, but the run has {total} steps: no evaluation "
+            "before the end (0 says so)"
+        )
+    every = config.checkpoint.every
+    if every >= total and not config.checkpoint.minutes:
+        yield (
+            f"config.checkpoint.every: {every}, but the run has {total} steps, and "
+            "config.checkpoint.minutes is 0: no checkpoint before the end, so that a run that is "
+            "killed begins anew"
+        )
+
+
+def _is_finished(workdir: epath.Path) -> bool:
+    """Whether nothing is left to do: a student that was removed is exported once more."""
+    student = workdir / "student"
+    return (workdir / "summary.json").exists() and (student / "config.json").exists()
+
+
 def _assess_first(experiment: Experiment) -> dict[str, Any]:
+    """Scores the student that the run starts from. Raises TrainingError where it is broken."""
     print("measuring the student before training …", flush=True)
-    return assess(experiment)
-
-
-def _leave(*_: Any) -> None:
-    """SIGTERM outside of the loop, where what is done is on disk already."""
-    print("stopped; the same command continues")
-    sys.exit(0)
+    found = assess(experiment)
+    for key, who in (("loss", experiment.student), ("kl", experiment.teacher)):
+        if not math.isfinite(found.get(key, 0.0)):
+            name = HELD_OUT[key][0] if key in HELD_OUT else "loss"
+            raise TrainingError(
+                f"{who.name}: its {name} on the dev rows is {found[key]} before training: its "
+                f"weights, or what {who.decoder.config.dtype} makes of them, are not finite numbers"
+            )
+    return found
 
 
 def _versions() -> str:
@@ -141,7 +174,7 @@ def finish(
     }
     write_report(
         workdir,
-        title=config.title,
+        title=build.title(config),
         config_text=json.dumps(as_json(config), indent=2),
         summary={"metrics": rows, "facts": facts, "paths": paths},
         samples=_samples(experiment, before["texts"], after["texts"]),

@@ -246,7 +246,8 @@ def test_a_config_without_a_size_has_the_numbers_of_its_default(family, capsys):
     config = load_config([f"--config={CONFIGS / family}.py"])[0]
     numbers = reproduce.published_numbers(f"configs/{family}.py")
     (size,) = [size for size, found in ROUGE_L[family].items() if found is numbers]
-    assert config.title.endswith(f" {size}")
+    named = load_config([f"--config={CONFIGS / family}.py:student={size}"])[0]
+    assert config.student.path == named.student.path
     assert reproduce.published_numbers(f"{family}.py:method=kd") is numbers
     assert capsys.readouterr().out == ""
 

@@ -1,5 +1,6 @@
 """Whole runs of tiny models: what comes out, and what happens when something goes wrong."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -11,16 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from promptkd_jax import train
+from promptkd_jax import experiment, loop, sharding, signals, train
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError
+from promptkd_jax.data import DataError, Record
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.load import load_model
+from promptkd_jax.models.load import Model, load_model
 from promptkd_jax.prompt import load_soft_prompt
 from promptkd_jax.report import read_metrics
 from promptkd_jax.schema import check_recipe
@@ -145,8 +149,8 @@ def test_one_run_through_a_signal_and_a_kill_bit_for_bit(models, finished, tmp_p
     wait_for(process, lambda: metrics.exists() and read_metrics(tmp_path))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "saved; the same command continues" in output
+    assert process.returncode == 143, output
+    assert "SIGTERM: stopping" in output and "saved; the same command continues" in output
     process = start(models, tmp_path)
     wait_for(process, (tmp_path / "checkpoints" / "5").exists)
     process.send_signal(signal.SIGKILL)
@@ -161,18 +165,139 @@ def test_one_run_through_a_signal_and_a_kill_bit_for_bit(models, finished, tmp_p
     assert updates == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_run_that_was_stopped_amid_an_evaluation_goes_on_with_it(
+    config, finished, tmp_path, monkeypatch
+):
+    """What is evaluated is safe before, and no evaluation is missing or made twice."""
+    calls = iter(range(1, 100))
+
+    def assess(*arguments):
+        if next(calls) == 2:
+            raise signals.Stopped(signal.SIGTERM)
+        return whole(*arguments)
+
+    whole = loop.assess
+    monkeypatch.setattr(loop, "assess", assess)
+    config.checkpoint.every = 1000
+    with pytest.raises(signals.Stopped):
+        train.run(config, tmp_path)
+    assert (tmp_path / "checkpoints" / "4").exists()
+    train.run(config, tmp_path)
+    assert_same_student(finished, tmp_path)
+    scores = [
+        [row for row in read_metrics(run) if "dev/loss" in row] for run in (finished, tmp_path)
+    ]
+    assert [row["step"] for row in scores[1]] == [2, 4, 6, 7]
+    assert scores[0] == scores[1]
+    assert next(calls) == 6  # 2, 4 (stopped), 4, 6, 7
+
+
+def test_a_checkpoint_is_due_by_time_too(config, finished, tmp_path, monkeypatch):
+    config.checkpoint.update(every=1000, minutes=1e-9, keep=10)
+    config.evaluation.every = 0
+    train.run(config, tmp_path)
+    saved = {int(folder.name) for folder in (tmp_path / "checkpoints").iterdir() if folder.is_dir()}
+    # The first step of a stage is compiled, which is not training; the last one is saved anyway.
+    assert saved == {2, 3, 5, 6, 7}
+
+
+def test_a_student_that_was_removed_is_written_again(config, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    train.run(config, tmp_path / "run")
+    assert "continuing from step 7" in capsys.readouterr().out
+    assert_same_student(finished, tmp_path / "run")
+
+
+def test_a_run_without_a_single_update_is_no_success(config, tmp_path, monkeypatch):
+    config.stages = config.stages[1:]
+    config.stages[0].steps = 2
+    step = experiment.train_step
+
+    def broken(state, *arguments, **named):
+        params = jax.tree.map(lambda x: x * jnp.nan, state.params)
+        kept, metrics = step(state.replace(params=params), *arguments, **named)
+        return kept.replace(params=state.params), metrics
+
+    monkeypatch.setattr(experiment, "train_step", broken)
+    with pytest.raises(loop.TrainingError, match="no update took place: .* in all 2 steps"):
+        train.run(config, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_student_that_is_broken_before_is_named(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "assess", lambda experiment: {"loss": float("nan")})
+    with pytest.raises(loop.TrainingError, match="student: its loss .* is nan before training"):
+        train.run(config, tmp_path)
+    assert not (tmp_path / "before.json").exists()
+
+
 def test_a_damaged_checkpoint_is_passed_over(config, finished, tmp_path, capsys):
     config.checkpoint.keep = 3
     train.run(config, tmp_path)
     for file in ("summary.json", "report.html"):
         (tmp_path / file).unlink()
-    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    newest = max((tmp_path / "checkpoints").glob("[0-9]*"), key=lambda folder: int(folder.name))
     largest = max(newest.rglob("*"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-10])
     train.run(config, tmp_path)
     output = capsys.readouterr().out
     assert "checkpoint 7 is damaged" in output and "continuing from 6" in output
     assert_same_student(finished, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path, change",
+    [
+        ("train.jsonl", lambda text: text.replace(b"the red", b"the sky")),
+        ("dev.jsonl", lambda text: text.replace(b"the red", b"the sky")),
+        ("teacher", lambda weights: weights[:-1] + bytes([weights[-1] ^ 1])),
+        ("student", lambda weights: weights[:-1] + bytes([weights[-1] ^ 1])),
+    ],
+)
+def test_a_folder_belongs_to_one_set_of_inputs(models, finished, tmp_path, path, change):
+    """What stands under a path may change while a run is stopped: it is known by its content."""
+    shutil.copytree(models, tmp_path / "models")
+    config, run = tiny.short_config(tmp_path / "models"), tmp_path / "run"
+    config.stages = config.stages[1:]
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        experiment.prepare(config, run, mesh)
+        file = tmp_path / "models" / path
+        file = file / "model.safetensors" if file.is_dir() else file
+        content = file.read_bytes()
+        file.write_bytes(change(content))
+        with pytest.raises(DataError, match=rf"inputs were others.*\n  .*{path} \(config.*there '"):
+            experiment.prepare(config, run, mesh)
+        file.write_bytes(content)
+        experiment.prepare(config, run, mesh)
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }} >"
+
+
+def test_a_template_is_shown_the_day_on_which_the_run_began(config, tmp_path, monkeypatch):
+    days = iter(["2026-11-27", "2026-11-28"])
+
+    class Clock(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(next(days))
+
+    monkeypatch.setattr(experiment, "date", Clock)
+    dated = [experiment.with_date(config, tmp_path) for _ in range(2)]
+    assert [one.data.date for one in dated] == ["2026-11-27"] * 2
+    config.data.date = "2020-01-01"
+    assert experiment.with_date(config, tmp_path).data.date == "2020-01-01"
+    assert next(days) == "2026-11-28"  # nobody has asked for it
+    words = load_model(config.student.path).tokenizer
+    words.chat_template, config.data.template = CLOCK, "chat"
+    model = Model("model", None, None, {}, words, (0,))
+    rows = experiment.tokenized(dated[1], model, "some", [Record("say red", "", ())])
+    assert rows.date == ""  # the template "plain" shows none
+    dated[1].data.template = "chat"
+    rows = experiment.tokenized(dated[1], model, "some", [Record("say red", "", ())])
+    assert (words.decode(rows.tokens[0]), rows.date) == ("27 Nov 2026 say red >", "2026-11-27")
 
 
 def test_a_folder_belongs_to_one_config(finished, config):

@@ -263,7 +263,7 @@ def _assembled(
         "message" in program for program in said["programs"].values()
     )
     return {
-        "title": run.config.title,
+        "title": build.title(run.config),
         "stage": build.describe(run.config.stages[run.index]),
         "notes": list(run.notes),
         "topology": slices.name,
