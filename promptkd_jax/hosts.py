@@ -7,6 +7,7 @@ is on the host is computed by all of them alike; the first writes files and spea
 import argparse
 import atexit
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -150,6 +151,13 @@ def agree_on_options(options: argparse.Namespace) -> None:
     """`agree` on all flags but who a process is."""
     same = {name: value for name, value in vars(options).items() if name != "process"}
     agree("the command line", str(sorted(same.items())))
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Says on stderr what does not stop a run: once, by the first process."""
+    if is_first():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _store():

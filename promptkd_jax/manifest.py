@@ -15,7 +15,8 @@ from etils import epath
 from promptkd_jax import hosts
 from promptkd_jax.data import DataError, Rows
 from promptkd_jax.files import make_folder, read_text, write_json
-from promptkd_jax.models.load import Model, resolve
+from promptkd_jax.models.hub import resolve
+from promptkd_jax.models.load import Model
 from promptkd_jax.synthetic import PREFIX
 
 _END = 2**20  # bytes

@@ -124,7 +124,7 @@ def test_a_hub_id_goes_in(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     student = load_model(str(start("owner/model", "1,", tmp_path / "student")))
-    assert asked == ["owner/model"]
+    assert set(asked) == {"owner/model"}
     assert_layers(student, random_model("opt"), [1])
 
 

@@ -67,6 +67,9 @@ class Counted:
     def shape(self, name):
         return self.tensors[name].shape
 
+    def dtype(self, name):
+        return "F32"
+
     def read(self, name, index=None):
         part = self.tensors[name][index or ...]
         self.elements += part.size

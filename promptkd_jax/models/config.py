@@ -60,6 +60,12 @@ class DecoderConfig:
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    @property
+    def trained_positions(self) -> int:
+        """As many positions as it was trained for; linear scaling stretches them afterwards."""
+        linear = self.rope_scaling is not None and self.rope_scaling.kind == "linear"
+        return int(self.max_positions * self.rope_scaling.factor) if linear else self.max_positions
+
 
 def from_hugging_face(config: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
     """Reads a `config.json`. Raises ModelError for what the decoder does not compute."""
@@ -68,10 +74,26 @@ def from_hugging_face(config: Mapping[str, Any], source: str = "config.json") ->
         raise ModelError(
             f"{source}: model_type {kind!r} is not supported; supported: {', '.join(_READERS)}"
         )
+    _refuse_quantised(config, source)
     try:
         return _READERS[kind](config, source)
     except KeyError as error:
         raise ModelError(f"{source}: a {kind} config needs the field {error}") from error
+
+
+def _refuse_quantised(config: Mapping[str, Any], source: str) -> None:
+    settings = config.get("quantization_config") or config.get("quantization")  # the latter: MLX
+    if not settings:
+        return
+    method = settings.get("quant_method") or settings.get("mode")
+    if any(name.startswith(("load_in_", "bnb_")) for name in settings):
+        method = "bitsandbytes"
+    raise ModelError(
+        f"{source}: the weights are quantised ({method or settings}); only plain ones in floating "
+        "point are read: take the model that these were made from, or, for bitsandbytes and FP8, "
+        "write them anew with transformers' model.dequantize() and save_pretrained (if they are "
+        "plain already, remove the field)"
+    )
 
 
 def _require(config: Mapping[str, Any], source: str, **expected: Any) -> None:
@@ -87,7 +109,6 @@ def _gpt2(c: Mapping[str, Any], source: str) -> DecoderConfig:
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
         add_cross_attention=False,
-        tie_word_embeddings=True,
     )
     return _learned_positions_decoder(
         c["n_embd"],
@@ -99,6 +120,7 @@ def _gpt2(c: Mapping[str, Any], source: str) -> DecoderConfig:
         max_positions=c["n_positions"],
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         activation=c.get("activation_function", "gelu_new"),
+        tied=c.get("tie_word_embeddings", True),
     )
 
 
@@ -111,7 +133,6 @@ def _opt(c: Mapping[str, Any], source: str) -> DecoderConfig:
         word_embed_proj_dim=c["hidden_size"],
         enable_bias=True,
         layer_norm_elementwise_affine=True,
-        tie_word_embeddings=True,
     )
     return _learned_positions_decoder(
         c["hidden_size"],
@@ -123,12 +144,13 @@ def _opt(c: Mapping[str, Any], source: str) -> DecoderConfig:
         max_positions=c["max_position_embeddings"],
         norm_eps=1e-5,
         activation=c.get("activation_function", "relu"),
+        tied=c.get("tie_word_embeddings", True),
         position_offset=2,
     )
 
 
 def _learned_positions_decoder(width: int, heads: int, **more: Any) -> DecoderConfig:
-    """Layer norms, a bias everywhere, a plain feed-forward, a tied head, a table of positions."""
+    """Layer norms, a bias everywhere, a plain feed-forward, a table of positions."""
     return DecoderConfig(
         width=width,
         heads=heads,
@@ -139,7 +161,6 @@ def _learned_positions_decoder(width: int, heads: int, **more: Any) -> DecoderCo
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        tied=True,
         learned_positions=True,
         **more,
     )
@@ -229,7 +250,13 @@ def _qwen_window(c: Mapping[str, Any], source: str) -> int | None:
 
 def _rope(c: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or the older flat fields."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    new, old = (c.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
+    if new and old and _without_theta(new) != _without_theta(old):
+        raise ModelError(
+            f"{source}: rope_parameters {new} and rope_scaling {old} contradict one another; "
+            "remove the wrong one"
+        )
+    rope = new or old
     theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
     if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ModelError(f"{source}: partial_rotary_factor other than 1 is not supported")
@@ -249,3 +276,9 @@ def _rope(c: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]
     raise ModelError(
         f"{source}: rope_type {kind!r} is not supported; supported: default, linear, llama3"
     )
+
+
+def _without_theta(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling alone; theta may stand beside it."""
+    scaling = {key: x for key, x in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    return scaling | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}

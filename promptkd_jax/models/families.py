@@ -128,10 +128,16 @@ def _layer_norm(stem: str, path: str) -> list[Tensor]:
     ]
 
 
-def _gpt2() -> Family:
+def _embedding(name: str, config: DecoderConfig) -> list[Tensor]:
+    """The embedding, and the head where it is another matrix."""
+    rows = [Tensor(name, "embed/embedding", "V D -> V D")]
+    return rows if config.tied else [*rows, Tensor(HEAD, "lm_head", "V D -> V D")]
+
+
+def _gpt2(config: DecoderConfig) -> Family:
     layer = "h.{}"
     rows = [
-        Tensor("wte.weight", "embed/embedding", "V D -> V D"),
+        *_embedding("wte.weight", config),
         Tensor("wpe.weight", "positions/embedding", "P D -> P D"),
         *_layer_norm("ln_f", "final_norm"),
         *_layer_norm(f"{layer}.ln_1", "layers/attention_norm"),
@@ -151,10 +157,10 @@ def _gpt2() -> Family:
     return Family("GPT2LMHeadModel", "n_layer", "transformer.", ("",), tuple(rows), buffers)
 
 
-def _opt() -> Family:
+def _opt(config: DecoderConfig) -> Family:
     layer = "layers.{}"
     rows = [
-        Tensor("embed_tokens.weight", "embed/embedding", "V D -> V D"),
+        *_embedding("embed_tokens.weight", config),
         Tensor("embed_positions.weight", "positions/embedding", "P D -> P D"),
         *_layer_norm("final_layer_norm", "final_norm"),
         *_layer_norm(f"{layer}.self_attn_layer_norm", "layers/attention_norm"),
@@ -172,8 +178,7 @@ def _llama_like(config: DecoderConfig, architecture: str) -> Family:
     layer = "layers.{}"
     attention = _attention(layer, bias=config.qkv_bias, out="o_proj")
     rows = [
-        Tensor("embed_tokens.weight", "embed/embedding", "V D -> V D"),
-        *([] if config.tied else [Tensor(HEAD, "lm_head", "V D -> V D")]),
+        *_embedding("embed_tokens.weight", config),
         Tensor("norm.weight", "final_norm/scale", "D -> D"),
         Tensor(f"{layer}.input_layernorm.weight", "layers/attention_norm/scale", "D -> D"),
         Tensor(f"{layer}.post_attention_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
@@ -201,9 +206,9 @@ _LLAMA_LIKE = {
 def family(config: DecoderConfig) -> Family:
     """The table for a model of `config`."""
     if config.family == "gpt2":
-        return _gpt2()
+        return _gpt2(config)
     if config.family == "opt":
-        return _opt()
+        return _opt(config)
     return _llama_like(config, _LLAMA_LIKE[config.family])
 
 

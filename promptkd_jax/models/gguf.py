@@ -16,6 +16,7 @@ convert_hf_to_gguf.py.
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.weights import refuse_pointer
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import GGUFReader, ReaderTensor
@@ -88,6 +90,10 @@ class GGUFModel:
         """Shape of a tensor as in the Hugging Face model, [out, in] for a matrix."""
         return _shape(self._tensors[name])
 
+    def dtype(self, name: str) -> str:
+        """The dtype that `read` gives, as safetensors calls it."""
+        return "F32"
+
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """One tensor, dequantised: float32, [out, in], rows of q and k in Hugging Face order.
 
@@ -115,12 +121,14 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     that `config` asks for, is for `streaming.load_params` to check, as it does for every source.
 
     Raises:
+      ModelError: a pointer of Git LFS in place of the file.
       GGUFError: not a whole GGUF file, not a plain Llama, or a tensor that a Llama does not have or
         that is of none of the `TYPES`.
       ImportError: the package gguf is not installed.
       OSError: no such file, or not readable.
     """
     path = os.fspath(path)
+    refuse_pointer(pathlib.Path(path))
     reader, metadata = _parse(path)
     _check_metadata(path, metadata)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -155,6 +163,11 @@ def _parse(path: str) -> tuple[GGUFReader, dict[str, Any]]:
 
 def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
     """Refuses what is not one whole file of a plain Llama."""
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise GGUFError(
+            f"{path}: general.type is {kind!r}, not 'model'; an adapter is merged into its base "
+            "model by llama-export-lora"
+        )
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise GGUFError(f"{path}: general.architecture is {architecture!r}; only 'llama' is read")

