@@ -354,11 +354,60 @@ def test_more_columns_than_learned_positions_are_an_error(name):
 # To files and back.
 
 
+def test_export_has_the_rotary_fields_of_both_transformers_versions(saved):
+    """transformers 4 knows no `rope_parameters` and would take its defaults without a word."""
+    config = json.loads((saved("llama") / "config.json").read_text())
+    scaled = {name: x for name, x in _LLAMA3_ROPE.items() if name != "rope_theta"}
+    assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, scaled)
+    assert config["rope_parameters"] == _LLAMA3_ROPE
+    for fields in ({}, {"rope_parameters": None}):
+        found = from_hugging_face({**config, **fields})
+        assert found == from_hugging_face(CONFIGS["llama"])
+    plain = {**CONFIGS["mistral"], "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    model = random_model("mistral").replace(hf_config=plain)
+    found = export._config_json(model)
+    assert found["rope_theta"] == 7.0 and "rope_scaling" not in found
+
+
 def test_export_is_the_model_for_transformers(pair, tmp_path):
     save_model(tmp_path, pair.model)
     found = from_folder(tmp_path)
     assert type(found) is type(pair.reference)
     np.testing.assert_array_equal(reference_logits(found), reference_logits(pair.reference))
+
+
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer"])
+def test_an_exported_tokenizer_is_the_same_for_both_transformers_versions(kind, tmp_path):
+    """That 4.57.6 opens such a folder and gives these ids was tried; it knows these names, has no
+    TokenizersBackend and no list of extra_special_tokens, and its LlamaTokenizer adds a BOS."""
+    import tiny
+    from transformers import AutoTokenizer
+
+    marks = ["<|a|>", "<|b|>"]
+    tokenizer = tiny.tokenizer(("<unk>", *marks))
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<|b|>"
+    tokenizer.save_pretrained(tmp_path / "given")
+    file = tmp_path / "given" / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": kind, "unk_token": "<unk>"}
+    file.write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "given")
+    save_model(tmp_path / "out", random_model("llama").replace(tokenizer=tokenizer))
+
+    files = {x.name for x in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer")
+    assert config["additional_special_tokens"] == marks and "extra_special_tokens" not in config
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("say red<|a|> sky", " a<|b|>", "é"):
+        assert found(text).input_ids == tokenizer(text).input_ids
+        ids = tokenizer(text).input_ids
+        assert found.decode(ids, skip_special_tokens=True) == tokenizer.decode(
+            ids, skip_special_tokens=True
+        )
+    assert set(found.all_special_tokens) == set(tokenizer.all_special_tokens) >= set(marks)
+    assert found.chat_template == tokenizer.chat_template
 
 
 def test_load_after_export_is_bit_equal(model, tmp_path):
@@ -601,18 +650,23 @@ REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
     "no inner width": ("opt", {"ffn_dim": None}, "needs the field 'ffn_dim'"),
     "rope": (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rope_scaling": None},
         "rope_type 'yarn' is not supported; supported: default, linear, llama3",
     ),
     "no rope factor": (
         "llama",
-        {"rope_parameters": {"rope_type": "llama3"}},
+        {"rope_parameters": {"rope_type": "llama3"}, "rope_scaling": None},
         "needs the field 'factor'",
     ),
     "partial rope": (
         "llama",
-        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None},
         "partial_rotary_factor other than 1",
+    ),
+    "two ropes": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        "rope_parameters .* and rope_scaling .* contradict one another",
     ),
     # OPT-350m: norms behind the blocks, and embeddings narrower than the model.
     "post-norm": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False is not"),

@@ -124,8 +124,22 @@ def _save_texts(folder: epath.Path, model: Model, card: str | None) -> None:
     if model.tokenizer is not None:
         with _local(folder) as local:
             model.tokenizer.save_pretrained(local)
+            _make_readable_by_transformers_4(local / "tokenizer_config.json")
     if card is not None:
         (folder / "README.md").write_text(card)
+
+
+def _make_readable_by_transformers_4(file: pathlib.Path) -> None:
+    """Calls a class and special tokens by the names that transformers 4 and 5 both know."""
+    config = json.loads(file.read_text("utf-8"))
+    # 4 has no such class; its LlamaTokenizer puts a BOS of its own choice before every text. What
+    # both call PreTrainedTokenizerFast is tokenizer.json and nothing besides.
+    if config.get("tokenizer_class") in ("TokenizersBackend", "LlamaTokenizer"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := config.get("extra_special_tokens"), list):  # 4 has an object there
+        config["additional_special_tokens"] = extra
+        del config["extra_special_tokens"]
+    _write_json(file, config)
 
 
 def _config_json(model: Model) -> dict[str, Any]:
@@ -133,7 +147,20 @@ def _config_json(model: Model) -> dict[str, Any]:
     dropped = ("torch_dtype", "_name_or_path")
     kept = {key: value for key, value in model.hf_config.items() if key not in dropped}
     architecture = families.family(config).architecture
+    kept |= _flat_rope(kept)
     return {**kept, "architectures": [architecture], "dtype": config.param_dtype}
+
+
+def _flat_rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that transformers 4 reads in place of `rope_parameters`; it would take its default
+    rotary frequencies without a word."""
+    rope = hf_config.get("rope_parameters")
+    if not rope or hf_config.get("rope_scaling"):
+        return {}
+    flat = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        flat["rope_scaling"] = {key: x for key, x in rope.items() if key != "rope_theta"}
+    return flat
 
 
 def _generation_json(model: Model) -> dict[str, Any]:
