@@ -1,6 +1,5 @@
 """The soft prompt: M embeddings `[M, D]` in front of the frozen teacher, and its PEFT form."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from promptkd_jax import hosts, sharding
-from promptkd_jax.files import make_folder, read_text, to_path, write_json
+from promptkd_jax.files import make_folder, to_path, write_json
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import embed
 from promptkd_jax.models.export import write_tensors
+from promptkd_jax.models.hub import local_path
+from promptkd_jax.models.streaming import all_finite
+from promptkd_jax.models.weights import read_json, refuse_pointer
 
 INITS = ("text", "pad", "vocabulary", "random", "examples")
 
@@ -62,16 +65,19 @@ def save_soft_prompt(
     Args:
       folder: made where absent; also one in a bucket.
       soft_prompt: `[M, D]`.
-      teacher: name or path of the model that it belongs to.
+      teacher: name or path of the model that it belongs to, as `load_model` takes it.
       hf_config: the teacher's `config.json`.
     """
     folder = to_path(folder)
     make_folder(folder)
     length, width = soft_prompt.shape
+    here = local_path(teacher).exists()
+    name, _, revision = (teacher, "", "") if here else teacher.partition("@")
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": teacher,
+        "base_model_name_or_path": name,
+        "revision": revision or None,
         "inference_mode": True,
         "num_virtual_tokens": length,
         "token_dim": width,
@@ -88,17 +94,33 @@ def save_soft_prompt(
 
 
 def load_soft_prompt(folder: epath.PathLike) -> jax.Array:
-    """Reads a PEFT prompt-tuning adapter, `[M, D]` float32. Raises ModelError for another kind."""
+    """Reads a PEFT prompt-tuning adapter, `[M, D]` float32.
+
+    Raises:
+      ModelError: an adapter of another kind, or one that is damaged or not finite.
+    """
     folder = to_path(folder)
     file = folder / "adapter_config.json"
     if not file.exists():
         raise ModelError(f"{file}: no such file (a folder as save_soft_prompt or PEFT writes it)")
-    if (kind := json.loads(read_text(file)).get("peft_type")) != "PROMPT_TUNING":
+    if (kind := read_json(file).get("peft_type")) != "PROMPT_TUNING":
         raise ModelError(f"{file}: peft_type is {kind!r}; only PROMPT_TUNING adapters are prompts")
     weights = folder / "adapter_model.safetensors"
     if not weights.exists():
         raise ModelError(f"{weights}: no such file (weights are read from safetensors only)")
-    tensors = load(weights.read_bytes())
+    refuse_pointer(weights)
+    try:
+        tensors = load(weights.read_bytes())
+    except SafetensorError as error:
+        raise ModelError(f"{weights}: damaged or truncated: {error}") from error
     if tensors.keys() != {"prompt_embeddings"}:
         raise ModelError(f"{folder}: expected one tensor prompt_embeddings, found {list(tensors)}")
-    return jnp.asarray(tensors["prompt_embeddings"], jnp.float32)
+    found = tensors["prompt_embeddings"]
+    if found.ndim != 2 or not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ModelError(
+            f"{weights}: prompt_embeddings is {found.dtype} {list(found.shape)}; expected floating "
+            "point numbers [tokens, width]"
+        )
+    if not all_finite(found := np.float32(found)):
+        raise ModelError(f"{weights}: prompt_embeddings is not finite: it has a NaN or an infinity")
+    return jnp.asarray(found)

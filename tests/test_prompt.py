@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, TOKENIZERS
 from safetensors.numpy import load_file, save_file
-from test_models import LENGTHS, PREFIX, TOKENS, logits, make_pair, random_model
+from test_models import LENGTHS, PREFIX, TOKENS, WIDTH, logits, make_pair, random_model
 
 from promptkd_jax import hosts
 from promptkd_jax.models.config import ModelError
@@ -152,6 +152,46 @@ def test_adapters_with_other_tensors(adapter):
     save_file({"base_model.lora_A": PREFIX}, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"prompt_embeddings, found \['base_model.lora_A'\]"):
         load_soft_prompt(adapter)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (np.where(np.arange(WIDTH) == 3, np.nan, PREFIX), "prompt_embeddings is not finite"),
+        (PREFIX.astype(np.int8), r"prompt_embeddings is int8 .*; expected floating point"),
+        (PREFIX[0], r"prompt_embeddings is float32 \[48\]; expected .* \[tokens, width\]"),
+    ],
+    ids=["nan", "integers", "one row"],
+)
+def test_vectors_that_are_no_prompt(adapter, tensor, message):
+    save_file({"prompt_embeddings": tensor}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        load_soft_prompt(adapter)
+
+
+def test_a_damaged_adapter(adapter):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=f"{file}: damaged or truncated"):
+        load_soft_prompt(adapter)
+    file.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(ModelError, match=f"{file}: is a Git LFS pointer"):
+        load_soft_prompt(adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="adapter_config.json:1: not JSON"):
+        load_soft_prompt(adapter)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "base", "revision"),
+    [("owner/name@v1", "owner/name", "v1"), ("owner/name", "owner/name", None)],
+)
+def test_an_adapter_names_the_revision_of_its_teacher(tmp_path, teacher, base, revision):
+    """In the fields from which PEFT loads it."""
+    hf_config = random_model("gpt2").hf_config
+    save_soft_prompt(tmp_path, jnp.asarray(PREFIX), teacher=teacher, hf_config=hf_config)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base, revision)
 
 
 def test_missing_files(adapter):
