@@ -8,6 +8,7 @@ devices may change between a save and a restore.
 
 import datetime
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from promptkd_jax.batch import Batch
@@ -88,7 +90,7 @@ def _find_file(source: str) -> Path | Traversable | None:
     """The file that `source` means, None if it means a hub data set."""
     if source.startswith(_PACKAGE):
         return _find_package_file(source)
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return path
     if path.suffix == ".jsonl":
@@ -229,18 +231,25 @@ def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> st
 
 def _chat(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
     """One user turn and the opening of the answer, in the model's own chat format."""
+    name, clock = tokenizer.name_or_path or type(tokenizer).__name__, _stopped_clock(date)
     if not tokenizer.chat_template:
-        name = tokenizer.name_or_path or type(tokenizer).__name__
         raise DataError(
             f"template 'chat': tokenizer {name} has no chat template; use 'alpaca' or 'plain'"
         )
     turn = {"role": "user", "content": _request(record)}
-    return tokenizer.apply_chat_template(
-        [turn],
-        chat_template=_stopped_clock(date) + tokenizer.get_chat_template(),
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            [turn],
+            chat_template=clock + tokenizer.get_chat_template(),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except (TemplateError, TypeError, ValueError) as error:  # what expressions in it raise, too
+        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        raise DataError(
+            f"template 'chat': that of tokenizer {name} cannot be rendered for one user turn: "
+            f"{line}{error}; mend its chat template, or use 'alpaca' or 'plain'"
+        ) from error
 
 
 def _stopped_clock(date: str) -> str:
@@ -288,7 +297,8 @@ def render_prompt(
       date: such as "2026-11-27", for a chat template that shows one; "": today.
 
     Raises:
-      DataError: the template is unknown, or "chat" for a tokenizer without a chat template.
+      DataError: the template is unknown, or "chat" for a tokenizer without a chat template, or with
+        one that cannot be rendered.
     """
     return _prompts([record], template, tokenizer, date)[0]
 
@@ -388,9 +398,10 @@ def read_corpus(source: str, *, split: str = "train") -> list[str]:
       DataError: as `read_records`.
     """
     if Path(source).suffix == ".txt":
-        if not Path(source).is_file():
+        path = Path(os.path.expanduser(source))
+        if not path.is_file():
             raise DataError(f"{source}: no such file (looked from {Path.cwd()})")
-        texts = [line.strip() for line in Path(source).read_text("utf-8").splitlines()]
+        texts = [line.strip() for line in path.read_text("utf-8").splitlines()]
     else:
         path = _find_file(source)
         located = _read_hub(source, split) if path is None else _read_lines(path, source)

@@ -27,14 +27,15 @@ _NAME_BYTES = 64
 
 
 def to_path(text: str | os.PathLike) -> epath.Path:
-    """The file or folder of that name; for entry points, since `pathlib` spoils `gs://`.
+    """The file or folder of that name; for entry points, since `pathlib` spoils `gs://`, and no
+    shell expands the `~` in `--flag=~/folder`.
 
     What is in a bucket is asked of the bucket every time: it changes by other processes, and by
     TensorStore, past the memory of `gcsfs`.
     """
     if is_remote(text):
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return epath.Path(text)
+    return epath.Path(os.path.expanduser(text))
 
 
 def is_remote(file: str | os.PathLike) -> bool:

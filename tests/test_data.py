@@ -240,6 +240,25 @@ def test_template_errors(tokenizer):
         data.render_prompt(record, "chat", bare)
 
 
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 'a' }}\n{{ messages[0]['role' }}", "line 2: unexpected '}'"),
+        ("{{ messages.nothing.content }}", "has no attribute 'nothing'"),
+        ("{{ messages[0]['role'] + 1 }}", "str"),  # a TypeError of Python
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_named(tokenizer, template, fault):
+    broken = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, name_or_path="owner/broken"
+    )
+    broken.chat_template = template
+    message = f"tokenizer owner/broken cannot be rendered for one user turn: .*{fault}.*; mend"
+    with pytest.raises(data.DataError, match=message):
+        data.render_prompt(data.Record("a", "", ()), "chat", broken)
+
+
 # Token rows
 
 
