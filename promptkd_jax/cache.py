@@ -19,6 +19,7 @@ from promptkd_jax.config import ConfigError, as_json, parse
 from promptkd_jax.data import DataError, read_records
 from promptkd_jax.files import check_shared, make_folder, to_path
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.load import check_positions
 from promptkd_jax.offline import on_a_file_system, write_cache
 from promptkd_jax.schema import check_recipe
 
@@ -59,6 +60,7 @@ def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size:
     with jax.set_mesh(mesh):
         teacher, student = experiment.load_models(config, mesh)
         vocab_size = experiment.shared_vocabulary(teacher, student)
+        check_positions(teacher, data.max_length)
         student = student.replace(params=None)  # tokenizes; its weights are not needed
         records = read_records(data.train, split=data.train_split, need_output=True)
         dated = experiment.with_date(config, folder)

@@ -59,7 +59,7 @@ from promptkd_jax.files import Lines, read_text, write_text
 from promptkd_jax.linear import linear_values
 from promptkd_jax.losses import Divergence, cross_entropy, forward_kl
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model
+from promptkd_jax.models.load import Model, check_positions
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.teacher import view
 from promptkd_jax.topics import Policy
@@ -141,6 +141,7 @@ def write_requests(
         writes nothing new any more, or a log-probability is not finite.
     """
     pair = _Pair(teacher, student, template, prompt_capacity, batch_size, vocab_size, date)
+    check_positions(student, prompt_capacity + settings.max_new_tokens)
     bank = _bank_rows(pair, settings.bank)
     manifest = file.with_suffix(".manifest.json")
     manifests.claim(manifest, _made_from(pair, settings, bank), teacher, file=file)

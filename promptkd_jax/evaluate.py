@@ -28,7 +28,7 @@ from promptkd_jax.hosts import HostsError
 from promptkd_jax.linear import linear_loss
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model, load_with_tokenizer
+from promptkd_jax.models.load import Model, check_positions, load_with_tokenizer
 from promptkd_jax.sampler import Sampling, row_keys, sample
 from promptkd_jax.statistics import spread
 from promptkd_jax.teacher import view
@@ -60,6 +60,8 @@ def write_answers(
       Response tokens, an EOS included where the answer ended with one. Row i's answer depends on
       `key`, i and its request only.
     """
+    prefix = 0 if soft_prompt is None else len(soft_prompt)
+    check_positions(model, prefix + prompt_capacity + max_new_tokens)
     batch_size = dealt_out(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
     rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])

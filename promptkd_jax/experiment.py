@@ -37,6 +37,7 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import (
     Model,
+    check_positions,
     check_text,
     chosen_layers,
     end_ids,
@@ -195,6 +196,7 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
     student = student.replace(eos_ids=eos_ids)
     teacher = teacher and teacher.replace(eos_ids=eos_ids)
     _agree_on_models(teacher, student)
+    _check_positions(config, teacher, student)
     rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
     for what, some in (*rows.items(), ("dev", dev)):
         hosts.agree(f"the data ({what} rows)", manifest.of_rows(some.tokens))
@@ -252,6 +254,15 @@ def with_date(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.date = started["date"]
     return config
+
+
+def _check_positions(config: ConfigDict, teacher: Model | None, student: Model) -> None:
+    """Warns of rows that are longer than a model was trained for; see `_check_room` for those with
+    demonstrations."""
+    check_positions(student, config.data.max_length)
+    if teacher is not None:
+        prompted = any(stage.teacher_view == "prompted" for stage in config.stages)
+        check_positions(teacher, prompted * config.soft_prompt.length + config.data.max_length)
 
 
 def _agree_on_models(*models: Model | None) -> None:
@@ -361,7 +372,8 @@ def _not_shown(rows: Rows, shown: Sequence[int]) -> Rows:
 
 
 def _check_room(config: ConfigDict, teacher: Model, demonstrations: tuple[int, ...]) -> None:
-    """Raises ModelError where demonstrations and rows are longer than the teacher can see."""
+    """Raises ModelError where demonstrations and rows are longer than the teacher can see; warns of
+    those that are longer than it was trained for."""
     decoder, length = teacher.decoder.config, len(demonstrations) + config.data.max_length
     if decoder.learned_positions and length > decoder.max_positions:
         raise ModelError(
@@ -370,6 +382,7 @@ def _check_room(config: ConfigDict, teacher: Model, demonstrations: tuple[int, .
             f"{decoder.max_positions} positions; set config.in_context.examples lower, or "
             "config.data.max_length"
         )
+    check_positions(teacher, length)
 
 
 def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from promptkd_jax import data_free, hosts, manifest, topics
 from promptkd_jax.data import DataError
 from promptkd_jax.data_free import DataFree, write_requests
 from promptkd_jax.files import read_text, write_text
-from promptkd_jax.models.decoder import head
+from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.load import Model, load_model
 
 # So that most of what a random model writes are words, which are a token each.
@@ -146,6 +146,16 @@ def test_more_requests_continue_the_same_file(whole, teacher, student, settings,
 def test_a_finished_file_is_only_read(whole, teacher, student, settings, monkeypatch):
     monkeypatch.setattr(data_free, "write_answers", None)
     assert write_requests(teacher, student, whole[1], settings, **HOW) == whole[0]
+
+
+def test_answers_beyond_the_trained_positions(whole, teacher, student, settings, capsys):
+    """The student reads the teacher's answers, which may be longer than rows of training data."""
+    decoder = Decoder(student.decoder.config.replace(max_positions=9))
+    short = student.replace(decoder=decoder, name="short")
+    write_requests(teacher, short, whole[1], settings, **HOW)
+    longest = HOW["prompt_capacity"] + settings.max_new_tokens
+    said = f"short: rows of up to {longest} tokens, but it was trained for 9 positions"
+    assert said in capsys.readouterr().err
 
 
 def test_a_student_like_its_teacher_disagrees_nowhere(teacher, settings, tmp_path):
