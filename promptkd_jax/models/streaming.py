@@ -71,8 +71,8 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
 def has_head_of_its_own(source: TensorSource, config: DecoderConfig) -> bool:
     """Whether a head is stored that is not equal to the embedding.
 
-    Both are read, piece by piece, up to the first difference; where only their bits could be
-    compared, they count as different, and `load_params` says what is wrong with them.
+    Both are read, piece by piece, up to the first difference. What cannot be compared, since shape
+    or dtype are wrong, counts as different: `load_params` then says what is wrong.
     """
     if families.HEAD not in source.names():
         return False
@@ -179,7 +179,7 @@ def _read(
 
 
 def all_finite(x: np.ndarray) -> bool:
-    """Whether no element of a contiguous array is NaN or infinite.
+    """Whether no element is NaN or infinite.
 
     By their bits, at the speed of memory: NumPy's own test is five times slower for bfloat16.
     """
