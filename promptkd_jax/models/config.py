@@ -85,11 +85,12 @@ def _refuse_quantised(config: Mapping[str, Any], source: str) -> None:
     settings = config.get("quantization_config") or config.get("quantization")  # the latter: MLX
     if not settings:
         return
-    method = settings.get("quant_method") or settings.get("mode")
-    if any(name.startswith(("load_in_", "bnb_")) for name in settings):
-        method = "bitsandbytes"
+    method = settings
+    if isinstance(settings, Mapping):
+        older = "bitsandbytes" if "load_in_4bit" in settings or "load_in_8bit" in settings else None
+        method = settings.get("quant_method") or older or settings.get("mode") or settings
     raise ModelError(
-        f"{source}: the weights are quantised ({method or settings}); only plain ones in floating "
+        f"{source}: the weights are quantised ({method}); only plain ones in floating "
         "point are read: take the model that these were made from, or, for bitsandbytes and FP8, "
         "write them anew with transformers' model.dequantize() and save_pretrained (if they are "
         "plain already, remove the field)"

@@ -1,5 +1,5 @@
-"""A `save_pretrained` folder: which of its files are read, and what they are where they are no such
-model's: adapters, quantised weights, pickles, pointers of Git LFS.
+"""The weights of a `save_pretrained` folder. What is none is refused by its name: adapters,
+quantised weights, pickles, pointers of Git LFS.
 """
 
 import json
