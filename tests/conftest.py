@@ -1,8 +1,12 @@
-"""Where the tests find data that is not part of the repository, and how they compile."""
+"""Where the tests find their data, and how they compile."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
+from collections.abc import Callable
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,9 +32,23 @@ def devices(number: int) -> str:
     return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"
 
 
-GOLDEN = folder("PROMPTKD_GOLDEN", "golden")
+# The published implementation's numbers; the variable names another set of the same layout.
+GOLDEN = pathlib.Path(os.environ.get("PROMPTKD_GOLDEN", ROOT / "tests" / "golden"))
 DATA = folder("PROMPTKD_DATA", "data")
 TOKENIZERS = folder("PROMPTKD_TOKENIZERS", "tokenizers")
+
+
+def golden_cases(kind: str, wanted: Callable[[dict], bool] = lambda case: True) -> list:
+    """(folder, case) of each golden case of a kind that is wanted, as pytest parameters."""
+    found = []
+    for file in sorted(GOLDEN.glob("**/case.json")):
+        case = json.loads(file.read_text(encoding="utf-8"))
+        if case["kind"] == kind and wanted(case):
+            found.append(pytest.param(file.parent, case, id=str(file.parent.relative_to(GOLDEN))))
+    if not found and "PROMPTKD_GOLDEN" not in os.environ:
+        raise FileNotFoundError(f"no {kind} case under {GOLDEN}, which is part of the repository")
+    return found
+
 
 LONGEST = ("processes", "recipes", "train", "sharding", "golden", "step", "models", "views")
 

@@ -1,5 +1,5 @@
 """The excess accumulated error: its clean form against mathematics, its published form against the
-published numbers (cases under $PROMPTKD_GOLDEN, as in test_golden.py)."""
+published numbers (cases in `golden`, as in test_golden.py)."""
 
 import functools
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_golden import assert_close, cases
+from conftest import golden_cases
+from test_golden import assert_close
 
 from promptkd_jax import evaluate
 from promptkd_jax.data import Record, tokenize
@@ -168,7 +169,7 @@ def test_padding_and_batches_change_nothing(models, rows):
         np.testing.assert_allclose(getattr(again, name), array, 1e-4, 1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("folder, case", cases("exposure_bias_unit"))
+@pytest.mark.parametrize("folder, case", golden_cases("exposure_bias_unit"))
 def test_published_curve(folder, case):
     arrays = np.load(folder / "calc_batch.npz")
     for name in case["cases"]:
@@ -182,7 +183,7 @@ def test_published_curve(folder, case):
         assert_close(curve, arrays[f"{name}_cumulative_error"], 1e-5, name)
 
 
-@pytest.mark.parametrize("folder, case", cases("exposure_bias_models"))
+@pytest.mark.parametrize("folder, case", golden_cases("exposure_bias_models"))
 @pytest.mark.parametrize("view", ["plain", "prompted"])
 def test_published_evaluation(folder, case, view):
     path = {name: folder / relative for name, relative in case["paths"].items()}

@@ -1,11 +1,10 @@
 """The published implementation's numbers, reproduced with the `faithful` preset.
 
-Cases are found by glob under $PROMPTKD_GOLDEN and dispatched on `kind`; tolerances are those that
-the cases' README suggests for float32.
+The cases lie in `golden` and are dispatched on `kind`; where nothing else is said, tolerances are
+those that their README suggests for float32.
 """
 
 import functools
-import json
 import pathlib
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN
+from conftest import golden_cases
 from safetensors.numpy import load_file
 
 from promptkd_jax import losses, optimizer, prompt
@@ -26,17 +25,6 @@ from promptkd_jax.step import Optimizers, init_state, train_step
 from promptkd_jax.teacher import Models
 
 FAITHFUL = PRESETS["faithful"]
-
-
-def cases(kind: str) -> list:
-    """All cases of a kind, as pytest parameters."""
-    found = []
-    for file in sorted(GOLDEN.glob("**/case.json")):
-        case = json.loads(file.read_text())
-        if case["kind"] == kind:
-            found.append(pytest.param(file.parent, case, id=str(file.parent.relative_to(GOLDEN))))
-    missing = pytest.mark.skip(reason=f"no {kind} case under {GOLDEN} (set PROMPTKD_GOLDEN)")
-    return found or [pytest.param(None, None, marks=missing)]
 
 
 def assert_close(found, expected, tolerance: float, what: str) -> None:
@@ -155,7 +143,7 @@ def _full_precision():
         yield
 
 
-@pytest.mark.parametrize("folder, case", cases("promptkd_training"))
+@pytest.mark.parametrize("folder, case", golden_cases("promptkd_training"))
 def test_training(folder, case):
     training = Training(folder, case)
     expected, initial, parts = training.expected, training.initial, training.parts
@@ -247,7 +235,7 @@ def assert_final_student(training: Training, params) -> None:
     assert compared > 3
 
 
-@pytest.mark.parametrize("folder, case", cases("kl_unit"))
+@pytest.mark.parametrize("folder, case", golden_cases("kl_unit"))
 def test_kl(folder, case):
     arrays = np.load(folder / "kl.npz")
     mask = arrays["label"] != -100
@@ -273,7 +261,7 @@ def test_kl(folder, case):
         assert_close(student, arrays[f"{name}_student_call_masked_mean"], 1e-5, name)
 
 
-@pytest.mark.parametrize("folder, case", cases("lr_schedule_unit"))
+@pytest.mark.parametrize("folder, case", golden_cases("lr_schedule_unit"))
 def test_lr_schedule(folder, case):
     for one in case["schedules"]:
         rates = optimizer.schedule(

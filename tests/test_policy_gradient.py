@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_golden import assert_close, cases
+from conftest import golden_cases
+from test_golden import assert_close
 
 from promptkd_jax import losses
 from promptkd_jax.batch import Batch, gather, responses
@@ -411,7 +412,7 @@ def close(found, expected, what: str, tolerance: float = 1e-5) -> None:
     assert_close(np.asarray(found, np.float64) / scale, expected / scale, tolerance, what)
 
 
-@pytest.mark.parametrize("folder, case", cases("minillm_unit"))
+@pytest.mark.parametrize("folder, case", golden_cases("minillm_unit"))
 def test_minillm(folder, case, tmp_path):
     rollout = Rollout(folder, case, tmp_path)
     arrays, mask = rollout.arrays, rollout.where.mask

@@ -1,34 +1,11 @@
 """ROUGE-L and exact match: facts of the two scores, and every golden case of the published code."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
+from conftest import golden_cases
 
 from promptkd_jax.text_metrics import exact_match, grouped_text_scores, rouge_l, text_scores
 
-GOLDEN = Path(
-    os.environ.get("PROMPTKD_GOLDEN", Path(__file__).resolve().parents[1] / "../shared/golden")
-)
-
-
-def golden_cases():
-    """Every golden case of this kind as a pytest parameter; a skipped one if there is none."""
-    paths = sorted(GOLDEN.glob("**/case.json"))
-    cases = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    found = [
-        pytest.param(case, id=str(path.parent.relative_to(GOLDEN)))
-        for path, case in cases
-        if case.get("kind") == "rouge_unit"
-    ]
-    missing = f"no rouge_unit case under {GOLDEN}: set PROMPTKD_GOLDEN to the golden folder"
-    return found or [pytest.param(None, marks=pytest.mark.skip(reason=missing), id="absent")]
-
-
-@pytest.fixture(params=golden_cases())
-def golden(request):
-    return request.param
+on_golden_cases = pytest.mark.parametrize("folder, golden", golden_cases("rouge_unit"))
 
 
 def lists(case):
@@ -36,7 +13,8 @@ def lists(case):
     return predictions, [pair["references"] for pair in case["pairs"]]
 
 
-def test_golden_pairs(golden):
+@on_golden_cases
+def test_golden_pairs(folder, golden):
     for pair in golden["pairs"]:
         prediction, references = pair["prediction"], pair["references"]
         assert rouge_l(prediction, references) == pytest.approx(pair["rougeL_f"], abs=1e-12), pair
@@ -48,7 +26,8 @@ def test_golden_pairs(golden):
         assert text_scores([prediction], [references]) == pair["compute_metrics"], pair
 
 
-def test_golden_corpus(golden):
+@on_golden_cases
+def test_golden_corpus(folder, golden):
     predictions, references = lists(golden)
     assert text_scores(predictions, references) == golden["compute_metrics_all"]
     groups = golden["groups"]
@@ -56,7 +35,8 @@ def test_golden_corpus(golden):
     assert scores == golden["compute_grouped_metrics"]
 
 
-def test_golden_truncation(golden):
+@on_golden_cases
+def test_golden_truncation(folder, golden):
     predictions, references = lists(golden)
     case = golden["compute_metrics_predictions_shorter"]
     scores = text_scores(predictions[: case["n_pred"]], references, truncate=True)

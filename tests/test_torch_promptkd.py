@@ -5,11 +5,10 @@ tolerances are those that the cases' README suggests for float32.
 """
 
 import importlib.util
-import json
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import ROOT, golden_cases
 from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
@@ -29,18 +28,8 @@ def load_opponent():
 opponent = load_opponent()
 
 
-def cases() -> list:
-    """The training cases that are Algorithm 1, as pytest parameters."""
-    found = []
-    for file in sorted(GOLDEN.glob("**/case.json")):
-        case = json.loads(file.read_text())
-        if case["kind"] == "promptkd_training" and is_algorithm_1(case["hyper"]):
-            found.append(pytest.param(file.parent, case, id=str(file.parent.relative_to(GOLDEN))))
-    missing = pytest.mark.skip(reason=f"no such case under {GOLDEN} (set PROMPTKD_GOLDEN)")
-    return found or [pytest.param(None, None, marks=missing)]
-
-
-def is_algorithm_1(hyper: dict) -> bool:
+def is_algorithm_1(case: dict) -> bool:
+    hyper = case["hyper"]
     reverse = hyper["teacher_kld_type"] == "reverse"
     regulariser = hyper["base_kld_type"] == "reverse" or hyper["base_coef"] == 0
     return reverse and regulariser and hyper["gradient_accumulation_steps"] == 1
@@ -120,7 +109,7 @@ class Training:
 @pytest.mark.parametrize(
     "settings", [{}, {"padding_mask": True}, {"micro_batches": 2}], ids=lambda s: "".join(s) or "-"
 )
-@pytest.mark.parametrize("folder, case", cases())
+@pytest.mark.parametrize("folder, case", golden_cases("promptkd_training", is_algorithm_1))
 def test_training(folder, case, settings):
     training = Training(folder, case, **settings)
     promptkd, expected, initial = training.promptkd, training.expected, training.initial
