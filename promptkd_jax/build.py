@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from promptkd_jax import hidden, optimizer
 from promptkd_jax.config import ConfigError
 from promptkd_jax.hidden import HiddenTerm
-from promptkd_jax.method import PRESETS, Method, needs_teacher
+from promptkd_jax.method import PRESETS, Conventions, Method, needs_teacher
 from promptkd_jax.policy_gradient import PolicyGradient
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import Optimizers
@@ -121,7 +121,9 @@ def hidden_term(term: ConfigDict) -> HiddenTerm:
     return HiddenTerm(term.kind, float(term.weight), layers, term.heads, term.projection)
 
 
-def learning_rate(stage: ConfigDict, peak: float, updates: int) -> optax.Schedule:
+def learning_rate(
+    stage: ConfigDict, peak: float, updates: int, conventions: Conventions
+) -> optax.Schedule:
     """The stage's schedule over its `updates`, for one of its rates."""
     return optimizer.schedule(
         stage.schedule,
@@ -129,26 +131,37 @@ def learning_rate(stage: ConfigDict, peak: float, updates: int) -> optax.Schedul
         total_steps=updates,
         warmup_steps=stage.warmup_steps,
         lr_min=stage.lr_min,
+        cosine_ignores_warmup=conventions.cosine_ignores_warmup,
     )
 
 
 def make_optimizers(
-    stage: ConfigDict, student: Any, teacher: Any, *, steps: int, updates: int, decay_norms: bool
+    stage: ConfigDict,
+    student: Any,
+    teacher: Any,
+    *,
+    steps: int,
+    updates: int,
+    conventions: Conventions,
+    decay_norms: bool,
+    seed: int,
 ) -> Optimizers:
     """AdamW for each group of parameters, each with its own clip and schedule.
 
     Args:
       steps: how often the stage updates soft prompt and teacher; updates: how often the student.
+      decay_norms: whether scales of norms decay; seed: of the rounding of half precision.
     """
 
     def adamw(peak, params=None, updates=steps):
         mask = None if params is None else optimizer.decay_mask(params, decay_norms=decay_norms)
         return optimizer.adamw(
-            learning_rate(stage, peak, updates),
+            learning_rate(stage, peak, updates, conventions),
             weight_decay=stage.weight_decay,
             clip=stage.clip,
             b2=stage.adam_b2,
             decay_mask=mask,
+            seed=seed,
         )
 
     teacher_rate = stage.teacher_learning_rate or stage.learning_rate

@@ -31,7 +31,7 @@ from promptkd_jax.data import (
 )
 from promptkd_jax.data_free import DataFree, write_requests
 from promptkd_jax.files import once, to_path
-from promptkd_jax.method import PRESETS, TARGETS, Method, reads_answers
+from promptkd_jax.method import TARGETS, Method, reads_answers
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.export import save_model
@@ -562,7 +562,9 @@ def _stage(
         steps=steps,
         method=method,
         optimizers=stage_optimizers(config, stage, models, method),
-        learning_rate=build.learning_rate(stage, stage.learning_rate, steps * method.updates),
+        learning_rate=build.learning_rate(
+            stage, stage.learning_rate, steps * method.updates, method.conventions
+        ),
         batches=batches(rows, cached=cached, capacity=method.response_capacity),
         corpus=batches(corpus) if stage.corpus_terms else None,
     )
@@ -579,7 +581,9 @@ def stage_optimizers(
         teacher and teacher.params,
         steps=method.total_steps,
         updates=method.total_steps * method.updates,
-        decay_norms=PRESETS[config.preset].decay_norms and student.decoder.config.family != "gpt2",
+        conventions=method.conventions,
+        decay_norms=method.conventions.decay_norms and student.decoder.config.family != "gpt2",
+        seed=config.seed,
     )
 
 

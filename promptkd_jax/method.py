@@ -45,6 +45,7 @@ class Conventions:
       force_eos: a rollout that ran to its limit gets its last token overwritten by EOS.
       decay_norms: weight decay on norm scales, except GPT-2's.
       entropy_free: a forward KL is reported without the target's entropy (same gradient).
+      cosine_ignores_warmup: the "cosine" schedule has its whole rate from the first update.
     """
 
     mean_of_means: bool = False
@@ -53,9 +54,10 @@ class Conventions:
     force_eos: bool = False
     decay_norms: bool = False
     entropy_free: bool = False
+    cosine_ignores_warmup: bool = False
 
 
-PRESETS = {"default": Conventions(), "faithful": Conventions(*[True] * 6)}
+PRESETS = {"default": Conventions(), "faithful": Conventions(*[True] * 7)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""The published learning-rate schedules, and AdamW with clipping and a decay mask."""
+"""The published learning-rate schedules, and AdamW with clipping and a decay mask, whose bias
+correction is exact and which is right for parameters in half precision too.
+"""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 SCHEDULES = ("constant", "cosine", "noam")
@@ -17,12 +20,16 @@ def schedule(
     total_steps: int,
     warmup_steps: int = 0,
     lr_min: float = 1e-7,
+    cosine_ignores_warmup: bool = False,
 ) -> optax.Schedule:
-    """The learning rate at update 0, 1, … as in the published code.
+    """The learning rate at update 0, 1, …
 
     All warm up linearly from 0 over `warmup_steps` (the first update of a warm-up has rate 0). Then
     "constant" stays; "cosine" falls to `lr_min` at `total_steps` (and follows the cosine beyond);
     "noam" falls with the square root of the remaining share to `lr_min`, where it stays.
+
+    Args:
+      cosine_ignores_warmup: as in the published code, "cosine" has its whole rate from the start.
     """
     span = learning_rate - lr_min
 
@@ -30,7 +37,8 @@ def schedule(
         return jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
 
     def cosine(step):
-        return ramp(step) * (lr_min + span * 0.5 * (1 + jnp.cos(math.pi * step / total_steps)))
+        warmup = 1.0 if cosine_ignores_warmup else ramp(step)
+        return warmup * (lr_min + span * 0.5 * (1 + jnp.cos(math.pi * step / total_steps)))
 
     def noam(step):
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -48,12 +56,93 @@ def adamw(
     clip: float,
     decay_mask: Any = None,
     b2: float = 0.999,
+    seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Clip the global norm to `clip`, then AdamW (0.9, b2, 1e-8), decoupled decay."""
+    """Clip the global norm to `clip`, then AdamW (0.9, b2, 1e-8), decoupled decay.
+
+    Of parameters in half precision the gradients are read, the moments kept and the updates made in
+    float32, and the new parameters are rounded stochastically: an update that is smaller than the
+    distance to the next number takes place with the probability that makes it right on average.
+
+    Args:
+      learning_rate: a function of the number of updates made; see `schedule`.
+      decay_mask: tree of bools as the parameters, True where they decay; None: all of them.
+      seed: of the stochastic rounding.
+    """
     return optax.chain(
+        optax.stateless(lambda gradients, _: optax.tree.cast(gradients, jnp.float32)),
         optax.clip_by_global_norm(clip),
-        optax.adamw(learning_rate, b2=b2, weight_decay=weight_decay, mask=decay_mask),
+        scale_by_adam(0.9, b2),
+        optax.add_decayed_weights(np.float32(weight_decay), decay_mask),  # times a float32
+        optax.scale_by_learning_rate(learning_rate),
+        round_stochastically(seed),
     )
+
+
+def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam's direction (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), its moments in float32.
+
+    `optax.scale_by_adam` takes 1 - b ** t from a b that float32 has rounded: for b = 0.999 and
+    t = 1 it is off by 1.3e-5. Here log(b) is exact to float64, and expm1 loses nothing near 0.
+    """
+
+    def init(params):
+        # Two trees of zeros: a state that shares its arrays could not be donated.
+        moments = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *moments)
+
+    def update(gradients, state, params=None):
+        count = optax.safe_increment(state.count)
+        first = optax.tree.update_moment(gradients, state.mu, b1, 1)
+        second = optax.tree.update_moment(gradients, state.nu, b2, 2)
+        share1, share2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))  # 1 - b ** t
+        direction = jax.tree.map(
+            lambda m, v: (m / share1) / (jnp.sqrt(v / share2) + eps), first, second
+        )
+        return direction, optax.ScaleByAdamState(count, first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+class RoundingState(NamedTuple):
+    """`count`: updates made, which decide the random numbers of the next."""
+
+    count: jax.Array
+
+
+def round_stochastically(seed: int) -> optax.GradientTransformation:
+    """Updates after which a parameter in half precision is one of its two neighbours there, each
+    with the probability that makes the mean exact. Other parameters' updates are as they were.
+
+    The last of a chain: it looks at the parameters, and `optax.apply_updates` adds what it returns.
+    The same count gives the same numbers, on any mesh.
+    """
+
+    def init(params):
+        return RoundingState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params):
+        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        leaves, structure = jax.tree.flatten(updates)
+        kept = structure.flatten_up_to(params)
+        rounded = [
+            change if param.dtype.itemsize >= 4 else _rounded(change, param, leaf_key)
+            for change, param, leaf_key in zip(leaves, kept, jax.random.split(key, len(leaves)))
+        ]
+        return structure.unflatten(rounded), RoundingState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _rounded(change: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
+    """The float32 distance from `param` to a neighbour, in its dtype, of `param + change`."""
+    exact = param.astype(jnp.float32) + change.astype(jnp.float32)
+    near = exact.astype(param.dtype)
+    rest = exact - near.astype(jnp.float32)
+    far = jnp.nextafter(near, jnp.where(rest > 0, jnp.inf, -jnp.inf).astype(param.dtype))
+    gap = jnp.abs(far.astype(jnp.float32) - near.astype(jnp.float32))
+    further = jax.random.uniform(key, exact.shape) * gap < jnp.abs(rest)
+    return jnp.where(further, far, near).astype(jnp.float32) - param.astype(jnp.float32)
 
 
 def decay_mask(params: Any, *, decay_norms: bool = False) -> Any:

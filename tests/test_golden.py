@@ -1,7 +1,7 @@
 """The published implementation's numbers, reproduced with the `faithful` preset.
 
-The cases lie in `golden` and are dispatched on `kind`; where nothing else is said, tolerances are
-those that their README suggests for float32.
+The cases lie in `golden` and are dispatched on `kind`. Tolerances are some times the rounding of
+float32, and at most those that the cases' README suggests.
 """
 
 import functools
@@ -79,6 +79,7 @@ class Training:
             total_steps=self.hyper["total_iters"],
             warmup_steps=self.hyper["warmup_iters"],
             lr_min=self.hyper["lr_min"],
+            cosine_ignores_warmup=FAITHFUL.cosine_ignores_warmup,
         )
         return optimizer.adamw(
             rates,
@@ -176,7 +177,7 @@ def test_training(folder, case):
     for theirs, ours in named.items():
         if ours in sums:
             # Of a window that is cut short, the last micro-batch is not its last for us.
-            assert_close(sums[ours], expected[theirs], 1e-5, theirs)
+            assert_close(sums[ours], expected[theirs], 5e-6, theirs)
         else:
             assert np.isnan(expected[theirs]).all()
 
@@ -187,11 +188,11 @@ def test_training(folder, case):
             ("prompt_grad_norm", "prompt_grad_norm"),
             ("student_grad_norm", "student_grad_norm"),
         ):
-            assert_close(metrics[update].scalars[ours], expected[theirs][at], 5e-5, theirs)
+            assert_close(metrics[update].scalars[ours], expected[theirs][at], 1e-5, theirs)
         after = states[update + 1]
-        assert_close(after.soft_prompt, expected["prompt_after"][at], 1e-5, "prompt_after")
+        assert_close(after.soft_prompt, expected["prompt_after"][at], 2e-6, "prompt_after")
         gradient = training.gradients["prompt"][update]
-        assert_close(gradient, expected["prompt_grad"][at], 1e-5, "prompt_grad")
+        assert_close(gradient, expected["prompt_grad"][at], 2e-6, "prompt_grad")
     assert np.flatnonzero(expected["optimizer_step_taken"]).tolist() == [
         (update + 1) * parts - 1 for update in range(whole)
     ]
@@ -199,9 +200,9 @@ def test_training(folder, case):
     last = states[whole]
     prompted = training.logits(teacher, teacher.params, last.soft_prompt)
     name = "prompted_teacher_logits_after"
-    assert_close(prompted[real], expected[name][real], 1e-4, name)
+    assert_close(prompted[real], expected[name][real], 5e-5, name)
     name = "student_logits_after"
-    assert_close(training.logits(student, last.student)[real], expected[name][real], 1e-4, name)
+    assert_close(training.logits(student, last.student)[real], expected[name][real], 5e-5, name)
     assert_final_student(training, last.student)
     if "student_grad_iter0" in training.path:
         assert_first_student_gradient(training)
@@ -230,7 +231,7 @@ def assert_final_student(training: Training, params) -> None:
                 continue
             keys = np.arange(array.size) // (array.size // 3) == 1
             array, ours = array[~keys], ours[~keys]
-        assert_close(ours, array, 2e-4, name)
+        assert_close(ours, array, 5e-5, name)
         compared += 1
     assert compared > 3
 
@@ -270,6 +271,7 @@ def test_lr_schedule(folder, case):
             total_steps=one["total_iters"],
             warmup_steps=one["warmup"],
             lr_min=one["lr_min"],
+            cosine_ignores_warmup=FAITHFUL.cosine_ignores_warmup,
         )
         expected = one["lr_at_optimizer_step"]
         found = [float(rates(step)) for step in range(len(expected))]

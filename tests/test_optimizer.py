@@ -1,4 +1,5 @@
-"""AdamW with clipping against a few lines of NumPy; what is decayed; where the rates go."""
+"""AdamW with clipping against a few lines of NumPy and against PyTorch's; parameters in half
+precision; what is decayed; where the rates go."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +8,12 @@ import optax
 import pytest
 from flax import traverse_util
 
+from promptkd_jax import build
+from promptkd_jax.method import PRESETS
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.optimizer import SCHEDULES, adamw, decay_mask, schedule
+from promptkd_jax.optimizer import SCHEDULES, adamw, decay_mask, round_stochastically, schedule
+from promptkd_jax.recipe import stage_config
 
 
 def numpy_adamw(params, gradients, rates, *, weight_decay, clip, decayed):
@@ -55,7 +59,129 @@ def test_adamw_is_adamw_with_one_clip_for_all_parameters():
         gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)
         updates, state = optimizer.update(gradient, state, found)
         found = optax.apply_updates(found, updates)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, right)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, right)
+
+
+@pytest.mark.parametrize("b2", [0.999, 0.95])
+def test_the_first_updates_are_those_of_pytorch(b2):
+    """From 0, where float32 hides nothing: a bias correction from a rounded b2 is off by 6e-6."""
+    torch = pytest.importorskip("torch", reason="AdamW is compared with PyTorch's")
+    gradients = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    theirs = torch.nn.Parameter(torch.zeros(64))
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, b2), weight_decay=0.1)
+    ours, optimizer = jnp.zeros(64), adamw(lambda _: 0.01, weight_decay=0.1, clip=1e9, b2=b2)
+    state = optimizer.init(ours)
+    for number, gradient in enumerate(gradients, start=1):
+        theirs.grad = torch.from_numpy(gradient)
+        reference.step()
+        updates, state = optimizer.update(jnp.asarray(gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-6 * 0.01 * number)
+
+
+# Parameters in half precision
+
+
+HALF = [jnp.bfloat16, jnp.float16]
+
+
+def rounded(exact: float, start: float, dtype, number: int = 2**16) -> np.ndarray:
+    """So many parameters at `start`, after an update to `exact`."""
+    params = jnp.full(number, start, dtype)
+    change = jnp.full(number, jnp.float32(exact) - params.astype(jnp.float32)[0])
+    optimizer = round_stochastically(seed=3)
+    updates, _ = optimizer.update(change, optimizer.init(params), params)
+    found = optax.apply_updates(params, updates)
+    assert found.dtype == dtype
+    return np.asarray(found, np.float64)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "start, exact",
+    [(1.0, 1.0001), (1.0, 0.9999), (-0.1, -0.10003), (0.5, 0.4999), (3.0, 100.3), (0.0, 1e-3)],
+)
+def test_rounding_is_right_on_average(dtype, start, exact):
+    """One of the two neighbours, with a mean within four standard errors of the exact number."""
+    found, exact = rounded(exact, start, dtype), float(np.float32(exact))
+    below, above = np.unique(found)
+    assert below < exact < above
+    assert jnp.nextafter(dtype(below), dtype(above)) == dtype(above)
+    share = (exact - below) / (above - below)
+    error = (above - below) * np.sqrt(share * (1 - share) / found.size)
+    assert abs(found.mean() - exact) < 4 * error
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_number_that_half_precision_has_is_not_rounded(dtype):
+    for exact in (0.0, 1.0, -0.375, 2.0**-10):
+        np.testing.assert_array_equal(rounded(exact, 1.0, dtype, number=256), exact)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_numbers_that_are_not_finite_stay_so(dtype):
+    assert np.isnan(rounded(np.nan, 1.0, dtype, number=256)).all()
+    np.testing.assert_array_equal(rounded(-np.inf, 1.0, dtype, number=256), -np.inf)
+
+
+def test_other_parameters_are_updated_as_they_were():
+    params = {"float32": jnp.ones(8), "bfloat16": jnp.ones(8, jnp.bfloat16)}
+    change = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), params)
+    optimizer = round_stochastically(seed=0)
+    updates, state = optimizer.update(change, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["float32"], change["float32"])
+    assert set(np.asarray(updates["bfloat16"])) <= {0, 2.0**-7}
+    again, after = optimizer.update(change, state, params)
+    assert (np.asarray(again["bfloat16"]) != np.asarray(updates["bfloat16"])).any()
+    repeated, _ = optimizer.update(change, state, params)  # a state decides what comes next
+    jax.tree.map(np.testing.assert_array_equal, again, repeated)
+    assert int(after.count) == 2
+
+
+def test_small_updates_move_bfloat16_as_far_as_float32():
+    """An update is a thousandth of the distance between two numbers at 1."""
+    rng = np.random.default_rng(2)
+    start, slope = np.ones(4096, np.float32), rng.choice([-1.0, 1.0], 4096).astype(np.float32)
+    optimizer = adamw(lambda _: 4e-6, weight_decay=0.0, clip=1.0)
+
+    def moved(dtype):
+        params = jnp.asarray(start, dtype)
+
+        def update(_, carry):
+            params, state = carry
+            updates, state = optimizer.update(jnp.asarray(slope, dtype), state, params)
+            return optax.apply_updates(params, updates), state
+
+        carry = params, optimizer.init(params)
+        params, state = jax.jit(lambda carry: jax.lax.fori_loop(0, 200, update, carry))(carry)
+        assert params.dtype == dtype
+        moments = jax.tree.leaves(state[2])  # of Adam
+        assert all(x.dtype == jnp.float32 for x in moments if x.ndim)
+        return -slope * (np.asarray(params, np.float32) - start)
+
+    exact, found = moved(jnp.float32), moved(jnp.bfloat16)
+    np.testing.assert_allclose(exact, 200 * 4e-6, rtol=3e-2)  # as float32 rounds at 1
+    assert abs(found.mean() - exact.mean()) < 4 * found.std() / np.sqrt(found.size)
+
+
+def test_gradients_in_half_precision_are_clipped_by_their_norm_in_float32():
+    """Added up in bfloat16, 2,048 squares are another number."""
+    gradient = jnp.full(2048, 0.11, jnp.bfloat16)
+    optimizer = adamw(lambda _: 1.0, weight_decay=0.0, clip=1.0)
+    _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    np.testing.assert_allclose(state[2].mu, 0.1 / np.sqrt(2048), rtol=1e-5)
+
+
+def test_weight_decay_of_half_precision_is_right_on_average():
+    params = jnp.full(2**16, 0.3, jnp.bfloat16)
+    optimizer = adamw(lambda _: 1e-3, weight_decay=0.1, clip=1.0)
+    updates, _ = optimizer.update(jnp.zeros_like(params), optimizer.init(params), params)
+    exact = -1e-4 * float(params[0])
+    spread = 4 * float(updates.std()) / 256
+    assert 0 < spread < abs(exact) and abs(float(updates.mean()) - exact) < spread
+
+
+# Weight decay
 
 
 def test_the_soft_prompt_is_decayed_where_no_mask_is_given():
@@ -92,6 +218,9 @@ def test_what_is_decayed(family, decay_norms):
     assert len(norms) == (5 if family is QWEN3 else 3)  # the heads' norms are among them
 
 
+# Schedules
+
+
 @pytest.mark.parametrize("style", SCHEDULES)
 def test_warm_up_starts_at_0_and_is_linear(style):
     rates = schedule(style, 1e-3, total_steps=10**6, warmup_steps=10, lr_min=0.0)
@@ -119,3 +248,13 @@ def test_constant_stays_and_the_others_fall_to_the_least_rate():
 def test_noam_stays_at_the_least_rate():
     rates = schedule("noam", 1e-3, total_steps=10, lr_min=1e-5)
     np.testing.assert_allclose([rates(10), rates(1000)], 1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset, first", [("default", 0.0), ("faithful", 1e-3)])
+def test_the_published_cosine_ignores_the_warm_up(preset, first):
+    config = stage_config("kd", schedule="cosine", warmup_steps=5, learning_rate=1e-3, lr_min=1e-5)
+    rates = build.learning_rate(config, 1e-3, 20, PRESETS[preset])
+    np.testing.assert_allclose(rates(0), first, rtol=1e-6)
+    cosine = schedule("cosine", 1e-3, total_steps=20, lr_min=1e-5)
+    steps = np.arange(5, 21)  # after the warm-up all is as without
+    np.testing.assert_allclose(jax.vmap(rates)(steps), jax.vmap(cosine)(steps), rtol=1e-6)

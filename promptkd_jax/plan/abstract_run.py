@@ -252,7 +252,9 @@ def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) 
         steps=steps,
         method=method,
         optimizers=stage_optimizers(config, stage, models, method),
-        learning_rate=build.learning_rate(stage, stage.learning_rate, steps * method.updates),
+        learning_rate=build.learning_rate(
+            stage, stage.learning_rate, steps * method.updates, method.conventions
+        ),
         batches=None,
         corpus=None,
     )
