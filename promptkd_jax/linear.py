@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax import sharding
-from promptkd_jax.losses import Divergence
+from promptkd_jax.losses import Divergence, needs_whole
 from promptkd_jax.sharding import ROWS, constrain
 
 Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
@@ -46,32 +46,69 @@ class Linear(NamedTuple):
 
 class TopK(NamedTuple):
     """A distribution as a cache keeps it: its k largest `log_probs` and their `ids`, `[B, T, k]`,
-    the largest first.
+    the largest first, and `tail` `[B, T]`, the log-probability of all other tokens together.
 
-    All other tokens are one bucket, the tail. Distributions are compared in these k + 1 buckets,
-    which bounds their KL divergence from below; with k = V nothing is lost.
+    Where it is compared with a learner, its tail is divided among the other tokens as the learner
+    divides its own. So KL divergences compare k + 1 probabilities, which bounds them from below,
+    and nothing is learned about the inside of the tail; with k = V nothing is lost.
+
+    Where the tail is not given (None), it is what the k largest leave of 1. Of a sure teacher that
+    is lost in rounding, and the least that can be told from 0 in the dtype of `log_probs` stands
+    for it, or less where so many tokens that are no likelier than the k-th cannot have as much.
     """
 
     ids: jax.Array
     log_probs: jax.Array
+    tail: jax.Array | None = None
 
-    def buckets(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """This distribution and that of `logits` `[..., V]`, both as logits of the buckets."""
-        kept = jnp.take_along_axis(logits, self.ids, axis=-1)
-        if self.ids.shape[-1] == logits.shape[-1]:
-            return self.log_probs, kept
-        left = 1 - jnp.sum(jnp.exp(self.log_probs), axis=-1, keepdims=True)
-        tail = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1.0)), -jnp.inf)
-        rest = jnp.put_along_axis(logits, self.ids, -jnp.inf, axis=-1, inplace=False)
-        rest = jax.nn.logsumexp(rest, axis=-1, keepdims=True)
-        return jnp.concatenate([self.log_probs, tail], -1), jnp.concatenate([kept, rest], -1)
+    def logits(self, learner: jax.Array) -> jax.Array:
+        """This distribution as logits `[..., V]`, compared with a learner of logits `[..., V]`. A
+        constant, also where it comes from the learner."""
+        whole, vocab_size = jax.lax.stop_gradient(learner.astype(jnp.float32)), learner.shape[-1]
+        left = vocab_size - self.ids.shape[-1]
+        if left:
+            sum_of_others = log_sum_of_others(whole, self.ids)[..., None]
+            # A learner that has nothing there divides nothing: all tokens alike.
+            nothing = jnp.isneginf(sum_of_others)
+            shares = jnp.where(nothing, -jnp.log(left), whole - sum_of_others)
+            whole = self.tail_below(vocab_size)[..., None] + shares
+        log_probs = self.log_probs.astype(jnp.float32)
+        return jnp.put_along_axis(whole, self.ids, log_probs, axis=-1, inplace=False)
+
+    def tail_below(self, vocab_size: int) -> jax.Array:
+        """The log-probability of the `vocab_size` - k tokens that are not kept, `[B, T]`."""
+        if self.tail is not None:
+            return self.tail
+        kept = self.log_probs.astype(jnp.float32)
+        least = jnp.finfo(self.log_probs.dtype).eps
+        left = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(kept), axis=-1), least))
+        # None of the others is likelier than the last that is kept (-inf fills up a short list).
+        last = jnp.min(jnp.where(jnp.isneginf(kept), jnp.inf, kept), axis=-1)
+        return jnp.minimum(left, last + jnp.log(vocab_size - kept.shape[-1]))
+
+
+def log_sum_of_others(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """logsumexp of `logits` `[..., V]` over the tokens that are not among `ids` `[..., k]`."""
+    others = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
+    return jax.nn.logsumexp(others, axis=-1)
 
 
 def compare(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
-    """`function(target, logits)` per position; with a `TopK` target in its buckets."""
-    if isinstance(target, TopK):
-        return function(*target.buckets(logits))
-    return function(target, logits)
+    """`function(target, logits)` per position; of a `TopK` target the `logits` for this learner.
+
+    Raises:
+      ValueError: a function that needs the whole distribution, and a `TopK` that has not got it.
+    """
+    if not isinstance(target, TopK):
+        return function(target, logits)
+    kept, vocab_size = target.ids.shape[-1], logits.shape[-1]
+    if needs_whole(function) and kept < vocab_size:
+        raise ValueError(
+            f"a divergence at a temperature or with a token weighting, and a TopK of {kept} of "
+            f"{vocab_size} tokens: it needs the whole distribution; expected temperature 1 and "
+            "weighting 'uniform', or a Linear"
+        )
+    return function(target.logits(logits), logits)
 
 
 def linear_loss(
@@ -88,7 +125,8 @@ def linear_loss(
 
     Equals `sum_i weights[i] * (mask * terms[i](targets[i], learner.logits())).sum()` in value and
     in gradient with respect to the learner's hidden states and, only where it is asked for, the
-    learner's head. The targets are constants.
+    learner's head. The targets are constants. Where the mask is 0 nothing is looked at: NaN there,
+    or a label of -100, changes neither value nor gradient.
 
     Args:
       terms: functions of (target, learner logits), each `[B, T]`; see `DIVERGENCES`.
@@ -108,12 +146,23 @@ def linear_loss(
       (loss, sums): the scalar loss, and the unweighted masked sum of each term, then of each
       observation, `[len(terms) + len(observe)]`, which carry no gradient. All are sums: divide by
       `mask.sum()` (over all devices and micro-batches) for a mean.
+
+    Raises:
+      ValueError: shapes that do not belong together (also when traced); as many terms without a
+        target; a `TopK` for a function that needs the whole distribution, or one whose
+        `log_probs`, where their values can be seen, are no log-probabilities.
     """
     if not terms:
         raise ValueError("no terms; expected at least one (linear_values measures without a loss)")
+    _check(learner, targets)
     if len(terms) > len(targets):
         raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
+    if jnp.shape(mask) != learner.hidden.shape[:2]:
+        raise ValueError(_unlike("mask", jnp.shape(mask), learner))
+    _check_values(targets, mask)
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
+    if weights.shape != (len(terms),):
+        raise ValueError(f"weights: {list(weights.shape)}; expected one per term, [{len(terms)}]")
     different = {id(target): target for target in targets}
     order = tuple(list(different).index(id(target)) for target in targets)
     learner, *targets = _gathered([learner, *different.values()])
@@ -140,7 +189,13 @@ def linear_values(
 
     Returns:
       One array per function. They carry no gradient.
+
+    Raises:
+      ValueError: as `linear_loss`.
     """
+    _check(learner, targets)
+    if len(functions) != len(targets):
+        raise ValueError(f"{len(functions)} functions need as many targets, got {len(targets)}")
     learner, *targets = _gathered(jax.lax.stop_gradient([learner, *targets]))
     shape = learner.hidden.shape[:2]
     chunk = min(chunk or _default_chunk(shape, learner.head.shape[0]), shape[1])
@@ -150,10 +205,93 @@ def linear_values(
         hidden, parts = block
         logits = Linear(hidden, learner.head).logits()
         references = _references(join(parts))
-        return None, [compare(f, t, logits) for f, t in zip(functions, references)]
+        values = [compare(f, t, logits) for f, t in zip(functions, references)]
+        return None, [_per_position(value, hidden.shape[:2]) for value in values]
 
     _, values = jax.lax.scan(body, None, _blocks((learner.hidden, parts), chunk))
     return tuple(_unblocked(value, shape[1]) for value in values)
+
+
+def _check(learner: Linear, targets: Sequence[Any]) -> None:
+    """Raises ValueError where shapes do not belong together. JAX itself would broadcast, clip or
+    take from the end, and a number would come out."""
+    if not isinstance(learner, Linear):
+        raise ValueError(f"learner: {type(learner).__name__}; expected a Linear(hidden, head)")
+    if isinstance(targets, tuple) and hasattr(targets, "_fields") or hasattr(targets, "shape"):
+        raise ValueError(
+            f"targets: a bare {type(targets).__name__}; expected a sequence, one target per term: "
+            "[target]"
+        )
+    _check_linear("learner", learner)
+    for number, target in enumerate(targets):
+        name = f"targets[{number}]"
+        if isinstance(target, Linear):
+            _check_linear(name, target)
+            if target.head.shape[0] != learner.head.shape[0]:
+                raise ValueError(
+                    f"{name}: a vocabulary of {target.head.shape[0]}, the learner's has "
+                    f"{learner.head.shape[0]}; expected the tokens that both share, without the "
+                    "padding of either: head[:vocab_size]"
+                )
+        if isinstance(target, TopK):
+            _check_top_k(name, target, learner.head.shape[0])
+        parts = target.hidden if isinstance(target, Linear) else target
+        for part in jax.tree.leaves(parts):
+            if jnp.shape(part)[:2] != learner.hidden.shape[:2]:
+                raise ValueError(_unlike(name, jnp.shape(part), learner))
+
+
+def _unlike(name: str, shape: tuple[int, ...], learner: Linear) -> str:
+    rows, positions = learner.hidden.shape[:2]
+    return (
+        f"{name}: {list(shape)}, but the learner's hidden states are of {rows} rows and "
+        f"{positions} positions; expected [{rows}, {positions}{', …' if len(shape) > 2 else ''}]"
+    )
+
+
+def _check_linear(name: str, model: Linear) -> None:
+    hidden, head = jnp.shape(model.hidden), jnp.shape(model.head)
+    if len(hidden) != 3 or len(head) != 2:
+        raise ValueError(
+            f"{name}: hidden {list(hidden)} and head {list(head)}; expected [B, T, D] and [V, D]"
+        )
+    if head[1] != hidden[2]:
+        stored = "; it is stored [D, V]: transpose it" if head[0] == hidden[2] else ""
+        raise ValueError(
+            f"{name}: hidden states of width {hidden[2]} and a head {list(head)}; expected "
+            f"[V, {hidden[2]}]{stored}"
+        )
+
+
+def _check_top_k(name: str, target: TopK, vocab_size: int) -> None:
+    ids, log_probs = jnp.shape(target.ids), jnp.shape(target.log_probs)
+    if len(ids) != 3 or ids != log_probs or ids[2] > vocab_size:
+        raise ValueError(
+            f"{name}: ids {list(ids)} and log_probs {list(log_probs)}; expected both [B, T, k], "
+            f"with k at most {vocab_size}, the learner's vocabulary"
+        )
+    if target.tail is not None and jnp.shape(target.tail) != ids[:2]:
+        raise ValueError(
+            f"{name}: a tail {list(jnp.shape(target.tail))} beside ids {list(ids)}; expected "
+            f"{list(ids[:2])}, one per position"
+        )
+
+
+def _check_values(targets: Sequence[Any], mask: jax.Array) -> None:
+    """Raises ValueError for a TopK of logits, where values can be seen: not while tracing."""
+    for number, target in enumerate(targets):
+        if not isinstance(target, TopK):
+            continue
+        if any(isinstance(x, jax.core.Tracer) for x in (target.log_probs, mask)):
+            continue
+        sums = jax.nn.logsumexp(jnp.asarray(target.log_probs, jnp.float32), axis=-1)
+        most = float(jnp.max(jnp.where(jnp.asarray(mask) != 0, sums, -jnp.inf)))
+        if most > 0.05:  # log-probabilities in half precision may be a little above
+            raise ValueError(
+                f"targets[{number}]: a TopK whose probabilities add up to exp({most:.4g}); "
+                "expected log-probabilities: where these are logits, take their log_softmax over "
+                "all tokens before the k largest"
+            )
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
@@ -166,15 +304,38 @@ def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
 
 
 def _block_loss(functions, learner: Linear, targets, mask, weights):
-    """Loss and sums of one block of positions."""
+    """Loss and sums of one block of positions.
+
+    What does not count is selected away twice: from what is compared, since 0 times the gradient of
+    a NaN is NaN, and from what comes out.
+    """
     terms, observe, order = functions
-    logits = learner.logits()
-    different = _references(targets)
+    counts = mask != 0
+
+    def counted(x):
+        return jnp.where(jnp.expand_dims(counts, range(2, x.ndim)), x, 0)
+
+    def total(values):
+        return jnp.sum(counted(_per_position(values, mask.shape)) * mask)
+
+    parts, join = _sequences(targets)
+    logits = Linear(counted(learner.hidden), learner.head).logits()
+    different = _references(join(jax.tree.map(counted, parts)))
     references = [different[i] for i in order]
-    sums = jnp.stack([jnp.sum(compare(f, t, logits) * mask) for f, t in zip(terms, references)])
+    sums = jnp.stack([total(compare(f, t, logits)) for f, t in zip(terms, references)])
     constant = jax.lax.stop_gradient(logits)
-    observed = [jnp.sum(f(references, constant) * mask) for f in observe]
+    observed = [total(f(references, constant)) for f in observe]
     return sums @ weights, jnp.stack([*sums, *observed])
+
+
+def _per_position(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The same. Raises ValueError where a function did not give one number for each position."""
+    if values.shape != shape:
+        raise ValueError(
+            f"a function gave {list(values.shape)} for {shape[0]} rows of {shape[1]} positions; "
+            f"expected one number for each, {list(shape)}, not summed and not averaged"
+        )
+    return values
 
 
 def _gathered(models):

@@ -30,6 +30,17 @@ def log_probs(logits: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
 
 
+def _pair(target: jax.Array, learner: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The log-probabilities of both. Raises ValueError for different vocabularies."""
+    if target.shape[-1] != learner.shape[-1]:
+        raise ValueError(
+            f"a target {list(target.shape)} and a learner {list(learner.shape)}: of "
+            f"{target.shape[-1]} and {learner.shape[-1]} tokens; expected logits of the tokens "
+            "that both share, without the padding of either: [..., :vocab_size]"
+        )
+    return log_probs(target), log_probs(learner)
+
+
 def _finite(log_p: jax.Array) -> jax.Array:
     """0 for the logarithm of 0. NaN stays: a broken model must not look like a finite loss."""
     return jnp.where(jnp.isneginf(log_p), 0.0, log_p)
@@ -62,12 +73,13 @@ def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
 
 def forward_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
     """KL(target || learner): mass-covering. Word-level KD, Kim & Rush 2016 (arXiv 1606.07947)."""
-    return _kl(log_probs(target), log_probs(learner))
+    return _kl(*_pair(target, learner))
 
 
 def reverse_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
     """KL(learner || target): mode-seeking. PromptKD eq. 1 and 4 (arXiv 2402.12842)."""
-    return _kl(log_probs(learner), log_probs(target))
+    log_p, log_q = _pair(target, learner)
+    return _kl(log_q, log_p)
 
 
 def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
@@ -75,8 +87,8 @@ def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
 
     The published PromptKD code reports this number for its "forward" losses.
     """
-    log_q = log_probs(learner)
-    return -_expected(jnp.exp(log_probs(target)), _finite(log_q))
+    log_p, log_q = _pair(target, learner)
+    return -_expected(jnp.exp(log_p), _finite(log_q))
 
 
 def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
@@ -84,7 +96,7 @@ def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) ->
 
     skew -> 0 gives `forward_kl`; at most log(1 / skew).
     """
-    log_p, log_q = log_probs(target), log_probs(learner)
+    log_p, log_q = _pair(target, learner)
     return _kl(log_p, _mixture(log_p, log_q, skew))
 
 
@@ -93,7 +105,7 @@ def skew_reverse_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) ->
 
     skew -> 0 gives `reverse_kl`; at most log(1 / skew).
     """
-    log_p, log_q = log_probs(target), log_probs(learner)
+    log_p, log_q = _pair(target, learner)
     return _kl(log_q, _mixture(log_p, log_q, 1 - skew))
 
 
@@ -103,7 +115,7 @@ def jensen_shannon(target: jax.Array, learner: jax.Array, beta: float = 0.5) -> 
     GKD (arXiv 2306.13649), eq. 1, with its beta: divided by beta it tends to `forward_kl` for
     beta -> 0, divided by 1 - beta to `reverse_kl` for beta -> 1.
     """
-    log_p, log_q = log_probs(target), log_probs(learner)
+    log_p, log_q = _pair(target, learner)
     log_m = _mixture(log_p, log_q, beta)
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
@@ -116,7 +128,7 @@ def alpha_beta(
     (1, 0) is `forward_kl`, (0, 1) is `reverse_kl`. The limits at alpha = 0, beta = 0 and
     alpha + beta = 0 are those of Cichocki, Cruces & Amari 2011.
     """
-    log_p, log_q = log_probs(target), log_probs(learner)
+    log_p, log_q = _pair(target, learner)
     ratio = _finite(log_p) - _finite(log_q)  # log(p / q)
     p_a, q_b = _power(log_p, alpha), _power(log_q, beta)
     if alpha == 0 and beta == 0:
@@ -136,7 +148,7 @@ def alpha_beta(
 
 def total_variation(target: jax.Array, learner: jax.Array) -> jax.Array:
     """Half the L1 distance of the two distributions, in [0, 1]."""
-    p, q = jnp.exp(log_probs(target)), jnp.exp(log_probs(learner))
+    p, q = (jnp.exp(x) for x in _pair(target, learner))
     return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
 
 
@@ -226,9 +238,11 @@ def weighted(function: Divergence, weighting: str) -> Divergence:
     if weighting == "uniform":
         return function
     weight = WEIGHTINGS[weighting]
-    return lambda target, learner: (
-        jax.lax.stop_gradient(weight(target, learner)) * function(target, learner)
-    )
+
+    def weighted_divergence(target, learner):
+        return jax.lax.stop_gradient(weight(target, learner)) * function(target, learner)
+
+    return _of_whole(weighted_divergence)
 
 
 def tempered(function: Divergence, temperature: float) -> Divergence:
@@ -238,6 +252,21 @@ def tempered(function: Divergence, temperature: float) -> Divergence:
     """
     if temperature == 1:
         return function
-    return lambda target, learner: (
-        temperature**2 * function(target / temperature, learner / temperature)
-    )
+
+    def tempered_divergence(target, learner):
+        return temperature**2 * function(target / temperature, learner / temperature)
+
+    return _of_whole(tempered_divergence)
+
+
+def _of_whole(function: Divergence) -> Divergence:
+    """Marks a function that is another number where probabilities are known only as a sum, such as
+    those of the tail of a cached distribution."""
+    function.needs_whole = True
+    return function
+
+
+def needs_whole(function: Divergence) -> bool:
+    """Whether `function` is a divergence at a temperature or with a weighting, which means nothing
+    for distributions of which only the largest probabilities are known."""
+    return getattr(function, "needs_whole", False)

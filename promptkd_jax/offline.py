@@ -7,6 +7,7 @@ teacher, tokenizer, rows, and how. What another of these made is refused, not us
     NAME.manifest.json
 
     FOLDER/ids.npy, log_probs.npy   [tokens, k]: every response token of every row, in order
+           tail.npy                 [tokens]: the log-probability of all tokens but these k
            offsets.npy              [rows + 1]: where each row begins among the tokens
            manifest.json            with "rows_written", how far it has come
 
@@ -33,7 +34,7 @@ from promptkd_jax.batch import Batch, responses
 from promptkd_jax.data import DataError, Rows, eval_batches, with_responses
 from promptkd_jax.evaluate import dealt_out, decode, write_answers
 from promptkd_jax.files import Lines, is_remote, make_folder, write_json, write_text
-from promptkd_jax.linear import Linear, TopK, chunk_elements
+from promptkd_jax.linear import Linear, TopK, chunk_elements, log_sum_of_others
 from promptkd_jax.losses import log_probs
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
@@ -173,18 +174,20 @@ class Cached:
 
         Args:
           capacity: R; column r of a row is the position that predicts its response token r, as in
-            `targets.responses`. Columns behind a row's last token hold the uniform distribution.
+            `batch.responses`. Columns behind a row's last token hold the uniform distribution.
 
         Returns:
-          TopK `[B, R, k]`, the largest first.
+          TopK `[B, R, k]`, the largest first, with its tail.
 
         Raises:
           DataError: a row has more than `capacity` response tokens, or a file is damaged.
         """
         stored = [_array(self.folder / name) for name in ARRAYS]
-        shape = (len(indices), capacity, stored[0].shape[1])
-        ids = np.tile(np.arange(shape[2], dtype=np.int32), (*shape[:2], 1))
-        values = np.full(shape, -np.log(self.vocab_size), np.float32)
+        places, top_k = (len(indices), capacity), stored[0].shape[1]
+        ids = np.tile(np.arange(top_k, dtype=np.int32), (*places, 1))
+        values = np.full((*places, top_k), -np.log(self.vocab_size), np.float32)
+        with np.errstate(divide="ignore"):  # where all tokens are kept, none are left
+            tail = np.full(places, np.log1p(-top_k / self.vocab_size), np.float32)
         for b, index in enumerate(indices):
             start, end = self.offsets[index], self.offsets[index + 1]
             if end - start > capacity:
@@ -192,8 +195,9 @@ class Cached:
                     f"{self.folder}: row {index} has {end - start} response tokens, the batch has "
                     f"room for {capacity}"
                 )
-            ids[b, : end - start], values[b, : end - start] = (x[start:end] for x in stored)
-        return TopK(ids, values)
+            for array, column in zip((ids, values, tail), stored):
+                array[b, : end - start] = column[start:end]
+        return TopK(ids, values, tail)
 
 
 def write_cache(
@@ -288,6 +292,7 @@ def _cache_made_from(teacher, tokenizer, rows: Rows, vocab_size: int) -> dict[st
         ),
         "config.data.date": rows.date or None,
         "vocab_size": vocab_size,
+        "arrays": list(ARRAYS),
     }
 
 
@@ -309,9 +314,10 @@ def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_
     """Files of their final size, with nothing in them yet."""
     make_folder(folder)
     np.save(folder / "offsets.npy", offsets)
+    tokens = int(offsets[-1])
     ids = np.uint16 if vocab_size <= 2**16 else np.int32
-    for name, dtype in zip(ARRAYS, (ids, np.float32)):
-        shape = (int(offsets[-1]), top_k)
+    shapes = (tokens, top_k), (tokens, top_k), (tokens,)
+    for name, shape, dtype in zip(ARRAYS, shapes, (ids, np.float32, np.float32)):
         np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape)
 
 
@@ -373,15 +379,17 @@ def _largest(decoder: Decoder, capacity: int, vocab_size: int, top_k: int):
 
 
 def largest(model: Linear, top_k: int) -> TopK:
-    """The k largest log-probabilities at every position, `[B, R, k]`, the largest first.
+    """The k largest log-probabilities at every position, `[B, R, k]`, the largest first, and that
+    of the tail, which is summed before anything is rounded to 1.
 
     Computed in float32 over all V tokens, a few positions at a time: no `[B, R, V]` array exists.
     """
 
     def at(hidden: jax.Array) -> TopK:  # [B, D]
         logits = Linear(hidden[:, None], model.head).logits()[:, 0]
-        values, ids = jax.lax.top_k(log_probs(logits), top_k)
-        return TopK(ids, values)
+        everything = log_probs(logits)
+        values, ids = jax.lax.top_k(everything, top_k)
+        return TopK(ids, values, log_sum_of_others(everything, ids))
 
     most = chunk_elements(sharding.platform())
     chunk = max(most // (model.hidden.shape[0] * model.head.shape[0]), 1)

@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from promptkd_jax import losses
-from promptkd_jax.linear import Linear, linear_loss
+from promptkd_jax.linear import Linear, TopK, linear_loss, linear_values
 from promptkd_jax.losses import DIVERGENCES, divergence
 
 SHAPE = (3, 5, 13)
@@ -475,6 +475,262 @@ def test_terms_and_targets_must_be_as_many():
         linear_loss([losses.reverse_kl] * 2, learner, [teacher], mask)
     with pytest.raises(ValueError, match="no terms; expected at least one"):
         linear_loss([], learner, [teacher], mask, observe=[lambda targets, logits: logits[..., 0]])
+    with pytest.raises(ValueError, match="2 functions need as many targets, got 1"):
+        linear_values([losses.reverse_kl] * 2, learner, [teacher])
+
+
+# What does not belong together
+
+
+def shortened(x, axis: int):
+    """The same without the last row (0) or position (1)."""
+    return x[:-1] if axis == 0 else x[:, :-1]
+
+
+def top_k(k: int = 4) -> TopK:
+    """The teacher's k largest log-probabilities, and its tail."""
+    everything = losses.log_probs(problem()[1].logits())
+    values, ids = jax.lax.top_k(everything, k)
+    tail = np.log1p(-np.exp(np.asarray(values, np.float64)).sum(-1))
+    return TopK(ids, values, jnp.asarray(tail, jnp.float32))
+
+
+def mismatches() -> dict:
+    """Arguments of `linear_loss` beside the terms, and what is said of them."""
+    learner, teacher, labels, mask = problem()
+    transposed = learner._replace(head=learner.head.T)
+    wider = teacher._replace(head=jnp.pad(teacher.head, ((0, 3), (0, 0))))
+    cases = {
+        "head [D, V]": ((transposed, [teacher], mask), r"learner: .*\[V, 6\]; it is stored"),
+        "head of another width": (
+            (learner._replace(head=teacher.head), [teacher], mask),
+            r"learner: hidden states of width 6 and a head \[29, 9\]; expected \[V, 6\]",
+        ),
+        "teacher's head [D, V]": (
+            (learner, [teacher._replace(head=teacher.head.T)], mask),
+            r"targets\[0\]: .* transpose it",
+        ),
+        "padded vocabulary": (
+            (learner, [teacher, wider], mask),
+            r"targets\[1\]: a vocabulary of 32, the learner's has 29; .* head\[:vocab_size\]",
+        ),
+        "bare target": ((learner, teacher, mask), r"targets: a bare Linear; .* \[target\]"),
+        "bare labels": ((learner, labels, mask), "targets: a bare ndarray"),
+        "bare cache": ((learner, top_k(), mask), "targets: a bare TopK"),
+        "logits": ((teacher.logits(), [teacher], mask), r"expected a Linear\(hidden, head\)"),
+        "no rows": (
+            (learner._replace(hidden=learner.hidden[0]), [teacher], mask),
+            r"hidden \[7, 6\] and head \[29, 6\]; expected \[B, T, D\]",
+        ),
+        "tail": (
+            (learner, [top_k()._replace(tail=top_k().tail[..., None])], mask),
+            r"a tail \[2, 7, 1\] beside ids \[2, 7, 4\]; expected \[2, 7\]",
+        ),
+        "more are kept than there are": (
+            (learner, [TopK(*(jnp.zeros((2, 7, 30), d) for d in (int, float)))], mask),
+            "k at most 29",
+        ),
+        "weights": ((learner, [teacher], mask, [1.0, 2.0]), r"weights: \[2\]; .* \[1\]"),
+    }
+    for axis, found in ((0, r"\[1, 7"), (1, r"\[2, 6")):
+        says = rf"{found}.* of 2 rows and 7 positions; expected \[2, 7"
+        less = teacher._replace(hidden=shortened(teacher.hidden, axis))
+        kept = jax.tree.map(functools.partial(shortened, axis=axis), top_k())
+        for name, arguments, where in (
+            ("mask", (learner, [teacher], shortened(mask, axis)), "mask"),
+            ("teacher", (learner, [teacher, less], mask), r"targets\[1\]"),
+            ("labels", (learner, [shortened(labels, axis)], mask), r"targets\[0\]"),
+            ("cache", (learner, [kept], mask), r"targets\[0\]"),
+            ("tree", (learner, [(labels, shortened(mask, axis))], mask), r"targets\[0\]"),
+        ):
+            cases[f"{name}, axis {axis}"] = arguments, f"{where}: {says}"
+    return cases
+
+
+@pytest.mark.parametrize("name", mismatches())
+def test_shapes_that_do_not_belong_together_are_refused_when_traced(name):
+    (learner, targets, mask, *weights), says = mismatches()[name]
+
+    def traced(learner, targets, mask):
+        return linear_loss([losses.reverse_kl], learner, targets, mask, *weights)
+
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(traced, learner, targets, mask)
+    if not name.startswith(("mask", "weights")):
+        with pytest.raises(ValueError, match=says):
+            linear_values([losses.reverse_kl] * len(targets), learner, targets)
+
+
+def test_a_function_gives_one_number_for_each_position():
+    learner, teacher, _, mask = problem()
+    for wrong, found in (
+        (lambda t, q: losses.reverse_kl(t, q).mean(), r"\[\]"),
+        (lambda t, q: losses.reverse_kl(t, q)[..., None], r"\[2, 7, 1\]"),
+    ):
+        says = f"gave {found} for 2 rows of 7 positions"
+        with pytest.raises(ValueError, match=says):
+            linear_values([wrong], learner, [teacher])
+        with pytest.raises(ValueError, match="a function gave"):
+            linear_loss([wrong], learner, [teacher], mask)
+        with pytest.raises(ValueError, match="a function gave"):
+            observe = [lambda targets, q, wrong=wrong: wrong(targets[0], q)]
+            linear_loss([losses.reverse_kl], learner, [teacher], mask, observe=observe)
+
+
+@pytest.mark.parametrize("spec", DIVERGENCES)
+def test_logits_of_different_vocabularies_are_refused(spec):
+    target, learner = pair()
+    with pytest.raises(ValueError, match=r"of 13 and 12 tokens; .* \[..., :vocab_size\]"):
+        divergence(spec)(target, learner[..., :-1])
+
+
+def test_logits_in_the_place_of_cached_log_probabilities_are_refused_where_they_can_be_seen():
+    learner, teacher, _, mask = problem()
+    values, ids = jax.lax.top_k(teacher.logits(), 4)
+    with pytest.raises(ValueError, match=r"targets\[0\]: a TopK whose .* log_softmax"):
+        linear_loss([losses.forward_kl], learner, [TopK(ids, values)], mask)
+    unused = jnp.where(mask[..., None] != 0, top_k().log_probs, 0.0)  # what nothing looks at
+    linear_loss([losses.forward_kl], learner, [TopK(ids, unused)], mask)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        losses.tempered(losses.forward_kl, 2.0),
+        losses.weighted(losses.reverse_kl, "teacher_confidence"),
+        losses.weighted(losses.tempered(losses.reverse_kl, 2.0), "student_uncertainty"),
+    ],
+)
+def test_a_function_of_whole_distributions_needs_whole_distributions(function):
+    learner, teacher, _, mask = problem()
+    says = "a TopK of 4 of 29 tokens: it needs the whole distribution"
+    with pytest.raises(ValueError, match=says):
+        linear_loss([function], learner, [top_k()], mask)
+    with pytest.raises(ValueError, match=says):
+        linear_values([function], learner, [top_k()])
+    found = linear_loss([function], learner, [top_k(VOCABULARY)], mask)[0]
+    right = linear_loss([function], learner, [teacher], mask)[0]
+    np.testing.assert_allclose(found, right, rtol=1e-4)
+
+
+# The tail of a cached teacher
+
+
+SURE = (1, 3, 8)  # kept tokens
+TAIL = -40.0  # log-probability of every other one
+
+
+def sure(kept: int) -> tuple[TopK, np.ndarray]:
+    """(cache without its tail, all log-probabilities) of a teacher whose tail float32 cannot tell
+    from 0: beside 1, nothing else is larger than e^-30."""
+    top = np.array([0.0, *(-30.0 - np.arange(kept - 1))], np.float32)
+    whole = np.full(200, TAIL, np.float32)
+    whole[:kept] = top
+    return TopK(jnp.arange(kept)[None, None], jnp.asarray(top)[None, None]), whole
+
+
+def of_one_position(spec: str, target: TopK, student: np.ndarray):
+    """(value, gradient for the student's logits), which are a head for hidden states of width 1."""
+
+    def loss(student):
+        learner = Linear(jnp.ones((1, 1, 1)), student[:, None])
+        return linear_loss([divergence(spec)], learner, [target], jnp.ones((1, 1)))[0]
+
+    return jax.value_and_grad(loss)(jnp.asarray(student))
+
+
+@pytest.mark.parametrize("kept", SURE)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_sure_teacher_whose_tail_is_cached_is_the_dense_one(spec, kept):
+    """Teacher and student are uniform within the tail: then its sum says all."""
+    cached, whole = sure(kept)
+    cached = cached._replace(tail=jnp.full((1, 1), TAIL + np.log(200 - kept), jnp.float32))
+    student = np.zeros(200, np.float32)
+    value, gradient = of_one_position(spec, cached, student)
+    right, slope = jax.value_and_grad(divergence(spec), argnums=1)(whole, student)
+    np.testing.assert_allclose(value, right, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-3, atol=2e-6 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("kept", SURE)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_sure_teacher_whose_tail_is_not_cached_is_near_the_dense_one(spec, kept):
+    """Never with another sign: mass in the tail has to leave it."""
+    cached, whole = sure(kept)
+    student = np.zeros(200, np.float32)
+    value, gradient = of_one_position(spec, cached, student)
+    right, slope = jax.value_and_grad(divergence(spec), argnums=1)(whole, student)
+    assert (np.sign(gradient[kept:]) == np.sign(slope[kept:])).all()
+    assert 0.3 * right < value < 1.001 * right  # the tail stands for more than there is
+    if spec == "reverse_kl":
+        assert value > 10
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_tail_is_divided_as_the_learner_divides_its_own(spec):
+    """So a cached teacher is the dense one whose tail has the student's proportions."""
+    learner, _, _, mask = problem()
+    cached = top_k(6)
+    own = np.asarray(losses.log_probs(learner.logits()), np.float64)
+    ids = np.asarray(cached.ids)
+    others = own.copy()
+    np.put_along_axis(others, ids, -np.inf, axis=-1)
+    inside = np.log(np.exp(others).sum(-1, keepdims=True))
+    whole = np.asarray(cached.tail, np.float64)[..., None] + own - inside
+    np.put_along_axis(whole, ids, np.asarray(cached.log_probs, np.float64), axis=-1)
+
+    def chunked(hidden):
+        return linear_loss([divergence(spec)], Linear(hidden, learner.head), [cached], mask)[0]
+
+    def dense(hidden):
+        logits = Linear(hidden, learner.head).logits()
+        return (mask * divergence(spec)(jnp.asarray(whole, jnp.float32), logits)).sum()
+
+    found, right = (jax.value_and_grad(f)(learner.hidden) for f in (chunked, dense))
+    np.testing.assert_allclose(found[0], right[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], right[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_nothing_is_learned_about_the_inside_of_the_tail(spec):
+    """A step moves its tokens' probabilities all by the same factor."""
+    student, cached = problem()[0].logits()[0, 0], jax.tree.map(lambda x: x[0, 0], top_k(6))
+    slope = jax.grad(lambda q: divergence(spec)(cached.logits(q), q))(student)
+    by_probability = np.delete(slope / jax.nn.softmax(student), np.asarray(cached.ids))
+    np.testing.assert_allclose(by_probability, by_probability[0], rtol=1e-3)
+    assert abs(by_probability[0]) > 1e-2
+
+
+def test_a_student_without_a_tail_leaves_the_teachers_to_all_alike():
+    target = TopK(jnp.arange(2), jnp.log(jnp.array([0.5, 0.25])), jnp.log(0.25))
+    found = target.logits(jnp.array([1.0, 2.0, *[-jnp.inf] * 5]))
+    np.testing.assert_allclose(np.exp(found), [0.5, 0.25, *[0.05] * 5], rtol=1e-6)
+
+
+def test_the_tail_of_an_unsure_teacher_is_what_the_kept_leave():
+    """Here float32 tells it well, and giving it or not is the same."""
+    learner, _, _, mask = problem()
+    for spec in DIVERGENCES:
+        given, derived = (
+            linear_loss([divergence(spec)], learner, [target], mask)[0]
+            for target in (top_k(), top_k()._replace(tail=None))
+        )
+        np.testing.assert_allclose(given, derived, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "log_probs, tail",
+    [
+        (np.log([0.5, 0.25]), np.log(0.25)),
+        ([0.0, -30.0], -30 + np.log(198)),  # no other token is likelier than the second
+        ([0.0, -1.0], np.log(np.finfo(np.float32).eps)),  # rounded: the sum is above 1
+        ([*np.log([0.5, 0.25]), -np.inf, -np.inf], np.log(0.25)),  # a short list, filled up
+        ([0.0], np.log(np.finfo(np.float32).eps)),
+    ],
+)
+def test_the_tail_where_it_is_not_given(log_probs, tail):
+    target = TopK(jnp.arange(len(log_probs)), jnp.asarray(log_probs, jnp.float32))
+    np.testing.assert_allclose(target.tail_below(200), tail, rtol=1e-6)
 
 
 def test_a_position_outside_of_the_mask_changes_nothing():
@@ -491,6 +747,34 @@ def test_a_position_outside_of_the_mask_changes_nothing():
     np.testing.assert_allclose(value, right, rtol=1e-6)
     assert (gradient.hidden[mask == 0] == 0).all()
     np.testing.assert_allclose(gradient.head, right_gradient.head, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])  # with 7 and 100, a block has both
+def test_nan_and_labels_of_minus_100_outside_of_the_mask_change_nothing(chunk):
+    learner, teacher, labels, mask = problem()
+
+    def found(broken: bool):
+        def marked(x, mark):
+            out = np.array(x)
+            if broken:
+                out[mask == 0] = mark
+            return jnp.asarray(out)
+
+        references = [
+            teacher._replace(hidden=marked(teacher.hidden, np.nan)),
+            marked(labels, -100),
+            TopK(marked(top_k().ids, -1), *(marked(x, np.nan) for x in top_k()[1:])),
+        ]
+
+        def loss(learner):
+            terms = [losses.reverse_kl, losses.cross_entropy, losses.alpha_beta]
+            observe = [lambda targets, q: losses.agreement(targets[0], q)]
+            return linear_loss(terms, learner, references, mask, observe=observe, chunk=chunk)
+
+        hidden = marked(learner.hidden, np.nan)
+        return jax.value_and_grad(loss, has_aux=True)(learner._replace(hidden=hidden))
+
+    jax.tree.map(np.testing.assert_array_equal, found(True), found(False))
 
 
 # What is not computed

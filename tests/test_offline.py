@@ -156,6 +156,29 @@ def test_the_kept_are_the_largest(teacher, rows, small):
         np.testing.assert_array_equal(found.ids[b, : len(order)], order)
         kept = np.take_along_axis(expected, order, axis=1)
         np.testing.assert_allclose(found.log_probs[b, : len(order)], kept, rtol=1e-6, atol=1e-6)
+        rest = np.log1p(-np.exp(kept.astype(np.float64)).sum(axis=1))
+        np.testing.assert_allclose(found.tail[b, : len(order)], rest, rtol=1e-5, atol=1e-5)
+        uniform = np.log(1 - 4 / VOCABULARY)
+        np.testing.assert_allclose(found.tail[b, len(order) :], uniform, rtol=1e-6)
+
+
+def test_the_tail_of_a_sure_teacher_is_kept_though_it_rounds_to_0():
+    """Logits 0, -30, -31, then -40: all but the first add up to less than float32 tells from 1."""
+    logits = jnp.full((1, 1, 200), -40.0).at[0, 0, :3].set(jnp.array([0.0, -30.0, -31.0]))
+    found = offline.largest(Linear(jnp.ones((1, 1, 1)), logits[0, 0, :, None]), 3)
+    np.testing.assert_allclose(found.tail, -40 + np.log(197), rtol=1e-6)
+    assert 1 - np.exp(found.log_probs, dtype=np.float32).sum() <= 0
+
+
+def test_a_cache_without_tails_is_refused(teacher, rows, small, tmp_path):
+    """As an older version wrote it."""
+    folder = tmp_path / "older"
+    shutil.copytree(small, folder)
+    written = json.loads((folder / "manifest.json").read_text())
+    del written["arrays"]
+    (folder / "manifest.json").write_text(json.dumps(written))
+    with pytest.raises(DataError, match="arrays: there None, now .*tail.npy"):
+        reopen(teacher, rows, folder)
 
 
 def test_positions_are_computed_in_blocks(monkeypatch):

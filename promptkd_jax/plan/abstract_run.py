@@ -106,7 +106,8 @@ class AbstractRun:
         top_k = None
         if cached:
             shape = (rows, self.stage.method.response_capacity, cached)
-            top_k = TopK(struct(*shape), struct(*shape, dtype=jnp.float32))
+            values, tail = (struct(*s, dtype=jnp.float32) for s in (shape, shape[:2]))
+            top_k = TopK(struct(*shape), values, tail)
         return Batch(struct(rows, columns), struct(rows), struct(rows), top_k)
 
 
