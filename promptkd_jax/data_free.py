@@ -325,7 +325,8 @@ def _measure(function: Divergence, decoders: tuple[Decoder, ...], capacity: int,
             for decoder, its_params in zip(decoders, params)
         )
         (values,) = linear_values((function,), learner, other or (where.labels,))
-        return jnp.sum(values * where.mask, axis=1) / jnp.sum(where.mask, axis=1)
+        counted = jnp.where(where.mask > 0, values, 0)
+        return jnp.sum(counted, axis=1) / jnp.sum(where.mask, axis=1)
 
     return measure
 

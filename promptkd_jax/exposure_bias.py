@@ -203,7 +203,7 @@ def _comparison(
         target = view(teacher, teacher_params, batch, where, vocab_size)
         learner = view(student, student_params, batch, where, vocab_size)
         (error,) = linear_values((forward_kl,), learner, (target,))
-        return jnp.stack([(error * mask).sum(axis=0), mask.sum(axis=0)])
+        return jnp.stack([jnp.where(mask > 0, error, 0).sum(axis=0), mask.sum(axis=0)])
 
     return compare
 

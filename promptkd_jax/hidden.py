@@ -203,25 +203,50 @@ def hidden_loss(
     Returns:
       (loss, sums): the scalar loss, and by kind and layers ("cosine_3_5" is student layer 3
       against teacher layer 5) the unweighted masked sums, which carry no gradient. All are sums:
-      divide by `where.mask.sum()` (over all devices and micro-batches) for a mean.
+      divide by `where.mask.sum()` (over all devices and micro-batches) for a mean. Where the mask
+      is 0 nothing is looked at: NaN there changes neither value nor gradient.
+
+    Raises:
+      ValueError: states of other rows or positions than `where`.
     """
     teacher = jax.lax.stop_gradient(teacher)
+    _check_rows(student, teacher, where)
+    counts = where.mask > 0
     loss, sums = jnp.zeros(()), {}
     for term in terms:
         for (of_student, of_teacher), name in _names(term).items():
             if term.kind == "relation":
-                learner = _relation_heads(student, of_student, term.heads)
-                target = _relation_heads(teacher, of_teacher, term.heads)
-                values = _relation_kl(learner, target, where.positions, chunk)
+                positions = jnp.where(counts, where.positions, 0)
+                learner = _relation_heads(student, of_student, term.heads, positions)
+                target = _relation_heads(teacher, of_teacher, term.heads, positions)
+                values = _relation_kl(learner, target, positions, chunk)
             else:
-                learner = student["hidden", of_student].astype(jnp.float32)
+                learner = _select(counts, student["hidden", of_student])
                 if term.projection:
                     learner = learner @ projections[name]
-                target = teacher["hidden", of_teacher].astype(jnp.float32)
+                target = _select(counts, teacher["hidden", of_teacher])
                 values = _POINTWISE[term.kind](learner, target)
-            sums[name] = jnp.sum(where.mask * values)
+            sums[name] = jnp.sum(where.mask * jnp.where(counts, values, 0))
             loss = loss + term.weight * sums[name]
     return loss, jax.lax.stop_gradient(sums)
+
+
+def _check_rows(student: States, teacher: States, where: Responses) -> None:
+    rows, positions = where.mask.shape
+    for whose, states in (("student", student), ("teacher", teacher)):
+        for (name, layer), state in states.items():
+            found = state.shape[:2] if name == "hidden" else (state.shape[0], positions)
+            if found != (rows, positions):
+                raise ValueError(
+                    f"{name} of the {whose}'s layer {layer}: {list(state.shape)}, but the mask has "
+                    f"{rows} rows and {positions} positions; expected [{rows}, "
+                    f"{positions if name == 'hidden' else 'T'}, …]"
+                )
+
+
+def _select(counts: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` `[B, R, …]` in float32, 0 where nothing counts: 0 times a NaN gradient would be NaN."""
+    return jnp.where(counts[..., None], x.astype(jnp.float32), 0)
 
 
 def _cosine(learner: jax.Array, target: jax.Array) -> jax.Array:
@@ -241,11 +266,16 @@ def _mse(learner: jax.Array, target: jax.Array) -> jax.Array:
 _POINTWISE = {"cosine": _cosine, "mse": _mse}
 
 
-def _relation_heads(states: States, layer: int, heads: int) -> list[jax.Array]:
-    """Queries, keys and values, their heads put together and cut anew: `[A, B, T, N * H / A]`."""
+def _relation_heads(
+    states: States, layer: int, heads: int, positions: jax.Array
+) -> list[jax.Array]:
+    """Queries, keys and values, their heads put together and cut anew: `[A, B, T, N * H / A]`; 0 in
+    the columns behind the last of `positions` `[B, R]`, which none of them sees."""
+    last = jnp.max(positions, axis=1, keepdims=True)
 
-    def cut(x):
-        x = x.astype(jnp.float32)  # the gradients of all chunks are summed in this type
+    def cut(x):  # in float32, in which the gradients of all chunks are summed
+        x = x.reshape(*x.shape[:2], -1)
+        x = _select(jnp.arange(x.shape[1]) <= last, x)
         return jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 0)
 
     return [cut(states[name, layer]) for name in RELATIONS]

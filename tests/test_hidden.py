@@ -197,6 +197,44 @@ def test_cosine_is_blind_to_scale():
     assert pointwise("mse", scaled, target) > 2 * pointwise("mse", learner, target)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "mse", "relation"])
+def test_nan_where_nothing_counts_changes_nothing(kind):
+    """At masked positions, and for relations in the columns that no position sees."""
+    names, rows = (RELATIONS, batch()) if kind == "relation" else (["hidden"], None)
+    term = HiddenTerm(kind, 1.0, ((0, 0),), heads=4 if kind == "relation" else 0)
+    learner, target = (random_states(names, 16, 4, seed) for seed in (0, 1))
+
+    def broken(states):
+        if rows is None:
+            outside = np.asarray(where().mask) == 0
+        else:
+            outside = np.arange(12) >= np.asarray(rows.lengths)[:, None] - 1
+        assert outside.any()
+        return {name: x.at[outside].set(np.nan) for name, x in states.items()}
+
+    def found(learner, target):
+        loss = lambda learner: hidden_loss((term,), learner, target, {}, where())  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(learner)
+
+    (value, sums), gradient = found(broken(learner), broken(target))
+    (right, _), right_gradient = found(learner, target)
+    assert np.isfinite(value) and value == right and len(sums) == 1
+    jax.tree.map(np.testing.assert_array_equal, gradient, right_gradient)
+
+
+@pytest.mark.parametrize(
+    "cut, says",
+    [
+        (lambda x: x[:, 1:], r"hidden of the teacher's layer 0: \[4, 10, 8\], but .* 11 positions"),
+        (lambda x: x[1:], r"\[3, 11, 8\], but the mask has 4 rows"),
+    ],
+)
+def test_states_of_other_positions_are_refused_when_traced(cut, says):
+    states = random_states(["hidden"], 8, 1, 0)
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(lambda x: pointwise("mse", x, jax.tree.map(cut, x)), states)
+
+
 def test_hidden_states_of_zero_have_finite_gradients():
     target = random_states(["hidden"], 8, 1, 1)
     zero = jax.tree.map(jnp.zeros_like, target)
