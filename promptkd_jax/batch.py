@@ -30,21 +30,41 @@ class Responses(NamedTuple):
     """Where a batch's response tokens are predicted, gathered to R columns.
 
     `positions` `[B, R]` are the columns whose hidden state predicts a response token, `labels`
-    `[B, R]` those tokens, `mask` `[B, R]` 1 where there is one. The EOS is among them.
+    `[B, R]` those tokens, `mask` `[B, R]` 1 where there is one. The EOS is among them. `beyond`
+    `[B]` counts each row's response tokens that have no position here.
     """
 
     positions: jax.Array
     labels: jax.Array
     mask: jax.Array
+    beyond: jax.Array | None = None
 
 
 def responses(batch: Batch, capacity: int) -> Responses:
-    """The supervised positions of `batch`; no row may have more than `capacity` response tokens."""
+    """The supervised positions of `batch`, R = `capacity` for each row.
+
+    A response token has none, and no loss sees it, where it is beyond the capacity or the columns
+    of the batch, or the first of a row whose prompt is empty. `beyond` counts them, `train_step`
+    as `tokens_beyond`.
+
+    Raises:
+      ValueError: arrays of shapes that do not belong together, or no position at all.
+    """
+    tokens, *ends = (jnp.shape(x) for x in (batch.tokens, batch.prompt_lengths, batch.lengths))
+    if len(tokens) != 2 or tokens[1] < 2 or any(end != tokens[:1] for end in ends):
+        raise ValueError(
+            f"tokens {list(tokens)}, prompt_lengths {list(ends[0])} and lengths {list(ends[1])}; "
+            "expected [B, T] with T at least 2, [B] and [B]"
+        )
+    if capacity < 1:
+        raise ValueError(f"capacity: {capacity}; expected at least 1 response token")
     positions = batch.prompt_lengths[:, None] - 1 + jnp.arange(capacity)
-    mask = positions < batch.lengths[:, None] - 1
-    positions = jnp.clip(positions, 0, batch.tokens.shape[1] - 2)
+    ends_at = jnp.minimum(batch.lengths, tokens[1])[:, None] - 1
+    mask = (positions >= 0) & (positions < ends_at)
+    positions = jnp.clip(positions, 0, tokens[1] - 2)
     labels = jnp.take_along_axis(batch.tokens, positions + 1, axis=1)
-    return Responses(positions, labels, mask.astype(jnp.float32))
+    beyond = jnp.maximum(batch.lengths - batch.prompt_lengths - jnp.sum(mask, axis=1), 0)
+    return Responses(positions, labels, mask.astype(jnp.float32), beyond)
 
 
 def gather(hidden: jax.Array, where: Responses) -> jax.Array:

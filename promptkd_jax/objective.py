@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from promptkd_jax import hidden, losses, policy_gradient
 from promptkd_jax.batch import Batch, Responses, responses
@@ -87,6 +88,8 @@ def gradient(
 def accumulate(part: Callable, xs: Any) -> tuple[Any, dict[str, jax.Array]]:
     """Sum of `part`'s gradients over the leading axis G of `xs`, and its sums stacked, `[G]`.
 
+    Gradients in half precision are summed in float32 and rounded once.
+
     Args:
       part: a function of one slice of every element of `xs`, to (gradients, sums).
       xs: a tuple of pytrees.
@@ -101,8 +104,14 @@ def accumulate(part: Callable, xs: Any) -> tuple[Any, dict[str, jax.Array]]:
         return jax.tree.map(jnp.add, total, gradients), sums
 
     shapes = jax.eval_shape(part, *first)[0]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(body, zeros, xs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    total, sums = jax.lax.scan(body, zeros, xs)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes), sums
+
+
+def norm(gradients: Any) -> jax.Array:
+    """The L2 norm of all gradients together, its squares summed in float32."""
+    return optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
 
 
 # The student's terms, and those of a teacher that learns

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from promptkd_jax import losses, objective, policy_gradient, sharding
-from promptkd_jax.batch import Batch, in_least_width, narrow
+from promptkd_jax.batch import Batch, in_least_width, narrow, responses
 from promptkd_jax.linear import Linear, linear_values
 from promptkd_jax.method import POLICY, PRESETS, Conventions, Method
 from promptkd_jax.objective import Part
@@ -164,7 +164,8 @@ def train_step(
         new = state.replace(replay=replay)
     statistics = row_statistics(method, written, new.replay)
     parts = _deal_parts(written.rows, written.own, corpus, method)
-    counts = _counts(parts.rows, method.response_capacity)
+    counts, beyond = _counts(parts.rows, method.response_capacity)
+    statistics["tokens_beyond"] = beyond
     # One forward of the student serves both updates, unless each trims the rows.
     if method.parts * method.passes == method.length_buckets == 1:
         see = see.sharing(state.params["student"], _first(parts).rows)
@@ -258,10 +259,10 @@ def _first(parts: Part) -> Part:
     return jax.tree.map(lambda x: x[0], parts)
 
 
-def _counts(rows: Batch, capacity: int) -> jax.Array:
-    """Response tokens of each part, `[N]`."""
-    supervised = jnp.minimum(rows.lengths - rows.prompt_lengths, capacity)
-    return jnp.sum(supervised, axis=1).astype(jnp.float32)
+def _counts(rows: Batch, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """(Response tokens of each part that losses see, `[N]`; how many they do not see, a scalar)."""
+    where = jax.vmap(lambda part: responses(part, capacity))(rows)
+    return jnp.sum(where.mask, axis=(1, 2)), jnp.sum(where.beyond)
 
 
 def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
@@ -303,7 +304,7 @@ def _update_prompt(state: TrainState, parts: Part, counts, see: Views, optimizer
         found = jnp.sum(sums["prompt_regulariser"]) / jnp.sum(counts)
         new = new.replace(regularisation=_adapted(state.regularisation, found / method.target_kl))
     scalars = {
-        "prompt_grad_norm": optax.tree.norm(gradients),
+        "prompt_grad_norm": objective.norm(gradients),
         "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
         "regularisation_weight": coefficients[0],
     }
@@ -356,7 +357,7 @@ def _update_teacher(state: TrainState, parts: Part, counts, see: Views, optimize
 
     scales = _scales(counts, see.method.conventions)
     gradients, sums = objective.accumulate(_trimmed(part, see.method), (parts, scales))
-    scalars = {"teacher_grad_norm": optax.tree.norm(gradients)}
+    scalars = {"teacher_grad_norm": objective.norm(gradients)}
     return _apply(state, gradients, optimizers), sums, scalars
 
 
@@ -444,7 +445,7 @@ def _update_student(state: TrainState, parts: Part, counts, see: Views, optimize
         return gradients, sums | {"student_loss": total / scale}
 
     gradients, sums = objective.accumulate(_trimmed(part, method), (parts, scales))
-    scalars = {"student_grad_norm": optax.tree.norm(gradients["student"])}
+    scalars = {"student_grad_norm": objective.norm(gradients["student"])}
     return _apply(state, gradients, optimizers), sums, scalars
 
 

@@ -16,11 +16,13 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import promptkd_jax.step as step_module
+from promptkd_jax import objective
 from promptkd_jax.batch import Batch, narrow
 from promptkd_jax.method import PRESETS, Conventions, Method
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.optimizer import adamw
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import Metrics, Optimizers, TrainState, init_state, summarise, train_step
 from promptkd_jax.targets import rollout
@@ -457,6 +459,48 @@ def test_published_conventions(step, alpha):
     )
     assert_close(student_gradient(after), jax.tree.map(jnp.add, stale, fresh))
     assert_close(summarise(metrics, PUBLISHED.conventions)["student_loss"], old + new)
+
+
+def test_gradients_in_half_precision_are_summed_in_float32():
+    """In bfloat16, 256 + 1 is 256."""
+    one = {"x": jnp.ones((512, 3), jnp.bfloat16)}
+    total, sums = objective.accumulate(lambda x: (x, {"loss": jnp.float32(2)}), (one,))
+    assert total["x"].dtype == jnp.bfloat16 and sums["loss"].shape == (512,)
+    np.testing.assert_array_equal(total["x"], 512)
+
+
+def test_response_tokens_that_no_loss_sees_are_counted():
+    """Rows of 9, 1, 5 and 5 response tokens, of which losses see 5."""
+    lengths = batch().lengths - batch().prompt_lengths
+    assert max(lengths) > 5
+    _, metrics = update(sft(response_capacity=5))
+    np.testing.assert_array_equal(metrics.counts, [np.minimum(lengths, 5).sum()])
+    assert metrics.scalars["tokens_beyond"] == np.maximum(lengths - 5, 0).sum()
+    _, metrics = update(sft())
+    assert metrics.scalars["tokens_beyond"] == 0
+
+
+def test_a_student_in_half_precision_keeps_its_dtypes_over_several_updates():
+    """And the same state gives the same update: the rounding is decided by the state."""
+    optimizers = Optimizers(adamw(lambda _: 1e-4, weight_decay=0.1, clip=1.0))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state().student)
+    before = init_state({"student": params}, optimizers, jax.random.key(0))
+    step = jit(
+        functools.partial(
+            train_step,
+            method=sft(passes=3, micro_batches=2),
+            models=Models(STUDENT),
+            optimizers=optimizers,
+        )
+    )
+    after, metrics = step(before, None, batch())
+    again, _ = step(before, None, batch())
+    jax.tree.map(np.testing.assert_array_equal, after.params, again.params)
+    types = [jax.tree.map(lambda x: x.dtype, s) for s in (before, after)]
+    assert types[0] == types[1]
+    apart = jax.tree.map(lambda a, b: jnp.mean(a != b), params, after.student)
+    assert 0 < np.mean(jax.tree.leaves(apart)) < 1
+    assert np.isfinite(metrics.scalars["student_grad_norm"])
 
 
 def test_summarise_divides_once():

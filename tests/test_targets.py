@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from promptkd_jax.batch import Batch, gather, responses
 from promptkd_jax.models.config import from_hugging_face
@@ -39,6 +40,33 @@ def test_every_response_token_is_predicted_once_the_eos_included():
     assert where.labels[0][3] == where.labels[1][0] == EOS
     assert where.mask.dtype == jnp.float32
     assert set(np.unique(where.mask)) == {0, 1}
+
+
+def test_response_tokens_without_a_position_are_counted():
+    """Beyond the capacity, beyond the columns, and the first of a row without a prompt."""
+    assert responses(batch(), CAPACITY).beyond.tolist() == [0, 0, 0, 0]
+    assert responses(batch(), 3).beyond.tolist() == [1, 0, 3, 0]
+    rows = batch()._replace(prompt_lengths=np.array([0, 4, 3, 5]), lengths=np.array([6, 5, 12, 4]))
+    where = responses(rows, 20)
+    assert where.beyond.tolist() == [1, 0, 3, 0]
+    assert where.mask.sum(axis=1).tolist() == [5, 1, 6, 0]
+    assert where.labels[0][where.mask[0] == 1].tolist() == rows.tokens[0, 1:6].tolist()
+
+
+@pytest.mark.parametrize(
+    "changes, capacity, says",
+    [
+        (dict(lengths=np.ones(3, np.int32)), 6, r"lengths \[3\]; expected \[B, T\]"),
+        (dict(prompt_lengths=np.ones((4, 1), np.int32)), 6, r"prompt_lengths \[4, 1\]"),
+        (dict(prompt_lengths=np.int32(2)), 6, r"prompt_lengths \[\]"),
+        (dict(tokens=np.ones(4, np.int32)), 6, r"tokens \[4\]"),
+        (dict(tokens=np.ones((4, 1), np.int32)), 6, "T at least 2"),
+        ({}, 0, "capacity: 0; expected at least 1"),
+    ],
+)
+def test_rows_that_do_not_belong_together_are_refused_when_traced(changes, capacity, says):
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(lambda rows: responses(rows, capacity), batch()._replace(**changes))
 
 
 def test_the_mask_does_not_look_at_tokens():
