@@ -63,7 +63,7 @@ def stage_config(name: str, **changes: Any) -> ConfigDict:
         prompt_learning_rate=0.0,  # 0: that of the student
         teacher_learning_rate=0.0,  # of an online teacher; 0: that of the student
         schedule="constant",
-        warmup_steps=0,
+        warmup_steps=0,  # of every schedule; with preset "faithful" not of the cosine, as published
         lr_min=1e-7,
         weight_decay=1e-2,
         clip=1.0,

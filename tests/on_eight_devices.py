@@ -229,6 +229,24 @@ def same_rows_ahead() -> None:
     assert there[2]["tokens"] == here[2]["tokens"] == here[0].rows.lengths.sum()
 
 
+def same_rounding() -> None:
+    """Of parameters in half precision, however they are cut."""
+    params = jnp.ones((64, 16), jnp.bfloat16)
+    updates = jax.random.normal(jax.random.key(0), params.shape) / 2**9
+    rounding = optimizer.round_stochastically(seed=1)
+
+    @jax.jit
+    def rounded(updates, params):
+        return rounding.update(updates, rounding.init(params), params)[0]
+
+    expected = rounded(updates, params)
+    assert 0 < (expected != 0).mean() < 1
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    for cut in (P("data", "fsdp"), P(("data", "fsdp")), P(None, "fsdp")):
+        there = jax.device_put((updates, params), jax.NamedSharding(mesh, cut))
+        np.testing.assert_array_equal(rounded(*there), expected)
+
+
 def other_meshes_are_left_alone() -> None:
     """Who imports the losses may have a mesh of their own."""
     auto, explicit = AxisType.Auto, AxisType.Explicit
@@ -266,5 +284,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "llama":
         same_rows_of_every_source()
         same_rows_ahead()
+        same_rounding()
         other_meshes_are_left_alone()
     print("same on every mesh")
