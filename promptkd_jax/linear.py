@@ -217,11 +217,9 @@ def _check(learner: Linear, targets: Sequence[Any]) -> None:
     take from the end, and a number would come out."""
     if not isinstance(learner, Linear):
         raise ValueError(f"learner: {type(learner).__name__}; expected a Linear(hidden, head)")
-    if isinstance(targets, tuple) and hasattr(targets, "_fields") or hasattr(targets, "shape"):
-        raise ValueError(
-            f"targets: a bare {type(targets).__name__}; expected a sequence, one target per term: "
-            "[target]"
-        )
+    bare = "array" if hasattr(targets, "shape") else type(targets).__name__
+    if bare == "array" or hasattr(targets, "_fields"):
+        raise ValueError(f"targets: a bare {bare}; expected a sequence, one per term: [target]")
     _check_linear("learner", learner)
     for number, target in enumerate(targets):
         name = f"targets[{number}]"

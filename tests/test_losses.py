@@ -515,7 +515,7 @@ def mismatches() -> dict:
             r"targets\[1\]: a vocabulary of 32, the learner's has 29; .* head\[:vocab_size\]",
         ),
         "bare target": ((learner, teacher, mask), r"targets: a bare Linear; .* \[target\]"),
-        "bare labels": ((learner, labels, mask), "targets: a bare ndarray"),
+        "bare labels": ((learner, labels, mask), "targets: a bare array"),
         "bare cache": ((learner, top_k(), mask), "targets: a bare TopK"),
         "logits": ((teacher.logits(), [teacher], mask), r"expected a Linear\(hidden, head\)"),
         "no rows": (
@@ -661,7 +661,7 @@ def test_a_sure_teacher_whose_tail_is_not_cached_is_near_the_dense_one(spec, kep
     value, gradient = of_one_position(spec, cached, student)
     right, slope = jax.value_and_grad(divergence(spec), argnums=1)(whole, student)
     assert (np.sign(gradient[kept:]) == np.sign(slope[kept:])).all()
-    assert 0.3 * right < value < 1.001 * right  # the tail stands for more than there is
+    assert 0.2 * right < value < 1.001 * right  # the tail stands for more than there is
     if spec == "reverse_kl":
         assert value > 10
 
