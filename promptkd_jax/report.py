@@ -8,7 +8,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class MetricWriter:
     """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard files in `workdir/tensorboard`.
 
     All processes of a run have one; that of the first writes. To resume, call `truncate_metrics`
-    first; TensorBoard then hides what it has of the steps after the last line of the file.
+    first; the TensorBoard files, of which a killed run has lost the end, are then made anew from
+    the rows of the file, each step at its old time where they still tell it.
 
     In a bucket the file is written anew, every few seconds and when flushed or closed (see
     `files.Lines`), and there is no TensorBoard: tensorboardX would stop the run for good at the
@@ -67,10 +69,17 @@ class MetricWriter:
             return
         from tensorboardX import SummaryWriter  # takes seconds: it imports torch where there is one
 
-        self._tensorboard = SummaryWriter(
-            logdir=str(path.parent / "tensorboard"),
-            purge_step=max((row["step"] for row in rows), default=-1) + 1,
-        )
+        folder = path.parent / "tensorboard"
+        earlier = list(folder.glob("events.out.tfevents.*"))
+        times = _event_times(earlier)
+        for file in earlier:
+            file.unlink()
+        # purge_step: a TensorBoard that is open now forgets what it has.
+        self._tensorboard = SummaryWriter(logdir=str(folder), purge_step=0)
+        wall_time = min(times.values(), default=time.time())
+        for row in rows:
+            wall_time = times.get(row["step"], wall_time)
+            self._show(row.pop("step"), row, wall_time)
 
     def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Appends the metrics of one step: numbers (or scalar arrays), and names such as `stage`.
@@ -86,9 +95,13 @@ class MetricWriter:
         }
         if self._lines is not None:
             self._lines.append(_json_line({"step": int(step)} | values))
-        for name, value in values.items() if self._tensorboard is not None else ():
+        if self._tensorboard is not None:
+            self._show(int(step), values, time.time())
+
+    def _show(self, step: int, values: Mapping[str, float | str], wall_time: float) -> None:
+        for name, value in values.items():
             if not isinstance(value, str) and math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, int(step))
+                self._tensorboard.add_scalar(name, value, step, walltime=wall_time)
 
     def flush(self) -> None:
         """Writes what waits: before a checkpoint, after which a resumed run goes on."""
@@ -105,6 +118,26 @@ class MetricWriter:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _event_times(files: Iterable[epath.Path]) -> dict[int, float]:
+    """When each step was written, in seconds since 1970, as far as TensorBoard files tell."""
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event
+
+    times = {}
+    for file in files:
+        data, start = file.read_bytes(), 0
+        while start + 12 < len(data):  # 8 bytes of length, 4 of checksum, the event, 4 of checksum
+            end = start + 12 + int.from_bytes(data[start : start + 8], "little")
+            try:
+                event = Event.FromString(data[start + 12 : end])
+            except DecodeError:
+                break  # the torn end
+            if event.HasField("summary"):
+                times[event.step] = event.wall_time
+            start = end + 4
+    return times
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

@@ -3,8 +3,14 @@
 import io
 import json
 import math
+import os
+import pathlib
 import re
+import signal
 import struct
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 
 import bucket
@@ -93,6 +99,15 @@ def events(workdir):
     return found
 
 
+def scalars(workdir):
+    """What TensorBoard shows of a run: (step, name, value)."""
+    return [
+        (event.step, value.tag, pytest.approx(value.simple_value, rel=1e-6))
+        for event in events(workdir)
+        for value in event.summary.value
+    ]
+
+
 def report(workdir, rows=(), **changes):
     write_rows(workdir, rows)
     given = {"title": "A run", "config_text": "seed = 0", "summary": SUMMARY, "samples": [SAMPLE]}
@@ -123,12 +138,7 @@ def test_tensorboard_gets_the_finite_numbers(tmp_path):
         tmp_path,
         [{"step": 3, "loss": 0.5, "stage": "warmup", "kl_plain": math.nan}, {"step": 4, "loss": 1}],
     )
-    scalars = [
-        (event.step, value.tag, value.simple_value)
-        for event in events(tmp_path)
-        for value in event.summary.value
-    ]
-    assert scalars == [(3, "loss", 0.5), (4, "loss", 1.0)]
+    assert scalars(tmp_path) == [(3, "loss", 0.5), (4, "loss", 1.0)]
 
 
 def test_a_metric_may_not_be_called_step(tmp_path):
@@ -150,8 +160,41 @@ def test_resuming_leaves_each_step_once(tmp_path):
         -10,
     ]
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
-    assert 6 in starts, "TensorBoard is told to forget what it has from step 6 on"
+    assert starts == [0], "a TensorBoard that is open is told to forget what it has"
+    assert scalars(tmp_path) == [(row["step"], "loss", row["loss"]) for row in rows]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+KILLED = """
+import os, signal, sys
+from promptkd_jax.report import MetricWriter
+writer = MetricWriter(sys.argv[1])
+for step in range(1, 21):
+    writer.write(step, {"loss": step / 7, "stage": "promptkd", "kl_plain": float("nan")})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("rest", [b"", b"\x18\0\0", b"\x18\0\0\0\0\0\0\0\1\2\3\4\x09torn"])
+def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, rest):
+    """SIGKILL leaves the rows but not their events, or one torn; what comes after the checkpoint,
+    here step 15, is written again."""
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    before = time.time()
+    write_rows(tmp_path / "partly", [{"step": step, "loss": 0.0} for step in range(1, 8)])
+    (some,) = (tmp_path / "partly" / "tensorboard").iterdir()
+    (own,) = (tmp_path / "tensorboard").iterdir()
+    own.write_bytes(some.read_bytes() + rest)
+    between = time.time()
+    truncate_metrics(tmp_path, 15)
+    write_rows(tmp_path, [{"step": step, "loss": -step} for step in range(16, 26)])
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 26))
+    assert scalars(tmp_path) == [(row["step"], "loss", row["loss"]) for row in rows]
+    times = [event.wall_time for event in events(tmp_path) if event.HasField("summary")]
+    assert times == sorted(times) and before <= times[0] <= times[14] <= between <= times[15]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b'{"step": 4, "loss": 1.0}', b"\xc3"])
