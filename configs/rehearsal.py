@@ -2,7 +2,7 @@
 
 It takes a minute or two on a laptop, as a pod of virtual devices too, and teaches nobody anything:
 what it shows is that processes, devices, workdir and checkpoints work together. `data` and `fsdp`
-may be up to 16 and 128 devices; the 595 tokens of its vocabulary cannot be cut along `tensor`.
+may be up to 16 and 128 devices; the 595 tokens of its vocabulary are padded for `tensor`.
 """
 
 from ml_collections import ConfigDict

@@ -124,6 +124,7 @@ class Checkpoints:
         meta: dict,
         *,
         force: bool = False,
+        unpadded: Any = None,
     ) -> bool:
         """Starts writing a checkpoint if one is due; to be called at every step.
 
@@ -136,6 +137,9 @@ class Checkpoints:
           state: a pytree of arrays, typed PRNG keys, Python and NumPy numbers, and None.
           meta: JSON: what else a resumed run needs (config fingerprint, stage, data position).
           force: writes at any step (the last one, a preemption, one that is evaluated).
+          unpadded: shapes and dtypes of `state` without the zeros that end its arrays because its
+            mesh asks for them (see `DecoderConfig.padded`), where there are any. A checkpoint goes
+            by these, so that a mesh that asks for other zeros can continue from it.
 
         Returns:
           Whether a checkpoint was started. A step that is saved already is not saved again.
@@ -151,7 +155,7 @@ class Checkpoints:
         self.wait()
         if not self._follows_latest(step):
             return False
-        record = {"meta": meta, "leaves": _describe_leaves(state)}
+        record = {"meta": meta, "leaves": _describe_leaves(unpadded or state)}
         # Orbax encodes it in the background, where the caller may have changed it meanwhile.
         record = json.loads(json.dumps(record))
         self._remove_unfinished()
@@ -189,7 +193,9 @@ class Checkpoints:
         """Whether `save` saves at this step unasked."""
         return step > 0 and step % self._every == 0
 
-    def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict] | None:
+    def restore_latest(
+        self, abstract_state: Any, unpadded: Any = None
+    ) -> tuple[int, Any, dict] | None:
         """Restores the newest checkpoint that is whole, and renames damaged ones that are newer.
 
         What was passed over is logged as a warning and kept in `self.damage`.
@@ -197,6 +203,7 @@ class Checkpoints:
         Args:
           abstract_state: the state with `jax.ShapeDtypeStruct`s that have shardings in place of its
             arrays. The mesh need not be the one it was saved from.
+          unpadded: as in `save`.
 
         Returns:
           (step, state, meta), or None where there is no checkpoint.
@@ -218,10 +225,10 @@ class Checkpoints:
             logging.warning(self.damage[-1])
         self._set_aside([step for step in steps if step > whole])
         self._forget(whole + 1)
-        return whole, *self._read(whole, abstract_state)
+        return whole, *self._read(whole, abstract_state, unpadded)
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
-        """Restores (state, meta) of one checkpoint; `abstract_state` as in `restore_latest`.
+    def restore(self, step: int, abstract_state: Any, unpadded: Any = None) -> tuple[Any, dict]:
+        """Restores (state, meta) of one checkpoint; the states as in `restore_latest`.
 
         Raises:
           CheckpointError: there is no such checkpoint, it is damaged, or the state does not fit.
@@ -235,7 +242,7 @@ class Checkpoints:
             steps.remove(step)
             problem = damaged.get(step, "see the message of process 0")
             raise CheckpointError(f"checkpoint {step} is damaged ({problem}); others: {steps}")
-        return self._read(step, abstract_state)
+        return self._read(step, abstract_state, unpadded)
 
     def all_steps(self) -> list[int]:
         """The steps of the finished checkpoints, in order, as process 0 finds them."""
@@ -352,14 +359,16 @@ class Checkpoints:
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
+    def _read(self, step: int, abstract_state: Any, unpadded: Any) -> tuple[Any, dict]:
         """Restores a checkpoint whose files are known to be whole."""
         record = self._read_record(step)
-        differences = _differences(record["leaves"], _describe_leaves(abstract_state))
+        wanted = _describe_leaves(unpadded or abstract_state)
+        differences = _differences(record["leaves"], wanted)
         if differences:
             listing = "".join(f"\n  {line}" for line in differences)
             raise CheckpointError(f"checkpoint {step} is whole, but of another state:{listing}")
-        target = ocp.args.StandardRestore(_numpy_scalars_to_arrays(abstract_state))
+        # Beyond these shapes there is padding alone, of which Orbax drops or appends what it takes.
+        target = ocp.args.StandardRestore(_numpy_scalars_to_arrays(abstract_state), strict=False)
         state = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._at = step
         return _arrays_to_numpy_scalars(state, like=abstract_state), record["meta"]

@@ -44,6 +44,7 @@ from promptkd_jax.models.load import (
     keep_layers,
     load_model,
 )
+from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.prompt import (
     init_soft_prompt,
     pooled_soft_prompt,
@@ -148,13 +149,25 @@ class Experiment:
             self.placed(),
         )
 
+    def unpadded_state(self) -> TrainState:
+        """Shapes and dtypes of a state on one device, the same for every mesh."""
+        params = dict(self._params())
+        for name, model in (("student", self.student), ("teacher", self.teacher)):
+            if name in params:
+                own = abstract_params(model.decoder.config.replace(tensor_parts=1))
+                params[name] = jax.tree.map(
+                    lambda x, here: jax.ShapeDtypeStruct(x.shape, here.dtype), own, params[name]
+                )
+        return self._shapes(params)
+
     def placed(self) -> Any:
         """Where every leaf of a state lies on the mesh."""
         return sharding.shardings(self._shapes(), self.mesh)
 
-    def _shapes(self) -> TrainState:
+    def _shapes(self, params: dict[str, Any] | None = None) -> TrainState:
         return jax.eval_shape(
-            lambda params: self._init(self.stages[0], params, jax.random.key(0)), self._params()
+            lambda params: self._init(self.stages[0], params, jax.random.key(0)),
+            self._params() if params is None else params,
         )
 
     def _params(self) -> dict[str, Any]:
@@ -495,13 +508,16 @@ def load_models(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model | No
     """
 
     def load(path, how):
-        return load_model(
+        model = load_model(
             path,
             dtype=how.dtype,
             param_dtype=how.param_dtype,
             remat=build.remat(how),
-            shardings=lambda tree: sharding.shardings(tree, mesh),
+            mesh=mesh,
         )
+        if padding := model.decoder.config.padding:
+            print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
+        return model
 
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
     if schema.needs_the_teacher(config) or measured:

@@ -48,7 +48,8 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: dict[str, i
         if number is None:
             raise CheckpointError(f"{workdir}/checkpoints has no {step} checkpoint")
         experiment = prepare(config, workdir, mesh)
-        state, _ = checkpoints.restore(number, experiment.abstract_state())
+        like = experiment.abstract_state(), experiment.unpadded_state()
+        state, _ = checkpoints.restore(number, *like)
     paths = save(experiment, state, output)
     print(f"step {number}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
 

@@ -125,7 +125,8 @@ def fit(
         best, state = checkpoints.best_step(), loop.state
         if rule.export == "best" and best not in (None, loop.done):
             print(f"the best checkpoint by dev {rule.select} is that of step {best}")
-            state = checkpoints.restore(best, experiment.abstract_state())[0]
+            like = experiment.abstract_state(), experiment.unpadded_state()
+            state, _ = checkpoints.restore(best, *like)
         updates = sum(
             min(max(loop.done - stage.first, 0), stage.steps) * stage.method.updates
             for stage in experiment.stages
@@ -159,7 +160,8 @@ class _Loop:
         self.state, self.done, self._validation_loss = None, 0, before["loss"]
         self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
         self._fingerprint = fingerprint(experiment.config, schema.IRRELEVANT)
-        if restored := checkpoints.restore_latest(experiment.abstract_state()):
+        self._unpadded = experiment.unpadded_state()
+        if restored := checkpoints.restore_latest(experiment.abstract_state(), self._unpadded):
             self.done, self.state, meta = restored
             if meta["fingerprint"] != self._fingerprint:
                 raise CheckpointError(
@@ -318,6 +320,7 @@ class _Loop:
                 "validation_loss": self._validation_loss,
             },
             force=force,
+            unpadded=self._unpadded,
         )
         if saved:
             self._saved = self.done, self.spent["seconds"]

@@ -90,7 +90,8 @@ def sample(
       tokens: `[B, P]` requests, each from column 0 on; lengths: `[B]`, each at least 1.
       keys: `[B]` typed PRNG keys, see `row_keys`.
       prefix: `[M, D]` soft prompt in front of every row.
-      vocab_size: tokens from here on are never written (padding of the vocabulary).
+      vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
+        model's own.
       active: `[B]`, the rows to continue (all, where absent); others keep their request alone.
       second: a model that decodes jointly: each token is drawn from (1 - second_share) times the
         first's distribution plus second_share times the second's (MiniLLM, arXiv 2306.08543, eq. 4:
@@ -111,7 +112,7 @@ def sample(
     voices = [voice.resident() for voice in voices]
     writer = _Writer(
         voices=voices,
-        heads=[head(voice.params)[:vocab_size] for voice in voices],
+        heads=[head(v.params)[: vocab_size or v.decoder.config.vocab_size] for v in voices],
         share=second_share,
         sampling=sampling,
         limit=max_new_tokens,

@@ -147,7 +147,8 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
 
     Args:
       axes: for each dimension an axis, several (`ROWS`), or None: the dimension is not cut. Axes
-        that do not divide it do not cut it either.
+        that do not divide it do not cut it either, but for `tensor`, which also cuts unevenly: a
+        padded vocabulary, cut off at its last token, lies on the devices where it lay before.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = _ours(mesh)
@@ -157,8 +158,9 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     kept = []
     for size, axis in zip(x.shape, axes):
         names = tuple(name for name in _names(axis) if name in ours)
-        cuts = names and size % math.prod(mesh.shape[name] for name in names) == 0
-        kept.append(names if cuts else whole)
+        devices = math.prod(mesh.shape[name] for name in names)
+        cuts = size % devices == 0 or (names == ("tensor",) and size > devices)
+        kept.append(names if names and cuts else whole)
     return jax.lax.with_sharding_constraint(x, P(*kept))
 
 

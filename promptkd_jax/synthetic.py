@@ -16,13 +16,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from promptkd_jax import sharding
 from promptkd_jax.data import DataError, Record
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
+from promptkd_jax.models.streaming import pad
 
 PREFIX = "synthetic:"
 SIZES = {"test": 96, "dev": 32, "train": 2048, "longer": 48}  # records of each split
@@ -236,13 +239,13 @@ def model(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
-    shardings: Any = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """A randomly initialised Llama with the grammar's tokenizer.
 
     Args:
       name: "llama-D64-L4" for width 64 and 4 layers, "llama-D64-L4-S1" for another seed than 0.
-      dtype, param_dtype, remat, shardings: as `load_model` takes them.
+      dtype, param_dtype, remat, mesh: as `load_model` takes them.
 
     Raises:
       ModelError: no such name, or a width that is not a multiple of 32.
@@ -256,14 +259,16 @@ def model(
         )
     hf_config = _hf_config(width, depth)
     config = from_hugging_face(hf_config, f"{PREFIX}{name}")
-    decoder = Decoder(config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat))
+    config = config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat)
+    on_mesh = config.replace(tensor_parts=1 if mesh is None else mesh.shape["tensor"])
 
     def init():
-        return decoder.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+        tokens = jnp.zeros((1, 2), jnp.int32)  # the same numbers on every mesh
+        return pad(Decoder(config).init(jax.random.key(seed), tokens)["params"], on_mesh)
 
-    placed = None if shardings is None else shardings(jax.eval_shape(init))
+    placed = None if mesh is None else sharding.shardings(jax.eval_shape(init), mesh)
     params = jax.jit(init, out_shardings=placed)()
-    return Model(f"{PREFIX}{name}", decoder, params, hf_config, tokenizer(), (0,))
+    return Model(f"{PREFIX}{name}", Decoder(on_mesh), params, hf_config, tokenizer(), (0,))
 
 
 def _hf_config(width: int, depth: int) -> dict[str, Any]:

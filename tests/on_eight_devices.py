@@ -17,7 +17,7 @@ from promptkd_jax.linear import Linear, linear_loss
 from promptkd_jax.method import Method
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.models.streaming import abstract_params, pad
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.step import Optimizers, init_state, summarise, train_step, write_ahead
 from promptkd_jax.targets import empty_replay, target_rows
@@ -32,20 +32,30 @@ LLAMA = {
     "intermediate_size": 48,
     "max_position_embeddings": 64,
 }
-GPT2 = {"model_type": "gpt2", "vocab_size": 32, "n_embd": 32, "n_head": 8, "n_positions": 64}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 33,  # these three are padded on all meshes with `tensor`, as those of GPT-2 XL
+    "n_head": 5,
+    "n_inner": 99,
+    "n_embd": 40,
+    "n_positions": 64,
+}
 DEPTH = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
 CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
+VOCABULARY = {"llama": 30, "gpt2": 33}  # what teacher and student share: not all rows, and all
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 
 
-def config_of(family: str, depth: int):
-    return from_hugging_face(CONFIGS[family] | {DEPTH[family]: depth})
+def config_of(family: str, depth: int, tensor_parts: int = 1):
+    config = from_hugging_face(CONFIGS[family] | {DEPTH[family]: depth})
+    return config.replace(tensor_parts=tensor_parts)
 
 
 def random_params(config, seed):
     rng = np.random.default_rng(seed)
-    shapes = abstract_params(config)
-    return jax.tree.map(lambda x: np.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), shapes)
+    shapes = abstract_params(config.replace(tensor_parts=1))
+    params = jax.tree.map(lambda x: np.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), shapes)
+    return pad(params, config)
 
 
 def rows() -> Batch:
@@ -73,7 +83,7 @@ OPTIMIZERS = Optimizers(ADAMW, ADAMW)
 
 
 def begin(student):
-    soft_prompt = np.random.default_rng(4).normal(0, 0.4, (3, 32)).astype(np.float32)
+    soft_prompt = np.random.default_rng(4).normal(0, 0.4, (3, student.width)).astype(np.float32)
     params = {"student": random_params(student, 1), "soft_prompt": jnp.asarray(soft_prompt)}
     return init_state(params, OPTIMIZERS, jax.random.key(3))
 
@@ -102,6 +112,17 @@ def all_close(found, expected, what):
     jax.tree.map(lambda one, other: close(one, other, what), found, expected)
 
 
+def unpadded(found, expected):
+    """`found` in the shapes of `expected`; what lies outside of them is still 0."""
+
+    def cut(found, expected):
+        own = tuple(map(slice, expected.shape))
+        assert not np.any(np.asarray(found.at[own].set(0)))
+        return found[own]
+
+    return jax.tree.map(cut, found, expected)
+
+
 def decided(params):
     """Without the bias of keys: it shifts all scores of a query alike, so that its gradient is 0
     but for rounding, which Adam makes as large as any other."""
@@ -116,12 +137,15 @@ def decided(params):
 def same_update_on_every_mesh(family: str) -> None:
     teacher, student = config_of(family, 3), config_of(family, 2)
     state, frozen, batch = begin(student), random_params(teacher, 3), rows()
-    one, expected = two_steps(teacher, student, state, frozen, batch)
+    how = dict(vocab_size=VOCABULARY[family])
+    one, expected = two_steps(teacher, student, state, frozen, batch, **how)
     assert 0 < expected[0]["eos_rate"] < 1
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), one.student, state.student)
     assert np.mean(np.asarray(jax.tree.leaves(moved)) > 0.005) > 0.9
     in_parts = dict(micro_batches=2, length_buckets=2)  # which changes nothing
     for sizes in MESHES:
+        teacher, student = (config_of(family, depth, sizes[2]) for depth in (3, 2))
+        state, frozen = begin(student), random_params(teacher, 3)
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
         with jax.set_mesh(mesh):
             there, measured = two_steps(
@@ -131,7 +155,7 @@ def same_update_on_every_mesh(family: str) -> None:
                 placed(frozen, mesh),
                 sharding.place_rows(batch),
                 (sharding.shardings(state, mesh), None),
-                **in_parts if (family, sizes) == ("gpt2", MESHES[-1]) else {},
+                **how | in_parts if (family, sizes) == ("gpt2", MESHES[-1]) else how,
             )
         for found, right in zip(measured, expected):
             for name in ("response_length", "eos_rate", "tokens"):
@@ -139,8 +163,8 @@ def same_update_on_every_mesh(family: str) -> None:
             for name in right:  # the divergences are those on the sampled tokens
                 close(found[name], right[name], (sizes, name))
         # the moments are what the gradients were
-        all_close(there.optimizers, one.optimizers, sizes)
-        all_close(decided(there.params), decided(one.params), sizes)
+        for found, right in ((there.optimizers, one.optimizers), (there.params, one.params)):
+            all_close(decided(unpadded(found, right)), decided(right), sizes)
         for leaf in jax.tree.leaves(there.student["layers"]["mlp"]["up"]["kernel"]):
             assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
 

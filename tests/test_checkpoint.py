@@ -451,3 +451,28 @@ def test_files_in_a_bucket_have_the_checksums_of_a_disk(three, monkeypatch):
     name = largest_file(three / "30" / "state").relative_to(three / "30").as_posix()
     (folder / "30" / name).write_bytes(b"other")
     assert _find_damage(folder / "30") == f"{name} is not as it was written"
+
+
+def test_padding_is_what_the_reader_asks_for(tmp_path):
+    """Zeros behind an array belong to the mesh, not to the run; the shapes before them to the run,
+    whatever the padding."""
+
+    def padded(rows):
+        return {"table": jnp.zeros((rows, 3)).at[:5].set(jnp.arange(15.0).reshape(5, 3))}
+
+    def shape(rows):
+        return {"table": jax.ShapeDtypeStruct((rows, 3), jnp.float32)}
+
+    def where(rows):
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return {"table": jax.ShapeDtypeStruct((rows, 3), jnp.float32, sharding=here)}
+
+    with Checkpoints(tmp_path, keep=10, every=1) as checkpoints:
+        checkpoints.save(1, padded(8), {}, unpadded=shape(5))
+        for rows in (8, 6, 5, 12):
+            state, _ = checkpoints.restore(1, where(rows), shape(5))
+            np.testing.assert_array_equal(state["table"], padded(rows)["table"])
+        with pytest.raises(CheckpointError, match=r"table: float32\[5, 3\] in it, float32\[7, 3\]"):
+            checkpoints.restore_latest(where(8), shape(7))
+        with pytest.raises(CheckpointError, match=r"table: float32\[5, 3\] in it, float32\[8, 3\]"):
+            checkpoints.restore(1, where(8))

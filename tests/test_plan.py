@@ -481,7 +481,7 @@ def test_without_the_compiler_the_estimate_is_marked(monkeypatch, capsys, tmp_pa
 
 def test_mistakes_end_with_a_message(capsys):
     for arguments, says in (
-        (["--mesh=1,1,64"], "axis 'tensor'"),
+        (["--mesh=1,1,32"], "data=1 x fsdp=1 x tensor=32 does not make 64 devices"),
         (["--mesh=64,1,1", "--config.stages[0].micro_batches=2"], "cannot be dealt out evenly"),
         (["--stage=first"], "--stage: 'first' is no stage; there are promptkd"),
         (["--config.teacher.remat=some"], "config.teacher.remat: 'some' is not one of"),

@@ -15,12 +15,20 @@ from conftest import devices
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from promptkd_jax.batch import Batch, Responses
 from promptkd_jax.config import ConfigError
+from promptkd_jax.linear import linear_loss
+from promptkd_jax.losses import cross_entropy
 from promptkd_jax.models.config import from_hugging_face
-from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.export import to_hugging_face
+from promptkd_jax.models.streaming import abstract_params, pad
+from promptkd_jax.optimizer import adamw
+from promptkd_jax.sampler import Sampling, row_keys, sample
 from promptkd_jax.sharding import AXES, ROWS, constrain, make_mesh, parts, shardings, spec
 from promptkd_jax.step import Optimizers, init_state
 from promptkd_jax.targets import empty_written
+from promptkd_jax.teacher import view_with_states
 
 P = PartitionSpec
 LLAMA = {
@@ -169,6 +177,104 @@ def test_fewer_grouped_heads_than_devices_stay_whole():
         assert placed[f"layers/attention/{name}/kernel"].spec == P(None, "fsdp", None, None)
         assert placed[f"layers/attention/{name}/bias"].spec == P(None, None, None)
     assert placed["layers/attention/query/kernel"].spec == spec("layers/attention/query/kernel")
+
+
+PADDED = {  # their own sizes, and those for `tensor` = 4
+    "gpt2": (
+        GPT2 | {"model_type": "gpt2", "vocab_size": 33, "n_head": 1, "n_inner": 21},
+        (36, 4, 4, 24),
+    ),
+    "llama_biases": (
+        FAMILIES["llama_biases"]
+        | {"vocab_size": 31, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4},
+        (32, 8, 4, 24),
+    ),
+    "qwen3": (
+        FAMILIES["qwen3"]
+        | {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+        },
+        (32, 12, 4, 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_padding_computes_what_the_model_does_and_stays_zero(family):
+    """Hidden states, what is seen on the way, samples, files, and an update with weight decay."""
+    hf_config, sizes = PADDED[family]
+    config = from_hugging_face(hf_config)
+    assert config.padded == config and config.padding == ""
+    wide = config.replace(tensor_parts=4)
+    found = wide.padded
+    assert (found.vocab_size, found.heads, found.kv_heads, found.mlp_width) == sizes
+    assert f"heads {config.heads} to {sizes[1]}" in wide.padding
+    assert shardings(abstract_params(wide), mesh(1, 1, 4))
+    rng = np.random.default_rng(0)
+    own = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0.1, 0.3, x.shape), x.dtype), abstract_params(config)
+    )
+    padded = pad(own, wide)
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (2, 7)))
+    lengths = jnp.array([7, 4])
+    where = Responses(jnp.array([[2, 3], [1, 2]]), tokens[:, :2], jnp.ones((2, 2)))
+    taps = [("queries", 1), ("keys", 0), ("values", 1), ("hidden", 0)]
+
+    def seen(params, config):
+        see = Batch(tokens, lengths, lengths)
+        return view_with_states(Decoder(config), params, see, where, config.vocab_size, taps=taps)
+
+    def loss(params, config):
+        linear, states = seen(params, config)
+        target = jnp.ones((2, 2), jnp.int32)
+        total, _ = linear_loss([cross_entropy], linear, [target], jnp.ones((2, 2)))
+        return total + sum(jnp.sum(x**2) for x in jax.tree.leaves(states))
+
+    def close(one, other):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), one, other
+        )
+
+    close(seen(padded, wide), seen(own, config))
+    optimizer = adamw(lambda step: 1e-2, weight_decay=0.1, clip=1.0)
+    after = []
+    for params, its in ((own, config), (padded, wide)):
+        state = optimizer.init(params)
+        for _ in range(2):
+            gradients = jax.grad(loss)(params, its)
+            updates, state = optimizer.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        after.append(params)
+    stored = [to_hugging_face(params, its) for params, its in zip(after, (config, wide))]
+    assert stored[0].keys() == stored[1].keys()
+    for name in stored[0]:
+        assert stored[0][name].shape == stored[1][name].shape
+    assert_zeros_outside(after[1], own)
+    ids = [
+        sample(
+            Decoder(its),
+            params,
+            tokens,
+            lengths,
+            row_keys(jax.random.key(0), jnp.arange(2)),
+            max_new_tokens=12,
+            sampling=Sampling(temperature=9.0),
+        ).tokens
+        for params, its in ((own, config), (padded, wide))
+    ]
+    np.testing.assert_array_equal(*ids)
+
+
+def assert_zeros_outside(padded, own) -> None:
+    """Of the shapes of `own`."""
+
+    def check(x, like):
+        assert not np.any(x.at[tuple(map(slice, like.shape))].set(0))
+
+    jax.tree.map(check, padded, own)
 
 
 def test_without_a_mesh_nothing_is_constrained():

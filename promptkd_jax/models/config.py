@@ -1,6 +1,7 @@
 """The shape of a decoder, read from a Hugging Face `config.json`."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,6 +56,41 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"  # key of decoder.REMAT
+    tensor_parts: int = 1  # devices along mesh axis `tensor`, see `padded`
+
+    @property
+    def padded(self) -> "DecoderConfig":
+        """The sizes of the parameters: vocabulary, heads and feed-forward width are padded with
+        zeros to what `tensor_parts` devices share out evenly.
+
+        These zeros compute nothing and stay zero. A padded head or feed-forward unit gives 0, which
+        weights of 0 take on, so that neither side has a gradient; padded rows of the vocabulary are
+        looked up by no token, and cut off the head before it is read. AdamW moves no parameter
+        whose value and gradients are 0. Key/value heads are padded with all query heads that read
+        them; fewer than `tensor_parts` are not cut at all and need not divide.
+        """
+        parts, group = self.tensor_parts, self.heads // self.kv_heads
+        kv_heads = next(
+            count
+            for count in itertools.count(self.kv_heads)
+            if count * group % parts == 0 and (count % parts == 0 or count < parts)
+        )
+        return self.replace(
+            vocab_size=_multiple(self.vocab_size, parts),
+            heads=kv_heads * group,
+            kv_heads=kv_heads,
+            mlp_width=_multiple(self.mlp_width, parts),
+        )
+
+    @property
+    def padding(self) -> str:
+        """What `padded` adds, in words: "vocab_size 50257 to 50258, heads 25 to 26"; or ""."""
+        padded = self.padded
+        sizes = {
+            name: (getattr(self, name), getattr(padded, name))
+            for name in ("vocab_size", "heads", "kv_heads", "mlp_width")
+        }
+        return ", ".join(f"{name} {x} to {y}" for name, (x, y) in sizes.items() if x != y)
 
     def replace(self, **changes: Any) -> "DecoderConfig":
         """The same with some fields changed."""
@@ -65,6 +101,11 @@ class DecoderConfig:
         """As many positions as it was trained for; linear scaling stretches them afterwards."""
         linear = self.rope_scaling is not None and self.rope_scaling.kind == "linear"
         return int(self.max_positions * self.rope_scaling.factor) if linear else self.max_positions
+
+
+def _multiple(size: int, parts: int) -> int:
+    """The least multiple of `parts` that is not below `size`."""
+    return -(-size // parts) * parts
 
 
 def from_hugging_face(config: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:

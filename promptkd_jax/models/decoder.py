@@ -1,7 +1,8 @@
 """One decoder-only language model for every family: token ids in, last hidden states out.
 
 B batch, T tokens, M soft-prompt tokens, D width, N heads, K key/value heads, H head width,
-F feed-forward width, V vocabulary, L layers, S columns of the key/value cache.
+F feed-forward width, V vocabulary, L layers, S columns of the key/value cache. Parameters have the
+sizes of `DecoderConfig.padded`; what comes out has those of the model.
 """
 
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ class Cache(NamedTuple):
 
 def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
-    heads = config.kv_heads * copies(config.heads, config.kv_heads)
+    padded = config.padded
+    heads = padded.kv_heads * copies(padded.heads, padded.kv_heads)
     shape = (config.depth, rows, heads, columns, config.head_width)
     return place_cache(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
 
@@ -66,7 +68,7 @@ def place_cache(cache: Cache) -> Cache:
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:
-    """The output head `[V, D]`; with tied embeddings, the embedding itself."""
+    """The output head `[V, D]`, padding included; with tied embeddings, the embedding itself."""
     return params["lm_head"] if "lm_head" in params else params["embed"]["embedding"]
 
 
@@ -115,7 +117,8 @@ class Decoder(nn.Module):
           ModelError: more columns than a learned position table has rows.
         """
         config = self.config
-        x = Embedding(config, config.vocab_size, name="embed")(tokens)
+        vocab_size = config.padded.vocab_size
+        x = Embedding(config, vocab_size, name="embed")(tokens)
         if prefix is not None:
             rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
@@ -129,7 +132,7 @@ class Decoder(nn.Module):
         (x, cache), _ = _layers(config)((x, cache), jnp.arange(config.depth), positions, decode)
         x = _norm(config, "final_norm")(x)
         if not config.tied:
-            shape = (config.vocab_size, config.width)
+            shape = (vocab_size, config.width)
             self.param("lm_head", nn.initializers.normal(0.02), shape, config.param_dtype)
         if prefix is not None:
             x = x[:, prefix.shape[0] :]
@@ -178,22 +181,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, index, positions, decode):
-        config = self.config
-        query = _project(config, (config.heads, config.head_width), config.qkv_bias, "query")(x)
-        key = _project(config, (config.kv_heads, config.head_width), config.qkv_bias, "key")(x)
-        value = _project(config, (config.kv_heads, config.head_width), config.qkv_bias, "value")(x)
+        config, padded = self.config, self.config.padded
+        query = _project(config, (padded.heads, config.head_width), config.qkv_bias, "query")(x)
+        key = _project(config, (padded.kv_heads, config.head_width), config.qkv_bias, "key")(x)
+        value = _project(config, (padded.kv_heads, config.head_width), config.qkv_bias, "value")(x)
         if config.qk_norm:
             query = _norm(config, "query_norm")(query)
             key = _norm(config, "key_norm")(key)
         query, key, value = (constrain(x, *CUT) for x in (query, key, value))
         # Without rotary positions, so that their products say what tokens mean to one another and
         # not how far apart they stand, whatever the positions of the other model are.
-        self.sow("intermediates", "queries", query)
-        self.sow("intermediates", "keys", key)
-        self.sow("intermediates", "values", value)
+        self.sow("intermediates", "queries", query[:, :, : config.heads])
+        self.sow("intermediates", "keys", key[:, :, : config.kv_heads])
+        self.sow("intermediates", "values", value[:, :, : config.kv_heads])
         if not config.learned_positions:
             query, key = (rotate(config, a, positions) for a in (query, key))
-        key, value = (spread(a, config.heads) for a in (key, value))
+        key, value = (spread(a, padded.heads) for a in (key, value))
         if cache is not None:
             cache = _write(cache, index, key, value, positions if decode else None)
         if decode:
@@ -211,11 +214,11 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        config = self.config
+        config, width = self.config, self.config.padded.mlp_width
         activation = ACTIVATIONS[config.activation]
-        up = _project(config, config.mlp_width, config.mlp_bias, "up")(x)
+        up = _project(config, width, config.mlp_bias, "up")(x)
         if config.gated:
-            gate = _project(config, config.mlp_width, config.mlp_bias, "gate")(x)
+            gate = _project(config, width, config.mlp_bias, "gate")(x)
             hidden = activation(gate) * up
         else:
             hidden = activation(up)

@@ -34,7 +34,8 @@ SHARD_BYTES = 5 * 10**9
 
 
 def to_hugging_face(params: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
-    """All tensors under their Hugging Face names and in their layout: the inverse of loading."""
+    """All tensors under their Hugging Face names and in their layout, without padding: the inverse
+    of loading."""
     return dict(stored_tensors(params, config))
 
 
@@ -46,7 +47,9 @@ def stored_tensors(params: Any, config: DecoderConfig) -> Iterator[tuple[str, np
         stored, ours = rows[0].pattern.split(" -> ")
         used = {letter: size for letter, size in letters.items() if letter in stored}
         arrays = zip(*(_on_host(flat[row.path], row.per_layer) for row in rows), strict=True)
+        own = tuple(slice(letters[letter]) for letter in rows[0].ours)
         for name, parts in zip(_names(rows, config), arrays, strict=True):
+            parts = [part[own] for part in parts]
             array = parts[0] if rows[0].part is None else np.stack(parts)
             array = einops.rearrange(array, f"{ours} -> {stored}", **used)
             yield name, np.ascontiguousarray(array)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from promptkd_jax import hosts, sharding
 from promptkd_jax.models import families
@@ -53,7 +54,7 @@ def load_model(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
-    shardings: Any = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a causal language model.
 
@@ -64,8 +65,9 @@ def load_model(
         `synthetic`).
       dtype: what is computed in; param_dtype: what the parameters are kept in.
       remat: key of `decoder.REMAT`.
-      shardings: None, for one device, or a function from a tree of shapes to a tree of
-        NamedShardings. Each process reads only what its devices hold.
+      mesh: of `sharding.make_mesh`; None for one device. Each process reads only what its devices
+        hold. Where the mesh does not divide vocabulary, heads or feed-forward width, these are
+        padded: see `DecoderConfig.padded`.
 
     Raises:
       ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown,
@@ -75,9 +77,7 @@ def load_model(
         from promptkd_jax import synthetic  # it builds on this module
 
         name = path.removeprefix("synthetic:")
-        return synthetic.model(
-            name, dtype=dtype, param_dtype=param_dtype, remat=remat, shardings=shardings
-        )
+        return synthetic.model(name, dtype=dtype, param_dtype=param_dtype, remat=remat, mesh=mesh)
     file = resolve(path)
     if file.suffix == ".gguf":
         from promptkd_jax.models.gguf import open_gguf
@@ -103,6 +103,9 @@ def load_model(
             f"{path}: its config ties the head to the embedding, but {families.HEAD} is another "
             "matrix than the embedding; it is used"
         )
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    config = config.replace(tensor_parts=parts)
+    shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
     return Model(
         name=path,
         decoder=Decoder(config),
@@ -198,8 +201,8 @@ def load_with_tokenizer(path: str, *, dtype: str) -> Model:
       ModelError: it cannot be read, or has no tokenizer or EOS.
     """
     mesh = jax.sharding.get_mesh()
-    shardings = None if mesh.empty else functools.partial(sharding.shardings, mesh=mesh)
-    model = load_model(path, dtype=dtype, param_dtype=dtype, shardings=shardings)
+    mesh = None if mesh.empty else mesh
+    model = load_model(path, dtype=dtype, param_dtype=dtype, mesh=mesh)
     check_text(model)
     return model
 

@@ -144,6 +144,15 @@ def abstract_params(config: DecoderConfig) -> Any:
     return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
 
 
+def pad(params: Any, config: DecoderConfig) -> Any:
+    """Parameters of the model's own sizes, with the zeros of `config.padded` behind them."""
+
+    def fill(x, padded):
+        return jnp.pad(x, [(0, there - here) for here, there in zip(x.shape, padded.shape)])
+
+    return jax.tree.map(fill, params, abstract_params(config))
+
+
 def stored_name(row: families.Tensor, prefix: str, layer: int | None = None) -> str:
     """The full name of a row's tensor in a file."""
     name = row.name if row.name == families.HEAD else prefix + row.name
@@ -159,12 +168,18 @@ def stored_names(row: families.Tensor, config: DecoderConfig, prefix: str) -> It
 def _read(
     source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str, bounds: Bounds
 ) -> np.ndarray:
-    """The part of a row's parameter within `bounds`, in the dtype of the parameters."""
-    part = np.empty([stop - start for start, stop in bounds], jnp.dtype(config.param_dtype))
-    layers, targets = [None], [part]
+    """The part of a row's parameter within `bounds`, in the dtype of the parameters; zeros where
+    it is padded."""
+    part = np.zeros([stop - start for start, stop in bounds], jnp.dtype(config.param_dtype))
+    layers, targets = [None], part[None]
     if row.per_layer:
         layers, targets, bounds = range(*bounds[0]), part, bounds[1:]
-    stretches = row.stretches(families.sizes(config), dict(zip(row.ours, bounds, strict=True)))
+    sizes = families.sizes(config)
+    bounds = [(start, min(stop, sizes[x])) for (start, stop), x in zip(bounds, row.ours)]
+    if any(start >= stop for start, stop in bounds):
+        return part
+    targets = targets[:, *(slice(stop - start) for start, stop in bounds)]
+    stretches = row.stretches(sizes, dict(zip(row.ours, bounds, strict=True)))
     for layer, target in zip(layers, targets, strict=True):
         as_stored = einops.rearrange(target, row.to_stored)
         assert np.may_share_memory(as_stored, target), row

@@ -7,6 +7,7 @@ shapes instead of parameters.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from promptkd_jax.batch import Batch
 from promptkd_jax.config import ConfigError
 from promptkd_jax.experiment import Experiment, Stage, projections, stage_optimizers
 from promptkd_jax.linear import TopK
-from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.hub import download, hub_id, local_path, resolve
 from promptkd_jax.models.load import Model, chosen_layers, end_ids
@@ -65,13 +66,25 @@ class AbstractRun:
         stages[self.index] = dataclasses.replace(self.stage, method=method)
         return dataclasses.replace(self, stages=tuple(stages))
 
+    def on(self, mesh: Mapping[str, int]) -> "AbstractRun":
+        """The same run with its models padded for a mesh of these sizes."""
+        teacher, student = (
+            model and _with_config(model, model.decoder.config.replace(tensor_parts=mesh["tensor"]))
+            for model in (self.teacher, self.student)
+        )
+        learned = dict(self.learned)
+        if "teacher" in learned:
+            learned["teacher"] = _in_float32(teacher.params)
+        return dataclasses.replace(self, teacher=teacher, student=student, learned=learned)
+
     def experiment(self, mesh: Any) -> Experiment:
         """As `experiment.prepare` makes it, but of shapes. The mesh may be abstract."""
+        padded = self.on(mesh.shape)
         return Experiment(
             config=self.config,
-            teacher=self.teacher,
-            student=self.student,
-            learned=self.learned,
+            teacher=padded.teacher,
+            student=padded.student,
+            learned=padded.learned,
             vocab_size=self.vocab_size,
             dev=None,
             stages=self.stages,
@@ -86,11 +99,11 @@ class AbstractRun:
           ConfigError: an axis of the mesh does not divide a parameter, or the rows.
         """
         check_rows(self, mesh)
-        state = self.experiment(mesh).abstract_state()
-        teacher = None
-        if self.teacher is not None:
-            placed = sharding.shardings(self.teacher.params, mesh)
-            teacher = jax.tree.map(_struct, self.teacher.params, placed)
+        experiment = self.experiment(mesh)
+        state, teacher = experiment.abstract_state(), None
+        if experiment.teacher is not None:
+            params = experiment.teacher.params
+            teacher = jax.tree.map(_struct, params, sharding.shardings(params, mesh))
         where = sharding.rows_sharding(mesh, self.batch_size)
         rows = functools.partial(self._rows, where=where)
         method = self.stage.method
@@ -209,6 +222,10 @@ def _model(path: str, how: ConfigDict, notes: list[str], role: str, depth: int =
     return Model(path, Decoder(decoder), params, dict(hf_config), None, eos_ids)
 
 
+def _with_config(model: Model, config: DecoderConfig) -> Model:
+    return model.replace(decoder=Decoder(config), params=abstract_params(config))
+
+
 def _stage_index(config: ConfigDict, name: str | None) -> int:
     names = [stage.name for stage in config.stages]
     if name is None:
@@ -268,12 +285,14 @@ def _learned(config: ConfigDict, teacher: Model | None, student: Model) -> dict[
         shape = (config.soft_prompt.length, teacher.decoder.config.width)
         learned["soft_prompt"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if "online" in views:
-        learned["teacher"] = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), teacher.params
-        )
+        learned["teacher"] = _in_float32(teacher.params)
     if made := jax.eval_shape(lambda: projections(config, teacher, student, jax.random.key(0))):
         learned["projection"] = made
     return learned
+
+
+def _in_float32(params: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
 
 
 def _struct(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:

@@ -265,7 +265,7 @@ def _assembled(
     return {
         "title": build.title(run.config),
         "stage": build.describe(run.config.stages[run.index]),
-        "notes": list(run.notes),
+        "notes": [*run.notes, *_padding(run, sizes)],
         "topology": slices.name,
         "slices": slices.number,
         "chips": slices.chips,
@@ -286,6 +286,14 @@ def _assembled(
         "usd": None if None in (per_hour, hours) else per_hour * hours,
         "compiled": said,
     }
+
+
+def _padding(run: AbstractRun, sizes: Sizes) -> Iterator[str]:
+    """What the mesh adds to each model."""
+    padded = run.on(sizes)
+    for role, model in (("teacher", padded.teacher), ("student", padded.student)):
+        if model and model.decoder.config.padding:
+            yield f"{role}: padded for tensor {sizes['tensor']}: {model.decoder.config.padding}"
 
 
 def search(

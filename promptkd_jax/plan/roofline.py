@@ -6,7 +6,7 @@ all pairs of columns, as plain XLA computes them; the splash kernel leaves out u
 
 B rows, T columns, M soft-prompt tokens, R response positions, D width, N heads, K key/value heads,
 H head width, F feed-forward width, V vocabulary, L layers; d, f, t devices along `data`, `fsdp`,
-`tensor`. Bytes are those of one device.
+`tensor`. Bytes are those of one device. Models are taken as they are padded for the mesh.
 """
 
 import dataclasses
@@ -216,7 +216,7 @@ def phases(run: AbstractRun, mesh: Mapping[str, int], slices: int = 1) -> dict[s
     Args:
       mesh: sizes of `data`, `fsdp`, `tensor`; slices: that `data` goes across.
     """
-    count = _Counter(mesh, slices)
+    run, count = run.on(mesh), _Counter(mesh, slices)
     found = dict(zip(PHASES, (*_rollout(run, count), _teacher(run, count), _student(run, count))))
     return {name: work for name, work in found.items() if work != Work()}
 
@@ -225,9 +225,9 @@ def _rollout(run: AbstractRun, count: _Counter) -> tuple[Work, Work]:
     method = run.stage.method
     if method.targets not in ON_POLICY:
         return Work(), Work()
-    voices = [run.student.decoder.config]
+    voices = [run.student.decoder.config.padded]
     if method.teacher_share:
-        voices.append(run.teacher.decoder.config)
+        voices.append(run.teacher.decoder.config.padded)
     prefill, decode = Work(), Work()
     slots, asked, steps = _slots(run), method.prompt_capacity, method.rollout_length
     turns = run.batch_size / slots
@@ -260,7 +260,7 @@ def _teacher(run: AbstractRun, count: _Counter) -> Work:
     if not (method.prompted or method.teacher_view == "online"):
         return Work()
     rows, parts, columns, positions, before = _sizes(run)
-    teacher, student = run.teacher.decoder.config, run.student.decoder.config
+    teacher, student = run.teacher.decoder.config.padded, run.student.decoder.config.padded
     online = method.teacher_view == "online"
     one = count.forward(teacher, rows, before + columns)
     one += count.backward(teacher, rows, before + columns, weights=online)
@@ -278,12 +278,12 @@ def _student(run: AbstractRun, count: _Counter) -> Work:
     """Forward and backward of the student, the teacher as it is seen now, and all other terms."""
     method = run.stage.method
     rows, parts, columns, positions, before = _sizes(run)
-    student = run.student.decoder.config
+    student = run.student.decoder.config.padded
     one = count.forward(student, rows, columns)
     one += count.backward(student, rows, columns, weights=True)
     one += count.head(student, rows, positions, 3)
     if method.needs_view and method.teacher_view != "cached":
-        teacher = run.teacher.decoder.config
+        teacher = run.teacher.decoder.config.padded
         one += count.forward(teacher, rows, before + columns)
         one += count.head(teacher, rows, positions, 1)
     if method.corpus_terms:
@@ -291,12 +291,12 @@ def _student(run: AbstractRun, count: _Counter) -> Work:
         one += count.backward(student, rows, columns, weights=True)
         one += count.head(student, rows, columns - 1, 3)
         if any(name != GOLD for name, _ in method.corpus_terms):
-            one += count.forward(run.teacher.decoder.config, rows, columns)
-            one += count.head(run.teacher.decoder.config, rows, columns - 1, 1)
+            one += count.forward(run.teacher.decoder.config.padded, rows, columns)
+            one += count.head(run.teacher.decoder.config.padded, rows, columns - 1, 1)
     found = one * (parts * method.passes)
     if any(name == POLICY for name, _ in method.student_terms):
         for model in (run.student, run.teacher):
-            config = model.decoder.config
+            config = model.decoder.config.padded
             valued = count.forward(config, rows, columns) + count.head(config, rows, positions, 1)
             found += valued * parts
     return found + count.optimizer(_parameters(run.student)) * method.updates
@@ -352,12 +352,12 @@ def temporary_bytes(
       mesh: sizes of `data`, `fsdp`, `tensor`.
       platform: of the devices.
     """
-    method, count = run.stage.method, _Counter(mesh, 1)
+    run, method, count = run.on(mesh), run.stage.method, _Counter(mesh, 1)
     rows, _, columns, positions, before = _sizes(run)
-    student = run.student.decoder.config
+    student = run.student.decoder.config.padded
     voices = [student] if method.targets in ON_POLICY else []
     if voices and method.teacher_share:
-        voices.append(run.teacher.decoder.config)
+        voices.append(run.teacher.decoder.config.padded)
     length = method.prompt_capacity + method.rollout_length
     cache = sum(cache_bytes(voice, _slots(run), length, mesh) for voice in voices)
     copies = sum(count._layer_bytes(voice) + 2 * count._head_bytes(voice) for voice in voices)
@@ -365,8 +365,8 @@ def temporary_bytes(
     gradients = 4 * _parameters(run.student) / devices * (2 if method.parts > 1 else 1)
     saved = _saved(count, student, rows, columns, platform)
     if method.prompted or method.teacher_view == "online":
-        saved += _saved(count, run.teacher.decoder.config, rows, before + columns, platform)
-    models = [model.decoder.config for model in (run.student, run.teacher) if model]
+        saved += _saved(count, run.teacher.decoder.config.padded, rows, before + columns, platform)
+    models = [model.decoder.config.padded for model in (run.student, run.teacher) if model]
     gathered = max(2 * count._layer_bytes(config) / config.depth for config in models)
     heads = sum(count._head_bytes(config) for config in models) + 2 * count._head_bytes(student)
     logits = (
