@@ -15,6 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 memory=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 read_options "memory" "" "$@"
 need_program
+[[ $memory =~ ^(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)$ ]] || fail "--memory $memory is no share, above 0 and at most 1"
 find_promptkd
 
 # The network between GPUs works while they compute. The rest of XLA's GPU defaults suit; a flag

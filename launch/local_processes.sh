@@ -12,13 +12,18 @@
 #   --dry-run       prints the commands, runs none
 #
 # Ctrl-C and SIGTERM reach all processes as SIGTERM, at which a run saves and ends; a second one
-# kills. The exit status is that of the first process to fail, else 0.
+# kills. The exit status is that of the first process to fail; else 130 or 143 where a signal stopped
+# the run before its end; else 0.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 processes=2 devices=2 port='' logs='' grace=60
 read_options "processes devices port logs grace" "" "$@"
 need_program
+need_whole 1 processes devices
+need_whole 0 grace
+[[ ! $port ]] || need_whole 1 port
+need_no_flags_of_processes
 find_promptkd
 
 # Below the ports that outgoing connections take.
@@ -52,8 +57,9 @@ start() {
 
 signal_all() { kill -"$1" "${running[@]}" 2>/dev/null || true; }
 
-# shellcheck disable=SC2329 # a trap calls it
+# stop_all STATUS: that this script ends with where the run stops before its end.
 stop_all() {
+  asked=$1
   note "asking all processes to stop; once more kills them"
   trap 'signal_all KILL' INT TERM
   signal_all TERM
@@ -65,18 +71,27 @@ show_failure() {
   (($1 == 0)) || sed "s/^/process $1: /" <(tail -n 20 "$logs/process_$1.log") >&2
 }
 
+early='' asked='' stopped=''
 if [[ ! $dry_run ]]; then
   logs=${logs:-$(mktemp -d)}
   mkdir -p "$logs"
   note "process 0 of $processes is at localhost:$port; logs of the others: $logs"
-  trap stop_all INT TERM
+  trap 'early=130' INT # until the ids of all are known
+  trap 'early=143' TERM
   trap 'signal_all KILL' EXIT
 fi
+set -m # groups of their own: Ctrl-C reaches them through this script alone, and so once
 for ((process = 0; process < processes; process++)); do
   start "$process"
 done
+set +m
+if [[ ! $dry_run ]]; then
+  trap 'stop_all 130' INT
+  trap 'stop_all 143' TERM
+  [[ ! $early ]] || stop_all "$early"
+fi
 
-first_failure=0 deadline=''
+first_failure='' deadline=''
 while ((${#running[@]})); do
   sleep 0.2 &
   wait $! || true # unlike sleep itself, it lets a signal through at once
@@ -86,8 +101,12 @@ while ((${#running[@]})); do
     wait "${running[process]}" || status=$?
     unset "running[process]"
     ((status)) || continue
-    show_failure "$process" "$status"
-    first_failure=$((first_failure ? first_failure : status))
+    if ((status == STOPPED)); then # it has saved, and the others do the same
+      stopped=${asked:-$STOPPED}
+    else
+      show_failure "$process" "$status"
+      first_failure=${first_failure:-$status}
+    fi
     deadline=${deadline:-$((SECONDS + grace))}
   done
   if [[ $deadline ]] && ((SECONDS >= deadline && ${#running[@]})); then
@@ -95,4 +114,4 @@ while ((${#running[@]})); do
     signal_all KILL
   fi
 done
-exit "$first_failure"
+exit "${first_failure:-${stopped:-0}}"

@@ -2,30 +2,35 @@
 # A command on all workers of a Cloud TPU slice, until it is done. From the root of the repository:
 #
 #   launch/tpu_pod.sh --name my-run --type v5litepod-64 --zone us-west4-a [--project P] [--spot]
-#       [--runtime V] [--poll 30] [--delete-when-done] [--dry-run]
+#       [--runtime V] [--poll 30] [--delete-when-done] [--no-check] [--dry-run]
 #       -- promptkd train --config configs/llama.py:student=7b --workdir gs://bucket/run
 #   launch/tpu_pod.sh --name my-run --zone us-west4-a --stop     the run saves and ends; the slice stays
 #   launch/tpu_pod.sh --name my-run --zone us-west4-a --delete   the slice; nothing is billed any more
 #
-# Asks for the slice (a queued resource and its node, both called --name) or takes the one that is
-# there, copies the working tree (what git tracks or would track, edits included), installs it,
+# Has `promptkd plan` check the command for this slice, asks for the slice (a queued resource and its
+# node, both called --name) or takes the one that is there, copies the working tree (what git tracks or would track, edits included), installs it,
 # starts the command on every worker and shows the log of worker 0; those of the others are in
 # ~/promptkd_run/log there. A preempted slice is deleted and asked for again, and the command, which
-# continues from its bucket, started again. Otherwise the exit status of worker 0 decides.
+# continues from its bucket, started again; so it is where a signal of the machine stopped it.
+# Otherwise the exit status of worker 0 decides.
 #
 # The run does not need this terminal: after Ctrl-C or a lost connection the same command follows it
 # again. THE SLICE IS BILLED UNTIL IT IS DELETED.
 #
 #   --runtime V   software of the VMs; by default the one for the generation
 #   --poll S      seconds between two looks at the state of the slice
-#   --dry-run     prints the commands of a first launch, runs none
+#   --no-check    goes without the check, which needs promptkd here
+#   --dry-run     checks, and prints the commands of a first launch; runs none
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 name='' type='' zone='' project='' runtime='' poll=30
 spot='' delete='' delete_when_done='' stop=''
-read_options "name type zone project runtime poll" "spot delete delete-when-done stop" "$@"
+read_options "name type zone project runtime poll" "spot delete delete-when-done stop no-check" "$@"
 [[ $name && $zone ]] || fail "--name and --zone are needed"
+need_cloud_name 63 name
+need_zone "$zone"
+need_whole 0 poll
 where=(--zone="$zone" ${project:+--project="$project"})
 archive=${TMPDIR:-/tmp}/promptkd_jax-$name.tgz
 worker='bash promptkd_jax/launch/tpu_worker.sh'
@@ -48,6 +53,7 @@ default_runtime() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
+    v5e-*) fail "--type $type: Google's name for it is v5litepod-${type#v5e-}" ;;
     *) fail "--type '$type' is none of v4-N, v5litepod-N, v5p-N, v6e-N: give its --runtime too" ;;
   esac
 }
@@ -111,7 +117,8 @@ obtain() {
   done
 }
 
-# Sets progress, of the command on worker 0: absent, running, ended STATUS, or unreachable.
+# Sets progress, of the command on worker 0: absent, running, ended STATUS, stopped (by --stop), or
+# unreachable.
 read_progress() {
   local words=(tpu-vm ssh "$name" --worker=0 --command="$worker status 2>/dev/null || echo absent")
   if [[ $dry_run ]]; then
@@ -168,9 +175,10 @@ fi
 need_program
 runtime=${runtime:-$(default_runtime)}
 workdir=$(training_workdir)
-[[ ! $workdir || $workdir == gs://* ]] ||
-  fail "--workdir $workdir: the workers share no disk; give a folder in a bucket, gs://…"
+need_bucket "the workers share no disk"
+need_no_flags_of_processes
 [[ -e setup.py ]] || fail "run this from the root of the repository: there is no setup.py in $PWD"
+check_command --topology "$type"
 trap 'note "the run goes on; the same command follows it again, --stop ends it"; exit 130' INT
 
 lines=+1
@@ -184,11 +192,15 @@ while true; do
   on 0 "$worker follow $lines" || true
   read_progress "ended 0"
   lines=10
-  [[ $progress == running ]] && continue # only the connection broke
-  [[ $progress == "ended 0" ]] && finished && leave 0 "done"
+  case $progress in
+    running) continue ;; # only the connection broke
+    "ended 0") finished && leave 0 "done" ;;
+    stopped) leave $STOPPED "stopped before its end; the same command continues it" ;;
+  esac
   lost && continue
   case $progress in
-    "ended 0") leave 143 "stopped before its end; the same command continues it" ;;
+    "ended $STOPPED") note "the machine stopped the run, which has saved: starting it again" ;;
+    "ended 0") leave 1 "worker 0 ended with status 0, but $workdir/summary.json cannot be seen" ;;
     ended*) leave "${progress#ended }" "worker 0 ended with status ${progress#ended }" ;;
     *) leave 1 "worker 0 cannot be reached, though $name is $state; the same command tries again" ;;
   esac

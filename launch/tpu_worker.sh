@@ -4,7 +4,7 @@
 #   tpu_worker.sh install        the environment
 #   tpu_worker.sh start WORDS…   runs a command that outlives the connection
 #   tpu_worker.sh follow LINES   shows the last LINES of its log (+1: all) and what comes, to its end
-#   tpu_worker.sh status         says "absent", "running", or "ended STATUS"
+#   tpu_worker.sh status         says "absent", "running", "ended STATUS", or "stopped": by `stop`
 #   tpu_worker.sh stop           asks it to save and end
 #
 # The log is ~/promptkd_run/log.
@@ -15,17 +15,19 @@ here=$HOME/promptkd_run
 
 alive() { [[ -e $here/pid ]] && kill -0 "$(<"$here/pid")" 2>/dev/null; }
 
+# note_down FILE WORDS…: whoever reads the file sees all of the words or no file.
+note_down() {
+  echo "${@:2}" >"$here/$1.new"
+  mv "$here/$1.new" "$here/$1"
+}
+
 # What `start` leaves behind: runs the words, passes SIGTERM on to them, and notes how they end.
 work() {
-  local child status=0
-  "$@" &
-  child=$!
-  trap 'kill -TERM $child' TERM
-  while kill -0 $child 2>/dev/null; do
-    status=0
-    wait $child || status=$?
-  done
-  echo "ended $status" >"$here/status"
+  local status=0
+  trap 'note_down status "ended $STOPPED"; exit $STOPPED' TERM # until the command is there
+  note_down pid $$
+  run_beside "$@" || status=$?
+  note_down status "ended $status"
 }
 
 case ${1:-} in
@@ -37,11 +39,12 @@ case ${1:-} in
   start)
     program=("${@:2}")
     find_promptkd
-    if alive; then kill -KILL -- "-$(<"$here/pid")"; fi # it would keep the TPU
+    # What an earlier start left would keep the TPU; it may be ending this very moment.
+    if alive; then kill -KILL -- "-$(<"$here/pid")" 2>/dev/null || true; fi
     rm -rf "$here"
     mkdir "$here"
     setsid bash launch/tpu_worker.sh work "${program[@]}" </dev/null >"$here/log" 2>&1 &
-    echo $! >"$here/pid"
+    while [[ ! -e $here/pid ]] && kill -0 $! 2>/dev/null; do sleep 0.1; done # `stop` reads it
     ;;
   work) work "${@:2}" ;;
   follow)
@@ -50,7 +53,8 @@ case ${1:-} in
     ;;
   status)
     if [[ -e $here/status ]]; then
-      cat "$here/status"
+      ended=$(<"$here/status")
+      if [[ $ended == "ended $STOPPED" && -e $here/stop ]]; then echo stopped; else echo "$ended"; fi
     elif [[ ! -e $here/pid ]]; then
       echo absent
     elif alive; then
@@ -59,6 +63,10 @@ case ${1:-} in
       echo "ended 1" # with the machine
     fi
     ;;
-  stop) ! alive || kill -TERM "$(<"$here/pid")" ;;
+  stop)
+    alive || fail "no command is running here"
+    touch "$here/stop"
+    kill -TERM "$(<"$here/pid")" 2>/dev/null || true # where it has not just ended
+    ;;
   *) usage ;;
 esac

@@ -1,7 +1,9 @@
 """The launch scripts, run for real against stubs of gcloud, xpk, docker, srun, … on PATH.
 
 A stub writes its words into a file. That of gcloud keeps a cloud of one slice in a folder, whose
-only worker is another folder: what is sent there by ssh runs in it.
+only worker is another folder: what is sent there by ssh runs in it. That of promptkd accepts every
+command that `promptkd plan` shall check, unless there is a file `unfit`, and then does as its test
+says.
 """
 
 import os
@@ -28,6 +30,11 @@ POD = ["--name", "my-run", "--type", "v5litepod-16", "--zone", "us-west4-a", "--
 XPK = ["--cluster", "c", "--workload", "w", "--tpu-type", "v6e-16", "--image", "host/promptkd"]
 
 RECORD = """#!/usr/bin/env bash
+if [[ ${0##*/} == promptkd && ${1:-} == plan ]]; then
+  echo "${*@Q}" >>"$STUBS/checks"
+  [[ ! -e $STUBS/unfit ]] || { echo "promptkd plan: $(<"$STUBS/unfit")" >&2; exit 1; }
+  exit 0
+fi
 echo "${0##*/} ${*@Q}" >>"$STUBS/record"
 """
 GCLOUD = """
@@ -61,15 +68,17 @@ def place(tmp_path, monkeypatch):
     (tree / ".gitignore").write_text("*.secret\n")
     subprocess.run(["git", "init", "--quiet"], cwd=tree, check=True)
     subprocess.run(["git", "add", "."], cwd=tree, check=True)
-    bodies = {"gcloud": GCLOUD, "kubectl": KUBECTL, "promptkd": "", "nvidia-smi": "", "srun": ""}
-    for name in ("xpk", "docker", "scontrol", "python3", *bodies):
+    bodies = {"gcloud": GCLOUD, "kubectl": KUBECTL}
+    for name in ("xpk", "docker", "scontrol", "sbatch", "srun", "python3", "nvidia-smi"):
+        bodies[name] = ""
+    for name in ("promptkd", *bodies):
         stub(stubs, name, bodies.get(name, ""))
     (stubs / "outcome").write_text("Completed")
     (stubs / "queue").write_text("ACTIVE")
     monkeypatch.setenv("STUBS", str(stubs))
     monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tree)
     return stubs
@@ -94,6 +103,12 @@ def recorded(stubs: pathlib.Path, *names: str) -> list[list[str]]:
     lines = record.read_text().splitlines() if record.exists() else []
     calls = [shlex.split(line) for line in lines]
     return [call for call in calls if not names or call[0] in names]
+
+
+def checks(stubs: pathlib.Path) -> list[list[str]]:
+    """The words that `promptkd plan` was asked to check with, in order."""
+    file = stubs / "checks"
+    return [shlex.split(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def printed(script: str, *words: str) -> list[list[str]]:
@@ -132,19 +147,179 @@ def test_help_dry_run_and_wrong_options_run_nothing(place, script, words):
     assert any(
         "train" in word for call in printed(script, *words, "--", *TRAIN, workdir) for word in call
     )
-    assert "--tupo" in launch(script, *words, "--tupo", "--", *TRAIN, workdir, status=1).stderr
+    if script != "slurm.sbatch":  # whose options are those of sbatch
+        assert "--tupo" in launch(script, *words, "--tupo", "--", *TRAIN, workdir, status=1).stderr
     assert "no command" in launch(script, "--dry-run", *words, status=1).stderr
     assert recorded(place) == []
 
 
 def test_the_word_promptkd_is_that_of_the_environment_here_else_on_path(place):
-    before = printed("slurm.sbatch", "--", "promptkd", "train")
+    before = printed("local_gpu.sh", "--", "promptkd", "train")
     stub(place, "elsewhere", "")
     pathlib.Path(".venv/bin").mkdir(parents=True)
     (place / "elsewhere").rename(".venv/bin/promptkd")
-    after = printed("slurm.sbatch", "--", "promptkd", "reproduce", "--methods", "promptkd")
-    assert before[0][-2:] == ["promptkd", "train"]
-    assert after[0][-4:] == [".venv/bin/promptkd", "reproduce", "--methods", "promptkd"]
+    after = printed("local_gpu.sh", "--", "promptkd", "reproduce", "--methods", "promptkd")
+    assert before[-1][-2:] == ["promptkd", "train"]
+    assert after[-1][-4:] == [".venv/bin/promptkd", "reproduce", "--methods", "promptkd"]
+
+
+CLOUD = [("tpu_pod.sh", POD), ("gke_xpk.sh", XPK)]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("script, words", [*CLOUD, ("slurm.sbatch", ["--nodes", "4"])])
+def test_the_command_is_checked_before_anything_is_asked_for(place, script, words, dry):
+    (place / "unfit").write_text("config.mesh: does not make 64 devices")
+    workdir = "runs/x" if script.startswith("slurm") else "gs://b/r"
+    program = ["env", "TOKEN=x", *TRAIN, workdir]
+    done = launch(script, *dry, *words, "--", *program, status=1)
+    assert "config.mesh: does not make 64 devices" in done.stderr
+    assert "nothing was asked for" in done.stderr
+    assert recorded(place) == [] and done.stdout == ""
+    (check,) = checks(place)
+    assert check[check.index("--") + 1 :] == program[2:]
+    where = {
+        "tpu_pod.sh": ["--topology", "v5litepod-16"],
+        "gke_xpk.sh": ["--topology", "v6e-16", "--slices", "1"],
+        "slurm.sbatch": ["--devices", "32"],
+    }
+    assert check[: check.index("--")] == ["plan", "--no-compile", *where[script]]
+    unchecked = launch(script, "--dry-run", "--no-check", *words, "--", *program)
+    assert "not checked" in unchecked.stderr and len(checks(place)) == 1
+
+
+@pytest.mark.parametrize("script, words", CLOUD)
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["promptkd", "train", "--config", "c.py", "--workdir=runs/x"],
+        ["promptkd", "evaluate", "--model", "m", "--output", "results"],
+        [".venv/bin/promptkd", "train", "--config", "c.py", "--workdir", "/mnt/x"],
+        ["promptkd", "train", "--workdir", "gs://"],
+    ],
+)
+def test_folders_that_only_one_machine_sees_are_refused(place, script, words, program):
+    folder = program[-1].removeprefix("--workdir=")
+    done = launch(script, "--dry-run", *words, "--", *program, status=1)
+    assert f"{folder}: " in done.stderr and "gs://…" in done.stderr
+    assert recorded(place) == checks(place) == []
+
+
+@pytest.mark.parametrize(
+    "script, words", [*CLOUD, ("slurm.sbatch", []), ("local_processes.sh", [])]
+)
+@pytest.mark.parametrize("flag", ["--process=0", "--processes", "--coordinator"])
+def test_processes_that_find_each_other_take_no_flags(place, script, words, flag):
+    done = launch(script, "--dry-run", *words, "--", "promptkd", "evaluate", flag, "2", status=1)
+    assert "find each other here" in done.stderr and checks(place) == []
+
+
+@pytest.mark.parametrize(
+    "script, words, says",
+    [
+        ("tpu_pod.sh", [*POD, "--name", "My_run"], "--name My_run: a name has lowercase letters"),
+        ("tpu_pod.sh", [*POD, "--name", "-run"], "--name -run: "),
+        ("tpu_pod.sh", [*POD, "--name", "run-"], "--name run-: "),
+        ("tpu_pod.sh", [*POD, "--name", "r" * 64], "at most 63 long"),
+        ("tpu_pod.sh", [*POD, "--zone", "us-west4"], "--zone us-west4 is no zone"),
+        ("tpu_pod.sh", [*POD, "--poll", "soon"], "--poll soon is not a whole number"),
+        ("tpu_pod.sh", [*POD, "--type", "v5e-16"], "Google's name for it is v5litepod-16"),
+        ("gke_xpk.sh", [*XPK, "--cluster", "my_cluster"], "--cluster my_cluster: a name has"),
+        ("gke_xpk.sh", [*XPK, "--workload", "1st"], "--workload 1st: a name has"),
+        ("gke_xpk.sh", [*XPK, "--workload", "w" * 41], "at most 40 long"),
+        ("gke_xpk.sh", [*XPK, "--zone", "us_west4-a"], "is no zone"),
+        ("gke_xpk.sh", [*XPK, "--num-slices", "0"], "--num-slices 0 is not a whole number"),
+        ("gke_xpk.sh", [*XPK, "--num-slices", "two"], "--num-slices two is not a whole number"),
+        ("gke_xpk.sh", [*XPK, "--max-restarts", "-1"], "--max-restarts -1 is not"),
+        ("gke_xpk.sh", [*XPK, "--image", "host/promptkd:v1"], "without a tag"),
+        ("gke_xpk.sh", [*XPK, "--build", "podman"], "none of docker, cloud, no"),
+        ("local_processes.sh", ["--processes", "0"], "--processes 0 is not a whole number"),
+        ("local_processes.sh", ["--devices", "1.5"], "--devices 1.5 is not a whole number"),
+        ("local_processes.sh", ["--port", "http"], "--port http is not a whole number"),
+        ("local_gpu.sh", ["--memory", "92"], "--memory 92 is no share"),
+        ("slurm.sbatch", ["--nodes", "2-4"], "--nodes 2-4 is not a whole number"),
+        ("slurm.sbatch", ["-N", "x"], "--nodes x is not a whole number"),
+        ("slurm.sbatch", ["--gpus-per-node=a100:4"], "4 GPUs and 8 tasks per node"),
+    ],
+)
+def test_wrong_numbers_and_names_are_refused(place, script, words, says):
+    workdir = "runs/x" if script.startswith(("local", "slurm")) else "gs://b/r"
+    done = launch(script, "--dry-run", *words, "--", *TRAIN, workdir, status=1)
+    assert says in done.stderr
+    assert recorded(place) == checks(place) == []
+
+
+# Before its PLACE-th command the script gets SIGTERM; says which command that is.
+SIGNAL = """
+if [[ $0 == launch/* ]]; then
+  set -T # in functions too
+  _signal() {{ echo "$BASH_COMMAND" >"$STUBS/signalled"; kill -TERM $$; }}
+  trap '((++_place != {place})) || _signal' DEBUG
+fi
+"""
+# Goes on until it is told to stop, and a while longer, to be told twice.
+UNTIL_TOLD = """
+trap 'echo told >>"$STUBS/told"' TERM
+until [[ -e $STUBS/told ]]; do sleep 0.02; done
+sleep 0.1; exit 143
+"""
+
+
+def signalled(place: pathlib.Path, number: int, *words: str) -> tuple[int, str, int]:
+    """Runs a script that gets SIGTERM before its `number`-th command: its exit status, that
+    command ("" where there are not so many), and how often what it runs was told to stop."""
+    for name in ("told", "signalled"):
+        (place / name).unlink(missing_ok=True)
+    (place / "environment").write_text(SIGNAL.format(place=number))
+    environment = os.environ | {"BASH_ENV": str(place / "environment"), "HOME": str(place)}
+    shutil.rmtree(place / "promptkd_run", ignore_errors=True)
+    (place / "promptkd_run").mkdir()
+    status = subprocess.run(
+        ["bash", *words], env=environment, capture_output=True, timeout=60
+    ).returncode
+    before = place / "signalled"
+    told = (place / "told").read_text() if (place / "told").exists() else ""
+    return status, before.read_text().strip() if before.exists() else "", told.count("told")
+
+
+@pytest.mark.parametrize(
+    "words, processes, waits, stopped",
+    [
+        (["launch/restartable.sh"], 1, 'wait "$child"', 42),
+        (["launch/tpu_worker.sh", "work"], 1, 'wait "$child"', 0),
+        (["launch/local_processes.sh", "--port=2345", "--logs=logs", "--"], 2, "wait $!", 143),
+    ],
+)
+def test_a_signal_reaches_what_a_script_runs_wherever_it_comes(
+    place, words, processes, waits, stopped
+):
+    """Until the script waits for what it runs, one place after the other; a lost signal would be a
+    run that goes on."""
+    stub(place, "promptkd", UNTIL_TOLD)
+    tried, before = 0, ""
+    while not before.startswith(waits):
+        tried += 1
+        status, before, told = signalled(place, tried, *words, "promptkd", "train")
+        assert before, "the script came to its end without waiting"
+        assert told <= processes, before
+        if status == -signal.SIGTERM:  # before its first trap: nothing has begun
+            assert not told and recorded(place) == [], before
+        elif words[1:2] == ["work"]:
+            assert (place / "promptkd_run/status").read_text() == "ended 143\n", before
+        else:
+            assert status == stopped, before
+    assert tried > 10
+
+
+def test_a_signal_at_the_end_leaves_the_status_of_a_finished_command(place):
+    stub(place, "promptkd", "exit 6")
+    words = ["launch/restartable.sh", "promptkd", "train"]
+    number, before, statuses = 0, "first", []
+    while before:
+        number += 1
+        status, before, _ = signalled(place, number, *words)
+        statuses.append(status)
+    assert set(statuses) <= {-signal.SIGTERM, 42, 6} and statuses[-1] == 6
 
 
 # --- One machine ---
@@ -217,17 +392,18 @@ def test_local_processes_end_with_the_first_failure(place):
 
 
 WAITS_FOR_TERM = """
-trap 'echo "saved ${*: -1}"; exit 0' TERM
-echo ready; for _ in {1..600}; do sleep 0.05; done; exit 1
+trap 'echo "saved ${*: -1}"; exit 143' TERM
+echo ready; for _ in {1..6000}; do sleep 0.05; done; exit 1
 """
 
 
-@pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGINT])
-def test_local_processes_pass_a_signal_on(place, asked_by):
+@pytest.mark.parametrize("asked_by, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_local_processes_pass_a_signal_on(place, asked_by, status):
     stub(place, "promptkd", WAITS_FOR_TERM)
     process = subprocess.Popen(
         ["bash", "launch/local_processes.sh", "--logs", "logs", "--", "promptkd", "x"],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
     )
@@ -236,9 +412,28 @@ def test_local_processes_pass_a_signal_on(place, asked_by):
     while not log.exists() or log.read_text() != "ready\n":
         time.sleep(0.02)
     process.send_signal(asked_by)
-    assert process.communicate(timeout=30)[0] == "saved 0\n"
-    assert process.returncode == 0
+    said, errors = process.communicate(timeout=60)
+    assert said == "saved 0\n" and "ended with status" not in errors
+    assert process.returncode == status
     assert log.read_text() == "ready\nsaved 1\n"
+
+
+@pytest.mark.parametrize("own", [0, 5])
+def test_local_processes_that_a_signal_finds_finishing_or_failing(place, own):
+    """Are finished, or have failed, whatever was asked."""
+    stub(place, "promptkd", WAITS_FOR_TERM.replace("exit 143", f"exit {own}"))
+    process = subprocess.Popen(
+        ["bash", "launch/local_processes.sh", "--logs", "logs", "--", "promptkd", "x"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    log = pathlib.Path("logs/process_1.log")
+    while not log.exists() or "ready" not in log.read_text():
+        time.sleep(0.02)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == own
 
 
 # --- Slurm ---
@@ -260,28 +455,54 @@ def test_slurm_asks_for_one_task_per_gpu_and_for_a_signal_before_the_end():
     assert asked["signal"] == "TERM@120"
     assert asked["open-mode"] == "append"
     assert "requeue" in asked and "%j" in asked["output"]
-    assert "#SBATCH" not in text.partition("set -euo")[2]  # Slurm reads none after a command
+    assert "\n#SBATCH" not in text.partition("set -euo")[2]  # Slurm reads none after a command
 
 
 def test_slurm_goes_back_into_the_queue_only_where_the_run_stopped_before_its_end(
     place, monkeypatch
 ):
-    slurm(place, monkeypatch, "")
+    slurm(place, monkeypatch, "exit 143")
     calls = recorded(place)
     assert calls[0][-6:] == [*TRAIN, "runs/x"]
+    assert "--kill-on-bad-exit=0" in calls[0]  # else a failure would look like a stop
     assert calls[1] == ["scontrol", "requeue", "77"]
     assert printed("slurm.sbatch", "--", *TRAIN, "runs/x") == calls
-    slurm(place, monkeypatch, "mkdir -p runs/x; touch runs/x/summary.json")
+    slurm(place, monkeypatch, "")
     slurm(place, monkeypatch, "exit 6", status=6)
+    launch("slurm.sbatch", "promptkd", "evaluate", "--output", "o", status=6)
+    stub(place, "srun", "exit 143")
+    launch("slurm.sbatch", "promptkd", "evaluate", "--output", "o", status=143)  # begins anew
     assert len(recorded(place, "scontrol")) == 1
+
+
+def test_slurm_submits_itself_when_the_command_is_checked(place):
+    words = ["--account=mine", "--nodes", "4", "--gpus-per-node=a100:4", "--ntasks-per-node=4"]
+    shown = printed("slurm.sbatch", *words, "--", *TRAIN, "runs/x")
+    launch("slurm.sbatch", *words, "--", *TRAIN, "runs/x")
+    assert recorded(place) == [
+        ["sbatch", *words, "launch/slurm.sbatch", *TRAIN, "runs/x"],
+    ]
+    assert [shown[0]] == recorded(place)
+    assert [call[0] for call in shown[1:]] == ["srun", "scontrol"]
+    assert checks(place)[-1][:4] == ["plan", "--no-compile", "--devices", "16"]
+
+
+def test_slurm_checks_for_the_gpus_of_its_lines_or_of_the_job(place, monkeypatch):
+    printed("slurm.sbatch", *TRAIN, "runs/x")
+    slurm(place, monkeypatch, "", SLURM_JOB_NUM_NODES="3")
+    assert [check[3] for check in checks(place)] == ["16", "12"]
 
 
 def test_slurm_refuses_gpus_that_would_idle_and_a_bucket(place, monkeypatch):
     done = slurm(place, monkeypatch, "", status=1, SLURM_NTASKS_PER_NODE="1")
     assert "4 GPUs and 1 tasks per node" in done.stderr
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
     assert "gs://b/r" in launch("slurm.sbatch", *TRAIN, "gs://b/r", status=1).stderr
-    assert recorded(place) == []
+    for folder in ("/tmp/run", "/dev/shm/run", os.environ["TMPDIR"] + "/run"):
+        said = launch("slurm.sbatch", *TRAIN, folder, status=1).stderr
+        assert f"{folder} is on the disk of one node" in said
+    assert recorded(place) == checks(place) == []
 
 
 # --- TPU pods ---
@@ -384,7 +605,7 @@ def test_pod_that_is_there_is_used_and_deleted_on_demand(place):
 
 @pytest.mark.parametrize(
     "state, file, status",
-    [("SUSPENDED", "state", 0), ("PREEMPTED", "node", 137)],
+    [("SUSPENDED", "state", 143), ("PREEMPTED", "node", 137)],
 )
 def test_preempted_pod_is_asked_for_again_and_the_command_run_again(place, state, file, status):
     stub(place, "promptkd", PREEMPTED_ONCE.format(state=state, file=file, status=status))
@@ -406,12 +627,25 @@ def test_failing_command_stops_with_its_status(place):
     assert len(recorded(place, "promptkd")) == 1 and "delete" not in verbs(place)
 
 
-def test_run_that_was_asked_to_stop_is_not_taken_for_finished(place):
-    assert "stopped before its end" in pod(status=143).stderr
+def test_run_that_ends_without_its_summary_is_not_taken_for_finished(place):
+    assert "summary.json cannot be seen" in pod(status=1).stderr
+
+
+STOPPED_ONCE = """
+if [[ -e $STUBS/again ]]; then touch "$STUBS/finished"; else touch "$STUBS/again"; exit 143; fi
+"""
+
+
+def test_run_that_its_machine_stopped_is_started_again(place):
+    """Where the slice stays, as in maintenance; 143 says that it has saved."""
+    stub(place, "promptkd", STOPPED_ONCE)
+    assert "has saved: starting it again" in pod().stderr
+    assert recorded(place, "promptkd") == [[*TRAIN, "gs://bucket/run"]] * 2
+    assert verbs(place).count("create") == 1 and "delete" not in verbs(place)
 
 
 def test_running_command_is_followed_not_started_again(place):
-    stub(place, "promptkd", WAITS_FOR_TERM.replace("exit 0", 'touch "$STUBS/finished"; exit 0'))
+    stub(place, "promptkd", WAITS_FOR_TERM)
     command = ["bash", "launch/tpu_pod.sh", *POD, "--", *TRAIN, "gs://bucket/run"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while first.stdout.readline() != "ready\n":
@@ -422,9 +656,40 @@ def test_running_command_is_followed_not_started_again(place):
     while second.stdout.readline() != "ready\n":
         assert second.poll() is None
     launch("tpu_pod.sh", "--name", "my-run", "--zone", "us-west4-a", "--stop")
-    assert "saved gs://bucket/run" in second.communicate(timeout=30)[0]
-    assert second.returncode == 0
+    assert "saved gs://bucket/run" in second.communicate(timeout=60)[0]
+    assert second.returncode == 143  # not started again: --stop sent the signal
     assert len(recorded(place, "promptkd")) == 1 and verbs(place).count("scp") == 1
+
+
+def test_worker_tells_who_stopped_a_command(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "no command is running here" in launch("tpu_worker.sh", "stop", status=1).stderr
+    waits = "trap 'exit 143' TERM; echo ready; while :; do sleep 0.02; done"
+    for word, said in (("stop", "stopped"), ("kill", "ended 143")):
+        launch("tpu_worker.sh", "start", "bash", "-c", waits)
+        while "ready" not in (tmp_path / "promptkd_run/log").read_text():
+            time.sleep(0.02)
+        if word == "stop":
+            launch("tpu_worker.sh", "stop")
+        else:  # as a machine that shuts down
+            os.kill(int((tmp_path / "promptkd_run/pid").read_text()), signal.SIGTERM)
+        launch("tpu_worker.sh", "follow", "+1")
+        assert launch("tpu_worker.sh", "status").stdout == f"{said}\n"
+
+
+def test_worker_starts_over_a_command_that_has_just_ended(place, monkeypatch, tmp_path):
+    """It is still seen, but is gone when its group is killed: a process that leads none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "promptkd_run").mkdir()
+    ended = subprocess.Popen(["sleep", "60"])
+    (tmp_path / "promptkd_run/pid").write_text(f"{ended.pid}\n")
+    try:
+        launch("tpu_worker.sh", "start", "bash", "-c", "exit 4")
+    finally:
+        ended.kill()
+        ended.wait()
+    launch("tpu_worker.sh", "follow", "+1")
+    assert launch("tpu_worker.sh", "status").stdout == "ended 4\n"
 
 
 def test_worker_ends_what_an_earlier_start_left(place, monkeypatch, tmp_path):
@@ -447,7 +712,7 @@ def test_worker_ends_what_an_earlier_start_left(place, monkeypatch, tmp_path):
     "change, workdir, message",
     [
         (["--type", "v9-8"], "gs://bucket/run", "--runtime"),
-        (["--zone", "denied"], "gs://bucket/run", "PERMISSION_DENIED"),
+        (["--project", "denied"], "gs://bucket/run", "PERMISSION_DENIED"),
         ([], "runs/x", "runs/x: the workers share no disk"),
     ],
 )
@@ -480,7 +745,7 @@ def test_each_generation_has_its_runtime(place, kind, runtime):
 
 
 def test_gke_builds_pushes_creates_and_follows(place):
-    words = [*XPK, "--num-slices", "2", "--zone", "z", "--spot", "--", *TRAIN, "gs://b/r"]
+    words = [*XPK, "--num-slices", "2", "--zone", "us-west4-a", "--spot", "--", *TRAIN, "gs://b/r"]
     commands = printed("gke_xpk.sh", *words)
     assert recorded(place) == []
     launch("gke_xpk.sh", *words)
@@ -510,17 +775,31 @@ def test_gke_failure_delete_and_other_builds(place):
     launch("gke_xpk.sh", *XPK, "--", *TRAIN, "runs/x", status=1)
 
 
-def test_restartable_ends_with_42_after_a_sigterm_only(place):
-    stub(place, "promptkd", "exit 6")
-    launch("restartable.sh", "promptkd", "train", status=6)
+def test_restartable_ends_with_42_where_the_run_shall_go_on(place):
+    """After a SIGTERM; and where another pod got one, at which all of them save."""
+    for own, status in ((0, 0), (6, 6), (143, 42)):
+        stub(place, "promptkd", f"exit {own}")
+        launch("restartable.sh", "promptkd", "train", status=status)
     stub(place, "promptkd", WAITS_FOR_TERM)
     process = subprocess.Popen(
         ["bash", "launch/restartable.sh", "promptkd", "train"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
     process.terminate()
-    assert process.communicate(timeout=30)[0] == "saved train\n"
+    assert process.communicate(timeout=60)[0] == "saved train\n"
     assert process.returncode == 42
+
+
+@pytest.mark.parametrize("own, status", [(0, 0), (1, 42)])
+def test_restartable_after_a_sigterm_at_which_the_run_finished_or_failed(place, own, status):
+    stub(place, "promptkd", WAITS_FOR_TERM.replace("exit 143", f"exit {own}"))
+    process = subprocess.Popen(
+        ["bash", "launch/restartable.sh", "promptkd", "train"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == status
 
 
 # --- The page ---

@@ -1,8 +1,11 @@
 """What a run needs of chips that nobody has: counted, compiled, searched."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -17,7 +20,7 @@ from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
 from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline
+from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, model_config
 from promptkd_jax.recipe import base_config, method_stage
@@ -431,16 +434,62 @@ def test_a_search_for_what_cannot_be_says_so():
 @pytest.mark.parametrize(
     ("topology", "number", "says"),
     [
-        ("v9:2x2", 1, r"'v9:2x2' names no chip; there are v4, v5e, v5p, v6e, tpu7x, such as v4"),
+        ("v9:2x2", 1, r"'v9:2x2' names no slice; there are v4, v5e, v5p, v6e, tpu7x, such as v4"),
+        ("v5e", 1, "'v5e' names no slice"),
+        ("v5e:8x4", 1, r"no slice 'v5e:8x4'; there are v5e:1x1 \(v5litepod-1\), .*v5e:4x8"),
+        ("v6e:3x3", 1, r"no slice 'v6e:3x3'; there are .*v6e:16x16 \(v6e-256\)"),
+        ("v5litepod-48", 1, "no slice 'v5litepod-48', which counts chips"),
+        ("v5p-100", 1, "no slice 'v5p-100', which counts TensorCores, two to a chip"),
+        ("v5p-7", 1, "no slice 'v5p-7'"),
+        ("v4:8x4x4", 1, r"no slice 'v4:8x4x4'; .* A <= B <= C, all multiples of 4"),
+        ("v5p:2x2x8", 1, "no slice 'v5p:2x2x8'"),
+        ("v5p:16x16x28", 1, "is 7168 chips; the largest v5p slice has 6144"),
         ("v5e:2x2x1", 1, "has no shape of 2 numbers, as a v5e slice has; such as"),
         ("v5p:4x4", 1, "has no shape of 3 numbers"),
-        ("v5e:32x16", 1, "is 512 chips, a v5e pod has 256"),
+        ("v5e:32x16", 1, "is 512 chips; the largest v5e slice has 256"),
         ("v5e:2x2", 0, "--slices: 0 is not at least 1"),
     ],
 )
 def test_topologies_that_there_are_not(topology, number, says):
     with pytest.raises(ConfigError, match=says):
         chips.slices(topology, number)
+
+
+@pytest.mark.parametrize(
+    ("name", "google", "number"),
+    [
+        ("v4:2x2x1", "v4-8", 4),
+        ("v4:2x2x4", "v4-32", 16),
+        ("v4:8x8x12", "v4-1536", 768),
+        ("v5e:2x4", "v5litepod-8", 8),
+        ("v5e:8x8", "v5litepod-64", 64),
+        ("v5e:16x16", "v5litepod-256", 256),
+        ("v5p:2x4x4", "v5p-64", 32),
+        ("v5p:4x4x4", "v5p-128", 64),
+        ("v5p:4x8x12", "v5p-768", 384),
+        ("v5p:16x16x24", "v5p-12288", 6144),
+        ("v6e:8x8", "v6e-64", 64),
+        ("tpu7x:2x2x1", "tpu7x-8", 4),
+    ],
+)
+def test_both_names_of_a_slice(name, google, number):
+    """Google's counts TensorCores, and means the most compact shape of so many."""
+    found = chips.slices(name)
+    assert found == chips.slices(google)
+    assert (found.name, found.google, found.chips) == (name, google, number)
+
+
+def test_a_slice_that_only_its_shape_names():
+    assert chips.slices("v5p:4x4x16").google is None
+    assert chips.slices("v5p-512").name == "v5p:4x8x8"
+    assert chips.slices("v5e-64").google == "v5litepod-64"
+
+
+def test_a_chip_stands_for_all_its_slices():
+    found = chips.every("v6e,v5p-128", 2)
+    sizes = [1, 4, 8, 16, 32, 64, 128, 256, 64]
+    assert [one.chips for one in found] == [2 * size for size in sizes]
+    assert [one.chips for one in chips.every("v4")] == [4, 8, 16, 32, 64, 128, 192, 256]
 
 
 @pytest.mark.parametrize(
@@ -477,6 +526,105 @@ def test_without_the_compiler_the_estimate_is_marked(monkeypatch, capsys, tmp_pa
     assert found["compiled"] is None and found["memory"]["by"] == "estimate"
     assert "ESTIMATE" not in command("--mesh=1,8,8", "--no-compile", capsys=capsys)
     assert "DOES NOT FIT" in command("--no-compile", capsys=capsys)  # all along data
+
+
+def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):
+    """What is printed to be pasted, pasted: the config has that mesh and those micro-batches."""
+    said = command("--no-compile", "--search", capsys=capsys)
+    (line,) = [line for line in said.splitlines() if line.startswith("the first: ")]
+    pasted = shlex.split(line.removeprefix("the first: "))
+    config, rest = load_config([f"--config={ROOT}/configs/llama.py", *pasted])
+    assert not rest
+    best = plan.search(abstract_run(config), chips.slices("v5e:8x8"))[0][0]
+    assert dict(config.mesh) == best.sizes
+    assert config.stages[0].micro_batches == best.micro_batches
+
+
+def test_what_does_not_fit_has_no_price():
+    tight = dataclasses.replace(chips.CHIPS["v5e"], usable_gib=1e-3)
+    slices = chips.Slices(tight, (2, 2))
+    found = plan.estimate(small_run(), slices, sizes(1, 2, 2), price=2.0)
+    assert not found["memory"]["fits"]
+    assert found["usd"] is found["usd_per_hour"] is found["usd_per_million_tokens"] is None
+    assert "cost: none, it does not fit" in tables._summary(found)
+
+
+def test_slices_are_compared_cheapest_first(capsys, tmp_path):
+    """What fits by its price, then what has none, then what does not fit: 7B into one small slice;
+    64 rows and 40 heads are for no 192 chips."""
+    file = tmp_path / "plans.json"
+    plan.main(
+        [f"--config={ROOT}/configs/llama.py", f"--output={file}"]
+        + ["--topology=v5e:8x8,v6e-16,v5e:2x2,tpu7x-8,v4-384", "--no-compile"]
+    )
+    said = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    names = [one["google"] for one in found["plans"]]
+    assert names == ["v6e-16", "v5litepod-64", "tpu7x-8", "v5litepod-4"]
+    assert found["impossible"] == ["v4:4x4x12"]
+    prices = [one["usd_per_million_tokens"] for one in found["plans"]]
+    assert prices[0] < prices[1] and prices[2] is prices[3] is None
+    assert "the first, v6e:4x4: --config.mesh.data=" in said
+    assert "11,435 training rows: the published split of Dolly" in said
+
+
+def test_the_rows_that_were_counted_are_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a"}\n\n{"instruction": "b"}\n')
+    config = small_config(steps=0, epochs=16.0)
+    assert "not counted, none.jsonl is no file here" in abstract_run(config).notes[-1]
+    assert "7 training rows: given" in abstract_run(config, rows=7).notes
+    config.data.train = str(file)
+    assert abstract_run(config).notes[-1].startswith("2 training rows: the lines of")
+
+
+# Commands that are about to be launched
+
+
+def checked(*words: str, where=("--devices=4",)) -> None:
+    plan.main(["--no-compile", *where, "--", "promptkd", *words])
+
+
+def test_a_command_is_checked_for_its_devices(capsys):
+    train = ("train", f"--config={ROOT}/configs/llama.py", "--workdir=gs://b/r")
+    checked(*train, "--config.mesh.fsdp=4")
+    assert "checked for 4 devices: promptkd train" in capsys.readouterr().out
+    checked(*train, "--config.mesh.fsdp=8", "--config.mesh.tensor=8", where=["--topology=v5e-64"])
+    assert "FITS" in capsys.readouterr().out
+    checked("evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,4,1")
+    checked("reproduce", f"--config={ROOT}/configs/gpt2.py:student=base", "--workdir=r")
+    checked("cache", f"--config={ROOT}/configs/gpt2.py:student=base", "--output=r")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tain"], "no such command; there are init, train"),
+        (["compare", "--config=c.py"], "is one process, and not for 4 devices"),
+        (["train", "--workdir=r", "--config=c.py"], "no Python file 'c.py'"),
+        (["train", "--workdir=r", "LLAMA", "--confg.seed=1"], "unknown arguments: --confg.seed=1"),
+        (["train", "--workdir=r", "LLAMA", "--config.sed=1"], "did you mean seed"),
+        (["train", "--workdir=r", "LLAMA", "--config.mesh.fsdp=8"], "does not make 4 devices"),
+        (["train", "--workdir=r", "LLAMA", "--config.stages[0].batch_size=6"], "dealt out evenly"),
+        (["train", "--workdir=r", "LLAMA", "--config.stages[0].rollout_slots=6"], "rollout_slots"),
+        (["train", "--workdir=r", "LLAMA", "--config.student.path=no/such"], "no/such"),
+        (["evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,8,1"], "4 devices"),
+        (["evaluate", "--model=m", "--data=d"], "2"),
+        (["cache", "LLAMA", "--output=o", "--config.mesh.fsdp=3"], "does not make 4 devices"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(words, says, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [f"--config={ROOT}/configs/llama.py" if word == "LLAMA" else word for word in words]
+    with pytest.raises(SystemExit, match=re.escape(says)):
+        checked(*words)
+
+
+def test_a_run_whose_state_alone_does_not_fit_is_refused():
+    train = ("train", f"--config={ROOT}/configs/llama.py", "--workdir=gs://b/r")
+    mesh = ("--config.mesh.data=16", "--config.mesh.fsdp=1")
+    with pytest.raises(SystemExit, match="not fit into v5e:4x4; this fits by the estimate: --"):
+        checked(*train, *mesh, where=["--topology=v5litepod-16"])
 
 
 def test_mistakes_end_with_a_message(capsys):

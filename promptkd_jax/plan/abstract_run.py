@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from promptkd_jax import build, schema, sharding
 from promptkd_jax.batch import Batch
 from promptkd_jax.config import ConfigError
+from promptkd_jax.data import read_records
 from promptkd_jax.experiment import Experiment, Stage, projections, stage_optimizers
 from promptkd_jax.linear import TopK
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
@@ -124,10 +126,17 @@ class AbstractRun:
         return Batch(struct(rows, columns), struct(rows), struct(rows), top_k)
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of no devices at all, of these sizes along `data`, `fsdp`, `tensor`."""
+    axes = sharding.AXES
+    return AbstractMesh(tuple(sizes[axis] for axis in axes), axes, axis_types=(AxisType.Auto,) * 3)
+
+
 def check_rows(run: AbstractRun, mesh: Any) -> None:
     """Raises ConfigError where rows cannot be dealt out evenly to the devices."""
-    what = f"config.stages[{run.index}].batch_size"
-    sharding.check_rows(what, run.batch_size, run.stage.method.parts, mesh)
+    where, slots = f"config.stages[{run.index}]", run.config.stages[run.index].rollout_slots
+    sharding.check_rows(f"{where}.batch_size", run.batch_size, run.stage.method.parts, mesh)
+    sharding.check_rows(f"{where}.rollout_slots", slots, 1, mesh)
 
 
 def abstract_run(config: ConfigDict, stage: str | None = None, rows: int = 0) -> AbstractRun:
@@ -145,7 +154,8 @@ def abstract_run(config: ConfigDict, stage: str | None = None, rows: int = 0) ->
     vocab_size = student.vocab_size
     if teacher is not None:
         vocab_size = min(vocab_size, teacher.vocab_size)
-    rows = rows or _training_rows(config)
+    rows, source = (rows, "given") if rows else _training_rows(config)
+    notes.append(f"{rows:,} training rows: {source}" if rows else f"training rows: {source}")
     stages, steps = [], None
     for number, chosen in enumerate(config.stages):
         its_steps = build.stage_steps(chosen, rows) if chosen.steps or rows else None
@@ -235,18 +245,20 @@ def _stage_index(config: ConfigDict, name: str | None) -> int:
     return names.index(name)
 
 
-def _training_rows(config: ConfigDict) -> int:
-    """0 where only reading the data would tell."""
-    data = config.data
-    if data.train == "teacher":
-        return config.data_free.requests
-    if data.train == "databricks/databricks-dolly-15k":
-        return DOLLY_ROWS
-    file = pathlib.Path(data.train)
-    if file.suffix == ".jsonl" and file.is_file():
+def _training_rows(config: ConfigDict) -> tuple[int, str]:
+    """How many there are, 0 where only reading the data would tell, and what was counted."""
+    train = config.data.train
+    if train == "teacher":
+        return config.data_free.requests, "config.data_free.requests, all of them answered"
+    if train == "databricks/databricks-dolly-15k":
+        return DOLLY_ROWS, "the published split of Dolly"
+    if train.startswith(("package:", "synthetic:")):
+        return len(read_records(train, need_output=False)), f"all of {train}"
+    if (file := pathlib.Path(train)).is_file():
         with file.open("rb") as lines:
-            return sum(1 for _ in lines)
-    return 0
+            count = sum(1 for line in lines if line.strip())
+        return count, f"the lines of {train} that are not blank, too long ones included"
+    return 0, f"not counted, {train} is no file here; --rows gives their number"
 
 
 def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) -> Stage:

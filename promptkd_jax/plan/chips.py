@@ -1,14 +1,16 @@
-"""What a TPU chip has, and which chips a topology such as "v5e:8x8" names.
+"""What a TPU chip has, which slices of them there are, and their names: "v5e:8x8", v5litepod-64.
 
-Specifications: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. Prices: list prices
-on demand in the USA, per chip-hour, as the SkyPilot catalog of Google Cloud prices
+Specifications and shapes: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. Prices:
+list prices on demand in the USA, per chip-hour, as the SkyPilot catalog of Google Cloud prices
 (github.com/skypilot-org/skypilot-catalog, catalogs/v8/gcp) had them in 2026; other regions differ,
 spot and committed use cost less, and none is published for TPU7x.
 """
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Iterator
 
 from promptkd_jax.config import ConfigError
 
@@ -27,8 +29,9 @@ class Chip:
         what is published for both directions (v4: six links of 45 GB/s, from the paper arXiv
         2304.01433).
       dcn_gbps: 1e9 bytes a second between slices, its share of what a host has.
-      dimensions: of the torus; largest: chips of a pod.
-      cores: devices that JAX sees in one chip.
+      dimensions: of the torus; largest: chips of the largest slice.
+      google: what Google's names of its slices begin with, before the number of TensorCores.
+      tensor_cores: of a chip; cores: devices that JAX sees in one chip.
       usd_per_hour: None where no price is published.
       compiler: what the compiler has to be told to make one device of both cores of a chip.
     """
@@ -42,6 +45,8 @@ class Chip:
     dcn_gbps: float
     dimensions: int
     largest: int
+    google: str
+    tensor_cores: int
     usd_per_hour: float | None
     cores: int = 1
     compiler: str = "default"
@@ -54,14 +59,19 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32, 31.75, 1200, 275, 270, 6.25, 3, 4096, 3.22, compiler="megacore"),
-        Chip("v5e", 16, 15.75, 819, 197, 200, 3.125, 2, 256, 1.20),
-        Chip("v5p", 95, 94.75, 2765, 459, 600, 6.25, 3, 8960, 4.20, compiler="megacore"),
-        Chip("v6e", 32, 31.25, 1638, 918, 400, 12.5, 2, 256, 2.70),
-        Chip("tpu7x", 192, 189.5, 7380, 2307, 600, 12.5, 3, 9216, None, cores=2),
+        Chip("v4", 32, 31.75, 1200, 275, 270, 6.25, 3, 4096, "v4", 2, 3.22, compiler="megacore"),
+        Chip("v5e", 16, 15.75, 819, 197, 200, 3.125, 2, 256, "v5litepod", 1, 1.20),
+        Chip("v5p", 95, 94.75, 2765, 459, 600, 6.25, 3, 6144, "v5p", 2, 4.20, compiler="megacore"),
+        Chip("v6e", 32, 31.25, 1638, 918, 400, 12.5, 2, 256, "v6e", 1, 2.70),
+        Chip("tpu7x", 192, 189.5, 7380, 2307, 600, 12.5, 3, 9216, "tpu7x", 2, None, cores=2),
     )
 }
-EXAMPLES = "v4:2x2x1, v5e:4x4, v5e:8x8, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1"
+EXAMPLES = "v4:2x2x1, v5e:4x4, v5e:8x8 or v5litepod-64, v5p:4x4x4 or v5p-128, v6e:8x8, tpu7x:2x2x1"
+# Flat slices, and those of three dimensions that are smaller than a cube of 4 x 4 x 4 chips; larger
+# ones consist of such cubes.
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_LONGEST = 256  # chips along one dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +85,15 @@ class Slices:
     @property
     def name(self) -> str:
         """As the compiler names one slice."""
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self.chip.name}:{_text(self.shape)}"
+
+    @property
+    def google(self) -> str | None:
+        """As gcloud and xpk name one slice: with its number of TensorCores. They give the most
+        compact shape of that many; None for another one, which has to be asked for by its shape."""
+        if self.shape != _most_compact(self.chip, math.prod(self.shape)):
+            return None
+        return _google(self.chip, self.shape)
 
     @property
     def chips(self) -> int:
@@ -89,29 +107,107 @@ class Slices:
 
 
 def slices(topology: str, number: int = 1) -> Slices:
-    """Reads a topology such as "v5e:8x8".
+    """Reads the name of a slice: "v5e:8x8", or Google's, v5litepod-64.
 
     Raises:
-      ConfigError: no such chip or shape; says which there are.
+      ConfigError: no such chip, shape or number; says which there are.
     """
-    name, _, shape = topology.partition(":")
-    if name not in CHIPS:
-        raise ConfigError(
-            f"--topology: {topology!r} names no chip; there are {', '.join(CHIPS)}, such as "
-            f"{EXAMPLES}"
-        )
-    chip = CHIPS[name]
-    pattern = r"[1-9]\d*" + r"x[1-9]\d*" * (chip.dimensions - 1)
-    if not re.fullmatch(pattern, shape):
-        raise ConfigError(
-            f"--topology: {topology!r} has no shape of {chip.dimensions} numbers, as a {name} "
-            f"slice has; such as {EXAMPLES}"
-        )
-    sizes = tuple(map(int, shape.split("x")))
-    if math.prod(sizes) > chip.largest:
-        raise ConfigError(
-            f"--topology: {topology!r} is {math.prod(sizes)} chips, a {name} pod has {chip.largest}"
-        )
     if number < 1:
         raise ConfigError(f"--slices: {number} is not at least 1")
-    return Slices(chip, sizes, number)
+    name, _, shape = topology.partition(":")
+    prefix, _, count = topology.rpartition("-")
+    for chip in CHIPS.values():
+        if name == chip.name and shape:
+            return Slices(chip, _read_shape(chip, topology, shape), number)
+        if prefix in (chip.google, chip.name) and re.fullmatch(r"[1-9]\d*", count):
+            return Slices(chip, _read_count(chip, topology, int(count)), number)
+    raise ConfigError(
+        f"--topology: {topology!r} names no slice; there are {', '.join(CHIPS)}, such as {EXAMPLES}"
+    )
+
+
+def every(names: str, number: int = 1, most: int = 256) -> list[Slices]:
+    """The slices that a list such as "v5e:8x8,v6e" names: of a chip alone all that Google has a
+    name for, of at most `most` chips each. Raises as `slices`."""
+    found = []
+    for name in names.split(","):
+        if name in CHIPS:
+            shapes = [_most_compact(CHIPS[name], size) for size in range(1, most + 1)]
+            found += [slices(f"{name}:{_text(shape)}", number) for shape in shapes if shape]
+        else:
+            found.append(slices(name, number))
+    return found
+
+
+def _read_shape(chip: Chip, topology: str, text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.dimensions - 1), text):
+        raise ConfigError(
+            f"--topology: {topology!r} has no shape of {chip.dimensions} numbers, as a {chip.name} "
+            f"slice has; such as {EXAMPLES}"
+        )
+    shape = tuple(map(int, text.split("x")))
+    if shape in _shapes(chip, math.prod(shape)):
+        return shape
+    if math.prod(shape) > chip.largest:
+        raise ConfigError(
+            f"--topology: {topology!r} is {math.prod(shape)} chips; the largest {chip.name} slice "
+            f"has {chip.largest}"
+        )
+    raise ConfigError(f"--topology: there is no slice {topology!r}; there are {_kinds(chip)}")
+
+
+def _read_count(chip: Chip, topology: str, count: int) -> tuple[int, ...]:
+    shape = _most_compact(chip, count // chip.tensor_cores)
+    if shape is None or count % chip.tensor_cores:
+        counted = "TensorCores, two to a chip" if chip.tensor_cores == 2 else "chips"
+        raise ConfigError(
+            f"--topology: there is no slice {topology!r}, which counts {counted}; there are "
+            f"{_kinds(chip)}"
+        )
+    return shape
+
+
+def _kinds(chip: Chip) -> str:
+    """All slices of a chip, or how they are made."""
+    if chip.dimensions == 2:
+        return ", ".join(_both_names(chip, shape) for shape in _FLAT)
+    small = ", ".join(_both_names(chip, shape) for shape in _BELOW_A_CUBE)
+    return (
+        f"{small}, and AxBxC with A <= B <= C, all multiples of 4, of at most {chip.largest} "
+        f"chips, such as {_both_names(chip, (4, 4, 4))}"
+    )
+
+
+def _both_names(chip: Chip, shape: tuple[int, ...]) -> str:
+    return f"{chip.name}:{_text(shape)} ({_google(chip, shape)})"
+
+
+def _google(chip: Chip, shape: tuple[int, ...]) -> str:
+    return f"{chip.google}-{math.prod(shape) * chip.tensor_cores}"
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _shapes(chip: Chip, chips: int) -> Iterator[tuple[int, ...]]:
+    """Every shape of a slice of so many chips."""
+    known = _FLAT if chip.dimensions == 2 else _BELOW_A_CUBE
+    yield from (shape for shape in known if math.prod(shape) == chips)
+    if chip.dimensions == 3 and chips <= chip.largest and chips % 64 == 0:
+        cubes = chips // 64
+        for a in range(1, cubes + 1):
+            for b in range(a, cubes // a + 1):
+                c = cubes // (a * b)
+                if a * b * c == cubes and b <= c <= _LONGEST // 4:
+                    yield 4 * a, 4 * b, 4 * c
+
+
+@functools.cache
+def _most_compact(chip: Chip, chips: int) -> tuple[int, ...] | None:
+    """Of these shapes the one with the least surface; None where there is none."""
+
+    def surface(shape):
+        return sum(1 / length for length in shape)
+
+    return min(_shapes(chip, chips), key=surface, default=None)

@@ -1,33 +1,37 @@
 """`promptkd plan --config FILE[:arg] --topology v5e:8x8`: what a run needs of TPUs not yet rented.
 
 Counts a train step's memory, work and traffic from shapes, and has XLA's TPU compiler, where it is
-installed, compile the very step for these chips. No weights, no data, no TPU.
+installed, compile the very step for these chips. No weights, no data, no TPU. Of several slices it
+compares the best mesh of each; `-- promptkd COMMAND …` in place of a config checks a whole command
+before it is launched.
 """
 
 import argparse
 import math
 import pathlib
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
 
 from promptkd_jax import build, schema, sharding
 from promptkd_jax.config import ConfigError, parse
+from promptkd_jax.data import DataError
 from promptkd_jax.files import write_json
 from promptkd_jax.method import ON_POLICY
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.plan import ahead, chips, roofline
-from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run, check_rows
+from promptkd_jax.plan import ahead, chips, launched, roofline
+from promptkd_jax.plan.abstract_run import AbstractRun, abstract_mesh, abstract_run, check_rows
 from promptkd_jax.plan.ahead import Program, TooLarge
 from promptkd_jax.plan.chips import Slices
 from promptkd_jax.plan.hlo import Collective
 from promptkd_jax.plan.roofline import Work
-from promptkd_jax.plan.tables import show, show_search
+from promptkd_jax.plan.tables import show, show_comparison, show_search
 from promptkd_jax.sharding import AXES
 
 Sizes = Mapping[str, int]
@@ -44,18 +48,52 @@ class Candidate(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and plans; a mistake of the user ends it with a message alone."""
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        options, config = parse(_parser(), argv)
-        schema.check_recipe(config)
-        slices = chips.slices(options.topology, options.slices)
-        run = abstract_run(config, options.stage, options.rows)
-        found = (_search if options.search else _plan_one)(run, slices, options)
-    except (ConfigError, ModelError) as error:
+        if "--" in argv:
+            place = argv.index("--")
+            found = _check(_parser().parse_args(argv[:place]), argv[place + 1 :])
+            output = None
+        else:
+            options, config = parse(_parser(), argv)
+            schema.check_recipe(config)
+            found, output = _plan(config, options), options.output
+    except (ConfigError, DataError, ModelError) as error:
         sys.exit(f"promptkd plan: {error}")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, found)
-        print(f"written to {options.output}")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, found)
+        print(f"written to {output}")
+
+
+def _plan(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
+    """Whichever plan the options ask for: of one mesh, of the best ones, of several slices."""
+    if options.devices is not None:
+        raise ConfigError("--devices: of unknown devices only a command can be checked, after --")
+    named = chips.every(options.topology or ",".join(chips.CHIPS), options.slices)
+    run = abstract_run(config, options.stage, options.rows)
+    if len(named) > 1:
+        return _compare(run, named, options)
+    return (_search if options.search else _plan_one)(run, named[0], options)
+
+
+def _check(options: argparse.Namespace, words: Sequence[str]) -> None:
+    """Has a command that is about to be launched read, and plans its run where it is one.
+
+    Raises:
+      ConfigError: it cannot work on these devices.
+    """
+    if (options.devices is None) == (options.topology is None):
+        raise ConfigError("give --topology or --devices: what the command after -- is to run on")
+    slices = options.topology and chips.slices(options.topology, options.slices)
+    devices = slices.devices if slices else options.devices
+    config = launched.check(words, devices, options.slices)
+    if config and slices:
+        run = abstract_run(config, options.stage, options.rows)
+        memory = _plan_one(run, slices, options)["memory"]
+        if sum(memory["kept"].values()) > memory["usable"]:
+            raise ConfigError(f"config.mesh: {_best_flags(run, slices)}")
+    print(f"checked for {devices} devices: {shlex.join(words)}")
 
 
 def _plan_one(run: AbstractRun, slices: Slices, options: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +106,40 @@ def _plan_one(run: AbstractRun, slices: Slices, options: argparse.Namespace) -> 
 
 def _missing(compiling: bool, options: argparse.Namespace) -> str | None:
     return None if compiling or options.no_compile else ahead.MISSING
+
+
+def _compare(
+    run: AbstractRun, named: Sequence[Slices], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The best mesh of each of several slices, by the estimate, the cheapest first."""
+    plans, impossible = [], []
+    for slices in named:
+        try:
+            plans.append(search(run, slices, options.price)[0][0].plan)
+        except ConfigError:
+            impossible.append(slices.name)
+    if not plans:
+        raise ConfigError(f"--topology: no mesh of any of {', '.join(impossible)} divides the run")
+    plans.sort(key=_price_rank)
+    show_comparison(plans, impossible=impossible)
+    return {"plans": plans, "impossible": impossible}
+
+
+def _price_rank(plan: Mapping[str, Any]) -> tuple:
+    """What fits first, then the cheaper; without a price by the chips, what does not fit by what it
+    lacks."""
+    memory, price = plan["memory"], plan["usd_per_million_tokens"]
+    lacking = 0.0 if memory["fits"] else memory["needed"] / memory["usable"]
+    return not memory["fits"], lacking, price is None, price or plan["chips"]
+
+
+def _best_flags(run: AbstractRun, slices: Slices) -> str:
+    """What would fit in place of a mesh whose state alone does not."""
+    best = search(run, slices)[0][0].plan
+    said = f"what a run keeps does not fit into {slices.name}; "
+    if not best["memory"]["fits"]:
+        return said + "no mesh does by the estimate: take a larger slice (plan --search)"
+    return said + "this fits by the estimate: " + " ".join(best["flags"])
 
 
 def _search(run: AbstractRun, slices: Slices, options: argparse.Namespace) -> dict[str, Any]:
@@ -95,11 +167,6 @@ def mesh_sizes(run: AbstractRun, slices: Slices, text: str | None) -> dict[str, 
     """
     sizes = sharding.parse_sizes(text) if text else run.config.mesh
     return dict(zip(AXES, sharding.mesh_shape(sizes, slices.devices, slices.number)))
-
-
-def abstract_mesh(sizes: Sizes) -> AbstractMesh:
-    """A mesh of no devices at all."""
-    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def estimate(
@@ -256,8 +323,9 @@ def _assembled(
         seconds += each[bound]
         phases[name] = {**vars(one), "seconds": each, "bound": bound, "time": each[bound]}
     price = slices.chip.usd_per_hour if price is None else price
+    paid = price is not None and memory["fits"]  # what does not fit has no price
     tokens = run.batch_size * run.config.data.max_length / seconds
-    per_hour = None if price is None else price * slices.chips
+    per_hour = price * slices.chips if paid else None
     hours = None if run.steps is None else run.steps * seconds / 3600
     counted = said is not None and not any(
         "message" in program for program in said["programs"].values()
@@ -267,6 +335,7 @@ def _assembled(
         "stage": build.describe(run.config.stages[run.index]),
         "notes": [*run.notes, *_padding(run, sizes)],
         "topology": slices.name,
+        "google": slices.google,
         "slices": slices.number,
         "chips": slices.chips,
         "devices": slices.devices,
@@ -274,12 +343,14 @@ def _assembled(
         "rows": run.batch_size,
         "columns": run.config.data.max_length,
         "micro_batches": run.stage.method.micro_batches,
+        "flags": flags(run, sizes),
         "memory": memory,
         "phases": phases,
         "traffic_by": "compiler" if counted else "estimate",
         "seconds_per_step": seconds,
         "tokens_per_second": tokens,
         "usd_per_chip_hour": price,
+        "usd_per_hour": per_hour,
         "usd_per_million_tokens": None if per_hour is None else per_hour / 3600 / tokens * 1e6,
         "steps": run.steps,
         "hours": hours,
@@ -294,6 +365,13 @@ def _padding(run: AbstractRun, sizes: Sizes) -> Iterator[str]:
     for role, model in (("teacher", padded.teacher), ("student", padded.student)):
         if model and model.decoder.config.padding:
             yield f"{role}: padded for tensor {sizes['tensor']}: {model.decoder.config.padding}"
+
+
+def flags(run: AbstractRun, sizes: Sizes) -> list[str]:
+    """The words of a `promptkd train` that give a run this mesh and its micro-batches, quoted."""
+    mesh = [f"--config.mesh.{axis}={sizes[axis]}" for axis in AXES]
+    number = run.stage.method.micro_batches
+    return [*mesh, shlex.quote(f"--config.stages[{run.index}].micro_batches={number}")]
 
 
 def search(
@@ -339,8 +417,9 @@ def _rank(plan: Mapping[str, Any]) -> tuple:
 
 
 def _rows_divide(run: AbstractRun, sizes: Sizes) -> bool:
-    rows = run.batch_size // run.stage.method.parts
-    return rows > 0 and rows % (sizes["data"] * sizes["fsdp"]) == 0
+    rows, devices = run.batch_size // run.stage.method.parts, sizes["data"] * sizes["fsdp"]
+    slots = run.config.stages[run.index].rollout_slots
+    return rows > 0 and rows % devices == 0 and slots % devices == 0
 
 
 def _factorisations(devices: int, slices: int) -> Iterator[dict[str, int]]:
@@ -361,7 +440,11 @@ def _named(sizes: Sizes) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd plan", description=main.__doc__)
-    parser.add_argument("--topology", required=True, help=f"of one slice: {chips.EXAMPLES}")
+    topology = f"a slice, such as {chips.EXAMPLES}; of several, v5e:8x8,v6e, the cheapest first"
+    parser.add_argument("--topology", help=f"{topology} (default: of all chips)")
+    parser.add_argument(
+        "--devices", type=int, help="for a command after --, in place of a topology"
+    )
     parser.add_argument("--slices", type=int, default=1, help="joined by the slow network")
     parser.add_argument("--mesh", help="data,fsdp,tensor; one may be -1; default: config.mesh")
     parser.add_argument("--stage", help="of the config, by name; default: the last")

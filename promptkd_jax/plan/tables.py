@@ -59,17 +59,68 @@ def show_search(
             _optional(plan["usd_per_million_tokens"], ".3g"),
         )
     console.print(table)
+    if plans[0]["memory"]["fits"]:
+        print(f"the first: {' '.join(plans[0]['flags'])}")
     if missing:
         console.print(f"ESTIMATE ONLY: {missing}", highlight=False, markup=False)
 
 
-def _heading(plan: Mapping[str, Any], *, mesh: bool = True) -> list[str]:
+def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[str]) -> None:
+    """Prints the best plans of several slices side by side, in their order.
+
+    Args:
+      impossible: the names of slices that no mesh was found for.
+    """
+    console = Console()
+    lines = _heading(plans[0], mesh=False, slices=False)
+    console.print("\n".join(lines), highlight=False, markup=False)
+    headings = ("slice", "named", "chips", "mesh", "micro", "GiB", "of", "s/step", "USD/h")
+    table = Table(
+        title="the best mesh of each slice by the estimate: the cheapest first that fits; "
+        "without a list price, and then those that do not fit, last",
+        title_justify="left",
+    )
+    for name in (*headings, "USD/Mtok", "USD"):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        memory = plan["memory"]
+        fits = memory["fits"]
+        table.add_row(
+            _slices(plan),
+            plan["google"] or "-",
+            str(plan["chips"]),
+            " x ".join(map(str, plan["mesh"].values())),
+            str(plan["micro_batches"]),
+            _gib(memory["needed"]),
+            _gib(memory["usable"]),
+            f"{plan['seconds_per_step']:.3g}" if fits else "NO FIT",
+            _optional(plan["usd_per_hour"], ",.2f"),
+            _optional(plan["usd_per_million_tokens"], ".3g"),
+            _optional(plan["usd"], ",.0f"),
+        )
+    Console(width=max(console.width, 110)).print(table)
+    if impossible:
+        print(f"no mesh divides rows and parameters on {', '.join(impossible)}")
+    if (first := plans[0])["memory"]["fits"]:
+        print(f"the first, {_slices(first)}: {' '.join(first['flags'])}")
+    else:
+        print("none of them fits")
+
+
+def _slices(plan: Mapping[str, Any]) -> str:
+    return f"{plan['slices']} x {plan['topology']}" if plan["slices"] > 1 else plan["topology"]
+
+
+def _heading(plan: Mapping[str, Any], *, mesh: bool = True, slices: bool = True) -> list[str]:
+    lines = [plan["title"], plan["stage"], *plan["notes"]]
+    rows = f"{plan['rows']} rows of {plan['columns']} tokens a step"
+    if not slices:
+        return [*lines, rows]
     chips = f"{plan['chips']} chips"
     if plan["devices"] != plan["chips"]:
         chips += f" ({plan['devices']} devices)"
-    what = f"{plan['slices']} x {plan['topology']}" if plan["slices"] > 1 else plan["topology"]
-    lines = [plan["title"], plan["stage"], *plan["notes"]]
-    lines.append(f"{what}: {chips}, {plan['rows']} rows of {plan['columns']} tokens a step")
+    google = plan["google"] or "by its shape alone: gcloud … --type --topology"
+    lines.append(f"{_slices(plan)} ({google}): {chips}, {rows}")
     if mesh:
         axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
         lines.append(f"mesh: {axes}; {plan['micro_batches']} micro-batches")
@@ -122,7 +173,9 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
         f"{plan['tokens_per_second']:,.0f}",
     ]
     price = plan["usd_per_chip_hour"]
-    if price is None:
+    if not plan["memory"]["fits"]:
+        lines.append("cost: none, it does not fit")
+    elif price is None:
         lines.append("cost: no list price is published for this chip; give --price")
     else:
         cost = plan["usd_per_million_tokens"]

@@ -1,0 +1,70 @@
+"""A promptkd command that is about to be launched: read as it will read itself, and checked for the
+devices that it will have, before these are paid for."""
+
+import importlib
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from promptkd_jax import schema, sharding
+from promptkd_jax.cli import COMMANDS
+from promptkd_jax.config import ConfigError, parse
+from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
+
+ALONE = ("init", "compare", "plan")  # of one process
+
+
+def check(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | None:
+    """Checks a command for so many devices, all of whose mistakes would show when these are there.
+
+    Args:
+      words: "promptkd", the name of a command, and its arguments.
+      devices: of all processes together; number: the slices that they come in.
+
+    Returns:
+      The config of a `promptkd train`; None for other commands.
+
+    Raises:
+      ConfigError: there is no such command, a fault of its config or `--mesh`, or so many devices
+        cannot share its work. ModelError: a model of unknown shape.
+      SystemExit: an argument that it does not know.
+    """
+    name, arguments = (list(words[1:2]) or [""])[0], list(words[2:])
+    if name not in COMMANDS:
+        raise ConfigError(f"promptkd {name}: no such command; there are {', '.join(COMMANDS)}")
+    if name in ALONE and devices > 1:
+        raise ConfigError(f"promptkd {name} is one process, and not for {devices} devices")
+    module = importlib.import_module(f"promptkd_jax.{name}")
+    parser = module._parser()
+    if name == "train":
+        _, config = parse(parser, arguments)
+        schema.check_recipe(config)
+        sizes = _check_rows(config, devices, number)
+        for stage in config.stages:
+            abstract_run(config, stage.name).arguments(abstract_mesh(sizes))
+        return config
+    if name == "cache":
+        _, config = parse(parser, arguments)
+        schema.check_recipe(config)
+        sharding.mesh_shape(config.mesh, devices, number)
+    elif name == "reproduce":  # of models that it makes itself
+        options, overrides = parser.parse_known_args(arguments)
+        how = options.config, options.workdir, options.methods, overrides
+        for config in module.plan(*how, from_published=options.from_published).values():
+            _check_rows(config, devices, number)
+    else:
+        options = parser.parse_args(arguments)
+        if "mesh" in options:
+            sharding.mesh_shape(sharding.parse_sizes(options.mesh), devices, number)
+    return None
+
+
+def _check_rows(config: ConfigDict, devices: int, number: int) -> dict[str, int]:
+    """The sizes of a config's mesh, which must divide the rows of all stages."""
+    sizes = dict(zip(sharding.AXES, sharding.mesh_shape(config.mesh, devices, number)))
+    for index, stage in enumerate(config.stages):
+        where, parts = f"config.stages[{index}]", stage.micro_batches * stage.minibatches
+        mesh = abstract_mesh(sizes)
+        sharding.check_rows(f"{where}.batch_size", stage.batch_size, parts, mesh)
+        sharding.check_rows(f"{where}.rollout_slots", stage.rollout_slots, 1, mesh)
+    return sizes
