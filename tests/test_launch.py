@@ -19,6 +19,8 @@ import time
 
 import pytest
 
+from promptkd_jax import plan
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
@@ -805,15 +807,20 @@ def test_restartable_after_a_sigterm_at_which_the_run_finished_or_failed(place, 
 # --- The page ---
 
 
-def test_commands_of_the_page_are_accepted(place):
+def test_commands_of_the_page_are_accepted(place, monkeypatch):
     page = (ROOT / "docs/launch.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
     lines = blocks.replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     scripts = [words for words in commands if words and words[0].startswith("launch/")]
     assert {pathlib.Path(words[0]).name for words in scripts} == {
-        "local_gpu.sh", "local_processes.sh", "tpu_pod.sh", "gke_xpk.sh",
+        "local_gpu.sh", "local_processes.sh", "slurm.sbatch", "tpu_pod.sh", "gke_xpk.sh",
     }  # fmt: skip
     for script, *words in scripts:
         launch(pathlib.Path(script).name, "--dry-run", *words)
     assert recorded(place) == []
+    by_hand = [words[2:] for words in commands if words[1:2] == ["plan"]]
+    monkeypatch.chdir(ROOT)
+    for words in [check[1:] for check in checks(place)] + by_hand:
+        plan.main(words)  # the real one
+    assert len(checks(place)) == 3 and len(by_hand) == 2

@@ -620,6 +620,12 @@ def test_a_command_that_cannot_work_is_refused(words, says, monkeypatch):
         checked(*words)
 
 
+def test_a_command_is_checked_for_a_topology_or_for_devices():
+    for where in ([], ["--devices=4", "--topology=v5e:2x2"]):
+        with pytest.raises(SystemExit, match="give --topology or --devices"):
+            checked("evaluate", "--model=m", "--data=d", "--output=o", where=where)
+
+
 def test_a_run_whose_state_alone_does_not_fit_is_refused():
     train = ("train", f"--config={ROOT}/configs/llama.py", "--workdir=gs://b/r")
     mesh = ("--config.mesh.data=16", "--config.mesh.fsdp=1")
@@ -631,6 +637,9 @@ def test_mistakes_end_with_a_message(capsys):
     for arguments, says in (
         (["--mesh=1,1,32"], "data=1 x fsdp=1 x tensor=32 does not make 64 devices"),
         (["--mesh=64,1,1", "--config.stages[0].micro_batches=2"], "cannot be dealt out evenly"),
+        (["--mesh=1,8,8", "--search"], "--mesh 1,8,8: is of one plan"),
+        (["--mesh=1,8,8", "--topology=v5e:8x8,v6e"], "--mesh 1,8,8: is of one plan"),
+        (["--devices=4"], "--devices: of unknown devices only a command"),
         (["--stage=first"], "--stage: 'first' is no stage; there are promptkd"),
         (["--config.teacher.remat=some"], "config.teacher.remat: 'some' is not one of"),
     ):

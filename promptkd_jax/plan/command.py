@@ -71,6 +71,10 @@ def _plan(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
     if options.devices is not None:
         raise ConfigError("--devices: of unknown devices only a command can be checked, after --")
     named = chips.every(options.topology or ",".join(chips.CHIPS), options.slices)
+    if options.mesh and (options.search or len(named) > 1):
+        raise ConfigError(
+            f"--mesh {options.mesh}: is of one plan; a search and a comparison try all"
+        )
     run = abstract_run(config, options.stage, options.rows)
     if len(named) > 1:
         return _compare(run, named, options)
@@ -439,7 +443,7 @@ def _named(sizes: Sizes) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="promptkd plan", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="promptkd plan", description=__doc__)
     topology = f"a slice, such as {chips.EXAMPLES}; of several, v5e:8x8,v6e, the cheapest first"
     parser.add_argument("--topology", help=f"{topology} (default: of all chips)")
     parser.add_argument(

@@ -76,11 +76,11 @@ def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[
     console.print("\n".join(lines), highlight=False, markup=False)
     headings = ("slice", "named", "chips", "mesh", "micro", "GiB", "of", "s/step", "USD/h")
     table = Table(
-        title="the best mesh of each slice by the estimate: the cheapest first that fits; "
-        "without a list price, and then those that do not fit, last",
+        title="the best mesh of each slice by the estimate (--search of one compiles): the cheapest "
+        "first of those that fit, then without a list price, then those that do not fit",
         title_justify="left",
     )
-    for name in (*headings, "USD/Mtok", "USD"):
+    for name in (*headings, "USD/Mtok", "stage, USD"):
         table.add_column(name, justify="right")
     for plan in plans:
         memory = plan["memory"]
