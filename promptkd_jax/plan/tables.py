@@ -76,8 +76,8 @@ def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[
     console.print("\n".join(lines), highlight=False, markup=False)
     headings = ("slice", "named", "chips", "mesh", "micro", "GiB", "of", "s/step", "USD/h")
     table = Table(
-        title="the best mesh of each slice by the estimate (--search of one compiles): the cheapest "
-        "first of those that fit, then without a list price, then those that do not fit",
+        title="the best mesh of each slice by the estimate (--search of one compiles): first what "
+        "fits, the cheapest at the top, then what has no list price, then what does not fit",
         title_justify="left",
     )
     for name in (*headings, "USD/Mtok", "stage, USD"):
