@@ -25,11 +25,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import CustomJSONEncoder
 
 from promptkd_jax import hosts
+from promptkd_jax.errors import ConfigError
 from promptkd_jax.files import failures, is_remote, make_folder, read_text, to_path, write_json
-
-
-class ConfigError(ValueError):
-    """The message lists every mistake, one per line, each with its path."""
 
 
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from promptkd_jax.config import ConfigError
+from promptkd_jax.errors import ConfigError
 
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")

@@ -9,10 +9,12 @@ H head width, F feed-forward width, V vocabulary, L layers; d, f, t devices alon
 `tensor`. Bytes are those of one device. Models are taken as they are padded for the mesh.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -20,8 +22,10 @@ from promptkd_jax import linear
 from promptkd_jax.method import GOLD, ON_POLICY, POLICY
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import Slices
+
+if TYPE_CHECKING:
+    from promptkd_jax.plan.abstract_run import AbstractRun
 
 PHASES = ("prefill", "decode", "prompt update", "student update")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,10 +41,10 @@ class Work:
     sent: float = 0.0
     sent_between_slices: float = 0.0
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, n) + getattr(other, n) for n in _FIELDS))
 
-    def __mul__(self, times: float) -> "Work":
+    def __mul__(self, times: float) -> Work:
         return Work(*(times * getattr(self, n) for n in _FIELDS))
 
     def seconds(self, slices: Slices) -> dict[str, float]:
