@@ -1,7 +1,7 @@
 """Ours against theirs, part by part, in one run on one machine: `make bench`.
 
-python benchmarks/bench.py [--cases cpu|gpu] [--only cases|growth] [--case NAME] [--axis AXIS …]
-  [--sides SIDE …] [--repeats 3] [--output FILE.json]
+python benchmarks/bench.py [--cases cpu|gpu] [--only cases|growth|seen] [--case NAME …]
+  [--axis AXIS …] [--sides SIDE …] [--parts PART …] [--repeats 3] [--output FILE.json [--missing]]
 
 Each side runs in a process of its own. On a CPU they take turns: one works, the others wait; on a
 GPU, whose memory one can fill, one ends before the next begins. A figure is the median of what is
@@ -13,8 +13,9 @@ others. Then comes growth: around one small case rows, columns, vocabulary, soft
 grow, one at a time.
 
 What is found goes into results/, with what earlier runs on the same device found of cases and axes
-that this one leaves out, and from there into README.md, see `report.py`; `--output` writes it to a
-file alone.
+that this one leaves out, and from there into README.md, see `report.py`; `--output` adds it to a
+file alone, after every side that ends. With `--missing` a run that was stopped goes on: sides work
+one after the other, without those that the file has, and compiled programs are kept.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,7 @@ from typing import Any
 
 import report
 import work
-from cases import CASES, GROWTH, Case
+from cases import CASES, GROWTH, PARTS, STEP, Case
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE.parent / ".cache" / "benchmarks"
@@ -54,9 +56,6 @@ SIDES = {
     "theirs, torch.compile": ("theirs", {"compile": True, "static_cache": True}),
     "theirs, bfloat16": ("theirs", {"dtype": "bfloat16"}),
 }
-# The peak of memory is that of iterations alone, so they come first.
-STEP = ("iteration", "rollout", "update", "student_update")
-OTHERS = ("checkpoint", "matmul", "stream")
 GROWTH_REPEATS = 3
 
 
@@ -86,12 +85,14 @@ class Process:
             print(part, file=self._child.stdin, flush=True)
         return self._answer()
 
-    def first_iteration(self) -> tuple[dict, float]:
-        """What loading took, and seconds from the start of the process to the end of its first
-        iteration."""
-        loading = self._answer()
+    def loading(self) -> dict:
+        """What importing and loading took: once, before anything else is done."""
+        return self._answer()
+
+    def first_iteration(self) -> float:
+        """Seconds from the start of the process to the end of its first iteration."""
         self.do("iteration")
-        return loading, time.perf_counter() - self._begin
+        return time.perf_counter() - self._begin
 
     def __enter__(self) -> "Process":
         return self
@@ -108,35 +109,56 @@ class Process:
         return json.loads(line)
 
 
-def measure(
-    case: Case, sides: Sequence[str], repeats: int, parts: Sequence[str], in_turn: bool
-) -> dict:
-    """What each side takes for each part; a side that ended before its work was done is not there.
+def groups(sides: Iterable[str], in_turn: bool) -> list[list[str]]:
+    """Sides that work at the same time, in turn; else each alone."""
+    return [list(sides)] if in_turn else [[side] for side in sides]
 
-    With `parts` beside the step's, also loading and the first iteration of a process, without and
-    with what an earlier one compiled; without them sides load while others work.
+
+def measure(
+    case: Case,
+    sides: Sequence[str],
+    repeats: int,
+    parts: Sequence[str],
+    compiled: pathlib.Path | None = None,
+    so_far: Callable[[dict], None] = lambda found: None,
+) -> dict:
+    """What each side takes for each part, in turn; a side that ended before its work was done is
+    not there.
+
+    With "starts" among the parts, also what the first iteration of a process takes, without and
+    with what an earlier one compiled; without it sides load while others work.
+
+    Args:
+      compiled: a folder that keeps compiled programs; None: they are of these processes alone.
+      so_far: called after every part, with what will be returned.
     """
     models = work.write_models(case, MODELS)
-    found = {}
-    for group in [list(sides)] if in_turn else [[side] for side in sides]:
-        with tempfile.TemporaryDirectory() as compiled:
-            start = functools.partial(Process, case=case, models=models, compiled=compiled)
-            found |= _measure(start, group, {part: turns(case, part, repeats) for part in parts})
-    return found
+    times = {part: turns(case, part, repeats) for part in PARTS if part in parts}
+    with tempfile.TemporaryDirectory() as own:
+        start = functools.partial(Process, case=case, models=models, compiled=str(compiled or own))
+        return _measure(start, sides, times, so_far)
 
 
 def turns(case: Case, part: str, repeats: int) -> int:
     """How often a part is measured: more often than `repeats` where that takes no time, and where
     no two times are alike."""
+    if part == "starts":
+        return 1
     if part in ("matmul", "stream"):
         return 9
     varies = case.mean_response is not None and part in ("iteration", "rollout")
     return 3 * repeats if varies else repeats
 
 
-def _measure(start: Callable[[str], Process], sides: Sequence[str], parts: dict[str, int]) -> dict:
+def _measure(
+    start: Callable[[str], Process],
+    sides: Sequence[str],
+    parts: dict[str, int],
+    so_far: Callable[[dict], None],
+) -> dict:
     """All `parts`, each so often, of sides that take turns."""
-    starts_count = bool(set(parts) - set(STEP))
+    starts_count = "starts" in parts
+    warm = {"iteration"} if starts_count else set()
     with contextlib.ExitStack() as stack:
         running = {}
 
@@ -144,24 +166,28 @@ def _measure(start: Callable[[str], Process], sides: Sequence[str], parts: dict[
             running[side] = stack.enter_context(start(side))
 
         def first(side: str) -> dict:
-            if starts_count:
-                begin(side)
-            loading, seconds = running[side].first_iteration()
-            return {"load": summary([loading]), "first_step": seconds}
+            if not starts_count:
+                return {"load": summary([running[side].loading()])}
+            begin(side)
+            loading = summary([running[side].loading()])
+            return {"load": loading, "first_step": running[side].first_iteration()}
 
         if not starts_count:
             _each(sides, begin)
         found = _each(sides, first)
-        for part, times in parts.items():
-            answers = _turns({side: running[side] for side in found}, part, times)
+        for part in (part for part in parts if part != "starts"):
+            live = {side: running[side] for side in found}
+            answers = _turns(live, part, parts[part], part not in warm)
             found = {side: found[side] | {part: summary(answers[side])} for side in answers}
             if part == "iteration":
                 for side in found:
                     found[side]["peak_bytes"] = answers[side][-1]["peak_bytes"]
+            so_far(found)
 
     def cached(side: str) -> dict:
         with start(side) as process:
-            _, seconds = process.first_iteration()
+            process.loading()
+            seconds = process.first_iteration()
             again = process.do("iteration")
         return {"first_step_cached": seconds, "peak_bytes_cached": again["peak_bytes"]}
 
@@ -170,10 +196,10 @@ def _measure(start: Callable[[str], Process], sides: Sequence[str], parts: dict[
     return found
 
 
-def _turns(running: dict[str, Process], part: str, times: int) -> dict[str, list[dict]]:
-    """Answers of a part after its warm-up, which an iteration has had."""
+def _turns(running: dict[str, Process], part: str, times: int, warm_up: bool) -> dict:
+    """Answers of a part, by side, after one that warms up."""
     answers = {side: [] for side in running}
-    for turn in range(part == "iteration", 1 + times):
+    for turn in range(not warm_up, 1 + times):
         found = _each(answers, lambda side: running[side].do(part))
         answers = {side: answers[side] + [answer] * (turn > 0) for side, answer in found.items()}
     return answers
@@ -202,25 +228,6 @@ def summary(answers: list[dict]) -> dict:
     return result
 
 
-def compare(case: Case, found: dict) -> dict[str, float]:
-    """Ratios, ours against the best of theirs in the same dtype, larger is better. Where answers
-    end by themselves no two samples are alike: iterations and rollouts go by their tokens."""
-    same = [found[side] for side in theirs(case) if side in found]
-    if "ours" not in found or not same:
-        return {}
-    ours = found["ours"]
-
-    def tokens(part: str) -> float:
-        return ours[part]["per_second"] / max(side[part]["per_second"] for side in same)
-
-    return {
-        "iteration": tokens("iteration"),
-        "rollout": tokens("rollout"),
-        "update": min(side["update"]["seconds"] for side in same) / ours["update"]["seconds"],
-        "memory": min(side["peak_bytes_cached"] for side in same) / ours["peak_bytes_cached"],
-    }
-
-
 def theirs(case: Case) -> list[str]:
     """Their columns that compute in the dtype of the case."""
     return [
@@ -230,24 +237,19 @@ def theirs(case: Case) -> list[str]:
     ]
 
 
-def measure_case(case: Case, sides: Sequence[str], repeats: int, in_turn: bool) -> dict:
-    """All of a case."""
-    found = measure(case, sides, repeats, (*STEP, *OTHERS), in_turn)
-    needed, ours = work.needed(case), found.get("ours")
-    shares = {}
-    if needed and ours:
-        rate = needed["update"]["flops"] / ours["update"]["seconds"]
-        shares["update"] = rate / ours["matmul"]["per_second"]
-        rate = needed["rollout"]["bytes"] / ours["rollout"]["seconds"]
-        shares["rollout"] = rate / ours["stream"]["per_second"]
-    return {
+def of_case(case: Case, found: dict, run: dict, in_turn: bool, kept: bool) -> dict:
+    """All of a case, see `report.rated`. If `in_turn`, all sides are of one run; if compiled
+    programs were `kept`, they may be of another."""
+    one = {
+        "run": run,
         "case": dataclasses.asdict(case),
         "found": found,
-        "ratios": compare(case, found),
-        "shares": shares,
-        "needed": needed,
+        "needed": work.needed(case),
         "same_dtype": ["ours", *theirs(case)],
+        "in_turn": in_turn,
+        "kept": kept,
     }
+    return report.rated(one)
 
 
 def measure_axis(axis: str, cases: Sequence[Case], measured: dict, in_turn: bool) -> list[dict]:
@@ -255,7 +257,9 @@ def measure_axis(axis: str, cases: Sequence[Case], measured: dict, in_turn: bool
     points = []
     for case in sorted(cases, key=lambda case: work.sizes(case)[axis]):
         if case.name not in measured:
-            found = measure(case, case.sides, GROWTH_REPEATS, STEP, in_turn)
+            found = {}
+            for group in groups(case.sides, in_turn):
+                found |= measure(case, group, GROWTH_REPEATS, STEP)
             measured[case.name] = {"sizes": work.sizes(case), "found": found}
             times = ", ".join(f"{s} {one['iteration']['seconds']:.3f}" for s, one in found.items())
             print(f"{time.strftime('%H:%M:%S')} {case.name}, s/iteration: {times}", flush=True)
@@ -263,34 +267,64 @@ def measure_axis(axis: str, cases: Sequence[Case], measured: dict, in_turn: bool
     return points
 
 
-def main() -> None:
+def measure_case(
+    case: Case, options: argparse.Namespace, run: dict, device: str, in_turn: bool
+) -> list[str]:
+    """Measures the sides of a case, or those that are missing, and keeps them; returns the sides
+    that ended before their work was done."""
+    parts, more = options.parts or case.parts, {}
+    wanted = {"first_step_cached" if part == "starts" else part for part in parts}
+    as_case = functools.partial(of_case, case, run=run, in_turn=in_turn, kept=options.missing)
+    there = {}
+
+    def is_missing(side: str) -> bool:
+        return not wanted <= set(there.get(side, ()))
+
+    def add(found: dict) -> None:
+        there.update(found)
+        if there:  # else no side has done its work, and what was found before stays
+            cases = {case.name: as_case(there)}
+            keep({"device": device, "cases": cases, "growth": {}}, options.output)
+
+    if options.missing:
+        before = report.read(options.output).get("cases", {})
+        there |= report.joined(before.get(case.name), as_case({}))["found"]
+        more = {"compiled": MODELS / "compiled", "so_far": add}
+    sides = list(filter(is_missing, options.sides or case.sides))
+    for group in groups(sides, in_turn):
+        add(measure(case, group, options.repeats, parts, **more))
+        print(report.case_table(as_case(there)), flush=True)
+    return list(filter(is_missing, sides))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and writes what was found."""
-    options = _options()
+    options = _options(argv)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU is not this process's alone
     run, device = about()
-    in_turn = device == "cpu"
-    result = {"device": device, "cases": {}, "growth": {}}
-    cases, growth = CASES[options.cases], GROWTH[options.cases]
-    for case in [] if options.only == "growth" else cases:
-        if options.case in (None, case.name):
-            one = measure_case(case, options.sides or case.sides, options.repeats, in_turn)
-            if not one["found"]:
-                continue  # no side has done its work; what was found before stays
-            result["cases"][case.name] = {"run": run} | one
-            print(report.case_table(one), flush=True)
-            keep(result, options.output)
-    measured = {}
-    for axis in [] if options.only == "cases" else options.axis:
+    device = "rehearsal" if options.cases == "rehearsal" else device
+    empty = {"device": device, "cases": {}, "growth": {}}
+    if options.only == "seen":
+        keep(empty | {"seen": seen() | {"run": run}}, options.output)
+        return
+    in_turn = device == "cpu" and not options.missing
+    ended = {}
+    for case in [] if options.only == "growth" else CASES[options.cases]:
+        if options.case is None or case.name in options.case:
+            ended[case.name] = measure_case(case, options, run, device, in_turn)
+    growth, measured = GROWTH.get(options.cases), {}
+    for axis in options.axis if options.only in (None, "growth") else []:
         points = measure_axis(axis, (growth.base, *growth.axes[axis]), measured, in_turn)
-        result["growth"][axis] = {"run": run, "points": points}
         print(report.growth_table(axis, points), flush=True)
-        keep(result, options.output)
+        keep(empty | {"growth": {axis: {"run": run, "points": points}}}, options.output)
+    if options.missing and any(ended.values()):
+        sys.exit(f"bench.py: sides that ended before their work was done: {ended}")
 
 
 def keep(result: dict, output: pathlib.Path | None) -> None:
-    """Writes what was found so far."""
+    """Adds to what is there already."""
     if output:
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        report.add(output, result)
     else:
         report.publish(HERE, result)
 
@@ -312,26 +346,63 @@ def about() -> tuple[dict, str]:
     return run, device.platform if device.platform == "cpu" else device.device_kind
 
 
-def _options() -> argparse.Namespace:
+def seen() -> dict:
+    """What is installed, and what JAX, PyTorch and the driver see of this machine."""
+    import jax
+    import torch
+
+    device, on_gpu = jax.devices()[0], torch.cuda.is_available()
+    packages = {one.name: one.version for one in importlib.metadata.distributions()}
+    found = {
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "jax": {
+            "devices": [str(one) for one in jax.devices()],
+            "client": device.client.platform_version,
+            "memory": device.memory_stats(),
+        },
+        "torch": {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "device": str(torch.cuda.get_device_properties(0)) if on_gpu else None,
+        },
+        "driver": None,
+    }
+    if shutil.which("nvidia-smi"):
+        asked = "--query-gpu=name,memory.total,driver_version,clocks.sm,power.limit,utilization.gpu"
+        told = subprocess.run(["nvidia-smi", asked, "--format=csv"], capture_output=True, text=True)
+        found["driver"] = (told.stdout + told.stderr).splitlines()
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def _options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="cpu", choices=CASES)
-    parser.add_argument("--only", choices=("cases", "growth"), help="(default: both)")
-    parser.add_argument("--case", metavar="NAME", help="this case only, and no growth")
+    only = "(default: cases and growth); seen: what is installed, and the devices"
+    parser.add_argument("--only", choices=("cases", "growth", "seen"), help=only)
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="these only, and no growth")
     parser.add_argument("--axis", nargs="+", choices=report.AXES, help="these only, and no cases")
     sides = f"of cases (default: see cases.py), of {', '.join(map(repr, SIDES))}"
     parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="SIDE", help=sides)
+    parts = f"of cases (default: see cases.py), of {', '.join(PARTS)}"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help=parts)
     parser.add_argument("--repeats", default=3, type=int, help="of cases, after a warm-up")
     parser.add_argument("--output", type=pathlib.Path, help="file (default: results/ and README)")
-    options = parser.parse_args()
+    missing = "go on: only sides that the file has not yet, one after the other"
+    parser.add_argument("--missing", action="store_true", help=missing)
+    options = parser.parse_args(argv)
     names = [case.name for case in CASES[options.cases]]
-    if options.case not in (None, *names):
-        parser.error(f"--case: {options.case!r} is not one of {', '.join(map(repr, names))}")
+    for unknown in set(options.case or ()) - set(names):
+        parser.error(f"--case: {unknown!r} is not one of {', '.join(map(repr, names))}")
     if options.sides and not {"ours", "theirs"} <= set(options.sides):
         parser.error("--sides: ours and theirs must be among them")
+    if options.missing and not options.output:
+        parser.error("--missing: expected --output FILE, of which sides may be missing")
     for one, other in (("case", "axis"), ("sides", "axis")):
         if getattr(options, one) and getattr(options, other):
             parser.error(f"--{one} is of cases, --{other} of growth: give one of them")
-    named = "cases" if options.case else "growth" if options.axis else None
+    named = "cases" if options.case or options.cases not in GROWTH else None
+    named = "growth" if options.axis else named
     options.only, options.axis = options.only or named, options.axis or list(report.AXES)
     return options
 

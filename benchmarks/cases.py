@@ -9,6 +9,9 @@ import numpy as np
 
 RATE = 1e-9  # of learning, of both optimizers: so small that answers stay as long as they are
 STEPS = 1000  # K of the coefficient of L_reg
+# The peak of memory is that of iterations alone, so they come first.
+STEP = ("iteration", "rollout", "update", "student_update")
+PARTS = ("starts", *STEP, "checkpoint", "matmul", "stream")  # in this order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Case:
       micro_batches: of an update, of both sides.
       length_buckets, rollout_slots, remat: ours, see `Method` and `decoder.REMAT`. Theirs pads to
         the longest row.
-      sides: that are measured unless others are asked for, see `bench.SIDES`.
+      sides, parts: that are measured unless others are asked for, see `bench.SIDES`, `bench.PARTS`.
+      cut: divides the sizes of `square` and `skinny`.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Case:
     rollout_slots: int = 0
     remat: str = "none"
     sides: tuple[str, ...] = ("ours", "theirs")
+    parts: tuple[str, ...] = PARTS
+    cut: int = 1
 
     @property
     def columns(self) -> int:
@@ -52,14 +58,15 @@ class Case:
     @property
     def square(self) -> tuple[int, int, int]:
         """A product that shows what the machine computes: (rows, inner, outer)."""
-        size = 2048 if self.dtype == "float32" else 8192
+        size = (2048 if self.dtype == "float32" else 8192) // self.cut
         return size, size, size
 
     @property
     def skinny(self) -> tuple[int, int, int]:
         """One that shows how fast it reads a matrix: a quarter of a gigabyte in float32, two in
         bfloat16, which a GPU reads in much more time than it takes to start."""
-        return self.rows, *((4096, 16384) if self.dtype == "float32" else (16384, 65536))
+        inner, outer = (4096, 16384) if self.dtype == "float32" else (16384, 65536)
+        return self.rows, inner // self.cut, outer // self.cut
 
     @property
     def eos_id(self) -> int | None:
@@ -133,7 +140,12 @@ LLAMA_8B = llama(4096, 32, 32, 8, 14336)
 
 
 def _on_gpu(name: str, teacher: dict, student: dict, rows: int = 64, **changes) -> Case:
-    """At the paper's 512 columns, in bfloat16."""
+    """At the paper's 512 columns, in bfloat16.
+
+    In micro-batches of 16 rows theirs fits into 80 GB: for its backward pass transformers keeps,
+    of a row of 519 columns, about 2.9 GB of GPT-2 XL and 1.4 GB of Llama 3B.
+    """
+    default = dict(micro_batches=rows // 16, sides=("ours", "theirs", "theirs, torch.compile"))
     return Case(
         name,
         teacher,
@@ -142,8 +154,44 @@ def _on_gpu(name: str, teacher: dict, student: dict, rows: int = 64, **changes) 
         request=256,
         response=256,
         dtype="bfloat16",
-        sides=("ours", "theirs", "theirs, torch.compile"),
-        **changes,
+        **(default | changes),
+    )
+
+
+def _written(rows: int) -> Case:
+    """A rollout alone, with what reading its weights costs."""
+    return _on_gpu(
+        f"GPT-2 base writes {rows} rows",
+        GPT2_BASE,
+        GPT2_BASE,
+        rows,
+        micro_batches=1,
+        sides=("ours", "theirs"),
+        parts=("rollout", "stream"),
+    )
+
+
+def _rehearsed(case: Case) -> Case:
+    """The same with small models and few rows, which a CPU does in seconds."""
+    sizes = {
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "llama": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "intermediate_size": 128},
+    }
+    ids = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 511}
+
+    def small(hf_config: dict) -> dict:
+        return hf_config | sizes[hf_config["model_type"]] | ids
+
+    return dataclasses.replace(
+        case,
+        name=f"rehearsal of {case.name}",
+        teacher=small(case.teacher),
+        student=small(case.student),
+        rows=case.rows // 16,
+        request=8,
+        response=8,
+        cut=16,
     )
 
 
@@ -175,18 +223,13 @@ CPU = (
 )
 GPU = (
     _on_gpu("GPT-2 XL into base", GPT2_XL, GPT2_BASE, remat="dots"),
-    _on_gpu(
-        "GPT-2 XL into base, the paper's 256 rows",
-        GPT2_XL,
-        GPT2_BASE,
-        rows=256,
-        micro_batches=4,
-        remat="dots",
-    ),
-    _on_gpu("Llama 3B into 1B", LLAMA_3B, LLAMA_1B, micro_batches=2, remat="dots"),
-    _on_gpu("Llama 8B into 1B", LLAMA_8B, LLAMA_1B, micro_batches=4, remat="dots"),
+    _on_gpu("GPT-2 XL into base, the paper's 256 rows", GPT2_XL, GPT2_BASE, rows=256, remat="dots"),
+    _on_gpu("Llama 3B into 1B", LLAMA_3B, LLAMA_1B, remat="dots"),
+    _on_gpu("Llama 8B into 1B", LLAMA_8B, LLAMA_1B, remat="dots"),
+    _written(256),
+    _written(64),
 )
-CASES = {"cpu": CPU, "gpu": GPU}
+CASES = {"cpu": CPU, "gpu": GPU, "rehearsal": tuple(map(_rehearsed, GPU))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def draw(result: dict, folder: pathlib.Path, stem: str) -> dict[str, str]:
 
     drawn = {}
     with matplotlib.rc_context(STYLE):
-        whole = [o for o in result["cases"].values() if o["needed"] and "ours" in o["found"]]
+        whole = [one for one in result["cases"].values() if _has_roof(one)]
         for name, figure in {
             "roofline": whole and roofline(whole),
             "growth": result["growth"] and growth(result["growth"]),
@@ -89,10 +89,19 @@ def roofline(cases: Sequence[dict]):
     return figure
 
 
+ROOF = ("matmul", "stream")
+
+
+def _has_roof(one: dict) -> bool:
+    """Whether it is known what a case needs and what its machine reached, and a part beside."""
+    measured = set(one["found"].get("ours", ()))
+    return bool(one["needed"] and measured >= set(ROOF) and measured & set(MARKERS))
+
+
 def _panel(axes, one: dict) -> None:
     """The roof and the points of a case."""
-    rates = {part: one["found"]["ours"][part]["per_second"] for part in ("matmul", "stream")}
-    needed = {part: one["needed"][part] for part in MARKERS}
+    rates = {part: one["found"]["ours"][part]["per_second"] for part in ROOF}
+    needed = {p: one["needed"][p] for p in MARKERS if p in one["found"]["ours"]}
     intensities = {part: work["flops"] / work["bytes"] for part, work in needed.items()}
     ridge = rates["matmul"] / rates["stream"]
     ends = min(ridge, *intensities.values()) / 2, max(ridge, *intensities.values()) * 3
@@ -101,11 +110,11 @@ def _panel(axes, one: dict) -> None:
     axes.annotate(f"{rates['matmul'] / 1e9:,.0f} GFLOP/s", (ends[1], roof[1]), (0, 3), **_TEXT)
     axes.annotate(f"{rates['stream'] / 1e9:,.1f} GB/s", (ridge, roof[1]), (-4, 3), **_TEXT)
     for side in one["same_dtype"]:
-        for part, marker in MARKERS.items() if side in one["found"] else ():
+        for part in (part for part in needed if part in one["found"].get(side, ())):
             rate = needed[part]["flops"] / one["found"][side][part]["seconds"]
             label = f"{side}: {part.replace('student_update', 'update of the student')}"
-            style = {"color": COLOURS[side], "marker": marker, "linestyle": "", "markersize": 5}
-            axes.plot(intensities[part], rate, label=label, **style)
+            style = {"color": COLOURS[side], "marker": MARKERS[part], "markersize": 5}
+            axes.plot(intensities[part], rate, label=label, linestyle="", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
 

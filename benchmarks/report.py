@@ -6,10 +6,12 @@ Does from files of one device, the later over the earlier, what `bench.py` does 
 them to what results/ has of that device, draws the plots beside it, and replaces the device's
 section of README.md. With the newest file of results/ itself it draws all of it again.
 
-Of a result, `cases` (by name) and `growth` (by axis) each carry the `run` that they are of.
+Of a result, `cases` (by name) and `growth` (by axis) each carry the `run` that they are of. A file
+of `gpu.sh` also has `parts`, how each of them ended, and what was `seen` there.
 """
 
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -34,18 +36,93 @@ def publish(folder: pathlib.Path, new: dict) -> None:
     files = sorted((folder / "results").glob(f"????-??-??-{name}.json"))
     result = merged(json.loads(files[-1].read_text()) if files else {}, new)
     stem = f"{max(run['date'] for run in _runs(result))}-{name}"
-    (folder / "results" / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(folder / "results" / f"{stem}.json", result)
     drawn = plots.draw(result, folder / "results", stem)
     readme = folder / "README.md"
     text = with_section(readme.read_text(), section(result, stem, drawn), result["device"])
     readme.write_text(text)
 
 
+def read(file: pathlib.Path) -> dict:
+    """What a file has; nothing where there is none."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def add(file: pathlib.Path, new: dict) -> None:
+    """Adds to what a file has of the same device."""
+    old = read(file)
+    if old.get("device", new["device"]) != new["device"]:
+        sys.exit(f"{file} is of {old['device']}, expected one of {new['device']}: name another")
+    write(file, merged(old, new))
+
+
+def write(file: pathlib.Path, result: dict) -> None:
+    """Replaces a file at once: who is stopped meanwhile leaves the old one."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, file)
+
+
 def merged(old: dict, new: dict) -> dict:
-    """`new` over `old`, by case and axis; `ratios` are those of the first case."""
-    parts = {part: old.get(part, {}) | new[part] for part in ("cases", "growth")}
-    first = next(iter(parts["cases"].values()), {"ratios": {}})
-    return {"device": new["device"], "ratios": first["ratios"]} | parts
+    """`new` over `old`, by case and axis, by part of `gpu.sh`; `ratios` are those of the first
+    case."""
+    cases = dict(old.get("cases", {}))
+    for name, one in new["cases"].items():
+        cases[name] = joined(cases.get(name), one)
+    first = next(iter(cases.values()), {"ratios": {}})
+    result = {"device": new["device"], "ratios": first["ratios"], "cases": cases}
+    result["growth"] = old.get("growth", {}) | new["growth"]
+    for more in ("parts", "seen"):
+        if both := old.get(more, {}) | new.get(more, {}):
+            result[more] = both
+    return result
+
+
+def joined(old: dict | None, new: dict) -> dict:
+    """A case with the sides of two runs, where these had the machine for themselves and it is the
+    same work by the same versions; else `new` alone."""
+
+    def conditions(one: dict) -> str:
+        run = {key: one["run"][key] for key in ("machine", "versions")}
+        return json.dumps([one["case"], run, one.get("in_turn", True)], sort_keys=True)
+
+    if old is None or new.get("in_turn", True) or conditions(old) != conditions(new):
+        return new
+    return rated(new | {"found": old["found"] | new["found"]})
+
+
+def rated(one: dict) -> dict:
+    """A case with `ratios` of its sides, and `shares` of the rates of its machine."""
+    found, needed, shares = one["found"], one["needed"] or {}, {}
+    ours = found.get("ours", {})
+    for part, quantity, roof in (("update", "flops", "matmul"), ("rollout", "bytes", "stream")):
+        if part in needed and {part, roof} <= set(ours):
+            rate = needed[part][quantity] / ours[part]["seconds"]
+            shares[part] = rate / ours[roof]["per_second"]
+    same = [found[side] for side in one["same_dtype"] if side in found and side != "ours"]
+    return one | {"ratios": ratios(ours, same), "shares": shares}
+
+
+def ratios(ours: dict, theirs: Iterable[dict]) -> dict[str, float]:
+    """Ours against the best of theirs, larger is better, of the parts that both have. Where answers
+    end by themselves no two samples are alike: iterations and rollouts go by their tokens."""
+
+    def best(choose: Callable, figure: Callable[[dict], float], part: str) -> float | None:
+        return choose((figure(side) for side in theirs if part in side), default=None)
+
+    found, theirs = {}, list(theirs)
+    for part in ("iteration", "rollout"):
+        other = best(max, lambda side, part=part: side[part]["per_second"], part)
+        if part in ours and other:
+            found[part] = ours[part]["per_second"] / other
+    other = best(min, lambda side: side["update"]["seconds"], "update")
+    if "update" in ours and other:
+        found["update"] = other / ours["update"]["seconds"]
+    peak = "peak_bytes_cached" if "peak_bytes_cached" in ours else "peak_bytes"
+    other = best(min, lambda side: side[peak], peak)
+    if peak in ours and other:
+        found["memory"] = other / ours[peak]
+    return found
 
 
 def section(result: dict, stem: str, drawn: dict[str, str]) -> str:
@@ -64,6 +141,8 @@ def section(result: dict, stem: str, drawn: dict[str, str]) -> str:
         lines, last = [*lines, table], run
     if not grown:
         lines += _plot("roofline", drawn)
+    if parts := result.get("parts"):
+        lines += ["", parts_table(parts)]
     return "\n".join(lines)
 
 
@@ -75,15 +154,16 @@ def with_section(text: str, new: str, device: str) -> str:
 
 
 def case_table(one: dict) -> str:
-    """Markdown: a line for each part of a case, a column for each side."""
+    """Markdown: a line for each part of a case that was measured, a column for each side."""
     found = one["found"]
     lines = [f"| {one['case']['name']} | {' | '.join(found)} | ratio |"]
     lines.append("|---" * (len(found) + 2) + "|")
 
-    def line(label: str, figure: Callable[[dict], str], ratio: str = "") -> None:
-        figures = [figure(side) for side in found.values()]
+    def line(part: str, label: str, figure: Callable[[dict], str], ratio: str = "") -> None:
+        figures = [figure(side) if part in side else "–" for side in found.values()]
         ratio = f"{one['ratios'][ratio]:.2f}" if ratio in one["ratios"] else ""
-        lines.append(f"| {label} | {' | '.join(figures)} | {ratio} |")
+        if any(part in side for side in found.values()):
+            lines.append(f"| {label} | {' | '.join(figures)} | {ratio} |")
 
     def seconds(part: str) -> Callable[[dict], str]:
         def text(side: dict) -> str:
@@ -103,34 +183,68 @@ def case_table(one: dict) -> str:
     def tokens(part: str) -> Callable[[dict], str]:
         return lambda side: f"{statistics.median(side[part]['values']):,.0f}"
 
-    line("iteration, s", seconds("iteration"))
-    line("tokens of its answers", tokens("iteration"))
-    line("its answers, tokens/s", lambda s: f"{s['iteration']['per_second']:,.1f}", "iteration")
-    line("iterations an hour", lambda s: f"{3600 / s['iteration']['seconds']:,.0f}")
-    line("rollout, s", seconds("rollout"))
-    line("its tokens", tokens("rollout"))
-    line("rollout, tokens/s", lambda s: f"{s['rollout']['per_second']:,.0f}", "rollout")
-    line("update of both, s", seconds("update"), "update")
-    line("update of the student alone, s", seconds("student_update"))
+    def gibibytes(peak: str) -> Callable[[dict], str]:
+        return lambda side: f"{side[peak] / 2**30:.2f}"
+
+    def prompt_seconds(side: dict) -> str:
+        return f"{side['update']['seconds'] - side['student_update']['seconds']:.2f}"
+
+    whole = any("peak_bytes_cached" in side for side in found.values())
+    line("iteration", "iteration, s", seconds("iteration"))
+    line("iteration", "tokens of its answers", tokens("iteration"))
     line(
-        "the difference, the soft prompt's, s",
-        lambda s: f"{s['update']['seconds'] - s['student_update']['seconds']:.2f}",
+        "iteration",
+        "its answers, tokens/s",
+        lambda s: f"{s['iteration']['per_second']:,.1f}",
+        "iteration",
     )
+    line("iteration", "iterations an hour", lambda s: f"{3600 / s['iteration']['seconds']:,.0f}")
+    line("rollout", "rollout, s", seconds("rollout"))
+    line("rollout", "its tokens", tokens("rollout"))
     line(
+        "rollout",
+        "rollout, tokens/s",
+        lambda s: f"{s['rollout']['per_second']:,.0f}",
+        "rollout",
+    )
+    line("update", "update of both, s", seconds("update"), "update")
+    line("student_update", "update of the student alone, s", seconds("student_update"))
+    line("student_update", "the difference, the soft prompt's, s", prompt_seconds)
+    line(
+        "peak_bytes_cached",
         "peak memory, compiled before, GiB",
-        lambda s: f"{s['peak_bytes_cached'] / 2**30:.2f}",
+        gibibytes("peak_bytes_cached"),
         "memory",
     )
-    line("peak memory, with compiling, GiB", lambda s: f"{s['peak_bytes'] / 2**30:.2f}")
-    line("first iteration, from the start, s", lambda s: f"{s['first_step']:.0f}")
-    line("the same, compiled before, s", lambda s: f"{s['first_step_cached']:.0f}")
-    line("loading, s", lambda s: f"{s['load']['seconds']:.1f}")
-    line("checkpoint, saved and read, s", seconds("checkpoint"))
-    line("large product, GFLOP/s", rate("matmul", 1e9, 0))
-    line("skinny product, GB/s", rate("stream", 1e9, 1))
+    line(
+        "peak_bytes",
+        f"peak memory, {'compiled then or before' if one.get('kept') else 'with compiling'}, GiB",
+        gibibytes("peak_bytes"),
+        "" if whole else "memory",
+    )
+    line("first_step", "first iteration, from the start, s", lambda s: f"{s['first_step']:.0f}")
+    line(
+        "first_step_cached",
+        "the same, compiled before, s",
+        lambda s: f"{s['first_step_cached']:.0f}",
+    )
+    line("load", "loading, s", lambda s: f"{s['load']['seconds']:.1f}")
+    line("checkpoint", "checkpoint, saved and read, s", seconds("checkpoint"))
+    line("matmul", "large product, GFLOP/s", rate("matmul", 1e9, 0))
+    line("stream", "skinny product, GB/s", rate("stream", 1e9, 1))
     if one["shares"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in one["shares"].items())
         lines += ["", f"Of the machine's rates, ours: {shares}."]
+    return "\n".join([*lines, ""])
+
+
+def parts_table(parts: dict[str, dict]) -> str:
+    """Markdown: how each part of `gpu.sh` ended, and the last line that it printed."""
+    lines = ["| part of `gpu.sh` | ended | seconds | of at most | last line |", "|---" * 5 + "|"]
+    for name, part in parts.items():
+        last = part["tail"][-1].replace("|", "\\|") if part["tail"] else ""
+        figures = f"{part['status']} | {part['seconds']:.0f} | {part['limit']:.0f}"
+        lines.append(f"| {name} | {figures} | {last} |")
     return "\n".join([*lines, ""])
 
 
@@ -183,7 +297,10 @@ def main() -> None:
     for file in map(pathlib.Path, sys.argv[1:]):
         if not file.exists():
             sys.exit(f"report.py: there is no {file}; expected a file that bench.py wrote")
-        publish(pathlib.Path(__file__).parent, json.loads(file.read_text()))
+        result = json.loads(file.read_text())
+        if "device" not in result:
+            sys.exit(f"report.py: nothing in {file} was measured\n\n{parts_table(result['parts'])}")
+        publish(pathlib.Path(__file__).parent, result)
         print(f"{file}: its figures are in {pathlib.Path(__file__).with_name('README.md')}")
 
 

@@ -1,5 +1,6 @@
 """What a case needs: its models on disk, with random weights, and the work that it is."""
 
+import concurrent.futures
 import hashlib
 import json
 import math
@@ -19,34 +20,43 @@ from promptkd_jax.plan import roofline
 
 def write_models(case: Case, folder: pathlib.Path) -> dict[str, str]:
     """Folders of the case's teacher and student in `folder`, written where they are not yet."""
+    how = case.dtype, case.mean_response
     return {
-        "teacher": str(_write_model(folder, case.teacher, 0, case.mean_response)),
-        "student": str(_write_model(folder, case.student, 1, case.mean_response)),
+        "teacher": str(_write_model(folder, case.teacher, 0, *how)),
+        "student": str(_write_model(folder, case.student, 1, *how)),
     }
 
 
 def _write_model(
-    folder: pathlib.Path, hf_config: dict, seed: int, mean_response: int | None = None
+    folder: pathlib.Path, hf_config: dict, seed: int, dtype: str, mean_response: int | None
 ) -> pathlib.Path:
-    """A random model under a name that says all about it; a `mean_response` is GPT-2's alone."""
-    described = json.dumps([hf_config, seed, mean_response], sort_keys=True)
+    """A random model in `dtype` under a name that says all about it; a `mean_response` is GPT-2's
+    alone. Parameters are drawn side by side: of billions one thread draws for a minute."""
+    described = json.dumps([hf_config, seed, dtype, mean_response], sort_keys=True)
     path = folder / hashlib.sha256(described.encode()).hexdigest()[:16]
-    if (path / "model.safetensors").exists():
+    if (path / "written").exists():
         return path
-    config, rng = from_hugging_face(hf_config), np.random.default_rng(seed)
+    config = from_hugging_face(hf_config).replace(param_dtype=dtype)
+    shapes, tree = jax.tree.flatten_with_path(abstract_params(config))
 
-    def draw(name, leaf):
+    def draw(number: int) -> np.ndarray:
+        name, leaf = shapes[number]
         if name[-1].key in ("scale", "bias"):
-            return np.full(leaf.shape, name[-1].key == "scale", np.float32)
-        return rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
+            return np.full(leaf.shape, name[-1].key == "scale", dtype)
+        rng = np.random.default_rng((seed, number))
+        values = rng.standard_normal(leaf.shape, np.float32)
+        values *= np.float32(0.02)
+        return values.astype(dtype)
 
-    params = jax.tree.map_with_path(draw, abstract_params(config))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        params = jax.tree.unflatten(tree, pool.map(draw, range(len(shapes))))
     if mean_response is not None:
         # The final bias gives the last token of the vocabulary the probability 1 / mean_response.
         wanted = math.log(hf_config["vocab_size"] / mean_response)
         end = params["embed"]["embedding"][-1]
         params["final_norm"]["bias"] += wanted * end / np.sum(end**2)
     save_model(path, Model(str(path), Decoder(config), params, hf_config, None, ()))
+    (path / "written").touch()  # the last: who was stopped before begins again
     return path
 
 
