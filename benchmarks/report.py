@@ -64,18 +64,20 @@ def write(file: pathlib.Path, result: dict) -> None:
 
 
 def merged(old: dict, new: dict) -> dict:
-    """`new` over `old`, by case and axis, by part of `gpu.sh`; `ratios` are those of the first
-    case."""
+    """`new` over `old`, by case and axis; `ratios` are those of the first case. Of a part of
+    `gpu.sh` the later over the earlier, but one that is not done over none that is."""
     cases = dict(old.get("cases", {}))
     for name, one in new["cases"].items():
         cases[name] = joined(cases.get(name), one)
     first = next(iter(cases.values()), {"ratios": {}})
     result = {"device": new["device"], "ratios": first["ratios"], "cases": cases}
     result["growth"] = old.get("growth", {}) | new["growth"]
-    for more in ("parts", "seen"):
-        if both := old.get(more, {}) | new.get(more, {}):
-            result[more] = both
-    return result
+    parts = dict(old.get("parts", {}))
+    for name, part in new.get("parts", {}).items():
+        if part["status"] == "done" or parts.get(name, part)["status"] != "done":
+            parts[name] = part
+    seen = old.get("seen", {}) | new.get("seen", {})
+    return result | ({"parts": parts} if parts else {}) | ({"seen": seen} if seen else {})
 
 
 def joined(old: dict | None, new: dict) -> dict:
@@ -242,7 +244,7 @@ def parts_table(parts: dict[str, dict]) -> str:
     """Markdown: how each part of `gpu.sh` ended, and the last line that it printed."""
     lines = ["| part of `gpu.sh` | ended | seconds | of at most | last line |", "|---" * 5 + "|"]
     for name, part in parts.items():
-        last = part["tail"][-1].replace("|", "\\|") if part["tail"] else ""
+        last = next(filter(str.strip, reversed(part["tail"])), "").replace("|", "\\|")
         figures = f"{part['status']} | {part['seconds']:.0f} | {part['limit']:.0f}"
         lines.append(f"| {name} | {figures} | {last} |")
     return "\n".join([*lines, ""])

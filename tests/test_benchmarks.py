@@ -186,6 +186,17 @@ def test_sides_of_several_runs_add_up_where_each_had_the_machine_for_itself(fold
     assert report.joined(old | alone, other) == other
 
 
+def test_a_part_that_is_done_stays_done_and_is_shown_with_its_last_line(folder):
+    result, _ = results()
+    done = {"status": "done", "seconds": 12.3, "limit": 60, "tail": ["1 | 2", ""]}
+    others = {"status": "no time left", "seconds": 0, "limit": 0, "tail": []}
+    report.publish(folder, result | {"parts": {"tests": done, "xl": others}})
+    report.publish(folder, result | {"parts": {"tests": others, "xl": done}})
+    text = (folder / "README.md").read_text()
+    for name in ("tests", "xl"):
+        assert f"| {name} | done | 12 | 60 | 1 \\| 2 |" in text
+
+
 def test_a_file_is_of_one_device(tmp_path):
     file, (result, _) = tmp_path / "found.json", results()
     report.add(file, result)
