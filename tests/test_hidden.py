@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from test_step import STUDENT, TEACHER, VOCABULARY, batch, llama, random_params
+from tiny import equations
 
 from promptkd_jax.batch import Responses, responses
 from promptkd_jax.hidden import (
@@ -126,17 +126,12 @@ def test_no_array_of_all_scores():
     whole = Responses(positions, positions, jnp.ones((4, columns)))
     terms = (HiddenTerm("relation", 1.0, ((0, 0),), heads=6),)
 
-    def sizes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (x.aval.size for x in equation.outvars)
-            for inner in jaxprs_in_params(equation.params):
-                yield from sizes(inner)
-
     def biggest(chunk):
         def loss(learner, target):
             return hidden_loss(terms, learner, target, {}, whole, chunk=chunk)[0]
 
-        return max(sizes(jax.make_jaxpr(jax.grad(loss))(learner, learner).jaxpr))
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(learner, learner)
+        return max(x.aval.size for equation, _ in equations(jaxpr) for x in equation.outvars)
 
     assert biggest(columns) >= 6 * 4 * columns * columns
     assert biggest(2) <= 2 * 6 * 4 * columns * 4  # the gathered queries or the scores of a block

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from tiny import equations
 
 from promptkd_jax import losses
 from promptkd_jax.linear import Linear, TopK, linear_loss, linear_values
@@ -780,14 +780,6 @@ def test_nan_and_labels_of_minus_100_outside_of_the_mask_change_nothing(chunk):
 # What is not computed
 
 
-def equations(jaxpr):
-    """All equations of a jaxpr and of those inside of it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def products(function, *arguments) -> list[tuple[int, ...]]:
     """The sorted shapes of all matrix products in `function`; vectors are not matrices."""
 
@@ -798,7 +790,7 @@ def products(function, *arguments) -> list[tuple[int, ...]]:
         return len(summed) > 0 and equation.outvars[0].aval.ndim > max(len(batch), 1)
 
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    found = filter(of_matrices, equations(jaxpr))
+    found = (equation for equation, _ in equations(jaxpr) if of_matrices(equation))
     return [tuple(sorted(equation.outvars[0].aval.shape)) for equation in found]
 
 

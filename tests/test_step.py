@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import jaxprs_in_params
+from tiny import equations
 
 import promptkd_jax.step as step_module
 from promptkd_jax import objective
@@ -590,15 +590,6 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_counters(where):
 
 
 # Nothing is computed twice
-
-
-def equations(jaxpr, times: int = 1):
-    """(equation, how often it runs) for a jaxpr and everything inside of it."""
-    for equation in jaxpr.eqns:
-        yield equation, times
-        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner, times * rounds)
 
 
 def products(jaxpr) -> list[tuple[tuple[int, ...], int, bool]]:

@@ -1,10 +1,12 @@
-"""Small things that several tests need: a tokenizer, random models as folders, a short config."""
+"""Helpers of several tests: a tokenizer, random models as folders, a short config, equations."""
 
 import json
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -111,3 +113,17 @@ def short_config(folder: pathlib.Path, *, pad: int = 0) -> ConfigDict:
         method_stage("promptkd", steps=4, batch_size=4, micro_batches=2, learning_rate=1e-3),
     )
     return config
+
+
+def equations(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]:
+    """(equation, how often it runs) for a jaxpr and everything inside of it."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from equations(value, times * rounds)
+
+
+def _is_jaxpr(value: object) -> bool:
+    return isinstance(value, Jaxpr | ClosedJaxpr)
