@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from promptkd_jax import hosts, sharding
-from promptkd_jax.files import make_folder, to_path, write_json
+from promptkd_jax.files import make_folder, to_path, write_json, write_text
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import embed
 from promptkd_jax.models.export import write_tensors
@@ -20,6 +20,26 @@ from promptkd_jax.models.streaming import all_finite
 from promptkd_jax.models.weights import read_json, refuse_pointer
 
 INITS = ("text", "pad", "vocabulary", "random", "examples")
+
+_CARD = """\
+---
+library_name: peft
+pipeline_tag: text-generation
+tags: [knowledge-distillation, promptkd, prompt-tuning]
+---
+# A soft prompt of {length} tokens
+
+Trained with promptkd_jax; a prompt-tuning adapter for the teacher that `adapter_config.json` names:
+
+```python
+model = peft.PeftModel.from_pretrained(teacher, "path/to/soft_prompt")
+```
+
+**Versions.** `model(...)` is right with PEFT 0.18 to 0.21.2 and `transformers` 5.0 to 5.24.
+`model.generate(...)` is right with `transformers` up to 5.23. From 5.24.0 on, these versions of
+PEFT do not find its cache, put the prompt in front of every new token and, without a warning,
+generate other text; `model.generate(..., use_cache=False)` is right there too.
+"""
 
 
 def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.Array:
@@ -60,6 +80,7 @@ def save_soft_prompt(
 ) -> None:
     """Writes a PEFT prompt-tuning adapter that `peft.PeftModel.from_pretrained` loads.
 
+    Its README.md says with which versions of PEFT and `transformers` it generates what it should.
     All processes of a run call this; the first writes.
 
     Args:
@@ -88,6 +109,7 @@ def save_soft_prompt(
         "prompt_tuning_init_text": None,
     }
     write_json(folder / "adapter_config.json", config)
+    write_text(folder / "README.md", _CARD.format(length=length))
     tensors = {"prompt_embeddings": np.asarray(sharding.to_host(soft_prompt), np.float32)}
     if hosts.is_first():
         write_tensors(folder / "adapter_model.safetensors", tensors)

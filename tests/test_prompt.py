@@ -1,6 +1,7 @@
 """The soft prompt stands where its tokens would stand, for us and for PEFT."""
 
 import json
+from importlib import metadata
 
 import bucket
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, TOKENIZERS
+from packaging.version import Version
 from safetensors.numpy import load_file, save_file
 from test_models import LENGTHS, PREFIX, TOKENS, WIDTH, logits, make_pair, random_model
 
@@ -235,8 +237,18 @@ def test_peft_drops_positions_that_do_not_count_the_prompt(adapted):
     np.testing.assert_array_equal(found, peft_logits(adapted, input_ids=TOKENS))
 
 
-def test_peft_generates_what_we_sample_behind_the_prompt(pair, adapted):
+def cache_is_not_found() -> bool:
+    """Whether PEFT takes every step for the first, as the adapter's card warns."""
+    version = {name: Version(metadata.version(name)) for name in ("peft", "transformers")}
+    return version["peft"] <= Version("0.21.2") and version["transformers"] >= Version("5.24")
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_peft_generates_what_we_sample_behind_the_prompt(request, pair, adapted, use_cache):
     import torch
+
+    if use_cache and cache_is_not_found():
+        request.applymarker(pytest.mark.xfail(strict=True, reason="PEFT does not find the cache"))
 
     model = pair.model
     row = TOKENS[:1, :6]
@@ -257,6 +269,7 @@ def test_peft_generates_what_we_sample_behind_the_prompt(pair, adapted):
         attention_mask=torch.ones(row.shape, dtype=torch.long),
         max_new_tokens=16,
         do_sample=False,
+        use_cache=use_cache,
         eos_token_id=None,
     )
     assert found[0].tolist() == out.tokens[0].tolist()
@@ -274,6 +287,13 @@ def test_a_long_text_is_pooled():
         pooled_soft_prompt(params, ids[:3], 7),
         init_soft_prompt(params, ids[:3], 7),
     )
+
+
+def test_the_card_says_which_versions_generate_the_right_text(adapter):
+    front, card = (adapter / "README.md").read_text().removeprefix("---\n").split("\n---\n")
+    assert "library_name: peft" in front
+    assert f"{len(PREFIX)} tokens" in card
+    assert "5.24.0" in card and "use_cache=False" in card
 
 
 # Buckets, and other processes.
