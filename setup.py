@@ -18,7 +18,7 @@ setup(
     package_data={"promptkd_jax": ["*.jinja", "prompts/*"]},
     entry_points={"console_scripts": ["promptkd = promptkd_jax.cli:main"]},
     install_requires=[
-        "jax>=0.7",
+        "jax>=0.8.1",
         "flax>=0.11",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
