@@ -21,7 +21,7 @@ setup(
         "jax>=0.8.1",
         "flax>=0.11",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.20",
+        "orbax-checkpoint>=0.11.36",
         "transformers>=5.0",
         "datasets>=4.0",
         "ml-collections>=1.0",

@@ -264,7 +264,11 @@ def platform() -> str:
     """What the mesh in context consists of, also one of described chips that nobody has: "tpu",
     "gpu" or "cpu"; without a mesh, what JAX computes on."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    if mesh.empty:
+        return jax.default_backend()
+    # By its kind, "cpu", "TPU v5 lite" or "NVIDIA H100": JAX before 0.10.2 says no platform here.
+    kind = mesh.abstract_device.device_kind
+    return {"cpu": "cpu", "TPU": "tpu"}.get(kind[:3], "gpu")
 
 
 def _name(path: Sequence[Any]) -> str:

@@ -25,7 +25,7 @@ from promptkd_jax.models.export import to_hugging_face
 from promptkd_jax.models.streaming import abstract_params, pad
 from promptkd_jax.optimizer import adamw
 from promptkd_jax.sampler import Sampling, row_keys, sample
-from promptkd_jax.sharding import AXES, ROWS, constrain, make_mesh, parts, shardings, spec
+from promptkd_jax.sharding import AXES, ROWS, constrain, make_mesh, parts, platform, shardings, spec
 from promptkd_jax.step import Optimizers, init_state
 from promptkd_jax.targets import empty_written
 from promptkd_jax.teacher import view_with_states
@@ -161,6 +161,18 @@ def test_slices_are_joined_along_data():
             assert len({chip.slice_index for chip in along_data.flat}) == 1, sizes
     with pytest.raises(ConfigError, match="config.mesh.data: 1 is not a multiple of the 2 slices"):
         make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, chips)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("cpu", "cpu"), ("TPU v5 lite", "tpu"), ("TPU7x", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu")],
+)
+def test_the_platform_is_that_of_the_mesh_in_context(kind, expected):
+    chips = [Chip(i, 0, platform=expected, device_kind=kind) for i in range(2)]
+    mesh = jax.sharding.Mesh(np.array(chips).reshape(1, 2, 1), AXES)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert platform() == expected
+    assert platform() == jax.default_backend()
 
 
 def test_devices_of_a_node_are_neighbours():
