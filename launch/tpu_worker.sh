@@ -34,7 +34,7 @@ case ${1:-} in
   install) # Ubuntu 22.04 has Python 3.10; uv brings 3.12
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-    python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+    python3 -m uv pip install --quiet --python .venv/bin/python --constraint requirements/lock.txt --editable '.[tpu]'
     ;;
   start)
     program=("${@:2}")
