@@ -14,10 +14,10 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import experiment, hosts, sharding
-from promptkd_jax.config import ConfigError, as_json, parse
+from promptkd_jax import experiment, flags, hosts, sharding
+from promptkd_jax.config import ConfigError, Int, as_json, parse
 from promptkd_jax.data import DataError, read_records
-from promptkd_jax.files import check_shared, make_folder, to_path
+from promptkd_jax.files import check_shared, make_folder
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import check_positions
 from promptkd_jax.offline import on_a_file_system, write_cache
@@ -89,17 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         "[--config.a.b=VALUE …]",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", required=True, type=to_path, help="folder, not in a bucket")
-    parser.add_argument("--top-k", type=int, default=64, help="tokens kept at every position")
-    parser.add_argument("--batch-size", type=_positive, default=8, help="rows in one call")
-    hosts.add_arguments(parser)
+    count = flags.of(Int(low=1))
+    parser.add_argument("--output", required=True, type=flags.disk_path, help="not in a bucket")
+    parser.add_argument("--top-k", type=count, default=64, help="tokens kept at every position")
+    parser.add_argument("--batch-size", type=count, default=8, help="rows in one call")
+    flags.add_processes(parser)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from promptkd_jax import hosts
@@ -233,16 +234,43 @@ class Checkpoints:
         Raises:
           CheckpointError: there is no such checkpoint, it is damaged, or the state does not fit.
         """
-        self.wait()
-        steps = self.all_steps()
-        if step not in steps:
-            raise CheckpointError(f"{self._directory} holds checkpoints {steps}, not {step}")
-        whole, damaged = self._find_whole([step])
-        if whole is None:
-            steps.remove(step)
-            problem = damaged.get(step, "see the message of process 0")
-            raise CheckpointError(f"checkpoint {step} is damaged ({problem}); others: {steps}")
+        self._check_whole(step)
         return self._read(step, abstract_state, unpadded)
+
+    def restore_params(
+        self, step: int, groups: Collection[str], shardings: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        """Restores those groups of a state's `params` that it has; nothing else is read.
+
+        Args:
+          groups: their names, such as "student".
+          shardings: from a tree of shapes to where each array goes.
+
+        Raises:
+          CheckpointError: there is no such checkpoint, or it is damaged.
+        """
+        self._check_whole(step)
+        leaves = self._read_record(step)["leaves"].items()
+        paths = {tuple(path.split("/")): leaf for path, leaf in leaves}
+        wanted = traverse_util.unflatten_dict(
+            {
+                path: _shape_of(leaf)
+                for path, leaf in paths.items()
+                if path[0] == "params" and path[1] in groups
+            }
+        )
+        placed = {"params": shardings(wanted["params"])}
+
+        def how(shape, place):  # not strict: beyond the shape there is padding alone
+            return ocp.ArrayRestoreArgs(sharding=place, global_shape=shape.shape, strict=False)
+
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=jax.tree.map(how, wanted, placed),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self._directory / str(step) / "state", args=arguments)["params"]
 
     def all_steps(self) -> list[int]:
         """The steps of the finished checkpoints, in order, as process 0 finds them."""
@@ -385,6 +413,18 @@ class Checkpoints:
         whole = int(multihost_utils.broadcast_one_to_all(np.int32(whole)))
         return (None if whole < 0 else whole), damaged
 
+    def _check_whole(self, step: int) -> None:
+        """Raises CheckpointError where there is no such checkpoint, or it is damaged."""
+        self.wait()
+        steps = self.all_steps()
+        if step not in steps:
+            raise CheckpointError(f"{self._directory} holds checkpoints {steps}, not {step}")
+        whole, damaged = self._find_whole([step])
+        if whole is None:
+            steps.remove(step)
+            problem = damaged.get(step, "see the message of process 0")
+            raise CheckpointError(f"checkpoint {step} is damaged ({problem}); others: {steps}")
+
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints, because the run will come by these steps again."""
         if not steps:
@@ -462,6 +502,12 @@ def _describe_leaves(tree: Any) -> dict[str, str]:
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _shape_of(leaf: str) -> jax.ShapeDtypeStruct:
+    """The array of a description such as "float32[64, 32]"."""
+    dtype, sizes = leaf.removesuffix("]").split("[")
+    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, sizes.split(",")))), dtype)
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:

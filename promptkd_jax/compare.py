@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, comparison_report, schema, signals
+from promptkd_jax import build, comparison_report, flags, schema, signals
 from promptkd_jax.comparison import IRRELEVANT, Plan, Run, plan
 from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
 from promptkd_jax.config import ConfigError, claim, parse
@@ -82,7 +82,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       DataError, ModelError: data or a model that cannot be used.
       ComparisonError: a training failed, or its summary lacks a figure.
     """
-    workdir = workdir.resolve()
+    workdir = pathlib.Path(workdir).resolve()
     made = plan(config, workdir)
     claim(workdir, config, IRRELEVANT)
     trainings = [*made.pretraining.values(), *made.runs.values()]
@@ -442,7 +442,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    text = "folder of a disk: runs are processes of this machine that append to logs there"
+    parser.add_argument("--workdir", required=True, type=flags.disk_path, help=text)
     return parser
 
 

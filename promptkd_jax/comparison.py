@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from promptkd_jax import recipe, schema
-from promptkd_jax.config import Choice, ConfigError, Float, Int, ListOf, Str, check
+from promptkd_jax.config import Choice, ConfigError, Float, Int, ListOf, Path, Str, check
 
 
 class Run(NamedTuple):
@@ -110,6 +110,9 @@ def _contradictions(config: ConfigDict, made: Plan):
             f"config.changes: batch sizes {sorted(rows)}: equal steps are an equal budget only "
             "with equal batches"
         )
+    for name, source in config.test.sets.items():
+        if fault := Path(nonempty=True).fault(source):
+            yield f"config.test.sets.{name}: {source!r} is not {fault}"
     for group in ("methods", "seeds"):
         if len(set(config[group])) < len(config[group]):
             yield f"config.{group}: {config[group]} names one of them twice"
@@ -154,7 +157,7 @@ SCHEMA = {
     "note": Str(),
     "methods": ListOf(Choice(*recipe.METHODS), nonempty=True),
     "reference": Str(),  # what the others are compared with; "": promptkd, or the first
-    "seeds": ListOf(Int(low=0), nonempty=True),
+    "seeds": ListOf(schema.SEED, nonempty=True),
     "budget": {
         "kind": Choice("steps", "seconds"),
         "steps": Int(low=2),  # of every run; at most so many where the budget is in seconds
@@ -170,7 +173,7 @@ SCHEMA = {
         "split": Str(),
         "rows": Int(low=0),  # 0: all
         "batch_size": Int(low=1),
-        "sampling": schema.SCHEMA["evaluation"]["sampling"],
+        "sampling": schema.SAMPLING,
     },
     "exposure_bias": {"rows": Int(low=0), "samples": Int(low=1)},
     "bootstrap": {"draws": Int(low=1)},

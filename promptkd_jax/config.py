@@ -11,13 +11,14 @@ import dataclasses
 import difflib
 import errno
 import hashlib
-import importlib.util
 import inspect
 import json
+import math
 import operator
+import os
 import re
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -26,7 +27,16 @@ from ml_collections.config_dict import CustomJSONEncoder
 
 from promptkd_jax import hosts
 from promptkd_jax.errors import ConfigError
-from promptkd_jax.files import failures, is_remote, make_folder, read_text, to_path, write_json
+from promptkd_jax.files import (
+    GCS_EXTRA,
+    address_fault,
+    failures,
+    is_remote,
+    make_folder,
+    read_text,
+    to_path,
+    write_json,
+)
 
 
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
@@ -45,7 +55,7 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     files, overrides, rest = _split_arguments(argv)
     if len(files) != 1:
         raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
-    file, argument = re.fullmatch(r"(\w+://[^:]*|[^:]*):?(.*)", files[0], re.DOTALL).groups()
+    file, argument = split_argument(files[0])
     config = _own(_read_json(file, argument) if file.endswith(".json") else _import(file, argument))
     mistakes = []
     for path, text in overrides:
@@ -56,6 +66,11 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return config, rest
+
+
+def split_argument(source: str) -> tuple[str, str]:
+    """The file and the argument of "FILE[:arg]", where FILE may be of a bucket."""
+    return re.fullmatch(r"(\w+://[^:]*|[^:]*):?(.*)", source, re.DOTALL).groups()
 
 
 def parse(
@@ -118,7 +133,7 @@ def _claim(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> N
             raise
         needed = (
             "a bucket that exists, credentials for it, the right to read, write, list and delete "
-            "its objects, and the packages of the extra gcs: pip install -e '.[gcs]'"
+            f"its objects, and the packages of the extra gcs: {GCS_EXTRA}"
             if is_remote(folder)
             else "a folder, existing or not, that this user may write"
         )
@@ -198,6 +213,8 @@ class Float:
             return str(self)
         compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
         broken = [pair for pair in self._limits() if not compare[pair[0]](value, pair[1])]
+        if not broken and isinstance(value, float) and not math.isfinite(value):
+            return "finite"
         return " and ".join(f"{sign} {limit:.12g}" for sign, limit in broken)
 
 
@@ -218,6 +235,23 @@ class Str:
 
     def fault(self, value: Any) -> str:
         return "" if isinstance(value, str) and (value or not self.nonempty) else str(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Path(Str):
+    """A file or folder, of a bucket too where `bucket` says so; or another name, such as a hub's.
+
+    What cannot be reached from here is a fault before anything is read or written.
+    """
+
+    bucket: bool = True
+
+    def fault(self, value: Any) -> str:
+        if fault := super().fault(value):
+            return fault
+        if is_remote(value) and not self.bucket:
+            return "a folder of a disk or of a shared file system"
+        return address_fault(value)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -333,10 +367,9 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list, list, list]:
 def _read_json(file: str, argument: str) -> ConfigDict:
     if argument:
         raise ConfigError(f"config: {file} takes no argument, but got {argument!r}")
-    if not to_path(file).is_file():
-        raise ConfigError(f"config: there is no JSON file {file!r}")
+    text = _content(file, "JSON")
     try:
-        content = json.loads(read_text(to_path(file)))
+        content = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"config: {file} is not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
@@ -347,6 +380,18 @@ def _read_json(file: str, argument: str) -> ConfigDict:
     return ConfigDict(_tuples(content["config"]))
 
 
+def _content(file: str, kind: str) -> bytes:
+    """Raises ConfigError for a file that is not there, not of this kind, or cannot be read."""
+    if fault := address_fault(file):
+        raise ConfigError(f"config: {file!r} is not {fault}")
+    try:
+        if file.endswith((".py", ".json")) and to_path(file).is_file():
+            return to_path(file).read_bytes()
+    except failures(file) as error:
+        raise ConfigError(f"config: {file} cannot be read: {error}") from error
+    raise ConfigError(f"config: there is no {kind} file {file!r}")
+
+
 def _tuples(value: Any) -> Any:
     """JSON has lists only; the sequences of a config are tuples."""
     if isinstance(value, dict):
@@ -355,11 +400,9 @@ def _tuples(value: Any) -> Any:
 
 
 def _import(file: str, argument: str) -> ConfigDict:
-    if not Path(file).is_file() or not file.endswith(".py"):
-        raise ConfigError(f"config: there is no Python file {file!r}")
-    spec = importlib.util.spec_from_file_location("config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = types.ModuleType("config")
+    module.__file__ = file if is_remote(file) else os.path.abspath(file)
+    exec(compile(_content(file, "Python"), module.__file__, "exec"), module.__dict__)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config: {file} defines no get_config")
     arguments = [argument] if argument else []

@@ -8,7 +8,6 @@ devices may change between a save and a restore.
 
 import datetime
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
+from etils import epath
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from promptkd_jax.batch import Batch
+from promptkd_jax.files import address_fault, failures, is_remote, to_path
 
 if TYPE_CHECKING:
     from promptkd_jax.offline import Cached
@@ -86,14 +87,19 @@ def read_records(source: str, *, split: str = "train", need_output: bool) -> lis
     return records
 
 
-def _find_file(source: str) -> Path | Traversable | None:
+def _find_file(source: str) -> epath.Path | Traversable | None:
     """The file that `source` means, None if it means a hub data set."""
     if source.startswith(_PACKAGE):
         return _find_package_file(source)
-    path = Path(os.path.expanduser(source))
-    if path.is_file():
-        return path
-    if path.suffix == ".jsonl":
+    path = to_path(source)
+    if fault := address_fault(source):
+        raise DataError(f"{source} is not {fault}")
+    try:
+        if path.is_file():
+            return path
+    except failures(source) as error:
+        raise DataError(f"{source}: cannot be read: {error}") from error
+    if path.suffix in (".jsonl", ".txt") or is_remote(source):
         raise DataError(f"{source}: no such file (looked from {Path.cwd()})")
     return None
 
@@ -107,7 +113,7 @@ def _find_package_file(source: str) -> Traversable:
     return files[name]
 
 
-def _read_lines(path: Path | Traversable, source: str) -> Iterator[tuple[str, object]]:
+def _read_lines(path: epath.Path | Traversable, source: str) -> Iterator[tuple[str, object]]:
     with path.open("rb") as file:  # as bytes, so that a bad one is found on its line
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -397,13 +403,10 @@ def read_corpus(source: str, *, split: str = "train") -> list[str]:
     Raises:
       DataError: as `read_records`.
     """
-    if Path(source).suffix == ".txt":
-        path = Path(os.path.expanduser(source))
-        if not path.is_file():
-            raise DataError(f"{source}: no such file (looked from {Path.cwd()})")
-        texts = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    path = _find_file(source)
+    if path is not None and source.endswith(".txt"):
+        texts = [line.strip() for line in path.read_bytes().decode().splitlines()]
     else:
-        path = _find_file(source)
         located = _read_hub(source, split) if path is None else _read_lines(path, source)
         texts = [_document(fields, where) for where, fields in located]
     if not any(texts):

@@ -19,16 +19,23 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import build, hosts, losses, manifest, sharding
+from promptkd_jax import build, flags, hosts, losses, manifest, schema, sharding
 from promptkd_jax.batch import Batch, responses
-from promptkd_jax.config import ConfigError
+from promptkd_jax.config import ConfigError, Int
 from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
-from promptkd_jax.files import failures, make_folder, to_path, write_json, write_text
+from promptkd_jax.files import check_writable, failures, write_json, write_text
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.linear import linear_loss
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model, check_positions, load_with_tokenizer
+from promptkd_jax.models.load import (
+    RECORD,
+    RECORDED,
+    Model,
+    check_positions,
+    load_with_tokenizer,
+    training_record,
+)
 from promptkd_jax.sampler import Sampling, row_keys, sample
 from promptkd_jax.statistics import spread
 from promptkd_jax.teacher import view
@@ -204,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     with hosts.together(options):
         try:
-            with jax.set_mesh(sharding.make_mesh(sharding.parse_sizes(options.mesh))):
+            with jax.set_mesh(flags.mesh_of(options)):
                 hosts.agree_on_options(options)
                 found = evaluate(options)
         except (ConfigError, DataError, ModelError, HostsError) as error:
@@ -216,15 +223,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Scores by set, written to `options.output`. Raises DataError, ModelError."""
+    """Scores by set, written to `options.output`. Raises ConfigError, DataError, ModelError."""
+    check_writable(options.output)
+    record = recorded(options.model)
+    lengths = {"max_prompt_length": 256, "max_length": 512} | record
+    for name in ("max_prompt_length", "max_length"):
+        if getattr(options, name) is None:
+            setattr(options, name, lengths[name])
     if options.max_length <= options.max_prompt_length:
-        raise DataError(
+        raise ConfigError(
             f"--max-length {options.max_length} leaves no room for an answer beside "
             f"--max-prompt-length {options.max_prompt_length}"
         )
     model = load_with_tokenizer(options.model, dtype=options.dtype)
-    output, found = to_path(options.output), {}
-    make_folder(output)
+    options.template, why = template_for(model, options.template, record)
+    print(f"template {options.template} ({why})", flush=True)
+    output, found = options.output, {}
     for source in options.data:
         name = pathlib.Path(source.removeprefix("package:")).stem
         if name in found:
@@ -247,6 +261,39 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
     write_json(output / "evaluation.json", {"settings": settings, "sets": found})
     return found
+
+
+def recorded(model: str) -> dict[str, Any]:
+    """Reads and checks how a model was asked while it was trained, see `load.training_record`.
+
+    Raises:
+      ModelError: it says what cannot be.
+    """
+    record = training_record(model)
+    fields = {name: schema.SCHEMA["data"][name] for name in RECORDED if name in record}
+    for name, spec in fields.items():
+        if fault := spec.fault(record[name]):
+            raise ModelError(f"{model}: {RECORD}: {name}: {record[name]!r} is not {fault}")
+    return {name: record[name] for name in fields}
+
+
+def template_for(model: Model, given: str | None, record: dict[str, Any]) -> tuple[str, str]:
+    """Chooses the template to ask a model with: what the user gave, else that of its training,
+    else its tokenizer's own. Returns its name, and why this one.
+
+    Raises:
+      ConfigError: nothing tells which.
+    """
+    if given is not None:
+        return given, "as given"
+    if "template" in record:
+        return record["template"], "that of the training"
+    if model.tokenizer.chat_template:
+        return "chat", f"the tokenizer's own, since no {RECORD} says how the model was trained"
+    raise ConfigError(
+        f"--template: {model.name} does not say which one it was trained with (it has no "
+        f"{RECORD}), and its tokenizer has no chat template; give one of {', '.join(TEMPLATES)}"
+    )
 
 
 def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int):
@@ -292,24 +339,20 @@ def _table(found: dict[str, Any]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd evaluate", description=main.__doc__)
-    parser.add_argument("--model", required=True, help="folder, .gguf file, or hub id")
-    parser.add_argument("--data", required=True, nargs="+", help="JSON lines files or hub ids")
+    flags.add_model(parser)
+    data = "JSON lines files or hub ids"
+    parser.add_argument("--data", required=True, nargs="+", type=flags.source, help=data)
     parser.add_argument("--split", default="test", help="of a hub data set")
-    parser.add_argument("--output", required=True, help="folder for the results")
-    template = "that of the training (default: alpaca)"
-    parser.add_argument("--template", default="alpaca", choices=sorted(TEMPLATES), help=template)
-    seeds = "all rows are answered once with each (default: 10 20 30 40 50)"
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help=seeds)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--no-repeat-ngram-size", type=int, default=6, help="published: 6")
-    parser.add_argument("--max-prompt-length", type=int, default=256)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    hosts.add_mesh_argument(parser)
-    hosts.add_arguments(parser)
+    parser.add_argument("--output", required=True, type=flags.path, help="folder for the results")
+    flags.add_template(parser)
+    flags.add_seeds(parser, (10, 20, 30, 40, 50))
+    flags.add_sampling(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
+    for name, default in (("max_prompt_length", 256), ("max_length", 512)):
+        text = f"tokens (default: that of the training, else {default})"
+        flag, limit = f"--{name.replace('_', '-')}", flags.of(schema.SCHEMA["data"][name])
+        parser.add_argument(flag, type=limit, help=text)
+    parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16)
+    flags.add_processes(parser)
     return parser
 
 

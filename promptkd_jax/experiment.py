@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from typing import Any
 
@@ -30,12 +30,14 @@ from promptkd_jax.data import (
     train_batches,
 )
 from promptkd_jax.data_free import DataFree, write_requests
-from promptkd_jax.files import once, to_path
+from promptkd_jax.files import once, to_path, write_json
 from promptkd_jax.method import TARGETS, Method, reads_answers
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.export import save_model, save_without_weights
 from promptkd_jax.models.load import (
+    RECORD,
+    RECORDED,
     Model,
     check_positions,
     check_text,
@@ -43,6 +45,7 @@ from promptkd_jax.models.load import (
     end_ids,
     keep_layers,
     load_model,
+    load_without_weights,
 )
 from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.prompt import (
@@ -443,19 +446,61 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
     return init_soft_prompt(teacher.params, ids, chosen.length)
 
 
+SAVED = ("student", "soft_prompt", "teacher")  # the groups of parameters that `save` writes
+CONFIGS = "configs"  # folder of a workdir: what belongs to its models but their weights
+
+
+def save_configs(experiment: Experiment, workdir: epath.Path) -> None:
+    """Writes all that `save` needs but parameters, so that the student of a checkpoint can be had
+    without the models that the run started from. `load_configs` reads it back."""
+    for name in ("student", "teacher"):
+        if model := getattr(experiment, name):
+            save_without_weights(workdir / CONFIGS / name, model)
+
+
+def load_configs(config: ConfigDict, workdir: epath.Path) -> tuple[Model | None, Model]:
+    """Reads (teacher, student) of a run, named as its config names them, without parameters.
+
+    Raises:
+      ModelError: the run has not come as far as to write them.
+    """
+
+    def load(name: str, path: str) -> Model:
+        how = config[name]
+        dtypes = dict(dtype=how.dtype, param_dtype=how.param_dtype)
+        found = load_without_weights(str(workdir / CONFIGS / name), **dtypes)
+        return found.replace(name=path)
+
+    student, teacher = (workdir / CONFIGS / name for name in ("student", "teacher"))
+    if not hosts.on_first(student.exists):
+        raise ModelError(
+            f"{student}: no such folder; the command that began the run writes it when it is given "
+            "again"
+        )
+    student = load("student", config.student.path or config.teacher.path)
+    teacher = load("teacher", config.teacher.path) if hosts.on_first(teacher.exists) else None
+    return teacher, student
+
+
 def save(
-    experiment: Experiment, state: TrainState, folder: epath.Path, metrics: Sequence[tuple] = ()
+    config: ConfigDict,
+    models: tuple[Model | None, Model],
+    params: Mapping[str, Any],
+    folder: epath.Path,
+    metrics: Sequence[tuple] = (),
 ) -> dict[str, str]:
-    """Writes the student of `state`, with a model card, and its soft prompt into `folder`; the
-    teacher too, where it learned.
+    """Writes a run's student, with a model card and how it was asked, and its soft prompt into
+    `folder`; the teacher too, where it learned.
 
     Args:
+      models: (teacher, student); their own parameters are not looked at.
+      params: by group, as in `TrainState`.
       metrics: for the card, as `report.model_card` takes them.
 
     Returns:
       What lies where.
     """
-    config, teacher = experiment.config, experiment.teacher
+    teacher, student = models
     card = model_card(
         build.title(config),
         teacher=teacher and teacher.name,
@@ -463,19 +508,21 @@ def save(
         stages=[build.describe(stage) for stage in config.stages],
         metrics=metrics,
     )
-    student = experiment.student.replace(params=state.student)
-    save_model(folder / "student", student, card=card)
+    asked = {name: config.data[name] for name in RECORDED}
+    save_model(folder / "student", student.replace(params=params["student"]), card=card)
+    write_json(folder / "student" / RECORD, asked)
     paths = {"student": str(folder / "student")}
-    if "teacher" in state.params:
+    if "teacher" in params:
         paths["teacher"] = str(folder / "teacher")
         decoder = Decoder(teacher.decoder.config.replace(param_dtype="float32"))
-        learned = teacher.replace(decoder=decoder, params=state.params["teacher"])
+        learned = teacher.replace(decoder=decoder, params=params["teacher"])
         save_model(folder / "teacher", learned, card=card)
-    if state.soft_prompt is not None:
+        write_json(folder / "teacher" / RECORD, asked)
+    if "soft_prompt" in params:
         paths["soft prompt"] = str(folder / "soft_prompt")
         save_soft_prompt(
             folder / "soft_prompt",
-            state.soft_prompt,
+            params["soft_prompt"],
             teacher=teacher.name,
             hf_config=teacher.hf_config,
         )
@@ -607,7 +654,7 @@ def _cache(config: ConfigDict, student: Model, rows: Rows, vocab_size: int) -> o
     """What the teacher, which need not be loaded, wrote down about the rows."""
     teacher = config.teacher
     return offline.open_cache(
-        epath.Path(config.cache.path),
+        to_path(config.cache.path),
         teacher=manifest.of_files(teacher.path, teacher.dtype, teacher.param_dtype),
         tokenizer=student.tokenizer,
         rows=rows,

@@ -1,18 +1,22 @@
-"""`promptkd export --workdir DIR --output FOLDER`: a checkpoint of a run, for transformers."""
+"""`promptkd export --workdir DIR --output FOLDER`: a checkpoint of a run, for transformers.
+
+The workdir is all that it needs: it may have been moved or copied, and the models and the data that
+the run began with may be gone.
+"""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
 import jax
 from etils import epath
 
-from promptkd_jax import hosts, sharding
+from promptkd_jax import flags, hosts, sharding
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError, load_config
-from promptkd_jax.data import DataError
-from promptkd_jax.experiment import prepare, save
-from promptkd_jax.files import to_path
+from promptkd_jax.experiment import SAVED, load_configs, save
+from promptkd_jax.files import check_writable, failures
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.loop import open_checkpoints
 from promptkd_jax.models.config import ModelError
@@ -24,33 +28,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     with hosts.together(options):
         try:
             hosts.agree_on_options(options)
-            sizes = sharding.parse_sizes(options.mesh)
-            export(options.workdir, options.step, options.output, sizes)
-        except (CheckpointError, ConfigError, DataError, ModelError, HostsError) as error:
+            export(options.workdir, options.step, options.output, flags.mesh_of(options))
+        except (CheckpointError, ConfigError, ModelError, HostsError) as error:
             sys.exit(f"promptkd export: {error}")
+        except failures(options.output) as error:
+            sys.exit(f"promptkd export: --output {options.output}: {error}")
 
 
-def export(workdir: epath.Path, step: str, output: epath.Path, mesh: dict[str, int]) -> None:
-    """See `main`. Raises CheckpointError where there is no such checkpoint.
+def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.sharding.Mesh) -> None:
+    """See `main`.
 
     Args:
-      mesh: sizes of its axes, on this machine.
+      step: "last", "best", or a number.
+      mesh: of this machine's devices; not that of the run.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or `workdir` is not the folder of a run.
+      ModelError: the run has not come as far as to a checkpoint.
     """
     file = workdir / "config.json"
     if not hosts.on_first(file.exists):
         raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
     config, _ = load_config([f"--config={file}"])
-    config.mesh.update(mesh)
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
+    check_writable(output)
+    models = load_configs(config, workdir)
+    with open_checkpoints(config, workdir) as checkpoints:
         named = {"last": checkpoints.latest_step, "best": checkpoints.best_step}
         number = named[step]() if step in named else int(step)
         if number is None:
             raise CheckpointError(f"{workdir}/checkpoints has no {step} checkpoint")
-        experiment = prepare(config, workdir, mesh)
-        like = experiment.abstract_state(), experiment.unpadded_state()
-        state, _ = checkpoints.restore(number, *like)
-    paths = save(experiment, state, output)
+        place = functools.partial(sharding.shardings, mesh=mesh)
+        params = checkpoints.restore_params(number, SAVED, place)
+    paths = save(config, models, params, output)
     print(f"step {number}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
 
 
@@ -62,11 +71,11 @@ def _step(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd export", description=main.__doc__)
-    parser.add_argument("--workdir", required=True, type=to_path, help="of a promptkd train")
-    parser.add_argument("--output", required=True, type=to_path)
+    parser.add_argument("--workdir", required=True, type=flags.path, help="of a promptkd train")
+    parser.add_argument("--output", required=True, type=flags.path)
     parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
-    hosts.add_mesh_argument(parser)
-    hosts.add_arguments(parser)
+    flags.add_mesh(parser)
+    flags.add_processes(parser)
     return parser
 
 

@@ -5,14 +5,20 @@ many machines share, or of a bucket (`gs://bucket/run`); a `pathlib.Path` does f
 a bucket. Of the processes of a run, which all call these functions alike, the first writes.
 """
 
+import hashlib
 import json
 import os
+import pathlib
 import platform
+import re
 import secrets
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+import fsspec
 import fsspec.config
 import numpy as np
 from etils import epath
@@ -22,8 +28,10 @@ from promptkd_jax import hosts
 
 BUCKET_SECONDS = 10.0  # from one writing of a growing object to the next
 SHARED_SECONDS = 30.0  # that a file of one machine may need until others see it
+GCS_EXTRA = "pip install 'promptkd_jax[gcs]'"  # for what is in a bucket
 _POLL_SECONDS = 0.5
 _NAME_BYTES = 64
+_COPY_BYTES = 16 * 2**20
 
 
 def to_path(text: str | os.PathLike) -> epath.Path:
@@ -41,6 +49,23 @@ def to_path(text: str | os.PathLike) -> epath.Path:
 def is_remote(file: str | os.PathLike) -> bool:
     """Whether it is in a bucket: without appending, renaming, memory maps and real folders."""
     return "://" in os.fspath(file)
+
+
+def address_fault(text: str) -> str:
+    """The fault of a path or name that a user gave, as words after "is not"; "" for none.
+
+    Nothing is asked of the network: a scheme is known or not, its packages are installed or not.
+    """
+    scheme = re.match(r"(\w+):/", text)  # also gs:/bucket, as pathlib spoils it
+    if scheme is None:
+        return ""
+    if not text.startswith("gs://"):
+        return "a path or a hub id (owner/name); buckets are those of gs://BUCKET/… alone"
+    try:
+        fsspec.get_filesystem_class("gcs")
+    except ImportError:
+        return f"within reach: buckets need the packages of the extra gcs: {GCS_EXTRA}"
+    return ""
 
 
 def failures(file: str | os.PathLike) -> tuple[type[Exception], ...]:
@@ -61,6 +86,57 @@ def make_folder(folder: epath.Path) -> None:
     """With its parents, where it is absent. A bucket has no folders, and is not made."""
     if hosts.is_first() and not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Makes a folder and a file in it, which goes again: so that work is not done and then lost.
+
+    Raises:
+      OSError, or another of `failures`: nothing can be written there.
+    """
+
+    def check():
+        make_folder(folder)
+        probe = folder / f".writable-{secrets.token_hex(8)}"
+        probe.write_bytes(b"")
+        probe.unlink()
+
+    hosts.on_first(check)
+
+
+def local_copy(source: epath.Path, suffixes: Collection[str]) -> pathlib.Path:
+    """Copies a file of a bucket, or of a folder there the files with these suffixes, to this
+    machine, where models of the hub are kept as well (`HF_HOME`).
+
+    What is there already is not copied again, unless a name, a size or a time has changed.
+
+    Raises:
+      OSError, or another of `failures`: it cannot be read, or not be written here.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    single = source.is_file()
+    found = [source] if single else [f for f in source.iterdir() if f.suffix in suffixes]
+    facts = sorted((file.name, *_size_and_time(file)) for file in found)
+    digest = hashlib.sha256(json.dumps([os.fspath(source), facts]).encode()).hexdigest()
+    folder = pathlib.Path(HF_HOME) / "promptkd_jax" / digest
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as begun:
+            for file in found:
+                with file.open("rb") as theirs, open(pathlib.Path(begun) / file.name, "wb") as ours:
+                    shutil.copyfileobj(theirs, ours, _COPY_BYTES)
+            try:
+                pathlib.Path(begun).rename(folder)
+            except OSError:
+                if not folder.exists():  # where another process was not faster
+                    raise
+    return folder / source.name if single else folder
+
+
+def _size_and_time(file: epath.Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.length, found.mtime
 
 
 def write_text(file: epath.Path, text: str) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from promptkd_jax import build, hosts, sharding
-from promptkd_jax.config import ConfigError
-from promptkd_jax.data import TEMPLATES, DataError, Record, tokenize
-from promptkd_jax.evaluate import decode, write_answers
+from promptkd_jax import build, flags, hosts, schema
+from promptkd_jax.config import ConfigError, Int
+from promptkd_jax.data import DataError, Record, tokenize
+from promptkd_jax.evaluate import decode, recorded, template_for, write_answers
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import load_with_tokenizer
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     with hosts.together(options):
         try:
-            with jax.set_mesh(sharding.make_mesh(sharding.parse_sizes(options.mesh))):
+            with jax.set_mesh(flags.mesh_of(options)):
                 hosts.agree_on_options(options)
                 _answer_all(options)
         except (ConfigError, DataError, ModelError, HostsError) as error:
@@ -28,13 +28,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _answer_all(options: argparse.Namespace) -> None:
+    record = recorded(options.model)
     model = load_with_tokenizer(options.model, dtype=options.dtype)
+    template, why = template_for(model, options.template, record)
+    if hosts.is_first():  # beside the answers, which may go into a file
+        print(f"template {template} ({why})", file=sys.stderr, flush=True)
     chosen = build.sampling(options, model.eos_ids)
     for number, request in enumerate(_requests(options.request)):
         rows = tokenize(
             [Record(request, "", ())],
             model.tokenizer,
-            template=options.template,
+            template=template,
             max_prompt_length=options.max_prompt_length,
             max_length=options.max_prompt_length + options.max_new_tokens,
             eos_id=model.eos_ids[0],
@@ -70,20 +74,15 @@ def _typed() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd generate", description=main.__doc__)
-    parser.add_argument("--model", required=True, help="folder, .gguf file, or hub id")
+    flags.add_model(parser)
     parser.add_argument("--request", help="answer this and stop")
-    template = "that of the training (default: chat)"
-    parser.add_argument("--template", default="chat", choices=sorted(TEMPLATES), help=template)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--no-repeat-ngram-size", type=int, default=0)
-    parser.add_argument("--max-prompt-length", type=int, default=256)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=10)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    hosts.add_mesh_argument(parser)
-    hosts.add_arguments(parser)
+    flags.add_template(parser)
+    flags.add_sampling(parser, temperature=0.0, no_repeat_ngram_size=0)
+    count = flags.of(Int(low=1))
+    parser.add_argument("--max-prompt-length", type=count, default=256)
+    parser.add_argument("--max-new-tokens", type=count, default=128)
+    parser.add_argument("--seed", type=flags.of(schema.SEED), default=10)
+    flags.add_processes(parser)
     return parser
 
 

@@ -43,28 +43,6 @@ class HostsError(RuntimeError):
     """Processes that cannot be one run; says which, and what would be right."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `together`."""
-    group = parser.add_argument_group(
-        "many processes", "Found by themselves on Slurm, Cloud TPU (GCE, GKE) and under Open MPI."
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--processes", type=int, help="how many there are")
-    group.add_argument("--process", type=int, help="which of them this is, from 0")
-    group.add_argument(
-        "--start-timeout", type=int, default=50, metavar="SECONDS", help="for all to come together"
-    )
-    group.add_argument(
-        "--heartbeat", type=int, default=60, metavar="SECONDS", help="until a silent one is dead"
-    )
-
-
-def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag `--mesh` of commands without a config, for `sharding.parse_sizes`."""
-    text = "data,fsdp,tensor; -1 for the rest; such as --mesh=1,-1,1 (default: --mesh=-1,1,1)"
-    parser.add_argument("--mesh", default="-1,1,1", help=text)
-
-
 @contextlib.contextmanager
 def together(options: argparse.Namespace) -> Iterator[None]:
     """Starts the processes of a run; where one fails, all say why, and end.
@@ -74,7 +52,7 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     does; see `Checkpoints.reached_preemption`). Only the first process writes to stdout.
 
     Args:
-      options: with the flags of `add_arguments`.
+      options: with the flags of `flags.add_processes`.
 
     Raises:
       SystemExit: flags that do not say who this process is. (Where the others do not come, or one

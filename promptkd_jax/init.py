@@ -7,13 +7,15 @@ folder of their own, several runs, or other tools, start from one student.
 """
 
 import argparse
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 
+from promptkd_jax import flags, schema
+from promptkd_jax.files import check_writable, failures
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import chosen_layers, keep_layers, load_model
@@ -26,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         init(options.teacher, options.layers, options.output, dtype=options.dtype)
     except ModelError as error:
         sys.exit(f"promptkd init: {error}")
+    except failures(options.output) as error:
+        sys.exit(f"promptkd init: --output {options.output}: {error}")
 
 
 def init(
-    teacher: str, layers: int | Sequence[int], output: pathlib.Path, *, dtype: str = "float32"
+    teacher: str, layers: int | Sequence[int], output: epath.Path, *, dtype: str = "float32"
 ) -> None:
     """Writes the student as a transformers folder with a model card.
 
@@ -49,6 +53,7 @@ def init(
     depth = whole.decoder.config.depth
     kept = chosen_layers(depth, layers)
     student = keep_layers(whole, kept)
+    check_writable(output)
     facts = {
         "Teacher": f"{teacher} ({depth} layers)",
         "Its layers that were kept, counted from 0": ", ".join(map(str, kept)),
@@ -58,10 +63,10 @@ def init(
     print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts.items()), sep="\n")
 
 
-def _check_empty(folder: pathlib.Path) -> None:
+def _check_empty(folder: epath.Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{folder}: is a file; the student is written into a folder")
-    found = sorted(file.name for file in folder.glob("*"))
+    found = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
     if found:
         what = "a model" if "config.json" in found else "files"
         raise ModelError(
@@ -103,15 +108,16 @@ def _layers(text: str) -> int | tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd init", description=main.__doc__)
-    parser.add_argument("--teacher", required=True, help="folder, .gguf file, or hub id")
+    text = "folder (also that of a run), .gguf file, or hub id"
+    parser.add_argument("--teacher", required=True, type=flags.source, help=text)
     parser.add_argument(
         "--layers",
         required=True,
         type=_layers,
         help="how many, evenly spread (18); or which, counted from 0 (0,2,4,7,9,11)",
     )
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a new folder")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--output", required=True, type=flags.path, help="a new folder")
+    parser.add_argument("--dtype", default="float32", choices=schema.DTYPE.options)
     return parser
 
 

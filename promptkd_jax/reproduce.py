@@ -17,15 +17,16 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import build, hosts, published, recipe, schema, sharding, train
-from promptkd_jax.config import ConfigError, claim, fingerprint, load_config
+from promptkd_jax import build, flags, hosts, published, recipe, schema, sharding, train
+from promptkd_jax.config import ConfigError, claim, fingerprint, load_config, split_argument
 from promptkd_jax.data import DataError, Record, read_records, tokenize
 from promptkd_jax.evaluate import score
-from promptkd_jax.files import once, write_json, write_text
+from promptkd_jax.files import is_remote, once, write_json, write_text
 from promptkd_jax.models.load import Model, load_with_tokenizer
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.statistics import spread
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def reproduce(
     source: str,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     *,
     methods: Sequence[str],
     seeds: Sequence[int] = SEEDS,
@@ -103,7 +104,7 @@ def reproduce(
       ModelError, CheckpointError, TrainingError: see `train.run`.
     """
     records, theirs = read_sets(sets), published_numbers(source)
-    workdir = workdir.resolve()
+    workdir = workdir if is_remote(workdir) else workdir.resolve()
     runs = plan(source, workdir, methods, overrides, from_published=from_published)
     models = contenders(runs, workdir)
     for name, config in runs.items():
@@ -144,7 +145,7 @@ def read_sets(arguments: Sequence[str]) -> dict[str, list[Record]]:
             raise DataError(f"--sets: {argument!r} is not NAME=FILE with NAME one of {names}")
         if name in found:
             raise DataError(f"--sets: {name} is given twice")
-        if not pathlib.Path(file).is_file():
+        if not is_remote(file) and not pathlib.Path(file).is_file():
             raise DataError(f"--sets {argument}: no such file (looked from {pathlib.Path.cwd()})")
         found[name] = read_records(file, need_output=True)
     if missing := missing_sets(found):
@@ -165,7 +166,7 @@ def published_numbers(source: str) -> dict[str, dict[str, float]]:
 
     Without a size it is the first, as in `recipe.paper_config`.
     """
-    file, _, argument = source.partition(":")
+    file, argument = split_argument(source)
     sizes = published.ROUGE_L.get(pathlib.Path(file).stem, {})
     arguments = dict(part.partition("=")[::2] for part in argument.split(","))
     student = arguments.get("student", next(iter(sizes), ""))
@@ -177,7 +178,7 @@ def published_numbers(source: str) -> dict[str, dict[str, float]]:
 
 def plan(
     source: str,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     methods: Sequence[str],
     overrides: Sequence[str],
     *,
@@ -205,7 +206,7 @@ def plan(
 
 def _config(source: str, method: str, overrides: Sequence[str]) -> ConfigDict:
     """What the config file says for one method."""
-    file, _, argument = source.partition(":")
+    file, argument = split_argument(source)
     if re.search(r"\bmethod=", argument):
         raise ConfigError(f"config: {source}: name the methods after --methods")
     argument = ",".join(filter(None, (argument, f"method={method}")))
@@ -225,7 +226,7 @@ def _refuse_paths(overrides: Sequence[str]) -> None:
             )
 
 
-def _connect(runs: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
+def _connect(runs: dict[str, ConfigDict], workdir: epath.Path) -> None:
     """Sets teacher and student of each run to what the runs before it export."""
     for name, config in runs.items():
         if name != "teacher" and config.teacher.path:
@@ -234,11 +235,11 @@ def _connect(runs: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
             config.student.update(path=_export(workdir, "init"), layers=0)
 
 
-def _export(workdir: pathlib.Path, run: str) -> str:
+def _export(workdir: epath.Path, run: str) -> str:
     return str(workdir / run / "student")
 
 
-def contenders(runs: Mapping[str, ConfigDict], workdir: pathlib.Path) -> dict[str, Contender]:
+def contenders(runs: Mapping[str, ConfigDict], workdir: epath.Path) -> dict[str, Contender]:
     """What is evaluated: the teacher, of this pipeline or of the config, and every student.
 
     Raises:
@@ -261,7 +262,7 @@ def evaluate(
     contender: Contender,
     sets: Mapping[str, Sequence[Record]],
     seeds: Sequence[int],
-    folder: pathlib.Path,
+    folder: epath.Path,
 ) -> Scores:
     """ROUGE-L of every set and seed, kept with the answers in `folder`, one file for each.
 
@@ -411,11 +412,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="such as configs/gpt2.py:student=base")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--workdir", required=True, type=flags.path)
     parser.add_argument(
         "--methods", nargs="+", default=["promptkd"], choices=recipe.METHODS, metavar="METHOD"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED")
+    flags.add_seeds(parser, SEEDS)
     parser.add_argument(
         "--sets",
         nargs="+",
@@ -428,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start from the fine-tuned models that the config names",
     )
-    hosts.add_arguments(parser)
+    flags.add_processes(parser)
     return parser
 
 

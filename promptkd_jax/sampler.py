@@ -8,6 +8,7 @@ B batch, T columns, M soft-prompt tokens, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,22 @@ class Sampling:
     top_p: float = 1.0
     no_repeat_ngram_size: int = 0
     eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        """Raises ValueError for numbers by which no token, or the unlikely, would be chosen."""
+        right = {
+            "temperature": (0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
+        }
+        mistakes = [
+            f"{name}: {getattr(self, name)}; expected {expected}"
+            for name, (good, expected) in right.items()
+            if not good
+        ]
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
 
 
 class Rollout(NamedTuple):

@@ -16,6 +16,7 @@ from promptkd_jax.config import (
     Int,
     ListOf,
     Optional,
+    Path,
     Str,
     check,
 )
@@ -112,14 +113,15 @@ class _Date:
             return str(self)
 
 
-_DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
-_SAMPLING = {
+DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
+SEED = Int(low=0, high=2**32 - 1)  # JAX's keys have as many bits; one more would be another's
+SAMPLING = {
     "temperature": Float(low=0.0),
     "top_k": Int(low=0),
     "top_p": Float(low=0.0, high=1.0, open_low=True),
     "no_repeat_ngram_size": Int(low=0),
 }
-_MODEL = {"path": Str(), "dtype": _DTYPE, "param_dtype": _DTYPE, "remat": Choice("auto", *REMAT)}
+_MODEL = {"path": Path(), "dtype": DTYPE, "param_dtype": DTYPE, "remat": Choice("auto", *REMAT)}
 _POLICY_GRADIENT = {
     "gamma": Float(low=0.0, high=1.0),
     "reward_scaling": Float(low=0.0, open_low=True),
@@ -174,11 +176,11 @@ _STAGE = {
     "weight_decay": Float(low=0.0),
     "clip": Float(low=0.0, open_low=True),
     "adam_b2": Float(low=0.0, high=0.999999),
-    "sampling": _SAMPLING,
+    "sampling": SAMPLING,
 }
 SCHEMA = {
     "title": Str(),
-    "seed": Int(low=0),
+    "seed": SEED,
     "preset": Choice(*PRESETS),
     "teacher": _MODEL,
     "student": {**_MODEL, "layers": _TeacherLayers()},
@@ -189,14 +191,14 @@ SCHEMA = {
         "add_special_tokens": Bool(),
     },
     "in_context": {"examples": Int(low=1)},
-    "cache": {"path": Str(), "top_k": Int(low=1)},
+    "cache": {"path": Path(bucket=False), "top_k": Int(low=1)},
     "data": {
-        "train": Str(nonempty=True),
+        "train": Path(nonempty=True),
         "train_split": Str(),
-        "dev": Str(nonempty=True),
+        "dev": Path(nonempty=True),
         "dev_split": Str(),
         "dev_rows": Int(low=0),
-        "corpus": Str(),
+        "corpus": Path(),
         "corpus_split": Str(),
         "template": Choice("alpaca", "chat", "plain"),
         "date": _Date(),
@@ -214,14 +216,14 @@ SCHEMA = {
         "fluency_weight": Float(low=0.0),
         "entropy_weight": Float(low=0.0),
         "temperature": Float(low=0.0, open_low=True),
-        "seed": Int(low=0),
-        "bank": Str(nonempty=True),
+        "seed": SEED,
+        "bank": Path(nonempty=True),
     },
-    "answers": {"path": Str(), "batch_size": Int(low=1), "sampling": _SAMPLING},
+    "answers": {"path": Path(), "batch_size": Int(low=1), "sampling": SAMPLING},
     "evaluation": {
         "every": Int(low=0),
         "batch_size": Int(low=1),
-        "sampling": _SAMPLING,
+        "sampling": SAMPLING,
         "references": Choice("gold", "teacher"),
         "teacher": Bool(),
         "prompt_effect": Bool(),

@@ -44,7 +44,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 FEW_HEADS = r"layers/attention/(key|value)/(kernel|bias)"
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[Any] | None = None, *, name: str = "config.mesh"
+) -> Mesh:
     """A mesh of `devices` (all); one of the sizes may be -1, "the rest".
 
     Devices of several slices (TPU) are joined along `data`, which crosses the slow network least
@@ -52,11 +54,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     that neighbours along `tensor` and `fsdp` are those of one node.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or `data` to slices.
+      ConfigError: the sizes, called `name`, do not multiply to the number of devices, or `data` to
+        slices.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    shape = mesh_shape(sizes, len(devices), slices)
+    shape = mesh_shape(sizes, len(devices), slices, name=name)
     if slices > 1:
         inside = (shape[0] // slices, *shape[1:])
         placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
@@ -69,14 +72,19 @@ def parse_sizes(text: str) -> dict[str, int]:
     """The sizes in a text such as "1,-1,1": data, fsdp, tensor.
 
     Raises:
-      ConfigError: not three whole numbers.
+      ConfigError: not three whole numbers of at least 1, one of which may be -1.
     """
-    if not re.fullmatch(r"-?\d+(,-?\d+){2}", text):
-        raise ConfigError(f"mesh: {text!r} is not data,fsdp,tensor, such as 1,-1,1")
+    if not re.fullmatch(r"(0*[1-9]\d*|-1)(,(0*[1-9]\d*|-1)){2}", text) or text.count("-") > 1:
+        raise ConfigError(
+            f"--mesh: {text!r} is not data,fsdp,tensor, such as 1,-1,1: each at least 1, or once "
+            "-1 for the rest of the devices"
+        )
     return dict(zip(AXES, map(int, text.split(","))))
 
 
-def mesh_shape(sizes: Mapping[str, int], devices: int, slices: int = 1) -> tuple[int, ...]:
+def mesh_shape(
+    sizes: Mapping[str, int], devices: int, slices: int = 1, *, name: str = "config.mesh"
+) -> tuple[int, ...]:
     """The sizes in the order of `AXES`, one that is -1 filled in.
 
     Raises:
@@ -88,10 +96,10 @@ def mesh_shape(sizes: Mapping[str, int], devices: int, slices: int = 1) -> tuple
         known = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = devices // max(known, 1)
     if math.prod(shape) != devices or min(shape) < 1:
-        raise ConfigError(f"config.mesh: {asked} does not make {devices} devices")
+        raise ConfigError(f"{name}: {asked} does not make {devices} devices")
     if shape[0] % slices:
         raise ConfigError(
-            f"config.mesh.data: {shape[0]} is not a multiple of the {slices} slices, between which "
+            f"{name}.data: {shape[0]} is not a multiple of the {slices} slices, between which "
             "only this axis goes"
         )
     return tuple(shape)

@@ -19,12 +19,12 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, hosts, schema, sharding
+from promptkd_jax import build, flags, hosts, schema, sharding
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError, as_json, claim, parse
 from promptkd_jax.data import DataError
-from promptkd_jax.experiment import Experiment, prepare, save, with_date
-from promptkd_jax.files import check_shared, once, read_text, to_path, write_json
+from promptkd_jax.experiment import Experiment, prepare, save, save_configs, with_date
+from promptkd_jax.files import check_shared, once, read_text, write_json
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.loop import Trained, TrainingError, assess, fit, score_dev
 from promptkd_jax.models.config import ModelError
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _, config = parse(_parser(), argv)
             schema.check_recipe(config)
-            run(config, to_path(options.workdir))
+            run(config, options.workdir)
         except MISTAKES as error:
             sys.exit(f"promptkd train: {error}")
         except KeyboardInterrupt:
@@ -90,6 +90,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     config = with_chosen_remat(with_date(config, workdir), mesh)
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
+        save_configs(experiment, workdir)
         for doubt in _doubts(experiment):
             print(f"warning: {doubt}", flush=True)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))
@@ -161,7 +162,9 @@ def finish(
         for key, (name, *rest) in HELD_OUT.items()
         if key in after
     ]
-    paths = {"report": str(workdir / "report.html")} | save(experiment, state, workdir, rows)
+    models = experiment.teacher, experiment.student
+    paths = {"report": str(workdir / "report.html")}
+    paths |= save(config, models, state.params, workdir, rows)
     summary = _summary(trained, before, after)
     facts = {
         "Device": jax.devices()[0].device_kind,
@@ -244,8 +247,9 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run, or gs://BUCKET/…")
-    hosts.add_arguments(parser)
+    text = "folder of the run, or gs://BUCKET/…"
+    parser.add_argument("--workdir", required=True, type=flags.path, help=text)
+    flags.add_processes(parser)
     return parser
 
 

@@ -1,5 +1,6 @@
 """A bucket in memory for `gs://` paths, with what real ones lack: appending, and other buckets."""
 
+import fsspec
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
@@ -41,6 +42,7 @@ class Bucket(MemoryFileSystem):
 
 def make(monkeypatch) -> tuple[epath.Path, Bucket]:
     """A new one, and the path of a run in it."""
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda scheme: Bucket)  # that of gcsfs
     bucket, kind = Bucket(), type(backend.fsspec_backend)
     others = kind.fs
     monkeypatch.setattr(

@@ -105,6 +105,37 @@ def test_every_kind_of_leaf_returns_bit_for_bit(three):
     assert isinstance(restored["optimizer"][1][0], optax.ScaleByAdamState)
 
 
+def test_parameters_can_be_had_without_the_rest(tmp_path):
+    """By their names, placed as asked; what else the state has needs no place to go to."""
+    student = {
+        "layers": {"kernel": jnp.arange(6.0).reshape(2, 3)},
+        "scale": jnp.ones(3, "bfloat16"),
+    }
+    params = {"student": student, "projection": [jnp.ones(2)], "soft_prompt": jnp.zeros((7, 3))}
+    with Checkpoints(tmp_path, keep=1, every=1) as checkpoints:
+        checkpoints.save(3, {"params": params, "key": jax.random.key(1)}, {})
+    asked = []
+
+    def place(shapes):
+        asked.append(shapes)
+        return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+
+    with Checkpoints(tmp_path, keep=1, every=1) as checkpoints:
+        found = checkpoints.restore_params(3, ("student", "teacher", "soft_prompt"), place)
+        with pytest.raises(CheckpointError, match=r"holds checkpoints \[3\], not 4"):
+            checkpoints.restore_params(4, ("student",), place)
+    del params["projection"]
+    assert_same_bits(found, params)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), asked[0]) == shapes
+    flip_byte(largest_file(tmp_path / "3"))
+    with (
+        Checkpoints(tmp_path, keep=1, every=1) as checkpoints,
+        pytest.raises(CheckpointError, match="checkpoint 3 is damaged"),
+    ):
+        checkpoints.restore_params(3, ("student",), place)
+
+
 def test_an_older_checkpoint_can_be_asked_for(three):
     with Checkpoints(three, keep=10, every=1) as checkpoints:
         restored, meta = checkpoints.restore(10, abstract(make_state(10)))

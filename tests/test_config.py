@@ -18,6 +18,7 @@ from promptkd_jax.config import (
     Int,
     ListOf,
     Optional,
+    Path,
     Str,
     as_json,
     check,
@@ -498,6 +499,38 @@ def test_a_run_in_a_bucket_keeps_its_config(load, monkeypatch):
         claim(folder, config)
     with pytest.raises(ConfigError, match="config.json takes no argument, but got 'arg'"):
         load_config([f"--config={folder}/config.json:arg"])
+
+
+def test_a_config_in_a_bucket_is_read(monkeypatch):
+    folder, _ = bucket.make(monkeypatch)
+    source = "from ml_collections import ConfigDict\ndef get_config(size='1'):\n"
+    (folder / "a.py").write_text(
+        source + "    return ConfigDict(dict(size=int(size), at=__file__))"
+    )
+    for argument, size in ((":7", 7), ("", 1)):
+        config, _ = load_config([f"--config={folder}/a.py{argument}"])
+        assert config.size == size and config.at == "gs://pail/run/a.py"
+    for source, message in (
+        ("gs://pail/b.py", "there is no Python file 'gs://pail/b.py'"),
+        ("gs://other/b.py", "there is no Python file 'gs://other/b.py'"),
+        ("gs://pail/config.json", "there is no JSON file 'gs://pail/config.json'"),
+        ("s3://pail/b.py", "'s3://pail/b.py' is not a path .*gs://BUCKET"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config([f"--config={source}"])
+
+
+def test_a_bucket_without_its_packages_names_them(monkeypatch):
+    def absent(scheme):
+        raise ImportError
+
+    monkeypatch.setattr("promptkd_jax.files.fsspec.get_filesystem_class", absent)
+    needed = r"within reach: buckets need .* pip install 'promptkd_jax\[gcs\]'"
+    with pytest.raises(ConfigError, match=f"^config: 'gs://pail/a.py' is not {needed}"):
+        load_config(["--config=gs://pail/a.py:7"])
+    with pytest.raises(ConfigError, match=f"^config.path: 'gs://pail/a' is not {needed}"):
+        check(ConfigDict(dict(path="gs://pail/a")), {"path": Path()})
+    check(ConfigDict(dict(path="owner/name")), {"path": Path(bucket=False)})
 
 
 def test_only_the_first_process_claims(tmp_path, monkeypatch):

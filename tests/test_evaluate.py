@@ -3,8 +3,10 @@
 import io
 import json
 import pathlib
+import shutil
 import sys
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,9 @@ import tiny
 
 from promptkd_jax import evaluate, generate
 from promptkd_jax.data import Record, tokenize
+from promptkd_jax.files import read_text
 from promptkd_jax.models.decoder import head
+from promptkd_jax.models.export import save_model
 from promptkd_jax.models.load import load_model
 from promptkd_jax.sampler import Sampling
 
@@ -115,6 +119,134 @@ def test_evaluate_says_what_is_wrong(folder, tmp_path):
         evaluate.main([*arguments, f"--output={tmp_path}", "--template=plain"])
     with pytest.raises(SystemExit, match="no such folder or file"):
         evaluate.main(["--model=nowhere", "--data=x.jsonl", f"--output={tmp_path}"])
+
+
+def trained_with(folder, name: str, text: str) -> pathlib.Path:
+    """A copy of the student with this beside it."""
+    copy = shutil.copytree(folder / "student", folder / name)
+    (copy / "promptkd.json").write_text(text)
+    return copy
+
+
+def settings(output) -> dict:
+    return json.loads((output / "evaluation.json").read_text())["settings"]
+
+
+def test_a_model_is_asked_as_it_was_trained(folder, tmp_path, capsys):
+    """Template and lengths are those beside the model, where no flag says otherwise."""
+    record = {"template": "plain", "max_prompt_length": 16, "max_length": 24, "later": 1}
+    model = trained_with(folder, "recorded", json.dumps(record))
+    arguments = [f"--model={model}", f"--data={folder / 'one.jsonl'}", "--seeds=1"]
+    evaluate.main([*arguments, f"--output={tmp_path / 'a'}"])
+    assert "template plain (that of the training)" in capsys.readouterr().out
+    wanted = {"template": "plain", "max_prompt_length": 16, "max_length": 24}
+    assert wanted.items() <= settings(tmp_path / "a").items()
+    evaluate.main(command(folder, tmp_path / "b", "--seeds=1"))  # which says all of it
+    answers = [(tmp_path / x / "one-seed1.jsonl").read_text() for x in "ab"]
+    assert answers[0] == answers[1]
+    asked = [f"--model={model}", "--request=say red", "--max-new-tokens=6"]
+    capsys.readouterr()
+    generate.main(asked)
+    printed = capsys.readouterr()
+    assert "template plain (that of the training)" in printed.err
+    generate.main([*asked, "--template=plain"])
+    assert capsys.readouterr().out == printed.out
+
+
+def test_a_flag_wins_over_the_training(folder, tmp_path):
+    record = {"template": "alpaca", "max_prompt_length": 20, "max_length": 28}
+    model = trained_with(folder, "otherwise", json.dumps(record))
+    arguments = [f"--model={model}", f"--data={folder / 'one.jsonl'}", "--seeds=1"]
+    with pytest.raises(SystemExit, match="all 5 prompts are longer than max_prompt_length 20"):
+        evaluate.main([*arguments, f"--output={tmp_path / 'a'}"])  # the text of alpaca is
+    how = ["--template=plain", "--max-prompt-length=16", "--max-length=24"]
+    evaluate.main([*arguments, *how, f"--output={tmp_path / 'a'}"])
+    evaluate.main(command(folder, tmp_path / "b", "--seeds=1"))
+    answers = [(tmp_path / x / "one-seed1.jsonl").read_text() for x in "ab"]
+    assert answers[0] == answers[1]
+
+
+def test_a_model_that_does_not_say_how_it_was_trained(folder, tmp_path, capsys):
+    """Its chat template, where it has one, else a question: never a template that nobody chose."""
+    arguments = [f"--data={folder / 'one.jsonl'}", "--seeds=1", f"--output={tmp_path}"]
+    lengths = ["--max-prompt-length=16", "--max-length=24"]
+    request = ["--request=say red", "--max-new-tokens=4"]
+    question = r"--template: .*student does not say .* give one of alpaca, chat, plain"
+    with pytest.raises(SystemExit, match=question):
+        evaluate.main([f"--model={folder / 'student'}", *arguments])
+    with pytest.raises(SystemExit, match=question):
+        generate.main([f"--model={folder / 'student'}", *request])
+    chat = shutil.copytree(folder / "student", folder / "chat")
+    words = tiny.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    words.save_pretrained(chat)
+    evaluate.main([f"--model={chat}", *arguments, *lengths])
+    assert settings(tmp_path)["template"] == "chat"
+    generate.main([f"--model={chat}", *request])
+    assert "template chat (the tokenizer's own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("odd", '{"template": "poem"}', "promptkd.json: template: 'poem' is not one of 'alpaca'"),
+        ("short", '{"max_length": 0}', "promptkd.json: max_length: 0 is not >= 2"),
+        ("torn", '{"template": ', "promptkd.json:1: not JSON"),
+        ("list", "[]", "promptkd.json: is not a JSON object"),
+    ],
+)
+def test_a_record_that_cannot_be(folder, name, text, message):
+    model = trained_with(folder, name, text)
+    with pytest.raises(SystemExit, match=message):
+        generate.main([f"--model={model}", "--request=say red"])
+
+
+def test_a_lengths_flag_is_weighed_against_the_record(folder, tmp_path):
+    model = trained_with(folder, "long", '{"max_prompt_length": 50, "max_length": 60}')
+    arguments = [f"--model={model}", f"--data={folder / 'one.jsonl'}", f"--output={tmp_path}"]
+    with pytest.raises(SystemExit, match="--max-length 40 leaves no room .*-length 50"):
+        evaluate.main([*arguments, "--max-length=40"])
+
+
+def test_an_output_that_cannot_be_is_found_before_the_model_is_read(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--output .*file/out: .*Not a directory"):
+        evaluate.main(
+            ["--model=absent/absent", "--data=x.jsonl", f"--output={tmp_path / 'file' / 'out'}"]
+        )
+
+
+def test_models_data_and_results_in_a_bucket(folder, tmp_path, capsys, monkeypatch):
+    """The same scores as from a disk; a model is copied once, and again when it has changed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    pail, _ = bucket.make(monkeypatch)
+    student = load_model(str(folder / "student"))
+    save_model(pail / "model", student)
+    (pail / "one.jsonl").write_bytes((folder / "one.jsonl").read_bytes())
+    how = ["--template=plain", "--max-prompt-length=16", "--max-length=24", "--seeds=1"]
+    arguments = [f"--model={pail / 'model'}", f"--data={pail / 'one.jsonl'}", *how]
+    evaluate.main([*arguments, f"--output={pail / 'out'}"])
+    evaluate.main(command(folder, tmp_path / "out", "--seeds=1"))
+    ours, theirs = (x / "out" / "one-seed1.jsonl" for x in (pail, tmp_path))
+    assert read_text(ours) == read_text(theirs)
+    assert sorted(f.name for f in (pail / "out").iterdir()) == [
+        "evaluation.json",
+        "one-seed1.jsonl",
+    ]
+    load_model(str(pail / "model"))
+    assert len(list((tmp_path / "home" / "promptkd_jax").iterdir())) == 1
+    tiny.write_model(pail / "model", width=32, depth=2, seed=1)
+    assert load_model(str(pail / "model")).decoder.config.width == 32
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        ([f"--model={pail / 'absent'}", f"--data={pail / 'one.jsonl'}"], "no such folder or file"),
+        ([f"--model={pail / 'model'}", f"--data={pail / 'two.jsonl'}"], "two.jsonl: no such file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.main([*arguments, *how, f"--output={pail / 'out'}"])
+    with pytest.raises(SystemExit, match="--output gs://other/out: "):
+        evaluate.main([f"--model={pail / 'model'}", "--data=x", "--output=gs://other/out"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["home", "out"]
 
 
 def test_generate_answers_a_request_and_every_line(folder, capsys, monkeypatch):

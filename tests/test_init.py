@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import bucket
 import numpy as np
 import pytest
 import tiny
@@ -186,6 +187,20 @@ def test_nothing_is_overwritten(folders, tmp_path):
     with pytest.raises(SystemExit, match="README.md: is a file"):
         start(folders["gpt2"], "2", notes)
     assert notes.read_text() == "mine"
+
+
+def test_a_student_in_a_bucket(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    pail, _ = bucket.make(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    start(folders["gpt2"], "0,2", pail / "student")
+    start(pail / "student", "1,", pail / "smaller")
+    assert_layers(load_model(str(pail / "smaller")), random_model("gpt2"), [2])
+    with pytest.raises(SystemExit, match="student: holds a model already"):
+        start(folders["gpt2"], "2", pail / "student")
+    with pytest.raises(SystemExit, match="--output gs://other/student: "):
+        start(folders["gpt2"], "2", "gs://other/student")
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
 def test_a_teacher_that_is_not_there(tmp_path):

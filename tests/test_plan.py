@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ import tiny
 
 from promptkd_jax import schema, sharding
 from promptkd_jax.config import ConfigError, load_config
+from promptkd_jax.files import write_json
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
 from promptkd_jax.models.streaming import abstract_params
@@ -102,6 +104,22 @@ def test_a_folder_comes_before_the_table(tmp_path):
     assert found["hidden_size"] == 8 and source == "its folder"
     with pytest.raises(ModelError, match=r"config\.json: no such file"):
         model_config(str(ROOT / "tests"))
+
+
+def test_a_model_in_a_bucket_and_one_of_a_run(tmp_path, monkeypatch):
+    """Its config alone is read; of a run, that of the student."""
+    pail, _ = bucket.make(monkeypatch)
+    config = tiny.llama_config(width=8, depth=1, vocab_size=9)
+    for folder in (pail, tmp_path):
+        write_json(folder / "config.json", {"fingerprint": "0", "config": {}})
+        with pytest.raises(ModelError, match="a run that has written no student yet"):
+            model_config(str(folder))
+        (folder / "student").mkdir()
+        write_json(folder / "student" / "config.json", config)
+        assert model_config(str(folder)) == model_config(str(folder / "student"))
+        assert model_config(str(folder)) == (config, "its folder")
+    with pytest.raises(ModelError, match="no such folder or file in the bucket"):
+        model_config(str(pail / "absent"))
 
 
 # Memory
@@ -497,8 +515,9 @@ def test_a_chip_stands_for_all_its_slices():
     [
         ("1,2", 1, "'1,2' is not data,fsdp,tensor, such as 1,-1,1"),
         ("1,2,3", 1, "data=1 x fsdp=2 x tensor=3 does not make 4 devices"),
-        ("-1,-1,1", 1, "data=-1 x fsdp=-1 x tensor=1 does not make 4 devices"),
-        ("1,-1,1", 2, "config.mesh.data: 1 is not a multiple of the 2 slices"),
+        ("-1,-1,1", 1, "--mesh: '-1,-1,1' is not data,fsdp,tensor.*or once -1"),
+        ("0,4,1", 1, "--mesh: '0,4,1' is not data,fsdp,tensor.*each at least 1"),
+        ("1,-1,1", 2, "--mesh.data: 1 is not a multiple of the 2 slices"),
     ],
 )
 def test_meshes_that_there_are_not(text, number, says):

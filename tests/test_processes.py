@@ -214,9 +214,9 @@ def test_an_evaluation_of_two_is_that_of_one(folder):
 
 ON_SLURM = """
 import argparse, os, jax
-from promptkd_jax import hosts
+from promptkd_jax import flags, hosts
 parser = argparse.ArgumentParser()
-hosts.add_arguments(parser)
+flags.add_processes(parser)
 with hosts.together(parser.parse_args([])):
     told = hosts.on_first(lambda: {"from": jax.process_index(), "of": jax.process_count()})
     hosts.agree("what process 0 says", str(told))

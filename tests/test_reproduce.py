@@ -5,12 +5,16 @@ import pathlib
 import statistics
 import sys
 
+import bucket
 import pytest
 import tiny
 
 from promptkd_jax import evaluate, published, recipe, reproduce
 from promptkd_jax.config import ConfigError, load_config
 from promptkd_jax.data import read_records
+from promptkd_jax.files import read_text
+from promptkd_jax.models.export import save_model
+from promptkd_jax.models.load import load_model
 from promptkd_jax.published import ROUGE_L, SETS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -99,6 +103,30 @@ def test_where_each_run_starts(folder, method):
     assert pretrained or paths["init"] == ("", raw)
     teacher = "" if method == "sft" else f"{workdir}/teacher/student"
     assert paths[method] == (teacher, raw if pretrained else f"{workdir}/init/student")
+
+
+def test_a_workdir_in_a_bucket(folder, monkeypatch, tmp_path):
+    """Config, sets, models and results; what is trained there is for `train` to say."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    pail, _ = bucket.make(monkeypatch)
+    for name in ("gpt2.py", "dolly.jsonl"):
+        (pail / name).write_bytes((folder / name).read_bytes())
+
+    def run(config, workdir):
+        assert workdir.parent == pail / "work"
+        (workdir / "config.json").write_text("{}")
+        save_model(workdir / "student", load_model(f"{folder}/models/student"))
+
+    monkeypatch.setattr(reproduce.train, "run", run)
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--config={pail}/gpt2.py:student=base", f"--workdir={pail}/work"]
+    reproduce.main([*arguments, "--methods=kd", "--seeds=1", f"--sets=dolly={pail}/dolly.jsonl"])
+    runs = reproduce.plan(f"{pail}/gpt2.py:student=base", pail, ["kd"], (), from_published=False)
+    assert runs["kd"].teacher.path == "gs://pail/run/teacher/student"
+    assert (pail / "work" / "reproduction.md").exists()
+    scores = pail / "work" / "kd" / "evaluations" / "dolly" / "seed1.json"
+    assert len(json.loads(read_text(scores))["texts"]) == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
 def test_from_published_fine_tunes_neither(folder):

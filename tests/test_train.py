@@ -19,13 +19,14 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from promptkd_jax import experiment, loop, sharding, signals, train
+from promptkd_jax import experiment, export, generate, init, loop, sharding, signals, train
 from promptkd_jax.checkpoint import CheckpointError
-from promptkd_jax.config import ConfigError
+from promptkd_jax.config import ConfigError, claim
 from promptkd_jax.data import DataError, Record
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import Model, load_model
 from promptkd_jax.prompt import load_soft_prompt
+from promptkd_jax.recipe import method_stage, stage_config
 from promptkd_jax.report import read_metrics
 from promptkd_jax.schema import check_recipe
 
@@ -385,9 +386,64 @@ def test_padded_vocabularies_of_one_family_are_handled(config, tmp_path):
     assert np.isfinite(summary["kl_after"])
 
 
-def test_the_best_checkpoint_can_be_exported(finished, tmp_path, capsys):
-    from promptkd_jax import export
+def test_a_run_says_how_its_student_is_asked(finished, config, tmp_path):
+    said = json.loads((finished / "student" / "promptkd.json").read_text())
+    assert said == {"template": "plain", "max_prompt_length": 16, "max_length": 24}
+    assert said.items() <= config.data.to_dict().items()
 
+
+def test_the_folder_of_a_run_is_a_model(finished, config, tmp_path, capsys):
+    """That of its student; also as the teacher of another, and one without a student says so."""
+    request = ["--request=say red", "--max-new-tokens=4"]
+    answers = []
+    for path in (finished, finished / "student"):
+        generate.main([f"--model={path}", *request])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    (tmp_path / "checkpoints").mkdir()
+    claim(tmp_path, config)
+    with pytest.raises(SystemExit, match="a run that has written no student yet.*promptkd export"):
+        generate.main([f"--model={tmp_path}", *request])
+    init.main([f"--teacher={finished}", "--layers=1", f"--output={tmp_path / 'new'}"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    first = load_file(tmp_path / "new" / "model.safetensors")[name]
+    np.testing.assert_array_equal(first, student(finished)[name])
+
+
+def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path):
+    """Neither data, nor teacher, nor the initial student are there any more; the teacher has
+    learned, and the student is made of its layers."""
+    began = tmp_path / "began"
+    tiny.short_config(began)
+    for role in ("teacher", "student"):
+        config[role].path = str(began / role)
+    config.data.update(train=str(began / "train.jsonl"), dev=str(began / "dev.jsonl"))
+    config.student.update(path="", layers=2)
+    prompted = method_stage("promptkd", steps=1, batch_size=4, learning_rate=1e-3)
+    online = stage_config("online", steps=1, batch_size=4, learning_rate=1e-3)
+    online.update(teacher_view="online", student_terms=(("reverse_kl", 1.0),))
+    config.stages = (prompted, online)
+    train.run(config, tmp_path / "run")
+    shutil.rmtree(began)
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    export.main([f"--workdir={moved}", f"--output={tmp_path / 'out'}"])
+    assert_same_student(moved, tmp_path / "out")
+    for file in sorted(f.relative_to(moved) for f in moved.glob("student/*")):
+        assert (tmp_path / "out" / file).exists(), file
+    learned = load_file(tmp_path / "out" / "teacher" / "model.safetensors")
+    for name, array in load_file(moved / "teacher" / "model.safetensors").items():
+        np.testing.assert_array_equal(learned[name], array, err_msg=name)
+    adapter = "soft_prompt/adapter_config.json"
+    assert (tmp_path / "out" / adapter).read_text() == (moved / adapter).read_text()
+    exported, there = (load_model(str(path)) for path in (tmp_path / "out" / "student", moved))
+    assert exported.eos_ids == there.eos_ids
+    assert exported.tokenizer("say red").input_ids == there.tokenizer("say red").input_ids
+    shutil.rmtree(moved / "configs")
+    with pytest.raises(SystemExit, match="configs/student: no such folder; the command that began"):
+        export.main([f"--workdir={moved}", f"--output={tmp_path / 'out'}"])
+
+
+def test_the_best_checkpoint_can_be_exported(finished, tmp_path, capsys):
     export.main([f"--workdir={finished}", "--step=last", f"--output={tmp_path}"])
     assert_same_student(finished, tmp_path)
     export.main([f"--workdir={finished}", "--step=best", f"--output={tmp_path / 'best'}"])

@@ -111,10 +111,20 @@ def save_model(folder: str | os.PathLike, model: Model, *, card: str | None = No
     Raises:
       ModelError: a file of weights cannot be written.
     """
-    folder = epath.Path(folder)
+    folder = files.to_path(folder)
     hosts.on_first(functools.partial(_save_configs, folder, model))
     _save_tensors(folder, model)
     hosts.on_first(functools.partial(_save_texts, folder, model, card))
+
+
+def save_without_weights(folder: str | os.PathLike, model: Model) -> None:
+    """Writes all of `save_model` but weights and card: `load.load_without_weights` reads it back.
+
+    All processes must call it, and go on when the first has written everything.
+    """
+    folder = files.to_path(folder)
+    hosts.on_first(functools.partial(_save_configs, folder, model))
+    hosts.on_first(functools.partial(_save_texts, folder, model, None))
 
 
 def _save_configs(folder: epath.Path, model: Model) -> None:
@@ -231,7 +241,7 @@ def write_tensors(file: str | os.PathLike, tensors: Mapping[str, np.ndarray]) ->
     Raises:
       ModelError: the file cannot be written.
     """
-    file = epath.Path(file)
+    file = files.to_path(file)
     with _local(file.parent) as folder:
         unfinished = (folder / file.name).with_suffix(".unfinished")
         try:

@@ -6,8 +6,11 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from etils import epath
+
+from promptkd_jax.files import address_fault, failures, is_remote, local_copy, to_path
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.weights import SMALL_FILES, weight_files
+from promptkd_jax.models.weights import SMALL_FILES, read_json, weight_files
 
 # Repositories that have another name today than everybody writes.
 SHORT_NAMES = {
@@ -21,10 +24,11 @@ _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+(/[\
 
 
 def resolve(path: str) -> pathlib.Path:
-    """The local folder or file behind `path`.
+    """The local folder or file behind `path`; of a run, the folder of its student.
 
-    Of a hub repository huggingface_hub downloads what a model is read from, and no other format
-    that lies beside it; nothing of one whose config is not supported.
+    What is in a bucket is copied. Of a hub repository huggingface_hub downloads what a model is
+    read from, and no other format that lies beside it; nothing of one whose config is not
+    supported.
 
     Args:
       path: as `load_model` takes it.
@@ -34,10 +38,30 @@ def resolve(path: str) -> pathlib.Path:
     """
     if path.startswith("package:"):
         return _inside_package(path)
+    if is_remote(path):
+        return _from_bucket(path)
     if (local := local_path(path)).exists():
-        return local
+        return pathlib.Path(student_of_run(to_path(local)))
     weights = weight_files(download(path, SMALL_FILES))
     return download(path, [*SMALL_FILES, *weights])
+
+
+def student_of_run(folder: epath.Path) -> epath.Path:
+    """Returns the folder itself, unless it is one of a run: then that of the run's student.
+
+    Raises:
+      ModelError: the run has written no student yet.
+    """
+    file = folder / "config.json"
+    if not file.is_file() or "fingerprint" not in read_json(file):
+        return folder
+    if not (folder / "student" / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: is the folder of a run that has written no student yet; the command that "
+            f"began it continues it, and `promptkd export --workdir {folder} --output FOLDER` "
+            "takes the student of a checkpoint"
+        )
+    return folder / "student"
 
 
 def local_path(path: str) -> pathlib.Path:
@@ -80,6 +104,19 @@ def download(path: str, patterns: Sequence[str]) -> pathlib.Path:
             f"model {path!r}: no such local folder, and the hub says of {repository}{at}: {error}"
         ) from error
     return pathlib.Path(folder)
+
+
+def _from_bucket(path: str) -> pathlib.Path:
+    if fault := address_fault(path):
+        raise ModelError(f"model {path!r} is not {fault}")
+    try:
+        remote = student_of_run(to_path(path))
+        if remote.exists():
+            suffixes = [pathlib.PurePath(pattern).suffix for pattern in SMALL_FILES]
+            return local_copy(remote, [*suffixes, ".safetensors"])
+    except failures(path) as error:
+        raise ModelError(f"model {path!r}: cannot be read: {error}") from error
+    raise ModelError(f"model {path!r}: no such folder or file in the bucket")
 
 
 def _inside_package(path: str) -> pathlib.Path:

@@ -19,6 +19,8 @@ from promptkd_jax.models.hub import resolve
 from promptkd_jax.models.streaming import has_head_of_its_own, load_params
 from promptkd_jax.models.weights import SafetensorsFolder, read_json
 
+RECORD = "promptkd.json"  # beside a student: how it was asked while it was trained
+RECORDED = ("template", "max_prompt_length", "max_length")  # these of the fields of the run's data
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
@@ -59,9 +61,10 @@ def load_model(
     """Loads a causal language model.
 
     Args:
-      path: a folder as `save_pretrained` writes it, a `.gguf` file, `package:NAME/FILE` for a file
-        inside an installed Python package, a hub id such as `openai-community/gpt2`, with a branch,
-        tag or commit as `owner/name@revision`, or `synthetic:NAME` for a random model (see
+      path: a folder as `save_pretrained` writes it, the folder of a finished run, a `.gguf` file
+        (these also in a bucket), `package:NAME/FILE` for a file inside an installed Python package,
+        a hub id such as `openai-community/gpt2`, with a branch, tag or commit as
+        `owner/name@revision`, or `synthetic:NAME` for a random model (see
         `synthetic`).
       dtype: what is computed in; param_dtype: what the parameters are kept in.
       remat: key of `decoder.REMAT`.
@@ -116,6 +119,23 @@ def load_model(
     )
 
 
+def load_without_weights(path: str, **changes: Any) -> Model:
+    """Reads a model without `params` (None) from what `export.save_without_weights` wrote.
+
+    Args:
+      changes: of the decoder's config, such as `param_dtype`.
+
+    Raises:
+      ModelError: a file is missing or cannot be read.
+    """
+    folder = resolve(path)
+    hf_config = read_json(folder / "config.json")
+    tokenizer, generation = _tokenizer(folder), read_json(folder / "generation_config.json", {})
+    config = from_hugging_face(hf_config, f"{folder}: config").replace(**changes)
+    eos_ids = _eos_ids(generation, hf_config, tokenizer)
+    return Model(path, Decoder(config), None, hf_config, tokenizer, eos_ids)
+
+
 def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     """The same model with only `layers` of its layers, in this order (DistilGPT2's start).
 
@@ -167,6 +187,20 @@ def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
     if not 0 < kept <= depth:
         raise ModelError(f"{kept} of {depth} layers: keep at least 1 and at most {depth}")
     return tuple(int(i) for i in np.round(np.linspace(0, depth - 1, kept)))
+
+
+def training_record(path: str) -> dict[str, Any]:
+    """Reads how a model was asked while it was trained, as the run that made it wrote beside it.
+
+    Returns:
+      The fields `RECORDED` of that run's data; {} where nothing is said.
+
+    Raises:
+      ModelError: there is no such model, or the file is no JSON.
+    """
+    if path.startswith("synthetic:"):
+        return {}
+    return read_json(resolve(path) / RECORD, {})
 
 
 def _tokenizer(folder: pathlib.Path) -> Any:

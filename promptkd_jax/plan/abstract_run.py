@@ -6,7 +6,6 @@ shapes instead of parameters.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +19,11 @@ from promptkd_jax.batch import Batch
 from promptkd_jax.config import ConfigError
 from promptkd_jax.data import read_records
 from promptkd_jax.experiment import Experiment, Stage, projections, stage_optimizers
+from promptkd_jax.files import failures, is_remote, to_path
 from promptkd_jax.linear import TopK
-from promptkd_jax.models.config import DecoderConfig, from_hugging_face
+from promptkd_jax.models.config import DecoderConfig, ModelError, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.hub import download, hub_id, local_path, resolve
+from promptkd_jax.models.hub import download, hub_id, resolve, student_of_run
 from promptkd_jax.models.load import Model, chosen_layers, end_ids
 from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.models.weights import read_json
@@ -189,13 +189,22 @@ def model_config(path: str) -> tuple[dict[str, Any], str]:
         from promptkd_jax import synthetic  # it makes its parameters
 
         return synthetic.model(path.removeprefix("synthetic:")).hf_config, "made by the package"
-    local = local_path(path)
+    try:
+        return _stored_config(path)
+    except failures(path) as error:
+        raise ModelError(f"model {path!r}: cannot be read: {error}") from error
+
+
+def _stored_config(path: str) -> tuple[dict[str, Any], str]:
+    local = to_path(path)
     if local.suffix == ".gguf":
         from promptkd_jax.models.gguf import open_gguf
 
         return open_gguf(str(resolve(path))).config, "its file"
     if local.exists():
-        return read_json(local / "config.json"), "its folder"
+        return read_json(student_of_run(local) / "config.json"), "its folder"
+    if is_remote(path):
+        raise ModelError(f"model {path!r}: no such folder or file in the bucket")
     repository, _ = hub_id(path)
     if repository in CONFIGS:
         return CONFIGS[repository], "the built-in table of architectures"
@@ -254,7 +263,7 @@ def _training_rows(config: ConfigDict) -> tuple[int, str]:
         return DOLLY_ROWS, "the published split of Dolly"
     if train.startswith(("package:", "synthetic:")):
         return len(read_records(train, need_output=False)), f"all of {train}"
-    if (file := pathlib.Path(train)).is_file():
+    if not is_remote(train) and (file := to_path(train)).is_file():
         with file.open("rb") as lines:
             count = sum(1 for line in lines if line.strip())
         return count, f"the lines of {train} that are not blank, too long ones included"

@@ -8,7 +8,6 @@ before it is launched.
 
 import argparse
 import math
-import pathlib
 import re
 import shlex
 import sys
@@ -19,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, schema, sharding
-from promptkd_jax.config import ConfigError, parse
+from promptkd_jax import build, flags, schema, sharding
+from promptkd_jax.config import ConfigError, Float, Int, parse
 from promptkd_jax.data import DataError
-from promptkd_jax.files import write_json
+from promptkd_jax.files import failures, make_folder, write_json
 from promptkd_jax.method import ON_POLICY
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.plan import ahead, chips, launched, roofline
@@ -61,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ConfigError, DataError, ModelError) as error:
         sys.exit(f"promptkd plan: {error}")
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, found)
+        try:
+            make_folder(output.parent)
+            write_json(output, found)
+        except failures(output) as error:
+            sys.exit(f"promptkd plan: --output {output}: {error}")
         print(f"written to {output}")
 
 
@@ -169,8 +171,10 @@ def mesh_sizes(run: AbstractRun, slices: Slices, text: str | None) -> dict[str, 
     Raises:
       ConfigError: no three numbers, or they do not multiply to the devices of the slices.
     """
-    sizes = sharding.parse_sizes(text) if text else run.config.mesh
-    return dict(zip(AXES, sharding.mesh_shape(sizes, slices.devices, slices.number)))
+    name, sizes = "config.mesh", run.config.mesh
+    if text:
+        name, sizes = "--mesh", sharding.parse_sizes(text)
+    return dict(zip(AXES, sharding.mesh_shape(sizes, slices.devices, slices.number, name=name)))
 
 
 def estimate(
@@ -347,7 +351,7 @@ def _assembled(
         "rows": run.batch_size,
         "columns": run.config.data.max_length,
         "micro_batches": run.stage.method.micro_batches,
-        "flags": flags(run, sizes),
+        "flags": mesh_flags(run, sizes),
         "memory": memory,
         "phases": phases,
         "traffic_by": "compiler" if counted else "estimate",
@@ -371,7 +375,7 @@ def _padding(run: AbstractRun, sizes: Sizes) -> Iterator[str]:
             yield f"{role}: padded for tensor {sizes['tensor']}: {model.decoder.config.padding}"
 
 
-def flags(run: AbstractRun, sizes: Sizes) -> list[str]:
+def mesh_flags(run: AbstractRun, sizes: Sizes) -> list[str]:
     """The words of a `promptkd train` that give a run this mesh and its micro-batches, quoted."""
     mesh = [f"--config.mesh.{axis}={sizes[axis]}" for axis in AXES]
     number = run.stage.method.micro_batches
@@ -444,18 +448,19 @@ def _named(sizes: Sizes) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="promptkd plan", description=__doc__)
+    count, rows = flags.of(Int(low=1)), flags.of(Int(low=0))
     topology = f"a slice, such as {chips.EXAMPLES}; of several, v5e:8x8,v6e, the cheapest first"
     parser.add_argument("--topology", help=f"{topology} (default: of all chips)")
-    parser.add_argument(
-        "--devices", type=int, help="for a command after --, in place of a topology"
-    )
-    parser.add_argument("--slices", type=int, default=1, help="joined by the slow network")
+    text = "for a command after --, in place of a topology"
+    parser.add_argument("--devices", type=count, help=text)
+    parser.add_argument("--slices", type=count, default=1, help="joined by the slow network")
     parser.add_argument("--mesh", help="data,fsdp,tensor; one may be -1; default: config.mesh")
     parser.add_argument("--stage", help="of the config, by name; default: the last")
-    parser.add_argument("--rows", type=int, default=0, help="of the training data, if not counted")
-    parser.add_argument("--price", type=float, help="USD per chip-hour; default: the list price")
+    parser.add_argument("--rows", type=rows, default=0, help="of the training data, if not counted")
+    price = flags.of(Float(low=0.0))
+    parser.add_argument("--price", type=price, help="USD per chip-hour; default: the list price")
     parser.add_argument("--search", action="store_true", help="try all meshes and micro-batches")
-    parser.add_argument("--compile", type=int, default=3, help="so many of the best of --search")
+    parser.add_argument("--compile", type=count, default=3, help="so many of the best of --search")
     parser.add_argument("--no-compile", action="store_true", help="the estimate alone, in seconds")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file for all figures")
+    parser.add_argument("--output", type=flags.path, help="JSON file for all figures")
     return parser

@@ -1,0 +1,118 @@
+"""Flags that commands share, and how a flag is read: checked as a field of a config is.
+
+A value that cannot be used is refused by `argparse` before anything is loaded; the message names
+the flag.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from promptkd_jax import schema, sharding
+from promptkd_jax.config import Float, Int, Path
+from promptkd_jax.data import TEMPLATES
+from promptkd_jax.files import to_path
+
+_KINDS = {Int: int, Float: float}  # of the values of a spec; those of all others are text
+
+
+def of(spec: Any) -> Callable[[str], Any]:
+    """The `type` of a flag whose value is what a spec of `config` says, such as `Int(low=1)`."""
+    kind = _KINDS.get(type(spec), str)
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+        if fault := spec.fault(value):
+            right = fault if kind is str else spec
+            raise argparse.ArgumentTypeError(f"{text!r} is not {right}")
+        return value
+
+    return read
+
+
+def path(text: str) -> epath.Path:
+    """The `type` of a flag for a file or folder, of a disk or of a bucket."""
+    return to_path(of(Path(nonempty=True))(text))
+
+
+def disk_path(text: str) -> epath.Path:
+    """The `type` of a flag for a file or folder that must not be in a bucket."""
+    return to_path(of(Path(nonempty=True, bucket=False))(text))
+
+
+source = of(Path(nonempty=True))  # the `type` of a flag that names a model or data
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --mesh: what `models.load.load_with_tokenizer` loads, and onto what."""
+    text = "folder (also that of a run), .gguf file, or hub id"
+    parser.add_argument("--model", required=True, type=source, help=text)
+    parser.add_argument("--dtype", default="float32", choices=schema.DTYPE.options)
+    add_mesh(parser)
+
+
+class _Different(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentError(self, f"{values} has one of them twice")
+        setattr(namespace, self.dest, values)
+
+
+def add_seeds(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
+    """--seeds: different ones, with each of which all rows are answered."""
+    text = f"all rows are answered once with each (default: {' '.join(map(str, default))})"
+    how = dict(type=of(schema.SEED), nargs="+", action=_Different, metavar="SEED")
+    parser.add_argument("--seeds", default=list(default), help=text, **how)
+
+
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """--template, for `evaluate.template_for`."""
+    text = "how the model is asked (default: as it was trained, else the tokenizer's chat template)"
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help=text)
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """--mesh of commands without a config, for `mesh_of`."""
+    text = "data,fsdp,tensor; -1 for the rest; such as --mesh=1,-1,1 (default: --mesh=-1,1,1)"
+    parser.add_argument("--mesh", default="-1,1,1", help=text)
+
+
+def mesh_of(options: argparse.Namespace) -> jax.sharding.Mesh:
+    """The mesh of --mesh, over all devices. Raises ConfigError where they do not make it."""
+    return sharding.make_mesh(sharding.parse_sizes(options.mesh), name="--mesh")
+
+
+def add_sampling(
+    parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
+) -> None:
+    """The fields of a config's `sampling`, for `build.sampling`, with these defaults."""
+    texts = {
+        "temperature": (temperature, "0 is greedy"),
+        "top_k": (0, "0: all tokens"),
+        "top_p": (1.0, "1: all tokens"),
+        "no_repeat_ngram_size": (no_repeat_ngram_size, "0: anything may be repeated"),
+    }
+    for name, spec in schema.SAMPLING.items():
+        default, text = texts[name]
+        flag, text = f"--{name.replace('_', '-')}", f"{text} (default: {default:g})"
+        parser.add_argument(flag, type=of(spec), default=default, help=text)
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """The flags of `hosts.together`."""
+    group = parser.add_argument_group(
+        "many processes", "Found by themselves on Slurm, Cloud TPU (GCE, GKE) and under Open MPI."
+    )
+    count, number = of(Int(low=1)), of(Int(low=0))
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=count, help="how many there are")
+    group.add_argument("--process", type=number, help="which of them this is, from 0")
+    seconds = dict(type=count, metavar="SECONDS")
+    group.add_argument("--start-timeout", default=50, help="for all to come together", **seconds)
+    group.add_argument("--heartbeat", default=60, help="until a silent one is dead", **seconds)
