@@ -250,6 +250,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             max_prompt_length=options.max_prompt_length,
             max_length=options.max_length,
             eos_id=model.eos_ids[0],
+            date=record.get("date", ""),
         )
         hosts.agree(f"the data ({source})", manifest.of_rows(rows.tokens))
         seeds = {}

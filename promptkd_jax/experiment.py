@@ -503,8 +503,10 @@ def save(
     teacher, student = models
     card = model_card(
         build.title(config),
-        teacher=teacher and teacher.name,
-        data=config.data.train,
+        known=student.card,
+        student=build.short_name(student.name) if config.student.path else "",
+        teacher=teacher and teacher.card.get("base_model", build.short_name(teacher.name)),
+        data=build.short_name(config.data.train),
         stages=[build.describe(stage) for stage in config.stages],
         metrics=metrics,
     )

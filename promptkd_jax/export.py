@@ -15,7 +15,7 @@ from etils import epath
 from promptkd_jax import flags, hosts, sharding
 from promptkd_jax.checkpoint import CheckpointError
 from promptkd_jax.config import ConfigError, load_config
-from promptkd_jax.experiment import SAVED, load_configs, save
+from promptkd_jax.experiment import SAVED, load_configs, save, with_date
 from promptkd_jax.files import check_writable, failures
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.loop import open_checkpoints
@@ -49,7 +49,7 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
     file = workdir / "config.json"
     if not hosts.on_first(file.exists):
         raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
-    config, _ = load_config([f"--config={file}"])
+    config = with_date(load_config([f"--config={file}"])[0], workdir)
     check_writable(output)
     models = load_configs(config, workdir)
     with open_checkpoints(config, workdir) as checkpoints:

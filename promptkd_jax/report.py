@@ -356,18 +356,27 @@ def render(template: str, **values: Any) -> str:
 def model_card(
     title: str,
     *,
+    known: Mapping[str, str],
+    student: str,
     teacher: str | None,
     data: str,
     stages: Sequence[str],
     metrics: Sequence[tuple[str, float | None, float | None, str, str]],
 ) -> str:
-    """The README.md of an exported student; `metrics` as in `write_report`."""
+    """The README.md of an exported student. It says nothing of this machine's folders.
+
+    Args:
+      known: `Model.card` of the model that it started from.
+      student, teacher, data: names; `student` is "" where it started as layers of its teacher.
+      metrics: as in `write_report`.
+    """
     rows = [
         f"| {name} | {_number(before, spec)} | {_number(after, spec)} |"
         for name, before, after, spec, _ in metrics
     ]
     lines = [
         "---",
+        *(f"{key}: {value}" for key, value in sorted(known.items())),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [knowledge-distillation, promptkd]",
@@ -376,9 +385,13 @@ def model_card(
         "",
         "A student distilled with promptkd_jax.",
         "",
+        f"- Started from: {known.get('base_model') or student or 'layers of its teacher'}",
         f"- Teacher: {teacher or 'none'}",
         *(f"- Stage {number}: {stage}" for number, stage in enumerate(stages, start=1)),
         f"- Training data: {data}",
+        "- Licence: "
+        + known.get("license", "not named by the model that it started from")
+        + ", and what teacher and data demand",
         "",
     ]
     if rows:

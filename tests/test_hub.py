@@ -74,6 +74,7 @@ def test_what_is_fetched_is_the_model_with_its_template(there, repository, capsy
     model = load_with_tokenizer("owner/name", dtype="float32")
     assert_same_params(model, load_model(str(repository)))
     assert model.tokenizer.chat_template == TEMPLATE
+    assert model.card == {"base_model": "owner/name"}
     assert not there.fetched & set(OTHERS)
     shards = {x.name for x in repository.glob("model-*-of-*.safetensors")}
     assert len(shards) > 2 and shards <= there.fetched

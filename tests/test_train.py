@@ -109,7 +109,9 @@ def test_a_run_leaves_what_it_promises(finished, models):
     assert summary["peak_memory_gb"] > 0 and summary["seconds"] > 0
     assert (finished / "report.html").read_text().startswith("<!doctype html>")
     card = (finished / "student" / "README.md").read_text()
-    assert str(models / "teacher") in card and "reverse_kl" in card and "train.jsonl" in card
+    assert "# tiny\n" in card and "reverse_kl" in card and "- Training data: train\n" in card
+    assert "- Teacher: teacher\n" in card and "- Started from: student\n" in card
+    assert str(models.parent) not in card  # which means nothing to whoever reads it
     model = load_model(str(finished / "student"))
     assert model.eos_ids == (0,) and model.tokenizer is not None
     assert load_soft_prompt(finished / "soft_prompt").shape == (7, 32)

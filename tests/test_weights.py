@@ -23,8 +23,13 @@ from promptkd_jax.config import as_json
 from promptkd_jax.files import to_path
 from promptkd_jax.models import export, families, streaming
 from promptkd_jax.models.config import ModelError, from_hugging_face
-from promptkd_jax.models.export import save_model
-from promptkd_jax.models.load import load_model, load_with_tokenizer
+from promptkd_jax.models.export import save_model, save_without_weights
+from promptkd_jax.models.load import (
+    keep_layers,
+    load_model,
+    load_with_tokenizer,
+    load_without_weights,
+)
 from promptkd_jax.models.streaming import all_finite
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -468,3 +473,20 @@ def test_linear_scaling_stretches_the_trained_positions():
     assert from_hugging_face(config).trained_positions == 128
     config["rope_scaling"] = {"type": "linear", "factor": 2.0}
     assert from_hugging_face(config).trained_positions == 256
+
+
+# The card.
+
+
+def test_a_card_is_handed_on_from_model_to_model(tmp_path):
+    folder = tmp_path / "model"
+    tiny.write_model(folder, width=16, depth=1, seed=0)
+    front = "---\ntags:\n- a\nlicense: 'apache-2.0'\nbase_model: owner/name\n---\nlicense: none\n"
+    (folder / "README.md").write_text(front)
+    model = load_model(str(folder))
+    assert model.card == {"license": "apache-2.0", "base_model": "owner/name"}
+    assert keep_layers(model, (0,)).card == model.card
+    save_without_weights(tmp_path / "configs", model)
+    assert load_without_weights(str(tmp_path / "configs")).card == model.card
+    (folder / "README.md").write_text("license: mit, says a text without front matter\n")
+    assert load_model(str(folder)).card == {}

@@ -118,13 +118,14 @@ def save_model(folder: str | os.PathLike, model: Model, *, card: str | None = No
 
 
 def save_without_weights(folder: str | os.PathLike, model: Model) -> None:
-    """Writes all of `save_model` but weights and card: `load.load_without_weights` reads it back.
+    """Writes all of `save_model` but the weights: `load.load_without_weights` reads it back.
 
     All processes must call it, and go on when the first has written everything.
     """
     folder = files.to_path(folder)
     hosts.on_first(functools.partial(_save_configs, folder, model))
-    hosts.on_first(functools.partial(_save_texts, folder, model, None))
+    known = "".join(f"{key}: {value}\n" for key, value in sorted(model.card.items()))
+    hosts.on_first(functools.partial(_save_texts, folder, model, f"---\n{known}---\n"))
 
 
 def _save_configs(folder: epath.Path, model: Model) -> None:

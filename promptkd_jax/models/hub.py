@@ -86,6 +86,14 @@ def hub_id(path: str) -> tuple[str, str | None]:
     return found["repository"], found["revision"]
 
 
+def repository_of(path: str) -> str | None:
+    """The hub repository that a model is read from; None for one of this machine, of a package or
+    of a bucket."""
+    if ":" in path or local_path(path).exists():
+        return None
+    return hub_id(path)[0]
+
+
 def download(path: str, patterns: Sequence[str]) -> pathlib.Path:
     """The folder with those files of a hub repository that the patterns name.
 

@@ -15,12 +15,12 @@ from promptkd_jax import hosts, sharding
 from promptkd_jax.models import families
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
-from promptkd_jax.models.hub import resolve
+from promptkd_jax.models.hub import repository_of, resolve
 from promptkd_jax.models.streaming import has_head_of_its_own, load_params
-from promptkd_jax.models.weights import SafetensorsFolder, read_json
+from promptkd_jax.models.weights import SafetensorsFolder, read_card, read_json
 
 RECORD = "promptkd.json"  # beside a student: how it was asked while it was trained
-RECORDED = ("template", "max_prompt_length", "max_length")  # these of the fields of the run's data
+RECORDED = ("template", "date", "max_prompt_length", "max_length")  # of the fields of its data
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
@@ -29,7 +29,8 @@ class Model:
     """A decoder with its parameters and what belongs to it.
 
     `params` is a dict pytree; `hf_config` the `config.json` it came with; `tokenizer` is None where
-    the folder has none; generation ends at any of `eos_ids`.
+    the folder has none; generation ends at any of `eos_ids`. `card` has the `base_model` (a hub id)
+    and the `license` that are known of it, for the card of what is made of it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Model:
     hf_config: dict[str, Any]
     tokenizer: Any
     eos_ids: tuple[int, ...]
+    card: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -88,9 +90,14 @@ def load_model(
 
         source = open_gguf(str(file))
         tokenizer, generation = tokenizer_from_gguf(source), {}
+        licence = source.metadata.get("general.license")
+        card = {"license": licence} if isinstance(licence, str) else {}
     else:
         source = SafetensorsFolder(file)
         tokenizer, generation = _tokenizer(file), read_json(file / "generation_config.json", {})
+        card = read_card(file)
+    if repository := repository_of(path):
+        card = card | {"base_model": repository}
     config = from_hugging_face(source.config, f"{source.path}: config")
     if config.activation not in ACTIVATIONS:
         raise ModelError(
@@ -116,6 +123,7 @@ def load_model(
         hf_config=hf_config,
         tokenizer=tokenizer,
         eos_ids=_eos_ids(generation, source.config, tokenizer),
+        card=card,
     )
 
 
@@ -133,7 +141,8 @@ def load_without_weights(path: str, **changes: Any) -> Model:
     tokenizer, generation = _tokenizer(folder), read_json(folder / "generation_config.json", {})
     config = from_hugging_face(hf_config, f"{folder}: config").replace(**changes)
     eos_ids = _eos_ids(generation, hf_config, tokenizer)
-    return Model(path, Decoder(config), None, hf_config, tokenizer, eos_ids)
+    card = read_card(folder)
+    return Model(path, Decoder(config), None, hf_config, tokenizer, eos_ids, card)
 
 
 def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:

@@ -13,8 +13,9 @@ import safetensors
 
 from promptkd_jax.models.config import ModelError, from_hugging_face
 
-# Configs, tokenizers and templates; what a hub repository has of weights is chosen file by file.
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+# Configs, tokenizers, templates and card; which files hold the weights is seen from these.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
+CARD_KEYS = ("base_model", "license")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -129,6 +130,18 @@ def read_json(file: pathlib.Path, default: dict[str, Any] | None = None) -> dict
     if not isinstance(found, dict):
         raise ModelError(f"{file}: holds a {type(found).__name__}; expected an object, {{…}}")
     return found
+
+
+def read_card(folder: pathlib.Path) -> dict[str, str]:
+    """What the README.md of a model says of `CARD_KEYS`; {} where it says nothing.
+
+    Its front matter is YAML, of which these are plain scalars.
+    """
+    file = folder / "README.md"
+    text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+    front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    lines = re.findall(r"^(\w+): *['\"]?([^\s'\"#]+)", front[1], re.MULTILINE) if front else []
+    return {key: value for key, value in lines if key in CARD_KEYS}
 
 
 def refuse_pointer(file: pathlib.Path) -> None:
