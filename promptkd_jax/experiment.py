@@ -359,9 +359,9 @@ def tokenized(config: ConfigDict, model: Model, source: str, records: Sequence[R
         f"{rows.cut} answers cut at {length} tokens"
     )
     if rows.cut == len(rows.tokens):
-        print(
-            f"warning: config.data.max_length: {length} cuts every answer of {source}: none has an "
-            "end of sequence, from which a student learns to stop"
+        hosts.warn(
+            f"config.data.max_length: {length} cuts every answer of {source}: none has an end of "
+            "sequence, from which a student learns to stop"
         )
     return rows
 

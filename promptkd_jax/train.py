@@ -92,7 +92,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         experiment = prepare(config, workdir, mesh)
         save_configs(experiment, workdir)
         for doubt in _doubts(experiment):
-            print(f"warning: {doubt}", flush=True)
+            hosts.warn(doubt)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))
         result = fit(experiment, workdir, started, before)
         return finish(experiment, workdir, result, before)

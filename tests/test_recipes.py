@@ -158,11 +158,11 @@ def test_the_teacher_alone_sees_demonstrations(models, tmp_path):
     rows = prepare(short(models, stage("sft")), tmp_path / "rows")
     examples = np.split(np.asarray(found.stages[0].method.demonstrations), 3)
     assert not rows.stages[0].method.demonstrations
-    known = [rows.stages[0].batches[i].tokens[:, :10].tolist() for i in range(3)]
+    known = [rows.stages[0].batches[i].tokens[:, :11].tolist() for i in range(3)]
     known = [row for batch in known for row in batch]
     assert all(example.tolist() in known for example in examples)
     run(config, tmp_path / "run")
-    assert all(row["tokens"] == 4 * 10 for row in updates(tmp_path / "run"))
+    assert all(row["tokens"] == 4 * 11 for row in updates(tmp_path / "run"))
     assert all(row["kl_in_context"] > 0 for row in updates(tmp_path / "run"))
 
 
@@ -215,7 +215,7 @@ def test_a_whole_cache_stands_for_the_teacher(models, whole_cache, tmp_path, mon
     assert not {"kl_after", "agreement_after"} & summary.keys() and "loss_after" in summary
     run(short(models, stage("kd")), tmp_path / "online")
     assert str(models / "teacher") in loaded
-    assert_same(tmp_path / "cached" / "student", tmp_path / "online" / "student", atol=2e-5)
+    assert_same(tmp_path / "cached" / "student", tmp_path / "online" / "student", atol=1e-4)
     for ours, theirs in zip(updates(tmp_path / "cached"), updates(tmp_path / "online")):
         assert ours["student_loss"] == pytest.approx(theirs["student_loss"], rel=1e-5)
         assert ours["kl_cached"] == pytest.approx(theirs["kl_plain"], rel=1e-4)
@@ -722,16 +722,28 @@ def test_an_impossible_combination_is_refused_with_the_reason(config, combinatio
         assert f"config.{message}" in found, found
 
 
+def test_answers_that_no_method_reads_need_not_be_there(models, tmp_path):
+    """GKD at lambda = 1 learns on the student's rows alone."""
+    bare = tmp_path / "requests.jsonl"
+    bare.write_text("".join(f'{{"instruction": "say {i}"}}\n' for i in range(12)))
+    config = short(models, stage("gkd"))
+    config.data.train = str(bare)
+    assert prepare(config, tmp_path / "own").stages[0].method.on_policy_share == 1
+    config.stages = (stage("gkd", on_policy_share=0.9),)
+    with pytest.raises(DataError, match="requests.jsonl:1: field 'output' is missing"):
+        prepare(config, tmp_path / "mixed")
+
+
 def test_without_data_there_are_no_gold_answers(config):
     config.data.train = "teacher"
-    config.stages = (stage("sft"), stage("gkd"), stage("seqkd"))
+    config.stages = (stage("sft"), stage("gkd", on_policy_share=0.9), stage("seqkd"))
     found = refused(config)
     assert "config.stages[0].targets: 'gold' needs gold answers" in found
     assert "config.stages[1].targets: 'mixed' needs gold answers" in found
     assert len(found.splitlines()) == 2
     config.stages = (stage("imitkd", teacher_view="in_context"),)
     assert "config.in_context: demonstrations are gold answers" in refused(config)
-    config.stages = (stage("seqkd"),)
+    config.stages = (stage("seqkd"), stage("gkd"))  # whose rows are all the student's
     check_recipe(config)  # the dev set is a file, with gold answers
     config.data.dev = "teacher"
     found = refused(config)
