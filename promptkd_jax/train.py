@@ -125,8 +125,8 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
 
 def _is_finished(workdir: epath.Path) -> bool:
     """Whether nothing is left to do: a student that was removed is exported once more."""
-    student = workdir / "student"
-    return (workdir / "summary.json").exists() and (student / "config.json").exists()
+    student = any((workdir / "student").glob("*.safetensors"))
+    return student and (workdir / "summary.json").exists()
 
 
 def _assess_first(experiment: Experiment) -> dict[str, Any]:
