@@ -25,6 +25,7 @@ from promptkd_jax.data import (
     read_corpus,
     read_records,
     select_rows,
+    shows_date,
     stream,
     tokenize,
     train_batches,
@@ -511,6 +512,8 @@ def save(
         metrics=metrics,
     )
     asked = {name: config.data[name] for name in RECORDED}
+    if not shows_date(config.data.template, student.tokenizer):
+        del asked["date"]
     save_model(folder / "student", student.replace(params=params["student"]), card=card)
     write_json(folder / "student" / RECORD, asked)
     paths = {"student": str(folder / "student")}

@@ -5,6 +5,8 @@ many machines share, or of a bucket (`gs://bucket/run`); a `pathlib.Path` does f
 a bucket. Of the processes of a run, which all call these functions alike, the first writes.
 """
 
+import contextlib
+import contextvars
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import fsspec
@@ -64,8 +66,22 @@ def address_fault(text: str) -> str:
     try:
         fsspec.get_filesystem_class("gcs")
     except ImportError:
-        return f"within reach: buckets need the packages of the extra gcs: {GCS_EXTRA}"
+        needed = f"within reach: buckets need the packages of the extra gcs: {GCS_EXTRA}"
+        return "" if _of_another_machine.get() else needed
     return ""
+
+
+_of_another_machine = contextvars.ContextVar("_of_another_machine", default=False)
+
+
+@contextlib.contextmanager
+def of_another_machine() -> Iterator[None]:
+    """Looks at paths for a machine that has packages of its own, whatever this one lacks."""
+    before = _of_another_machine.set(True)
+    try:
+        yield
+    finally:
+        _of_another_machine.reset(before)
 
 
 def failures(file: str | os.PathLike) -> tuple[type[Exception], ...]:

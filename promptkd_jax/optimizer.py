@@ -95,7 +95,8 @@ def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTran
         count = optax.safe_increment(state.count)
         first = optax.tree.update_moment(gradients, state.mu, b1, 1)
         second = optax.tree.update_moment(gradients, state.nu, b2, 2)
-        share1, share2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))  # 1 - b ** t
+        logs = (math.log(b) if b else -math.inf for b in (b1, b2))
+        share1, share2 = (-jnp.expm1(count * log) for log in logs)  # 1 - b ** t
         direction = jax.tree.map(
             lambda m, v: (m / share1) / (jnp.sqrt(v / share2) + eps), first, second
         )

@@ -192,7 +192,7 @@ def test_a_model_that_does_not_say_how_it_was_trained(folder, tmp_path, capsys):
         ("odd", '{"template": "poem"}', "promptkd.json: template: 'poem' is not one of 'alpaca'"),
         ("short", '{"max_length": 0}', "promptkd.json: max_length: 0 is not >= 2"),
         ("torn", '{"template": ', "promptkd.json:1: not JSON"),
-        ("list", "[]", "promptkd.json: is not a JSON object"),
+        ("list", "[]", "promptkd.json: holds a list"),
     ],
 )
 def test_a_record_that_cannot_be(folder, name, text, message):

@@ -62,7 +62,7 @@ def test_adamw_is_adamw_with_one_clip_for_all_parameters():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, right)
 
 
-@pytest.mark.parametrize("b2", [0.999, 0.95])
+@pytest.mark.parametrize("b2", [0.999, 0.95, 0.0])
 def test_the_first_updates_are_those_of_pytorch(b2):
     """From 0, where float32 hides nothing: a bias correction from a rounded b2 is off by 6e-6."""
     torch = pytest.importorskip("torch", reason="AdamW is compared with PyTorch's")

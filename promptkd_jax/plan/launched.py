@@ -9,11 +9,13 @@ from ml_collections import ConfigDict
 from promptkd_jax import schema, sharding
 from promptkd_jax.cli import COMMANDS
 from promptkd_jax.config import ConfigError, parse
+from promptkd_jax.files import of_another_machine
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 
 ALONE = ("init", "compare", "plan")  # of one process
 
 
+@of_another_machine()
 def check(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | None:
     """Checks a command for so many devices, all of whose mistakes would show when these are there.
 
