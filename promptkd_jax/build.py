@@ -40,8 +40,13 @@ def title(config: ConfigDict) -> str:
         for stage in config.stages
     )
     models = f"{teacher} into {student}" if taught or not config.student.path else student
+    return f"{names}: {models} on {data_name(config)}"
+
+
+def data_name(config: ConfigDict) -> str:
+    """The name of the training data."""
     written = config.data.train == "teacher"
-    return f"{names}: {models} on {'its requests' if written else short_name(config.data.train)}"
+    return "requests that the teacher wrote" if written else short_name(config.data.train)
 
 
 def short_name(source: str) -> str:

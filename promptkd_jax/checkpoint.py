@@ -173,7 +173,7 @@ class Checkpoints:
     @property
     def saving(self) -> bool:
         """Whether a checkpoint is being written."""
-        return self._pending is not None and self._manager.is_saving_in_progress()
+        return self._manager.is_saving_in_progress()
 
     def note(self, step: int, scores: dict[str, float]) -> None:
         """Keeps what the state of checkpoint `step` scores, which decides which one is the best.
@@ -302,14 +302,14 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except (*failures(self._directory), ValueError) as error:  # ValueError: TensorStore's
+            step, self._pending = self._pending, None
             self._manager.reload()
             latest = max(self._listed(), default=None)  # the other processes may be well
             raise CheckpointError(
-                f"checkpoint {self._pending} could not be written to {self._directory} ({error}). "
+                f"checkpoint {step} could not be written to {self._directory} ({error}). "
                 + ("There is no other" if latest is None else f"Checkpoint {latest} is still good")
             ) from error
-        finally:
-            self._pending = None
+        self._pending = None  # not where a signal ends the waiting: it is still being written
 
     def close(self) -> None:
         """Waits for the checkpoint being written, then ends the background threads.

@@ -136,17 +136,16 @@ def train(run: Run, cache: pathlib.Path) -> None:
 
 def _run(command: Sequence[str], **how: Any) -> int:
     """The exit status of a program, which at a signal is told to stop, and waited for."""
-    with subprocess.Popen(command, start_new_session=True, **how) as process:  # Ctrl-C is for us
-        running = signals.deferred(
-            "", unsaved=lambda: False, writing=lambda: process.returncode is None
-        )
-        with running:
-            try:
-                return process.wait()
-            except signals.Stopped:
-                process.terminate()
-                process.wait()
-                raise
+    with (
+        subprocess.Popen(command, start_new_session=True, **how) as process,  # Ctrl-C is for us
+        signals.awaited(lambda: process.returncode is None),
+    ):
+        try:
+            return process.wait()
+        except signals.Stopped:
+            process.terminate()
+            process.wait()
+            raise
 
 
 # What is measured.

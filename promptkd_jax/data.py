@@ -8,6 +8,7 @@ devices may change between a save and a restore.
 
 import datetime
 import json
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -264,8 +265,14 @@ def _stopped_clock(date: str) -> str:
     if not date:
         return ""
     day = datetime.datetime.fromisoformat(date)
-    shown = "".join(f"|replace('%{c}', '{day.strftime('%' + c)}')" for c in "aAbBdHIjmMpSuUVwWyY")
-    return f"{{%- macro {_CLOCK}(format) -%}}{{{{ format{shown} }}}}{{%- endmacro -%}}"
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters]
+    values = {code: day.strftime(code) for code in codes}
+    shown = "".join(f"|replace('{code}', '{v}')" for code, v in values.items() if "%" not in v)
+    return (
+        f"{{%- macro {_CLOCK}(format) -%}}{{%- set shown = format{shown} -%}}"
+        "{%- if '%' in shown -%}{{ raise_exception('no such date: ' ~ shown) }}{%- endif -%}"
+        "{{ shown }}{%- endmacro -%}"
+    )
 
 
 def _plain(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:

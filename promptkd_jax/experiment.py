@@ -247,12 +247,13 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
 
 
 def _inputs(config: ConfigDict, teacher, student, rows, dev, corpus) -> dict[str, str]:
-    """What the run learns from, by content, with the field that names it."""
+    """Returns digests of all that the run learns from, by the fields that name it."""
     data, found = config.data, {}
     for field, model in (("teacher", teacher), ("student", student)):
         if path := model and config[field].path:
             found[f"{path} (config.{field}.path)"] = manifest.of_weights(path)
     found["the tokenizer"] = manifest.of_tokenizer(student.tokenizer)
+    found["the tokens that end an answer"] = str(list(student.eos_ids))
     for targets in sorted({stage.targets for stage in config.stages}):
         name = "answers of the teacher" if targets == "teacher" else "rows"
         found[f"{data.train} (config.data.train, {name})"] = manifest.of_records(rows[targets])
@@ -320,6 +321,9 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: ep
     if "teacher" in targets:
         chosen = build.sampling(config.answers.sampling, student.eos_ids)
         kinds["teacher"] = write(rows, folder / "teacher_answers.jsonl", sampling=chosen)
+        _warn_of_cut(config, "the teacher", kinds["teacher"])
+    if any(map(reads_answers, config.stages)):
+        _warn_of_cut(config, data.train, rows)
     if not dev_gold:
         greedy = Sampling(temperature=0.0, eos_ids=student.eos_ids)
         dev = write(dev, folder / "dev_answers.jsonl", sampling=greedy)
@@ -359,12 +363,15 @@ def tokenized(config: ConfigDict, model: Model, source: str, records: Sequence[R
         f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "
         f"{rows.cut} answers cut at {length} tokens"
     )
+    return rows
+
+
+def _warn_of_cut(config: ConfigDict, source: str, rows: Rows) -> None:
     if rows.cut == len(rows.tokens):
         hosts.warn(
-            f"config.data.max_length: {length} cuts every answer of {source}: none has an end of "
-            "sequence, from which a student learns to stop"
+            f"config.data.max_length: {config.data.max_length} cuts every answer of {source}: none "
+            "has an end of sequence, from which a student learns to stop"
         )
-    return rows
 
 
 def _shown(config: ConfigDict, rows: Rows) -> list[int]:
@@ -507,7 +514,7 @@ def save(
         known=student.card,
         student=build.short_name(student.name) if config.student.path else "",
         teacher=teacher and teacher.card.get("base_model", build.short_name(teacher.name)),
-        data=build.short_name(config.data.train),
+        data=build.data_name(config),
         stages=[build.describe(stage) for stage in config.stages],
         metrics=metrics,
     )

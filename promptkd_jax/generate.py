@@ -42,6 +42,7 @@ def _answer_all(options: argparse.Namespace) -> None:
             max_prompt_length=options.max_prompt_length,
             max_length=options.max_prompt_length + options.max_new_tokens,
             eos_id=model.eos_ids[0],
+            date=record.get("date", ""),
         )
         answers = write_answers(
             model,

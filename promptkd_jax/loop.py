@@ -105,23 +105,16 @@ def fit(
       CheckpointError: a checkpoint cannot be written, or is of another run.
       Stopped: by a signal; what was done is saved.
     """
-    rule = experiment.config.checkpoint
+    rule, checkpoints = experiment.config.checkpoint, open_checkpoints(experiment.config, workdir)
     with (
-        open_checkpoints(experiment.config, workdir) as checkpoints,
+        signals.awaited(lambda: checkpoints.saving),  # also while they are closed
+        checkpoints,
         _Loop(experiment, workdir, checkpoints, started, before) as loop,
-        signals.deferred(
-            "this step", unsaved=lambda: loop.unsaved, writing=lambda: checkpoints.saving
-        ),
+        signals.deferred("this step", lambda: loop.unsaved),
     ):
         for stage in experiment.stages:
             loop.train(stage)
         checkpoints.wait()
-        if int(loop.state.skipped) == loop.done:
-            raise TrainingError(
-                f"no update took place: the loss or a gradient was not finite in all {loop.done} "
-                "steps, so that the student is what it was before. Try a smaller learning rate, or "
-                "dtype float32"
-            )
         best, state = checkpoints.best_step(), loop.state
         if rule.export == "best" and best not in (None, loop.done):
             print(f"the best checkpoint by dev {rule.select} is that of step {best}")
@@ -159,6 +152,7 @@ class _Loop:
         self.experiment, self.checkpoints, self.started = experiment, checkpoints, started
         self.state, self.done, self._validation_loss = None, 0, before["loss"]
         self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
+        self._skipped = 0  # before the stage
         self._fingerprint = fingerprint(experiment.config, schema.IRRELEVANT)
         self._unpadded = experiment.unpadded_state()
         if restored := checkpoints.restore_latest(experiment.abstract_state(), self._unpadded):
@@ -170,9 +164,9 @@ class _Loop:
                 )
             self.started -= meta["seconds"]
             self.spent = meta["spent"]
-            self._validation_loss = meta["validation_loss"]
+            self._validation_loss, self._skipped = meta["validation_loss"], meta["skipped"]
             print("\n".join(checkpoints.damage + [f"continuing from step {self.done}"]))
-        self._saved = self.done, self.spent["seconds"]
+        self._saved = self.done, self._clock()
         self._mark()
         truncate_metrics(workdir, self.done, evaluated=checkpoints.noted(self.done) is not None)
         self.writer = MetricWriter(workdir)
@@ -187,6 +181,11 @@ class _Loop:
     def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
         self.writer.close()
+
+    def _clock(self) -> float:
+        """Seconds: of the clock, or of many processes, which shall agree, those of training, which
+        they know when they log."""
+        return time.monotonic() if hosts.alone() else self.spent["seconds"]
 
     @property
     def unsaved(self) -> bool:
@@ -209,8 +208,10 @@ class _Loop:
         if stage.first < self.done <= end:
             self._evaluate(stage)  # unless it was before the run was stopped
         if self.done >= end or self.over:
+            self._check_updates(stage)
             return
         if self.done == stage.first:
+            self._skipped = int(self.state.skipped) if self.state else 0
             self.state = experiment.start(stage, self.state)
             self._adapt_replay(stage)
             self.state = experiment.write_ahead(stage, self.state)
@@ -233,6 +234,17 @@ class _Loop:
                 self._log(stage, summarise(metrics, stage.method.conventions))
             self._save(stage)
             self._evaluate(stage)
+        self._check_updates(stage)
+
+    def _check_updates(self, stage: Stage) -> None:
+        """Raises TrainingError after a stage whose every step was skipped."""
+        steps = self.done - stage.first
+        if 0 < steps <= stage.steps and int(self.state.skipped) - self._skipped == steps:
+            raise TrainingError(
+                f"stage {stage.name}: no update took place: the loss or a gradient was not finite "
+                f"in all {steps} steps, so that the student is what it was before. Try a smaller "
+                "learning rate, or dtype float32"
+            )
 
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""
@@ -303,7 +315,7 @@ class _Loop:
         if jax.distributed.is_initialized() and self.checkpoints.reached_preemption(self.done):
             stop = signal.SIGTERM  # at a step that all processes stop at
         minutes = self.experiment.config.checkpoint.minutes
-        late = 0 < 60 * minutes <= self.spent["seconds"] - self._saved[1]
+        late = 0 < 60 * minutes <= self._clock() - self._saved[1]
         last = self.done == stage.first + stage.steps  # before the next one is compiled
         force = bool(self.over or last or late or stop or self._evaluation_due)
         if force or self.checkpoints.due(self.done):
@@ -318,12 +330,13 @@ class _Loop:
                 "seconds": time.monotonic() - self.started,
                 "spent": self.spent,
                 "validation_loss": self._validation_loss,
+                "skipped": self._skipped,
             },
             force=force,
             unpadded=self._unpadded,
         )
         if saved:
-            self._saved = self.done, self.spent["seconds"]
+            self._saved = self.done, self._clock()
         if stop:
             self.checkpoints.wait()
             print(f"stopped after step {self.done} and saved; the same command continues")

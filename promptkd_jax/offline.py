@@ -101,7 +101,8 @@ def teacher_answers(
         record._replace(outputs=(decode(teacher.tokenizer, answer),))
         for record, answer in zip(rows.records, answers, strict=True)
     ]
-    return with_responses(rows, answers)._replace(records=records)
+    cut = sum(not answer or answer[-1] not in sampling.eos_ids for answer in answers)
+    return with_responses(rows, answers)._replace(records=records, cut=cut)
 
 
 def _answers_made_from(

@@ -120,26 +120,42 @@ def _restore(handlers: dict, woken: int, writing: int) -> None:
 
 
 @contextlib.contextmanager
-def deferred(
-    until: str, *, unsaved: Callable[[], bool], writing: Callable[[], bool]
-) -> Iterator[None]:
+def deferred(until: str, unsaved: Callable[[], bool]) -> Iterator[None]:
     """Lets the body finish what it does before a signal is obeyed.
 
     Args:
       until: what is finished first, for the answer, such as "this step".
       unsaved: whether something would be lost now; then the body has to ask `stop_asked`, to save,
         and to raise `Stopped`. Called from another thread, too.
-      writing: whether something is being saved that the end of the process would break off.
     """
     if _listener is None:
         yield
         return
-    before = _listener.until, _listener.unsaved, _listener.writing
-    _listener.until, _listener.unsaved, _listener.writing = until, unsaved, writing
+    before = _listener.until, _listener.unsaved
+    _listener.until, _listener.unsaved = until, unsaved
     try:
         yield
     finally:
-        _listener.until, _listener.unsaved, _listener.writing = before
+        _listener.until, _listener.unsaved = before
+
+
+@contextlib.contextmanager
+def awaited(writing: Callable[[], bool]) -> Iterator[None]:
+    """Keeps a first signal from ending the process while something is being written.
+
+    Around whatever waits for it when `Stopped` passes.
+
+    Args:
+      writing: whether something is; called from another thread.
+    """
+    if _listener is None:
+        yield
+        return
+    before, _listener.writing = _listener.writing, writing
+    try:
+        yield
+    finally:
+        _listener.writing = before
 
 
 def stop_asked() -> int:

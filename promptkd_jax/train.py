@@ -28,6 +28,7 @@ from promptkd_jax.files import check_shared, once, read_text, write_json
 from promptkd_jax.hosts import HostsError
 from promptkd_jax.loop import Trained, TrainingError, assess, fit, score_dev
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.weights import has_weights
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.report import (
     summary_table,
@@ -109,13 +110,14 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
                 f"updates: its rate never comes to config.stages[{index}].learning_rate"
             )
     every = config.evaluation.every
-    if every > total:
+    if every >= total:
         yield (
             f"config.evaluation.every: {every}, but the run has {total} steps: no evaluation "
             "before the end (0 says so)"
         )
+    forced = 0 < every < total or len(config.stages) > 1  # by evaluations, and by stages' ends
     every = config.checkpoint.every
-    if every >= total and not config.checkpoint.minutes:
+    if every >= total and not forced and not config.checkpoint.minutes:
         yield (
             f"config.checkpoint.every: {every}, but the run has {total} steps, and "
             "config.checkpoint.minutes is 0: no checkpoint before the end, so that a run that is "
@@ -125,8 +127,7 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
 
 def _is_finished(workdir: epath.Path) -> bool:
     """Whether nothing is left to do: a student that was removed is exported once more."""
-    student = any((workdir / "student").glob("*.safetensors"))
-    return student and (workdir / "summary.json").exists()
+    return (workdir / "summary.json").exists() and has_weights(workdir / "student")
 
 
 def _assess_first(experiment: Experiment) -> dict[str, Any]:

@@ -27,7 +27,7 @@ print("not stopped", flush=True)
 """
 AT_ONCE = "time.sleep(1000)"
 STEP = """
-with signals.deferred("this step", unsaved=lambda: not saved, writing=lambda: False):
+with signals.deferred("this step", lambda: not saved):
     ready()
     while not signals.stop_asked():
         time.sleep(0.01)
@@ -46,12 +46,11 @@ def write():
 import threading
 writer = threading.Thread(target=write, daemon=True)
 writer.start()
-with signals.deferred("this step", unsaved=lambda: False, writing=lambda: not written):
-    try:
+with signals.awaited(lambda: not written), contextlib.ExitStack() as stack:
+    stack.callback(writer.join)
+    with signals.deferred("this step", lambda: False):
         ready()
         {BUSY}
-    finally:
-        writer.join()
 """
 
 
@@ -102,10 +101,7 @@ def test_what_is_being_saved_is_saved():
 
 
 def test_a_second_signal_ends_whatever_is_lost():
-    process = start(
-        'with signals.deferred("this step", unsaved=lambda: True, writing=lambda: True):\n'
-        f"    ready()\n    {BUSY}"
-    )
+    process = start(f'with signals.deferred("this step", lambda: True):\n    ready()\n    {BUSY}')
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
     assert "SIGINT: stopping after this step" in process.stderr.readline()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from etils import epath
 
 from promptkd_jax.models.config import ModelError, from_hugging_face
 
@@ -104,6 +105,13 @@ def weight_files(folder: pathlib.Path) -> list[str]:
             "that an earlier save left behind"
         )
     return files
+
+
+def has_weights(folder: epath.Path) -> bool:
+    """Whether a folder holds every file of weights that it should."""
+    index = folder / _INDEX
+    files = set(read_json(index)["weight_map"].values()) if index.exists() else {_SINGLE}
+    return all((folder / file).exists() for file in files)
 
 
 def _is_file_name(value: Any) -> bool:
