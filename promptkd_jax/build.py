@@ -50,10 +50,11 @@ def data_name(config: ConfigDict) -> str:
 
 
 def short_name(source: str) -> str:
-    """The end of a path, of a hub id, or of "package:NAME/FILE", which says what it is and not
-    where it lies."""
-    name = re.split("[/:]", source.rstrip("/"))[-1]
-    return re.sub(r"\.(jsonl|json|gguf)$", "", name)
+    """The end of a path, of a hub id, or of "package:NAME/FILE": what something is called, and not
+    where it lies. The student or teacher of a run is called by the run as well."""
+    parts = re.split("[/:]", source.partition("@")[0].rstrip("/"))
+    name = re.sub(r"\.(jsonl|json|gguf)$", "", parts[-1])
+    return "/".join([*parts[-2:-1], name]) if name in ("student", "teacher") else name
 
 
 def remat(model: ConfigDict) -> str:

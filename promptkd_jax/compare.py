@@ -16,6 +16,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ FIGURES = (
     *("kl_after", "agreement_after", "rougeL_after"),
     *("response_length_after", "eos_rate_after", "repetition_after"),
 )
+_POLL_SECONDS = 0.1
 PROMPT_FIGURES = ("kl_prompted_after", "teacher_rougeL", "teacher_rougeL_prompted")
 
 
@@ -138,14 +140,17 @@ def _run(command: Sequence[str], **how: Any) -> int:
     """The exit status of a program, which at a signal is told to stop, and waited for."""
     with (
         subprocess.Popen(command, start_new_session=True, **how) as process,  # Ctrl-C is for us
-        signals.awaited(lambda: process.returncode is None),
+        signals.deferred("this training has saved", lambda: process.returncode is None),
     ):
-        try:
-            return process.wait()
-        except signals.Stopped:
-            process.terminate()
-            process.wait()
-            raise
+        told = False
+        while process.poll() is None:
+            if signals.stop_asked() and not told:
+                process.terminate()
+                told = True
+            time.sleep(_POLL_SECONDS)
+        if told:
+            raise signals.Stopped(signals.stop_asked())
+        return process.returncode
 
 
 # What is measured.

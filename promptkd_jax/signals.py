@@ -5,7 +5,8 @@ minutes of XLA. So the answer comes from a thread, which the interpreter tells o
 (`signal.set_wakeup_fd`). Then
 
 * the handler raises `Stopped` in the main thread, unless what was done has to be saved first
-  (`deferred`). Should the main thread not get to it, the process ends `GRACE_SECONDS` later;
+  (`deferred`), or something is being written (`awaited`): then it is called once more afterwards.
+  Should the main thread not get to it, the process ends `GRACE_SECONDS` later;
 * a second signal ends the process where it is.
 
 The exit status is the conventional one, 128 + the signal's number, so that `train && evaluate` does
@@ -44,11 +45,11 @@ class _Listener:
     def __init__(self):
         self.number = 0
         self.until, self.unsaved, self.writing = "", _no, _no
-        self._raised, self._answered = False, threading.Event()
+        self._raised, self._nudged, self._answered = False, False, threading.Event()
 
     def handle(self, number: int, _: Any) -> None:
         """Runs in the main thread."""
-        if not self._raised and not self.unsaved():
+        if not self._raised and not self._busy():
             self._raised = True
             self._answered.wait(1.0)
             raise Stopped(self.number or number)
@@ -57,6 +58,9 @@ class _Listener:
         """Runs in a thread, until the other end of the pipe is closed."""
         while numbers := os.read(pipe, 1):
             if numbers[0] not in _NUMBERS:
+                continue
+            if self._nudged:  # by `_insist`, not from outside
+                self._nudged = False
                 continue
             name = signal.Signals(numbers[0]).name
             if self.number:
@@ -70,12 +74,20 @@ class _Listener:
         os.close(pipe)
 
     def _insist(self) -> None:
-        while self.unsaved():
-            time.sleep(_POLL_SECONDS)
+        self._rest()
+        if not self._raised:
+            self._nudged = True
+            signal.pthread_kill(threading.main_thread().ident, self.number)  # once more
         time.sleep(GRACE_SECONDS)
-        while self.unsaved() or self.writing():
-            time.sleep(_POLL_SECONDS)
+        self._rest()
         _end(128 + self.number)
+
+    def _rest(self) -> None:
+        while self._busy():
+            time.sleep(_POLL_SECONDS)
+
+    def _busy(self) -> bool:
+        return self.unsaved() or self.writing()
 
 
 _listener: _Listener | None = None  # signals are the process's, and so is who listens
@@ -141,9 +153,8 @@ def deferred(until: str, unsaved: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def awaited(writing: Callable[[], bool]) -> Iterator[None]:
-    """Keeps a first signal from ending the process while something is being written.
-
-    Around whatever waits for it when `Stopped` passes.
+    """Lets what is being written become whole before a signal is obeyed: whoever waits for it, as
+    Orbax does, may lose it where the waiting is broken off.
 
     Args:
       writing: whether something is; called from another thread.

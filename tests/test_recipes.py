@@ -14,7 +14,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from promptkd_jax import cache, experiment, loop, sharding, train
+from promptkd_jax import build, cache, experiment, loop, sharding, train
 from promptkd_jax.build import stage_steps
 from promptkd_jax.config import ConfigError, claim, load_config
 from promptkd_jax.data import DataError, stream
@@ -720,6 +720,26 @@ def test_an_impossible_combination_is_refused_with_the_reason(config, combinatio
     assert len(found.splitlines()) >= len(messages)
     for message in messages:
         assert f"config.{message}" in found, found
+
+
+@pytest.mark.parametrize(
+    "changes, title",
+    [
+        ({}, "kd: teacher-gpt2-1.5B into init-gpt2-120M on databricks-dolly-15k"),
+        ({"title": "mine"}, "mine"),
+        ({"teacher.path": "Qwen/Qwen2.5-7B@refs/pr/1"}, "kd: Qwen2.5-7B into init-gpt2-120M on"),
+        ({"student.path": "runs/a/student"}, "kd: teacher-gpt2-1.5B into a/student on"),
+        ({"student.path": "", "student.layers": (0, 5)}, "kd: teacher-gpt2-1.5B into 2 of its lay"),
+        ({"teacher.path": "package:some/Model.Q4_1.gguf"}, "kd: Model.Q4_1 into"),
+        ({"data.train": "gs://pail/data/more.jsonl"}, "init-gpt2-120M on more"),
+        ({"data.train": "teacher"}, "init-gpt2-120M on requests that the teacher wrote"),
+    ],
+)
+def test_a_title_says_what_is_trained(changes, title):
+    config = load_config(["--config=configs/gpt2.py:student=base"])[0].copy_and_resolve_references()
+    config.stages = (stage("kd"),)
+    config.update_from_flattened_dict(changes)
+    assert title in build.title(config)
 
 
 def test_answers_that_no_method_reads_need_not_be_there(models, tmp_path):

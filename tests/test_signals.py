@@ -35,7 +35,7 @@ with signals.deferred("this step", lambda: not saved):
     saved.append(True)
     raise signals.Stopped(signals.stop_asked())
 """
-WRITING = f"""
+WRITING = """
 written = []
 
 def write():
@@ -46,11 +46,13 @@ def write():
 import threading
 writer = threading.Thread(target=write, daemon=True)
 writer.start()
-with signals.awaited(lambda: not written), contextlib.ExitStack() as stack:
-    stack.callback(writer.join)
-    with signals.deferred("this step", lambda: False):
-        ready()
-        {BUSY}
+with signals.awaited(lambda: not written):
+    ready()
+    try:
+        {inside}
+    except signals.Stopped:
+        print("raised", flush=True)
+        raise
 """
 
 
@@ -89,15 +91,17 @@ def test_a_step_is_finished_and_saved_first():
     assert output == "finishing\n"
 
 
-def test_what_is_being_saved_is_saved():
-    process = start(WRITING)
+@pytest.mark.parametrize("inside", [AT_ONCE, BUSY])
+def test_what_is_being_written_is_finished_first(inside):
+    process = start(WRITING.replace("{inside}", inside))
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline() == "\n"
     assert "SIGTERM: stopping (a" in process.stderr.readline()
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.0)  # far longer than its time of grace
     output, _ = process.communicate("go on\n")
-    assert (process.returncode, output) == (143, "written\n")
+    assert process.returncode == 143
+    assert output == ("written\n" if inside == BUSY else "written\nraised\n")
 
 
 def test_a_second_signal_ends_whatever_is_lost():

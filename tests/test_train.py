@@ -110,7 +110,7 @@ def test_a_run_leaves_what_it_promises(finished, models):
     assert (finished / "report.html").read_text().startswith("<!doctype html>")
     card = (finished / "student" / "README.md").read_text()
     assert "# tiny\n" in card and "reverse_kl" in card and "- Training data: train\n" in card
-    assert "- Teacher: teacher\n" in card and "- Started from: student\n" in card
+    assert "- Teacher: models/teacher\n" in card and "- Started from: models/student\n" in card
     assert str(models.parent) not in card  # which means nothing to whoever reads it
     model = load_model(str(finished / "student"))
     assert model.eos_ids == (0,) and model.tokenizer is not None
