@@ -116,7 +116,9 @@ def round_stochastically(seed: int) -> optax.GradientTransformation:
     with the probability that makes the mean exact. Other parameters' updates are as they were.
 
     The last of a chain: it looks at the parameters, and `optax.apply_updates` adds what it returns.
-    The same count gives the same numbers, on any mesh.
+    The same count gives the same random numbers on any mesh on which a parameter has the same
+    shape. They depend on the shape: a parameter that the tensor axis of a mesh pads (see
+    `DecoderConfig.padded`) is rounded by other numbers, which leave the mean exact.
     """
 
     def init(params):
