@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from promptkd_jax import sharding
-from promptkd_jax.losses import Divergence, needs_whole
+from promptkd_jax.losses import Divergence, cross_entropy, needs_whole
 from promptkd_jax.sharding import ROWS, constrain
 
 Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
@@ -52,9 +53,13 @@ class TopK(NamedTuple):
     divides its own. So KL divergences compare k + 1 probabilities, which bounds them from below,
     and nothing is learned about the inside of the tail; with k = V nothing is lost.
 
-    Where the tail is not given (None), it is what the k largest leave of 1. Of a sure teacher that
-    is lost in rounding, and the least that can be told from 0 in the dtype of `log_probs` stands
-    for it, or less where so many tokens that are no likelier than the k-th cannot have as much.
+    Where the tail is not given (None, or rounded to -inf), it is what the k largest leave of 1. Of
+    a sure teacher that is lost in rounding, and the least that can be told from 1 in the dtype of
+    `log_probs` (its machine epsilon) stands for it, or less where so many tokens that are no
+    likelier than the k-th cannot have as much.
+
+    A log-probability of -inf fills up a list of fewer than k tokens, and its id says nothing: a
+    token that stands nowhere else is one of the tail or, with k = V, has probability 0.
     """
 
     ids: jax.Array
@@ -65,31 +70,41 @@ class TopK(NamedTuple):
         """This distribution as logits `[..., V]`, compared with a learner of logits `[..., V]`. A
         constant, also where it comes from the learner."""
         whole, vocab_size = jax.lax.stop_gradient(learner.astype(jnp.float32)), learner.shape[-1]
-        left = vocab_size - self.ids.shape[-1]
-        if left:
-            sum_of_others = log_sum_of_others(whole, self.ids)[..., None]
+        log_probs = self.log_probs.astype(jnp.float32)
+        # Behind the last token nothing is written: filler must not stand for the token it names.
+        ids = jnp.where(jnp.isneginf(log_probs), vocab_size, self.ids.astype(jnp.int32))
+        if ids.shape[-1] == vocab_size:
+            whole = jnp.full_like(whole, -jnp.inf)
+        else:
+            sum_of_others = log_sum_of_others(whole, ids)[..., None]
             # A learner that has nothing there divides nothing: all tokens alike.
             nothing = jnp.isneginf(sum_of_others)
-            shares = jnp.where(nothing, -jnp.log(left), whole - sum_of_others)
+            others = self._others(vocab_size)[..., None]
+            shares = jnp.where(nothing, -jnp.log(others), whole - sum_of_others)
             whole = self.tail_below(vocab_size)[..., None] + shares
-        log_probs = self.log_probs.astype(jnp.float32)
-        return jnp.put_along_axis(whole, self.ids, log_probs, axis=-1, inplace=False)
+        return jnp.put_along_axis(whole, ids, log_probs, axis=-1, inplace=False, mode="drop")
 
     def tail_below(self, vocab_size: int) -> jax.Array:
-        """The log-probability of the `vocab_size` - k tokens that are not kept, `[B, T]`."""
-        if self.tail is not None:
-            return self.tail
+        """The log-probability of the tokens of `vocab_size` > k that are not kept, `[B, T]`."""
         kept = self.log_probs.astype(jnp.float32)
         least = jnp.finfo(self.log_probs.dtype).eps
         left = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(kept), axis=-1), least))
-        # None of the others is likelier than the last that is kept (-inf fills up a short list).
+        # None of the others is likelier than the last that is kept.
         last = jnp.min(jnp.where(jnp.isneginf(kept), jnp.inf, kept), axis=-1)
-        return jnp.minimum(left, last + jnp.log(vocab_size - kept.shape[-1]))
+        derived = jnp.minimum(left, last + jnp.log(self._others(vocab_size)))
+        if self.tail is None:
+            return derived
+        return jnp.where(jnp.isneginf(self.tail), derived, self.tail)
+
+    def _others(self, vocab_size: int) -> jax.Array:
+        """How many tokens are not kept, `[B, T]`."""
+        return vocab_size - jnp.sum(~jnp.isneginf(self.log_probs), axis=-1)
 
 
 def log_sum_of_others(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """logsumexp of `logits` `[..., V]` over the tokens that are not among `ids` `[..., k]`."""
-    others = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
+    """logsumexp of `logits` `[..., V]` over the tokens that are not among `ids` `[..., k]`,
+    of which those of V and above name no token."""
+    others = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False, mode="drop")
     return jax.nn.logsumexp(others, axis=-1)
 
 
@@ -115,7 +130,7 @@ def linear_loss(
     terms: Sequence[Divergence],
     learner: Linear,
     targets: Sequence[Any],
-    mask: jax.Array,
+    mask: jax.typing.ArrayLike | Sequence[Sequence[float]],
     weights: jax.Array | Sequence[float] | None = None,
     *,
     observe: Sequence[Observation] = (),
@@ -134,7 +149,7 @@ def linear_loss(
       targets: one per term: a `Linear`, a `TopK`, integer labels `[B, T]` for `cross_entropy`, or
         any tree of arrays `[B, T, …]` that the term knows how to read. More than there are terms:
         for the observations alone. One that stands there twice is multiplied out once.
-      mask: `[B, T]`; positions that count, possibly weighted.
+      mask: `[B, T]`, an array or lists; positions that count, possibly weighted.
       weights: `[len(terms)]`; 1 for each where absent. May be traced.
       observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
         is wanted; they see the same logits that the terms see (and a `TopK` as it is).
@@ -149,24 +164,25 @@ def linear_loss(
 
     Raises:
       ValueError: shapes that do not belong together (also when traced); as many terms without a
-        target; a `TopK` for a function that needs the whole distribution, or one whose
-        `log_probs`, where their values can be seen, are no log-probabilities.
+        target; a `TopK` for a function that needs the whole distribution. Where values can be
+        seen, and the mask is not 0: `log_probs` of a `TopK` that are no log-probabilities, its
+        ids or labels of `cross_entropy` outside [0, V).
     """
     if not terms:
         raise ValueError("no terms; expected at least one (linear_values measures without a loss)")
     _check(learner, targets)
     if len(terms) > len(targets):
         raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
-    if jnp.shape(mask) != learner.hidden.shape[:2]:
-        raise ValueError(_unlike("mask", jnp.shape(mask), learner))
-    _check_values(targets, mask)
+    if np.shape(mask) != learner.hidden.shape[:2]:
+        raise ValueError(_unlike("mask", np.shape(mask), learner))
+    _check_values(terms, targets, mask, learner.head.shape[0])
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
     if weights.shape != (len(terms),):
         raise ValueError(f"weights: {list(weights.shape)}; expected one per term, [{len(terms)}]")
     different = {id(target): target for target in targets}
     order = tuple(list(different).index(id(target)) for target in targets)
     learner, *targets = _gathered([learner, *different.values()])
-    learner, targets, mask = _packed(learner, targets, mask.astype(jnp.float32))
+    learner, targets, mask = _packed(learner, targets, jnp.asarray(mask, jnp.float32))
     chunk = chunk or _default_chunk(mask.shape, learner.head.shape[0])
     chunk = min(max(chunk, 1), mask.shape[1])
     constants = jax.lax.stop_gradient((tuple(targets), mask, weights))
@@ -275,21 +291,46 @@ def _check_top_k(name: str, target: TopK, vocab_size: int) -> None:
         )
 
 
-def _check_values(targets: Sequence[Any], mask: jax.Array) -> None:
-    """Raises ValueError for a TopK of logits, where values can be seen: not while tracing."""
+def _check_values(
+    terms: Sequence[Divergence], targets: Sequence[Any], mask: Any, vocab_size: int
+) -> None:
+    """Raises ValueError for a TopK of logits and for tokens that are not in the vocabulary, where
+    values can be seen: not those that are traced."""
     for number, target in enumerate(targets):
-        if not isinstance(target, TopK):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((target, mask))):
             continue
-        if any(isinstance(x, jax.core.Tracer) for x in (target.log_probs, mask)):
-            continue
-        sums = jax.nn.logsumexp(jnp.asarray(target.log_probs, jnp.float32), axis=-1)
-        most = float(jnp.max(jnp.where(jnp.asarray(mask) != 0, sums, -jnp.inf)))
-        if most > 0.05:  # log-probabilities in half precision may be a little above
-            raise ValueError(
-                f"targets[{number}]: a TopK whose probabilities add up to exp({most:.4g}); "
-                "expected log-probabilities: where these are logits, take their log_softmax over "
-                "all tokens before the k largest"
-            )
+        name = f"targets[{number}]"
+        # What is constant can be seen within a `jax.jit` too, which would trace its sum.
+        with jax.ensure_compile_time_eval():
+            if isinstance(target, TopK):
+                counts, log_probs = jnp.asarray(mask) != 0, jnp.asarray(target.log_probs)
+                _check_log_probs(name, log_probs.astype(jnp.float32), counts)
+                listed = counts[..., None] & ~jnp.isneginf(log_probs)
+                _check_tokens(name, target.ids, listed, vocab_size)
+            elif cross_entropy in terms[number : number + 1] and hasattr(target, "shape"):
+                _check_tokens(name, target, jnp.asarray(mask) != 0, vocab_size)
+
+
+def _check_log_probs(name: str, log_probs: jax.Array, counts: jax.Array) -> None:
+    sums = jax.nn.logsumexp(log_probs, axis=-1)
+    most = float(jnp.max(jnp.where(counts, sums, -jnp.inf)))
+    if most > 0.05:  # log-probabilities in half precision may be a little above
+        raise ValueError(
+            f"{name}: a TopK whose probabilities add up to exp({most:.4g}); expected "
+            "log-probabilities: where these are logits, take their log_softmax over all tokens "
+            "before the k largest"
+        )
+
+
+def _check_tokens(name: str, tokens: jax.Array, counts: jax.Array, vocab_size: int) -> None:
+    tokens = jnp.asarray(tokens).astype(jnp.int32)  # of few bits, they cannot be compared with V
+    wrong = counts & ((tokens < 0) | (tokens >= vocab_size))
+    if wrong.any():
+        place = tuple(int(i) for i in jnp.argwhere(wrong)[0])
+        raise ValueError(
+            f"{name}: token {tokens[place]} at row {place[0]}, position {place[1]}, where the mask "
+            f"is not 0; expected tokens in [0, {vocab_size}), or a mask of 0 there"
+        )
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
@@ -327,7 +368,8 @@ def _block_loss(functions, learner: Linear, targets, mask, weights):
 
 
 def _per_position(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """The same. Raises ValueError where a function did not give one number for each position."""
+    """`values` themselves. Raises ValueError where they are not one number for each position of
+    `shape`, `[B, T]`."""
     if values.shape != shape:
         raise ValueError(
             f"a function gave {list(values.shape)} for {shape[0]} rows of {shape[1]} positions; "

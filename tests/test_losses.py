@@ -593,6 +593,72 @@ def test_logits_in_the_place_of_cached_log_probabilities_are_refused_where_they_
     linear_loss([losses.forward_kl], learner, [TopK(ids, unused)], mask)
 
 
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: jax.jit(jax.grad(f))])
+def test_constants_of_a_compiled_function_are_looked_at_too(transform, array):
+    learner, teacher, labels, mask = problem()
+    kept, labels, mask = jax.tree.map(array, (top_k(), labels, mask))
+    values, ids = jax.tree.map(array, jax.lax.top_k(teacher.logits(), 4))
+
+    def loss(hidden, cached, labels):
+        terms = [losses.forward_kl, losses.cross_entropy]
+        return linear_loss(terms, Linear(hidden, learner.head), [cached, labels], mask)[0]
+
+    def compiled(cached, labels):
+        return transform(lambda hidden: loss(hidden, cached, labels))(learner.hidden)
+
+    right = jax.grad(loss)(learner.hidden, kept, labels)
+    if transform is jax.jit:
+        right = loss(learner.hidden, kept, labels)
+    np.testing.assert_allclose(compiled(kept, labels), right, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="log_softmax"):
+        compiled(TopK(ids, values), labels)
+    with pytest.raises(ValueError, match=r"targets\[1\]: token 29"):
+        compiled(kept, array(labels * 0 + VOCABULARY))
+
+
+@pytest.mark.parametrize("token", [-100, -7, -1, VOCABULARY])
+def test_tokens_that_are_not_in_the_vocabulary_are_refused_where_the_mask_counts_them(token):
+    learner, _, labels, mask = problem()
+    row, position = 0, 4  # where the mask is 0.5
+    says = rf"token {token} at row 0, position 4, .* \[0, 29\), or a mask of 0 there"
+    wrong = labels.copy()
+    wrong[row, position] = token
+    wrong_ids = top_k().ids.at[row, position, 2].set(token)
+    for term, target in (
+        (losses.cross_entropy, wrong),
+        (losses.reverse_kl, top_k()._replace(ids=wrong_ids)),
+    ):
+        with pytest.raises(ValueError, match=rf"targets\[1\]: {says}"):
+            linear_loss([losses.cross_entropy, term], learner, [labels, target], mask)
+        mask_without = mask.copy()
+        mask_without[row, position] = 0
+        linear_loss([term], learner, [target], mask_without)
+    linear_loss([lambda t, q: t * q[..., 0]], learner, [wrong], mask)  # are no labels
+
+
+def test_tokens_of_few_bits_are_as_good():
+    learner, _, labels, mask = problem()
+    learner = learner._replace(head=jnp.tile(learner.head, (9, 1)))  # V is 261
+    terms, cached = [losses.cross_entropy, losses.reverse_kl], top_k()
+    cached = cached._replace(log_probs=cached.log_probs.at[..., -1].set(-jnp.inf))  # filler
+    few = [labels.astype(np.uint8), cached._replace(ids=cached.ids.astype(np.uint8))]
+    found = linear_loss(terms, learner, few, mask)[0]
+    assert found == linear_loss(terms, learner, [labels, cached], mask)[0]
+
+
+def test_a_mask_may_be_a_list():
+    learner, _, labels, mask = problem()
+    found, right = (
+        linear_loss([losses.cross_entropy], learner, [labels], mask)[0]
+        for mask in (mask.tolist(), mask)
+    )
+    assert found == right
+    says = r"mask: \[2, 6\]"
+    with pytest.raises(ValueError, match=says):
+        linear_loss([losses.cross_entropy], learner, [labels], mask[:, 1:].tolist())
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -666,6 +732,42 @@ def test_a_sure_teacher_whose_tail_is_not_cached_is_near_the_dense_one(spec, kep
         assert value > 10
 
 
+@pytest.mark.parametrize("kept", SURE)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_tail_that_a_user_rounds_to_nothing_is_as_if_not_given(spec, kept):
+    cached, _ = sure(kept)
+    tail = jnp.log1p(-jnp.exp(jax.nn.logsumexp(cached.log_probs, axis=-1)))
+    assert jnp.isneginf(tail).all()
+    student = np.zeros(200, np.float32)
+    found = of_one_position(spec, cached._replace(tail=tail), student)
+    right = of_one_position(spec, cached, student)
+    jax.tree.map(np.testing.assert_array_equal, found, right)
+
+
+@pytest.mark.parametrize("filler", [0, 3, 6])
+@pytest.mark.parametrize("tail", [None, np.log(0.1)])
+def test_filler_of_a_short_list_stands_for_no_token(filler, tail):
+    """Whether its id is that of a token that is kept (0 and 3) or not (6), which is of the tail."""
+    ids = jnp.array([0, 3, filler, filler])
+    log_probs = jnp.array([*np.log([0.7, 0.2]), -np.inf, -np.inf], jnp.float32)
+    own = np.random.default_rng(0).normal(0, 1, 7).astype(np.float32)
+    right = np.exp(own, dtype=np.float64)
+    right[[0, 3]] = 0
+    right *= 0.1 / right.sum()
+    right[[0, 3]] = 0.7, 0.2
+    found = TopK(ids, log_probs, None if tail is None else jnp.float32(tail)).logits(own)
+    np.testing.assert_allclose(np.exp(found), right, rtol=1e-5)
+    nothing = np.where(np.isin(np.arange(7), [0, 3]), own, -np.inf)
+    found = TopK(ids, log_probs, jnp.log(0.1)).logits(nothing)
+    np.testing.assert_allclose(np.exp(found), [0.7, *[0.02] * 2, 0.2, *[0.02] * 3], rtol=1e-5)
+
+
+def test_of_a_short_list_that_could_hold_all_tokens_the_others_have_no_probability():
+    log_probs = jnp.array([*np.log([0.7, 0.3]), -np.inf, -np.inf], jnp.float32)
+    found = TopK(jnp.array([0, 3, 0, 0]), log_probs).logits(jnp.ones(4))
+    np.testing.assert_allclose(np.exp(found), [0.7, 0, 0, 0.3], rtol=1e-6)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_tail_is_divided_as_the_learner_divides_its_own(spec):
     """So a cached teacher is the dense one whose tail has the student's proportions."""
@@ -725,6 +827,7 @@ def test_the_tail_of_an_unsure_teacher_is_what_the_kept_leave():
         ([0.0, -30.0], -30 + np.log(198)),  # no other token is likelier than the second
         ([0.0, -1.0], np.log(np.finfo(np.float32).eps)),  # rounded: the sum is above 1
         ([*np.log([0.5, 0.25]), -np.inf, -np.inf], np.log(0.25)),  # a short list, filled up
+        ([0.0, -30.0, -np.inf, -np.inf], -30 + np.log(198)),
         ([0.0], np.log(np.finfo(np.float32).eps)),
     ],
 )
