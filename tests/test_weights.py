@@ -173,7 +173,7 @@ def test_a_tensor_that_is_not_finite_is_named_wherever_it_is_read_from(shards, m
     save_file(tensors, shards / file)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     monkeypatch.setattr(streaming, "PIECE_BYTES", 100)
-    refused(shards, UP, shardings=lambda tree: sharding.shardings(tree, mesh))
+    refused(shards, UP, mesh=mesh)
 
 
 def test_a_number_that_the_parameters_cannot_hold_is_named(folder):
