@@ -22,6 +22,7 @@ from promptkd_jax.files import write_json
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
 from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, model_config
@@ -444,6 +445,22 @@ def test_the_search_leaves_out_what_does_not_divide_and_ranks_the_rest():
     assert across and all(one.sizes["data"] % 4 == 0 for one in across)
 
 
+def test_a_search_traces_each_padding_of_each_model_once(monkeypatch):
+    traced, config = [], small_config()
+    real = abstract_params
+
+    def counted(decoder):
+        traced.append(decoder)
+        return real(decoder)
+
+    monkeypatch.setattr("promptkd_jax.plan.abstract_run.abstract_params", counted)
+    abstract_run_module._params.cache_clear()
+    run = abstract_run(config)
+    plan.search(run, chips.slices("v5e:2x4"))
+    plan.search(run, chips.slices("v6e:2x4"))
+    assert len(traced) == len(set(traced)) > 2
+
+
 def test_a_search_for_what_cannot_be_says_so():
     with pytest.raises(ConfigError, match=r"--search: no mesh of 4096 devices divides both the 8"):
         plan.search(small_run(), chips.slices("v5p:16x16x16"))
@@ -617,6 +634,7 @@ def test_a_command_is_checked_for_its_devices(capsys):
     checked("evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,4,1")
     checked("reproduce", f"--config={ROOT}/configs/gpt2.py:student=base", "--workdir=r")
     checked("cache", f"--config={ROOT}/configs/gpt2.py:student=base", "--output=r")
+    checked("compare", f"--config={ROOT}/configs/compare.py", "--workdir=r", where=["--devices=1"])
 
 
 @pytest.mark.parametrize(
@@ -634,6 +652,7 @@ def test_a_command_is_checked_for_its_devices(capsys):
         (["evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,8,1"], "4 devices"),
         (["evaluate", "--model=m", "--data=d"], "2"),
         (["cache", "LLAMA", "--output=o", "--config.mesh.fsdp=3"], "does not make 4 devices"),
+        (["plan", "LLAMA"], "promptkd plan: is what checks"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(words, says, monkeypatch):
@@ -641,6 +660,12 @@ def test_a_command_that_cannot_work_is_refused(words, says, monkeypatch):
     words = [f"--config={ROOT}/configs/llama.py" if word == "LLAMA" else word for word in words]
     with pytest.raises(SystemExit, match=re.escape(says)):
         checked(*words)
+
+
+def test_a_comparison_is_checked_before_it_is_launched():
+    compare = ("compare", f"--config={ROOT}/configs/compare.py", "--workdir=r")
+    with pytest.raises(SystemExit, match="config.seeds: .* names one of them twice"):
+        checked(*compare, "--config.seeds=(1,1)", where=["--devices=1"])
 
 
 def test_a_command_is_checked_for_a_topology_or_for_devices():

@@ -233,7 +233,7 @@ def _model(path: str, how: ConfigDict, notes: list[str], role: str, depth: int =
         dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
     )
     decoder = decoder.replace(depth=depth or decoder.depth)
-    params = abstract_params(decoder)
+    params = _params(decoder)
     size = sum(x.size for x in jax.tree.leaves(params))
     notes.append(f"{role}: {path}, {size / 1e9:.3g} B parameters, shapes from {source}")
     found = hf_config.get("eos_token_id")
@@ -242,7 +242,13 @@ def _model(path: str, how: ConfigDict, notes: list[str], role: str, depth: int =
 
 
 def _with_config(model: Model, config: DecoderConfig) -> Model:
-    return model.replace(decoder=Decoder(config), params=abstract_params(config))
+    return model.replace(decoder=Decoder(config), params=_params(config))
+
+
+@functools.cache
+def _params(config: DecoderConfig) -> Any:
+    """Those of a decoder, which is traced once: a search asks for each mesh and micro-batch."""
+    return abstract_params(config)
 
 
 def _stage_index(config: ConfigDict, name: str | None) -> int:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from promptkd_jax import schema, sharding
+from promptkd_jax import comparison, schema, sharding
 from promptkd_jax.cli import COMMANDS
 from promptkd_jax.config import ConfigError, parse
 from promptkd_jax.files import of_another_machine
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 
-ALONE = ("init", "compare", "plan")  # of one process
+ALONE = ("init", "compare")  # of one process
 
 
 @of_another_machine()
@@ -34,6 +34,8 @@ def check(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | N
     name, arguments = (list(words[1:2]) or [""])[0], list(words[2:])
     if name not in COMMANDS:
         raise ConfigError(f"promptkd {name}: no such command; there are {', '.join(COMMANDS)}")
+    if name == "plan":
+        raise ConfigError("promptkd plan: is what checks, and not to be launched; run it here")
     if name in ALONE and devices > 1:
         raise ConfigError(f"promptkd {name} is one process, and not for {devices} devices")
     module = importlib.import_module(f"promptkd_jax.{name}")
@@ -49,6 +51,11 @@ def check(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | N
         _, config = parse(parser, arguments)
         schema.check_recipe(config)
         sharding.mesh_shape(config.mesh, devices, number)
+    elif name == "compare":  # its own config: of several runs
+        options, config = parse(parser, arguments)
+        made = comparison.plan(config, options.workdir)
+        for run in (*made.pretraining.values(), *made.runs.values()):
+            _check_rows(run.config, devices, number)
     elif name == "reproduce":  # of models that it makes itself
         options, overrides = parser.parse_known_args(arguments)
         how = options.config, options.workdir, options.methods, overrides
