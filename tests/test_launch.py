@@ -242,6 +242,12 @@ def test_processes_that_find_each_other_take_no_flags(place, script, words, flag
         ("slurm.sbatch", ["--nodes", "2-4"], "--nodes 2-4 is not a whole number"),
         ("slurm.sbatch", ["-N", "x"], "--nodes x is not a whole number"),
         ("slurm.sbatch", ["--gpus-per-node=a100:4"], "4 GPUs and 8 tasks per node"),
+        ("slurm.sbatch", ["--gpus=16"], "'--gpus=16' does not say how many GPUs each node has"),
+        ("slurm.sbatch", ["--gpus", "16"], "give --gpus-per-node"),
+        ("slurm.sbatch", ["-G", "16"], "give --gpus-per-node"),
+        ("slurm.sbatch", ["-G16"], "give --gpus-per-node"),
+        ("slurm.sbatch", ["--gres=gpu:a100:4"], "give --gpus-per-node"),
+        ("slurm.sbatch", ["--gres", "nvme:1,gpu:4"], "give --gpus-per-node"),
     ],
 )
 def test_wrong_numbers_and_names_are_refused(place, script, words, says):
@@ -468,7 +474,7 @@ def test_slurm_goes_back_into_the_queue_only_where_the_run_stopped_before_its_en
     assert calls[0][-6:] == [*TRAIN, "runs/x"]
     assert "--kill-on-bad-exit=0" in calls[0]  # else a failure would look like a stop
     assert calls[1] == ["scontrol", "requeue", "77"]
-    assert printed("slurm.sbatch", "--", *TRAIN, "runs/x") == calls
+    assert printed("slurm.sbatch", *TRAIN, "runs/x") == calls
     slurm(place, monkeypatch, "")
     slurm(place, monkeypatch, "exit 6", status=6)
     launch("slurm.sbatch", "promptkd", "evaluate", "--output", "o", status=6)
@@ -487,6 +493,22 @@ def test_slurm_submits_itself_when_the_command_is_checked(place):
     assert [shown[0]] == recorded(place)
     assert [call[0] for call in shown[1:]] == ["srun", "scontrol"]
     assert checks(place)[-1][:4] == ["plan", "--no-compile", "--devices", "16"]
+
+
+@pytest.mark.parametrize("session", [None, "99"])
+def test_slurm_submits_from_within_a_session_too(place, monkeypatch, session):
+    if session:
+        monkeypatch.setenv("SLURM_JOB_ID", session)
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    words = ["-N3", "-c4", "--gres=nvme:1", "--gpus-per-node=4", "--ntasks-per-node=4"]
+    for given in (words, []):
+        launch("slurm.sbatch", *given, "--", *TRAIN, "runs/x")
+        assert recorded(place)[-1] == ["sbatch", *given, "launch/slurm.sbatch", *TRAIN, "runs/x"]
+    assert [check[3] for check in checks(place)] == ["12", "16"]
+    _, run, requeue = printed("slurm.sbatch", *words, "--", *TRAIN, "runs/x")
+    assert "--cpus-per-task=4" in run and requeue == ["scontrol", "requeue", "JOB"]
+    assert len(recorded(place)) == 2
 
 
 def test_slurm_checks_for_the_gpus_of_its_lines_or_of_the_job(place, monkeypatch):
