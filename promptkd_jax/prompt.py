@@ -15,7 +15,7 @@ from promptkd_jax.files import make_folder, to_path, write_json, write_text
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import embed
 from promptkd_jax.models.export import write_tensors
-from promptkd_jax.models.hub import local_path
+from promptkd_jax.models.hub import pretrained_name
 from promptkd_jax.models.streaming import all_finite
 from promptkd_jax.models.weights import read_json, refuse_pointer
 
@@ -92,13 +92,12 @@ def save_soft_prompt(
     folder = to_path(folder)
     make_folder(folder)
     length, width = soft_prompt.shape
-    here = local_path(teacher).exists()
-    name, _, revision = (teacher, "", "") if here else teacher.partition("@")
+    name, revision = pretrained_name(teacher)
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,
-        "revision": revision or None,
+        "revision": revision,
         "inference_mode": True,
         "num_virtual_tokens": length,
         "token_dim": width,

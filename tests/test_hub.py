@@ -94,6 +94,13 @@ def test_a_single_file_is_fetched(there, repository, tmp_path):
     assert "model.safetensors" in there.fetched and "model.fp16.safetensors" not in there.fetched
 
 
+def test_a_single_file_is_fetched_before_an_index(there, repository, tmp_path):
+    other = tiny.write_model(tmp_path / "other", width=16, depth=2, seed=7)
+    shutil.copy(pathlib.Path(other) / "model.safetensors", repository)
+    assert_same_params(load_model("owner/name"), load_model(other))
+    assert not any(file.startswith("model-") for file in there.fetched)
+
+
 @pytest.mark.parametrize("revision", ["v1.0", "0123abc", "refs/pr/7"])
 def test_a_revision_is_another_model(there, tmp_path, revision):
     other = tiny.write_model(tmp_path / "other", width=16, depth=1, seed=3)
@@ -123,9 +130,14 @@ def test_a_repository_of_pickles_is_named_with_the_remedy(there, tmp_path, repos
     folder.mkdir()
     shutil.copy(repository / "config.json", folder)
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    there.repositories["owner/old", "v1"] = folder
     with pytest.raises(
         ModelError, match=r"no such file(.|\n)*converted(.|\n)*REVISION(.|\n)*refs/pr"
     ):
+        load_model("owner/old")
+    with pytest.raises(ModelError, match=r"from_pretrained\('owner/old', revision='v1'\)"):
+        load_model("owner/old@v1")
+    with pytest.raises(ModelError, match=r"from_pretrained\('owner/old'\)\.save"):
         load_model("owner/old")
     assert "pytorch_model.bin" not in there.fetched
 

@@ -195,6 +195,18 @@ def test_an_adapter_names_the_revision_of_its_teacher(tmp_path, teacher, base, r
     assert (config["base_model_name_or_path"], config["revision"]) == (base, revision)
 
 
+def test_an_adapter_of_a_run_names_the_folder_of_its_student(tmp_path):
+    """Which PEFT can open."""
+    for folder, content in (("run", {"fingerprint": "x"}), ("run/student", {})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(content))
+    hf_config, teacher = random_model("gpt2").hf_config, str(tmp_path / "run")
+    save_soft_prompt(tmp_path / "out", jnp.asarray(PREFIX), teacher=teacher, hf_config=hf_config)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "run/student")
+    assert config["revision"] is None
+
+
 def test_missing_files(adapter):
     weights = adapter / "adapter_model.safetensors"
     weights.rename(adapter / "adapter_model.bin")

@@ -1,6 +1,7 @@
 """Nothing in a model's folder is trusted that would change what it computes without a word."""
 
 import json
+import pathlib
 import re
 import shutil
 
@@ -31,6 +32,7 @@ from promptkd_jax.models.load import (
     load_without_weights,
 )
 from promptkd_jax.models.streaming import all_finite
+from promptkd_jax.models.weights import has_weights, read_card
 
 UP = "model.layers.1.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -231,7 +233,7 @@ QUANTISED_CONFIGS = {
     "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
     "fp8": {"quantization_config": {"quant_method": "fp8"}},
     "compressed-tensors": {"quantization_config": {"quant_method": "compressed-tensors"}},
-    "bitsandbytes": {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+    "bitsandbytes": {"quantization_config": {"load_in_4bit": False, "load_in_8bit": True}},
     "affine": {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}},  # MLX
 }
 
@@ -242,9 +244,10 @@ def test_a_quantised_config_is_named(folder, kind):
     refused(folder, rf"quantised \({kind}\).*take the model that these were made from")
 
 
-def test_a_config_that_says_that_nothing_is_quantised(folder):
+@pytest.mark.parametrize("said", [None, {"load_in_4bit": False, "load_in_8bit": False}])
+def test_a_config_that_says_that_nothing_is_quantised(folder, said):
     expected = load_model(str(folder))
-    assert_same_params(load_model(str(write(folder, quantization_config=None))), expected)
+    assert_same_params(load_model(str(write(folder, quantization_config=said))), expected)
 
 
 @pytest.mark.parametrize(
@@ -354,18 +357,25 @@ def test_a_tensor_in_two_shards(shards):
     refused(shards, f"tensor {name} is in {first.name} and in {last.name}")
 
 
-def test_two_sets_of_weights(shards, tmp_path):
-    shutil.copy(sorted(shards.glob("model-*"))[0], shards / "model.safetensors")
-    refused(shards, "holds model.safetensors and an index of other files")
+def test_a_single_file_comes_before_an_index(shards, tmp_path, monkeypatch):
+    """As in transformers."""
+    monkeypatch.setattr(export, "SHARD_BYTES", 2**30)
+    other = tiny.write_model(tmp_path / "other", width=16, depth=2, seed=7)
+    shutil.copy(pathlib.Path(other) / "model.safetensors", shards)
+    (shards / INDEX).write_text("is not looked at")
+    assert_same_params(load_model(str(shards)), load_model(other))
+    assert has_weights(shards)
 
 
 @pytest.mark.parametrize(
     "file",
     ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    + ["chat_template.jinja", "generation_config.json", INDEX],
+    + ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", INDEX],
 )
 def test_a_pointer_of_git_lfs_is_no_file(folder, file):
     (folder / file).write_text(POINTER)
+    if file == INDEX:
+        (folder / "model.safetensors").unlink()
     refused(folder, f"{file}: is a Git LFS pointer.*git lfs pull")
 
 
@@ -376,7 +386,10 @@ def test_a_pointer_in_place_of_a_gguf_file(tmp_path):
 
 
 def test_a_pointer_that_is_not_read_does_no_harm(folder):
-    (folder / "pytorch_model.bin").write_text(POINTER)
+    for file in ("pytorch_model.bin", "trainer_state.json", "notes.txt"):
+        (folder / file).write_text(POINTER)
+    for name in ("x.json", "vocab.txt", "old.model"):
+        (folder / name).mkdir()
     load_model(str(folder))
 
 
@@ -490,3 +503,19 @@ def test_a_card_is_handed_on_from_model_to_model(tmp_path):
     assert load_without_weights(str(tmp_path / "configs")).card == model.card
     (folder / "README.md").write_text("license: mit, says a text without front matter\n")
     assert load_model(str(folder)).card == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "card"),
+    [
+        ("license: [mit, apache-2.0]", {}),
+        ("license: {a: b}", {}),
+        ("license:\n- mit", {}),
+        ("license: 'mit", {}),
+        ('license: "mit"  # since 2020', {"license": "mit"}),
+        ("license: cc-by-nc-4.0\r", {"license": "cc-by-nc-4.0"}),
+    ],
+)
+def test_a_card_takes_plain_scalars_alone(tmp_path, line, card):
+    (tmp_path / "README.md").write_bytes(f"---\n{line}\ntags: x\n---\n".encode())
+    assert read_card(tmp_path) == card

@@ -84,7 +84,7 @@ class DecoderConfig:
 
     @property
     def padding(self) -> str:
-        """What `padded` adds, in words: "vocab_size 50257 to 50258, heads 25 to 26"; or ""."""
+        """The sizes that `padded` changes: "vocab_size 50257 to 50258, heads 25 to 26", or ""."""
         padded = self.padded
         sizes = {
             name: (getattr(self, name), getattr(padded, name))
@@ -98,7 +98,7 @@ class DecoderConfig:
 
     @property
     def trained_positions(self) -> int:
-        """As many positions as it was trained for; linear scaling stretches them afterwards."""
+        """The number of positions that it was trained for; linear scaling stretches them later."""
         linear = self.rope_scaling is not None and self.rope_scaling.kind == "linear"
         return int(self.max_positions * self.rope_scaling.factor) if linear else self.max_positions
 
@@ -128,8 +128,13 @@ def _refuse_quantised(config: Mapping[str, Any], source: str) -> None:
         return
     method = settings
     if isinstance(settings, Mapping):
-        older = "bitsandbytes" if "load_in_4bit" in settings or "load_in_8bit" in settings else None
-        method = settings.get("quant_method") or older or settings.get("mode") or settings
+        older = [settings[key] for key in ("load_in_4bit", "load_in_8bit") if key in settings]
+        method = settings.get("quant_method") or settings.get("mode")
+        if older and not method:  # of bitsandbytes before it had a name
+            if not any(older):
+                return
+            method = "bitsandbytes"
+        method = method or settings
     raise ModelError(
         f"{source}: the weights are quantised ({method}); only plain ones in floating "
         "point are read: take the model that these were made from, or, for bitsandbytes and FP8, "

@@ -10,7 +10,7 @@ from etils import epath
 
 from promptkd_jax.files import address_fault, failures, is_remote, local_copy, to_path
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.weights import SMALL_FILES, read_json, weight_files
+from promptkd_jax.models.weights import SINGLE, SMALL_FILES, read_json, weight_files
 
 # Repositories that have another name today than everybody writes.
 SHORT_NAMES = {
@@ -42,8 +42,10 @@ def resolve(path: str) -> pathlib.Path:
         return _from_bucket(path)
     if (local := local_path(path)).exists():
         return pathlib.Path(student_of_run(to_path(local)))
-    weights = weight_files(download(path, SMALL_FILES))
-    return download(path, [*SMALL_FILES, *weights])
+    weight_files(download(path, SMALL_FILES))  # refuses before anything large is fetched
+    folder = download(path, [*SMALL_FILES, SINGLE])
+    weights = weight_files(folder)
+    return folder if weights == [SINGLE] else download(path, [*SMALL_FILES, *weights])
 
 
 def student_of_run(folder: epath.Path) -> epath.Path:
@@ -62,6 +64,17 @@ def student_of_run(folder: epath.Path) -> epath.Path:
             "takes the student of a checkpoint"
         )
     return folder / "student"
+
+
+def pretrained_name(path: str) -> tuple[str, str | None]:
+    """The name and the revision by which `transformers` and PEFT find a model; of a run, the folder
+    of its student."""
+    if (local := local_path(path)).exists():
+        return str(student_of_run(to_path(local))), None
+    if is_remote(path):
+        return path, None
+    name, _, revision = path.partition("@")
+    return name, revision or None
 
 
 def local_path(path: str) -> pathlib.Path:

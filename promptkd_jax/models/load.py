@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,13 +16,21 @@ from promptkd_jax import hosts, sharding
 from promptkd_jax.models import families
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
-from promptkd_jax.models.hub import repository_of, resolve
+from promptkd_jax.models.hub import pretrained_name, repository_of, resolve
 from promptkd_jax.models.streaming import has_head_of_its_own, load_params
-from promptkd_jax.models.weights import SafetensorsFolder, read_card, read_json
+from promptkd_jax.models.weights import (
+    PLAIN,
+    SafetensorsFolder,
+    read_card,
+    read_json,
+    refuse_pointer,
+)
 
 RECORD = "promptkd.json"  # beside a student: how it was asked while it was trained
 RECORDED = ("template", "date", "max_prompt_length", "max_length")  # of the fields of its data
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+# Whatever else the tokenizers of transformers read.
+_BESIDE_TOKENIZER = ("*tokens*.json", "vocab.*", "merges.txt", "*.model", "*chat_template*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +100,10 @@ def load_model(
         source = open_gguf(str(file))
         tokenizer, generation = tokenizer_from_gguf(source), {}
         licence = source.metadata.get("general.license")
-        card = {"license": licence} if isinstance(licence, str) else {}
+        plain = isinstance(licence, str) and re.fullmatch(PLAIN, licence)
+        card = {"license": licence} if plain else {}
     else:
-        source = SafetensorsFolder(file)
+        source = SafetensorsFolder(file, pretrained_name(path) if repository_of(path) else None)
         tokenizer, generation = _tokenizer(file), read_json(file / "generation_config.json", {})
         card = read_card(file)
     if repository := repository_of(path):
@@ -215,6 +225,9 @@ def training_record(path: str) -> dict[str, Any]:
 def _tokenizer(folder: pathlib.Path) -> Any:
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
+    for pattern in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
+        for file in filter(pathlib.Path.is_file, folder.glob(pattern)):
+            refuse_pointer(file)
     from transformers import AutoTokenizer
 
     try:

@@ -17,7 +17,8 @@ from promptkd_jax.models.config import ModelError, from_hugging_face
 # Configs, tokenizers, templates and card; which files hold the weights is seen from these.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 CARD_KEYS = ("base_model", "license")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN = r"\w[\w./@+-]*"  # a scalar that YAML reads as it stands
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 # Tensors that only files of another kind have.
@@ -36,18 +37,22 @@ _UNREAD = ("pytorch_model*.bin", "consolidated*.pth", "tf_model.h5", "flax_model
 class SafetensorsFolder:
     """The weights of a folder: `model.safetensors`, or shards with their index.
 
+    Args:
+      pretrained: the name and the revision by which `transformers` would find the model, for the
+        remedies of messages; by default the folder.
+
     Raises:
       ModelError: a folder of another kind, or a file of it that is missing, damaged, or contradicts
         another one.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, pretrained: tuple[str, str | None] | None = None):
         self.path = str(folder)
         self._files, where = {}, {}
         files = weight_files(folder)
         self.config = read_json(folder / "config.json")
         for file in files:
-            opened = _open(folder / file)
+            opened = _open(folder / file, pretrained or (str(folder), None))
             for name in opened.keys():  # noqa: SIM118
                 if name in where:
                     raise ModelError(
@@ -79,38 +84,34 @@ class SafetensorsFolder:
 def weight_files(folder: pathlib.Path) -> list[str]:
     """The names of the files that hold a folder's weights, which need not be there yet.
 
+    As `transformers` reads it: where there is `model.safetensors`, it holds all, and no index is
+    looked at.
+
     Raises:
       ModelError: no config of a supported model in plain weights; a PEFT adapter; or an index that
         names no files.
     """
-    for pattern in SMALL_FILES:
-        for file in sorted(folder.glob(pattern)):
-            refuse_pointer(file)
     _refuse_adapter(folder)
     file = folder / "config.json"
     from_hugging_face(read_json(file), f"{folder}: config")
     index = folder / _INDEX
-    if not index.exists():
-        return [_SINGLE]
+    if (folder / SINGLE).exists() or not index.exists():
+        return [SINGLE]
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(map(_is_file_name, found.values())):
         raise ModelError(
             f"{index}: has no weight_map, an object of tensor names and the files that they are "
             "in; get the file again, or write the folder anew with save_pretrained"
         )
-    files = sorted(set(found.values()))
-    if _SINGLE not in files and (folder / _SINGLE).exists():
-        raise ModelError(
-            f"{folder}: holds {_SINGLE} and an index of other files ({files[0]}, …); remove those "
-            "that an earlier save left behind"
-        )
-    return files
+    return sorted(set(found.values()))
 
 
 def has_weights(folder: epath.Path) -> bool:
     """Whether a folder holds every file of weights that it should."""
+    if (folder / SINGLE).exists():
+        return True
     index = folder / _INDEX
-    files = set(read_json(index)["weight_map"].values()) if index.exists() else {_SINGLE}
+    files = set(read_json(index)["weight_map"].values()) if index.exists() else {SINGLE}
     return all((folder / file).exists() for file in files)
 
 
@@ -141,15 +142,16 @@ def read_json(file: pathlib.Path, default: dict[str, Any] | None = None) -> dict
 
 
 def read_card(folder: pathlib.Path) -> dict[str, str]:
-    """What the README.md of a model says of `CARD_KEYS`; {} where it says nothing.
+    """The `CARD_KEYS` that the README.md of a model gives; {} where there are none.
 
-    Its front matter is YAML, of which these are plain scalars.
+    Its front matter is YAML, of which only plain scalars are taken, no lists.
     """
     file = folder / "README.md"
     text = file.read_bytes().decode(errors="replace") if file.exists() else ""
     front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
-    lines = re.findall(r"^(\w+): *['\"]?([^\s'\"#]+)", front[1], re.MULTILINE) if front else []
-    return {key: value for key, value in lines if key in CARD_KEYS}
+    scalar = rf"^(\w+): +(['\"]?)({PLAIN})\2[ \t\r]*(?: #.*)?$"
+    lines = re.findall(scalar, front[1], re.MULTILINE) if front else []
+    return {key: value for key, _, value in lines if key in CARD_KEYS}
 
 
 def refuse_pointer(file: pathlib.Path) -> None:
@@ -162,9 +164,9 @@ def refuse_pointer(file: pathlib.Path) -> None:
             )
 
 
-def _open(file: pathlib.Path):
+def _open(file: pathlib.Path, pretrained: tuple[str, str | None]):
     if not file.exists():
-        raise ModelError(_absent(file))
+        raise ModelError(_absent(file, *pretrained))
     refuse_pointer(file)
     try:
         return safetensors.safe_open(file, framework="np")
@@ -172,7 +174,7 @@ def _open(file: pathlib.Path):
         raise ModelError(f"{file}: damaged or truncated: {error}") from error
 
 
-def _absent(file: pathlib.Path) -> str:
+def _absent(file: pathlib.Path, name: str, revision: str | None) -> str:
     """Why there is no such file of weights, and the remedy."""
     folder = file.parent
     text = f"{file}: no such file (weights are read from safetensors only)"
@@ -180,11 +182,12 @@ def _absent(file: pathlib.Path) -> str:
         text += f"; there is {', '.join(unread[:3])}"
     if gguf := sorted(folder.glob("*.gguf")):
         return f"{text}; there is {gguf[0].name}: give that file itself as the model"
-    if file.name != _SINGLE:
+    if file.name != SINGLE:
         return f"{text}, which the index lists: get the model's files again"
+    at = f", revision={revision!r}" if revision else ""
     return f"""{text}. Such a model is converted, where torch is installed, by
   python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T
-for x in M, T: x.from_pretrained('{folder}').save_pretrained('converted')"
+for x in M, T: x.from_pretrained({name!r}{at}).save_pretrained('converted')"
 or taken from a revision that has them, OWNER/NAME@REVISION; on the hub that may be a pull request \
 of its converter (refs/pr/1)"""
 
