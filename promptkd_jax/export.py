@@ -5,12 +5,15 @@ the run began with may be gone.
 """
 
 import argparse
+import contextlib
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from promptkd_jax import flags, hosts, sharding
 from promptkd_jax.checkpoint import CheckpointError
@@ -31,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             export(options.workdir, options.step, options.output, flags.mesh_of(options))
         except (CheckpointError, ConfigError, ModelError, HostsError) as error:
             sys.exit(f"promptkd export: {error}")
-        except failures(options.output) as error:
-            sys.exit(f"promptkd export: --output {options.output}: {error}")
 
 
 def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.sharding.Mesh) -> None:
@@ -44,23 +45,44 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
 
     Raises:
       CheckpointError: there is no such checkpoint, or `workdir` is not the folder of a run.
+      ConfigError: the disk or the bucket of `workdir` or of `output` refuses.
       ModelError: the run has not come as far as to a checkpoint.
     """
     file = workdir / "config.json"
-    if not hosts.on_first(file.exists):
-        raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
-    config = with_date(load_config([f"--config={file}"])[0], workdir)
-    check_writable(output)
-    models = load_configs(config, workdir)
+    with _named("--workdir", workdir):
+        if not hosts.on_first(file.exists):
+            raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
+        config = with_date(load_config([f"--config={file}"])[0], workdir)
+    with _named("--output", output):
+        check_writable(output)
+    with _named("--workdir", workdir):
+        models = load_configs(config, workdir)
+        number, params = _restored(config, workdir, step, mesh)
+    with _named("--output", output):
+        paths = save(config, models, params, output)
+    print(f"step {number}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
+
+
+@contextlib.contextmanager
+def _named(option: str, folder: epath.Path) -> Iterator[None]:
+    """Names the option whose folder cannot be read or written."""
+    try:
+        yield
+    except failures(folder) as error:
+        raise ConfigError(f"{option} {folder}: {error}") from error
+
+
+def _restored(
+    config: ConfigDict, workdir: epath.Path, step: str, mesh: jax.sharding.Mesh
+) -> tuple[int, dict[str, Any]]:
+    """The number of a checkpoint and its parameters, by their names in `SAVED`."""
     with open_checkpoints(config, workdir) as checkpoints:
         named = {"last": checkpoints.latest_step, "best": checkpoints.best_step}
         number = named[step]() if step in named else int(step)
         if number is None:
             raise CheckpointError(f"{workdir}/checkpoints has no {step} checkpoint")
         place = functools.partial(sharding.shardings, mesh=mesh)
-        params = checkpoints.restore_params(number, SAVED, place)
-    paths = save(config, models, params, output)
-    print(f"step {number}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
+        return number, checkpoints.restore_params(number, SAVED, place)
 
 
 def _step(text: str) -> str:

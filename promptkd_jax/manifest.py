@@ -58,7 +58,7 @@ def _compare_or_write(manifest, made_from, teacher, file, state) -> None:
 def compare(manifest: epath.Path, made_from: dict[str, Any]) -> None:
     """Raises DataError where `manifest` says anything else than `made_from`, with all that
     differs."""
-    found = read_json(manifest)
+    found = read_manifest(manifest)
     if lines := _differences(found, made_from):
         raise DataError(
             f"{manifest}: was made (by teacher {found.get('made_by')}) from something else; take "
@@ -87,7 +87,7 @@ def claim_inputs(workdir: epath.Path, inputs: dict[str, Any]) -> None:
         if not file.exists():
             make_folder(workdir)
             write_json(file, inputs)
-        elif lines := _differences(read_json(file), inputs):
+        elif lines := _differences(read_manifest(file), inputs):
             raise DataError(
                 f"{workdir} belongs to a run whose inputs were others; take another --workdir, or "
                 "set back\n" + "\n".join(lines)
@@ -184,8 +184,8 @@ def of_records(rows: Rows) -> str:
     return f"{of_rows(tokens)}, references {hashlib.sha256(outputs).hexdigest()[:16]}"
 
 
-def read_json(file: epath.Path) -> dict[str, Any]:
-    """What a manifest says. Raises DataError where it is no JSON."""
+def read_manifest(file: epath.Path) -> dict[str, Any]:
+    """Reads a manifest. Raises DataError where it is no JSON."""
     try:
         return json.loads(read_text(file))
     except ValueError as error:

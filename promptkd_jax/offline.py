@@ -273,7 +273,7 @@ def open_cache(
     if top_k is not None:
         made_from |= {"top_k": top_k}
     manifests.compare(manifest, made_from)
-    written = manifests.read_json(manifest)["rows_written"]
+    written = manifests.read_manifest(manifest)["rows_written"]
     if written < len(rows.tokens):
         raise DataError(
             f"{folder}: {written} of {len(rows.tokens)} rows written; run the same "
@@ -325,7 +325,7 @@ def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_
 def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size) -> None:
     """Batch by batch: first the entries, then how far it has come."""
     manifest, total = folder / "manifest.json", len(rows.tokens)
-    state = hosts.on_first(lambda: manifests.read_json(manifest))
+    state = hosts.on_first(lambda: manifests.read_manifest(manifest))
     first = state["rows_written"]
     if first == total:
         return

@@ -26,7 +26,7 @@ from promptkd_jax import build, flags, hosts, published, recipe, schema, shardin
 from promptkd_jax.config import ConfigError, claim, fingerprint, load_config, split_argument
 from promptkd_jax.data import DataError, Record, read_records, tokenize
 from promptkd_jax.evaluate import score
-from promptkd_jax.files import is_remote, once, write_json, write_text
+from promptkd_jax.files import is_remote, once, to_path, write_json, write_text
 from promptkd_jax.models.load import Model, load_with_tokenizer
 from promptkd_jax.sampler import Sampling
 from promptkd_jax.statistics import spread
@@ -145,7 +145,7 @@ def read_sets(arguments: Sequence[str]) -> dict[str, list[Record]]:
             raise DataError(f"--sets: {argument!r} is not NAME=FILE with NAME one of {names}")
         if name in found:
             raise DataError(f"--sets: {name} is given twice")
-        if not is_remote(file) and not pathlib.Path(file).is_file():
+        if not is_remote(file) and not to_path(file).is_file():
             raise DataError(f"--sets {argument}: no such file (looked from {pathlib.Path.cwd()})")
         found[name] = read_records(file, need_output=True)
     if missing := missing_sets(found):

@@ -308,6 +308,13 @@ def test_mistakes_are_told_before_anything_is_trained(folder, tmp_path, argument
     assert not (tmp_path / "work").exists()
 
 
+def test_a_tilde_in_a_set_is_the_home_folder(folder, monkeypatch):
+    """No shell expands that of dolly=~/dolly.jsonl."""
+    monkeypatch.setenv("HOME", str(folder))
+    expected = reproduce.read_sets([f"dolly={folder}/dolly.jsonl"])
+    assert reproduce.read_sets(["dolly=~/dolly.jsonl"]) == expected
+
+
 def test_an_unknown_method_is_told(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         reproduce.main([*command(folder, tmp_path), "--methods", "promtkd"])

@@ -452,3 +452,16 @@ def test_the_best_checkpoint_can_be_exported(finished, tmp_path, capsys):
     assert "step" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds checkpoints"):
         export.main([f"--workdir={finished}", "--step=3", f"--output={tmp_path / 'three'}"])
+
+
+def test_an_export_names_the_folder_that_cannot_be_used(finished, tmp_path):
+    copy, file = tmp_path / "copy", tmp_path / "file"
+    shutil.copytree(finished, copy)
+    file.touch()
+    with pytest.raises(SystemExit, match=f"export: --output {file}/out: .*Not a directory"):
+        export.main([f"--workdir={copy}", f"--output={file / 'out'}"])
+    unreadable = copy / "configs" / "student" / "config.json"
+    unreadable.unlink()
+    unreadable.mkdir()
+    with pytest.raises(SystemExit, match=f"export: --workdir {copy}: .*Is a directory"):
+        export.main([f"--workdir={copy}", f"--output={tmp_path / 'out'}"])

@@ -40,7 +40,7 @@ def to_hugging_face(params: Any, config: DecoderConfig) -> dict[str, np.ndarray]
 
 
 def stored_tensors(params: Any, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """As `to_hugging_face`, one after another. All processes must take them in step."""
+    """Yields what `to_hugging_face` gives, one by one. All processes must take them in step."""
     flat = traverse_util.flatten_dict(params, sep="/")
     letters = families.sizes(config)
     for rows in _rows_of_tensors(config):

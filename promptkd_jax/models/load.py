@@ -193,7 +193,7 @@ def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def end_ids(teacher: Model | None, student: Model) -> tuple[int, ...]:
-    """What ends a text of either model, the student's own first."""
+    """The tokens that end a text of either model, the student's own first."""
     return tuple(dict.fromkeys(student.eos_ids + (teacher.eos_ids if teacher else ())))
 
 
@@ -251,7 +251,7 @@ def _eos_ids(
 
 
 def load_with_tokenizer(path: str, *, dtype: str) -> Model:
-    """As `load_model`, for what reads and writes text, onto the mesh in context.
+    """Reads a model, for what reads and writes text, onto the mesh in context.
 
     Raises:
       ModelError: it cannot be read, or has no tokenizer or EOS.

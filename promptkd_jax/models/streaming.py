@@ -108,7 +108,7 @@ def _parameter(
 
 
 def _bytes_here(shape: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> int:
-    """What the devices of one process hold of it, the same number on all processes."""
+    """Bytes of it that the devices of one process hold, the same number on all processes."""
     if sharding is None:
         return math.prod(shape.shape) * shape.dtype.itemsize
     part = math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize

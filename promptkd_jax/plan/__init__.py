@@ -1,4 +1,4 @@
-"""What a run needs of TPUs that are not rented yet; see docs/plan.md.
+"""The needs of a run on TPUs that are not rented yet; see docs/plan.md.
 
 command       reads the command line, searches meshes, compares slices
 launched      a command that is about to be launched, checked

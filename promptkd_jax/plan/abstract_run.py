@@ -35,7 +35,7 @@ UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how man
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRun:
-    """What a run is made of, its `index`-th stage the one that is looked at.
+    """The parts of a run, its `index`-th stage the one that is looked at.
 
     `params` of teacher and student are shapes. `learned`: as in `Experiment`. `steps` of the stage
     is None where the number of rows is unknown. `notes` say what was assumed.
@@ -80,7 +80,7 @@ class AbstractRun:
         return dataclasses.replace(self, teacher=teacher, student=student, learned=learned)
 
     def experiment(self, mesh: Any) -> Experiment:
-        """As `experiment.prepare` makes it, but of shapes. The mesh may be abstract."""
+        """The one that `experiment.prepare` makes, but of shapes. The mesh may be abstract."""
         padded = self.on(mesh.shape)
         return Experiment(
             config=self.config,
@@ -247,7 +247,7 @@ def _with_config(model: Model, config: DecoderConfig) -> Model:
 
 @functools.cache
 def _params(config: DecoderConfig) -> Any:
-    """Those of a decoder, which is traced once: a search asks for each mesh and micro-batch."""
+    """Shapes of a decoder's parameters, traced once: a search asks for each micro-batch."""
     return abstract_params(config)
 
 
@@ -277,7 +277,7 @@ def _training_rows(config: ConfigDict) -> tuple[int, str]:
 
 
 def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) -> Stage:
-    """As `experiment.prepare` makes it, every row as long as the config allows."""
+    """The stage that `experiment.prepare` makes, every row as long as the config allows."""
     stage, (_, student) = config.stages[index], models
     room = config.data.max_length - config.data.max_prompt_length
     shown = config.in_context.examples * (config.data.max_length // 2)

@@ -33,7 +33,7 @@ MISSING = (
 
 
 class Program(NamedTuple):
-    """What the compiler says of one program, bytes on one device.
+    """The compiler's figures of one program, bytes on one device.
 
     Attributes:
       arguments: the inputs; `new_outputs`: what does not take the place of a donated input.
@@ -50,7 +50,7 @@ class Program(NamedTuple):
 
     @property
     def total(self) -> int:
-        """What a device needs."""
+        """Bytes that a device needs."""
         return self.arguments + self.new_outputs + self.temporaries + self.code
 
 
@@ -106,7 +106,7 @@ def compile_step(run: AbstractRun, mesh: Any) -> Program:
 
 
 def compile_rollout(run: AbstractRun, mesh: Any) -> Program:
-    """What a step begins with alone: the student writes its answers. Raises as `compile_step`."""
+    """Compiles a step's beginning: the student writes its answers. Raises as `compile_step`."""
     method, models = run.stage.method, run.experiment(mesh).models
 
     def write(params, teacher, batch, replay, key, step):

@@ -1,4 +1,4 @@
-"""What a TPU chip has, which slices of them there are, and their names: "v5e:8x8", v5litepod-64.
+"""TPU chips, the slices of them that there are, and their names: "v5e:8x8", v5litepod-64.
 
 Specifications and shapes: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. Prices:
 list prices on demand in the USA, per chip-hour, as the SkyPilot catalog of Google Cloud prices
@@ -84,13 +84,14 @@ class Slices:
 
     @property
     def name(self) -> str:
-        """As the compiler names one slice."""
+        """The compiler's name of one slice."""
         return f"{self.chip.name}:{_text(self.shape)}"
 
     @property
     def google(self) -> str | None:
-        """As gcloud and xpk name one slice: with its number of TensorCores. They give the most
-        compact shape of that many; None for another one, which has to be asked for by its shape."""
+        """The name of one slice for gcloud and xpk: with its number of TensorCores. They give the
+        most compact shape of that many; None for another one, which has to be asked for by its
+        shape."""
         if self.shape != _most_compact(self.chip, math.prod(self.shape)):
             return None
         return _google(self.chip, self.shape)
@@ -102,7 +103,7 @@ class Slices:
 
     @property
     def devices(self) -> int:
-        """That JAX sees, in all slices."""
+        """The number of devices that JAX sees, in all slices."""
         return self.chips * self.chip.cores
 
 

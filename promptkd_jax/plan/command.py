@@ -132,15 +132,15 @@ def _compare(
 
 
 def _price_rank(plan: Mapping[str, Any]) -> tuple:
-    """What fits first, then the cheaper; without a price by the chips, what does not fit by what it
-    lacks."""
+    """Sorts what fits first, then the cheaper; without a price by the chips, what does not fit by
+    what it lacks."""
     memory, price = plan["memory"], plan["usd_per_million_tokens"]
     lacking = 0.0 if memory["fits"] else memory["needed"] / memory["usable"]
     return not memory["fits"], lacking, price is None, price or plan["chips"]
 
 
 def _best_flags(run: AbstractRun, slices: Slices) -> str:
-    """What would fit in place of a mesh whose state alone does not."""
+    """The mesh that would fit in place of one whose state alone does not, in words."""
     best = search(run, slices)[0][0].plan
     said = f"what a run keeps does not fit into {slices.name}; "
     if not best["memory"]["fits"]:
@@ -368,7 +368,7 @@ def _assembled(
 
 
 def _padding(run: AbstractRun, sizes: Sizes) -> Iterator[str]:
-    """What the mesh adds to each model."""
+    """Notes of the padding that the mesh adds to each model."""
     padded = run.on(sizes)
     for role, model in (("teacher", padded.teacher), ("student", padded.student)):
         if model and model.decoder.config.padding:
@@ -418,7 +418,7 @@ def search(
 
 
 def _rank(plan: Mapping[str, Any]) -> tuple:
-    """What fits first, compiled before estimated, then the faster; within 2 % the smaller."""
+    """Sorts what fits first, compiled before estimated, then the faster; within 2 % the smaller."""
     pace = round(math.log(plan["seconds_per_step"], 1.02))
     memory = plan["memory"]
     return not memory["fits"], plan["compiled"] is None, pace, memory["needed"] or math.inf

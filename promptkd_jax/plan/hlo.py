@@ -1,4 +1,4 @@
-"""What a compiled program sends over the network, read from its HLO text.
+"""Traffic of a compiled program over the network, read from its HLO text.
 
 A collective in a loop counts as often as the loop turns: by `known_trip_count` where the compiler
 wrote it down, else by the number that the loop's condition compares its counter with (JAX's scans

@@ -38,7 +38,7 @@ def with_remat(config: ConfigDict, policy: str) -> ConfigDict:
 
 
 def needed_bytes(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
-    """What a device of `mesh` needs in the stage that needs most, an estimate."""
+    """Bytes that a device of `mesh` needs in the stage that needs most, an estimate."""
     return max(_needed_bytes(abstract_run(config, stage.name), mesh) for stage in config.stages)
 
 

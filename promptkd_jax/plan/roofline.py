@@ -1,4 +1,4 @@
-"""What a step has to compute, to keep, to read and to send, counted from shapes alone.
+"""Work, memory and traffic of a step, counted from shapes alone.
 
 Multiplications count as two operations. Every row is taken to be as long as the config allows and
 every rollout to run to its limit, so that work and tokens are those of full rows. Attention counts
@@ -48,7 +48,7 @@ class Work:
         return Work(*(times * getattr(self, n) for n in _FIELDS))
 
     def seconds(self, slices: Slices) -> dict[str, float]:
-        """What each of matrix units, HBM, network and slow network would need for it alone."""
+        """Seconds of each of matrix units, HBM, network and slow network, would it work alone."""
         chip = slices.chip
         each = {
             "compute": self.flops / (slices.chips * chip.tflops * 1e12),
@@ -118,7 +118,7 @@ class _Counter:
         )
 
     def backward(self, config: DecoderConfig, rows: int, columns: int, *, weights: bool) -> Work:
-        """As the forward, and the gradients of the layers, once read and once written."""
+        """Work as of the forward, and the gradients of the layers, once read and once written."""
         tokens, gradient = rows * columns / self.row_parts, self._layer_bytes(config)
         passes = 1 if config.remat == "none" else 2
         moved = passes * (gradient + tokens * self._activations(config))
@@ -317,7 +317,7 @@ def _parameters(model: Any) -> int:
 
 
 def kept_bytes(run: AbstractRun, mesh: Any) -> dict[str, int]:
-    """What a device holds between steps, by part, exactly: its shards of all arrays.
+    """Bytes that a device holds between steps, by part, exactly: its shards of all arrays.
 
     Args:
       mesh: also an abstract one.
@@ -345,7 +345,7 @@ def _on_device(leaf: Any) -> int:
 def temporary_bytes(
     run: AbstractRun, mesh: Mapping[str, int], platform: str = "tpu"
 ) -> dict[str, float]:
-    """What a device needs beside that, an estimate: "rollout" and "update", together, as the
+    """Bytes that a device needs beside that, an estimate: "rollout" and "update", together, as the
     compiler was seen to do; "cache" is part of the rollout's.
 
     The rollout keeps the cache and a gathered copy of the student in the dtype of computation, once
@@ -386,10 +386,10 @@ def temporary_bytes(
 
 
 def _saved(count: _Counter, config: DecoderConfig, rows: int, columns: int, platform: str) -> float:
-    """What the forward keeps for the backward pass: the input of every layer; with "dots" also what
-    its matrices give, which the backward pass reads; with "none" the inputs and outputs of all
-    products, attention's weights among them where no flash kernel leaves them out, and half as much
-    again for norms, rotations and activation functions."""
+    """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots"
+    also what its matrices give, which the backward pass reads; with "none" the inputs and outputs
+    of all products, attention's weights among them where no flash kernel leaves them out, and half
+    as much again for norms, rotations and activation functions."""
     tokens, size = rows * columns / count.row_parts, _BYTES[config.dtype]
     if config.remat == "none":
         scores = 3 * 4 * config.depth * config.heads / count.mesh["tensor"] * columns

@@ -1,4 +1,4 @@
-"""What a person sees of a plan."""
+"""A plan as tables of the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
