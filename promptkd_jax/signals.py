@@ -110,16 +110,16 @@ def answered() -> Iterator[None]:
     threading.Thread(target=_listener.watch, args=[reading], daemon=True).start()
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, _listener.handle) for number in _NUMBERS}
+    stopped = False
     try:
         yield
     except Stopped as stop:
+        stopped = True
         atexit.register(_end, stop.code)  # until then a second signal still ends the process
         raise
-    except BaseException:
-        _restore(handlers, woken, writing)
-        raise
-    else:
-        _restore(handlers, woken, writing)
+    finally:
+        if not stopped:
+            _restore(handlers, woken, writing)
 
 
 def _restore(handlers: dict, woken: int, writing: int) -> None:
