@@ -149,7 +149,7 @@ def _run(command: Sequence[str], **how: Any) -> int:
                 told = True
             time.sleep(_POLL_SECONDS)
         if told:
-            raise signals.Stopped(signals.stop_asked())
+            signals.stop(signals.stop_asked())
         return process.returncode
 
 

@@ -340,4 +340,4 @@ class _Loop:
         if stop:
             self.checkpoints.wait()
             print(f"stopped after step {self.done} and saved; the same command continues")
-            raise signals.Stopped(stop)
+            signals.stop(stop)

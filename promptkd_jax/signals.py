@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -45,12 +45,12 @@ class _Listener:
     def __init__(self):
         self.number = 0
         self.until, self.unsaved, self.writing = "", _no, _no
-        self._raised, self._nudged, self._answered = False, False, threading.Event()
+        self.raised, self._nudged, self._answered = False, False, threading.Event()
 
     def handle(self, number: int, _: Any) -> None:
         """Runs in the main thread."""
-        if not self._raised and not self._busy():
-            self._raised = True
+        if not self.raised and not self._busy():
+            self.raised = True
             self._answered.wait(1.0)
             raise Stopped(self.number or number)
 
@@ -75,7 +75,7 @@ class _Listener:
 
     def _insist(self) -> None:
         self._rest()
-        if not self._raised:
+        if not self.raised:
             self._nudged = True
             signal.pthread_kill(threading.main_thread().ident, self.number)  # once more
         time.sleep(GRACE_SECONDS)
@@ -138,7 +138,7 @@ def deferred(until: str, unsaved: Callable[[], bool]) -> Iterator[None]:
     Args:
       until: what is finished first, for the answer, such as "this step".
       unsaved: whether something would be lost now; then the body has to ask `stop_asked`, to save,
-        and to raise `Stopped`. Called from another thread, too.
+        and to `stop`. Called from another thread, too.
     """
     if _listener is None:
         yield
@@ -167,6 +167,13 @@ def awaited(writing: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         _listener.writing = before
+
+
+def stop(number: int) -> NoReturn:
+    """Raises `Stopped`, where the body of `deferred` has saved; the handler raises no second."""
+    if _listener:
+        _listener.raised = True
+    raise Stopped(number)
 
 
 def stop_asked() -> int:

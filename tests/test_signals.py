@@ -33,7 +33,7 @@ with signals.deferred("this step", lambda: not saved):
         time.sleep(0.01)
     print("finishing", flush=True)
     saved.append(True)
-    raise signals.Stopped(signals.stop_asked())
+    signals.stop(signals.stop_asked())
 """
 WRITING = """
 written = []
