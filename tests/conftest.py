@@ -53,6 +53,16 @@ def golden_cases(kind: str, wanted: Callable[[dict], bool] = lambda case: True) 
 LONGEST = ("processes", "recipes", "train", "sharding", "golden", "step", "models", "views")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Every compiled program holds memory maps, of which Linux grants a process 65,530: where XLA
+    gets no more, it dies. One file takes up to 37,000 of them."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left with one of them when all else is done."""
     order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
