@@ -231,6 +231,17 @@ def test_chat_tokens_are_those_of_transformers(tokenizer):
     assert data.render_prompt(data.Record("Ünï", "2", ()), "chat", tokenizer) == expected
 
 
+def test_the_clock_of_a_template_stands_still(tokenizer):
+    record, clock = data.Record("a", "", ()), "{{{{ strftime_now('{}') }}}}"
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    for form, shown in (("%d %b %Y", "05 Nov 2026"), ("%-d %B, %F", "5 November, 2026-11-05")):
+        bare.chat_template = clock.format(form)
+        assert bare.decode(data.render_prompt(record, "chat", bare, "2026-11-05")) == shown
+    bare.chat_template = clock.format("%Q")
+    with pytest.raises(data.DataError, match="no such date: %Q"):
+        data.render_prompt(record, "chat", bare, "2026-11-05")
+
+
 def test_template_errors(tokenizer):
     record = data.Record("a", "", ())
     with pytest.raises(data.DataError, match="unknown template 'vicuna'; .*alpaca, chat, plain"):
