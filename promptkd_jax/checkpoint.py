@@ -287,7 +287,7 @@ class Checkpoints:
     def reached_preemption(self, step: int) -> bool:
         """Whether the machine is about to be taken away: at the same step on every process.
 
-        Needs `jax.distributed.initialize`, even for one process; without it SIGTERM ends the run.
+        Needs `jax.distributed.initialize`, by which JAX listens to SIGTERM.
         """
         return self._manager.reached_preemption(step)
 

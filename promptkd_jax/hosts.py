@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 import threading
@@ -48,8 +49,8 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     """Starts the processes of a run; where one fails, all say why, and end.
 
     For entry points, before anything touches a device. On a machine that belongs to no cluster, and
-    without flags, there is one process and nothing to start but to listen to signals (of many, JAX
-    does; see `Checkpoints.reached_preemption`). Only the first process writes to stdout.
+    without flags, there is one process, and nothing to start but to listen to signals. Of many only
+    the first writes to stdout.
 
     Args:
       options: with the flags of `flags.add_processes`.
@@ -72,7 +73,8 @@ def together(options: argparse.Namespace) -> Iterator[None]:
     atexit.register(over.set)  # before the connection ends
     threading.Thread(target=_watch, args=[over], daemon=True).start()
     try:
-        yield
+        with signals.answered(_stop_all):
+            yield
     except BaseException as error:  # whatever it is, the others must not wait for this process
         if isinstance(error, signals.Stopped) or (isinstance(error, SystemExit) and not error.code):
             raise
@@ -247,11 +249,23 @@ def _end_all(error: BaseException) -> None:
         trace = "".join(traceback.format_exception(error)).rstrip()
         # Maybe another one has ended in the middle of what they did together, and has said why.
         found = _failures() or (status, trace)
-    who = f"process {jax.process_index()} on {platform.node()}"
-    said = json.dumps([found[0], f"{who}: {found[1]}"])
+    _tell(*found)
+    _leave(*found)
+
+
+def _stop_all(status: int) -> None:
+    """The end of all processes by a signal that this one got."""
+    if _ending.acquire(blocking=False):
+        message = f"stopped by {signal.Signals(status - 128).name}; the same command continues"
+        _tell(status, message)
+        _leave(status, message)
+
+
+def _tell(status: int, message: str) -> None:
+    """Lets the other processes know why they have to end."""
+    said = json.dumps([status, f"process {jax.process_index()} on {platform.node()}: {message}"])
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # where the first is gone with its store
         _store().key_value_set(f"{_FAILURES}{jax.process_index()}", said)
-    _leave(*found)
 
 
 def _leave(status: int, message: str) -> None:

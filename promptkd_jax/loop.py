@@ -312,8 +312,9 @@ class _Loop:
     def _save(self, stage: Stage) -> None:
         """Writes a checkpoint where one is due, and obeys a signal."""
         stop = signals.stop_asked()
-        if jax.distributed.is_initialized() and self.checkpoints.reached_preemption(self.done):
-            stop = signal.SIGTERM  # at a step that all processes stop at
+        if not hosts.alone():  # at a step that all processes stop at
+            preempted = self.checkpoints.reached_preemption(self.done)
+            stop = preempted and (stop or signal.SIGTERM)
         minutes = self.experiment.config.checkpoint.minutes
         late = 0 < 60 * minutes <= self._clock() - self._saved[1]
         last = self.done == stage.first + stage.steps  # before the next one is compiled

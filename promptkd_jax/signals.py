@@ -9,12 +9,17 @@ minutes of XLA. So the answer comes from a thread, which the interpreter tells o
   Should the main thread not get to it, the process ends `GRACE_SECONDS` later;
 * a second signal ends the process where it is.
 
+Of many processes JAX listens to SIGTERM, so that all save at the same step and stop
+(`Checkpoints.reached_preemption`). There a signal is answered and passed on to JAX, nothing is
+raised, and should the main thread not get to it, all processes end together.
+
 The exit status is the conventional one, 128 + the signal's number, so that `train && evaluate` does
 not go on. The interpreter is not torn down: threads of XLA may still compute with what it frees.
 """
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -25,7 +30,6 @@ from typing import Any, NoReturn
 
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit):
@@ -42,14 +46,17 @@ def _no() -> bool:
 class _Listener:
     """The first signal that came, and what has to be done before it is obeyed."""
 
-    def __init__(self):
-        self.number = 0
+    def __init__(self, end_all: Callable[[int], None] | None):
+        self.number, self._end_all = 0, end_all
+        self.numbers = (signal.SIGINT,) if end_all else (signal.SIGTERM, signal.SIGINT)
         self.until, self.unsaved, self.writing = "", _no, _no
-        self.raised, self._nudged, self._answered = False, False, threading.Event()
+        self.raised, self._answered = False, threading.Event()
+        self._own = False  # whether the next signal is of `_insist`, and so none
+        self._hearing = threading.Lock()
 
     def handle(self, number: int, _: Any) -> None:
         """Runs in the main thread."""
-        if not self.raised and not self._busy():
+        if not (self._end_all or self.raised or self._busy()):
             self.raised = True
             self._answered.wait(1.0)
             raise Stopped(self.number or number)
@@ -57,30 +64,49 @@ class _Listener:
     def watch(self, pipe: int) -> None:
         """Runs in a thread, until the other end of the pipe is closed."""
         while numbers := os.read(pipe, 1):
-            if numbers[0] not in _NUMBERS:
-                continue
-            if self._nudged:  # by `_insist`, not from outside
-                self._nudged = False
-                continue
-            name = signal.Signals(numbers[0]).name
+            if numbers[0] in self.numbers:
+                self._hear(numbers[0])
+        os.close(pipe)
+
+    def watch_chained(self, pipe: int) -> None:
+        """The same for SIGTERM, of which `faulthandler` writes a trace, in pieces."""
+        while os.read(pipe, 2**16):
+            self._hear(signal.SIGTERM)
+            time.sleep(_POLL_SECONDS)
+            os.set_blocking(pipe, False)
+            with contextlib.suppress(BlockingIOError):
+                while os.read(pipe, 2**16):
+                    pass
+            os.set_blocking(pipe, True)
+        os.close(pipe)
+
+    def _hear(self, number: int) -> None:
+        with self._hearing:
+            if self._own:
+                self._own = False
+                return
+            name = signal.Signals(number).name
             if self.number:
                 _say(f"{name} again: ending at once")
                 _end(128 + self.number)
-            self.number = numbers[0]
-            after = f" after {self.until}" if self.unsaved() else ""
-            _say(f"{name}: stopping{after} (a second one ends at once)")
-            self._answered.set()
-            threading.Thread(target=self._insist, daemon=True).start()
-        os.close(pipe)
+            self.number = number
+        after = f" after {self.until}" if self.unsaved() else ""
+        _say(f"{name}: stopping{after} (a second one ends at once)")
+        self._answered.set()
+        threading.Thread(target=self._insist, daemon=True).start()
 
     def _insist(self) -> None:
+        """Runs in a thread: ends what does not end by itself."""
+        if self._end_all and self.number != signal.SIGTERM:
+            self._own = True
+            signal.raise_signal(signal.SIGTERM)  # which is what JAX listens to
         self._rest()
-        if not self.raised:
-            self._nudged = True
+        if not (self._end_all or self.raised):
+            self._own = True
             signal.pthread_kill(threading.main_thread().ident, self.number)  # once more
         time.sleep(GRACE_SECONDS)
         self._rest()
-        _end(128 + self.number)
+        (self._end_all or _end)(128 + self.number)
 
     def _rest(self) -> None:
         while self._busy():
@@ -94,8 +120,12 @@ _listener: _Listener | None = None  # signals are the process's, and so is who l
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
+def answered(end_all: Callable[[int], None] | None = None) -> Iterator[None]:
     """Listens to SIGTERM and Ctrl-C while a command runs in the main thread.
+
+    Args:
+      end_all: of many processes, what ends all with an exit status. JAX, whose processes they are,
+        listens to SIGTERM already.
 
     Raises:
       Stopped: where a signal is obeyed.
@@ -104,30 +134,43 @@ def answered() -> Iterator[None]:
     if _listener is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _listener = _Listener()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    threading.Thread(target=_listener.watch, args=[reading], daemon=True).start()
-    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, _listener.handle) for number in _NUMBERS}
+    _listener = _Listener(end_all)
+    pipes = [_pipe_to(_listener.watch)]
+    os.set_blocking(pipes[0], False)
+    woken = signal.set_wakeup_fd(pipes[0], warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _listener.handle) for number in _listener.numbers}
+    if end_all:  # JAX's handler is none of Python's; `faulthandler` calls it after its own
+        pipes.append(_pipe_to(_listener.watch_chained))
+        faulthandler.register(signal.SIGTERM, pipes[1], all_threads=False, chain=True)
     stopped = False
     try:
         yield
     except Stopped as stop:
         stopped = True
-        atexit.register(_end, stop.code)  # until then a second signal still ends the process
+        if not end_all:
+            atexit.register(_end, stop.code)  # until then a second signal still ends the process
         raise
     finally:
         if not stopped:
-            _restore(handlers, woken, writing)
+            _restore(handlers, woken, pipes)
 
 
-def _restore(handlers: dict, woken: int, writing: int) -> None:
+def _pipe_to(watch: Callable[[int], None]) -> int:
+    """The end to write to of a pipe that a thread reads."""
+    reading, writing = os.pipe()
+    threading.Thread(target=watch, args=[reading], daemon=True).start()
+    return writing
+
+
+def _restore(handlers: dict, woken: int, pipes: list[int]) -> None:
     global _listener
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.set_wakeup_fd(woken)
-    os.close(writing)
+    if len(pipes) > 1:
+        faulthandler.unregister(signal.SIGTERM)
+    for pipe in pipes:
+        os.close(pipe)
     _listener = None
 
 

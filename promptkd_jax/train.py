@@ -60,8 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(config, options.workdir)
         except MISTAKES as error:
             sys.exit(f"promptkd train: {error}")
-        except KeyboardInterrupt:
-            sys.exit("promptkd train: interrupted; the same command continues")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

@@ -1,9 +1,11 @@
 """One process of a run of test_processes.py: `promptkd train`, slower.
 
 In the environment: `PAUSE_AT=STEP`, the checkpoint of that step is never finished; `STEP_SECONDS`,
-how long a step takes at least; `FAIL_ON=PROCESS`, this one cannot read its data.
+how long a step takes at least; `FAIL_ON=PROCESS`, this one cannot read its data; `HANG_IN=FILE`,
+the first writes it and never reads its data.
 """
 
+import hashlib
 import os
 import pathlib
 import re
@@ -39,6 +41,9 @@ def slow_save(self, *args, **kwargs):
 def failing_read(*args, **kwargs):
     if str(jax.process_index()) == os.environ.get("FAIL_ON"):
         raise DataError("there is no such file")
+    if "HANG_IN" in os.environ and jax.process_index() == 0:
+        pathlib.Path(os.environ["HANG_IN"]).touch()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # never back in Python
     return read(*args, **kwargs)
 
 

@@ -145,6 +145,7 @@ def test_one_run_through_kills_signals_and_other_meshes(folder):
         running[1].send_signal(signal.SIGTERM)
         (status, stdout, stderr), other = ends(running)
         assert (status, other[0]) == (143, 143), (stderr, other[2])
+        assert "promptkd: SIGTERM: stopping" in other[2]
     stopped = saved(folder, "two")[-1]
     assert 5 <= stopped < STEPS
     assert f"stopped after step {stopped} and saved" in stdout
@@ -178,6 +179,20 @@ def test_what_fails_on_one_is_said_by_both(folder, who):
     assert failed == other == 1, (own, heard)
     assert own.endswith("promptkd train: there is no such file\n")
     assert f"process {who} on {platform.node()}: promptkd train: there is no such file" in heard
+
+
+@pytest.mark.parametrize("who, number", [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_one_outside_of_steps_ends_both(folder, who, number, tmp_path):
+    """One reads data, without end, and the other waits for it."""
+    hanging = tmp_path / "hanging"
+    with two_processes(*training(folder, tmp_path / "run"), HANG_IN=str(hanging)) as running:
+        wait_for(hanging.exists, "the data", running)
+        running[who].send_signal(number)
+        found = ends(running)
+    assert [status for status, _, _ in found] == [128 + number] * 2, found
+    assert f"promptkd: {number.name}: stopping (a second one ends at once)" in found[who][2]
+    told = f"process {who} on {platform.node()}: stopped by {number.name}; the same command"
+    assert told in found[1 - who][2]
 
 
 def test_a_coordinator_that_is_not_there(folder):

@@ -6,6 +6,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -55,11 +56,26 @@ with signals.awaited(lambda: not written):
         raise
 """
 
+# JAX tells the processes of a run of its SIGTERM: here the handler that prints it.
+OF_MANY = """
+import os
+signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
 
-def start(body: str) -> subprocess.Popen:
+def end_all(status):
+    print("all end", flush=True)
+    os._exit(status)
+
+"""
+
+
+def start(body: str, many: bool = False) -> subprocess.Popen:
     indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
+    program = PROGRAM.format(body=indented)
+    if many:
+        head, body = program.split("with signals.answered()", 1)
+        program = f"{head}{OF_MANY}with signals.answered(end_all){body}"
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(body=indented)],
+        [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -113,6 +129,40 @@ def test_a_second_signal_ends_whatever_is_lost():
     _, errors = process.communicate()
     assert process.returncode == 130
     assert errors == "\npromptkd: SIGINT again: ending at once\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_of_many_processes_tells_the_others_and_all_end(number):
+    process = start("ready()\nwhile True: time.sleep(0.01)", many=True)
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert output == "told\nall end\n"
+    assert errors == f"\npromptkd: {number.name}: stopping (a second one ends at once)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_of_many_processes_saves_with_the_others_first(number):
+    process = start(STEP, many=True)
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert sorted(output.splitlines()) == ["finishing", "told"]
+    assert f"{number.name}: stopping after this step (a second one" in errors
+
+
+def test_a_second_signal_ends_one_of_many_processes_too():
+    busy = f'with signals.deferred("this step", lambda: True):\n    ready()\n    {BUSY}'
+    process = start(busy, many=True)
+    for number, answer in (
+        (signal.SIGINT, "SIGINT: stopping after this step (a second one ends at once)\n"),
+        (signal.SIGTERM, "SIGTERM again: ending at once\n"),
+    ):
+        process.send_signal(number)
+        assert process.stderr.readline() == "\n"
+        assert process.stderr.readline() == f"promptkd: {answer}"
+        time.sleep(1)  # what this process tells itself must be over
+    assert process.wait() == 130
 
 
 def test_handlers_are_those_of_before_afterwards():
