@@ -4,6 +4,9 @@ import json
 import pathlib
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -340,3 +343,40 @@ def test_excess_error_ends_where_few_texts_go_on():
         one([0, 4, 8, 9], [40] * 4, [40] * 4),
     ]
     assert compare._exposure_curve(found) == [0, 3, 6]
+
+
+TRAINING = """
+import signal, sys, time
+
+def save(*_):
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+COMPARISON = f"""
+import sys
+from promptkd_jax import compare, signals
+signals.GRACE_SECONDS = 0.1
+with signals.answered():
+    compare._run([sys.executable, "-c", {TRAINING!r}])
+print("goes on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_comparison_that_is_stopped_lets_its_training_save(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPARISON],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (128 + number, "saved\n")
+    assert f"{number.name}: stopping after this training has saved" in errors

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 
 import jax
@@ -465,3 +466,39 @@ def test_an_export_names_the_folder_that_cannot_be_used(finished, tmp_path):
     unreadable.mkdir()
     with pytest.raises(SystemExit, match=f"export: --workdir {copy}: .*Is a directory"):
         export.main([f"--workdir={copy}", f"--output={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize(
+    "changes, doubts",
+    [
+        ({}, []),
+        ({"stages": [{"warmup_steps": 12}, {"warmup_steps": 8}]}, ["stages[0].warmup_steps: 12"]),
+        ({"evaluation": {"every": 7}}, ["evaluation.every: 7"]),
+        ({"evaluation": {"every": 0}}, []),
+        # Stages end with checkpoints, and so does an evaluation.
+        ({"checkpoint": {"every": 7, "minutes": 0}}, []),
+        (
+            {"checkpoint": {"every": 7, "minutes": 0}, "evaluation": {"every": 0}, "number": 1},
+            ["checkpoint.every: 7"],
+        ),
+        (
+            {"checkpoint": {"every": 7, "minutes": 10}, "evaluation": {"every": 0}, "number": 1},
+            [],
+        ),
+    ],
+)
+def test_fields_that_are_seldom_right_are_doubted(config, changes, doubts):
+    """Of 3 and 4 steps, each of which makes 4 updates."""
+    config.update({name: changes[name] for name in ("evaluation", "checkpoint") if name in changes})
+    for stage, fields in zip(config.stages, changes.get("stages", [])):
+        stage.update(fields)
+    number = changes.get("number", 2)
+    config.stages = config.stages[:number]
+    stages = [
+        types.SimpleNamespace(steps=steps, method=types.SimpleNamespace(updates=4))
+        for steps in (3, 4)[:number]
+    ]
+    total = sum(stage.steps for stage in stages)
+    run = types.SimpleNamespace(config=config, stages=stages, total_steps=total)
+    said = list(train._doubts(run))
+    assert [text.split(",")[0] for text in said] == [f"config.{doubt}" for doubt in doubts]
