@@ -104,12 +104,12 @@ def two_steps(teacher, student, state, frozen, batch, where=None, **changes):
     return state, measured
 
 
-def close(found, expected, what):
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5, err_msg=str(what))
+def close(found, expected, what, atol=2e-5):
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=atol, err_msg=str(what))
 
 
-def all_close(found, expected, what):
-    jax.tree.map(lambda one, other: close(one, other, what), found, expected)
+def all_close(found, expected, what, atol=2e-5):
+    jax.tree.map(lambda one, other: close(one, other, what, atol), found, expected)
 
 
 def unpadded(found, expected):
@@ -162,9 +162,10 @@ def same_update_on_every_mesh(family: str) -> None:
                 assert found[name] == right[name], (sizes, name)
             for name in right:  # the divergences are those on the sampled tokens
                 close(found[name], right[name], (sizes, name))
-        # the moments are what the gradients were
-        for found, right in ((there.optimizers, one.optimizers), (there.params, one.params)):
-            all_close(decided(unpadded(found, right)), decided(right), sizes)
+        # the moments are what the gradients were; of a small one Adam makes a step of about 0.01
+        pairs = (there.optimizers, one.optimizers, 2e-5), (there.params, one.params, 2e-4)
+        for found, right, atol in pairs:
+            all_close(decided(unpadded(found, right)), decided(right), sizes, atol)
         for leaf in jax.tree.leaves(there.student["layers"]["mlp"]["up"]["kernel"]):
             assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
 

@@ -307,7 +307,7 @@ def test_all_damaged_names_all_and_moves_none(harmed):
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(harmed, item, more):
     shutil.rmtree(harmed / "20" / item)
     with Checkpoints(harmed, keep=10, every=1, best_metric="score") as checkpoints:
-        problem = rf"({item}/\S+ is missing(, )?){{2,3}}{more}"
+        problem = rf"({item}/\S+ is missing(, )?){{1,3}}{more}"  # so many files as Orbax writes
         with pytest.raises(CheckpointError, match=rf"20 is damaged \({problem}\); .*\[10, 30\]"):
             checkpoints.restore(20, abstract(make_state(20)))
 
