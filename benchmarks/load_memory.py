@@ -26,11 +26,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from promptkd_jax import sharding
+from promptkd_jax.infra import sharding
 from promptkd_jax.models import families
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
+from promptkd_jax.models.io.params import load_params, stored_names
 from promptkd_jax.models.load import SafetensorsFolder
-from promptkd_jax.models.streaming import load_params, stored_names
 
 GB = 10**9
 LLAMA = {

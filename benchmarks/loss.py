@@ -13,8 +13,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax import losses
-from promptkd_jax.linear import Linear, linear_loss
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.chunked_loss import Linear, linear_loss
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from cases import RATE, STEPS, Case
 
 import promptkd_jax as pkd
-from promptkd_jax.checkpoint import Checkpoints
-from promptkd_jax.targets import rollout
+from promptkd_jax.distill.targets import rollout
+from promptkd_jax.training.checkpoint import Checkpoints
 
 
 class Side:

@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 
-from promptkd_jax import schema
-from promptkd_jax.config import ConfigError, load_config
-from promptkd_jax.files import write_json
+from promptkd_jax.infra.files import write_json
 from promptkd_jax.plan import ahead, chips
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.chips import GIB
+from promptkd_jax.training import fields
+from promptkd_jax.training.config import ConfigError, load_config
 
 PAIRS = {
     "GPT-2 XL into base": "configs/gpt2.py:student=base",
@@ -85,7 +85,7 @@ def _once(results: dict[str, Any], file: pathlib.Path, key: str, make: Any, *inp
 
 def _run(pair: str):
     config, _ = load_config([f"--config={PAIRS[pair]}"])
-    schema.check_recipe(config)
+    fields.check_recipe(config)
     return abstract_run(config)
 
 

@@ -21,9 +21,11 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from promptkd_jax import compare, comparison, schema
-from promptkd_jax.config import claim, load_config
-from promptkd_jax.report import read_metrics
+from promptkd_jax import compare
+from promptkd_jax.evaluation.report import read_metrics
+from promptkd_jax.studies import comparison
+from promptkd_jax.training import fields
+from promptkd_jax.training.config import claim, load_config
 
 HERE = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -43,7 +45,7 @@ def main() -> None:
     for run in (*pretraining, *runs.values()):
         if not (run.folder / "summary.json").exists():
             print(f"{run.name} …", file=sys.stderr, flush=True)
-            claim(run.folder, run.config, schema.IRRELEVANT)
+            claim(run.folder, run.config, fields.IRRELEVANT)
             compare.train(run, options.workdir / "cache")
     found = {key: _figures(run) for key, run in runs.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)

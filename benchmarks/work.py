@@ -12,9 +12,9 @@ from cases import Case
 
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.io.export import save_model
+from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.load import Model
-from promptkd_jax.models.streaming import abstract_params
 from promptkd_jax.plan import roofline
 
 

@@ -9,7 +9,7 @@ Dolly alone, from the hub, whose first 1,000 rows are then the test and dev sets
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import base_config, method_stage, sampling_config
+from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "distillm", "abkd", "minillm", "promptkd")
 # Published, DistiLLM's threshold starts at 0 and rises with the validation loss: in so few steps it

@@ -10,7 +10,7 @@ that MiniLLM published; point `--config.teacher.path` and `--config.student.path
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import PaperSize, paper_config
+from promptkd_jax.training.recipes import PaperSize, paper_config
 
 TEACHER = ("MiniLLM/teacher-gpt2-1.5B", "openai-community/gpt2-xl", 5e-5, 10)
 SKEW_FORWARD, SKEW_REVERSE = "skew_forward_kl(0.1)", "skew_reverse_kl(0.1)"

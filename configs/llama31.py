@@ -7,7 +7,7 @@ starts as the base model of the same family. Which slice holds it: `promptkd pla
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import PaperSize, paper_config
+from promptkd_jax.training.recipes import PaperSize, paper_config
 
 TEACHER = (
     "meta-llama/Llama-3.1-70B-Instruct",

@@ -7,7 +7,7 @@
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import PaperSize, paper_config
+from promptkd_jax.training.recipes import PaperSize, paper_config
 
 TEACHER = ("MiniLLM/teacher-OPT-13B", "facebook/opt-13b", 1e-5, 10)
 

@@ -6,7 +6,7 @@ student's own answers.
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import base_config, method_stage, sampling_config, stage_config
+from promptkd_jax.training.recipes import base_config, method_stage, sampling_config, stage_config
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@ may be up to 16 and 128 devices; the 595 tokens of its vocabulary are padded for
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import base_config, method_stage
+from promptkd_jax.training.recipes import base_config, method_stage
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ hyper-parameters are those of the GPT-2 recipes of about the same size, not tune
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.recipe import PaperSize, paper_config
+from promptkd_jax.training.recipes import PaperSize, paper_config
 
 TEACHER = (
     "HuggingFaceTB/SmolLM2-1.7B-Instruct",

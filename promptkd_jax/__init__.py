@@ -11,20 +11,16 @@ positions, D width, N heads, K key/value heads, H head width, F feed-forward wid
 L layers, G micro-batches. p is the teacher, q the student, P the soft prompt.
 """
 
-from promptkd_jax import losses
-from promptkd_jax.batch import Batch, Responses, gather, responses
-from promptkd_jax.hidden import HiddenTerm, hidden_loss
-from promptkd_jax.linear import Linear, TopK, linear_loss, linear_values
-from promptkd_jax.losses import divergence
-from promptkd_jax.method import PRESETS, Conventions, Method
-from promptkd_jax.models.decoder import Decoder, embed, head
-from promptkd_jax.models.export import save_model
-from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
-from promptkd_jax.optimizer import adamw, decay_mask, schedule
-from promptkd_jax.policy_gradient import PolicyGradient
-from promptkd_jax.prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
-from promptkd_jax.sampler import Rollout, Sampling, Voice, row_keys, sample
-from promptkd_jax.step import (
+from promptkd_jax.data.batch import Batch, Responses, gather, responses
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.chunked_loss import Linear, TopK, linear_loss, linear_values
+from promptkd_jax.distill.hidden_loss import HiddenTerm, hidden_loss
+from promptkd_jax.distill.losses import divergence
+from promptkd_jax.distill.method import PRESETS, Conventions, Method
+from promptkd_jax.distill.optimizer import adamw, decay_mask, schedule
+from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.soft_prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
+from promptkd_jax.distill.step import (
     Metrics,
     Optimizers,
     TrainState,
@@ -33,8 +29,12 @@ from promptkd_jax.step import (
     train_step,
     write_ahead,
 )
-from promptkd_jax.targets import Replay, empty_replay
-from promptkd_jax.teacher import Models, view, view_with_states
+from promptkd_jax.distill.targets import Replay, empty_replay
+from promptkd_jax.distill.teacher import Models, view, view_with_states
+from promptkd_jax.models.decoder import Decoder, embed, head
+from promptkd_jax.models.io.export import save_model
+from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
+from promptkd_jax.models.sampler import Rollout, Sampling, Voice, row_keys, sample
 
 __version__ = "0.1.0"
 

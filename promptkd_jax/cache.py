@@ -14,25 +14,27 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import experiment, flags, hosts, sharding
-from promptkd_jax.config import ConfigError, Int, as_json, parse
-from promptkd_jax.data import DataError, read_records
-from promptkd_jax.files import check_shared, make_folder
+from promptkd_jax import flags
+from promptkd_jax.data.records import DataError, read_records
+from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.files import check_shared, make_folder
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import check_positions
 from promptkd_jax.offline import on_a_file_system, write_cache
-from promptkd_jax.schema import check_recipe
+from promptkd_jax.training import experiment
+from promptkd_jax.training.config import ConfigError, Int, as_json, parse
+from promptkd_jax.training.fields import check_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and writes; a mistake of the user ends it with a message alone."""
     options, _ = _parser().parse_known_args(argv)
-    with hosts.together(options):
+    with distributed.together(options):
         try:
             _, config = parse(_parser(), argv)
             check_recipe(config)
             cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
-        except (ConfigError, DataError, ModelError, hosts.HostsError) as error:
+        except (ConfigError, DataError, ModelError, distributed.HostsError) as error:
             sys.exit(f"promptkd cache: {error}")
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             sys.exit(f"promptkd cache: {error}; is --output a folder that this user may write?")
@@ -51,7 +53,7 @@ def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size:
       HostsError: processes that have different configs, or do not see the same folder.
     """
     folder = on_a_file_system(folder)
-    hosts.agree("the config", json.dumps(as_json(config), sort_keys=True))
+    distributed.agree("the config", json.dumps(as_json(config), sort_keys=True))
     if not config.teacher.path:
         raise ConfigError("config.teacher.path: is empty, but the cache is the teacher's")
     make_folder(folder)

@@ -24,20 +24,23 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, comparison_report, flags, schema, signals
-from promptkd_jax.comparison import IRRELEVANT, Plan, Run, plan
-from promptkd_jax.comparison_report import AVERAGE, START, TEACHER
-from promptkd_jax.config import ConfigError, claim, parse
-from promptkd_jax.data import DataError, Rows, read_records
+from promptkd_jax import flags
+from promptkd_jax.data.records import DataError, Rows, read_records
 from promptkd_jax.evaluate import decode, write_answers
-from promptkd_jax.experiment import shared_vocabulary, tokenized
-from promptkd_jax.exposure_bias import exposure_bias, write_texts
-from promptkd_jax.files import once, write_json
+from promptkd_jax.evaluation.bootstrap import paired_difference, spread
+from promptkd_jax.evaluation.exposure_bias import exposure_bias, write_texts
+from promptkd_jax.evaluation.report import read_metrics
+from promptkd_jax.evaluation.text_metrics import rouge_l
+from promptkd_jax.infra import signals
+from promptkd_jax.infra.files import once, write_json
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import Model, end_ids, load_with_tokenizer
-from promptkd_jax.report import read_metrics
-from promptkd_jax.statistics import paired_difference, spread
-from promptkd_jax.text_metrics import rouge_l
+from promptkd_jax.studies import comparison_report
+from promptkd_jax.studies.comparison import IRRELEVANT, Plan, Run, plan
+from promptkd_jax.studies.comparison_report import AVERAGE, START, TEACHER
+from promptkd_jax.training import build, fields
+from promptkd_jax.training.config import ConfigError, claim, parse
+from promptkd_jax.training.experiment import shared_vocabulary, tokenized
 
 # What a run's summary.json says and the comparison shows; the latter only behind a soft prompt.
 FIGURES = (
@@ -89,7 +92,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     claim(workdir, config, IRRELEVANT)
     trainings = [*made.pretraining.values(), *made.runs.values()]
     for run in trainings:
-        claim(run.folder, run.config, schema.IRRELEVANT)
+        claim(run.folder, run.config, fields.IRRELEVANT)
     for number, run in enumerate(trainings, start=1):
         _train_once(run, f"[{number}/{len(trainings)}] {run.name}", workdir / "cache")
     measured = measure(config, made, workdir)

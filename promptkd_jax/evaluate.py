@@ -19,13 +19,24 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import build, flags, hosts, losses, manifest, schema, sharding
-from promptkd_jax.batch import Batch, responses
-from promptkd_jax.config import ConfigError, Int
-from promptkd_jax.data import TEMPLATES, DataError, Rows, eval_batches, read_records, tokenize
-from promptkd_jax.files import check_writable, failures, write_json, write_text
-from promptkd_jax.hosts import HostsError
-from promptkd_jax.linear import linear_loss
+from promptkd_jax import flags
+from promptkd_jax.data.batch import Batch, responses
+from promptkd_jax.data.records import (
+    TEMPLATES,
+    DataError,
+    Rows,
+    eval_batches,
+    read_records,
+    tokenize,
+)
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.teacher import view
+from promptkd_jax.evaluation.bootstrap import spread
+from promptkd_jax.evaluation.text_metrics import answer_statistics, text_scores
+from promptkd_jax.infra import distributed, provenance, sharding
+from promptkd_jax.infra.distributed import HostsError
+from promptkd_jax.infra.files import check_writable, failures, write_json, write_text
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import (
@@ -36,10 +47,9 @@ from promptkd_jax.models.load import (
     load_with_tokenizer,
     training_record,
 )
-from promptkd_jax.sampler import Sampling, row_keys, sample
-from promptkd_jax.statistics import spread
-from promptkd_jax.teacher import view
-from promptkd_jax.text_metrics import answer_statistics, text_scores
+from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.training import build, fields
+from promptkd_jax.training.config import ConfigError, Int
 
 # What decides the scores, as it is written beside them.
 SETTINGS = (
@@ -209,10 +219,10 @@ def score(
 def main(argv: Sequence[str] | None = None) -> None:
     """`promptkd evaluate`: every set with every seed; a table, `evaluation.json`, the samples."""
     options = _parser().parse_args(argv)
-    with hosts.together(options):
+    with distributed.together(options):
         try:
             with jax.set_mesh(flags.mesh_of(options)):
-                hosts.agree_on_options(options)
+                distributed.agree_on_options(options)
                 found = evaluate(options)
         except (ConfigError, DataError, ModelError, HostsError) as error:
             sys.exit(f"promptkd evaluate: {error}")
@@ -252,7 +262,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             eos_id=model.eos_ids[0],
             date=record.get("date", ""),
         )
-        hosts.agree(f"the data ({source})", manifest.of_rows(rows.tokens))
+        distributed.agree(f"the data ({source})", provenance.of_rows(rows.tokens))
         seeds = {}
         for seed in options.seeds:
             seeds[str(seed)], texts = _score_set(model, rows, options, seed)
@@ -271,7 +281,7 @@ def recorded(model: str) -> dict[str, Any]:
       ModelError: it says what cannot be.
     """
     record = training_record(model)
-    fields = {name: schema.SCHEMA["data"][name] for name in RECORDED if name in record}
+    fields = {name: fields.SCHEMA["data"][name] for name in RECORDED if name in record}
     for name, spec in fields.items():
         if fault := spec.fault(record[name]):
             raise ModelError(f"{model}: {RECORD}: {name}: {record[name]!r} is not {fault}")
@@ -350,7 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_sampling(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
     for name, default in (("max_prompt_length", 256), ("max_length", 512)):
         text = f"tokens (default: that of the training, else {default})"
-        flag, limit = f"--{name.replace('_', '-')}", flags.of(schema.SCHEMA["data"][name])
+        flag, limit = f"--{name.replace('_', '-')}", flags.of(fields.SCHEMA["data"][name])
         parser.add_argument(flag, type=limit, help=text)
     parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16)
     flags.add_processes(parser)

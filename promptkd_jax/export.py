@@ -15,22 +15,23 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import flags, hosts, sharding
-from promptkd_jax.checkpoint import CheckpointError
-from promptkd_jax.config import ConfigError, load_config
-from promptkd_jax.experiment import SAVED, load_configs, save, with_date
-from promptkd_jax.files import check_writable, failures
-from promptkd_jax.hosts import HostsError
-from promptkd_jax.loop import open_checkpoints
+from promptkd_jax import flags
+from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.distributed import HostsError
+from promptkd_jax.infra.files import check_writable, failures
 from promptkd_jax.models.config import ModelError
+from promptkd_jax.training.checkpoint import CheckpointError
+from promptkd_jax.training.config import ConfigError, load_config
+from promptkd_jax.training.experiment import SAVED, load_configs, save, with_date
+from promptkd_jax.training.loop import open_checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes student and soft prompt of the last, the best, or a numbered checkpoint."""
     options = _parser().parse_args(argv)
-    with hosts.together(options):
+    with distributed.together(options):
         try:
-            hosts.agree_on_options(options)
+            distributed.agree_on_options(options)
             export(options.workdir, options.step, options.output, flags.mesh_of(options))
         except (CheckpointError, ConfigError, ModelError, HostsError) as error:
             sys.exit(f"promptkd export: {error}")
@@ -50,7 +51,7 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
     """
     file = workdir / "config.json"
     with _named("--workdir", workdir):
-        if not hosts.on_first(file.exists):
+        if not distributed.on_first(file.exists):
             raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
         config = with_date(load_config([f"--config={file}"])[0], workdir)
     with _named("--output", output):

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from promptkd_jax import schema, sharding
-from promptkd_jax.config import Float, Int, Path
-from promptkd_jax.data import TEMPLATES
-from promptkd_jax.files import to_path
+from promptkd_jax.data.records import TEMPLATES
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.files import to_path
+from promptkd_jax.training import fields
+from promptkd_jax.training.config import Float, Int, Path
 
 _KINDS = {Int: int, Float: float}  # of the values of a spec; those of all others are text
 
@@ -53,7 +54,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --mesh: what `models.load.load_with_tokenizer` loads, and onto what."""
     text = "folder (also that of a run), .gguf file, or hub id"
     parser.add_argument("--model", required=True, type=source, help=text)
-    parser.add_argument("--dtype", default="float32", choices=schema.DTYPE.options)
+    parser.add_argument("--dtype", default="float32", choices=fields.DTYPE.options)
     add_mesh(parser)
 
 
@@ -67,7 +68,7 @@ class _Different(argparse.Action):
 def add_seeds(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
     """--seeds: different ones, with each of which all rows are answered."""
     text = f"all rows are answered once with each (default: {' '.join(map(str, default))})"
-    how = dict(type=of(schema.SEED), nargs="+", action=_Different, metavar="SEED")
+    how = dict(type=of(fields.SEED), nargs="+", action=_Different, metavar="SEED")
     parser.add_argument("--seeds", default=list(default), help=text, **how)
 
 
@@ -98,7 +99,7 @@ def add_sampling(
         "top_p": (1.0, "1: all tokens"),
         "no_repeat_ngram_size": (no_repeat_ngram_size, "0: anything may be repeated"),
     }
-    for name, spec in schema.SAMPLING.items():
+    for name, spec in fields.SAMPLING.items():
         default, text = texts[name]
         flag, text = f"--{name.replace('_', '-')}", f"{text} (default: {default:g})"
         parser.add_argument(flag, type=of(spec), default=default, help=text)

@@ -6,22 +6,24 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from promptkd_jax import build, flags, hosts, schema
-from promptkd_jax.config import ConfigError, Int
-from promptkd_jax.data import DataError, Record, tokenize
+from promptkd_jax import flags
+from promptkd_jax.data.records import DataError, Record, tokenize
 from promptkd_jax.evaluate import decode, recorded, template_for, write_answers
-from promptkd_jax.hosts import HostsError
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.distributed import HostsError
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import load_with_tokenizer
+from promptkd_jax.training import build, fields
+from promptkd_jax.training.config import ConfigError, Int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Answers `--request`, or every line typed until an empty one."""
     options = _parser().parse_args(argv)
-    with hosts.together(options):
+    with distributed.together(options):
         try:
             with jax.set_mesh(flags.mesh_of(options)):
-                hosts.agree_on_options(options)
+                distributed.agree_on_options(options)
                 _answer_all(options)
         except (ConfigError, DataError, ModelError, HostsError) as error:
             sys.exit(f"promptkd generate: {error}")
@@ -31,7 +33,7 @@ def _answer_all(options: argparse.Namespace) -> None:
     record = recorded(options.model)
     model = load_with_tokenizer(options.model, dtype=options.dtype)
     template, why = template_for(model, options.template, record)
-    if hosts.is_first():  # beside the answers, which may go into a file
+    if distributed.is_first():  # beside the answers, which may go into a file
         print(f"template {template} ({why})", file=sys.stderr, flush=True)
     chosen = build.sampling(options, model.eos_ids)
     for number, request in enumerate(_requests(options.request)):
@@ -61,7 +63,7 @@ def _requests(given: str | None) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    while line := hosts.on_first(_typed):
+    while line := distributed.on_first(_typed):
         yield line
 
 
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     count = flags.of(Int(low=1))
     parser.add_argument("--max-prompt-length", type=count, default=256)
     parser.add_argument("--max-new-tokens", type=count, default=128)
-    parser.add_argument("--seed", type=flags.of(schema.SEED), default=10)
+    parser.add_argument("--seed", type=flags.of(fields.SEED), default=10)
     flags.add_processes(parser)
     return parser
 

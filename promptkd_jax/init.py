@@ -14,11 +14,12 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from promptkd_jax import flags, schema
-from promptkd_jax.files import check_writable, failures
+from promptkd_jax import flags
+from promptkd_jax.infra.files import check_writable, failures
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import chosen_layers, keep_layers, load_model
+from promptkd_jax.training import fields
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how many, evenly spread (18); or which, counted from 0 (0,2,4,7,9,11)",
     )
     parser.add_argument("--output", required=True, type=flags.path, help="a new folder")
-    parser.add_argument("--dtype", default="float32", choices=schema.DTYPE.options)
+    parser.add_argument("--dtype", default="float32", choices=fields.DTYPE.options)
     return parser
 
 

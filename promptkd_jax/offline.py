@@ -28,18 +28,18 @@ import numpy as np
 from etils import epath
 from rich.progress import Progress
 
-from promptkd_jax import hosts, sharding
-from promptkd_jax import manifest as manifests
-from promptkd_jax.batch import Batch, responses
-from promptkd_jax.data import DataError, Rows, eval_batches, with_responses
+from promptkd_jax.data.batch import Batch, responses
+from promptkd_jax.data.records import DataError, Rows, eval_batches, with_responses
+from promptkd_jax.distill.chunked_loss import Linear, TopK, chunk_elements, log_sum_of_others
+from promptkd_jax.distill.losses import log_probs
+from promptkd_jax.distill.teacher import view
 from promptkd_jax.evaluate import dealt_out, decode, write_answers
-from promptkd_jax.files import Lines, is_remote, make_folder, write_json, write_text
-from promptkd_jax.linear import Linear, TopK, chunk_elements, log_sum_of_others
-from promptkd_jax.losses import log_probs
+from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra import provenance as manifests
+from promptkd_jax.infra.files import Lines, is_remote, make_folder, write_json, write_text
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import Model
-from promptkd_jax.sampler import Sampling
-from promptkd_jax.teacher import view
+from promptkd_jax.models.sampler import Sampling
 
 ARRAYS = tuple(f"{name}.npy" for name in TopK._fields)
 
@@ -78,7 +78,7 @@ def teacher_answers(
     made_from = _answers_made_from(teacher, rows, sampling, seed, max_new_tokens, vocab_size)
     manifests.claim(file.with_suffix(".manifest.json"), made_from, teacher, file=file)
     batch_size = dealt_out(batch_size)
-    answers = hosts.on_first(lambda: _kept_answers(file, rows, batch_size))
+    answers = distributed.on_first(lambda: _kept_answers(file, rows, batch_size))
     missing = write_answers(
         teacher,
         rows,
@@ -237,7 +237,7 @@ def write_cache(
     made_from |= {"top_k": top_k}
     manifest = folder / "manifest.json"
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    if hosts.is_first() and not manifest.exists():
+    if distributed.is_first() and not manifest.exists():
         _create_arrays(folder, offsets, top_k, vocab_size)
     manifests.claim(manifest, made_from, teacher, state={"rows_written": 0})
     _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size)
@@ -325,7 +325,7 @@ def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_
 def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size) -> None:
     """Batch by batch: first the entries, then how far it has come."""
     manifest, total = folder / "manifest.json", len(rows.tokens)
-    state = hosts.on_first(lambda: manifests.read_manifest(manifest))
+    state = distributed.on_first(lambda: manifests.read_manifest(manifest))
     first = state["rows_written"]
     if first == total:
         return
@@ -343,7 +343,7 @@ def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab
                     f"{teacher.name}: a log-probability in rows {first} to {first + real - 1} is "
                     "not finite; such a teacher cannot be distilled (try dtype float32)"
                 )
-            for name, array in zip(ARRAYS, found if hosts.is_first() else ()):
+            for name, array in zip(ARRAYS, found if distributed.is_first() else ()):
                 _write_entries(folder / name, array[mask], offsets[first])
             first += real
             write_json(manifest, state | {"rows_written": first})

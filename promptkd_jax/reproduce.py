@@ -22,14 +22,23 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import build, flags, hosts, published, recipe, schema, sharding, train
-from promptkd_jax.config import ConfigError, claim, fingerprint, load_config, split_argument
-from promptkd_jax.data import DataError, Record, read_records, tokenize
+from promptkd_jax import flags, train
+from promptkd_jax.data.records import DataError, Record, read_records, tokenize
 from promptkd_jax.evaluate import score
-from promptkd_jax.files import is_remote, once, to_path, write_json, write_text
+from promptkd_jax.evaluation.bootstrap import spread
+from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.files import is_remote, once, to_path, write_json, write_text
 from promptkd_jax.models.load import Model, load_with_tokenizer
-from promptkd_jax.sampler import Sampling
-from promptkd_jax.statistics import spread
+from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.studies import published
+from promptkd_jax.training import build, fields, recipes
+from promptkd_jax.training.config import (
+    ConfigError,
+    claim,
+    fingerprint,
+    load_config,
+    split_argument,
+)
 
 PROTOCOL = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
 SEEDS = (10, 20, 30, 40, 50)
@@ -60,7 +69,7 @@ class Row(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs; a mistake of the user ends it with a message alone."""
     options, overrides = _parser().parse_known_args(argv)
-    with hosts.together(options):
+    with distributed.together(options):
         try:
             rows = reproduce(
                 options.config,
@@ -190,7 +199,7 @@ def plan(
       ConfigError: a config that cannot be run, or an override of what the pipeline decides.
     """
     runs = {} if from_published else {"teacher": _config(source, "teacher", overrides)}
-    if not from_published and set(methods) & set(recipe.FROM_SFT):
+    if not from_published and set(methods) & set(recipes.FROM_SFT):
         runs["init"] = _config(source, "init", overrides)
     runs |= {method: _config(source, method, overrides) for method in methods}
     if not from_published:
@@ -198,7 +207,7 @@ def plan(
         _connect(runs, workdir)
     for name, config in runs.items():
         try:
-            schema.check_recipe(config)
+            fields.check_recipe(config)
         except ConfigError as error:
             raise ConfigError(f"{source} with method={name}: {error}") from error
     return runs
@@ -231,7 +240,7 @@ def _connect(runs: dict[str, ConfigDict], workdir: epath.Path) -> None:
     for name, config in runs.items():
         if name != "teacher" and config.teacher.path:
             config.teacher.path = _export(workdir, "teacher")
-        if name in recipe.FROM_SFT:
+        if name in recipes.FROM_SFT:
             config.student.update(path=_export(workdir, "init"), layers=0)
 
 
@@ -414,7 +423,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="such as configs/gpt2.py:student=base")
     parser.add_argument("--workdir", required=True, type=flags.path)
     parser.add_argument(
-        "--methods", nargs="+", default=["promptkd"], choices=recipe.METHODS, metavar="METHOD"
+        "--methods", nargs="+", default=["promptkd"], choices=recipes.METHODS, metavar="METHOD"
     )
     flags.add_seeds(parser, SEEDS)
     parser.add_argument(

@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from promptkd_jax import sharding
-from promptkd_jax.data import DataError, Record
+from promptkd_jax.data.records import DataError, Record
+from promptkd_jax.infra import sharding
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.io.params import pad
 from promptkd_jax.models.load import Model
-from promptkd_jax.models.streaming import pad
 
 PREFIX = "synthetic:"
 SIZES = {"test": 96, "dev": 32, "train": 2048, "longer": 48}  # records of each split

@@ -19,21 +19,20 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, flags, hosts, schema, sharding
-from promptkd_jax.checkpoint import CheckpointError
-from promptkd_jax.config import ConfigError, as_json, claim, parse
-from promptkd_jax.data import DataError
-from promptkd_jax.experiment import Experiment, prepare, save, save_configs, with_date
-from promptkd_jax.files import check_shared, once, read_text, write_json
-from promptkd_jax.hosts import HostsError
-from promptkd_jax.loop import Trained, TrainingError, assess, fit, score_dev
+from promptkd_jax import flags
+from promptkd_jax.data.records import DataError
+from promptkd_jax.evaluation.report import summary_table, write_report
+from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.distributed import HostsError
+from promptkd_jax.infra.files import check_shared, once, read_text, write_json
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.weights import has_weights
+from promptkd_jax.models.io.safetensors import has_weights
 from promptkd_jax.plan.remat import with_chosen_remat
-from promptkd_jax.report import (
-    summary_table,
-    write_report,
-)
+from promptkd_jax.training import build, fields
+from promptkd_jax.training.checkpoint import CheckpointError
+from promptkd_jax.training.config import ConfigError, as_json, claim, parse
+from promptkd_jax.training.experiment import Experiment, prepare, save, save_configs, with_date
+from promptkd_jax.training.loop import Trained, TrainingError, assess, fit, score_dev
 
 # name, format, which direction is better
 HELD_OUT = {
@@ -53,10 +52,10 @@ MISTAKES = (ConfigError, DataError, ModelError, CheckpointError, TrainingError, 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and runs; a mistake of the user ends it with a message alone."""
     options, _ = _parser().parse_known_args(argv)
-    with hosts.together(options):
+    with distributed.together(options):
         try:
             _, config = parse(_parser(), argv)
-            schema.check_recipe(config)
+            fields.check_recipe(config)
             run(config, options.workdir)
         except MISTAKES as error:
             sys.exit(f"promptkd train: {error}")
@@ -72,13 +71,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     Args:
       workdir: a folder that all processes see, as `files.to_path` makes it.
     """
-    hosts.agree("the config", json.dumps(as_json(config), sort_keys=True))
-    hosts.agree("the version of jax, flax, optax or promptkd_jax", _versions())
-    claim(workdir, config, schema.IRRELEVANT)
+    distributed.agree("the config", json.dumps(as_json(config), sort_keys=True))
+    distributed.agree("the version of jax, flax, optax or promptkd_jax", _versions())
+    claim(workdir, config, fields.IRRELEVANT)
     check_shared(workdir)
-    if hosts.on_first(lambda: _is_finished(workdir)):
+    if distributed.on_first(lambda: _is_finished(workdir)):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
-        return hosts.on_first(lambda: json.loads(read_text(workdir / "summary.json")))
+        return distributed.on_first(lambda: json.loads(read_text(workdir / "summary.json")))
     started = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
     for index, stage in enumerate(config.stages):
@@ -91,7 +90,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         experiment = prepare(config, workdir, mesh)
         save_configs(experiment, workdir)
         for doubt in _doubts(experiment):
-            hosts.warn(doubt)
+            distributed.warn(doubt)
         before = once(workdir / "before.json", lambda: _assess_first(experiment))
         result = fit(experiment, workdir, started, before)
         return finish(experiment, workdir, result, before)

@@ -5,7 +5,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from promptkd_jax.files import is_remote, to_path
+from promptkd_jax.infra.files import is_remote, to_path
 
 NAME = "pail"
 

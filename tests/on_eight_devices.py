@@ -11,17 +11,18 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from promptkd_jax import losses, optimizer, sharding
-from promptkd_jax.batch import Batch
-from promptkd_jax.linear import Linear, linear_loss
-from promptkd_jax.method import Method
+from promptkd_jax.data.batch import Batch
+from promptkd_jax.distill import losses, optimizer
+from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.step import Optimizers, init_state, summarise, train_step, write_ahead
+from promptkd_jax.distill.targets import empty_replay, target_rows
+from promptkd_jax.distill.teacher import Models
+from promptkd_jax.infra import sharding
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.streaming import abstract_params, pad
-from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import Optimizers, init_state, summarise, train_step, write_ahead
-from promptkd_jax.targets import empty_replay, target_rows
-from promptkd_jax.teacher import Models
+from promptkd_jax.models.io.params import abstract_params, pad
+from promptkd_jax.models.sampler import Sampling
 
 LLAMA = {
     "model_type": "llama",

@@ -15,9 +15,10 @@ import time
 
 import jax
 
-from promptkd_jax import experiment, train
-from promptkd_jax.checkpoint import Checkpoints
-from promptkd_jax.data import DataError
+from promptkd_jax import train
+from promptkd_jax.data.records import DataError
+from promptkd_jax.training import experiment
+from promptkd_jax.training.checkpoint import Checkpoints
 
 write_checksums, save, read = (
     Checkpoints._write_checksums,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import devices
 
-from promptkd_jax import sharding
+from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
 from promptkd_jax.models.attention import attend, implementation
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import devices
 
-from promptkd_jax.checkpoint import CheckpointError, Checkpoints, _find_damage
+from promptkd_jax.training.checkpoint import CheckpointError, Checkpoints, _find_damage
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from promptkd_jax import compare, comparison, comparison_report, train
+from promptkd_jax import compare, train
 from promptkd_jax.compare import ComparisonError
-from promptkd_jax.config import ConfigError, check, load_config
-from promptkd_jax.recipe import base_config, method_stage, sampling_config
+from promptkd_jax.studies import comparison, comparison_report
+from promptkd_jax.training.config import ConfigError, check, load_config
+from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 VOID = {"meta", "br"}

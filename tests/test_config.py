@@ -9,8 +9,9 @@ import bucket
 import pytest
 from ml_collections import ConfigDict
 
-from promptkd_jax import hosts
-from promptkd_jax.config import (
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.files import write_text
+from promptkd_jax.training.config import (
     Bool,
     Choice,
     ConfigError,
@@ -26,7 +27,6 @@ from promptkd_jax.config import (
     fingerprint,
     load_config,
 )
-from promptkd_jax.files import write_text
 
 FILE = """
     from ml_collections import ConfigDict
@@ -534,6 +534,6 @@ def test_a_bucket_without_its_packages_names_them(monkeypatch):
 
 
 def test_only_the_first_process_claims(tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "on_first", lambda compute: None)
+    monkeypatch.setattr(distributed, "on_first", lambda compute: None)
     claim(tmp_path / "run", make_config())
     assert not (tmp_path / "run").exists()

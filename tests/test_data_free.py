@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny
 
-from promptkd_jax import data_free, hosts, manifest, topics
-from promptkd_jax.data import DataError
-from promptkd_jax.data_free import DataFree, write_requests
-from promptkd_jax.files import read_text, write_text
+from promptkd_jax.data.records import DataError
+from promptkd_jax.inference import data_free, topic_policy
+from promptkd_jax.inference.data_free import DataFree, write_requests
+from promptkd_jax.infra import distributed, provenance
+from promptkd_jax.infra.files import read_text, write_text
 from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.load import Model, load_model
 
@@ -76,7 +77,7 @@ def test_requests_are_records_without_answers(whole, teacher):
     records, file = whole
     assert len(records) == 18
     assert all(record.input == "" and record.outputs == () for record in records)
-    assert len({topics.words(record.instruction) for record in records}) == 18
+    assert len({topic_policy.words(record.instruction) for record in records}) == 18
     assert not any("<end>" in record.instruction for record in records)
     kept = [line["request"] for line in lines(file) if line.get("fault") == ""]
     assert [record.instruction for record in records] == kept[:18]
@@ -126,8 +127,8 @@ def test_a_stopped_call_goes_on_to_the_same_requests(
     """Killed in the first, second or third round, in the middle of a line."""
     records, file = whole
     copy = tmp_path / "requests.jsonl"
-    manifest = file.with_suffix(".manifest.json").read_text()
-    copy.with_suffix(".manifest.json").write_text(manifest)
+    provenance = file.with_suffix(".manifest.json").read_text()
+    copy.with_suffix(".manifest.json").write_text(provenance)
     kept = file.read_text().splitlines(keepends=True)[:torn]
     copy.write_text("".join(kept)[:-3])
     assert write_requests(teacher, student, copy, settings, **HOW) == records
@@ -215,8 +216,8 @@ def test_a_request_that_fits_no_prompt_is_dropped(teacher, student, settings, tm
 
 def test_a_damaged_line_is_named(whole, teacher, student, settings, tmp_path):
     copy = tmp_path / "requests.jsonl"
-    manifest = whole[1].with_suffix(".manifest.json").read_text()
-    copy.with_suffix(".manifest.json").write_text(manifest)
+    provenance = whole[1].with_suffix(".manifest.json").read_text()
+    copy.with_suffix(".manifest.json").write_text(provenance)
     copy.write_text(whole[1].read_text().replace('{"topic"', '{"top', 1))
     with pytest.raises(DataError, match="requests.jsonl:1: broken JSON"):
         write_requests(teacher, student, copy, settings, **HOW)
@@ -242,9 +243,9 @@ def test_other_processes_take_the_rounds_of_the_first(
 ):
     """They go on with the same policy and the same requests, and write nothing."""
     records, file = whole
-    told = iter([manifest.of_model(teacher)["teacher"], None, lines(file)[:7]])
-    monkeypatch.setattr(hosts, "on_first", lambda compute: next(told))
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    told = iter([provenance.of_model(teacher)["teacher"], None, lines(file)[:7]])
+    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     assert write_requests(teacher, student, tmp_path / "none.jsonl", settings, **HOW) == records
     assert next(told, "all told") == "all told"
     assert list(tmp_path.iterdir()) == []

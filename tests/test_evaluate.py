@@ -14,12 +14,12 @@ import pytest
 import tiny
 
 from promptkd_jax import evaluate, generate
-from promptkd_jax.data import Record, tokenize
-from promptkd_jax.files import read_text
+from promptkd_jax.data.records import Record, tokenize
+from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
-from promptkd_jax.sampler import Sampling
+from promptkd_jax.models.sampler import Sampling
 
 
 @pytest.fixture(scope="module")

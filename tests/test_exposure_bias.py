@@ -12,8 +12,9 @@ from conftest import golden_cases
 from test_golden import assert_close
 
 from promptkd_jax import evaluate
-from promptkd_jax.data import Record, tokenize
-from promptkd_jax.exposure_bias import (
+from promptkd_jax.data.records import Record, tokenize
+from promptkd_jax.distill.soft_prompt import load_soft_prompt
+from promptkd_jax.evaluation.exposure_bias import (
     ex_acc_err,
     exposure_bias,
     position_errors,
@@ -23,8 +24,7 @@ from promptkd_jax.exposure_bias import (
 )
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import Model, end_ids, load_model
-from promptkd_jax.prompt import load_soft_prompt
-from promptkd_jax.sampler import Sampling
+from promptkd_jax.models.sampler import Sampling
 
 NEW = 6  # response positions
 SIZES = dict(batch_size=2, prompt_capacity=16, max_new_tokens=NEW)

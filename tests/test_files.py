@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from jax.experimental import multihost_utils
 
-from promptkd_jax import files, hosts
+from promptkd_jax.infra import distributed, files
 
 
 @pytest.fixture(params=["disk", "pathlib", "bucket"])
@@ -73,7 +73,7 @@ def test_once_computes_once(folder, value):
 
 def test_only_the_first_process_writes(folder, monkeypatch):
     files.write_text(folder / "here.txt", "first")
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     files.make_folder(folder / "new")
     files.write_text(folder / "here.txt", "second")
     with files.Lines(folder / "lines.jsonl") as lines:
@@ -83,7 +83,7 @@ def test_only_the_first_process_writes(folder, monkeypatch):
 
 def test_all_processes_get_the_first_ones_value(folder, monkeypatch):
     told = iter([False, {"of": "the first"}])
-    monkeypatch.setattr(hosts, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
     calls = []
     found = files.once(folder / "a.json", lambda: calls.append(1) or {"of": "this one"})
     assert found == {"of": "the first"} and calls == [1]
@@ -125,8 +125,8 @@ def test_an_object_that_grows_is_written_now_and_then(monkeypatch):
 @pytest.fixture
 def two_processes(monkeypatch):
     """Process 0 of two, of which the other sees the same, or as `appears` says."""
-    monkeypatch.setattr(hosts, "alone", lambda: False)
-    monkeypatch.setattr(hosts, "on_first", lambda compute: compute())
+    monkeypatch.setattr(distributed, "alone", lambda: False)
+    monkeypatch.setattr(distributed, "on_first", lambda compute: compute())
     told = {}
 
     def allgather(ours):
@@ -150,7 +150,7 @@ def test_a_shared_folder_is_left_as_it_was(folder, two_processes):
 def test_a_process_with_another_folder_is_named(folder, two_processes):
     files.write_text(folder / "a.txt", "a")
     two_processes["other"] = np.frombuffer(b"host-b".ljust(64, b"\0"), np.uint8)
-    with pytest.raises(hosts.HostsError) as raised:
+    with pytest.raises(distributed.HostsError) as raised:
         files.check_shared(folder)
     assert f"{folder}: process 1 on host-b does not see there" in str(raised.value)
     assert "a file system that their machines share" in str(raised.value)

@@ -9,8 +9,8 @@ import pytest
 
 from promptkd_jax import flags
 from promptkd_jax.cli import COMMANDS
-from promptkd_jax.config import ConfigError, Float, Int, Path
-from promptkd_jax.sampler import Sampling
+from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.training.config import ConfigError, Float, Int, Path
 
 MODULES = {name: f"promptkd_jax.{name}" for name in COMMANDS} | {
     "plan": "promptkd_jax.plan.command"
@@ -177,8 +177,8 @@ def test_other_addresses_are_no_paths(address):
 
 
 def test_a_cache_in_a_bucket_is_a_mistake_of_the_config():
-    from promptkd_jax.recipe import base_config
-    from promptkd_jax.schema import check_recipe
+    from promptkd_jax.training.fields import check_recipe
+    from promptkd_jax.training.recipes import base_config
 
     config = base_config()
     config.cache.path = "gs://pail/cache"

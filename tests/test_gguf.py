@@ -12,10 +12,10 @@ import pytest
 
 from promptkd_jax.models.config import ModelError, RopeScaling, from_hugging_face
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.gguf import GGUFError, open_gguf
-from promptkd_jax.models.hub import resolve
+from promptkd_jax.models.io.gguf import GGUFError, open_gguf
+from promptkd_jax.models.io.hub import resolve
+from promptkd_jax.models.io.params import load_params
 from promptkd_jax.models.load import Model, load_model
-from promptkd_jax.models.streaming import load_params
 
 gguf = pytest.importorskip("gguf")
 

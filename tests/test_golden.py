@@ -15,14 +15,14 @@ import pytest
 from conftest import golden_cases
 from safetensors.numpy import load_file
 
-from promptkd_jax import losses, optimizer, prompt
-from promptkd_jax.batch import Batch
-from promptkd_jax.method import PRESETS, Method
+from promptkd_jax.data.batch import Batch
+from promptkd_jax.distill import losses, optimizer, soft_prompt
+from promptkd_jax.distill.method import PRESETS, Method
+from promptkd_jax.distill.step import Optimizers, init_state, train_step
+from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.export import to_hugging_face
+from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.load import load_model
-from promptkd_jax.step import Optimizers, init_state, train_step
-from promptkd_jax.teacher import Models
 
 FAITHFUL = PRESETS["faithful"]
 
@@ -54,7 +54,7 @@ class Training:
         )
         ids = case["prompt"]["init_token_ids"]
         ids = [case["batch"]["pad_token_id"]] if ids == "PAD" else ids
-        self.soft_prompt = prompt.init_soft_prompt(
+        self.soft_prompt = soft_prompt.init_soft_prompt(
             self.teacher.params, ids, case["prompt"]["prompt_len"]
         )
         self.method = self._method()

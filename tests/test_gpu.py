@@ -14,8 +14,8 @@ import optax
 import pytest
 
 import promptkd_jax as pkd
-from promptkd_jax import sharding
-from promptkd_jax.linear import Linear, linear_loss
+from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder

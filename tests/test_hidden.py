@@ -10,8 +10,8 @@ import pytest
 from test_step import STUDENT, TEACHER, VOCABULARY, batch, llama, random_params
 from tiny import equations
 
-from promptkd_jax.batch import Responses, responses
-from promptkd_jax.hidden import (
+from promptkd_jax.data.batch import Responses, responses
+from promptkd_jax.distill.hidden_loss import (
     KINDS,
     RELATIONS,
     HiddenTerm,
@@ -21,8 +21,8 @@ from promptkd_jax.hidden import (
     resolve,
     taps,
 )
+from promptkd_jax.distill.teacher import view, view_with_states
 from promptkd_jax.models.decoder import REMAT, Decoder
-from promptkd_jax.teacher import view, view_with_states
 
 CAPACITY = 11
 PROMPT = np.random.default_rng(5).normal(0, 0.5, (3, 32)).astype(np.float32)

@@ -11,11 +11,11 @@ from huggingface_hub.utils import filter_repo_objects
 from test_models import assert_same_params
 
 from promptkd_jax import generate
-from promptkd_jax.data import read_records
-from promptkd_jax.files import to_path
-from promptkd_jax.models import export, hub
+from promptkd_jax.data.records import read_records
+from promptkd_jax.infra.files import to_path
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.io import export, hub
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model, load_with_tokenizer
 from promptkd_jax.plan.abstract_run import model_config
 

@@ -14,7 +14,7 @@ from test_models import CONFIGS, assert_same_params, logits, random_model
 
 from promptkd_jax.init import main
 from promptkd_jax.models import families
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import Model, load_model, load_with_tokenizer
 
 LAYERS = 3  # of every teacher here

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny import equations
 
-from promptkd_jax import losses
-from promptkd_jax.linear import Linear, TopK, linear_loss, linear_values
-from promptkd_jax.losses import DIVERGENCES, divergence
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.chunked_loss import Linear, TopK, linear_loss, linear_values
+from promptkd_jax.distill.losses import DIVERGENCES, divergence
 
 SHAPE = (3, 5, 13)
 SPECS = (

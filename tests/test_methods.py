@@ -31,14 +31,12 @@ from test_step import (
     teacher_params,
 )
 
-from promptkd_jax import policy_gradient
-from promptkd_jax.batch import Batch, gather, responses
-from promptkd_jax.hidden import HiddenTerm
-from promptkd_jax.method import Method
-from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.policy_gradient import PolicyGradient
-from promptkd_jax.sampler import Sampling, Voice, row_keys, sample
-from promptkd_jax.step import (
+from promptkd_jax.data.batch import Batch, gather, responses
+from promptkd_jax.distill import policy_gradient
+from promptkd_jax.distill.hidden_loss import HiddenTerm
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.step import (
     Optimizers,
     TrainState,
     init_state,
@@ -46,8 +44,10 @@ from promptkd_jax.step import (
     train_step,
     write_ahead,
 )
-from promptkd_jax.targets import Replay, adapt, draw, empty_replay, push, target_rows
-from promptkd_jax.teacher import Models
+from promptkd_jax.distill.targets import Replay, adapt, draw, empty_replay, push, target_rows
+from promptkd_jax.distill.teacher import Models
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.sampler import Sampling, Voice, row_keys, sample
 
 
 def falling(count):

@@ -13,12 +13,13 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from promptkd_jax.models import export, families
+from promptkd_jax.models import families
 from promptkd_jax.models.config import ModelError, RopeScaling, from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
-from promptkd_jax.models.export import save_model, to_hugging_face
+from promptkd_jax.models.io import export
+from promptkd_jax.models.io.export import save_model, to_hugging_face
+from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
-from promptkd_jax.models.streaming import abstract_params
 
 VOCAB, WIDTH, POSITIONS = 101, 48, 64
 _LLAMA = {

@@ -14,10 +14,9 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from promptkd_jax import cache, hosts, losses, manifest, offline
-from promptkd_jax.batch import responses
-from promptkd_jax.config import ConfigError
-from promptkd_jax.data import (
+from promptkd_jax import cache, offline
+from promptkd_jax.data.batch import responses
+from promptkd_jax.data.records import (
     DataError,
     Rows,
     collate,
@@ -26,12 +25,15 @@ from promptkd_jax.data import (
     tokenize,
     train_batches,
 )
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.chunked_loss import Linear, linear_loss
 from promptkd_jax.evaluate import write_answers
-from promptkd_jax.files import read_text, to_path, write_text
-from promptkd_jax.linear import Linear, linear_loss
+from promptkd_jax.infra import distributed, provenance
+from promptkd_jax.infra.files import read_text, to_path, write_text
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import Model, load_model
-from promptkd_jax.sampler import Sampling
+from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.training.config import ConfigError
 
 LENGTH = 24
 SAMPLING = Sampling(eos_ids=(0,))
@@ -87,7 +89,7 @@ def write(teacher, rows, folder, **changes) -> offline.Cached:
 def reopen(teacher, rows, folder, **changes) -> offline.Cached:
     tokenizer = changes.get("tokenizer") or teacher.tokenizer
     config = teacher.decoder.config
-    whose = manifest.of_files(teacher.name, config.dtype, config.param_dtype)
+    whose = provenance.of_files(teacher.name, config.dtype, config.param_dtype)
     how = dict(teacher=whose, tokenizer=tokenizer, rows=rows, vocab_size=VOCABULARY)
     return offline.open_cache(folder, **(how | changes))
 
@@ -242,8 +244,8 @@ def test_a_stopped_cache_goes_on_to_the_same_bytes(
 def test_what_was_written_past_the_progress_is_written_again(teacher, rows, small, tmp_path):
     """As after a machine that lost power: the manifest is behind, what came after it is torn."""
     shutil.copytree(small, tmp_path, dirs_exist_ok=True)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"rows_written": 5}))
+    provenance = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(provenance | {"rows_written": 5}))
     array = np.load(tmp_path / "log_probs.npy", mmap_mode="r+")
     array[np.load(small / "offsets.npy")[4] :] = 7
     array.flush()
@@ -599,9 +601,9 @@ def test_the_command_refuses_a_bucket_before_it_loads_a_model(tmp_path):
 def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkeypatch, tmp_path):
     """Their own disk stays empty, and they answer what the first one lacks."""
     kept = [json.loads(line)["answer"] for line in answered.read_text().splitlines()][:4]
-    told = iter([manifest.of_model(teacher)["teacher"], None, kept])
-    monkeypatch.setattr(hosts, "on_first", lambda compute: next(told))
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    told = iter([provenance.of_model(teacher)["teacher"], None, kept])
+    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     found = answer(teacher, rows, tmp_path / "answers.jsonl")
     monkeypatch.undo()
     assert next(told, "all told") == "all told"
@@ -611,14 +613,14 @@ def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkey
 
 
 def test_other_processes_write_no_entry(teacher, rows, small, monkeypatch, tmp_path):
-    told = iter([manifest.of_model(teacher)["teacher"], None, {"rows_written": 0}])
-    monkeypatch.setattr(hosts, "on_first", lambda compute: next(told))
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    told = iter([provenance.of_model(teacher)["teacher"], None, {"rows_written": 0}])
+    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     found = write(teacher, rows, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     assert found.offsets.tolist() == np.load(small / "offsets.npy").tolist()
 
 
 def test_the_first_process_alone_reads_the_teachers_files(teacher, monkeypatch):
-    monkeypatch.setattr(hosts, "on_first", lambda compute: "told")
-    assert manifest.of_model(teacher)["teacher"] == "told"
+    monkeypatch.setattr(distributed, "on_first", lambda compute: "told")
+    assert provenance.of_model(teacher)["teacher"] == "told"

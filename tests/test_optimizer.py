@@ -8,12 +8,18 @@ import optax
 import pytest
 from flax import traverse_util
 
-from promptkd_jax import build
-from promptkd_jax.method import PRESETS
+from promptkd_jax.distill.method import PRESETS
+from promptkd_jax.distill.optimizer import (
+    SCHEDULES,
+    adamw,
+    decay_mask,
+    round_stochastically,
+    schedule,
+)
 from promptkd_jax.models.config import from_hugging_face
-from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.optimizer import SCHEDULES, adamw, decay_mask, round_stochastically, schedule
-from promptkd_jax.recipe import stage_config
+from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.training import build
+from promptkd_jax.training.recipes import stage_config
 
 
 def numpy_adamw(params, gradients, rates, *, weight_decay, clip, decayed):

@@ -16,17 +16,18 @@ import numpy as np
 import pytest
 import tiny
 
-from promptkd_jax import schema, sharding
-from promptkd_jax.config import ConfigError, load_config
-from promptkd_jax.files import write_json
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.files import write_json
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
-from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, model_config
-from promptkd_jax.recipe import base_config, method_stage
+from promptkd_jax.training import fields
+from promptkd_jax.training.config import ConfigError, load_config
+from promptkd_jax.training.recipes import base_config, method_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = architectures._llama(512, 3, 4, 4, 1024, vocab_size=1024)
@@ -48,7 +49,7 @@ def small_config(**changes):
     config.data.update(train="none.jsonl", dev="none.jsonl")
     config.data.update(max_prompt_length=128, max_length=256)
     config.stages = (method_stage("promptkd", **(dict(batch_size=8, steps=10) | changes)),)
-    schema.check_recipe(config)
+    fields.check_recipe(config)
     return config
 
 
@@ -90,7 +91,7 @@ def test_known_architectures_have_the_published_number_of_parameters(name, billi
 @pytest.mark.parametrize("file", ["gpt2", "opt", "llama", "llama31", "smollm2"])
 def test_every_model_of_the_large_configs_is_known(file):
     config, _ = load_config([f"--config={ROOT / 'configs' / file}.py"])
-    schema.check_recipe(config)
+    fields.check_recipe(config)
     for model in (config.teacher, config.student):
         assert model.path in architectures.CONFIGS
         assert model.remat == "full" and model.dtype == "bfloat16"

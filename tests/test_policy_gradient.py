@@ -12,13 +12,10 @@ import pytest
 from conftest import golden_cases
 from test_golden import assert_close
 
-from promptkd_jax import losses
-from promptkd_jax.batch import Batch, gather, responses
-from promptkd_jax.linear import Linear, linear_loss
-from promptkd_jax.models.decoder import head
-from promptkd_jax.models.export import to_hugging_face
-from promptkd_jax.models.load import load_model
-from promptkd_jax.policy_gradient import (
+from promptkd_jax.data.batch import Batch, gather, responses
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.distill.policy_gradient import (
     PolicyGradient,
     PolicyTarget,
     advantages,
@@ -28,6 +25,9 @@ from promptkd_jax.policy_gradient import (
     reverse_kl_estimate,
     rewards,
 )
+from promptkd_jax.models.decoder import head
+from promptkd_jax.models.io.export import to_hugging_face
+from promptkd_jax.models.load import load_model
 
 PLAIN = PolicyGradient(reward_scaling=1.0, length_normalise=False, whiten="none", ratio_clip=None)
 ON_POLICY_DISTILLATION = dataclasses.replace(PLAIN, gamma=0.0, ratio_clip=0.2)

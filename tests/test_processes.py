@@ -17,7 +17,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from promptkd_jax import evaluate, train
-from promptkd_jax.recipe import method_stage
+from promptkd_jax.training.recipes import method_stage
 
 TESTS = pathlib.Path(__file__).parent
 STEPS = 8

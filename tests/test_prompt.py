@@ -13,15 +13,15 @@ from packaging.version import Version
 from safetensors.numpy import load_file, save_file
 from test_models import LENGTHS, PREFIX, TOKENS, WIDTH, logits, make_pair, random_model
 
-from promptkd_jax import hosts
-from promptkd_jax.models.config import ModelError
-from promptkd_jax.prompt import (
+from promptkd_jax.distill.soft_prompt import (
     init_soft_prompt,
     load_soft_prompt,
     pooled_soft_prompt,
     save_soft_prompt,
 )
-from promptkd_jax.sampler import Sampling, row_keys, sample
+from promptkd_jax.infra import distributed
+from promptkd_jax.models.config import ModelError
+from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
 STUDENT = [15979, 577, 345, 389, 257, 3710, 13]  # "Suppose you are a student." for GPT-2
 needs_adapters = pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_an_adapter_in_a_bucket_is_bit_equal(monkeypatch):
 
 
 def test_other_processes_write_no_adapter(monkeypatch, tmp_path):
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     config = random_model("opt").hf_config
     save_soft_prompt(tmp_path / "new", PREFIX, teacher="teacher", hf_config=config)
     assert list(tmp_path.iterdir()) == []

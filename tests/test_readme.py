@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 from promptkd_jax.cli import COMMANDS
-from promptkd_jax.comparison import plan
-from promptkd_jax.config import load_config
-from promptkd_jax.recipe import METHODS
-from promptkd_jax.schema import check_recipe
+from promptkd_jax.studies.comparison import plan
+from promptkd_jax.training.config import load_config
+from promptkd_jax.training.fields import check_recipe
+from promptkd_jax.training.recipes import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

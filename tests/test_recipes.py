@@ -14,14 +14,16 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from promptkd_jax import build, cache, experiment, loop, sharding, train
-from promptkd_jax.build import stage_steps
-from promptkd_jax.config import ConfigError, claim, load_config
-from promptkd_jax.data import DataError, stream
+from promptkd_jax import cache, train
+from promptkd_jax.data.records import DataError, stream
+from promptkd_jax.evaluation.report import read_metrics
+from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import embed
-from promptkd_jax.recipe import METHODS, hidden_term, method_stage, sampling_config
-from promptkd_jax.report import read_metrics
-from promptkd_jax.schema import check_recipe
+from promptkd_jax.training import build, experiment, loop
+from promptkd_jax.training.build import stage_steps
+from promptkd_jax.training.config import ConfigError, claim, load_config
+from promptkd_jax.training.fields import check_recipe
+from promptkd_jax.training.recipes import METHODS, hidden_term, method_stage, sampling_config
 
 VOCABULARY = len(tiny.tokenizer())
 GOLD = "cross_entropy"

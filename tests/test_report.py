@@ -19,8 +19,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from promptkd_jax import hosts
-from promptkd_jax.report import (
+from promptkd_jax.evaluation.report import (
     MetricWriter,
     TrainingProgress,
     read_metrics,
@@ -28,6 +27,7 @@ from promptkd_jax.report import (
     truncate_metrics,
     write_report,
 )
+from promptkd_jax.infra import distributed
 
 SUMMARY = {
     "metrics": [("ROUGE-L", 20.0, 25.0, ".2f", "higher"), ("KL", 2.0, 1.5, ".3f", "lower")],
@@ -385,7 +385,7 @@ def test_the_report_of_a_bucket_is_in_it(monkeypatch):
 def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
     write_rows(tmp_path, [{"step": step, "loss": 1.0} for step in (1, 2)])
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
     truncate_metrics(tmp_path, 1)
     write_rows(tmp_path / "new", [{"step": 3, "loss": 1.0}])
     path = write_report(tmp_path, title="", config_text="", summary=SUMMARY, samples=[])

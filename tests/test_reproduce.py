@@ -9,13 +9,15 @@ import bucket
 import pytest
 import tiny
 
-from promptkd_jax import evaluate, published, recipe, reproduce
-from promptkd_jax.config import ConfigError, load_config
-from promptkd_jax.data import read_records
-from promptkd_jax.files import read_text
-from promptkd_jax.models.export import save_model
+from promptkd_jax import evaluate, reproduce
+from promptkd_jax.data.records import read_records
+from promptkd_jax.infra.files import read_text
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
-from promptkd_jax.published import ROUGE_L, SETS
+from promptkd_jax.studies import published
+from promptkd_jax.studies.published import ROUGE_L, SETS
+from promptkd_jax.training import recipes
+from promptkd_jax.training.config import ConfigError, load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = """
@@ -91,7 +93,7 @@ def texts(file: pathlib.Path) -> list[str]:
 # The pipeline
 
 
-@pytest.mark.parametrize("method", recipe.METHODS)
+@pytest.mark.parametrize("method", recipes.METHODS)
 def test_where_each_run_starts(folder, method):
     source, workdir = f"{folder}/gpt2.py:student=base", folder / "work"
     runs = reproduce.plan(source, workdir, [method], (), from_published=False)

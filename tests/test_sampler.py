@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_models import VOCAB, logits, make_pair, random_model
 
-from promptkd_jax import sampler
+from promptkd_jax.models import sampler
 from promptkd_jax.models.decoder import embed
-from promptkd_jax.sampler import Rollout, Sampling, choose, row_keys, sample
+from promptkd_jax.models.sampler import Rollout, Sampling, choose, row_keys, sample
 
 PLAIN, GREEDY = Sampling(), Sampling(temperature=0.0)
 LENGTHS = np.array([3, 8, 1, 5], np.int32)

@@ -15,20 +15,29 @@ from conftest import devices
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from promptkd_jax.batch import Batch, Responses
-from promptkd_jax.config import ConfigError
-from promptkd_jax.linear import linear_loss
-from promptkd_jax.losses import cross_entropy
+from promptkd_jax.data.batch import Batch, Responses
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.losses import cross_entropy
+from promptkd_jax.distill.optimizer import adamw
+from promptkd_jax.distill.step import Optimizers, init_state
+from promptkd_jax.distill.targets import empty_written
+from promptkd_jax.distill.teacher import view_with_states
+from promptkd_jax.infra.sharding import (
+    AXES,
+    ROWS,
+    constrain,
+    make_mesh,
+    parts,
+    platform,
+    shardings,
+    spec,
+)
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.export import to_hugging_face
-from promptkd_jax.models.streaming import abstract_params, pad
-from promptkd_jax.optimizer import adamw
-from promptkd_jax.sampler import Sampling, row_keys, sample
-from promptkd_jax.sharding import AXES, ROWS, constrain, make_mesh, parts, platform, shardings, spec
-from promptkd_jax.step import Optimizers, init_state
-from promptkd_jax.targets import empty_written
-from promptkd_jax.teacher import view_with_states
+from promptkd_jax.models.io.export import to_hugging_face
+from promptkd_jax.models.io.params import abstract_params, pad
+from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.training.config import ConfigError
 
 P = PartitionSpec
 LLAMA = {

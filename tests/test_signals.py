@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from promptkd_jax import signals
+from promptkd_jax.infra import signals
 
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 PROGRAM = """

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from promptkd_jax.statistics import paired_difference, spread
+from promptkd_jax.evaluation.bootstrap import paired_difference, spread
 
 
 def scores(seeds=3, rows=(40, 25), seed=0):

@@ -12,21 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import promptkd_jax.step as step_module
 import pytest
 from tiny import equations
 
-import promptkd_jax.step as step_module
-from promptkd_jax import objective
-from promptkd_jax.batch import Batch, narrow
-from promptkd_jax.method import PRESETS, Conventions, Method
+from promptkd_jax.data.batch import Batch, narrow
+from promptkd_jax.distill import objective
+from promptkd_jax.distill.method import PRESETS, Conventions, Method
+from promptkd_jax.distill.optimizer import adamw
+from promptkd_jax.distill.step import (
+    Metrics,
+    Optimizers,
+    TrainState,
+    init_state,
+    summarise,
+    train_step,
+)
+from promptkd_jax.distill.targets import rollout
+from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder, head
-from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.optimizer import adamw
-from promptkd_jax.sampler import Sampling
-from promptkd_jax.step import Metrics, Optimizers, TrainState, init_state, summarise, train_step
-from promptkd_jax.targets import rollout
-from promptkd_jax.teacher import Models
+from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.sampler import Sampling
 
 EOS = 5
 VOCABULARY = 61  # shared; the teacher has three more that are padding

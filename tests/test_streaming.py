@@ -20,12 +20,13 @@ from flax import traverse_util
 from test_models import assert_same_params, random_model
 from test_sharding import FAMILIES
 
-from promptkd_jax.models import export, families, streaming
+from promptkd_jax.models import families
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.export import save_model, to_hugging_face, write_tensors
+from promptkd_jax.models.io import export, params
+from promptkd_jax.models.io.export import save_model, to_hugging_face, write_tensors
+from promptkd_jax.models.io.params import abstract_params, load_params
 from promptkd_jax.models.load import Model, keep_layers, load_model
-from promptkd_jax.models.streaming import abstract_params, load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 WIDE = {  # the layers are most of it
@@ -110,7 +111,7 @@ def test_a_part_reads_its_elements_once_and_no_others(family):
         ]
         for cut in (*cuts, halves):
             before = source.elements
-            part = streaming._read(source, config, row, prefix, tuple(cut))
+            part = params._read(source, config, row, prefix, tuple(cut))
             expected = whole[row.path][tuple(slice(*bounds) for bounds in cut)]
             np.testing.assert_array_equal(part, expected, err_msg=f"{row.path} {cut}")
             assert source.elements - before == part.size, (row.path, cut)
@@ -122,7 +123,7 @@ def test_pieces_of_a_tensor_make_the_whole(monkeypatch):
     config = from_hugging_face(source.config)
     expected = flat(load_params(source, config))
     for size in (1, 500, 3000):
-        monkeypatch.setattr(streaming, "PIECE_BYTES", size)
+        monkeypatch.setattr(params, "PIECE_BYTES", size)
         source.forget()
         found = flat(load_params(source, config))
         for path, array in expected.items():
@@ -133,7 +134,7 @@ def test_pieces_of_a_tensor_make_the_whole(monkeypatch):
 def test_the_host_holds_no_stack_of_layers_beside_the_arrays(tmp_path, monkeypatch):
     model = wide_model()
     save_model(tmp_path, model)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 2**18)
+    monkeypatch.setattr(params, "PIECE_BYTES", 2**18)
     load_model(str(tmp_path))  # the first time, much else is allocated
     tracemalloc.start()  # sees NumPy's memory, not that of the arrays on the device
     found = load_model(str(tmp_path))
@@ -148,7 +149,7 @@ def test_parts_of_a_quantised_tensor(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
     from test_gguf import SIZES, gguf_tensors, metadata, weights, write
 
-    from promptkd_jax.models.gguf import open_gguf
+    from promptkd_jax.models.io.gguf import open_gguf
 
     assert gguf
     file = write(tmp_path / "m.gguf", metadata(SIZES), gguf_tensors(weights(SIZES), SIZES, "Q8_0"))
@@ -159,7 +160,7 @@ def test_parts_of_a_quantised_tensor(tmp_path, monkeypatch):
         np.testing.assert_array_equal(source.read(name, index), whole[index], err_msg=name)
     config = from_hugging_face(source.config)
     expected = flat(load_params(source, config))
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(params, "PIECE_BYTES", 1000)
     for path, array in flat(load_params(source, config)).items():
         np.testing.assert_array_equal(array, expected[path], err_msg=path)
 

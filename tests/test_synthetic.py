@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from promptkd_jax import synthetic
-from promptkd_jax.data import DataError, read_records, tokenize
+from promptkd_jax.data.records import DataError, read_records, tokenize
 from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
 
 EVERYTHING = [record for name in synthetic.SIZES for record in synthetic.records(name)]

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from promptkd_jax.batch import Batch, gather, responses
+from promptkd_jax.data.batch import Batch, gather, responses
+from promptkd_jax.distill.targets import rollout
+from promptkd_jax.distill.teacher import view
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder, embed, head
-from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.sampler import Sampling
-from promptkd_jax.targets import rollout
-from promptkd_jax.teacher import view
+from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.sampler import Sampling
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

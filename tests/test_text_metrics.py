@@ -3,7 +3,12 @@
 import pytest
 from conftest import golden_cases
 
-from promptkd_jax.text_metrics import exact_match, grouped_text_scores, rouge_l, text_scores
+from promptkd_jax.evaluation.text_metrics import (
+    exact_match,
+    grouped_text_scores,
+    rouge_l,
+    text_scores,
+)
 
 on_golden_cases = pytest.mark.parametrize("folder, golden", golden_cases("rouge_unit"))
 

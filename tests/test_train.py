@@ -20,16 +20,18 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from promptkd_jax import experiment, export, generate, init, loop, sharding, signals, train
-from promptkd_jax.checkpoint import CheckpointError
-from promptkd_jax.config import ConfigError, claim
-from promptkd_jax.data import DataError, Record
+from promptkd_jax import export, generate, init, train
+from promptkd_jax.data.records import DataError, Record
+from promptkd_jax.distill.soft_prompt import load_soft_prompt
+from promptkd_jax.evaluation.report import read_metrics
+from promptkd_jax.infra import sharding, signals
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import Model, load_model
-from promptkd_jax.prompt import load_soft_prompt
-from promptkd_jax.recipe import method_stage, stage_config
-from promptkd_jax.report import read_metrics
-from promptkd_jax.schema import check_recipe
+from promptkd_jax.training import experiment, loop
+from promptkd_jax.training.checkpoint import CheckpointError
+from promptkd_jax.training.config import ConfigError, claim
+from promptkd_jax.training.fields import check_recipe
+from promptkd_jax.training.recipes import method_stage, stage_config
 
 CONFIG = """
 import pathlib, sys

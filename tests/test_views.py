@@ -34,12 +34,12 @@ from test_step import (
     teacher_params,
 )
 
-from promptkd_jax import hidden, losses
-from promptkd_jax.batch import Batch, gather, responses
-from promptkd_jax.hidden import HiddenTerm
-from promptkd_jax.linear import TopK
-from promptkd_jax.step import TrainState, summarise
-from promptkd_jax.teacher import view_with_states
+from promptkd_jax.data.batch import Batch, gather, responses
+from promptkd_jax.distill import hidden_loss, losses
+from promptkd_jax.distill.chunked_loss import TopK
+from promptkd_jax.distill.hidden_loss import HiddenTerm
+from promptkd_jax.distill.step import TrainState, summarise
+from promptkd_jax.distill.teacher import view_with_states
 
 BOTH_KLS = (("forward_kl", 0.3), ("reverse_kl", 0.7))
 
@@ -146,12 +146,12 @@ GOLD_AND_HIDDEN = plain(student_terms=(("cross_entropy", 1.0),), hidden_terms=HI
 
 
 def resolved():
-    return hidden.resolve(HIDDEN, STUDENT.config, TEACHER.config)
+    return hidden_loss.resolve(HIDDEN, STUDENT.config, TEACHER.config)
 
 
 @functools.cache
 def with_projections() -> TrainState:
-    made = hidden.init_projections(resolved(), 24, 32, jax.random.key(6))
+    made = hidden_loss.init_projections(resolved(), 24, 32, jax.random.key(6))
     return begin(projection=made)
 
 
@@ -164,9 +164,9 @@ def dense_hidden(student, projections, teacher):
     models = ((STUDENT, student), (TEACHER, teacher))
     states = [
         view_with_states(decoder, params, batch(), where, VOCABULARY, None, taps)[1]
-        for (decoder, params), taps in zip(models, hidden.taps(terms))
+        for (decoder, params), taps in zip(models, hidden_loss.taps(terms))
     ]
-    total, _ = hidden.hidden_loss(terms, *states, projections, where)
+    total, _ = hidden_loss.hidden_loss(terms, *states, projections, where)
     learner = gather(log_probs(STUDENT, student, batch().tokens), where)
     gold = -jnp.take_along_axis(learner, where.labels[..., None], axis=-1)[..., 0]
     return (total + (where.mask * gold).sum()) / where.mask.sum()

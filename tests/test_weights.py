@@ -19,20 +19,23 @@ from test_models import (
     reference_logits,
 )
 
-from promptkd_jax import cache, evaluate, experiment, generate, init, sharding, train
-from promptkd_jax.config import as_json
-from promptkd_jax.files import to_path
-from promptkd_jax.models import export, families, streaming
+from promptkd_jax import cache, evaluate, generate, init, train
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.files import to_path
+from promptkd_jax.models import families
 from promptkd_jax.models.config import ModelError, from_hugging_face
-from promptkd_jax.models.export import save_model, save_without_weights
+from promptkd_jax.models.io import export, params
+from promptkd_jax.models.io.export import save_model, save_without_weights
+from promptkd_jax.models.io.params import all_finite
+from promptkd_jax.models.io.safetensors import has_weights, read_card
 from promptkd_jax.models.load import (
     keep_layers,
     load_model,
     load_with_tokenizer,
     load_without_weights,
 )
-from promptkd_jax.models.streaming import all_finite
-from promptkd_jax.models.weights import has_weights, read_card
+from promptkd_jax.training import experiment
+from promptkd_jax.training.config import as_json
 
 UP = "model.layers.1.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -115,7 +118,7 @@ def test_a_head_that_differs_in_its_last_element_alone(folder, monkeypatch):
         tensors[families.HEAD] = tensors[EMBEDDING].copy()
 
     assert load_model(str(store(folder, add_head))).decoder.config.tied
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 1000)  # in many pieces
+    monkeypatch.setattr(params, "PIECE_BYTES", 1000)  # in many pieces
     assert load_model(str(folder)).decoder.config.tied
 
     def change(tensors):
@@ -149,7 +152,7 @@ def test_bits_tell_what_is_finite(dtype):
 
 
 def test_the_last_of_many_elements_is_looked_at():
-    x = np.zeros(streaming._CHECKED + 1, np.float32)
+    x = np.zeros(params._CHECKED + 1, np.float32)
     assert all_finite(x)
     x[-1] = -np.inf
     assert not all_finite(x)
@@ -174,7 +177,7 @@ def test_a_tensor_that_is_not_finite_is_named_wherever_it_is_read_from(shards, m
     tensors[UP][3, 5] = np.nan
     save_file(tensors, shards / file)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 100)
+    monkeypatch.setattr(params, "PIECE_BYTES", 100)
     refused(shards, UP, mesh=mesh)
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.export import save_model
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import Model
-from promptkd_jax.recipe import base_config, method_stage, sampling_config, stage_config
+from promptkd_jax.training.recipes import base_config, method_stage, sampling_config, stage_config
 
 WORDS = (
     *("red", "blue", "green", "say", "a", "the", "colour", "of", "sky", "grass"),

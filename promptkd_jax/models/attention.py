@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from promptkd_jax import sharding
+from promptkd_jax.infra import sharding
 
 CUT = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
 LANES = 128  # the columns that a TPU register holds, and the least that splash takes at once

@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax.infra.sharding import ROWS, constrain
 from promptkd_jax.models.attention import CUT, attend, attend_to_cache, copies, spread
 from promptkd_jax.models.config import DecoderConfig, ModelError
-from promptkd_jax.sharding import ROWS, constrain
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from promptkd_jax import hosts, sharding
+from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models import families
 from promptkd_jax.models.config import ModelError, from_hugging_face
 from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
-from promptkd_jax.models.hub import pretrained_name, repository_of, resolve
-from promptkd_jax.models.streaming import has_head_of_its_own, load_params
-from promptkd_jax.models.weights import (
+from promptkd_jax.models.io.hub import pretrained_name, repository_of, resolve
+from promptkd_jax.models.io.params import has_head_of_its_own, load_params
+from promptkd_jax.models.io.safetensors import (
     PLAIN,
     SafetensorsFolder,
     read_card,
@@ -94,8 +94,8 @@ def load_model(
         return synthetic.model(name, dtype=dtype, param_dtype=param_dtype, remat=remat, mesh=mesh)
     file = resolve(path)
     if file.suffix == ".gguf":
-        from promptkd_jax.models.gguf import open_gguf
-        from promptkd_jax.models.gguf_tokenizer import tokenizer_from_gguf
+        from promptkd_jax.models.io.gguf import open_gguf
+        from promptkd_jax.models.io.gguf_tokenizer import tokenizer_from_gguf
 
         source = open_gguf(str(file))
         tokenizer, generation = tokenizer_from_gguf(source), {}
@@ -119,7 +119,7 @@ def load_model(
     if config.tied and has_head_of_its_own(source, config):
         # As transformers 5 does; the config says so from here on, for whoever reads an export.
         config, hf_config = config.replace(tied=False), {**hf_config, "tie_word_embeddings": False}
-        hosts.warn(
+        distributed.warn(
             f"{path}: its config ties the head to the embedding, but {families.HEAD} is another "
             "matrix than the embedding; it is used"
         )
@@ -293,7 +293,7 @@ def check_positions(model: Model, columns: int) -> None:
     """
     config = model.decoder.config
     if columns > config.trained_positions and not config.learned_positions:
-        hosts.warn(
+        distributed.warn(
             f"{model.name}: rows of up to {columns} tokens, but it was trained for "
             f"{config.trained_positions} positions (max_position_embeddings); what it computes "
             "beyond them means little: shorten prompts or answers"

@@ -14,21 +14,22 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, schema, sharding
-from promptkd_jax.batch import Batch
-from promptkd_jax.config import ConfigError
-from promptkd_jax.data import read_records
-from promptkd_jax.experiment import Experiment, Stage, projections, stage_optimizers
-from promptkd_jax.files import failures, is_remote, to_path
-from promptkd_jax.linear import TopK
+from promptkd_jax.data.batch import Batch
+from promptkd_jax.data.records import read_records
+from promptkd_jax.distill.chunked_loss import TopK
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.files import failures, is_remote, to_path
 from promptkd_jax.models.config import DecoderConfig, ModelError, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.hub import download, hub_id, resolve, student_of_run
+from promptkd_jax.models.io.hub import download, hub_id, resolve, student_of_run
+from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.load import Model, chosen_layers, end_ids
-from promptkd_jax.models.streaming import abstract_params
-from promptkd_jax.models.weights import read_json
 from promptkd_jax.plan.architectures import CONFIGS
-from promptkd_jax.recipe import DOLLY_ROWS
+from promptkd_jax.training import build, fields
+from promptkd_jax.training.config import ConfigError
+from promptkd_jax.training.experiment import Experiment, Stage, projections, stage_optimizers
+from promptkd_jax.training.recipes import DOLLY_ROWS
 
 UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how many rows there are
 
@@ -198,7 +199,7 @@ def model_config(path: str) -> tuple[dict[str, Any], str]:
 def _stored_config(path: str) -> tuple[dict[str, Any], str]:
     local = to_path(path)
     if local.suffix == ".gguf":
-        from promptkd_jax.models.gguf import open_gguf
+        from promptkd_jax.models.io.gguf import open_gguf
 
         return open_gguf(str(resolve(path))).config, "its file"
     if local.exists():
@@ -214,7 +215,7 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
 def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:
     """(teacher, student), as `experiment.load_models` chooses them."""
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
-    if schema.needs_the_teacher(config) or measured:
+    if fields.needs_the_teacher(config) or measured:
         teacher = _model(config.teacher.path, config.teacher, notes, "teacher")
     if config.student.path:
         student = _model(config.student.path, config.student, notes, "student")

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from promptkd_jax.errors import ConfigError
+from promptkd_jax.infra.errors import ConfigError
 
 GIB = 2**30
 

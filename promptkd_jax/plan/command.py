@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from promptkd_jax import build, flags, schema, sharding
-from promptkd_jax.config import ConfigError, Float, Int, parse
-from promptkd_jax.data import DataError
-from promptkd_jax.files import failures, make_folder, write_json
-from promptkd_jax.method import ON_POLICY
+from promptkd_jax import flags
+from promptkd_jax.data.records import DataError
+from promptkd_jax.distill.method import ON_POLICY
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.files import failures, make_folder, write_json
+from promptkd_jax.infra.sharding import AXES
 from promptkd_jax.models.config import ModelError
 from promptkd_jax.plan import ahead, chips, launched, roofline
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_mesh, abstract_run, check_rows
@@ -31,7 +32,8 @@ from promptkd_jax.plan.chips import Slices
 from promptkd_jax.plan.hlo import Collective
 from promptkd_jax.plan.roofline import Work
 from promptkd_jax.plan.tables import show, show_comparison, show_search
-from promptkd_jax.sharding import AXES
+from promptkd_jax.training import build, fields
+from promptkd_jax.training.config import ConfigError, Float, Int, parse
 
 Sizes = Mapping[str, int]
 
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             output = None
         else:
             options, config = parse(_parser(), argv)
-            schema.check_recipe(config)
+            fields.check_recipe(config)
             found, output = _plan(config, options), options.output
     except (ConfigError, DataError, ModelError) as error:
         sys.exit(f"promptkd plan: {error}")

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from promptkd_jax import comparison, schema, sharding
 from promptkd_jax.cli import COMMANDS
-from promptkd_jax.config import ConfigError, parse
-from promptkd_jax.files import of_another_machine
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.files import of_another_machine
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
+from promptkd_jax.studies import comparison
+from promptkd_jax.training import fields
+from promptkd_jax.training.config import ConfigError, parse
 
 ALONE = ("init", "compare")  # of one process
 
@@ -42,14 +44,14 @@ def check(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | N
     parser = module._parser()
     if name == "train":
         _, config = parse(parser, arguments)
-        schema.check_recipe(config)
+        fields.check_recipe(config)
         sizes = _check_rows(config, devices, number)
         for stage in config.stages:
             abstract_run(config, stage.name).arguments(abstract_mesh(sizes))
         return config
     if name == "cache":
         _, config = parse(parser, arguments)
-        schema.check_recipe(config)
+        fields.check_recipe(config)
         sharding.mesh_shape(config.mesh, devices, number)
     elif name == "compare":  # its own config: of several runs
         options, config = parse(parser, arguments)

@@ -5,7 +5,7 @@ import os
 import jax
 from ml_collections import ConfigDict
 
-from promptkd_jax import hosts, sharding
+from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import REMAT
 from promptkd_jax.plan import roofline
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
@@ -18,7 +18,7 @@ def with_chosen_remat(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict
     the devices of `mesh` the one that computes least twice, else "full"."""
     if "auto" not in (config.teacher.remat, config.student.remat):
         return config
-    memory = hosts.on_first(device_bytes)
+    memory = distributed.on_first(device_bytes)
     for policy in REMAT:  # the first keeps most
         tried = with_remat(config, policy)
         needed = needed_bytes(tried, mesh)

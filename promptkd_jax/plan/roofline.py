@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from promptkd_jax import linear
-from promptkd_jax.method import GOLD, ON_POLICY, POLICY
+from promptkd_jax.distill import chunked_loss
+from promptkd_jax.distill.method import GOLD, ON_POLICY, POLICY
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.plan.chips import Slices
@@ -135,7 +135,7 @@ class _Counter:
         each), which is gathered once and read for every block of positions."""
         size = config.vocab_size * config.width * _BYTES[config.dtype] / self.mesh["tensor"]
         on_device = max(rows * config.vocab_size // math.prod(self.mesh.values()), 1)
-        block = max(linear.chunk_elements("tpu") // on_device, 1)
+        block = max(chunked_loss.chunk_elements("tpu") // on_device, 1)
         logits = rows * positions * config.vocab_size * 4 / math.prod(self.mesh.values())
         found = Work(
             products * head_flops(config, rows, positions),
@@ -377,7 +377,7 @@ def temporary_bytes(
         6
         * 4
         * min(
-            linear.chunk_elements(platform),
+            chunked_loss.chunk_elements(platform),
             rows * positions * run.vocab_size / math.prod(mesh.values()),
         )
     )

@@ -1,0 +1,106 @@
+"""One layout of a batch, everywhere: every row starts at column 0 and ends at its length.
+
+Which positions count follows from lengths alone, never from token values: padding is often EOS.
+
+B rows, T columns, R response positions, D width, k kept tokens of a cached teacher.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from promptkd_jax.distill.chunked_loss import TopK
+
+
+class Batch(NamedTuple):
+    """`tokens` `[B, T]` request then response (its EOS included), `prompt_lengths` and `lengths`
+    `[B]`: where the response begins and where the row ends. `cached` `[B, R, k]`: what the teacher
+    said of every response position, where it was written down beforehand."""
+
+    tokens: jax.Array
+    prompt_lengths: jax.Array
+    lengths: jax.Array
+    cached: TopK | None = None
+
+
+class Responses(NamedTuple):
+    """Where a batch's response tokens are predicted, gathered to R columns.
+
+    `positions` `[B, R]` are the columns whose hidden state predicts a response token, `labels`
+    `[B, R]` those tokens, `mask` `[B, R]` 1 where there is one. The EOS is among them. `beyond`
+    `[B]` counts each row's response tokens that have no position here.
+    """
+
+    positions: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+    beyond: jax.Array | None = None
+
+
+def responses(batch: Batch, capacity: int) -> Responses:
+    """The supervised positions of `batch`, R = `capacity` for each row.
+
+    A response token has none, and no loss sees it, where it is beyond the capacity or the columns
+    of the batch, or the first of a row whose prompt is empty. `beyond` counts them, `train_step`
+    as `tokens_beyond`.
+
+    Raises:
+      ValueError: arrays of shapes that do not belong together, or no position at all.
+    """
+    tokens, *ends = (jnp.shape(x) for x in (batch.tokens, batch.prompt_lengths, batch.lengths))
+    if len(tokens) != 2 or tokens[1] < 2 or any(end != tokens[:1] for end in ends):
+        raise ValueError(
+            f"tokens {list(tokens)}, prompt_lengths {list(ends[0])} and lengths {list(ends[1])}; "
+            "expected [B, T] with T at least 2, [B] and [B]"
+        )
+    if capacity < 1:
+        raise ValueError(f"capacity: {capacity}; expected at least 1 response token")
+    positions = batch.prompt_lengths[:, None] - 1 + jnp.arange(capacity)
+    ends_at = jnp.minimum(batch.lengths, tokens[1])[:, None] - 1
+    mask = (positions >= 0) & (positions < ends_at)
+    positions = jnp.clip(positions, 0, tokens[1] - 2)
+    labels = jnp.take_along_axis(batch.tokens, positions + 1, axis=1)
+    beyond = jnp.maximum(batch.lengths - batch.prompt_lengths - jnp.sum(mask, axis=1), 0)
+    return Responses(positions, labels, mask.astype(jnp.float32), beyond)
+
+
+def gather(hidden: jax.Array, where: Responses) -> jax.Array:
+    """The hidden states `[B, T, D]` at the supervised positions, `[B, R, D]`."""
+    return jnp.take_along_axis(hidden, where.positions[:, :, None], axis=1)
+
+
+def choose_rows(chosen: jax.Array, one: Batch, other: Batch) -> Batch:
+    """Row b of `one` where `chosen[b]`, else of `other`, in as many columns as the wider has."""
+    width = max(one.tokens.shape[1], other.tokens.shape[1])
+    one, other = widen(one, width), widen(other, width)
+    tokens = jnp.where(chosen[:, None], one.tokens, other.tokens)
+    prompt_lengths = jnp.where(chosen, one.prompt_lengths, other.prompt_lengths)
+    return Batch(tokens, prompt_lengths, jnp.where(chosen, one.lengths, other.lengths))
+
+
+def narrow(batch: Batch, width: int) -> Batch:
+    """The first `width` columns, of rows that are no longer."""
+    return batch._replace(tokens=batch.tokens[..., :width])
+
+
+def widen(batch: Batch, width: int) -> Batch:
+    """The rows in `width` columns, with nothing cached. Raises ValueError where they are wider."""
+    more = width - batch.tokens.shape[1]
+    if more < 0:
+        raise ValueError(f"rows of {batch.tokens.shape[1]} columns do not fit into {width}")
+    return Batch(jnp.pad(batch.tokens, ((0, 0), (0, more))), batch.prompt_lengths, batch.lengths)
+
+
+def in_least_width(
+    function: Callable[[int], Any], lengths: jax.Array, columns: int, number: int
+) -> Any:
+    """`function(width)` for the least of `number` widths, even steps up to `columns`, that the
+    longest row fits into; each is compiled."""
+    if number == 1:
+        return function(columns)
+    widths = [-(-columns * k // number) for k in range(1, number + 1)]
+    branches = [functools.partial(function, width) for width in widths]
+    return jax.lax.switch(jnp.searchsorted(jnp.array(widths), jnp.max(lengths)), branches)

@@ -1,0 +1,519 @@
+"""The divergences of `losses` without logits, on hidden states and heads.
+
+`linear_loss` multiplies hidden states `[B, T, D]` with heads `[V, D]` a few positions at a time and
+makes the gradients in the same pass, so that no `[B, T, V]` array exists. Dense losses are its
+definition.
+
+B batch, T positions, D width, V vocabulary, k kept tokens of a cached teacher.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from promptkd_jax.distill.losses import Divergence, cross_entropy, needs_whole
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.sharding import ROWS, constrain
+
+Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
+
+
+def chunk_elements(platform: str) -> int:
+    """Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32, 128 on a GPU,
+    where reading the head for every block takes as long as multiplying some hundred positions."""
+    return 2**25 if platform == "gpu" else 2**23
+
+
+class Linear(NamedTuple):
+    """Logits not yet multiplied out: hidden `[B, T, D]` and head `[V, D]`."""
+
+    hidden: jax.Array
+    head: jax.Array
+
+    def logits(self) -> jax.Array:
+        """hidden @ head^T, `[B, T, V]`."""
+        head = self.head.astype(self.hidden.dtype)
+        # Rounded to half precision, logits would be off by more than a soft prompt moves them.
+        logits = jnp.einsum("btd,vd->btv", self.hidden, head, preferred_element_type=jnp.float32)
+        # Changes nothing, but XLA's CPU compiler does not make one kernel of the product and what
+        # reads it, which for some shapes takes three times as long as the two.
+        logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)
+        return constrain(logits, ROWS, None, "tensor")
+
+
+class TopK(NamedTuple):
+    """A distribution as a cache keeps it: its k largest `log_probs` and their `ids`, `[B, T, k]`,
+    the largest first, and `tail` `[B, T]`, the log-probability of all other tokens together.
+
+    Where it is compared with a learner, its tail is divided among the other tokens as the learner
+    divides its own. So KL divergences compare k + 1 probabilities, which bounds them from below,
+    and nothing is learned about the inside of the tail; with k = V nothing is lost.
+
+    Where the tail is not given (None, or rounded to -inf), it is what the k largest leave of 1. Of
+    a sure teacher that is lost in rounding, and the least that can be told from 1 in the dtype of
+    `log_probs` (its machine epsilon) stands for it, or less where so many tokens that are no
+    likelier than the k-th cannot have as much.
+
+    A log-probability of -inf fills up a list of fewer than k tokens, and its id says nothing: a
+    token that stands nowhere else is one of the tail or, with k = V, has probability 0.
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
+    tail: jax.Array | None = None
+
+    def logits(self, learner: jax.Array) -> jax.Array:
+        """This distribution as logits `[..., V]`, compared with a learner of logits `[..., V]`. A
+        constant, also where it comes from the learner."""
+        whole, vocab_size = jax.lax.stop_gradient(learner.astype(jnp.float32)), learner.shape[-1]
+        log_probs = self.log_probs.astype(jnp.float32)
+        # Behind the last token nothing is written: filler must not stand for the token it names.
+        ids = jnp.where(jnp.isneginf(log_probs), vocab_size, self.ids.astype(jnp.int32))
+        if ids.shape[-1] == vocab_size:
+            whole = jnp.full_like(whole, -jnp.inf)
+        else:
+            sum_of_others = log_sum_of_others(whole, ids)[..., None]
+            # A learner that has nothing there divides nothing: all tokens alike.
+            nothing = jnp.isneginf(sum_of_others)
+            others = self._others(vocab_size)[..., None]
+            shares = jnp.where(nothing, -jnp.log(others), whole - sum_of_others)
+            whole = self.tail_below(vocab_size)[..., None] + shares
+        return jnp.put_along_axis(whole, ids, log_probs, axis=-1, inplace=False, mode="drop")
+
+    def tail_below(self, vocab_size: int) -> jax.Array:
+        """The log-probability of the tokens of `vocab_size` > k that are not kept, `[B, T]`."""
+        kept = self.log_probs.astype(jnp.float32)
+        least = jnp.finfo(self.log_probs.dtype).eps
+        left = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(kept), axis=-1), least))
+        # None of the others is likelier than the last that is kept.
+        last = jnp.min(jnp.where(jnp.isneginf(kept), jnp.inf, kept), axis=-1)
+        derived = jnp.minimum(left, last + jnp.log(self._others(vocab_size)))
+        if self.tail is None:
+            return derived
+        return jnp.where(jnp.isneginf(self.tail), derived, self.tail)
+
+    def _others(self, vocab_size: int) -> jax.Array:
+        """How many tokens are not kept, `[B, T]`."""
+        return vocab_size - jnp.sum(~jnp.isneginf(self.log_probs), axis=-1)
+
+
+def log_sum_of_others(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """logsumexp of `logits` `[..., V]` over the tokens that are not among `ids` `[..., k]`,
+    of which those of V and above name no token."""
+    others = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False, mode="drop")
+    return jax.nn.logsumexp(others, axis=-1)
+
+
+def compare(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
+    """`function(target, logits)` per position; of a `TopK` target the `logits` for this learner.
+
+    Raises:
+      ValueError: a function that needs the whole distribution, and a `TopK` that has not got it.
+    """
+    if not isinstance(target, TopK):
+        return function(target, logits)
+    kept, vocab_size = target.ids.shape[-1], logits.shape[-1]
+    if needs_whole(function) and kept < vocab_size:
+        raise ValueError(
+            f"a divergence at a temperature or with a token weighting, and a TopK of {kept} of "
+            f"{vocab_size} tokens: it needs the whole distribution; expected temperature 1 and "
+            "weighting 'uniform', or a Linear"
+        )
+    return function(target.logits(logits), logits)
+
+
+def linear_loss(
+    terms: Sequence[Divergence],
+    learner: Linear,
+    targets: Sequence[Any],
+    mask: jax.typing.ArrayLike | Sequence[Sequence[float]],
+    weights: jax.Array | Sequence[float] | None = None,
+    *,
+    observe: Sequence[Observation] = (),
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of per-position losses over the masked positions, `chunk` positions at a time.
+
+    Equals `sum_i weights[i] * (mask * terms[i](targets[i], learner.logits())).sum()` in value and
+    in gradient with respect to the learner's hidden states and, only where it is asked for, the
+    learner's head. The targets are constants. Where the mask is 0 nothing is looked at: NaN there,
+    or a label of -100, changes neither value nor gradient.
+
+    Args:
+      terms: functions of (target, learner logits), each `[B, T]`; see `DIVERGENCES`.
+      learner: hidden states and head of the model that is trained.
+      targets: one per term: a `Linear`, a `TopK`, integer labels `[B, T]` for `cross_entropy`, or
+        any tree of arrays `[B, T, …]` that the term knows how to read. More than there are terms:
+        for the observations alone. One that stands there twice is multiplied out once.
+      mask: `[B, T]`, an array or lists; positions that count, possibly weighted.
+      weights: `[len(terms)]`; 1 for each where absent. May be traced.
+      observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
+        is wanted; they see the same logits that the terms see (and a `TopK` as it is).
+      chunk: positions in one block of a device; by default as many as keep its logits below
+        `chunk_elements`. Positions with mask 0 cost nothing: each device has those of its own rows
+        that count in as few blocks as they fill.
+
+    Returns:
+      (loss, sums): the scalar loss, and the unweighted masked sum of each term, then of each
+      observation, `[len(terms) + len(observe)]`, which carry no gradient. All are sums: divide by
+      `mask.sum()` (over all devices and micro-batches) for a mean.
+
+    Raises:
+      ValueError: shapes that do not belong together (also when traced); as many terms without a
+        target; a `TopK` for a function that needs the whole distribution. Where values can be
+        seen, and the mask is not 0: `log_probs` of a `TopK` that are no log-probabilities, its
+        ids or labels of `cross_entropy` outside [0, V).
+    """
+    if not terms:
+        raise ValueError("no terms; expected at least one (linear_values measures without a loss)")
+    _check(learner, targets)
+    if len(terms) > len(targets):
+        raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
+    if np.shape(mask) != learner.hidden.shape[:2]:
+        raise ValueError(_unlike("mask", np.shape(mask), learner))
+    _check_values(terms, targets, mask, learner.head.shape[0])
+    weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
+    if weights.shape != (len(terms),):
+        raise ValueError(f"weights: {list(weights.shape)}; expected one per term, [{len(terms)}]")
+    different = {id(target): target for target in targets}
+    order = tuple(list(different).index(id(target)) for target in targets)
+    learner, *targets = _gathered([learner, *different.values()])
+    learner, targets, mask = _packed(learner, targets, jnp.asarray(mask, jnp.float32))
+    chunk = chunk or _default_chunk(mask.shape, learner.head.shape[0])
+    chunk = min(max(chunk, 1), mask.shape[1])
+    constants = jax.lax.stop_gradient((tuple(targets), mask, weights))
+    functions = (tuple(terms), tuple(observe), order)
+    loss, sums = _linear_loss(functions, chunk, learner, *constants)
+    return loss, jax.lax.stop_gradient(sums)
+
+
+def linear_values(
+    functions: Sequence[Divergence],
+    learner: Linear,
+    targets: Sequence[Any],
+    *,
+    chunk: int | None = None,
+) -> tuple[jax.Array, ...]:
+    """Each function's value at every position, `[B, T]`, a block of positions at a time.
+
+    Args:
+      functions, learner, targets, chunk: as for `linear_loss`.
+
+    Returns:
+      One array per function. They carry no gradient.
+
+    Raises:
+      ValueError: as `linear_loss`.
+    """
+    _check(learner, targets)
+    if len(functions) != len(targets):
+        raise ValueError(f"{len(functions)} functions need as many targets, got {len(targets)}")
+    learner, *targets = _gathered(jax.lax.stop_gradient([learner, *targets]))
+    shape = learner.hidden.shape[:2]
+    chunk = min(chunk or _default_chunk(shape, learner.head.shape[0]), shape[1])
+    parts, join = _sequences(targets)
+
+    def body(_, block):
+        hidden, parts = block
+        logits = Linear(hidden, learner.head).logits()
+        references = _references(join(parts))
+        values = [compare(f, t, logits) for f, t in zip(functions, references)]
+        return None, [_per_position(value, hidden.shape[:2]) for value in values]
+
+    _, values = jax.lax.scan(body, None, _blocks((learner.hidden, parts), chunk))
+    return tuple(_unblocked(value, shape[1]) for value in values)
+
+
+def _check(learner: Linear, targets: Sequence[Any]) -> None:
+    """Raises ValueError where shapes do not belong together. JAX itself would broadcast, clip or
+    take from the end, and a number would come out."""
+    if not isinstance(learner, Linear):
+        raise ValueError(f"learner: {type(learner).__name__}; expected a Linear(hidden, head)")
+    bare = "array" if hasattr(targets, "shape") else type(targets).__name__
+    if bare == "array" or hasattr(targets, "_fields"):
+        raise ValueError(f"targets: a bare {bare}; expected a sequence, one per term: [target]")
+    _check_linear("learner", learner)
+    for number, target in enumerate(targets):
+        name = f"targets[{number}]"
+        if isinstance(target, Linear):
+            _check_linear(name, target)
+            if target.head.shape[0] != learner.head.shape[0]:
+                raise ValueError(
+                    f"{name}: a vocabulary of {target.head.shape[0]}, the learner's has "
+                    f"{learner.head.shape[0]}; expected the tokens that both share, without the "
+                    "padding of either: head[:vocab_size]"
+                )
+        if isinstance(target, TopK):
+            _check_top_k(name, target, learner.head.shape[0])
+        parts = target.hidden if isinstance(target, Linear) else target
+        for part in jax.tree.leaves(parts):
+            if jnp.shape(part)[:2] != learner.hidden.shape[:2]:
+                raise ValueError(_unlike(name, jnp.shape(part), learner))
+
+
+def _unlike(name: str, shape: tuple[int, ...], learner: Linear) -> str:
+    rows, positions = learner.hidden.shape[:2]
+    return (
+        f"{name}: {list(shape)}, but the learner's hidden states are of {rows} rows and "
+        f"{positions} positions; expected [{rows}, {positions}{', …' if len(shape) > 2 else ''}]"
+    )
+
+
+def _check_linear(name: str, model: Linear) -> None:
+    hidden, head = jnp.shape(model.hidden), jnp.shape(model.head)
+    if len(hidden) != 3 or len(head) != 2:
+        raise ValueError(
+            f"{name}: hidden {list(hidden)} and head {list(head)}; expected [B, T, D] and [V, D]"
+        )
+    if head[1] != hidden[2]:
+        stored = "; it is stored [D, V]: transpose it" if head[0] == hidden[2] else ""
+        raise ValueError(
+            f"{name}: hidden states of width {hidden[2]} and a head {list(head)}; expected "
+            f"[V, {hidden[2]}]{stored}"
+        )
+
+
+def _check_top_k(name: str, target: TopK, vocab_size: int) -> None:
+    ids, log_probs = jnp.shape(target.ids), jnp.shape(target.log_probs)
+    if len(ids) != 3 or ids != log_probs or ids[2] > vocab_size:
+        raise ValueError(
+            f"{name}: ids {list(ids)} and log_probs {list(log_probs)}; expected both [B, T, k], "
+            f"with k at most {vocab_size}, the learner's vocabulary"
+        )
+    if target.tail is not None and jnp.shape(target.tail) != ids[:2]:
+        raise ValueError(
+            f"{name}: a tail {list(jnp.shape(target.tail))} beside ids {list(ids)}; expected "
+            f"{list(ids[:2])}, one per position"
+        )
+
+
+def _check_values(
+    terms: Sequence[Divergence], targets: Sequence[Any], mask: Any, vocab_size: int
+) -> None:
+    """Raises ValueError for a TopK of logits and for tokens that are not in the vocabulary, where
+    values can be seen: not those that are traced."""
+    for number, target in enumerate(targets):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((target, mask))):
+            continue
+        name = f"targets[{number}]"
+        # What is constant can be seen within a `jax.jit` too, which would trace its sum.
+        with jax.ensure_compile_time_eval():
+            if isinstance(target, TopK):
+                counts, log_probs = jnp.asarray(mask) != 0, jnp.asarray(target.log_probs)
+                _check_log_probs(name, log_probs.astype(jnp.float32), counts)
+                listed = counts[..., None] & ~jnp.isneginf(log_probs)
+                _check_tokens(name, target.ids, listed, vocab_size)
+            elif cross_entropy in terms[number : number + 1] and hasattr(target, "shape"):
+                _check_tokens(name, target, jnp.asarray(mask) != 0, vocab_size)
+
+
+def _check_log_probs(name: str, log_probs: jax.Array, counts: jax.Array) -> None:
+    sums = jax.nn.logsumexp(log_probs, axis=-1)
+    most = float(jnp.max(jnp.where(counts, sums, -jnp.inf)))
+    if most > 0.05:  # log-probabilities in half precision may be a little above
+        raise ValueError(
+            f"{name}: a TopK whose probabilities add up to exp({most:.4g}); expected "
+            "log-probabilities: where these are logits, take their log_softmax over all tokens "
+            "before the k largest"
+        )
+
+
+def _check_tokens(name: str, tokens: jax.Array, counts: jax.Array, vocab_size: int) -> None:
+    tokens = jnp.asarray(tokens).astype(jnp.int32)  # of few bits, they cannot be compared with V
+    wrong = counts & ((tokens < 0) | (tokens >= vocab_size))
+    if wrong.any():
+        place = tuple(int(i) for i in jnp.argwhere(wrong)[0])
+        raise ValueError(
+            f"{name}: token {tokens[place]} at row {place[0]}, position {place[1]}, where the mask "
+            f"is not 0; expected tokens in [0, {vocab_size}), or a mask of 0 there"
+        )
+
+
+def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
+    """As many positions as `chunk_elements` allows, in blocks of even size: little is filled up."""
+    rows, length = shape
+    parts = sharding.row_parts(rows) * sharding.parts("tensor")
+    most = max(chunk_elements(sharding.platform()) // max(rows * vocab_size // parts, 1), 1)
+    blocks = -(-length // most)
+    return -(-length // blocks)
+
+
+def _block_loss(functions, learner: Linear, targets, mask, weights):
+    """Loss and sums of one block of positions.
+
+    What does not count is selected away twice: from what is compared, since 0 times the gradient of
+    a NaN is NaN, and from what comes out.
+    """
+    terms, observe, order = functions
+    counts = mask != 0
+
+    def counted(x):
+        return jnp.where(jnp.expand_dims(counts, range(2, x.ndim)), x, 0)
+
+    def total(values):
+        return jnp.sum(counted(_per_position(values, mask.shape)) * mask)
+
+    parts, join = _sequences(targets)
+    logits = Linear(counted(learner.hidden), learner.head).logits()
+    different = _references(join(jax.tree.map(counted, parts)))
+    references = [different[i] for i in order]
+    sums = jnp.stack([total(compare(f, t, logits)) for f, t in zip(terms, references)])
+    constant = jax.lax.stop_gradient(logits)
+    observed = [total(f(references, constant)) for f in observe]
+    return sums @ weights, jnp.stack([*sums, *observed])
+
+
+def _per_position(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """`values` themselves. Raises ValueError where they are not one number for each position of
+    `shape`, `[B, T]`."""
+    if values.shape != shape:
+        raise ValueError(
+            f"a function gave {list(values.shape)} for {shape[0]} rows of {shape[1]} positions; "
+            f"expected one number for each, {list(shape)}, not summed and not averaged"
+        )
+    return values
+
+
+def _gathered(models):
+    """Heads not cut along their width, so that not every block of positions has to gather them."""
+    return [
+        m._replace(head=constrain(m.head, "tensor", None)) if isinstance(m, Linear) else m
+        for m in models
+    ]
+
+
+def _packed(learner: Linear, targets: Sequence[Any], mask: jax.Array):
+    """All `[B, T, …]` as `[devices, B / devices * T, …]`, what counts before all else. On somebody
+    else's mesh they stay as they are."""
+    if sharding.is_foreign():
+        return learner, targets, mask
+    counts = mask.reshape(sharding.row_parts(mask.shape[0]), -1) != 0
+    order = jnp.argsort(~counts, axis=1, stable=True)
+
+    def pack(x):
+        return sharding.take_own(x.reshape(-1, *x.shape[2:]), order)
+
+    parts, join = _sequences(targets)
+    hidden, parts, mask = jax.tree.map(pack, (learner.hidden, parts, mask))
+    return Linear(hidden, learner.head), join(parts), mask
+
+
+def _references(targets):
+    return [t.logits() if isinstance(t, Linear) else t for t in targets]
+
+
+def _blocks(tree: Any, chunk: int) -> Any:
+    """Every `[B, T, …]` as `[ceil(T / chunk), B, chunk, …]`, filled up with zeros."""
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _unblocked(blocks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_blocks`: `[blocks, B, chunk, …]` as `[B, length, …]`."""
+    whole = jnp.moveaxis(blocks, 0, 1)
+    return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
+
+
+def _sequences(targets):
+    """What of the targets runs along T, and how to put a target together again."""
+    parts = [t.hidden if isinstance(t, Linear) else t for t in targets]
+
+    def join(parts):
+        return [
+            Linear(part, t.head) if isinstance(t, Linear) else part
+            for part, t in zip(parts, targets)
+        ]
+
+    return parts, join
+
+
+def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = None):
+    """`jax.lax.scan` over the blocks of `xs`, whose last is the mask, up to the last position that
+    counts: (carry, what `body` says of each block put together, zeros behind it).
+
+    Args:
+      like: of the shape and dtype of what is put together; None where that is nothing.
+    """
+    *_, mask = xs
+    filled = jnp.max(jnp.where(mask != 0, jnp.arange(1, mask.shape[1] + 1), 0))
+    blocks = _blocks(xs, chunk)
+    whole = None if like is None else _blocks(jnp.zeros_like(like), chunk)
+
+    def turn(i, state):
+        carry, whole = state
+        block = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), blocks)
+        carry, found = body(carry, block)
+        if whole is not None:
+            whole = jax.lax.dynamic_update_index_in_dim(whole, found, i, 0)
+        return carry, whole
+
+    carry, whole = jax.lax.fori_loop(0, -(-filled // chunk), turn, (carry, whole))
+    return carry, None if whole is None else _unblocked(whole, mask.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_loss(functions, chunk, learner, targets, mask, weights):
+    parts, join = _sequences(targets)
+
+    def body(total, block):
+        hidden, parts, mask = block
+        loss, sums = _block_loss(
+            functions, Linear(hidden, learner.head), join(parts), mask, weights
+        )
+        return (total[0] + loss, total[1] + sums), None
+
+    zero = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])))
+    return _scan_filled(body, zero, (learner.hidden, parts, mask), chunk)[0]
+
+
+def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
+    """Values and, in the same scan, the gradients that somebody will ask for."""
+    with_head = learner.head.perturbed
+    learner, targets, mask, weights = jax.tree.map(
+        lambda x: x.value, (learner, targets, mask, weights), is_leaf=lambda x: hasattr(x, "value")
+    )
+    parts, join = _sequences(targets)
+
+    def body(carry, block):
+        total, sums, head_gradient = carry
+        hidden, parts, mask = block
+
+        def loss(hidden, head):
+            return _block_loss(functions, Linear(hidden, head), join(parts), mask, weights)
+
+        if with_head:
+            gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+            (value, block_sums), (d_hidden, d_head) = gradient(hidden, learner.head)
+            head_gradient = head_gradient + d_head.astype(jnp.float32)
+            head_gradient = constrain(head_gradient, "tensor", None)
+        else:
+            gradient = jax.value_and_grad(loss, has_aux=True)
+            (value, block_sums), d_hidden = gradient(hidden, learner.head)
+        return (total + value, sums + block_sums, head_gradient), d_hidden
+
+    zero_head = jnp.zeros(learner.head.shape, jnp.float32) if with_head else None
+    carry = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])), zero_head)
+    (total, sums, d_head), d_hidden = _scan_filled(
+        body, carry, (learner.hidden, parts, mask), chunk, like=learner.hidden
+    )
+    like_head = jnp.zeros((0,), learner.head.dtype)  # a residual can carry a dtype only so
+    return (total, sums), (d_hidden, d_head, like_head)
+
+
+def _linear_loss_bwd(functions, chunk, residuals, cotangents):
+    d_hidden, d_head, like_head = residuals
+    scale = cotangents[0]
+    d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
+    d_head = None if d_head is None else (d_head * scale).astype(like_head.dtype)
+    return Linear(d_hidden, d_head), None, None, None
+
+
+_linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)

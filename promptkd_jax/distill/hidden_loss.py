@@ -1,0 +1,314 @@
+"""Losses on what a model computes on the way: hidden states and the relations between tokens.
+
+A `HiddenTerm` compares layers of the student with layers of the teacher. Layers are counted from 0,
+negative numbers from the end. The hidden states of a model's last layer are those behind its final
+norm, the ones that its head sees; those of the layers before are the residual stream.
+
+The use, in this order: `resolve` the terms once for two models, `init_projections`, and in every
+update see each model with its `taps` (`teacher.view_with_states`) and take the `hidden_loss` of
+the two.
+
+B rows, T columns, R response positions, D width, A relation heads, H head width.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from promptkd_jax.data.batch import Responses
+from promptkd_jax.distill.losses import forward_kl
+from promptkd_jax.models.config import DecoderConfig
+
+Tap = tuple[str, int]  # "hidden", "queries", "keys" or "values", and the layer
+States = dict[Tap, jax.Array]
+Projections = dict[str, jax.Array]
+
+KINDS = ("cosine", "mse", "relation")
+RELATIONS = ("queries", "keys", "values")
+# Elements of the scores of one block of queries, [A, B, chunk, T]: 32 MiB in float32.
+CHUNK_ELEMENTS = 2**23
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenTerm:
+    """One summand of the loss on hidden states.
+
+    Attributes:
+      kind: what is compared at a position, and how.
+        "cosine": 1 - cos of the hidden states. DistilBERT (arXiv 1910.01108), section 3.
+        "mse": the mean over D of the squared difference. TinyBERT (arXiv 1909.10351), L_hid.
+        "relation": the KL divergence of the student's self-attention relations from the teacher's.
+          MiniLMv2 (arXiv 2012.15828), here causal. Widths and heads may differ.
+      weight: of the term in the sum, the same for each pair of layers.
+      layers: pairs (student layer, teacher layer), or "uniform" for `layer_map`.
+      heads: relation heads A; 0 for as many as the student has heads.
+      projection: whether the student's hidden states go through a learned matrix to the teacher's
+        width; with unequal widths they must.
+    """
+
+    kind: str
+    weight: float = 1.0
+    layers: tuple[tuple[int, int], ...] | str = ((-1, -1),)
+    heads: int = 0
+    projection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown hidden loss {self.kind!r}; there are: {', '.join(KINDS)}")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"{self.kind}: weight must be above 0, got {self.weight!r}")
+        if self.layers != "uniform" and not _are_pairs(self.layers):
+            raise ValueError(
+                f"{self.kind}: layers must be a tuple of pairs (student layer, teacher layer), or "
+                f'"uniform"; got {self.layers!r}'
+            )
+        if self.heads < 0 or (self.heads and self.kind != "relation"):
+            raise ValueError(
+                f"{self.kind}: heads = {self.heads}; a relation loss takes 1 or more, or 0 for as "
+                "many as the student's, and the others take none"
+            )
+        if self.projection and self.kind == "relation":
+            raise ValueError("relation: a relation loss needs no projection, widths may differ")
+
+
+def _are_pairs(layers: Any) -> bool:
+    def is_pair(pair):
+        return isinstance(pair, tuple) and len(pair) == 2 and all(type(x) is int for x in pair)
+
+    return isinstance(layers, tuple) and len(layers) > 0 and all(map(is_pair, layers))
+
+
+def layer_map(student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], ...]:
+    """Each student layer with a teacher layer, evenly spaced, the last with the last.
+
+    TinyBERT's g(m) = m N / M, rounded up, counted from 0: 4 layers of 12 are 2, 5, 8, 11.
+    """
+    return tuple(
+        (layer, -(-(layer + 1) * teacher_depth // student_depth) - 1)
+        for layer in range(student_depth)
+    )
+
+
+def resolve(
+    terms: Sequence[HiddenTerm], student: DecoderConfig, teacher: DecoderConfig
+) -> tuple[HiddenTerm, ...]:
+    """The terms with every layer and number of heads spelt out for these two models.
+
+    Raises:
+      ValueError: a layer that is not there, widths that differ without a projection, heads that
+        divide a model's queries, keys or values unevenly, or one comparison asked for twice.
+    """
+    resolved = tuple(_resolve(term, student, teacher) for term in terms)
+    names = [name for term in resolved for name in _names(term).values()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the same layers are compared twice: {', '.join(twice)}")
+    return resolved
+
+
+def _resolve(term: HiddenTerm, student: DecoderConfig, teacher: DecoderConfig) -> HiddenTerm:
+    pairs = layer_map(student.depth, teacher.depth) if term.layers == "uniform" else term.layers
+    layers = tuple(
+        (_layer(term, "student", s, student.depth), _layer(term, "teacher", t, teacher.depth))
+        for s, t in pairs
+    )
+    if term.kind != "relation":
+        if student.width != teacher.width and not term.projection:
+            raise ValueError(
+                f"{term.kind}: the student is {student.width} wide and the teacher "
+                f"{teacher.width}; set projection to true, or compare relations"
+            )
+        return dataclasses.replace(term, layers=layers)
+    heads = term.heads or student.heads
+    for role, config in (("student", student), ("teacher", teacher)):
+        _check_heads(heads, role, config)
+    return dataclasses.replace(term, layers=layers, heads=heads)
+
+
+def _layer(term: HiddenTerm, role: str, layer: int, depth: int) -> int:
+    if not -depth <= layer < depth:
+        raise ValueError(
+            f"{term.kind}: layer {layer} of the {role}, which has the layers 0 to {depth - 1}"
+        )
+    return layer % depth
+
+
+def _check_heads(heads: int, role: str, config: DecoderConfig) -> None:
+    sizes = {"queries": config.heads, "keys and values": config.kv_heads}
+    for name, count in sizes.items():
+        if (count * config.head_width) % heads:
+            raise ValueError(
+                f"relation: {heads} relation heads do not divide the {role}'s {name}, "
+                f"{count} heads of {config.head_width} = {count * config.head_width}"
+            )
+
+
+def _names(term: HiddenTerm) -> dict[tuple[int, int], str]:
+    """What each of a resolved term's pairs is called in metrics and projections."""
+    return {pair: f"{term.kind}_{pair[0]}_{pair[1]}" for pair in term.layers}
+
+
+def taps(terms: Sequence[HiddenTerm]) -> tuple[tuple[Tap, ...], tuple[Tap, ...]]:
+    """What resolved terms look at: (in the student, in the teacher)."""
+    pairs = {
+        (name, pair)
+        for term in terms
+        for pair in term.layers
+        for name in (RELATIONS if term.kind == "relation" else ("hidden",))
+    }
+    student, teacher = (sorted({(name, pair[side]) for name, pair in pairs}) for side in (0, 1))
+    return tuple(student), tuple(teacher)
+
+
+def init_projections(
+    terms: Sequence[HiddenTerm], student_width: int, teacher_width: int, key: jax.Array
+) -> Projections:
+    """The matrices `[D_student, D_teacher]`, float32, of resolved terms; {} where none is learned.
+
+    Between equal widths the identity, so that training begins at the loss without a projection;
+    else random with orthonormal rows (or columns), which keeps lengths and angles.
+    """
+    names = sorted(name for term in terms if term.projection for name in _names(term).values())
+    shape = (student_width, teacher_width)
+    if student_width == teacher_width:
+        return {name: jnp.eye(student_width) for name in names}
+    orthogonal = jax.nn.initializers.orthogonal()
+    keys = jax.random.split(key, max(len(names), 1))
+    return {name: orthogonal(k, shape, jnp.float32) for name, k in zip(names, keys)}
+
+
+def hidden_loss(
+    terms: Sequence[HiddenTerm],
+    student: States,
+    teacher: States,
+    projections: Projections,
+    where: Responses,
+    *,
+    chunk: int | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of the terms over the response positions. The teacher is a constant.
+
+    Args:
+      terms: resolved terms.
+      student, teacher: the states of `teacher.view_with_states`; for relations, of the same rows.
+      projections: of `init_projections`, trained along with the student.
+      where: the response positions, of which the mask counts.
+      chunk: queries of a relation in one block; by default as many as keep its scores below
+        `CHUNK_ELEMENTS`.
+
+    Returns:
+      (loss, sums): the scalar loss, and by kind and layers ("cosine_3_5" is student layer 3
+      against teacher layer 5) the unweighted masked sums, which carry no gradient. All are sums:
+      divide by `where.mask.sum()` (over all devices and micro-batches) for a mean. Where the mask
+      is 0 nothing is looked at: NaN there changes neither value nor gradient.
+
+    Raises:
+      ValueError: states of other rows or positions than `where`.
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+    _check_rows(student, teacher, where)
+    counts = where.mask > 0
+    loss, sums = jnp.zeros(()), {}
+    for term in terms:
+        for (of_student, of_teacher), name in _names(term).items():
+            if term.kind == "relation":
+                positions = jnp.where(counts, where.positions, 0)
+                learner = _relation_heads(student, of_student, term.heads, positions)
+                target = _relation_heads(teacher, of_teacher, term.heads, positions)
+                values = _relation_kl(learner, target, positions, chunk)
+            else:
+                learner = _select(counts, student["hidden", of_student])
+                if term.projection:
+                    learner = learner @ projections[name]
+                target = _select(counts, teacher["hidden", of_teacher])
+                values = _POINTWISE[term.kind](learner, target)
+            sums[name] = jnp.sum(where.mask * jnp.where(counts, values, 0))
+            loss = loss + term.weight * sums[name]
+    return loss, jax.lax.stop_gradient(sums)
+
+
+def _check_rows(student: States, teacher: States, where: Responses) -> None:
+    rows, positions = where.mask.shape
+    for whose, states in (("student", student), ("teacher", teacher)):
+        for (name, layer), state in states.items():
+            found = state.shape[:2] if name == "hidden" else (state.shape[0], positions)
+            if found != (rows, positions):
+                raise ValueError(
+                    f"{name} of the {whose}'s layer {layer}: {list(state.shape)}, but the mask has "
+                    f"{rows} rows and {positions} positions; expected [{rows}, "
+                    f"{positions if name == 'hidden' else 'T'}, …]"
+                )
+
+
+def _select(counts: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` `[B, R, …]` in float32, 0 where nothing counts: 0 times a NaN gradient would be NaN."""
+    return jnp.where(counts[..., None], x.astype(jnp.float32), 0)
+
+
+def _cosine(learner: jax.Array, target: jax.Array) -> jax.Array:
+    return 1 - jnp.sum(_unit(learner) * _unit(target), axis=-1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Of length 1; where x is 0, 0 with a finite gradient."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
+def _mse(learner: jax.Array, target: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(learner - target), axis=-1)
+
+
+_POINTWISE = {"cosine": _cosine, "mse": _mse}
+
+
+def _relation_heads(
+    states: States, layer: int, heads: int, positions: jax.Array
+) -> list[jax.Array]:
+    """Queries, keys and values, their heads put together and cut anew: `[A, B, T, N * H / A]`; 0 in
+    the columns behind the last of `positions` `[B, R]`, which none of them sees."""
+    last = jnp.max(positions, axis=1, keepdims=True)
+
+    def cut(x):  # in float32, in which the gradients of all chunks are summed
+        x = x.reshape(*x.shape[:2], -1)
+        x = _select(jnp.arange(x.shape[1]) <= last, x)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 0)
+
+    return [cut(states[name, layer]) for name in RELATIONS]
+
+
+def _relation_kl(
+    learner: list[jax.Array], target: list[jax.Array], positions: jax.Array, chunk: int | None
+) -> jax.Array:
+    """KL(target || learner) of the relations of each query, `[B, R]`: mean over heads and kinds.
+
+    A relation of a position is the softmax over the columns up to its own of the scaled products
+    of its query (key, value) with theirs. Nothing larger than `[A, B, chunk, T]` is made, in the
+    backward pass either.
+    """
+    heads, rows, columns, _ = learner[0].shape
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_query(positions):  # [B]
+        seen = jnp.arange(columns) <= positions[:, None]
+        values = [
+            forward_kl(_scores(t, positions, seen), _scores(s, positions, seen))
+            for s, t in zip(learner, target)
+        ]
+        return jnp.mean(jnp.stack(values), axis=(0, 1))
+
+    if chunk is None:
+        chunk = max(CHUNK_ELEMENTS // (heads * rows * columns), 1)
+    chunk = min(chunk, positions.shape[1])
+    return jax.lax.map(one_query, positions.T, batch_size=chunk).T
+
+
+def _scores(x: jax.Array, positions: jax.Array, seen: jax.Array) -> jax.Array:
+    """Scaled products of one column a row, `positions` `[B]`, with those it sees, `[A, B, T]`."""
+    query = jnp.take_along_axis(x, positions[None, :, None, None], axis=2)[:, :, 0]
+    scores = jnp.einsum("abh,abth->abt", query, x) / math.sqrt(x.shape[-1])
+    return jnp.where(seen, scores, -jnp.inf)

@@ -1,0 +1,201 @@
+"""MiniLLM's objective: the reverse KL of whole answers, by policy gradient (arXiv 2306.08543).
+
+The student q is rewarded for answers that the teacher p finds likelier than it does itself. Of a
+sampled answer y the reward of a token is r_t = log p(y_t) - log q(y_t); its advantage A_t is what
+is still to come of it, so that the gradient knows the future that a token leads to; the loss is
+-A_t * ratio_t, with ratio_t the probability of y_t under the trained student over that under the
+policy that wrote it. MiniLLM adds two more terms, which are divergences of `losses`: `reverse_kl`
+on the same rows (its single-step term) and `cross_entropy` on plain text.
+
+With gamma = 0, no whitening and no length normalisation this is on-policy distillation with the
+reverse KL of sampled tokens: A_t = r_t / reward_scaling, and over y_t ~ q the expected gradient
+is that of `losses.reverse_kl` at that position, divided by `reward_scaling`. What it saves is the
+teacher's distribution, of which it asks for one number a token; what it pays is variance.
+
+All functions are pure and take `[B, R]` float32 arrays: B rows, R response positions, the mask 1
+where there is a response token, V vocabulary. Rewards, weights and advantages are constants of the
+loss; only `clipped_policy_gradient` has a gradient.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from promptkd_jax.distill import losses
+
+WHITEN = ("response", "none", "padded")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradient:
+    """How answers are valued; hashable, a static argument of `jax.jit`.
+
+    The defaults are those published, except `whiten`.
+
+    Attributes:
+      gamma: discount of later rewards, 0 to 1; 0 looks at the token alone.
+      reward_scaling: rewards are divided by it, then clipped; 1.0 leaves them as they are.
+      reward_clip: bound of a reward's size.
+      ratio_clip: c of PPO: beyond 1 - c and 1 + c a ratio pushes no further; None: no clipping.
+      length_normalise: divide what is to come by the number of tokens that are to come.
+      whiten: shift and scale the advantages to mean 0 and variance 1 over "response" tokens, over
+        all B * R entries ("padded"), or not at all ("none"). The published code does "padded":
+        the zeros behind the answers' ends count, so that advantages depend on the capacity R and,
+        the more the shorter the answers, are pulled to one side. The default is ours.
+    """
+
+    gamma: float = 0.95
+    reward_scaling: float = 0.5
+    reward_clip: float = 100.0
+    ratio_clip: float | None = 0.2
+    length_normalise: bool = True
+    whiten: str = "response"
+
+    def __post_init__(self):
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma: {self.gamma} is not between 0 and 1")
+        for name in ("reward_scaling", "reward_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
+        if self.ratio_clip is not None and not self.ratio_clip > 0:
+            raise ValueError(f"ratio_clip: {self.ratio_clip} is not above 0 (None: no clipping)")
+        if self.whiten not in WHITEN:
+            raise ValueError(f"whiten: {self.whiten!r} is not one of {', '.join(WHITEN)}")
+
+
+class PolicyTarget(NamedTuple):
+    """What the loss compares the learner with, each `[B, R]`: the sampled tokens `labels`, their
+    `log_prob` under the student that was sampled from, their `advantage`, and `importance`, that
+    student's probability over the sampling policy's (1 where it sampled alone)."""
+
+    labels: jax.Array
+    log_prob: jax.Array
+    advantage: jax.Array
+    importance: jax.Array
+
+
+def rewards(
+    student_log_prob: jax.Array,
+    teacher_log_prob: jax.Array,
+    mask: jax.Array,
+    settings: PolicyGradient,
+) -> jax.Array:
+    """clip((log p - log q) / reward_scaling) of the sampled tokens, `[B, R]`, 0 where masked."""
+    reward = (teacher_log_prob - student_log_prob) / settings.reward_scaling
+    reward = jnp.clip(reward, -settings.reward_clip, settings.reward_clip)
+    return jnp.where(mask > 0, reward, 0.0)
+
+
+def importance_weights(
+    student_log_prob: jax.Array, teacher_log_prob: jax.Array, teacher_share: float
+) -> jax.Array:
+    """w = q / ((1 - a) q + a p) of tokens sampled from that mixture, `[B, R]`, at most 1 / (1 - a).
+
+    `teacher_share` is a, 0 <= a < 1. The log-probabilities must be those that were mixed, with the
+    sampling temperature and whatever tokens were forbidden.
+    """
+    mixed = jnp.logaddexp(
+        jnp.log1p(-teacher_share) + student_log_prob, jnp.log(teacher_share) + teacher_log_prob
+    )
+    return jnp.exp(student_log_prob - mixed)
+
+
+def advantages(reward: jax.Array, mask: jax.Array, settings: PolicyGradient) -> jax.Array:
+    """A_t = sum_{t' >= t} gamma^(t' - t) r_t' / remaining length, whitened, `[B, R]`.
+
+    MiniLLM, section 2.2. Whitening takes its mean and (biased) variance from the rows given here:
+    give it all rows of an update, not those of one micro-batch.
+    """
+
+    def backwards(later, now):
+        total = now + settings.gamma * later
+        return total, total
+
+    _, advantage = jax.lax.scan(backwards, jnp.zeros(reward.shape[0]), reward.T, reverse=True)
+    advantage = advantage.T
+    if settings.length_normalise:
+        remaining = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
+        advantage = advantage / jnp.maximum(remaining, 1)
+    if settings.whiten == "none":
+        return advantage
+    if settings.whiten == "padded":
+        return _whiten(advantage, jnp.ones_like(mask))
+    return _whiten(advantage, mask) * mask
+
+
+def _whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """To mean 0 and variance 1 where the mask is 1."""
+    count = jnp.maximum(jnp.sum(mask), 1)
+    mean = jnp.sum(x * mask) / count
+    variance = jnp.sum(jnp.square(x - mean) * mask) / count
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+
+
+def policy_target(
+    labels: jax.Array,
+    mask: jax.Array,
+    student_log_prob: jax.Array,
+    teacher_log_prob: jax.Array,
+    teacher_share: float,
+    settings: PolicyGradient,
+) -> PolicyTarget:
+    """Values the sampled answers.
+
+    Args:
+      labels: `[B, R]` the sampled tokens.
+      mask: `[B, R]` 1 where there is one; what stands elsewhere in the other arrays is ignored.
+      student_log_prob: `[B, R]` of the labels under the student they were sampled from.
+      teacher_log_prob: `[B, R]` of the labels under the teacher. The published code rewards with
+        the teacher at temperature 1 and no token forbidden, even where the student's numbers have
+        a temperature, and weights with the teacher as it was sampled from; where these differ,
+        give the former here and replace `importance` in what is returned.
+      teacher_share: a of the sampling policy (1 - a) q + a p; 0 if the student sampled alone.
+      settings: see `PolicyGradient`.
+    """
+    student_log_prob = jnp.where(mask > 0, student_log_prob, 0.0)
+    teacher_log_prob = jnp.where(mask > 0, teacher_log_prob, 0.0)
+    reward = rewards(student_log_prob, teacher_log_prob, mask, settings)
+    return PolicyTarget(
+        labels=labels,
+        log_prob=student_log_prob,
+        advantage=advantages(reward, mask, settings),
+        importance=importance_weights(student_log_prob, teacher_log_prob, teacher_share),
+    )
+
+
+def clipped_policy_gradient(
+    target: PolicyTarget, learner: jax.Array, ratio_clip: float | None
+) -> jax.Array:
+    """-min(A ratio, A clip(ratio, 1 - c, 1 + c)), `[B, R]`: a term for `linear.linear_loss`.
+
+    ratio = importance * q_new(label) / q_old(label). As published, the importance is part of what
+    is clipped: a token written by a mixture whose importance alone is beyond the bounds, on the
+    side towards which its advantage pushes, has no gradient even at q_new = q_old. Without a future
+    and whitening (gamma = 0) there is none such, and without clipping the gradient is unbiased.
+
+    Args:
+      target: see `PolicyTarget`; a constant.
+      learner: `[B, R, V]` logits of the trained student, divided by the temperature and with the
+        forbidden tokens at -inf where `log_prob` is of such a distribution.
+      ratio_clip: c; None: no clipping.
+    """
+    log_prob = -losses.cross_entropy(target.labels, learner)
+    ratio = jnp.exp(log_prob - target.log_prob) * target.importance
+    gain = target.advantage * ratio
+    if ratio_clip is not None:
+        clipped = jnp.clip(ratio, 1 - ratio_clip, 1 + ratio_clip)
+        gain = jnp.minimum(gain, target.advantage * clipped)
+    return -gain
+
+
+def reverse_kl_estimate(
+    student_log_prob: jax.Array, teacher_log_prob: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """e^d - 1 - d with d = log p - log q of tokens sampled from q, `[B, R]`, 0 where masked.
+
+    Never negative, and its mean over y ~ q is KL(q || p) in nats. A metric, not a loss.
+    """
+    d = jnp.where(mask > 0, teacher_log_prob - student_log_prob, 0.0)
+    return jnp.expm1(d) - d

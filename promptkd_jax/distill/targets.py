@@ -1,0 +1,253 @@
+"""Where target rows come from: the data, the student's own continuation of its requests, a mixture
+of both, or what the student wrote before.
+
+B rows, T columns, C rows of a replay buffer.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from promptkd_jax.data.batch import Batch, choose_rows, widen
+from promptkd_jax.distill.method import ON_POLICY, POLICY, Method
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.sampler import Sampling, Voice, row_keys, sample
+
+# Folded into a step's key for its coins; its rows use 0, 1, …
+_COIN = np.uint32(2**32 - 1)
+
+
+def rollout(
+    decoder: Decoder,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    vocab_size: int,
+    force_eos: bool,
+    active: jax.Array | None = None,
+    second: Voice | None = None,
+    second_share: float = 0.0,
+    slots: int = 0,
+    request_lengths: int = 1,
+) -> tuple[Batch, jax.Array]:
+    """The model's own continuation of the batch's requests: on-policy targets.
+
+    Requests are the first `prompt_lengths` tokens of each row, at most `prompt_capacity`.
+    `force_eos` overwrites the last token of a row that ran to the limit, as the published code
+    does; otherwise such a row has no EOS. All else: see `sample`.
+
+    Returns:
+      The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
+    """
+    requests = batch.tokens[:, :prompt_capacity]
+    keys = row_keys(key, jnp.arange(requests.shape[0]))
+    out = sample(
+        decoder,
+        params,
+        requests,
+        batch.prompt_lengths,
+        keys,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        vocab_size=vocab_size,
+        active=active,
+        second=second,
+        second_share=second_share,
+        slots=slots,
+        request_lengths=request_lengths,
+    )
+    tokens = out.tokens
+    if force_eos:
+        last = jnp.arange(tokens.shape[1]) == out.lengths[:, None] - 1
+        tokens = jnp.where(last & ~out.ended[:, None], sampling.eos_ids[0], tokens)
+    return Batch(tokens, batch.prompt_lengths, out.lengths), out.ended
+
+
+@flax.struct.dataclass
+class Replay:
+    """Rows that the student wrote, the last C of them, and how often they are used.
+
+    DistiLLM's adaptive off-policy schedule (arXiv 2402.03898, section 3.2): a batch is the
+    student's with probability `threshold`, which rises when the validation loss does; of these
+    batches ever fewer are written anew and ever more drawn from the buffer.
+
+    `rows` `[C, T]`; `count`: rows pushed in all; `validation_loss`: what the next one is compared
+    with.
+    """
+
+    rows: Batch
+    count: jax.Array
+    threshold: jax.Array
+    validation_loss: jax.Array
+
+    @property
+    def full(self) -> jax.Array:
+        """Whether every place holds a row."""
+        return self.count >= self.rows.lengths.shape[0]
+
+
+def _empty_rows(number: int, columns: int) -> Batch:
+    one = jnp.ones(number, jnp.int32)
+    return Batch(jnp.zeros((number, columns), jnp.int32), one, one)
+
+
+def empty_replay(capacity: int, columns: int, threshold: float = 0.0) -> Replay:
+    """A buffer of `capacity` rows of `columns` tokens, with nothing in it."""
+    rows = _empty_rows(capacity, columns)
+    count, threshold = jnp.zeros((), jnp.int32), jnp.full((), threshold, jnp.float32)
+    return Replay(rows, count, threshold, jnp.full((), jnp.inf, jnp.float32))
+
+
+def push(replay: Replay, rows: Batch) -> Replay:
+    """Puts B <= C rows in the places of the oldest."""
+    capacity, columns = replay.rows.tokens.shape
+    number = rows.tokens.shape[0]
+    if number > capacity:
+        raise ValueError(f"a replay buffer of {capacity} rows cannot take {number} at once")
+    places = (replay.count + jnp.arange(number)) % capacity
+    rows = widen(rows, columns)
+    kept = jax.tree.map(lambda old, new: old.at[places].set(new), replay.rows, rows)
+    return replay.replace(rows=kept, count=replay.count + number)
+
+
+def draw(replay: Replay, key: jax.Array, number: int) -> Batch:
+    """`number` different rows of a full buffer, each equally likely."""
+    capacity = replay.rows.lengths.shape[0]
+    chosen = jax.random.choice(key, capacity, (number,), replace=False)
+    return jax.tree.map(lambda x: x[chosen], replay.rows)
+
+
+def adapt(
+    replay: Replay, validation_loss: jax.Array, *, tolerance: float = 0.1, step: float = 0.1
+) -> Replay:
+    """Raises the threshold by `step` if the validation loss rose by at least `tolerance`.
+
+    The loss to compare with is that of the last rise, at first that of the first call.
+    """
+    loss = jnp.asarray(validation_loss, jnp.float32)
+    first = jnp.isinf(replay.validation_loss)
+    rose = ~first & (loss >= replay.validation_loss + tolerance)
+    return replay.replace(
+        threshold=jnp.where(rose, jnp.minimum(replay.threshold + step, 1.0), replay.threshold),
+        validation_loss=jnp.where(first | rose, loss, replay.validation_loss),
+    )
+
+
+class Written(NamedTuple):
+    """The rows of one step `[B, T]`, per row whether the student wrote it, and whether it ended by
+    itself (for "replay" targets nobody asks)."""
+
+    rows: Batch
+    own: jax.Array
+    ended: jax.Array
+
+
+def empty_written(number: int, columns: int) -> Written:
+    """The place of `number` rows of `columns` tokens that are still to be written."""
+    nobody = jnp.zeros(number, bool)
+    return Written(_empty_rows(number, columns), nobody, nobody)
+
+
+def target_rows(
+    method: Method,
+    student: Decoder,
+    params: Any,
+    batch: Batch,
+    replay: Replay | None,
+    key: jax.Array,
+    *,
+    step: jax.Array,
+    teacher: Voice | None,
+) -> tuple[Written, Replay | None]:
+    """The rows that a step of `method` trains on, and the buffer after it.
+
+    Every coin is drawn from `key`, so that all hosts see the same.
+
+    Args:
+      student, params: who writes; teacher: who writes with it, at `method.teacher_share`.
+      batch: the data's rows.
+      replay: the buffer of "replay" targets.
+      step: of the stage, from 0.
+    """
+    number = batch.lengths.shape[0]
+    nobody = jnp.zeros(number, bool)
+    if method.targets not in ON_POLICY:
+        return Written(batch, nobody, nobody), replay
+
+    values_samples = any(name == POLICY for name, _ in method.student_terms)
+    write = functools.partial(
+        rollout,
+        student,
+        params,
+        batch,
+        key,
+        prompt_capacity=method.prompt_capacity,
+        max_new_tokens=method.rollout_length,
+        sampling=method.sampling,
+        vocab_size=method.vocab_size,
+        # What was not sampled has no worth as a sample.
+        force_eos=method.conventions.force_eos and not values_samples,
+        second=teacher,
+        second_share=method.teacher_share,
+        slots=method.rollout_slots,
+        request_lengths=method.length_buckets,
+    )
+    coin = jax.random.fold_in(key, _COIN)
+    if method.targets == "replay":
+        if replay is None:
+            raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
+        done = step / method.total_steps
+        rows, own, replay = _replayed(replay, batch, lambda: write()[0], coin, done)
+        return Written(rows, own, nobody), replay
+    if method.targets == "mixed":
+        own = jax.random.uniform(coin, (number,)) < method.on_policy_share
+        rows, ended = write(active=own)
+        return Written(choose_rows(own, rows, batch), own, ended), replay
+    rows, ended = write()
+    return Written(rows, ~nobody, ended), replay
+
+
+def row_statistics(method: Method, written: Written, replay: Replay | None) -> dict[str, jax.Array]:
+    """What there is to say of the rows that a step trains on; of the buffer, as it is now."""
+    rows, own, ended = written
+    lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
+    found = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
+    if method.targets in ("mixed", "replay"):
+        found["on_policy_share"] = own.mean()
+    if method.targets in ("student", "mixed"):
+        found["eos_rate"] = jnp.sum(ended) / jnp.maximum(jnp.sum(own), 1)
+    if method.targets == "replay":
+        found["replay_threshold"] = replay.threshold
+    return found
+
+
+def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, done: jax.Array):
+    """DistiLLM's choice for a whole batch: the data, the buffer, or new rows, which go into it."""
+    columns, number = replay.rows.tokens.shape[1], batch.lengths.shape[0]
+    luck = jax.random.uniform(coin)
+    fading = replay.threshold * jnp.maximum(1 - done, 0.0)
+    new = (luck < fading) | ((luck < replay.threshold) & ~replay.full)
+    old = ~new & (luck < replay.threshold)
+
+    def of_data():
+        return widen(batch, columns), replay
+
+    def of_buffer():
+        return draw(replay, jax.random.fold_in(coin, 1), number), replay
+
+    def written_now():
+        rows = widen(write(), columns)
+        return rows, push(replay, rows)
+
+    case = jnp.where(new, 2, jnp.where(old, 1, 0))
+    rows, replay = jax.lax.switch(case, [of_data, of_buffer, written_now])
+    return rows, jnp.broadcast_to(case > 0, (number,)), replay

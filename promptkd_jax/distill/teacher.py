@@ -1,0 +1,156 @@
+"""How a model is seen: as it is, behind a prefix (the soft prompt, or demonstrations), or as it was
+written down beforehand; its distributions, and what it computed on the way there."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from promptkd_jax.data.batch import Batch, Responses, gather, responses
+from promptkd_jax.distill import hidden_loss
+from promptkd_jax.distill.chunked_loss import Linear, TopK
+from promptkd_jax.distill.method import Method
+from promptkd_jax.models.decoder import Decoder, embed, head
+from promptkd_jax.models.sampler import Voice
+
+
+def view(
+    decoder: Decoder,
+    params: Any,
+    batch: Batch,
+    where: Responses,
+    vocab_size: int,
+    prefix: jax.Array | None = None,
+) -> Linear:
+    """A model's next-token distributions at the response positions, not yet multiplied out.
+
+    Args:
+      prefix: `[M, D]` embeddings in front of every row, or None for the model as it is. The hidden
+        states are aligned with the tokens either way. The embeddings of a text's tokens put that
+        text in front: see `promptkd_jax.embed`.
+      vocab_size: the vocabulary that teacher and student share; padding beyond it is cut off.
+
+    Returns:
+      Linear of hidden `[B, R, D]` and head `[vocab_size, D]`.
+    """
+    return view_with_states(decoder, params, batch, where, vocab_size, prefix)[0]
+
+
+def view_with_states(
+    decoder: Decoder,
+    params: Any,
+    batch: Batch,
+    where: Responses,
+    vocab_size: int,
+    prefix: jax.Array | None = None,
+    taps: Sequence[hidden_loss.Tap] = (),
+) -> tuple[Linear, hidden_loss.States]:
+    """As `view`, and on the same forward what the model computed on the way there.
+
+    A gradient flows through both. Each kind of state that is tapped costs the memory of that state
+    in all layers, however few are wanted.
+
+    Args:
+      taps: which states to return, of layers counted from 0; see `hidden.taps`.
+
+    Returns:
+      The Linear of `view`; and by tap, at the response positions, "hidden" `[B, R, D]`, or at all
+      columns, "queries", "keys" and "values" `[B, T, heads, H]`, before rotary positions.
+    """
+    collections = ["intermediates"] if taps else []
+    last, sown = decoder.apply({"params": params}, batch.tokens, prefix=prefix, mutable=collections)
+    last = gather(last, where)
+    states = {}
+    for name, layer in taps:
+        if name == "hidden" and layer == decoder.config.depth - 1:
+            states[name, layer] = last
+            continue
+        layers = sown["intermediates"]["layers"]
+        (stacked,) = layers["hidden"] if name == "hidden" else layers["attention"][name]
+        state = stacked[layer, :, -batch.tokens.shape[1] :]
+        states[name, layer] = gather(state, where) if name == "hidden" else state
+    return Linear(last, head(params)[:vocab_size]), states
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The two decoders; `teacher` is None where no teacher is looked at."""
+
+    student: Decoder
+    teacher: Decoder | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """The models of one step at the response positions of its rows, as `method` sees them.
+
+    `frozen_teacher` are the parameters of a teacher that does not learn. `params` below are the
+    groups of a train state.
+    """
+
+    method: Method
+    models: Models
+    frozen_teacher: Any
+    shared: Any = None  # the student as it was seen already
+
+    def where(self, rows: Batch) -> Responses:
+        """The response positions of `rows`."""
+        return responses(rows, self.method.response_capacity)
+
+    def teacher_params(self, params: Mapping[str, Any]) -> Any:
+        """Of the teacher, whether it learns or not."""
+        return params["teacher"] if self.method.teacher_view == "online" else self.frozen_teacher
+
+    def teacher(
+        self, params: Mapping[str, Any], rows: Batch, soft_prompt: jax.Array | None = None
+    ) -> tuple[Linear | TopK, hidden_loss.States]:
+        """The teacher's distributions, and the hidden states that the method's terms look at."""
+        if self.method.teacher_view == "cached":
+            if rows.cached is None:
+                raise ValueError("teacher_view = 'cached' needs batches with their `cached` field")
+            return rows.cached, {}
+        teacher = self.teacher_params(params)
+        prefix = soft_prompt
+        if self.method.teacher_view == "in_context":
+            prefix = embed(teacher, np.asarray(self.method.demonstrations, np.int32))
+        return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
+
+    def student_vjp(self, student: Any, rows: Batch):
+        """((Linear, hidden states), their pullback to the student's parameters)."""
+        if self.shared is not None:
+            return self.shared
+        return jax.vjp(
+            lambda p: self._see(self.models.student, p, rows, None, self._taps[0]), student
+        )
+
+    def student(self, student: Any, rows: Batch) -> Linear:
+        """The student's distributions."""
+        return self.student_vjp(student, rows)[0][0]
+
+    def sharing(self, student: Any, rows: Batch) -> "Views":
+        """The same for a step that sees the student with these parameters on these rows only."""
+        return dataclasses.replace(self, shared=self.student_vjp(student, rows))
+
+    def second_voice(self, params: Mapping[str, Any]) -> Voice | None:
+        """The teacher, where it writes rollouts together with the student."""
+        if not self.method.teacher_share:
+            return None
+        return Voice(self.models.teacher, self.teacher_params(params))
+
+    @property
+    def hidden_terms(self) -> tuple[hidden_loss.HiddenTerm, ...]:
+        """The method's terms on hidden states, for these two models."""
+        if not self.method.hidden_terms:
+            return ()
+        student, teacher = self.models.student.config, self.models.teacher.config
+        return hidden_loss.resolve(self.method.hidden_terms, student, teacher)
+
+    @property
+    def _taps(self):
+        return hidden_loss.taps(self.hidden_terms)
+
+    def _see(self, decoder, params, rows, prefix, taps):
+        where, vocab_size = self.where(rows), self.method.vocab_size
+        return view_with_states(decoder, params, rows, where, vocab_size, prefix, taps)

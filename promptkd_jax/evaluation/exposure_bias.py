@@ -1,0 +1,256 @@
+"""Exposure bias: how much more a student errs on its own text than on its teacher's.
+
+An error is KL(teacher || student) of the next token. Accumulated along text that the student wrote
+it is R(l), along text that the teacher wrote eps(l); their relative difference is the excess
+accumulated error ExAccErr(l) of Arora et al. 2022 (arXiv 2204.01171), figure 3 of PromptKD (arXiv
+2402.12842). 0: the student's own mistakes do not lead it astray.
+
+`exposure_bias` measures it. `published_curve` and `published_ex_acc_err` are the conventions of the
+published PromptKD code, for comparison with its numbers.
+
+N requests, S samples of each, T columns, R response positions, M soft-prompt tokens, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from promptkd_jax.data.batch import Batch, responses
+from promptkd_jax.data.records import Rows, eval_batches, with_responses
+from promptkd_jax.distill.chunked_loss import linear_values
+from promptkd_jax.distill.losses import forward_kl
+from promptkd_jax.distill.teacher import view
+from promptkd_jax.evaluate import write_answers
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.load import Model, end_ids
+from promptkd_jax.models.sampler import Sampling
+
+
+class ExposureBias(NamedTuple):
+    """Curves over the response positions l = 1 … R, each `[R]`.
+
+    `student_error` is R(l) and `teacher_error` eps(l), in nats: the mean error at each position,
+    summed up to l, on the student's and on the teacher's text. `ex_acc_err` is in percent.
+    `student_count` and `teacher_count` say how many texts reach position l; the curves stay level
+    where none does.
+    """
+
+    student_error: np.ndarray
+    teacher_error: np.ndarray
+    ex_acc_err: np.ndarray
+    student_count: np.ndarray
+    teacher_count: np.ndarray
+
+
+class PublishedExposureBias(NamedTuple):
+    """Curves of the published evaluation, each `[R]`; errors in nats, the last two in percent."""
+
+    mean_R: jax.Array
+    mean_eps: jax.Array
+    std_R: jax.Array
+    std_eps: jax.Array
+    ex_acc_err: jax.Array
+    std_err: jax.Array
+
+
+def exposure_bias(
+    teacher: Model,
+    student: Model,
+    rows: Rows,
+    *,
+    samples: int,
+    seed: int,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    vocab_size: int,
+    teacher_texts: Sequence[Rows] | None = None,
+) -> ExposureBias:
+    """The ExAccErr curve of a student and its plain teacher, both sampling at temperature 1.
+
+    Args:
+      rows: requests of at most `prompt_capacity` tokens; their responses are not looked at.
+      samples: texts that each model writes for every request. Both draw with the same keys, so
+        that the two curves differ by their models rather than by their luck.
+      max_new_tokens: R, the length of the curves.
+      vocab_size: the vocabulary that teacher and student share.
+      teacher_texts: what `write_texts` gives for the teacher with all of the above and `end_ids`,
+        for who has it from another student; None: written here.
+
+    Returns:
+      The curves. They start at 0 %, since the first position depends on the request only.
+    """
+    write = functools.partial(
+        write_texts,
+        rows=rows,
+        samples=samples,
+        seed=seed,
+        prompt_capacity=prompt_capacity,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        eos_ids=end_ids(teacher, student),
+    )
+    errors = functools.partial(
+        position_errors,
+        teacher,
+        student,
+        batch_size=batch_size,
+        length=prompt_capacity + max_new_tokens,
+        capacity=max_new_tokens,
+        vocab_size=vocab_size,
+    )
+    if teacher_texts is None:
+        teacher_texts = write(teacher)
+    student_error, student_count = _accumulated(map(errors, write(student)))
+    teacher_error, teacher_count = _accumulated(map(errors, teacher_texts))
+    return ExposureBias(
+        student_error,
+        teacher_error,
+        ex_acc_err(student_error, teacher_error),
+        student_count,
+        teacher_count,
+    )
+
+
+def _accumulated(errors: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of `position_errors` of each sample: the mean at a position, summed up to it, and counts."""
+    total, count = np.sum(list(errors), axis=0)
+    return np.cumsum(total / np.maximum(count, 1)), count.astype(int)
+
+
+def write_texts(
+    writer: Model,
+    rows: Rows,
+    *,
+    samples: int,
+    seed: int,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+) -> list[Rows]:
+    """The rows with what the model writes as their responses, once for each of the samples.
+
+    Args: as of `exposure_bias`; `eos_ids` end a text.
+    """
+    return [
+        with_responses(
+            rows,
+            write_answers(
+                writer,
+                rows,
+                sampling=Sampling(eos_ids=eos_ids),
+                prompt_capacity=prompt_capacity,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                key=jax.random.fold_in(jax.random.key(seed), sample),
+                vocab_size=vocab_size,
+            ),
+        )
+        for sample in range(samples)
+    ]
+
+
+def ex_acc_err(student_error: np.ndarray, teacher_error: np.ndarray) -> np.ndarray:
+    """100 (R - eps) / eps, in percent; 0 where the student makes no error on the teacher's text."""
+    excess = 100 * (student_error - teacher_error)
+    return np.divide(excess, teacher_error, out=np.zeros_like(excess), where=teacher_error > 0)
+
+
+def position_errors(
+    teacher: Model,
+    student: Model,
+    rows: Rows,
+    *,
+    batch_size: int,
+    length: int,
+    capacity: int,
+    vocab_size: int,
+) -> np.ndarray:
+    """KL(teacher || student) at each position of the rows' responses, their EOS included.
+
+    Args:
+      length: columns of a batch, at least as many as the longest row has tokens.
+      capacity: R, at least as many as the longest response has tokens.
+
+    Returns:
+      `[2, R]`: the sum of the errors in nats, and how many rows reach the position.
+    """
+    compare = _comparison(teacher.decoder, student.decoder, capacity, vocab_size)
+    total = np.zeros((2, capacity))
+    for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
+        counted = (np.arange(batch_size) < real).astype(np.float32)
+        total += jax.device_get(compare(teacher.params, student.params, batch, counted))
+    return total
+
+
+@functools.lru_cache(maxsize=8)
+def _comparison(
+    teacher: Decoder, student: Decoder, capacity: int, vocab_size: int
+) -> Callable[..., jax.Array]:
+    """One compilation for both models' texts."""
+
+    @jax.jit
+    def compare(teacher_params: Any, student_params: Any, batch: Batch, counted: jax.Array):
+        where = responses(batch, capacity)
+        mask = where.mask * counted[:, None]
+        target = view(teacher, teacher_params, batch, where, vocab_size)
+        learner = view(student, student_params, batch, where, vocab_size)
+        (error,) = linear_values((forward_kl,), learner, (target,))
+        return jnp.stack([jnp.where(mask > 0, error, 0).sum(axis=0), mask.sum(axis=0)])
+
+    return compare
+
+
+def published_curve(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    sequences: jax.Array,
+    *,
+    query_length: int,
+    eos_id: int,
+) -> jax.Array:
+    """Accumulated error of each request as the published code computes it, in nats.
+
+    Unlike `exposure_bias` it takes the distributions *after* each response token instead of those
+    that predict it, counts tokens other than the EOS, and adds 1e-3 to the number of samples.
+
+    Args:
+      teacher_logits, student_logits: `[S, N, T, V]`, or `[S, N, M + T, V]` of a model behind a soft
+        prompt, whose M positions are passed over.
+      sequences: `[S, N, T]`: `query_length` columns of left-padded query, then the response, the
+        rest EOS.
+
+    Returns:
+      `[N, T - query_length]`.
+    """
+    width = sequences.shape[-1] - query_length
+    error = forward_kl(teacher_logits[:, :, -width:], student_logits[:, :, -width:])
+    counted = sequences[:, :, -width:] != eos_id
+    mean = (error * counted).sum(axis=0) / (counted.sum(axis=0) + 1e-3)
+    return jnp.cumsum(mean, axis=-1)
+
+
+def published_ex_acc_err(
+    student_curves: jax.Array, teacher_curves: jax.Array
+) -> PublishedExposureBias:
+    """The published summary of `published_curve` on the student's and on the teacher's text.
+
+    Args:
+      student_curves, teacher_curves: `[N, R]`, one curve for each of at least two requests.
+
+    Returns:
+      Means and sample standard deviations over the requests, ExAccErr and its published error bar,
+      in which std_eps is divided by itself, where error propagation has mean_eps.
+    """
+    mean_R, mean_eps = student_curves.mean(axis=0), teacher_curves.mean(axis=0)
+    std_R, std_eps = student_curves.std(axis=0, ddof=1), teacher_curves.std(axis=0, ddof=1)
+    excess = (mean_R - mean_eps) / mean_eps * 100
+    std_err = (jnp.abs(std_R / mean_R) + jnp.abs(std_eps / std_eps)) * excess
+    return PublishedExposureBias(mean_R, mean_eps, std_R, std_eps, excess, std_err)

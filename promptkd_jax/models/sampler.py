@@ -1,0 +1,395 @@
+"""Sampling from a decoder: prefill, then one token a row at a time, all in one compiled call.
+
+Rows start at column 0 and row b's next token goes to column `lengths[b]`, so what comes out already
+is a training batch. Every row has its own key: its tokens do not depend on the rows beside it.
+
+B batch, T columns, M soft-prompt tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from promptkd_jax.data.batch import in_least_width
+from promptkd_jax.infra.sharding import ROWS, constrain, gathered, parts
+from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; hashable, a static argument of `jax.jit`.
+
+    temperature 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. With
+    `no_repeat_ngram_size` n no row writes an n-gram that it already contains, its request
+    included. A row ends with any of `eos_ids`.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    no_repeat_ngram_size: int = 0
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        """Raises ValueError for numbers by which no token, or the unlikely, would be chosen."""
+        right = {
+            "temperature": (0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
+        }
+        mistakes = [
+            f"{name}: {getattr(self, name)}; expected {expected}"
+            for name, (good, expected) in right.items()
+            if not good
+        ]
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+
+
+class Rollout(NamedTuple):
+    """`tokens` `[B, T]` and `lengths` `[B]`; `ended` `[B]`: by an EOS rather than by the limit."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+    ended: jax.Array
+
+
+class Voice(NamedTuple):
+    """A model that writes: what it is, and the soft prompt `[M, D]` in front of its rows."""
+
+    decoder: Decoder
+    params: Any
+    prefix: jax.Array | None = None
+
+    @property
+    def shift(self) -> int:
+        """M: how many columns its rows stand further to the right than their tokens."""
+        return 0 if self.prefix is None else self.prefix.shape[0]
+
+    def resident(self) -> "Voice":
+        """With parameters as every step reads them: in the dtype of computation, not cut along
+        `fsdp`. Else each written token would gather and round all of them."""
+        dtype = self.decoder.config.dtype
+        return self._replace(params=gathered(jax.tree.map(lambda x: x.astype(dtype), self.params)))
+
+
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """One key for each of the row numbers `rows` `[B]`, whatever the others are."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+def sample(
+    decoder: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    prefix: jax.Array | None = None,
+    vocab_size: int | None = None,
+    active: jax.Array | None = None,
+    second: Voice | None = None,
+    second_share: float = 0.0,
+    slots: int = 0,
+    request_lengths: int = 1,
+) -> Rollout:
+    """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
+
+    Args:
+      decoder, params: the model.
+      tokens: `[B, P]` requests, each from column 0 on; lengths: `[B]`, each at least 1.
+      keys: `[B]` typed PRNG keys, see `row_keys`.
+      prefix: `[M, D]` soft prompt in front of every row.
+      vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
+        model's own.
+      active: `[B]`, the rows to continue (all, where absent); others keep their request alone.
+      second: a model that decodes jointly: each token is drawn from (1 - second_share) times the
+        first's distribution plus second_share times the second's (MiniLLM, arXiv 2306.08543, eq. 4:
+        the teacher, at a share of 0.2).
+      slots: rows that are written at once; 0: all. When a quarter of them have ended, others take
+        their places, so that no row waits for the longest, and the cache is that of `slots` rows.
+        What is written is the same, where rounding does not turn a token.
+      request_lengths: compiled lengths, up to P in even steps; requests are read in the least that
+        the longest active one fits into.
+
+    Returns:
+      A Rollout over `[B, P + max_new_tokens]` columns; what stands behind a row's length is 0.
+
+    Raises:
+      ValueError: the mesh does not divide the slots.
+    """
+    voices = [Voice(decoder, params, prefix), *([second] if second_share else [])]
+    voices = [voice.resident() for voice in voices]
+    writer = _Writer(
+        voices=voices,
+        heads=[head(v.params)[: vocab_size or v.decoder.config.vocab_size] for v in voices],
+        share=second_share,
+        sampling=sampling,
+        limit=max_new_tokens,
+        requests=jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 0),
+        lengths=lengths,
+        keys=keys,
+        request_lengths=request_lengths,
+    )
+    if not 0 < slots < tokens.shape[0]:
+        return writer.write(writer.begin(active=active)).written
+    return _write_in_turn(writer, slots, active)
+
+
+class _Slots(NamedTuple):
+    """Rows that are being written, `[S, …]` each."""
+
+    row: jax.Array | None  # which of all rows, B for none of them; None: all of them in order
+    keys: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    left: jax.Array  # tokens that may still be written
+    ended: jax.Array  # by an EOS
+    logits: jax.Array  # [S, V] for the token to be written next
+    caches: list[Cache]
+
+    @property
+    def running(self) -> jax.Array:
+        return ~self.ended & (self.left > 0)
+
+    @property
+    def written(self) -> Rollout:
+        return Rollout(self.tokens, self.lengths, self.ended)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """Who writes, what, and how."""
+
+    voices: list[Voice]
+    heads: list[jax.Array]
+    share: float
+    sampling: Sampling
+    limit: int
+    requests: jax.Array
+    lengths: jax.Array
+    keys: jax.Array
+    request_lengths: int
+
+    def begin(self, row: jax.Array | None = None, active: jax.Array | None = None) -> _Slots:
+        """Reads the requests of the rows `row` `[S]`, or of all; only those `active` will run."""
+        given = self.requests, self.lengths, self.keys
+        requests, lengths, keys = given if row is None else (x[row] for x in given)
+        columns, left = requests.shape[1] + self.limit, jnp.full_like(lengths, self.limit)
+        asked = lengths if active is None else jnp.where(active, lengths, 1)
+
+        def read_in(width: int):
+            return [_prefill(v, requests[:, :width], asked, columns) for v in self.voices]
+
+        read = in_least_width(read_in, asked, requests.shape[1], self.request_lengths)
+        return _Slots(
+            row=row,
+            keys=keys,
+            tokens=jnp.pad(requests, ((0, 0), (0, self.limit))),
+            lengths=lengths,
+            left=left if active is None else jnp.where(active, left, 0),
+            ended=jnp.zeros(lengths.shape, bool),
+            logits=self._logits([hidden for hidden, _ in read]),
+            caches=[cache for _, cache in read],
+        )
+
+    def write(self, slots: _Slots, enough=lambda slots: False) -> _Slots:
+        """Token by token, until all rows are written or it is `enough`."""
+
+        def unfinished(slots: _Slots):
+            return jnp.any(slots.running) & ~jnp.asarray(enough(slots))
+
+        return jax.lax.while_loop(unfinished, self._write_one, slots)
+
+    def _write_one(self, slots: _Slots) -> _Slots:
+        allowed = _forbid_repeats(slots, self.sampling.no_repeat_ngram_size)
+        keys = jax.vmap(jax.random.fold_in)(slots.keys, self.limit - slots.left)
+        chosen = choose(allowed, keys, self.sampling)  # [S]
+        running = slots.running
+        here = (jnp.arange(slots.tokens.shape[1]) == slots.lengths[:, None]) & running[:, None]
+        seen = [
+            _decode(voice, chosen, slots.lengths, cache)
+            for voice, cache in zip(self.voices, slots.caches)
+        ]
+        is_end = jnp.isin(chosen, jnp.array(self.sampling.eos_ids, jnp.int32))
+        return slots._replace(
+            tokens=jnp.where(here, chosen[:, None], slots.tokens),
+            lengths=slots.lengths + running,
+            left=slots.left - running,
+            ended=slots.ended | (is_end & running),
+            logits=self._logits([hidden for hidden, _ in seen]),
+            caches=[cache for _, cache in seen],
+        )
+
+    def _logits(self, hidden: list[jax.Array]) -> jax.Array:
+        """`[S, V]` from the hidden states `[S, D]` of each voice."""
+        # Rounded to half precision, logits would tie, and top-k keeps ties.
+        each = [
+            constrain(
+                jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32),
+                ROWS,
+                "tensor",
+            )
+            for h, kernel in zip(hidden, self.heads)
+        ]
+        return each[0] if len(each) == 1 else _mixed(*each, self.share)
+
+
+def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rollout:
+    """All rows through so many slots.
+
+    On a mesh the slots are dealt out as rows are, and every device lets rows into its own: what is
+    sent between devices are tokens, not caches.
+    """
+    number, devices = writer.lengths.shape[0], parts(ROWS)
+    if slots % devices:
+        raise ValueError(f"{slots} slots are not divisible by the {devices} devices of the rows")
+    least = max(slots // devices // 4, 1)  # free slots of a device that are worth a prefill
+    queue = jnp.arange(number) if active is None else jnp.argsort(~active, stable=True)
+    waiting = number if active is None else jnp.sum(active)
+
+    def begin(turns, can):
+        can &= turns < waiting
+        row = jnp.where(can, queue[jnp.minimum(turns, number - 1)], number)
+        return writer.begin(row, can), can
+
+    def write(now, next_turn):
+        def enough(now):
+            free = jnp.sum(~now.running.reshape(devices, -1), axis=1)
+            return (next_turn < waiting) & (jnp.max(free) >= least)
+
+        return writer.write(now, enough)
+
+    def let_in(state):
+        next_turn, now, out = state
+        out = _collect(out, now)
+        free = ~now.running.reshape(devices, -1)
+        places = jnp.argsort(~free, axis=1, stable=True)[:, :least]  # [devices, least]
+        can = jnp.take_along_axis(free, places, axis=1)
+        turns = next_turn + jnp.cumsum(can.reshape(-1)) - 1
+        new, can = begin(turns, can.reshape(-1))
+        places = jnp.where(can.reshape(places.shape), places, free.shape[1])
+        next_turn += jnp.sum(can)
+        return next_turn, write(_put(now, new, places), next_turn), out
+
+    first, _ = begin(jnp.arange(slots), jnp.ones(slots, bool))
+    requests = jnp.pad(writer.requests, ((0, 0), (0, writer.limit)))
+    out = Rollout(requests, writer.lengths, jnp.zeros(number, bool))
+    next_turn = jnp.minimum(slots, waiting)
+    _, last, out = jax.lax.while_loop(
+        lambda state: state[0] < waiting, let_in, (next_turn, write(first, next_turn), out)
+    )
+    return _collect(out, last)
+
+
+def _collect(out: Rollout, slots: _Slots) -> Rollout:
+    """With what the slots hold so far."""
+    return jax.tree.map(lambda x, y: x.at[slots.row].set(y, mode="drop"), out, slots.written)
+
+
+def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
+    """`new` in the places `[devices, F / devices]` of each device's slots."""
+    devices = places.shape[0]
+
+    def put(x, y, axis=0):
+        def split(x):
+            return x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
+
+        def on_device(x, y, places):
+            x, y = jnp.moveaxis(x, axis, 0), jnp.moveaxis(y, axis, 0)
+            return jnp.moveaxis(x.at[places].set(y, mode="drop"), 0, axis)
+
+        found = jax.vmap(on_device, (axis, axis, 0), axis)(split(x), split(y), places)
+        return found.reshape(x.shape)
+
+    caches = jax.tree.map(functools.partial(put, axis=1), slots.caches, new.caches)
+    slots = jax.tree.map(put, slots._replace(caches=[]), new._replace(caches=[]))
+    return slots._replace(caches=[place_cache(cache) for cache in caches])
+
+
+def _prefill(voice: Voice, tokens, lengths, columns: int) -> tuple[jax.Array, Cache]:
+    """The hidden state `[B, D]` at the end of every request, and the cache of all of them."""
+    cache = empty_cache(voice.decoder.config, tokens.shape[0], voice.shift + columns)
+    hidden, cache = voice.decoder.apply(
+        {"params": voice.params}, tokens, prefix=voice.prefix, cache=cache
+    )
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
+
+
+def _decode(voice: Voice, chosen, column, cache: Cache) -> tuple[jax.Array, Cache]:
+    """The hidden state `[B, D]` of the tokens just written into `column` `[B]`."""
+    hidden, cache = voice.decoder.apply(
+        {"params": voice.params}, chosen[:, None], cache=cache, column=voice.shift + column
+    )
+    return hidden[:, 0], cache
+
+
+def _mixed(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
+    """The logarithm of (1 - share) softmax(first) + share softmax(second)."""
+    log_q, log_p = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
+    return jnp.logaddexp(log_q + jnp.log1p(-share), log_p + jnp.log(share))
+
+
+def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token of every row, `[B]`, from `[B, V]` float32 logits."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = _keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = _keep_top_p(logits, sampling.top_p)
+    # By Gumbel noise, which a rounding error seldom turns to another token. By inversion of the
+    # cumulated probabilities, faster on a CPU, every rounding before a token would move it.
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
+    """-inf below the k-th largest logit of a row."""
+    threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
+    """-inf outside of the smallest set of tokens whose probability reaches p; what is equally
+    probable stays together."""
+    probability = jax.nn.softmax(logits, axis=-1)
+    rank = jax.lax.bitcast_convert_type(probability, jnp.int32)  # in the same order
+
+    def halve(_, bounds):
+        """Tokens from rank `low` on reach p, or are all; those from `high` on do not."""
+        low, high = bounds
+        middle = low + (high - low) // 2
+        reached = jnp.sum(jnp.where(rank >= middle, probability, 0), axis=-1, keepdims=True) >= p
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    none = jax.lax.bitcast_convert_type(jnp.float32(2), jnp.int32)
+    bounds = jnp.zeros_like(rank[:, :1]), jnp.full_like(rank[:, :1], none)
+    low, _ = jax.lax.fori_loop(0, 31, halve, bounds)
+    return jnp.where(rank < low, -jnp.inf, logits)
+
+
+def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
+    """-inf for every token that would complete an n-gram which the row already contains."""
+    if n == 0:
+        return slots.logits
+    width = slots.tokens.shape[1]
+    if width < n:
+        return slots.logits
+    starts = jnp.arange(width - n + 1)
+    tail = slots.lengths[:, None] - (n - 1) + jnp.arange(n - 1)  # columns of the last n - 1 tokens
+    tail = jnp.take_along_axis(slots.tokens, jnp.maximum(tail, 0), axis=1)  # [B, n - 1]
+    same = starts + n <= slots.lengths[:, None]  # the n-gram lies inside of the row
+    for i in range(n - 1):
+        same &= slots.tokens[:, i : width - n + 1 + i] == tail[:, i : i + 1]
+    rows = jnp.arange(slots.tokens.shape[0])[:, None]
+    banned = jnp.zeros(slots.logits.shape, bool)
+    banned = banned.at[rows, slots.tokens[:, n - 1 :]].max(same, mode="drop")
+    return jnp.where(banned, -jnp.inf, slots.logits)

@@ -1,0 +1,191 @@
+"""What the fields of a checked config become: methods, optimizers, schedules, sampling."""
+
+import dataclasses
+import re
+from argparse import Namespace
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from promptkd_jax.distill import hidden_loss, optimizer
+from promptkd_jax.distill.hidden_loss import HiddenTerm
+from promptkd_jax.distill.method import PRESETS, Conventions, Method, needs_teacher
+from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.step import Optimizers
+from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.training.config import ConfigError
+
+
+def describe(stage: ConfigDict) -> str:
+    """A stage in one line: name, where targets come from, divergences, teacher view."""
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in stage.student_terms)
+    view = "" if stage.teacher_view == "plain" else f", {stage.teacher_view} teacher"
+    more = [f"{term.weight:g} {term.kind}" for term in stage.hidden_terms]
+    more += [f"{weight:g} {name} on a corpus" for name, weight in stage.corpus_terms]
+    return " + ".join([f"{stage.name}: {terms} on rows from {stage.targets}{view}", *more])
+
+
+def title(config: ConfigDict) -> str:
+    """The title of a run: the config's own, or one made of its stages, models and data."""
+    if config.title:
+        return config.title
+    names = ", ".join(stage.name for stage in config.stages)
+    teacher, student = short_name(config.teacher.path), short_name(config.student.path)
+    if not student:
+        layers = config.student.layers
+        student = f"{layers if isinstance(layers, int) else len(layers)} of its layers"
+    taught = any(
+        needs_teacher(stage) or stage.teacher_view == "cached" or stage.targets == "teacher"
+        for stage in config.stages
+    )
+    models = f"{teacher} into {student}" if taught or not config.student.path else student
+    return f"{names}: {models} on {data_name(config)}"
+
+
+def data_name(config: ConfigDict) -> str:
+    """The name of the training data."""
+    written = config.data.train == "teacher"
+    return "requests that the teacher wrote" if written else short_name(config.data.train)
+
+
+def short_name(source: str) -> str:
+    """The end of a path, of a hub id, or of "package:NAME/FILE": what something is called, and not
+    where it lies. The student or teacher of a run is called by the run as well."""
+    parts = re.split("[/:]", source.partition("@")[0].rstrip("/"))
+    name = re.sub(r"\.(jsonl|json|gguf)$", "", parts[-1])
+    return "/".join([*parts[-2:-1], name]) if name in ("student", "teacher") else name
+
+
+def remat(model: ConfigDict) -> str:
+    """The policy of a model's config. "auto" is for `train` to replace; where nothing is trained it
+    means nothing."""
+    return "full" if model.remat == "auto" else model.remat
+
+
+def sampling(config: ConfigDict | Namespace, eos_ids: tuple[int, ...]) -> Sampling:
+    """The `sampling` group of a config, or flags of these names."""
+    return Sampling(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        eos_ids=eos_ids,
+    )
+
+
+def stage_steps(stage: ConfigDict, rows: int) -> int:
+    """Steps of a stage: as given, or whole batches of so many epochs over `rows` rows."""
+    return stage.steps or max(1, int(stage.epochs * (rows // stage.batch_size)))
+
+
+def make_method(
+    config: ConfigDict,
+    stage: ConfigDict,
+    *,
+    steps: int,
+    longest_response: int,
+    vocab_size: int,
+    eos_ids: tuple[int, ...],
+    demonstrations: tuple[int, ...] = (),
+) -> Method:
+    """The Method of a stage of `steps` steps.
+
+    Args:
+      longest_response: the most response tokens of a row of its data.
+      demonstrations: token ids, for "in_context".
+    """
+    room = config.data.max_length - config.data.max_prompt_length
+    capacity = {"student": room, "gold": longest_response, "teacher": longest_response}
+    same = {
+        field.name: stage[field.name]
+        for field in dataclasses.fields(Method)
+        if field.name in stage and field.name not in ("sampling", "policy_gradient")
+    }
+    for name in ("student_terms", "teacher_terms", "corpus_terms"):
+        same[name] = tuple((term, float(weight)) for term, weight in stage[name])
+    same["hidden_terms"] = tuple(hidden_term(term) for term in stage.hidden_terms)
+    return Method(
+        **same,
+        total_steps=steps,
+        response_capacity=capacity.get(stage.targets, max(room, longest_response)),
+        max_new_tokens=room,
+        prompt_capacity=config.data.max_prompt_length,
+        vocab_size=vocab_size,
+        demonstrations=demonstrations if stage.teacher_view == "in_context" else (),
+        policy_gradient=PolicyGradient(**stage.policy_gradient),
+        sampling=sampling(stage.sampling, eos_ids),
+        conventions=PRESETS[config.preset],
+    )
+
+
+def hidden_term(term: ConfigDict) -> HiddenTerm:
+    """The element of `hidden_terms`. Raises ValueError for one that means nothing."""
+    layers = term.layers
+    if layers != "uniform":
+        layers = tuple(map(tuple, layers))
+    return HiddenTerm(term.kind, float(term.weight), layers, term.heads, term.projection)
+
+
+def learning_rate(
+    stage: ConfigDict, peak: float, updates: int, conventions: Conventions
+) -> optax.Schedule:
+    """The stage's schedule over its `updates`, for one of its rates."""
+    return optimizer.schedule(
+        stage.schedule,
+        peak,
+        total_steps=updates,
+        warmup_steps=stage.warmup_steps,
+        lr_min=stage.lr_min,
+        cosine_ignores_warmup=conventions.cosine_ignores_warmup,
+    )
+
+
+def make_optimizers(
+    stage: ConfigDict,
+    student: Any,
+    teacher: Any,
+    *,
+    steps: int,
+    updates: int,
+    conventions: Conventions,
+    decay_norms: bool,
+    seed: int,
+) -> Optimizers:
+    """AdamW for each group of parameters, each with its own clip and schedule.
+
+    Args:
+      steps: how often the stage updates soft prompt and teacher; updates: how often the student.
+      decay_norms: whether scales of norms decay; seed: of the rounding of half precision.
+    """
+
+    def adamw(peak, params=None, updates=steps):
+        mask = None if params is None else optimizer.decay_mask(params, decay_norms=decay_norms)
+        return optimizer.adamw(
+            learning_rate(stage, peak, updates, conventions),
+            weight_decay=stage.weight_decay,
+            clip=stage.clip,
+            b2=stage.adam_b2,
+            decay_mask=mask,
+            seed=seed,
+        )
+
+    teacher_rate = stage.teacher_learning_rate or stage.learning_rate
+    return Optimizers(
+        student=adamw(stage.learning_rate, student, updates),
+        soft_prompt=adamw(stage.prompt_learning_rate or stage.learning_rate),
+        teacher=None if teacher is None else adamw(teacher_rate, teacher),
+        projection=adamw(stage.learning_rate, updates=updates),
+    )
+
+
+def resolved_hidden_terms(stage: ConfigDict, student: Any, teacher: Any) -> tuple[HiddenTerm, ...]:
+    """A stage's terms on hidden states for two decoder configs.
+
+    Raises:
+      ConfigError: layers, widths or heads that do not fit these models.
+    """
+    try:
+        return hidden_loss.resolve(tuple(map(hidden_term, stage.hidden_terms)), student, teacher)
+    except ValueError as error:
+        raise ConfigError(f"config.stages: {stage.name}.hidden_terms: {error}") from error

@@ -1,0 +1,484 @@
+"""The config of a run: read from a Python file, overridden from the command line, checked once.
+
+`ml_collections.config_flags` stops at the first wrong override and knows nothing of what a value
+may be. Here the file is imported and the overrides are set on the `ConfigDict` itself, so that all
+mistakes are told at once, each with its path and what would be right.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import errno
+import hashlib
+import inspect
+import json
+import math
+import operator
+import os
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+from ml_collections.config_dict import CustomJSONEncoder
+
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.files import (
+    GCS_EXTRA,
+    address_fault,
+    failures,
+    is_remote,
+    make_folder,
+    read_text,
+    to_path,
+    write_json,
+)
+
+
+def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """Reads `--config=FILE[:arg]` and applies every `--config.a.b[0].c=VALUE`, in order.
+
+    FILE defines `get_config()` or `get_config(arg)`, or is the `config.json` of a run's folder
+    (also of one in a bucket), whose lists are read as tuples. VALUE is read as the type of the
+    value that it replaces, tuples and lists as Python writes them, `None` always as None.
+
+    Returns:
+      The config, locked (no new fields), and the arguments that are not about it.
+
+    Raises:
+      ConfigError: no such file, no `get_config`, an unknown arg; or all wrong overrides.
+    """
+    files, overrides, rest = _split_arguments(argv)
+    if len(files) != 1:
+        raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
+    file, argument = split_argument(files[0])
+    config = _own(_read_json(file, argument) if file.endswith(".json") else _import(file, argument))
+    mistakes = []
+    for path, text in overrides:
+        try:
+            _override(config, path, text)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return config, rest
+
+
+def split_argument(source: str) -> tuple[str, str]:
+    """The file and the argument of "FILE[:arg]", where FILE may be of a bucket."""
+    return re.fullmatch(r"(\w+://[^:]*|[^:]*):?(.*)", source, re.DOTALL).groups()
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """The options that `parser` knows, and the config that all else is about.
+
+    Raises:
+      ConfigError: as `load_config`; or an argument that is neither.
+    """
+    options, rest = parser.parse_known_args(argv)
+    config, unknown = load_config(rest)
+    if unknown:
+        raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+    return options, config
+
+
+def check(config: Mapping | ConfigDict, schema: Mapping[str, Any]) -> None:
+    """Compares a whole config with a schema: nested dicts whose leaves are the specs below.
+
+    Raises:
+      ConfigError: all fields that are missing, unknown, of a wrong type or out of range.
+    """
+    if mistakes := list(_mistakes("config", config, schema)):
+        raise ConfigError("\n".join(mistakes))
+
+
+def fingerprint(config: Mapping | ConfigDict, ignore: tuple[str, ...] = ()) -> str:
+    """Twelve hex digits of what decides the result of a run; 1 and 1.0 count as the same.
+
+    Args:
+      config: with its keys in any order.
+      ignore: what does not change the result: paths without "config." and without indices, such
+        as "report" or "stages.save_every", each with everything below it.
+    """
+    canonical = json.dumps(_plain(config, "", ignore), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def claim(folder: epath.PathLike, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
+    """Makes the folder that of a run with this config, as its `config.json` says.
+
+    A run that never got as far as to write anything else leaves its folder to the next.
+
+    Args:
+      ignore: as in `fingerprint`: what may change from one start of the run to the next.
+
+    Raises:
+      ConfigError: it belongs to another config, with every field that differs; or it cannot be
+        written.
+    """
+    distributed.on_first(lambda: _claim(to_path(folder), config, ignore))
+
+
+def _claim(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> None:
+    try:
+        _compare_or_write(folder, config, ignore)
+    except failures(folder) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        needed = (
+            "a bucket that exists, credentials for it, the right to read, write, list and delete "
+            f"its objects, and the packages of the extra gcs: {GCS_EXTRA}"
+            if is_remote(folder)
+            else "a folder, existing or not, that this user may write"
+        )
+        raise ConfigError(
+            f"{folder}: cannot be written ({type(error).__name__}: {error}); expected {needed}"
+        ) from error
+
+
+def _compare_or_write(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> None:
+    file = folder / "config.json"
+    ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
+    theirs = json.loads(read_text(file)) if file.exists() else None
+    used = folder.exists() and any(other != file for other in folder.iterdir())
+    if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
+        found, wanted = (_flat(one["config"], "config", ignore) for one in (theirs, ours))
+        different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
+        lines = [f"  {k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different]
+        student = folder / "student"
+        further = (
+            f"\nTo train its student further: --config.student.path={student} "
+            "--config.student.layers=0 with another --workdir"
+        )
+        raise ConfigError(
+            f"{folder} belongs to a run of another config; take another --workdir, or set back\n"
+            + "\n".join(lines)
+            + (further if student.exists() else "")
+        )
+    if theirs != ours:
+        make_folder(folder)
+        write_json(file, ours)
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """Dicts, lists, numbers and strings."""
+    return json.loads(json.dumps(config, cls=CustomJSONEncoder))
+
+
+def _flat(value: Any, path: str, ignore: tuple[str, ...]) -> dict[str, Any]:
+    """Every leaf of a JSON value by its path, but for those to ignore."""
+    if isinstance(value, dict):
+        children = ((f"{path}.{key}", child) for key, child in value.items())
+    elif isinstance(value, list):
+        children = ((f"{path}[{index}]", child) for index, child in enumerate(value))
+    else:
+        return {path: value}
+    kept = [(at, child) for at, child in children if _without_indices(at) not in ignore]
+    return {name: leaf for at, child in kept for name, leaf in _flat(child, at, ignore).items()}
+
+
+def _without_indices(path: str) -> str:
+    """config.stages[0].steps -> stages.steps"""
+    return re.sub(r"\[\d+\]", "", path).removeprefix("config.")
+
+
+# Specs. `str(spec)` says all that would be right; `spec.fault(value)` what a value is not, or "".
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """A number, also a whole one, from `low` (from above it, where that is open) to `high`."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    kind, types = "a number", (int, float)
+
+    def _limits(self) -> list[tuple[str, float]]:
+        limits = ((">" if self.open_low else ">=", self.low), ("<=", self.high))
+        return [(sign, limit) for sign, limit in limits if limit is not None]
+
+    def __str__(self) -> str:
+        limits = " and ".join(f"{sign} {limit:.12g}" for sign, limit in self._limits())
+        return f"{self.kind} {limits}".rstrip()
+
+    def fault(self, value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, self.types):
+            return str(self)
+        compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+        broken = [pair for pair in self._limits() if not compare[pair[0]](value, pair[1])]
+        if not broken and isinstance(value, float) and not math.isfinite(value):
+            return "finite"
+        return " and ".join(f"{sign} {limit:.12g}" for sign, limit in broken)
+
+
+class Int(Float):
+    """A whole number: neither True nor 3.0."""
+
+    kind, types = "an int", (int,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Str:
+    """A string."""
+
+    nonempty: bool = False
+
+    def __str__(self) -> str:
+        return "a string that is not empty" if self.nonempty else "a string"
+
+    def fault(self, value: Any) -> str:
+        return "" if isinstance(value, str) and (value or not self.nonempty) else str(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Path(Str):
+    """A file or folder, of a bucket too where `bucket` says so; or another name, such as a hub's.
+
+    What cannot be reached from here is a fault before anything is read or written.
+    """
+
+    bucket: bool = True
+
+    def fault(self, value: Any) -> str:
+        if fault := super().fault(value):
+            return fault
+        if is_remote(value) and not self.bucket:
+            return "a folder of a disk or of a shared file system"
+        return address_fault(value)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Choice:
+    """One of a few values."""
+
+    options: tuple
+
+    def __init__(self, *options: Any):
+        object.__setattr__(self, "options", options)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(repr, self.options))}"
+
+    def fault(self, value: Any) -> str:
+        same = [type(value) is type(option) and value == option for option in self.options]
+        return "" if any(same) else str(self)
+
+
+class Bool(Choice):
+    """True or False: neither 1 nor 0."""
+
+    def __init__(self):
+        super().__init__(True, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """None, or what `spec` says."""
+
+    spec: Any
+
+    def __str__(self) -> str:
+        return f"{_right(self.spec)}, or None"
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOf:
+    """A list or tuple of what `spec`, also a nested dict, says."""
+
+    spec: Any
+    nonempty: bool = False
+
+    def __str__(self) -> str:
+        return f"a {'non-empty ' * self.nonempty}tuple, each element {_right(self.spec)}"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and bool(value or not self.nonempty)
+
+
+def _right(spec: Any) -> str:
+    return f"a group of {', '.join(spec)}" if isinstance(spec, Mapping) else str(spec)
+
+
+def _mistakes(path: str, value: Any, spec: Any) -> Iterator[str]:
+    """Walks the config and the schema together."""
+    if isinstance(spec, Optional):
+        if value is not None:
+            yield from _mistakes(path, value, spec.spec)
+    elif isinstance(spec, ListOf) and spec.fits(value):
+        for index, element in enumerate(value):
+            yield from _mistakes(f"{path}[{index}]", element, spec.spec)
+    elif isinstance(spec, Mapping) and _is_group(value):
+        yield from (_unknown(path, name, spec) for name in value if name not in spec)
+        for name, inner in spec.items():
+            if name in value:
+                yield from _mistakes(f"{path}.{name}", value[name], inner)
+            else:
+                yield f"{path}.{name}: is missing, it should be {_right(inner)}"
+    else:
+        fault = _right(spec) if isinstance(spec, (Mapping, ListOf)) else spec.fault(value)
+        if fault:
+            yield f"{path}: {value!r} is not {fault}"
+
+
+def _unknown(path: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+    return f"{path}.{name}: is unknown; {hint}"
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, (Mapping, ConfigDict))
+
+
+def _plain(value: Any, path: str, ignore: tuple[str, ...]) -> Any:
+    if _is_group(value):
+        below = {name: f"{path}.{name}".removeprefix(".") for name in value}
+        return {n: _plain(value[n], below[n], ignore) for n in value if below[n] not in ignore}
+    if isinstance(value, (list, tuple)):
+        return [_plain(element, path, ignore) for element in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Reading.
+
+
+def _split_arguments(argv: Sequence[str]) -> tuple[list, list, list]:
+    """Returns the config files, (path, text) of the overrides, and everything else."""
+    files, overrides, rest = [], [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        if re.fullmatch("--?config", flag):
+            files.append(text if equals else next(arguments, ""))
+        elif re.match(r"--?config[.\[]", flag):
+            overrides.append((flag.lstrip("-"), text if equals else None))
+        else:
+            rest.append(argument)
+    return files, overrides, rest
+
+
+def _read_json(file: str, argument: str) -> ConfigDict:
+    if argument:
+        raise ConfigError(f"config: {file} takes no argument, but got {argument!r}")
+    text = _content(file, "JSON")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"config: {file} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ConfigError(
+            f'config: {file} is not the config of a run; expected {{"config": {{…}}}} as a run '
+            "writes it into its folder"
+        )
+    return ConfigDict(_tuples(content["config"]))
+
+
+def _content(file: str, kind: str) -> bytes:
+    """Raises ConfigError for a file that is not there, not of this kind, or cannot be read."""
+    if fault := address_fault(file):
+        raise ConfigError(f"config: {file!r} is not {fault}")
+    try:
+        if file.endswith((".py", ".json")) and to_path(file).is_file():
+            return to_path(file).read_bytes()
+    except failures(file) as error:
+        raise ConfigError(f"config: {file} cannot be read: {error}") from error
+    raise ConfigError(f"config: there is no {kind} file {file!r}")
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists only; the sequences of a config are tuples."""
+    if isinstance(value, dict):
+        return {name: _tuples(child) for name, child in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _import(file: str, argument: str) -> ConfigDict:
+    module = types.ModuleType("config")
+    module.__file__ = file if is_remote(file) else os.path.abspath(file)
+    exec(compile(_content(file, "Python"), module.__file__, "exec"), module.__dict__)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"config: {file} defines no get_config")
+    arguments = [argument] if argument else []
+    if len(inspect.signature(module.get_config).parameters) < len(arguments):
+        raise ConfigError(f"config: get_config of {file} takes no argument, but got {argument!r}")
+    try:
+        config = module.get_config(*arguments)
+    except ValueError as error:
+        raise ConfigError(f"config: {':'.join([file, *arguments])}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"config: get_config of {file} returned {config!r}, not a ConfigDict")
+    return config
+
+
+def _own(value: Any) -> Any:
+    """Copies dicts, also those in tuples, as locked ConfigDicts: an override of one stage shall
+    not reach another that was made of the same dict. References to other fields stay."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_own(element) for element in value])
+    if not _is_group(value):
+        return value
+    config = ConfigDict(value)
+    for name, child in config.items():
+        if isinstance(child, (ConfigDict, list, tuple)):
+            config[name] = _own(child)
+    return config.lock()
+
+
+def _override(config: ConfigDict, path: str, text: str | None) -> None:
+    if text is None:
+        raise ConfigError(f"{path}: has no value, write --{path}=VALUE")
+    if not re.fullmatch(r"config(\.\w+|\[\d+\])+", path):
+        raise ConfigError(f"{path}: is no path such as config.a.b[0].c")
+    where, value = "config", config
+    for part, name, index in re.findall(r"(\.(\w+)|\[(\d+)\])", path):
+        where, holder, value = where + part, value, _child(where, value, name, index)
+    if not name:
+        raise ConfigError(f"{path}: set the whole tuple, now {holder!r}")
+    holder[name] = _read(path, text, holder.get_type(name))
+
+
+def _child(where: str, holder: Any, name: str, index: str) -> Any:
+    """holder.name or holder[index]; the other of the two is empty."""
+    if index and isinstance(holder, (list, tuple)):
+        if int(index) < len(holder):
+            return holder[int(index)]
+        raise ConfigError(f"{where}[{index}]: is unknown; the last is [{len(holder) - 1}]")
+    if name and isinstance(holder, ConfigDict):
+        if name in holder:
+            return holder[name]
+        raise ConfigError(_unknown(where, name, holder))
+    raise ConfigError(f"{where}: {holder!r} has no {'elements' if index else 'fields'}")
+
+
+_NAMES = {
+    bool: "true or false",
+    int: "an int",
+    float: "a number",
+    tuple: "a tuple such as (1, 2)",
+    list: "a list such as [1, 2]",
+    ConfigDict: "a group; set its fields one by one",
+}
+
+
+def _read(path: str, text: str, expected: type) -> Any:
+    """Reads the text of an override as the type of the value that it replaces."""
+    if expected is str and text != "None":
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(value, (list, tuple)) and expected in (list, tuple):
+        value = expected(_own(value))
+    if type(value) is int and expected is float:
+        value = float(value)
+    if value is None or expected in (type(value), type(None), object):
+        return value
+    raise ConfigError(f"{path}: {text!r} is not {_NAMES.get(expected, expected.__name__)}")
