@@ -15,8 +15,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["promptkd_jax*"]),
-    package_data={"promptkd_jax": ["*.jinja", "prompts/*"]},
-    entry_points={"console_scripts": ["promptkd = promptkd_jax.cli:main"]},
+    package_data={
+        "promptkd_jax": ["data/assets/**", "models/assets/*", "evaluation/templates/*", "py.typed"]
+    },
+    entry_points={"console_scripts": ["promptkd = promptkd_jax.cli.main:main"]},
     install_requires=[
         "jax>=0.8.1",
         "flax>=0.11",

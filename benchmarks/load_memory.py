@@ -30,7 +30,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.models import families
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.io.params import load_params, stored_names
-from promptkd_jax.models.load import SafetensorsFolder
+from promptkd_jax.models.io.safetensors import SafetensorsFolder
 
 GB = 10**9
 LLAMA = {

@@ -16,13 +16,14 @@ from typing import Any
 
 import jax
 
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import write_json
 from promptkd_jax.plan import ahead, chips
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.chips import GIB
 from promptkd_jax.training import fields
-from promptkd_jax.training.config import ConfigError, load_config
+from promptkd_jax.training.config import load_config
 
 PAIRS = {
     "GPT-2 XL into base": "configs/gpt2.py:student=base",

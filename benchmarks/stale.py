@@ -21,9 +21,8 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from promptkd_jax import compare
-from promptkd_jax.evaluation.report import read_metrics
-from promptkd_jax.studies import comparison
+from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.studies import compare, comparison
 from promptkd_jax.training import fields
 from promptkd_jax.training.config import claim, load_config
 
@@ -62,7 +61,7 @@ def _runs(options: argparse.Namespace) -> tuple[list[comparison.Run], dict]:
     config.budget.steps = options.steps
     config.changes.all.learning_rate = options.rate
     config.run.update(log_every=1)
-    made = comparison.plan(config, options.workdir)
+    made = comparison.plan_comparison(config, options.workdir)
     runs = {}
     for seed in options.seeds:
         for stale in (False, True):

@@ -14,7 +14,7 @@ from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.load import Model
+from promptkd_jax.models.model import Model
 from promptkd_jax.plan import roofline
 
 

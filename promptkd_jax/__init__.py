@@ -12,28 +12,31 @@ L layers, G micro-batches. p is the teacher, q the student, P the soft prompt.
 """
 
 from promptkd_jax.data.batch import Batch, Responses, gather, responses
+from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import Linear, TopK, linear_loss, linear_values
+from promptkd_jax.distill.chunked_loss import Linear, linear_loss, linear_values
 from promptkd_jax.distill.hidden_loss import HiddenTerm, hidden_loss
 from promptkd_jax.distill.losses import divergence
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.optimizer import adamw, decay_mask, schedule
 from promptkd_jax.distill.policy_gradient import PolicyGradient
-from promptkd_jax.distill.soft_prompt import init_soft_prompt, load_soft_prompt, save_soft_prompt
+from promptkd_jax.distill.replay import Replay, empty_replay
+from promptkd_jax.distill.soft_prompt import init_soft_prompt
 from promptkd_jax.distill.step import (
     Metrics,
     Optimizers,
     TrainState,
     init_state,
-    summarise,
+    summarize,
     train_step,
     write_ahead,
 )
-from promptkd_jax.distill.targets import Replay, empty_replay
 from promptkd_jax.distill.teacher import Models, view, view_with_states
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
+from promptkd_jax.models.io.peft import load_soft_prompt, save_soft_prompt
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model, keep_layers, uniform_layers
 from promptkd_jax.models.sampler import Rollout, Sampling, Voice, row_keys, sample
 
 __version__ = "0.1.0"
@@ -80,7 +83,7 @@ __all__ = [
     "save_model",
     "save_soft_prompt",
     "schedule",
-    "summarise",
+    "summarize",
     "train_step",
     "uniform_layers",
     "view",

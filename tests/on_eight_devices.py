@@ -15,8 +15,9 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill import losses, optimizer
 from promptkd_jax.distill.chunked_loss import Linear, linear_loss
 from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.step import Optimizers, init_state, summarise, train_step, write_ahead
-from promptkd_jax.distill.targets import empty_replay, target_rows
+from promptkd_jax.distill.replay import empty_replay
+from promptkd_jax.distill.step import Optimizers, init_state, summarize, train_step, write_ahead
+from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.config import from_hugging_face
@@ -101,7 +102,7 @@ def two_steps(teacher, student, state, frozen, batch, where=None, **changes):
     measured = []
     for _ in range(2):
         state, metrics = step(state, frozen, batch)
-        measured.append(summarise(metrics))
+        measured.append(summarize(metrics))
     return state, measured
 
 
@@ -238,7 +239,7 @@ def same_rows_ahead() -> None:
         state = jax.jit(write, out_shardings=where)(state, frozen, batch)
         places = where and (where, None)
         after, metrics = jax.jit(step, out_shardings=places)(state, frozen, batch)
-        return state.pending, after, summarise(metrics)
+        return state.pending, after, summarize(metrics)
 
     here = one_step(state, frozen, batch)
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))

@@ -15,15 +15,15 @@ import time
 
 import jax
 
-from promptkd_jax import train
-from promptkd_jax.data.records import DataError
-from promptkd_jax.training import experiment
+from promptkd_jax.cli.main import main
+from promptkd_jax.infra.errors import DataError
+from promptkd_jax.training import prepare
 from promptkd_jax.training.checkpoint import Checkpoints
 
 write_checksums, save, read = (
     Checkpoints._write_checksums,
     Checkpoints.save,
-    experiment.read_records,
+    prepare.read_records,
 )
 
 
@@ -49,9 +49,9 @@ def failing_read(*args, **kwargs):
 
 
 Checkpoints._write_checksums, Checkpoints.save = pause, slow_save
-experiment.read_records = failing_read
+prepare.read_records = failing_read
 try:
-    train.main(sys.argv[1:])
+    main(["train", *sys.argv[1:]])
 finally:
     if jax.distributed.is_initialized():
         (caught,) = re.findall(r"SigCgt:\s*(\w+)", pathlib.Path("/proc/self/status").read_text())

@@ -170,11 +170,11 @@ def run_script(script: str, **environment: str) -> str:
 ON_EIGHT_DEVICES = '''
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
-from promptkd_jax import sharding
+from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.streaming import abstract_params
+from promptkd_jax.models.io.params import abstract_params
 
 choose = attention.implementation
 
@@ -245,7 +245,7 @@ import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from promptkd_jax import sharding
+from promptkd_jax.infra import sharding
 from promptkd_jax.models.attention import attend
 
 def run(query, key, value):

@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import devices
 
-from promptkd_jax.training.checkpoint import CheckpointError, Checkpoints, _find_damage
+from promptkd_jax.infra.errors import CheckpointError
+from promptkd_jax.training.checkpoint import Checkpoints, _find_damage
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -340,8 +341,9 @@ PRELUDE = """
     from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from promptkd_jax import checkpoint
-    from promptkd_jax.checkpoint import CheckpointError, Checkpoints
+    from promptkd_jax.training import checkpoint
+    from promptkd_jax.infra.errors import CheckpointError
+    from promptkd_jax.training.checkpoint import Checkpoints
     folder = Path(sys.argv[1])
 """
 

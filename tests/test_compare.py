@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from promptkd_jax import compare, train
-from promptkd_jax.compare import ComparisonError
-from promptkd_jax.studies import comparison, comparison_report
-from promptkd_jax.training.config import ConfigError, check, load_config
+from promptkd_jax.cli.main import main
+from promptkd_jax.infra.errors import ComparisonError, ConfigError
+from promptkd_jax.studies import compare, comparison, comparison_report
+from promptkd_jax.training import run
+from promptkd_jax.training.config import load_config
 from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
+from promptkd_jax.training.specs import check
 
 ROOT = pathlib.Path(__file__).parents[1]
 VOID = {"meta", "br"}
@@ -103,7 +105,7 @@ def config():
 
 def train_here(run, cache):
     """A training in this process: as `compare.train` but for starting Python again."""
-    train.run(load_config([f"--config={run.folder / 'config.json'}"])[0], run.folder)
+    run.run(load_config([f"--config={run.folder / 'config.json'}"])[0], run.folder)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("comparison")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "train", train_here)
-        patch.setattr(train, "write_report", lambda *_, **__: None)  # half of the time
+        patch.setattr(run, "write_report", lambda *_, **__: None)  # half of the time
         return workdir, compare.compare(tiny_comparison(), workdir)
 
 
@@ -182,7 +184,7 @@ def test_the_teacher_writes_once_for_all_methods_of_a_seed(finished, config, tmp
         "write_texts",
         lambda *of, seed, **how: seeds.append(seed) or write(*of, seed=seed, **how),
     )
-    compare.measure(config, comparison.plan(config, workdir), workdir)
+    compare.measure(config, comparison.plan_comparison(config, workdir), workdir)
     assert sorted(seeds) == [10, 20] and len(kept) == 4
     assert kept == {file: file.read_text() for file in kept}
 
@@ -252,7 +254,7 @@ def test_another_budget_is_refused_in_the_same_folder(finished, config):
 
 
 def test_a_summary_without_a_figure_is_named(finished, config, tmp_path):
-    run = comparison.plan(config, finished[0].resolve()).runs["sft", 10]
+    run = comparison.plan_comparison(config, finished[0].resolve()).runs["sft", 10]
     summary = json.loads((run.folder / "summary.json").read_text())
     del summary["tokens_per_second"]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
@@ -281,7 +283,7 @@ def test_the_budget_is_said_plainly(finished):
 
 def test_a_budget_in_seconds_stops_the_runs(config, tmp_path):
     config.budget = dict(kind="seconds", steps=1000, seconds=30.0)
-    runs = comparison.plan(config, tmp_path).runs.values()
+    runs = comparison.plan_comparison(config, tmp_path).runs.values()
     assert {(r.config.stop_after_seconds, r.config.stages[0].steps) for r in runs} == {(30.0, 1000)}
 
 
@@ -321,7 +323,7 @@ def test_a_wrong_field_is_told(config, field, value, message):
 def test_the_shipped_comparisons_are_right(argument, tmp_path):
     config, _ = load_config([f"--config={ROOT}/configs/compare.py:{argument}"])
     check(config, comparison.SCHEMA)
-    made = comparison.plan(config, tmp_path)
+    made = comparison.plan_comparison(config, tmp_path)
     assert len(made.runs) == len(config.methods) * len(config.seeds)
     assert {m for m, _ in made.runs} >= {"sft", "kd", "seqkd", "gkd", "distillm", "abkd", "minillm"}
     teacher, student = (made.pretraining[name].student for name in ("teacher", "student"))
@@ -332,7 +334,7 @@ def test_the_shipped_comparisons_are_right(argument, tmp_path):
 
 def test_the_command_line_says_what_is_wrong(tmp_path):
     with pytest.raises(SystemExit, match="promptkd compare: config: .*'large' is not small or"):
-        compare.main([f"--config={ROOT}/configs/compare.py:large", f"--workdir={tmp_path}"])
+        main(["compare", f"--config={ROOT}/configs/compare.py:large", f"--workdir={tmp_path}"])
 
 
 def test_excess_error_ends_where_few_texts_go_on():
@@ -360,7 +362,8 @@ time.sleep(1000)
 """
 COMPARISON = f"""
 import sys
-from promptkd_jax import compare, signals
+from promptkd_jax.infra import signals
+from promptkd_jax.studies import compare
 signals.GRACE_SECONDS = 0.1
 with signals.answered():
     compare._run([sys.executable, "-c", {TRAINING!r}])

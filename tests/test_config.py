@@ -10,23 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import write_text
-from promptkd_jax.training.config import (
-    Bool,
-    Choice,
-    ConfigError,
-    Float,
-    Int,
-    ListOf,
-    Optional,
-    Path,
-    Str,
-    as_json,
-    check,
-    claim,
-    fingerprint,
-    load_config,
-)
+from promptkd_jax.training.config import as_json, claim, fingerprint, load_config
+from promptkd_jax.training.specs import Bool, Choice, Float, Int, ListOf, Optional, Path, Str, check
 
 FILE = """
     from ml_collections import ConfigDict

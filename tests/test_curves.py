@@ -39,7 +39,7 @@ def paths(plot, colour):
 def test_metrics_of_one_unit_share_a_plot_and_others_do_not():
     line = [1.0, 2.0, 3.0]
     names = ["prompt_norm", "student_loss", "kl_prompted", "loss", "grad_norm", "kl_plain", "new"]
-    evaluation, training = plots.plots(rows(**dict.fromkeys(names, line)))
+    evaluation, training = plots.metric_plots(rows(**dict.fromkeys(names, line)))
     assert evaluation == []
     assert members(training) == [
         ("Losses", ["student loss", "loss"]),
@@ -52,18 +52,18 @@ def test_metrics_of_one_unit_share_a_plot_and_others_do_not():
 
 def test_evaluations_are_plots_of_their_own():
     metrics = {"loss": [3.0, 2.0, 1.0], "dev/loss": [3.5, 2.5, 1.5], "eval/rougeL": [20, 21, 22]}
-    evaluation, training = plots.plots(rows(**metrics))
+    evaluation, training = plots.metric_plots(rows(**metrics))
     assert members(evaluation) == [("Losses", ["dev: loss"]), ("Text scores", ["eval: ROUGE-L"])]
     assert members(training) == [("Losses", ["loss"])]
 
 
 def test_no_rows_and_no_numbers_make_no_plots():
-    assert plots.plots([]) == ([], [])
-    assert plots.plots([{"step": 1, "stage": "warmup"}]) == ([], [])
+    assert plots.metric_plots([]) == ([], [])
+    assert plots.metric_plots([{"step": 1, "stage": "warmup"}]) == ([], [])
 
 
 def test_a_curve_is_drawn_to_scale():
-    _, (plot,) = plots.plots(rows(steps=(0, 10, 40), loss=[1.0, 3.0, 2.0]))
+    _, (plot,) = plots.metric_plots(rows(steps=(0, 10, 40), loss=[1.0, 3.0, 2.0]))
     ((x, y),) = [path.T for path in paths(plot, "curve-0")]
     assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(10 / 40, abs=1e-4)
     assert (y[2] - y[0]) / (y[1] - y[0]) == pytest.approx(0.5, abs=1e-4)
@@ -71,7 +71,7 @@ def test_a_curve_is_drawn_to_scale():
 
 
 def test_each_curve_of_a_plot_has_its_own_colour():
-    _, (plot,) = plots.plots(rows(loss=[1.0, 2.0, 3.0], prompt_loss=[2.0, 2.0, 2.0]))
+    _, (plot,) = plots.metric_plots(rows(loss=[1.0, 2.0, 3.0], prompt_loss=[2.0, 2.0, 2.0]))
     assert len(paths(plot, "curve-0")) == len(paths(plot, "curve-1")) == 1
     assert not re.search("#[0-9a-f]{6}", plot.svg), "a colour that no scheme can change"
 
@@ -80,7 +80,7 @@ def test_a_dashed_line_stands_where_the_stage_changes():
     stages = ["warmup", "warmup", "promptkd", "promptkd"]
     given = rows(steps=(0, 10, 20, 30), loss=[4.0, 3.0, 2.0, 1.0], stage=stages)
     given.insert(2, {"step": 10, "dev/loss": 3.0})
-    _, (plot,) = plots.plots(given)
+    _, (plot,) = plots.metric_plots(given)
     assert plot.svg.count("stroke-dasharray") == 1
     assert [text.text for text in parse(plot).iter("text")][-2:] == ["warmup", "promptkd"]
     ((boundary, _), _) = next(path for path in paths(plot, "muted"))
@@ -89,11 +89,11 @@ def test_a_dashed_line_stands_where_the_stage_changes():
 
 
 def test_values_that_are_not_finite_leave_the_curve_and_are_told():
-    _, (plot,) = plots.plots(rows(steps=(5, 6, 7), loss=[1.0, math.nan, 2.0]))
+    _, (plot,) = plots.metric_plots(rows(steps=(5, 6, 7), loss=[1.0, math.nan, 2.0]))
     (curve,) = plot.curves
     assert curve.steps.tolist() == [5, 7] and curve.values.tolist() == [1.0, 2.0]
     assert curve.warning == "1 of 3 not finite, first at step 6"
-    _, (plot,) = plots.plots(rows(loss=[math.nan] * 3))
+    _, (plot,) = plots.metric_plots(rows(loss=[math.nan] * 3))
     assert math.isnan(plot.curves[0].last)
     assert not paths(plot, "curve-0")
 
@@ -104,14 +104,14 @@ def test_a_long_curve_is_thinned_to_means_within_the_range_of_all_points():
     assert len(steps) < 1000
     assert low.min() == values.min() and high.max() == values.max()
     assert np.all((low < mean) & (mean < high))
-    _, (plot,) = plots.plots(rows(steps=range(10_000), loss=values))
+    _, (plot,) = plots.metric_plots(rows(steps=range(10_000), loss=values))
     assert len(plot.svg) < 100_000
 
 
 def test_text_is_text_and_is_escaped():
     given = rows(loss=[1.0, 2.0, 3.0], stage=["a<b>&$x_1$"] * 3)
     given += rows(**{'"new" <metric>': [1.0, 2.0, 3.0]})
-    _, training = plots.plots(given)
+    _, training = plots.metric_plots(given)
     for plot in training:
         assert "a<b>&$x_1$" in [text.text for text in parse(plot).iter("text")]
     assert parse(training[1]).get("aria-label") == 'Other: "new" <metric>'
@@ -120,12 +120,12 @@ def test_text_is_text_and_is_escaped():
 def test_drawing_is_reproducible_and_leaves_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
     given = rows(loss=[1.0, 2.0, 3.0], grad_norm=[1.0, 2.0, 3.0])
-    assert plots.plots(given)[1][0].svg == plots.plots(given)[1][0].svg
+    assert plots.metric_plots(given)[1][0].svg == plots.plots(given)[1][0].svg
     assert dict(matplotlib.rcParams) == before
 
 
 def test_every_reference_inside_a_drawing_is_to_itself():
-    _, training = plots.plots(rows(loss=[1.0, 2.0, 3.0], grad_norm=[1.0, 2.0, 3.0]))
+    _, training = plots.metric_plots(rows(loss=[1.0, 2.0, 3.0], grad_norm=[1.0, 2.0, 3.0]))
     for plot in training:
         assert "<style" not in plot.svg, "a style would hold for the whole page"
         defined = set(re.findall(r' id="([^"]+)"', plot.svg))

@@ -10,7 +10,11 @@ import pytest
 import tokenizers
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from promptkd_jax.data import records
+from promptkd_jax.data.batches import collate, eval_batches, stream, train_batches
+from promptkd_jax.data.records import Record, read_records
+from promptkd_jax.data.rows import Rows, tokenize, with_responses
+from promptkd_jax.data.templates import render_prompt
+from promptkd_jax.infra.errors import DataError
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 _EOS = "<|end|>"
@@ -42,8 +46,8 @@ def _rows(count, width=6):
     """Rows of distinct content: row i is `i` repeated, with 2 to `width` tokens."""
     lengths = 2 + np.arange(count) % (width - 1)
     tokens = [np.full(length, i, np.int32) for i, length in enumerate(lengths)]
-    records = [records.Record(str(i), "", ()) for i in range(count)]
-    return records.Rows(tokens, np.ones(count, np.int32), records, dropped=0)
+    records = [Record(str(i), "", ()) for i in range(count)]
+    return Rows(tokens, np.ones(count, np.int32), records, dropped=0)
 
 
 def _write(folder, *records):
@@ -54,7 +58,7 @@ def _write(folder, *records):
 
 
 def _tokenize(records, tokenizer, max_prompt_length=50, max_length=100):
-    return records.tokenize(
+    return tokenize(
         records,
         tokenizer,
         template="plain",
@@ -77,12 +81,12 @@ def test_records_of_a_file(tmp_path):
         {"instruction": "j", "input": " \n", "output": "k"},
         {"instruction": "l", "context": "\t", "output": "m"},
     )
-    assert records.read_records(path, need_output=True) == [
-        records.Record("a", "b\u2028", ("c",)),
-        records.Record(" d ", "", ("e", "f")),
-        records.Record("g", "h", ("i",)),
-        records.Record("j", "", ("k",)),
-        records.Record("l", "", ("m",)),
+    assert read_records(path, need_output=True) == [
+        Record("a", "b\u2028", ("c",)),
+        Record(" d ", "", ("e", "f")),
+        Record("g", "h", ("i",)),
+        Record("j", "", ("k",)),
+        Record("l", "", ("m",)),
     ]
 
 
@@ -91,11 +95,9 @@ def test_records_of_a_file(tmp_path):
 )
 def test_an_answer_may_be_absent_only_where_none_is_needed(tmp_path, nothing):
     path = _write(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "a", **nothing})
-    assert records.read_records(path, need_output=False)[1].outputs == ()
-    with pytest.raises(
-        records.DataError, match=r"some\.jsonl:2: field 'output' is (missing|.*empty)"
-    ):
-        records.read_records(path, need_output=True)
+    assert read_records(path, need_output=False)[1].outputs == ()
+    with pytest.raises(DataError, match=r"some\.jsonl:2: field 'output' is (missing|.*empty)"):
+        read_records(path, need_output=True)
 
 
 _GOOD = {"instruction": "a", "output": "b"}
@@ -122,33 +124,33 @@ _GOOD = {"instruction": "a", "output": "b"}
 )
 def test_a_bad_record_is_named_by_its_line(tmp_path, bad, words):
     path = _write(tmp_path, _GOOD, b"", bad, _GOOD)
-    with pytest.raises(records.DataError) as error:
-        records.read_records(path, need_output=False)
+    with pytest.raises(DataError) as error:
+        read_records(path, need_output=False)
     assert str(error.value).startswith(f"{path}:3: ")
     for word in words:
         assert word in str(error.value)
 
 
 def test_an_absent_and_an_empty_file_are_errors(tmp_path):
-    with pytest.raises(records.DataError, match=r"nowhere/a\.jsonl: no such file \(looked from /"):
-        records.read_records("nowhere/a.jsonl", need_output=False)
-    with pytest.raises(records.DataError, match=r"some\.jsonl: no records"):
-        records.read_records(_write(tmp_path, b"", b" "), need_output=False)
+    with pytest.raises(DataError, match=r"nowhere/a\.jsonl: no such file \(looked from /"):
+        read_records("nowhere/a.jsonl", need_output=False)
+    with pytest.raises(DataError, match=r"some\.jsonl: no records"):
+        read_records(_write(tmp_path, b"", b" "), need_output=False)
 
 
 def test_a_file_of_the_package(tmp_path, monkeypatch):
     (tmp_path / "prompts").mkdir()
     _write(tmp_path / "prompts", _GOOD, {"instruction": ""})
     monkeypatch.setattr(resources, "files", {"promptkd_jax": tmp_path}.__getitem__)
-    with pytest.raises(records.DataError, match=r"^package:some\.jsonl:2: field 'instruction'"):
-        records.read_records("package:some.jsonl", need_output=False)
-    with pytest.raises(records.DataError, match=r"no 'other\.jsonl'; it has \['some\.jsonl'\]"):
-        records.read_records("package:other.jsonl", need_output=False)
+    with pytest.raises(DataError, match=r"^package:some\.jsonl:2: field 'instruction'"):
+        read_records("package:some.jsonl", need_output=False)
+    with pytest.raises(DataError, match=r"no 'other\.jsonl'; it has \['some\.jsonl'\]"):
+        read_records("package:other.jsonl", need_output=False)
 
 
 def test_an_unknown_file_of_the_real_package_is_an_error():
-    with pytest.raises(records.DataError, match=r"promptkd_jax/prompts has no 'none\.jsonl'"):
-        records.read_records("package:none.jsonl", need_output=False)
+    with pytest.raises(DataError, match=r"promptkd_jax/prompts has no 'none\.jsonl'"):
+        read_records("package:none.jsonl", need_output=False)
 
 
 def test_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
@@ -161,14 +163,12 @@ def test_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
         {"instruction": "d", "context": "", "response": None},
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = records.read_records(str(folder), split="test", need_output=False)
-    assert records == [records.Record("a", "b", ("c",)), records.Record("d", "", ())]
-    with pytest.raises(
-        records.DataError, match=r"dolly \(split 'test'\) row 1: field 'output' is mis"
-    ):
-        records.read_records(str(folder), split="test", need_output=True)
-    with pytest.raises(records.DataError, match="reading split 'dev' .*failed: Unknown split"):
-        records.read_records(str(folder), split="dev", need_output=True)
+    records = read_records(str(folder), split="test", need_output=False)
+    assert records == [Record("a", "b", ("c",)), Record("d", "", ())]
+    with pytest.raises(DataError, match=r"dolly \(split 'test'\) row 1: field 'output' is mis"):
+        read_records(str(folder), split="test", need_output=True)
+    with pytest.raises(DataError, match="reading split 'dev' .*failed: Unknown split"):
+        read_records(str(folder), split="dev", need_output=True)
 
 
 def test_a_hub_id_is_read_without_running_its_code(monkeypatch):
@@ -180,8 +180,8 @@ def test_a_hub_id_is_read_without_running_its_code(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("is not on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(records.DataError, match="some/set: no such file, .* is not on the Hub"):
-        records.read_records("some/set", split="train[:9]", need_output=False)
+    with pytest.raises(DataError, match="some/set: no such file, .* is not on the Hub"):
+        read_records("some/set", split="train[:9]", need_output=False)
     assert calls == [(("some/set",), {"split": "train[:9]"})]
 
 
@@ -222,35 +222,35 @@ Add {these}.
     ],
 )
 def test_the_text_of_a_template(tokenizer, template, given, text):
-    record = records.Record("Add {these}.", given, ("3",))
-    assert tokenizer.decode(records.render_prompt(record, template, tokenizer)) == text
+    record = Record("Add {these}.", given, ("3",))
+    assert tokenizer.decode(render_prompt(record, template, tokenizer)) == text
 
 
 def test_chat_tokens_are_those_of_transformers(tokenizer):
     expected = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Ünï\n2"}], add_generation_prompt=True, return_dict=False
     )
-    assert records.render_prompt(records.Record("Ünï", "2", ()), "chat", tokenizer) == expected
+    assert render_prompt(Record("Ünï", "2", ()), "chat", tokenizer) == expected
 
 
 def test_the_clock_of_a_template_stands_still(tokenizer):
-    record, clock = records.Record("a", "", ()), "{{{{ strftime_now('{}') }}}}"
+    record, clock = Record("a", "", ()), "{{{{ strftime_now('{}') }}}}"
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     for form, shown in (("%d %b %Y", "05 Nov 2026"), ("%-d %B, %F", "5 November, 2026-11-05")):
         bare.chat_template = clock.format(form)
-        assert bare.decode(records.render_prompt(record, "chat", bare, "2026-11-05")) == shown
+        assert bare.decode(render_prompt(record, "chat", bare, "2026-11-05")) == shown
     bare.chat_template = clock.format("%Q")
-    with pytest.raises(records.DataError, match="no such date: %Q"):
-        records.render_prompt(record, "chat", bare, "2026-11-05")
+    with pytest.raises(DataError, match="no such date: %Q"):
+        render_prompt(record, "chat", bare, "2026-11-05")
 
 
 def test_template_errors(tokenizer):
-    record = records.Record("a", "", ())
-    with pytest.raises(records.DataError, match="unknown template 'vicuna'; .*alpaca, chat, plain"):
-        records.render_prompt(record, "vicuna", tokenizer)
+    record = Record("a", "", ())
+    with pytest.raises(DataError, match="unknown template 'vicuna'; .*alpaca, chat, plain"):
+        render_prompt(record, "vicuna", tokenizer)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(records.DataError, match="has no chat template; use 'alpaca' or 'plain'"):
-        records.render_prompt(record, "chat", bare)
+    with pytest.raises(DataError, match="has no chat template; use 'alpaca' or 'plain'"):
+        render_prompt(record, "chat", bare)
 
 
 @pytest.mark.parametrize(
@@ -268,15 +268,15 @@ def test_a_template_that_cannot_be_rendered_is_named(tokenizer, template, fault)
     )
     broken.chat_template = template
     message = f"tokenizer owner/broken cannot be rendered for one user turn: .*{fault}.*; mend"
-    with pytest.raises(records.DataError, match=message):
-        records.render_prompt(records.Record("a", "", ()), "chat", broken)
+    with pytest.raises(DataError, match=message):
+        render_prompt(Record("a", "", ()), "chat", broken)
 
 
 # Token rows
 
 
 def test_a_row_is_prompt_response_and_end(tokenizer):
-    records = [records.Record("ab", "c", ("de", "other")), records.Record("f", "", ())]
+    records = [Record("ab", "c", ("de", "other")), Record("f", "", ())]
     rows = _tokenize(records, tokenizer)
     assert tokenizer.decode(rows.tokens[0]) == "ab\nc\nde" + _EOS
     assert tokenizer.decode(rows.tokens[0][: rows.prompt_lengths[0]]) == "ab\nc\n"
@@ -289,8 +289,8 @@ def test_a_row_is_prompt_response_and_end(tokenizer):
 def test_the_response_does_not_change_the_prompt():
     merges = tokenizers.models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")])
     merging = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(merges))
-    rows = records.tokenize(
-        [records.Record("aba", "", ("ba",))],
+    rows = tokenize(
+        [Record("aba", "", ("ba",))],
         merging,
         template="plain",
         max_prompt_length=9,
@@ -303,7 +303,7 @@ def test_the_response_does_not_change_the_prompt():
 
 def test_long_prompts_are_dropped_and_long_rows_are_cut(tokenizer):
     prompts = ["12345", "123", "1234"]
-    records = [records.Record(prompt, "", ("abc",)) for prompt in prompts]
+    records = [Record(prompt, "", ("abc",)) for prompt in prompts]
     rows = _tokenize(records, tokenizer, max_prompt_length=5, max_length=8)
     assert [tokenizer.decode(row) for row in rows.tokens] == ["123\nabc" + _EOS, "1234\nabc"]
     assert rows.prompt_lengths.tolist() == [4, 5]
@@ -311,38 +311,38 @@ def test_long_prompts_are_dropped_and_long_rows_are_cut(tokenizer):
 
 
 def test_token_row_errors(tokenizer):
-    records = [records.Record("a" * n, "", ()) for n in (6, 8)]
-    with pytest.raises(records.DataError) as error:
+    records = [Record("a" * n, "", ()) for n in (6, 8)]
+    with pytest.raises(DataError) as error:
         _tokenize(records, tokenizer, max_prompt_length=6)
     for words in ("all 2 prompts", "max_prompt_length 6", "shortest has 7", "longest 9"):
         assert words in str(error.value)
-    with pytest.raises(records.DataError, match="no records"):
+    with pytest.raises(DataError, match="no records"):
         _tokenize([], tokenizer)
-    with pytest.raises(records.DataError, match="max_prompt_length 9 and max_length 8: expected"):
+    with pytest.raises(DataError, match="max_prompt_length 9 and max_length 8: expected"):
         _tokenize(records, tokenizer, max_prompt_length=9, max_length=8)
     knows_a = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     silent = PreTrainedTokenizerFast(tokenizer_object=knows_a, eos_token="a")
-    with pytest.raises(records.DataError, match="prompt of record 1 .* has no tokens"):
-        _tokenize([records.Record("a", "", ()), records.Record("é", "", ())], silent)
+    with pytest.raises(DataError, match="prompt of record 1 .* has no tokens"):
+        _tokenize([Record("a", "", ()), Record("é", "", ())], silent)
 
 
 def test_other_responses_stand_behind_the_same_prompts():
     rows = _rows(3)._replace(prompt_lengths=np.array([1, 2, 1], np.int32))
-    found = records.with_responses(rows, iter([[7, 8], np.array([9]), []]))
+    found = with_responses(rows, iter([[7, 8], np.array([9]), []]))
     assert [row.tolist() for row in found.tokens] == [[0, 7, 8], [1, 1, 9], [2]]
     assert {row.dtype for row in found.tokens} == {np.dtype(np.int32)}
     assert found.records is rows.records and found.prompt_lengths is rows.prompt_lengths
     assert [row.tolist() for row in rows.tokens] == [[0, 0], [1, 1, 1], [2, 2, 2, 2]]
     for count in (2, 4):
         with pytest.raises(ValueError, match="zip"):
-            records.with_responses(rows, [[7]] * count)
+            with_responses(rows, [[7]] * count)
 
 
 # Batches
 
 
 def test_every_row_of_a_batch_starts_at_column_0_and_ends_at_its_length():
-    batch = records.collate(_rows(9), [4, 1, 3], length=7, pad_id=-1)
+    batch = collate(_rows(9), [4, 1, 3], length=7, pad_id=-1)
     assert batch.tokens.tolist() == [
         [4, 4, 4, 4, 4, 4, -1],
         [1, 1, 1, -1, -1, -1, -1],
@@ -355,17 +355,17 @@ def test_every_row_of_a_batch_starts_at_column_0_and_ends_at_its_length():
 
 def test_lengths_do_not_depend_on_the_padding_token(tokenizer):
     eos = tokenizer.eos_token_id
-    rows = _tokenize([records.Record(f"a{_EOS}b", "", (f"c{_EOS}",))], tokenizer)
-    batch = records.collate(rows, [0], length=8, pad_id=eos)
+    rows = _tokenize([Record(f"a{_EOS}b", "", (f"c{_EOS}",))], tokenizer)
+    batch = collate(rows, [0], length=8, pad_id=eos)
     assert (batch.tokens[0] == eos).tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
     assert (batch.prompt_lengths.tolist(), batch.lengths.tolist()) == ([4], [7])  # with the end
 
 
 def test_a_row_longer_than_the_batch_is_an_error_at_once():
-    with pytest.raises(records.DataError, match="row 4 has 6 tokens, the batch has room for 5"):
-        records.collate(_rows(9), [0, 4], length=5)
-    with pytest.raises(records.DataError, match="row 4 has 6 tokens, the batch has room for 5"):
-        records.train_batches(_rows(9), batch_size=1, length=5, seed=0)
+    with pytest.raises(DataError, match="row 4 has 6 tokens, the batch has room for 5"):
+        collate(_rows(9), [0, 4], length=5)
+    with pytest.raises(DataError, match="row 4 has 6 tokens, the batch has room for 5"):
+        train_batches(_rows(9), batch_size=1, length=5, seed=0)
 
 
 def _order(dataset, steps):
@@ -374,7 +374,7 @@ def _order(dataset, steps):
 
 
 def test_each_epoch_is_a_permutation_of_its_own():
-    batches = records.train_batches(_rows(20), batch_size=4, length=6, seed=0)
+    batches = train_batches(_rows(20), batch_size=4, length=6, seed=0)
     epochs = [_order(batches, range(5 * epoch, 5 * epoch + 5)) for epoch in range(6)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(20))
@@ -383,7 +383,7 @@ def test_each_epoch_is_a_permutation_of_its_own():
 
 
 def test_the_remainder_of_an_epoch_is_dropped():
-    batches = records.train_batches(_rows(11), batch_size=4, length=6, seed=0)
+    batches = train_batches(_rows(11), batch_size=4, length=6, seed=0)
     epochs = [_order(batches, (2 * epoch, 2 * epoch + 1)) for epoch in range(20)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)  # no row twice in an epoch
     assert {row for epoch in epochs for row in epoch} == set(range(11))  # no row left out for ever
@@ -393,14 +393,14 @@ def test_seeds_give_different_orders_in_every_epoch():
     """Also not the same epochs one later, which is what Grain's own seeds would give."""
     orders = []
     for seed in (0, 1, 2, 2**40):
-        batches = records.train_batches(_rows(20), batch_size=20, length=6, seed=seed)
+        batches = train_batches(_rows(20), batch_size=20, length=6, seed=seed)
         orders += [tuple(_order(batches, [epoch])) for epoch in range(4)]
     assert len(set(orders)) == len(orders)
 
 
 def test_a_batch_is_a_function_of_rows_seed_and_step():
-    first = records.train_batches(_rows(20), batch_size=3, length=6, seed=5)
-    again = records.train_batches(_rows(20), batch_size=3, length=6, seed=5)
+    first = train_batches(_rows(20), batch_size=3, length=6, seed=5)
+    again = train_batches(_rows(20), batch_size=3, length=6, seed=5)
     steps = list(range(15))
     assert _order(first, steps) == _order(again, steps)
     backwards = [_order(again, [step]) for step in reversed(steps)][::-1]
@@ -409,8 +409,8 @@ def test_a_batch_is_a_function_of_rows_seed_and_step():
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 6, 23, 10**9])
 def test_a_stream_from_a_position_is_the_tail_of_the_whole(start):
-    batches = records.train_batches(_rows(20), batch_size=4, length=6, seed=3)
-    resumed = records.stream(batches, start)
+    batches = train_batches(_rows(20), batch_size=4, length=6, seed=3)
+    resumed = stream(batches, start)
     for step in range(start, start + 12):  # past what is read ahead, and over epochs
         for got, expected in zip(next(resumed), batches[step], strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -418,29 +418,29 @@ def test_a_stream_from_a_position_is_the_tail_of_the_whole(start):
 
 def test_a_resumed_stream_continues_an_interrupted_one():
     rows = _rows(20)
-    whole = records.stream(records.train_batches(rows, batch_size=4, length=6, seed=3), 0)
+    whole = stream(train_batches(rows, batch_size=4, length=6, seed=3), 0)
     orders = [next(whole).tokens[:, 0].tolist() for _ in range(13)]
     for taken in (1, 5, 8):
-        resumed = records.stream(records.train_batches(rows, batch_size=4, length=6, seed=3), taken)
+        resumed = stream(train_batches(rows, batch_size=4, length=6, seed=3), taken)
         rest = [next(resumed).tokens[:, 0].tolist() for _ in range(13 - taken)]
         assert orders[taken:] == rest
 
 
 def test_a_position_before_the_start_is_an_error():
-    batches = records.train_batches(_rows(4), batch_size=4, length=6, seed=3)
+    batches = train_batches(_rows(4), batch_size=4, length=6, seed=3)
     with pytest.raises(IndexError, match="-1 is out of range"):
-        records.stream(batches, -1)
+        stream(batches, -1)
 
 
 def test_more_rows_to_a_batch_than_there_are_is_an_error():
-    records.train_batches(_rows(4), batch_size=4, length=6, seed=0)
-    with pytest.raises(records.DataError, match="batch_size 5 is larger than the 4 rows"):
-        records.train_batches(_rows(4), batch_size=5, length=6, seed=0)
+    train_batches(_rows(4), batch_size=4, length=6, seed=0)
+    with pytest.raises(DataError, match="batch_size 5 is larger than the 4 rows"):
+        train_batches(_rows(4), batch_size=5, length=6, seed=0)
 
 
 @pytest.mark.parametrize("count, sizes", [(7, [3, 3, 1]), (6, [3, 3]), (2, [2])])
 def test_evaluation_batches_are_in_order_and_filled_up(count, sizes):
-    batches = list(records.eval_batches(_rows(count), batch_size=3, length=6))
+    batches = list(eval_batches(_rows(count), batch_size=3, length=6))
     assert [real for _, real in batches] == sizes
     assert {batch.tokens.shape for batch, _ in batches} == {(3, 6)}
     real_rows = [row for batch, real in batches for row in batch.tokens[:real, 0]]
@@ -461,7 +461,7 @@ def dolly():
     for needed in (folder / "vocab.json", folder / "merges.txt", path):
         if not needed.is_file():
             pytest.skip(f"{needed} is absent: set PROMPTKD_DATA and PROMPTKD_TOKENIZERS")
-    records = records.read_records(str(path), need_output=True)
+    records = read_records(str(path), need_output=True)
     return records, GPT2TokenizerFast.from_pretrained(folder)
 
 
@@ -469,7 +469,7 @@ def test_the_published_number_of_training_prompts(dolly):
     """11,500 of 13,495 need the exact Alpaca text: without its last newline they are 11,514."""
     records, gpt2 = dolly
     assert len(records) == 13_495
-    rows = records.tokenize(
+    rows = tokenize(
         records, gpt2, template="alpaca", max_prompt_length=256, max_length=512, eos_id=50256
     )
     assert (len(rows.tokens), rows.dropped) == (11_500, 1_995)
@@ -479,5 +479,5 @@ def test_the_published_number_of_training_prompts(dolly):
         assert row[-1] == 50256 or len(row) == 512
         assert 0 < length < len(row)
     record, row, length = rows.records[0], rows.tokens[0], rows.prompt_lengths[0]
-    assert row[:length].tolist() == records.render_prompt(record, "alpaca", gpt2)
+    assert row[:length].tolist() == render_prompt(record, "alpaca", gpt2)
     assert gpt2.decode(row[length:]) == record.outputs[0] + "<|endoftext|>"

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import tiny
 
-from promptkd_jax.data.records import DataError
 from promptkd_jax.inference import data_free, topic_policy
 from promptkd_jax.inference.data_free import DataFree, write_requests
-from promptkd_jax.infra import distributed, provenance
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import read_text, write_text
 from promptkd_jax.models.decoder import Decoder, head
-from promptkd_jax.models.load import Model, load_model
+from promptkd_jax.models.io import identity
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model
 
 # So that most of what a random model writes are words, which are a token each.
 SYLLABLES = map("".join, itertools.product("bdgklm", "aeiou", "bdgklmnprst"))
@@ -127,8 +129,8 @@ def test_a_stopped_call_goes_on_to_the_same_requests(
     """Killed in the first, second or third round, in the middle of a line."""
     records, file = whole
     copy = tmp_path / "requests.jsonl"
-    provenance = file.with_suffix(".manifest.json").read_text()
-    copy.with_suffix(".manifest.json").write_text(provenance)
+    manifest = file.with_suffix(".manifest.json").read_text()
+    copy.with_suffix(".manifest.json").write_text(manifest)
     kept = file.read_text().splitlines(keepends=True)[:torn]
     copy.write_text("".join(kept)[:-3])
     assert write_requests(teacher, student, copy, settings, **HOW) == records
@@ -216,8 +218,8 @@ def test_a_request_that_fits_no_prompt_is_dropped(teacher, student, settings, tm
 
 def test_a_damaged_line_is_named(whole, teacher, student, settings, tmp_path):
     copy = tmp_path / "requests.jsonl"
-    provenance = whole[1].with_suffix(".manifest.json").read_text()
-    copy.with_suffix(".manifest.json").write_text(provenance)
+    manifest = whole[1].with_suffix(".manifest.json").read_text()
+    copy.with_suffix(".manifest.json").write_text(manifest)
     copy.write_text(whole[1].read_text().replace('{"topic"', '{"top', 1))
     with pytest.raises(DataError, match="requests.jsonl:1: broken JSON"):
         write_requests(teacher, student, copy, settings, **HOW)
@@ -243,7 +245,7 @@ def test_other_processes_take_the_rounds_of_the_first(
 ):
     """They go on with the same policy and the same requests, and write nothing."""
     records, file = whole
-    told = iter([provenance.of_model(teacher)["teacher"], None, lines(file)[:7]])
+    told = iter([identity.of_model(teacher)["teacher"], None, lines(file)[:7]])
     monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     assert write_requests(teacher, student, tmp_path / "none.jsonl", settings, **HOW) == records

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import tiny
 
-from promptkd_jax import evaluate, generate
-from promptkd_jax.data.records import Record, tokenize
+from promptkd_jax.cli.main import main
+from promptkd_jax.data.records import Record
+from promptkd_jax.data.rows import tokenize
+from promptkd_jax.evaluation import student_metrics
+from promptkd_jax.inference import generate
 from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io.export import save_model
@@ -60,11 +63,11 @@ def dense_closeness(teacher, student, rows):
 def test_closeness_is_the_mean_over_response_tokens(folder, rows):
     teacher, student = (load_model(str(folder / name)) for name in ("teacher", "student"))
     how = dict(batch_size=2, length=24, vocab_size=len(student.tokenizer))
-    found = evaluate.closeness(teacher, student, rows, **how)
+    found = student_metrics.closeness(teacher, student, rows, **how)
     kl, same = dense_closeness(teacher, student, rows)
     np.testing.assert_allclose(found["kl"], kl, rtol=1e-4)
     assert found["agreement"] == pytest.approx(same)
-    itself = evaluate.closeness(teacher, teacher, rows, **how)
+    itself = student_metrics.closeness(teacher, teacher, rows, **how)
     assert itself["kl"] == pytest.approx(0, abs=1e-5) and itself["agreement"] == 1
 
 
@@ -77,8 +80,8 @@ def test_answers_do_not_depend_on_where_writing_starts(folder, rows):
         batch_size=2,
         key=jax.random.key(3),
     )
-    whole = list(evaluate.write_answers(model, rows, **how))
-    rest = list(evaluate.write_answers(model, rows, **how, first=2))
+    whole = list(generate.write_answers(model, rows, **how))
+    rest = list(generate.write_answers(model, rows, **how, first=2))
     assert len(whole) == 3 and len(rest) == 1
     np.testing.assert_array_equal(whole[2], rest[0])
 
@@ -97,7 +100,7 @@ def command(folder, output, *more: str) -> list[str]:
 
 
 def test_evaluate_writes_every_set_and_seed(folder, tmp_path, capsys):
-    evaluate.main(command(folder, tmp_path, "--seeds", "10", "20"))
+    main(["evaluate", *command(folder, tmp_path, "--seeds", "10", "20")])
     found = json.loads((tmp_path / "evaluation.json").read_text())["sets"]
     assert found.keys() == {"one", "two"} and found["one"]["rows"] == 5
     for one in found.values():
@@ -116,9 +119,9 @@ def test_evaluate_says_what_is_wrong(folder, tmp_path):
     (folder / "bad.jsonl").write_text('{"instruction": "say red", "output": "red"}\n{"instr\n')
     arguments = [f"--model={folder / 'student'}", "--data", str(folder / "bad.jsonl")]
     with pytest.raises(SystemExit, match=r"bad.jsonl:2: broken JSON"):
-        evaluate.main([*arguments, f"--output={tmp_path}", "--template=plain"])
+        main(["evaluate", *arguments, f"--output={tmp_path}", "--template=plain"])
     with pytest.raises(SystemExit, match="no such folder or file"):
-        evaluate.main(["--model=nowhere", "--data=x.jsonl", f"--output={tmp_path}"])
+        main(["evaluate", "--model=nowhere", "--data=x.jsonl", f"--output={tmp_path}"])
 
 
 def trained_with(folder, name: str, text: str) -> pathlib.Path:
@@ -137,19 +140,19 @@ def test_a_model_is_asked_as_it_was_trained(folder, tmp_path, capsys):
     record = {"template": "plain", "max_prompt_length": 16, "max_length": 24, "later": 1}
     model = trained_with(folder, "recorded", json.dumps(record))
     arguments = [f"--model={model}", f"--data={folder / 'one.jsonl'}", "--seeds=1"]
-    evaluate.main([*arguments, f"--output={tmp_path / 'a'}"])
+    main(["evaluate", *arguments, f"--output={tmp_path / 'a'}"])
     assert "template plain (that of the training)" in capsys.readouterr().out
     wanted = {"template": "plain", "max_prompt_length": 16, "max_length": 24}
     assert wanted.items() <= settings(tmp_path / "a").items()
-    evaluate.main(command(folder, tmp_path / "b", "--seeds=1"))  # which says all of it
+    main(["evaluate", *command(folder, tmp_path / "b", "--seeds=1")])  # which says all of it
     answers = [(tmp_path / x / "one-seed1.jsonl").read_text() for x in "ab"]
     assert answers[0] == answers[1]
     asked = [f"--model={model}", "--request=say red", "--max-new-tokens=6"]
     capsys.readouterr()
-    generate.main(asked)
+    main(["generate", *asked])
     printed = capsys.readouterr()
     assert "template plain (that of the training)" in printed.err
-    generate.main([*asked, "--template=plain"])
+    main(["generate", *asked, "--template=plain"])
     assert capsys.readouterr().out == printed.out
 
 
@@ -158,10 +161,10 @@ def test_a_flag_wins_over_the_training(folder, tmp_path):
     model = trained_with(folder, "otherwise", json.dumps(record))
     arguments = [f"--model={model}", f"--data={folder / 'one.jsonl'}", "--seeds=1"]
     with pytest.raises(SystemExit, match="all 5 prompts are longer than max_prompt_length 20"):
-        evaluate.main([*arguments, f"--output={tmp_path / 'a'}"])  # the text of alpaca is
+        main(["evaluate", *arguments, f"--output={tmp_path / 'a'}"])  # the text of alpaca is
     how = ["--template=plain", "--max-prompt-length=16", "--max-length=24"]
-    evaluate.main([*arguments, *how, f"--output={tmp_path / 'a'}"])
-    evaluate.main(command(folder, tmp_path / "b", "--seeds=1"))
+    main(["evaluate", *arguments, *how, f"--output={tmp_path / 'a'}"])
+    main(["evaluate", *command(folder, tmp_path / "b", "--seeds=1")])
     answers = [(tmp_path / x / "one-seed1.jsonl").read_text() for x in "ab"]
     assert answers[0] == answers[1]
 
@@ -173,16 +176,16 @@ def test_a_model_that_does_not_say_how_it_was_trained(folder, tmp_path, capsys):
     request = ["--request=say red", "--max-new-tokens=4"]
     question = r"--template: .*student does not say .* give one of alpaca, chat, plain"
     with pytest.raises(SystemExit, match=question):
-        evaluate.main([f"--model={folder / 'student'}", *arguments])
+        main(["evaluate", f"--model={folder / 'student'}", *arguments])
     with pytest.raises(SystemExit, match=question):
-        generate.main([f"--model={folder / 'student'}", *request])
+        main(["generate", f"--model={folder / 'student'}", *request])
     chat = shutil.copytree(folder / "student", folder / "chat")
     words = tiny.tokenizer()
     words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     words.save_pretrained(chat)
-    evaluate.main([f"--model={chat}", *arguments, *lengths])
+    main(["evaluate", f"--model={chat}", *arguments, *lengths])
     assert settings(tmp_path)["template"] == "chat"
-    generate.main([f"--model={chat}", *request])
+    main(["generate", f"--model={chat}", *request])
     assert "template chat (the tokenizer's own" in capsys.readouterr().err
 
 
@@ -198,21 +201,26 @@ def test_a_model_that_does_not_say_how_it_was_trained(folder, tmp_path, capsys):
 def test_a_record_that_cannot_be(folder, name, text, message):
     model = trained_with(folder, name, text)
     with pytest.raises(SystemExit, match=message):
-        generate.main([f"--model={model}", "--request=say red"])
+        main(["generate", f"--model={model}", "--request=say red"])
 
 
 def test_a_lengths_flag_is_weighed_against_the_record(folder, tmp_path):
     model = trained_with(folder, "long", '{"max_prompt_length": 50, "max_length": 60}')
     arguments = [f"--model={model}", f"--data={folder / 'one.jsonl'}", f"--output={tmp_path}"]
     with pytest.raises(SystemExit, match="--max-length 40 leaves no room .*-length 50"):
-        evaluate.main([*arguments, "--max-length=40"])
+        main(["evaluate", *arguments, "--max-length=40"])
 
 
 def test_an_output_that_cannot_be_is_found_before_the_model_is_read(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="--output .*file/out: .*Not a directory"):
-        evaluate.main(
-            ["--model=absent/absent", "--data=x.jsonl", f"--output={tmp_path / 'file' / 'out'}"]
+        main(
+            [
+                "evaluate",
+                "--model=absent/absent",
+                "--data=x.jsonl",
+                f"--output={tmp_path / 'file' / 'out'}",
+            ]
         )
 
 
@@ -225,8 +233,8 @@ def test_models_data_and_results_in_a_bucket(folder, tmp_path, capsys, monkeypat
     (pail / "one.jsonl").write_bytes((folder / "one.jsonl").read_bytes())
     how = ["--template=plain", "--max-prompt-length=16", "--max-length=24", "--seeds=1"]
     arguments = [f"--model={pail / 'model'}", f"--data={pail / 'one.jsonl'}", *how]
-    evaluate.main([*arguments, f"--output={pail / 'out'}"])
-    evaluate.main(command(folder, tmp_path / "out", "--seeds=1"))
+    main(["evaluate", *arguments, f"--output={pail / 'out'}"])
+    main(["evaluate", *command(folder, tmp_path / "out", "--seeds=1")])
     ours, theirs = (x / "out" / "one-seed1.jsonl" for x in (pail, tmp_path))
     assert read_text(ours) == read_text(theirs)
     assert sorted(f.name for f in (pail / "out").iterdir()) == [
@@ -243,20 +251,20 @@ def test_models_data_and_results_in_a_bucket(folder, tmp_path, capsys, monkeypat
         ([f"--model={pail / 'model'}", f"--data={pail / 'two.jsonl'}"], "two.jsonl: no such file"),
     ):
         with pytest.raises(SystemExit, match=message):
-            evaluate.main([*arguments, *how, f"--output={pail / 'out'}"])
+            main(["evaluate", *arguments, *how, f"--output={pail / 'out'}"])
     with pytest.raises(SystemExit, match="--output gs://other/out: "):
-        evaluate.main([f"--model={pail / 'model'}", "--data=x", "--output=gs://other/out"])
+        main(["evaluate", f"--model={pail / 'model'}", "--data=x", "--output=gs://other/out"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["home", "out"]
 
 
 def test_generate_answers_a_request_and_every_line(folder, capsys, monkeypatch):
     arguments = [f"--model={folder / 'student'}", "--template=plain", "--max-new-tokens=6"]
-    generate.main([*arguments, "--request=say red"])
+    main(["generate", *arguments, "--request=say red"])
     answer = capsys.readouterr().out
     assert answer.endswith("\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("say red\nname two\n\nnot read\n"))
-    generate.main(arguments)
+    main(["generate", *arguments])
     lines = capsys.readouterr().out
     assert lines.startswith(answer) and len(lines) > len(answer)
     with pytest.raises(SystemExit, match="no chat template"):
-        generate.main([*arguments, "--template=chat", "--request=say red"])
+        main(["generate", *arguments, "--template=chat", "--request=say red"])

@@ -11,9 +11,8 @@ import tiny
 from conftest import golden_cases
 from test_golden import assert_close
 
-from promptkd_jax import evaluate
-from promptkd_jax.data.records import Record, tokenize
-from promptkd_jax.distill.soft_prompt import load_soft_prompt
+from promptkd_jax.data.records import Record
+from promptkd_jax.data.rows import tokenize
 from promptkd_jax.evaluation.exposure_bias import (
     ex_acc_err,
     exposure_bias,
@@ -22,8 +21,11 @@ from promptkd_jax.evaluation.exposure_bias import (
     published_ex_acc_err,
     write_texts,
 )
+from promptkd_jax.inference import generate
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.load import Model, end_ids, load_model
+from promptkd_jax.models.io.peft import load_soft_prompt
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.models.sampler import Sampling
 
 NEW = 6  # response positions
@@ -80,7 +82,7 @@ def dense_curve(models, rows, writer, samples=2):
     """Errors of each position, averaged over the texts that reach it, then accumulated."""
     errors = [[] for _ in range(NEW)]
     for sample in range(samples):
-        answers = evaluate.write_answers(
+        answers = generate.write_answers(
             writer,
             rows,
             sampling=Sampling(eos_ids=writer.eos_ids),

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from jax.experimental import multihost_utils
 
-from promptkd_jax.infra import distributed, files
+from promptkd_jax.infra import distributed, errors, files
 
 
 @pytest.fixture(params=["disk", "pathlib", "bucket"])
@@ -150,7 +150,7 @@ def test_a_shared_folder_is_left_as_it_was(folder, two_processes):
 def test_a_process_with_another_folder_is_named(folder, two_processes):
     files.write_text(folder / "a.txt", "a")
     two_processes["other"] = np.frombuffer(b"host-b".ljust(64, b"\0"), np.uint8)
-    with pytest.raises(distributed.HostsError) as raised:
+    with pytest.raises(errors.HostsError) as raised:
         files.check_shared(folder)
     assert f"{folder}: process 1 on host-b does not see there" in str(raised.value)
     assert "a file system that their machines share" in str(raised.value)

@@ -1,20 +1,17 @@
 """Flags are checked as the fields of a config are, and the messages name them."""
 
 import argparse
-import importlib
 import pathlib
 
 import fsspec
 import pytest
 
-from promptkd_jax import flags
-from promptkd_jax.cli import COMMANDS
+from promptkd_jax.cli import flags
+from promptkd_jax.cli.main import COMMANDS, main, parser_of
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.config import ConfigError, Float, Int, Path
+from promptkd_jax.training.specs import Float, Int, Path
 
-MODULES = {name: f"promptkd_jax.{name}" for name in COMMANDS} | {
-    "plan": "promptkd_jax.plan.command"
-}
 CONFIG = "--config=configs/rehearsal.py"
 NEEDED = {
     "init": ["--teacher=absent", "--layers=2", "--output=new"],
@@ -70,7 +67,7 @@ PATHS = {
 def refused(command: str, arguments: list[str], capsys) -> str:
     """What a command says that ends before it does anything."""
     with pytest.raises(SystemExit) as raised:
-        importlib.import_module(MODULES[command]).main(arguments)
+        main([command, *arguments])
     assert raised.value.code not in (None, 0)
     return f"{raised.value.code} {capsys.readouterr().err}"
 
@@ -78,7 +75,7 @@ def refused(command: str, arguments: list[str], capsys) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_flag_is_read_unchecked(command):
     """A bare `int` takes -1 and a bare `float` NaN; `pathlib` makes `gs:/` of `gs://`."""
-    parser = importlib.import_module(MODULES[command])._parser()
+    parser = parser_of(command)[0]
     bare = (int, float, pathlib.Path, pathlib.PurePath)
     assert [action.dest for action in parser._actions if action.type in bare] == []
 

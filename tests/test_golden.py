@@ -16,8 +16,9 @@ from conftest import golden_cases
 from safetensors.numpy import load_file
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.distill import losses, optimizer, soft_prompt
+from promptkd_jax.distill import losses, optimizer
 from promptkd_jax.distill.method import PRESETS, Method
+from promptkd_jax.distill.soft_prompt import init_soft_prompt
 from promptkd_jax.distill.step import Optimizers, init_state, train_step
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import head
@@ -54,9 +55,7 @@ class Training:
         )
         ids = case["prompt"]["init_token_ids"]
         ids = [case["batch"]["pad_token_id"]] if ids == "PAD" else ids
-        self.soft_prompt = soft_prompt.init_soft_prompt(
-            self.teacher.params, ids, case["prompt"]["prompt_len"]
-        )
+        self.soft_prompt = init_soft_prompt(self.teacher.params, ids, case["prompt"]["prompt_len"])
         self.method = self._method()
 
     def _batch(self) -> Batch:

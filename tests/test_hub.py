@@ -10,14 +10,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from test_models import assert_same_params
 
-from promptkd_jax import generate
+from promptkd_jax.cli.main import main
 from promptkd_jax.data.records import read_records
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
-from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.io import export, hub
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model, load_with_tokenizer
-from promptkd_jax.plan.abstract_run import model_config
+from promptkd_jax.plan.abstract_run import stored_config
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}>"
 OTHERS = (  # what lies beside safetensors in repositories
@@ -80,7 +80,7 @@ def test_what_is_fetched_is_the_model_with_its_template(there, repository, capsy
     assert len(shards) > 2 and shards <= there.fetched
     ask = ["--request=say red", "--max-new-tokens=4"]
     for name in ("owner/name", str(repository)):
-        generate.main(["--model", name, *ask])
+        main(["generate", "--model", name, *ask])
     one, other = capsys.readouterr().out.splitlines()
     assert one == other
 
@@ -108,7 +108,7 @@ def test_a_revision_is_another_model(there, tmp_path, revision):
     name = f"owner/name@{revision}"
     assert_same_params(load_model(name), load_model(other))
     assert load_model("owner/name").decoder.config.depth == 2
-    assert model_config(name)[0]["num_hidden_layers"] == 1
+    assert stored_config(name)[0]["num_hidden_layers"] == 1
     with pytest.raises(ModelError, match="'owner/name@absent'.*revision 'absent': 404"):
         load_model("owner/name@absent")
 
@@ -152,13 +152,13 @@ def test_short_names_are_those_of_their_owners(there, repository):
         ModelError, match="'gpt2-xl'.*the hub says of openai-community/gpt2-xl: 404"
     ):
         load_model("gpt2-xl")
-    assert model_config("gpt2-xl") == model_config("openai-community/gpt2-xl")
+    assert stored_config("gpt2-xl") == stored_config("openai-community/gpt2-xl")
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "owner/name@", "@v1", "owner/name@a@b", "a b/c"])
 def test_names_that_are_no_hub_ids(there, name):
     with pytest.raises(ModelError, match="not a hub id: owner/name, or owner/name@revision"):
-        hub.resolve(name)
+        hub.resolve_model(name)
     assert not there.fetched
 
 
@@ -174,7 +174,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, repository, monkeypatch):
     """No shell expands that of --config.student.path=~/model."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_same_params(load_model("~/repository"), load_model(str(repository)))
-    assert model_config("~/repository") == model_config(str(repository))
+    assert stored_config("~/repository") == stored_config(str(repository))
     tiny.write_data(tmp_path / "data.jsonl", 3)
     assert len(read_records("~/data.jsonl", need_output=True)) == 3
     assert to_path("~/runs/one") == to_path(tmp_path / "runs/one")

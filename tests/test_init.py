@@ -12,10 +12,11 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 from test_models import CONFIGS, assert_same_params, logits, random_model
 
-from promptkd_jax.init import main
+from promptkd_jax.cli.main import main
 from promptkd_jax.models import families
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import Model, load_model, load_with_tokenizer
+from promptkd_jax.models.load import load_model, load_with_tokenizer
+from promptkd_jax.models.model import Model
 
 LAYERS = 3  # of every teacher here
 

@@ -19,7 +19,7 @@ import time
 
 import pytest
 
-from promptkd_jax import plan
+from promptkd_jax.cli.main import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -844,5 +844,5 @@ def test_commands_of_the_page_are_accepted(place, monkeypatch):
     by_hand = [words[2:] for words in commands if words[1:2] == ["plan"]]
     monkeypatch.chdir(ROOT)
     for words in [check[1:] for check in checks(place)] + by_hand:
-        plan.main(words)  # the real one
+        main(["plan", *words])  # the real one
     assert len(checks(place)) == 3 and len(by_hand) == 2

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny import equations
 
+from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import Linear, TopK, linear_loss, linear_values
+from promptkd_jax.distill.chunked_loss import Linear, linear_loss, linear_values
 from promptkd_jax.distill.losses import DIVERGENCES, divergence
 
 SHAPE = (3, 5, 13)

@@ -36,15 +36,16 @@ from promptkd_jax.distill import policy_gradient
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.replay import Replay, adapt, draw, empty_replay, push
 from promptkd_jax.distill.step import (
     Optimizers,
     TrainState,
     init_state,
-    summarise,
+    summarize,
     train_step,
     write_ahead,
 )
-from promptkd_jax.distill.targets import Replay, adapt, draw, empty_replay, push, target_rows
+from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.sampler import Sampling, Voice, row_keys, sample
@@ -170,7 +171,7 @@ def test_gkd_on_own_rows_alone_is_promptkd_without_a_prompt():
     found, measured = update(gkd(1.0), before)
     promptkd = plain(targets="student", teacher_view="prompted")
     expected, told = update(promptkd, begin(soft_prompt=jnp.zeros((0, 32))))
-    measured, told = summarise(measured), summarise(told)
+    measured, told = summarize(measured), summarize(told)
     for name in ("student_loss", "student_entropy", "agreement", "tokens", "eos_rate"):
         assert measured[name] == pytest.approx(told[name], rel=1e-6), name
     assert_close(found.student, expected.student)
@@ -183,8 +184,8 @@ def test_gkd_on_gold_rows_alone_is_distillation_on_the_data():
     after, metrics = update(gkd(0.0), before)
     (value, _), expected = dense_student(before.student, reverse=1)
     assert_close(gradient(after), expected)
-    assert_close(summarise(metrics)["student_loss"], value)
-    assert summarise(metrics)["on_policy_share"] == 0
+    assert_close(summarize(metrics)["student_loss"], value)
+    assert summarize(metrics)["on_policy_share"] == 0
 
 
 QUARTER = gkd(0.25, student_terms=(("cross_entropy", 0.4), ("reverse_kl", 0.6)))
@@ -221,7 +222,7 @@ def test_mixed_targets_whole_or_in_parts(parts):
     (rows, own, _), _ = rows_of(QUARTER, before.student, key)
     assert 0 < own.sum() < 4
     after, metrics = update(in_parts(QUARTER, parts), before)
-    found = summarise(metrics)
+    found = summarize(metrics)
     (value, sums), expected = dense_student(before.student, rows, gold=0.4 * ~own, reverse=0.6)
     assert_close(gradient(after), expected)
     assert_close(found["student_loss"], value)
@@ -333,7 +334,7 @@ def test_a_step_with_replay_on_the_data():
     after, metrics = update(REPLAY, before)
     (value, _), expected = dense_student(before.student, gold=0.4, reverse=0.6)
     assert_close(gradient(after), expected)
-    assert_close(summarise(metrics)["student_loss"], value)
+    assert_close(summarize(metrics)["student_loss"], value)
     jax.tree.map(np.testing.assert_array_equal, after.replay, full)
 
 
@@ -345,7 +346,7 @@ def test_a_step_with_replay_on_new_rows_keeps_them():
     assert_close(gradient(after), expected)
     jax.tree.map(np.testing.assert_array_equal, after.replay.rows, rows)
     assert after.replay.count == 4
-    found = summarise(metrics)
+    found = summarize(metrics)
     assert found["replay_threshold"] == 1 and found["on_policy_share"] == 1
 
 
@@ -357,7 +358,7 @@ def test_a_step_with_replay_on_old_rows():
     (value, _), expected = dense_student(before.student, rows, reverse=0.6)
     assert metrics.counts.sum() == 2 + 9 + 1 + 5
     assert_close(gradient(after), expected)
-    assert_close(summarise(metrics)["student_loss"], value)
+    assert_close(summarize(metrics)["student_loss"], value)
     jax.tree.map(np.testing.assert_array_equal, after.replay, before.replay)
 
 
@@ -498,7 +499,7 @@ def test_minillm():
     value, expected = dense_policy(before.student, teacher_params(), rows, target)
     after, metrics = update(MINILLM, before)
     assert_close(gradient(after), expected, 1e-5)
-    assert_close(summarise(metrics)["student_loss"], value, 1e-5)
+    assert_close(summarize(metrics)["student_loss"], value, 1e-5)
     assert {"policy_gradient", "reverse_kl"} <= metrics.sums.keys()
 
 
@@ -562,7 +563,7 @@ def test_rows_ahead_are_those_of_the_student_before_the_update():
         trained_on, own, _ = state.pending
         weights = dict(gold=0.4 * ~own, reverse=0.6)
         (value, _), _ = dense_student(state.student, trained_on, **weights)
-        assert_close(summarise(metrics)["student_loss"], value)
+        assert_close(summarize(metrics)["student_loss"], value)
         assert metrics.scalars["tokens"] == trained_on.lengths.sum()
         state = after
     assert others  # than the student after the update would write

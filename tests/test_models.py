@@ -13,13 +13,15 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models import families
-from promptkd_jax.models.config import ModelError, RopeScaling, from_hugging_face
+from promptkd_jax.models.config import RopeScaling, from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
 from promptkd_jax.models.io import export
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.load import Model, keep_layers, load_model, uniform_layers
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model, keep_layers, uniform_layers
 
 VOCAB, WIDTH, POSITIONS = 101, 48, 64
 _LLAMA = {

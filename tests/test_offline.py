@@ -14,26 +14,25 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from promptkd_jax import cache, offline
+from promptkd_jax.cli import cache
+from promptkd_jax.cli.main import main
+from promptkd_jax.data import logprobs
 from promptkd_jax.data.batch import responses
-from promptkd_jax.data.records import (
-    DataError,
-    Rows,
-    collate,
-    read_records,
-    stream,
-    tokenize,
-    train_batches,
-)
+from promptkd_jax.data.batches import collate, stream, train_batches
+from promptkd_jax.data.records import read_records
+from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import Linear, linear_loss
-from promptkd_jax.evaluate import write_answers
-from promptkd_jax.infra import distributed, provenance
+from promptkd_jax.inference import logprob_cache, teacher_responses
+from promptkd_jax.inference.generate import write_answers
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import ConfigError, DataError
 from promptkd_jax.infra.files import read_text, to_path, write_text
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.load import Model, load_model
+from promptkd_jax.models.io import identity
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.config import ConfigError
 
 LENGTH = 24
 SAMPLING = Sampling(eos_ids=(0,))
@@ -81,17 +80,17 @@ def with_a_changed_weight(teacher: Model, folder: pathlib.Path) -> Model:
     return load_model(str(folder))
 
 
-def write(teacher, rows, folder, **changes) -> offline.Cached:
+def write(teacher, rows, folder, **changes) -> logprobs.Cached:
     how = dict(top_k=4, batch_size=2, length=LENGTH, vocab_size=VOCABULARY)
-    return offline.write_cache(teacher, rows, folder, **(how | changes))
+    return logprob_cache.write_cache(teacher, rows, folder, **(how | changes))
 
 
-def reopen(teacher, rows, folder, **changes) -> offline.Cached:
+def reopen(teacher, rows, folder, **changes) -> logprobs.Cached:
     tokenizer = changes.get("tokenizer") or teacher.tokenizer
     config = teacher.decoder.config
-    whose = provenance.of_files(teacher.name, config.dtype, config.param_dtype)
+    whose = identity.of_files(teacher.name, config.dtype, config.param_dtype)
     how = dict(teacher=whose, tokenizer=tokenizer, rows=rows, vocab_size=VOCABULARY)
-    return offline.open_cache(folder, **(how | changes))
+    return logprob_cache.open_cache(folder, **(how | changes))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def stops_after(monkeypatch, calls: int) -> None:
     """The process dies at the call of the teacher that comes then."""
-    original = offline.eval_batches
+    original = logprob_cache.eval_batches
 
     def batches(*args, **kwargs):
         for number, batch in enumerate(original(*args, **kwargs)):
@@ -129,7 +128,7 @@ def stops_after(monkeypatch, calls: int) -> None:
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(offline, "eval_batches", batches)
+    monkeypatch.setattr(logprob_cache, "eval_batches", batches)
 
 
 # The cache
@@ -167,7 +166,7 @@ def test_the_kept_are_the_largest(teacher, rows, small):
 def test_the_tail_of_a_sure_teacher_is_kept_though_it_rounds_to_0():
     """Logits 0, -30, -31, then -40: all but the first add up to less than float32 tells from 1."""
     logits = jnp.full((1, 1, 200), -40.0).at[0, 0, :3].set(jnp.array([0.0, -30.0, -31.0]))
-    found = offline.largest(Linear(jnp.ones((1, 1, 1)), logits[0, 0, :, None]), 3)
+    found = logprob_cache.largest(Linear(jnp.ones((1, 1, 1)), logits[0, 0, :, None]), 3)
     np.testing.assert_allclose(found.tail, -40 + np.log(197), rtol=1e-6)
     assert 1 - np.exp(found.log_probs, dtype=np.float32).sum() <= 0
 
@@ -189,12 +188,12 @@ def test_positions_are_computed_in_blocks(monkeypatch):
         jax.random.normal(jax.random.key(i), s) for i, s in ((0, (2, 7, 5)), (1, (50, 5)))
     )
     model = Linear(hidden, kernel)
-    monkeypatch.setattr(offline, "chunk_elements", lambda _: 3 * 2 * 50)
+    monkeypatch.setattr(logprob_cache, "chunk_elements", lambda _: 3 * 2 * 50)
     values, ids = jax.lax.top_k(losses.log_probs(model.logits()), 3)
-    found = offline.largest(model, 3)
+    found = logprob_cache.largest(model, 3)
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_allclose(found.log_probs, values, rtol=1e-6)
-    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(offline.largest, 1)(model, 3)))
+    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(logprob_cache.largest, 1)(model, 3)))
     assert max(np.prod(list(map(int, shape.split(",")))) for shape in shapes) == 3 * 2 * 50
 
 
@@ -220,8 +219,8 @@ def test_a_loss_on_cached_batches_counts_real_positions_alone(teacher, rows, tmp
 
 def test_large_vocabularies_need_more_than_16_bits(tmp_path):
     for vocab_size, dtype in ((2**16, np.uint16), (2**16 + 1, np.int32)):
-        offline._create_arrays(tmp_path, np.array([1]), 2, vocab_size)
-        offline._write_entries(tmp_path / "ids.npy", np.array([[5, vocab_size - 1]]), 0)
+        logprob_cache._create_arrays(tmp_path, np.array([1]), 2, vocab_size)
+        logprob_cache._write_entries(tmp_path / "ids.npy", np.array([[5, vocab_size - 1]]), 0)
         stored = np.load(tmp_path / "ids.npy")
         assert stored.dtype == dtype and stored.tolist() == [[5, vocab_size - 1]]
 
@@ -244,8 +243,8 @@ def test_a_stopped_cache_goes_on_to_the_same_bytes(
 def test_what_was_written_past_the_progress_is_written_again(teacher, rows, small, tmp_path):
     """As after a machine that lost power: the manifest is behind, what came after it is torn."""
     shutil.copytree(small, tmp_path, dirs_exist_ok=True)
-    provenance = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(provenance | {"rows_written": 5}))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"rows_written": 5}))
     array = np.load(tmp_path / "log_probs.npy", mmap_mode="r+")
     array[np.load(small / "offsets.npy")[4] :] = 7
     array.flush()
@@ -261,7 +260,7 @@ def test_folders_killed_before_the_manifest_begin_anew(teacher, rows, small, tmp
 
 
 def test_a_finished_cache_does_not_ask_the_teacher(teacher, rows, small, monkeypatch):
-    monkeypatch.setattr(offline, "_largest", None)
+    monkeypatch.setattr(logprob_cache, "_largest", None)
     before = {file: file.stat().st_mtime_ns for file in small.iterdir()}
     write(teacher, rows, small)
     assert before == {file: file.stat().st_mtime_ns for file in small.iterdir()}
@@ -399,7 +398,7 @@ def test_a_response_too_long_for_the_batches_is_an_error_at_once(rows, teacher, 
 def answer(teacher, rows, file, **changes) -> Rows:
     how = dict(sampling=SAMPLING, prompt_capacity=12, max_new_tokens=6, batch_size=2, seed=3)
     how |= dict(vocab_size=VOCABULARY)
-    return offline.teacher_answers(teacher, rows, file, **(how | changes))
+    return teacher_responses.teacher_answers(teacher, rows, file, **(how | changes))
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +453,7 @@ def test_answers_before_the_stop_are_not_asked_for_again(
         calls.append(first)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(offline, "write_answers", dies)
+    monkeypatch.setattr(teacher_responses, "write_answers", dies)
     with pytest.raises(KeyboardInterrupt):
         answer(teacher, rows, file)
     assert calls == [4] and len(file.read_text().splitlines()) == 4
@@ -533,7 +532,7 @@ def test_the_command_writes_what_a_run_opens(tmp_path, capsys):
     tests, models = str(pathlib.Path(__file__).parent), tmp_path / "models"
     file.write_text(CONFIG.format(tests=tests, models=str(models)))
     command = [f"--config={file}", f"--output={folder}", "--top-k=3", "--batch-size=5"]
-    cache.main(command)
+    main(["cache", *command])
     printed = capsys.readouterr().out
     data = tiny.short_config(models).data
     teacher = load_model(str(models / "teacher"))
@@ -550,7 +549,7 @@ def test_the_command_writes_what_a_run_opens(tmp_path, capsys):
     assert cached.offsets[-1] == tokens
     assert f"{folder}: the 3 largest log-probabilities at {tokens} response tokens" in printed
     before = contents(folder)
-    cache.main(command)
+    main(["cache", *command])
     assert contents(folder) == before
     for more, message in (
         (["--top-k=4"], "top_k: there 3, now 4"),
@@ -558,7 +557,7 @@ def test_the_command_writes_what_a_run_opens(tmp_path, capsys):
         (["--colour=red"], "unknown arguments: --colour=red"),
     ):
         with pytest.raises(SystemExit, match=message):
-            cache.main([*command, *more])
+            main(["cache", *command, *more])
 
 
 def test_a_config_without_a_teacher_has_no_cache(tmp_path):
@@ -601,7 +600,7 @@ def test_the_command_refuses_a_bucket_before_it_loads_a_model(tmp_path):
 def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkeypatch, tmp_path):
     """Their own disk stays empty, and they answer what the first one lacks."""
     kept = [json.loads(line)["answer"] for line in answered.read_text().splitlines()][:4]
-    told = iter([provenance.of_model(teacher)["teacher"], None, kept])
+    told = iter([identity.of_model(teacher)["teacher"], None, kept])
     monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     found = answer(teacher, rows, tmp_path / "answers.jsonl")
@@ -613,7 +612,7 @@ def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkey
 
 
 def test_other_processes_write_no_entry(teacher, rows, small, monkeypatch, tmp_path):
-    told = iter([provenance.of_model(teacher)["teacher"], None, {"rows_written": 0}])
+    told = iter([identity.of_model(teacher)["teacher"], None, {"rows_written": 0}])
     monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     found = write(teacher, rows, tmp_path / "cache")
@@ -623,4 +622,4 @@ def test_other_processes_write_no_entry(teacher, rows, small, monkeypatch, tmp_p
 
 def test_the_first_process_alone_reads_the_teachers_files(teacher, monkeypatch):
     monkeypatch.setattr(distributed, "on_first", lambda compute: "told")
-    assert provenance.of_model(teacher)["teacher"] == "told"
+    assert identity.of_model(teacher)["teacher"] == "told"

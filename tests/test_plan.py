@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 import tiny
 
+from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import write_json
-from promptkd_jax.models.config import ModelError, from_hugging_face
+from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
-from promptkd_jax.plan.abstract_run import abstract_run, model_config
+from promptkd_jax.plan.abstract_run import abstract_run, stored_config
 from promptkd_jax.training import fields
-from promptkd_jax.training.config import ConfigError, load_config
+from promptkd_jax.training.config import load_config
 from promptkd_jax.training.recipes import base_config, method_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -102,10 +104,10 @@ def test_a_folder_comes_before_the_table(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(tiny.llama_config(width=8, depth=1, vocab_size=9))
     )
-    found, source = model_config(str(tmp_path))
+    found, source = stored_config(str(tmp_path))
     assert found["hidden_size"] == 8 and source == "its folder"
     with pytest.raises(ModelError, match=r"config\.json: no such file"):
-        model_config(str(ROOT / "tests"))
+        stored_config(str(ROOT / "tests"))
 
 
 def test_a_model_in_a_bucket_and_one_of_a_run(tmp_path, monkeypatch):
@@ -115,13 +117,13 @@ def test_a_model_in_a_bucket_and_one_of_a_run(tmp_path, monkeypatch):
     for folder in (pail, tmp_path):
         write_json(folder / "config.json", {"fingerprint": "0", "config": {}})
         with pytest.raises(ModelError, match="a run that has written no student yet"):
-            model_config(str(folder))
+            stored_config(str(folder))
         (folder / "student").mkdir()
         write_json(folder / "student" / "config.json", config)
-        assert model_config(str(folder)) == model_config(str(folder / "student"))
-        assert model_config(str(folder)) == (config, "its folder")
+        assert stored_config(str(folder)) == stored_config(str(folder / "student"))
+        assert stored_config(str(folder)) == (config, "its folder")
     with pytest.raises(ModelError, match="no such folder or file in the bucket"):
-        model_config(str(pail / "absent"))
+        stored_config(str(pail / "absent"))
 
 
 # Memory
@@ -550,7 +552,7 @@ def test_the_mesh_of_the_config_and_of_the_command_line():
 
 
 def command(*arguments: str, capsys) -> str:
-    plan.main([f"--config={ROOT}/configs/llama.py", "--topology=v5e:8x8", *arguments])
+    main(["plan", f"--config={ROOT}/configs/llama.py", "--topology=v5e:8x8", *arguments])
     return capsys.readouterr().out
 
 
@@ -590,9 +592,12 @@ def test_slices_are_compared_cheapest_first(capsys, tmp_path):
     """What fits by its price, then what has none, then what does not fit: 7B into one small slice;
     64 rows and 40 heads are for no 4,096 chips."""
     file = tmp_path / "plans.json"
-    plan.main(
-        [f"--config={ROOT}/configs/llama.py", f"--output={file}"]
-        + ["--topology=v5e:4x4,v6e-16,v5e:2x2,tpu7x-8,v4:16x16x16", "--no-compile"]
+    main(
+        [
+            "plan",
+            *[f"--config={ROOT}/configs/llama.py", f"--output={file}"]
+            + ["--topology=v5e:4x4,v6e-16,v5e:2x2,tpu7x-8,v4:16x16x16", "--no-compile"],
+        ]
     )
     said = capsys.readouterr().out
     found = json.loads(file.read_text())
@@ -619,7 +624,7 @@ def test_the_rows_that_were_counted_are_named(tmp_path):
 
 
 def checked(*words: str, where=("--devices=4",)) -> None:
-    plan.main(["--no-compile", *where, "--", "promptkd", *words])
+    main(["plan", "--no-compile", *where, "--", "promptkd", *words])
 
 
 def test_a_command_is_checked_for_its_devices(capsys):

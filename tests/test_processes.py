@@ -16,7 +16,8 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from promptkd_jax import evaluate, train
+from promptkd_jax.cli.main import main
+from promptkd_jax.training import run
 from promptkd_jax.training.recipes import method_stage
 
 TESTS = pathlib.Path(__file__).parent
@@ -35,7 +36,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     config.stages = (
         method_stage("promptkd", steps=STEPS, batch_size=4, micro_batches=2, learning_rate=1e-3),
     )
-    train.run(config, folder / "one")
+    run.run(config, folder / "one")
     return folder
 
 
@@ -205,7 +206,7 @@ def test_a_coordinator_that_is_not_there(folder):
 
 def test_flags_that_do_not_say_who_this_is(folder):
     with pytest.raises(SystemExit, match="give all three or none"):
-        train.main(training(folder, "flags", "--processes=2")[1:])
+        main(["train", *training(folder, "flags", "--processes=2")[1:]])
 
 
 def test_an_evaluation_of_two_is_that_of_one(folder):
@@ -218,8 +219,8 @@ def test_an_evaluation_of_two_is_that_of_one(folder):
             *("--batch-size=3", f"--output={folder / output}"),
         ]
 
-    evaluate.main([*arguments("alone"), "--mesh=1,1,1"])
-    words = ["-m", "promptkd_jax.evaluate", *arguments("both"), "--mesh=1,2,1"]
+    main(["evaluate", *arguments("alone"), "--mesh=1,1,1"])
+    words = ["-m", "promptkd_jax", "evaluate", *arguments("both"), "--mesh=1,2,1"]
     with two_processes(*words) as running:
         for status, _, stderr in ends(running):
             assert status == 0, stderr
@@ -229,7 +230,8 @@ def test_an_evaluation_of_two_is_that_of_one(folder):
 
 ON_SLURM = """
 import argparse, os, jax
-from promptkd_jax import flags, hosts
+from promptkd_jax.cli import flags
+from promptkd_jax.infra import distributed as hosts
 parser = argparse.ArgumentParser()
 flags.add_processes(parser)
 with hosts.together(parser.parse_args([])):

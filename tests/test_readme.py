@@ -7,8 +7,8 @@ import sys
 import pytest
 import tiny
 
-from promptkd_jax.cli import COMMANDS
-from promptkd_jax.studies.comparison import plan
+from promptkd_jax.cli.main import COMMANDS
+from promptkd_jax.studies.comparison import plan_comparison
 from promptkd_jax.training.config import load_config
 from promptkd_jax.training.fields import check_recipe
 from promptkd_jax.training.recipes import METHODS
@@ -35,7 +35,7 @@ def test_every_config_named_is_one(tmp_path):
     for name in named:
         for method in METHODS if "NAME" in name else [""]:
             config, _ = load_config([f"--config={ROOT / name.replace('NAME', method)}"])
-            plan(config, tmp_path) if "methods" in config else check_recipe(config)
+            plan_comparison(config, tmp_path) if "methods" in config else check_recipe(config)
 
 
 def test_every_method_is_a_row_of_the_table():

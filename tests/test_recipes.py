@@ -14,14 +14,17 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from promptkd_jax import cache, train
-from promptkd_jax.data.records import DataError, stream
-from promptkd_jax.evaluation.report import read_metrics
+from promptkd_jax.cli.main import main
+from promptkd_jax.data.batches import stream
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError, DataError
+from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.decoder import embed
 from promptkd_jax.training import build, experiment, loop
+from promptkd_jax.training import prepare as preparation
+from promptkd_jax.training import run as training
 from promptkd_jax.training.build import stage_steps
-from promptkd_jax.training.config import ConfigError, claim, load_config
+from promptkd_jax.training.config import claim, load_config
 from promptkd_jax.training.fields import check_recipe
 from promptkd_jax.training.recipes import METHODS, hidden_term, method_stage, sampling_config
 
@@ -46,7 +49,7 @@ def config(models) -> ConfigDict:
 @pytest.fixture
 def no_report(monkeypatch):
     """Drawing it takes a third of a run, and other tests do."""
-    monkeypatch.setattr(train, "write_report", lambda *_, **__: None)
+    monkeypatch.setattr(training, "write_report", lambda *_, **__: None)
 
 
 def short(models: pathlib.Path, *stages: ConfigDict) -> ConfigDict:
@@ -64,7 +67,7 @@ def stage(method: str, **changes) -> ConfigDict:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     check_recipe(config)
-    return train.run(config, workdir)
+    return training.run(config, workdir)
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> experiment.Experiment:
@@ -72,7 +75,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> experiment.Experiment:
     check_recipe(config)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return experiment.prepare(config, workdir, mesh)
+        return preparation.prepare(config, workdir, mesh)
 
 
 def updates(workdir: pathlib.Path) -> list[dict]:
@@ -185,7 +188,7 @@ def write_cache(config: ConfigDict, folder: pathlib.Path, *options: str) -> None
     """By the command line, from the `config.json` of a run."""
     claim(folder / "run", config)
     file = folder / "run" / "config.json"
-    cache.main([f"--config={file}", f"--output={folder / 'cache'}", *options])
+    main(["cache", f"--config={file}", f"--output={folder / 'cache'}", *options])
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +208,13 @@ def cached_config(models: pathlib.Path, folder: pathlib.Path) -> ConfigDict:
 
 @pytest.mark.usefixtures("no_report")
 def test_a_whole_cache_stands_for_the_teacher(models, whole_cache, tmp_path, monkeypatch):
-    loaded, load = [], experiment.load_model
+    loaded, load = [], preparation.load_model
 
     def recorded(path, **how):
         loaded.append(path)
         return load(path, **how)
 
-    monkeypatch.setattr(experiment, "load_model", recorded)
+    monkeypatch.setattr(preparation, "load_model", recorded)
     summary = run(cached_config(models, whole_cache), tmp_path / "cached")
     assert loaded == [str(models / "student")]
     assert not {"kl_after", "agreement_after"} & summary.keys() and "loss_after" in summary
@@ -265,7 +268,7 @@ def test_the_next_rows_are_read_before_anything_waits_for_the_device(models, tmp
         return map(recorded("read", lambda batch: batch), stream(dataset, start))
 
     monkeypatch.setattr(loop, "stream", reading)
-    monkeypatch.setattr(loop, "summarise", recorded("wait", loop.summarise))
+    monkeypatch.setattr(loop, "summarize", recorded("wait", loop.summarize))
     monkeypatch.setattr(jax, "block_until_ready", recorded("wait", jax.block_until_ready))
     monkeypatch.setattr(
         experiment.Experiment,
@@ -287,17 +290,17 @@ class Interrupted(Exception):
 
 def die(config: ConfigDict, workdir: pathlib.Path, step: int, monkeypatch) -> None:
     """The run, until the step that was to be the next after `step`."""
-    summarise, done = loop.summarise, len(updates(workdir)) if workdir.exists() else 0
+    summarize, done = loop.summarize, len(updates(workdir)) if workdir.exists() else 0
 
     def dying(*arguments):
         nonlocal done
         if done == step:
             raise Interrupted
         done += 1
-        return summarise(*arguments)
+        return summarize(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(loop, "summarise", dying)
+        patch.setattr(loop, "summarize", dying)
         run(config, workdir)
 
 

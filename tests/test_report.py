@@ -19,15 +19,10 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from promptkd_jax.evaluation.report import (
-    MetricWriter,
-    TrainingProgress,
-    read_metrics,
-    summary_table,
-    truncate_metrics,
-    write_report,
-)
+from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed
+from promptkd_jax.infra.metrics import MetricWriter, read_metrics, truncate_metrics
+from promptkd_jax.training.progress import TrainingProgress
 
 SUMMARY = {
     "metrics": [("ROUGE-L", 20.0, 25.0, ".2f", "higher"), ("KL", 2.0, 1.5, ".3f", "lower")],
@@ -167,7 +162,7 @@ def test_resuming_leaves_each_step_once(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from promptkd_jax.report import MetricWriter
+from promptkd_jax.infra.metrics import MetricWriter
 writer = MetricWriter(sys.argv[1])
 for step in range(1, 21):
     writer.write(step, {"loss": step / 7, "stage": "promptkd", "kl_plain": float("nan")})

@@ -9,22 +9,23 @@ import bucket
 import pytest
 import tiny
 
-from promptkd_jax import evaluate, reproduce
+from promptkd_jax.cli.main import main
 from promptkd_jax.data.records import read_records
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
-from promptkd_jax.studies import published
+from promptkd_jax.studies import published, reproduce
 from promptkd_jax.studies.published import ROUGE_L, SETS
 from promptkd_jax.training import recipes
-from promptkd_jax.training.config import ConfigError, load_config
+from promptkd_jax.training.config import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = """
 import pathlib, sys
 sys.path.insert(0, {tests!r})
 import tiny
-from promptkd_jax.recipe import method_stage, stage_config
+from promptkd_jax.training.recipes import method_stage, stage_config
 
 def get_config(arg=""):
     chosen = dict(part.split("=") for part in arg.split(","))
@@ -76,7 +77,7 @@ def command(folder, workdir, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(folder) -> pathlib.Path:
     """The pipeline with two seeds and two sets."""
-    reproduce.main(command(folder, folder / "finished"))
+    main(["reproduce", *command(folder, folder / "finished")])
     return folder / "finished"
 
 
@@ -96,7 +97,7 @@ def texts(file: pathlib.Path) -> list[str]:
 @pytest.mark.parametrize("method", recipes.METHODS)
 def test_where_each_run_starts(folder, method):
     source, workdir = f"{folder}/gpt2.py:student=base", folder / "work"
-    runs = reproduce.plan(source, workdir, [method], (), from_published=False)
+    runs = reproduce.plan_reproduction(source, workdir, [method], (), from_published=False)
     pretrained = method in ("sft", "kd", "seqkd")
     assert list(runs) == ["teacher", *["init"] * (not pretrained), method]
     raw = f"{folder}/models/student"
@@ -122,8 +123,10 @@ def test_a_workdir_in_a_bucket(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce.train, "run", run)
     monkeypatch.chdir(tmp_path)
     arguments = [f"--config={pail}/gpt2.py:student=base", f"--workdir={pail}/work"]
-    reproduce.main([*arguments, "--methods=kd", "--seeds=1", f"--sets=dolly={pail}/dolly.jsonl"])
-    runs = reproduce.plan(f"{pail}/gpt2.py:student=base", pail, ["kd"], (), from_published=False)
+    main(["reproduce", *arguments, "--methods=kd", "--seeds=1", f"--sets=dolly={pail}/dolly.jsonl"])
+    runs = reproduce.plan_reproduction(
+        f"{pail}/gpt2.py:student=base", pail, ["kd"], (), from_published=False
+    )
     assert runs["kd"].teacher.path == "gs://pail/run/teacher/student"
     assert (pail / "work" / "reproduction.md").exists()
     scores = pail / "work" / "kd" / "evaluations" / "dolly" / "seed1.json"
@@ -133,7 +136,9 @@ def test_a_workdir_in_a_bucket(folder, monkeypatch, tmp_path):
 
 def test_from_published_fine_tunes_neither(folder):
     source, workdir = f"{folder}/gpt2.py:student=base", folder / "work"
-    runs = reproduce.plan(source, workdir, ["sft", "promptkd"], (), from_published=True)
+    runs = reproduce.plan_reproduction(
+        source, workdir, ["sft", "promptkd"], (), from_published=True
+    )
     assert list(runs) == ["sft", "promptkd"]
     paths = runs["promptkd"].teacher.path, runs["promptkd"].student.path
     assert paths == ("hub/teacher", "hub/init")
@@ -146,12 +151,12 @@ def test_from_published_fine_tunes_neither(folder):
 
 def test_distillation_starts_at_the_init(folder, finished, tmp_path):
     """The same model with the same seed gives the same answers to the dev rows."""
-    config = reproduce.plan(
+    config = reproduce.plan_reproduction(
         f"{folder}/gpt2.py:student=base", finished, ["sft"], (), from_published=False
     )["sft"]
-    init = reproduce.Contender(f"{finished}/init/student", "float32", config)
+    init = reproduce.ReproducedModel(f"{finished}/init/student", "float32", config)
     dev = read_records(config.data.dev, need_output=True)
-    reproduce.evaluate(init, {"dev": dev}, [config.seed], tmp_path)
+    reproduce.evaluate_model(init, {"dev": dev}, [config.seed], tmp_path)
     start = texts(finished / "promptkd" / "before.json")
     assert start == texts(tmp_path / "dev" / f"seed{config.seed}.json")
     assert texts(finished / "init" / "before.json") != start
@@ -163,7 +168,7 @@ def test_a_second_call_trains_and_evaluates_nothing(folder, finished, capsys):
     before = kept(finished)
     assert sum(file.name in ("seed10.json", "seed20.json") for file in before) == 2 * 2 * 2
     table = (finished / "reproduction.md").read_text()
-    reproduce.main(command(folder, finished))
+    main(["reproduce", *command(folder, finished)])
     assert kept(finished) == before
     assert (finished / "reproduction.md").read_text() == table
     assert capsys.readouterr().out.count("is finished, nothing to do") == 3
@@ -174,7 +179,7 @@ def test_what_is_missing_is_added_and_a_seed_repeats_itself(folder, finished):
     content, others = lost.read_text(), kept(finished)
     lost.unlink()
     del others[lost]
-    reproduce.main(command(folder, finished))
+    main(["reproduce", *command(folder, finished)])
     assert lost.read_text() == content
     after = kept(finished)
     assert after.pop(lost) and after == others
@@ -191,8 +196,9 @@ def test_seeds_give_other_answers(finished):
 
 def test_scores_are_those_of_promptkd_evaluate(folder, finished, tmp_path):
     """Whose defaults are the published sampling."""
-    evaluate.main(
+    main(
         [
+            "evaluate",
             f"--model={finished / 'promptkd' / 'student'}",
             f"--data={folder / 'dolly.jsonl'}",
             f"--output={tmp_path}",
@@ -228,7 +234,7 @@ def test_the_table_has_ours_beside_the_published(finished):
 def test_an_average_is_over_the_same_sets_and_its_deviation_over_seeds():
     ours = {"dolly": {10: 20.0, 20: 22.0}, "vicuna": {10: 10.0, 20: 14.0}}
     theirs = {"sft": ROUGE_L["gpt2"]["base"]["sft"]}
-    rows = reproduce.compare({"sft": ours, "opd": ours}, theirs)
+    rows = reproduce.table_rows({"sft": ours, "opd": ours}, theirs)
     average = rows[5]
     assert average[:2] == ("sft", "average of 2")
     assert average.mean == 16.5 and average.std == pytest.approx(statistics.stdev((15, 18)))
@@ -236,9 +242,9 @@ def test_an_average_is_over_the_same_sets_and_its_deviation_over_seeds():
     assert average.difference == pytest.approx(16.5 - 18.7)
     assert rows[6] == ("opd", "dolly", 21.0, pytest.approx(2**0.5), None, None)
     whole = {name: {10: float(number)} for number, name in enumerate(SETS)}
-    row = reproduce.compare({"sft": whole}, theirs)[5]
+    row = reproduce.table_rows({"sft": whole}, theirs)[5]
     assert row[:4] == ("sft", "average", 2.0, 0.0) and row.published == pytest.approx(16.48)
-    nothing = reproduce.compare({"sft": {}}, theirs)
+    nothing = reproduce.table_rows({"sft": {}}, theirs)
     assert nothing[0] == ("sft", "dolly", None, None, 22.9, None)
     assert nothing[5].published == pytest.approx(16.48) and nothing[5].mean is None
 
@@ -305,7 +311,7 @@ def test_mistakes_are_told_before_anything_is_trained(folder, tmp_path, argument
     (folder / "bad.jsonl").write_text('{"instruct\n')
     arguments = [argument.replace("{0}", str(folder)) for argument in arguments]
     with pytest.raises(SystemExit) as error:
-        reproduce.main([*command(folder, tmp_path / "work"), *arguments])
+        main(["reproduce", *command(folder, tmp_path / "work"), *arguments])
     assert message in str(error.value)
     assert not (tmp_path / "work").exists()
 
@@ -319,20 +325,20 @@ def test_a_tilde_in_a_set_is_the_home_folder(folder, monkeypatch):
 
 def test_an_unknown_method_is_told(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        reproduce.main([*command(folder, tmp_path), "--methods", "promtkd"])
+        main(["reproduce", *command(folder, tmp_path), "--methods", "promtkd"])
     assert "'promtkd' (choose from" in capsys.readouterr().err
 
 
 def test_evaluations_of_another_set_are_refused(folder, finished, capsys):
     other = f"dolly={folder / 'vicuna.jsonl'}"
     with pytest.raises(SystemExit, match="dolly belongs to(.|\n)*config.records: there"):
-        reproduce.main([*command(folder, finished), "--sets", other])
+        main(["reproduce", *command(folder, finished), "--sets", other])
 
 
 def test_the_command_is_known(monkeypatch, capsys):
-    from promptkd_jax import cli
+    from promptkd_jax.cli import main
 
     monkeypatch.setattr(sys, "argv", ["promptkd", "reproduce", "--help"])
     with pytest.raises(SystemExit, match="0"):
-        cli.main()
+        main.main()
     assert "--from-published" in capsys.readouterr().out

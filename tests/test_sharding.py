@@ -22,6 +22,7 @@ from promptkd_jax.distill.optimizer import adamw
 from promptkd_jax.distill.step import Optimizers, init_state
 from promptkd_jax.distill.targets import empty_written
 from promptkd_jax.distill.teacher import view_with_states
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.sharding import (
     AXES,
     ROWS,
@@ -37,7 +38,6 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
-from promptkd_jax.training.config import ConfigError
 
 P = PartitionSpec
 LLAMA = {

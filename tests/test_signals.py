@@ -15,7 +15,7 @@ from promptkd_jax.infra import signals
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 PROGRAM = """
 import contextlib, hashlib, signal, sys, time
-from promptkd_jax import signals
+from promptkd_jax.infra import signals
 signals.GRACE_SECONDS = 0.1
 saved = []
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from promptkd_jax.evaluation.bootstrap import paired_difference, spread
+from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
 
 
 def scores(seeds=3, rows=(40, 25), seed=0):
@@ -16,10 +16,10 @@ def shifted(given, by):
 
 
 def test_spread_is_mean_and_sample_deviation():
-    assert spread([1.0, 2.0, 6.0]) == (3.0, np.sqrt(7.0))
-    assert spread([4.5]) == (4.5, 0.0)
+    assert mean_and_std([1.0, 2.0, 6.0]) == (3.0, np.sqrt(7.0))
+    assert mean_and_std([4.5]) == (4.5, 0.0)
     with pytest.raises(ValueError, match="one per seed"):
-        spread([])
+        mean_and_std([])
 
 
 def test_identical_runs_differ_by_exactly_nothing():
@@ -68,7 +68,7 @@ def test_the_order_of_seeds_does_not_matter():
         *moved, draws=300, seed=5
     )
     values = list(np.random.default_rng(0).normal(size=7))
-    assert spread(values) == spread(values[::-1])
+    assert mean_and_std(values) == mean_and_std(values[::-1])
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import promptkd_jax.step as step_module
 import pytest
 from tiny import equations
 
+import promptkd_jax.distill.step as step_module
 from promptkd_jax.data.batch import Batch, narrow
 from promptkd_jax.distill import objective
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
@@ -25,7 +25,7 @@ from promptkd_jax.distill.step import (
     Optimizers,
     TrainState,
     init_state,
-    summarise,
+    summarize,
     train_step,
 )
 from promptkd_jax.distill.targets import rollout
@@ -253,11 +253,11 @@ def test_sft_is_the_masked_cross_entropy_of_the_tokens_eos_included():
     (value, sums), gradient = dense_student(before.student, state().soft_prompt, terms=(1, 0, 0))
     assert supervised(batch()).sum() == metrics.counts.sum() == 20
     assert supervised(batch())[1].tolist() == [True] + 10 * [False]  # the immediate EOS
-    assert_close(summarise(metrics)["student_loss"], value)
+    assert_close(summarize(metrics)["student_loss"], value)
     assert_close(metrics.sums["student_loss"], sums["cross_entropy"].sum()[None])
     assert "cross_entropy" not in metrics.sums  # a single term is the loss
     assert_close(student_gradient(after), gradient)
-    assert_close(summarise(metrics)["student_grad_norm"], optax.tree.norm(gradient))
+    assert_close(summarize(metrics)["student_grad_norm"], optax.tree.norm(gradient))
     stepped = jax.tree.map(lambda p, g: p - 0.5 * g, before.student, gradient)
     assert_close(after.student, stepped)
     assert after.soft_prompt is None and after.optimizers.keys() == {"student"}
@@ -269,7 +269,7 @@ def test_distillation_adds_its_terms():
     (value, sums), gradient = dense_student(
         state().student, state().soft_prompt, terms=(0.3, 0.7, 0)
     )
-    assert_close(summarise(metrics)["student_loss"], value)
+    assert_close(summarize(metrics)["student_loss"], value)
     assert_close(metrics.sums["cross_entropy"], sums["cross_entropy"].sum()[None])
     assert_close(metrics.sums["forward_kl"], sums["forward_kl"].sum()[None])
     assert_close(student_gradient(after), gradient)
@@ -294,11 +294,11 @@ def test_promptkd_is_algorithm_1():
     assert_close(after.soft_prompt, before.soft_prompt - 0.5 * gradient)
     for name, found in sums.items():
         assert_close(metrics.sums[name], found.sum()[None])
-    assert_close(summarise(metrics)["prompt_loss"], loss)
+    assert_close(summarize(metrics)["prompt_loss"], loss)
 
     (loss, _), gradient = dense_student(before.student, after.soft_prompt)
     assert_close(student_gradient(after), gradient)
-    assert_close(summarise(metrics)["student_loss"], loss)
+    assert_close(summarize(metrics)["student_loss"], loss)
     _, stale = dense_student(before.student, before.soft_prompt)
     difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), gradient, stale)
     assert max(jax.tree.leaves(difference)) > 1e-3  # else this could not tell which prompt it was
@@ -306,7 +306,7 @@ def test_promptkd_is_algorithm_1():
 
 def test_metrics_of_the_student():
     after, metrics = update(method())
-    found = summarise(metrics)
+    found = summarize(metrics)
     (_, sums), _ = dense_student(state().student, after.soft_prompt)
     assert_close(found["student_entropy"], sums["entropy"].sum() / 20)
     assert_close(found["agreement"], sums["agreement"].sum() / 20)
@@ -319,10 +319,10 @@ def test_the_regularisation_falls_linearly_to_exactly_0():
     now, weights = state(), []
     for _ in range(STEPS):
         before, (now, metrics) = now, update(method(), now)
-        weights.append(summarise(metrics)["regularisation_weight"])
+        weights.append(summarize(metrics)["regularisation_weight"])
     assert weights == [3 / 4, 2 / 4, 1 / 4, 0]
     (loss, _), _ = dense_prompt(before.soft_prompt, before.student, alpha=0)
-    assert_close(summarise(metrics)["prompt_loss"], loss)
+    assert_close(summarize(metrics)["prompt_loss"], loss)
 
 
 def test_no_regularisation_is_the_last_update_without_the_plain_teacher():
@@ -384,8 +384,8 @@ def test_accumulation_changes_nothing(make, parts):
     assert_close(student_gradient(cut), student_gradient(whole))
     if make is method:
         assert_close(prompt_gradient(cut), prompt_gradient(whole))
-    for name, value in summarise(expected).items():
-        np.testing.assert_allclose(summarise(found)[name], value, rtol=2e-5, err_msg=name)
+    for name, value in summarize(expected).items():
+        np.testing.assert_allclose(summarize(found)[name], value, rtol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("parts, widths", [(1, [12]), (2, [8, 12]), (4, [4, 8, 12, 12])])
@@ -404,8 +404,8 @@ def test_rows_of_like_length_in_fewer_columns(parts, widths, monkeypatch):
     assert taken == 2 * widths  # the soft prompt's update, then the student's
     assert_close(student_gradient(cut), student_gradient(whole))
     assert_close(prompt_gradient(cut), prompt_gradient(whole))
-    for name, value in summarise(expected).items():
-        np.testing.assert_allclose(summarise(found)[name], value, rtol=2e-5, err_msg=name)
+    for name, value in summarize(expected).items():
+        np.testing.assert_allclose(summarize(found)[name], value, rtol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -436,10 +436,10 @@ def test_mean_of_means():
         state().student, state().soft_prompt, terms=(1, 0, 0), weights=weights
     )
     assert_close(student_gradient(after), gradient)
-    assert_close(summarise(metrics, conventions)["student_loss"], value)
+    assert_close(summarize(metrics, conventions)["student_loss"], value)
     (other, _), _ = dense_student(state().student, state().soft_prompt, terms=(1, 0, 0))
     assert abs(other - value) > 1e-2
-    assert_close(summarise(metrics)["student_loss"], other)
+    assert_close(summarize(metrics)["student_loss"], other)
 
 
 PUBLISHED = method(
@@ -458,14 +458,14 @@ def test_published_conventions(step, alpha):
         before.soft_prompt, before.student, alpha=np.where(FIRST, *alpha), weights=weights
     )
     assert_close(prompt_gradient(after), gradient)
-    assert_close(summarise(metrics, PUBLISHED.conventions)["prompt_loss"], loss)
+    assert_close(summarize(metrics, PUBLISHED.conventions)["prompt_loss"], loss)
 
     (old, _), stale = dense_student(before.student, before.soft_prompt, weights=weights * FIRST)
     (new, _), fresh = dense_student(
         before.student, after.soft_prompt, weights=weights * (1 - FIRST)
     )
     assert_close(student_gradient(after), jax.tree.map(jnp.add, stale, fresh))
-    assert_close(summarise(metrics, PUBLISHED.conventions)["student_loss"], old + new)
+    assert_close(summarize(metrics, PUBLISHED.conventions)["student_loss"], old + new)
 
 
 def test_gradients_in_half_precision_are_summed_in_float32():
@@ -510,11 +510,11 @@ def test_a_student_in_half_precision_keeps_its_dtypes_over_several_updates():
     assert np.isfinite(metrics.scalars["student_grad_norm"])
 
 
-def test_summarise_divides_once():
+def test_summarize_divides_once():
     sums, counts = {"loss": np.array([6.0, 4.0])}, np.array([3.0, 1.0])
     metrics = Metrics(sums, counts, {"norm": np.float32(7)})
-    assert summarise(metrics) == {"loss": 10 / 4, "norm": 7}
-    assert summarise(metrics, Conventions(mean_of_means=True)) == {"loss": 6 / 2, "norm": 7}
+    assert summarize(metrics) == {"loss": 10 / 4, "norm": 7}
+    assert summarize(metrics, Conventions(mean_of_means=True)) == {"loss": 6 / 2, "norm": 7}
 
 
 # The student's own rows
@@ -543,7 +543,7 @@ def test_on_policy_rows_come_from_the_student_and_carry_no_gradient():
     after, metrics = update(ON_POLICY, before)
     counts = rows.lengths - rows.prompt_lengths
     assert metrics.counts.sum() == counts.sum()
-    found = summarise(metrics)
+    found = summarize(metrics)
     assert found["response_length"] == counts.mean() and found["eos_rate"] == ended.mean()
     assert found["tokens"] == rows.lengths.sum()
 
@@ -560,7 +560,7 @@ def test_the_same_state_gives_the_same_update_and_the_next_one_other_rows():
     for a, b in zip(jax.tree.leaves(first.student), jax.tree.leaves(again.student)):
         np.testing.assert_array_equal(a, b)
     _, later = update(ON_POLICY, state(step=2))
-    assert summarise(later)["kl_plain"] != summarise(metrics)["kl_plain"]
+    assert summarize(later)["kl_plain"] != summarize(metrics)["kl_plain"]
 
 
 def broken(where: str):

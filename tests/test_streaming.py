@@ -26,7 +26,8 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import export, params
 from promptkd_jax.models.io.export import save_model, to_hugging_face, write_tensors
 from promptkd_jax.models.io.params import abstract_params, load_params
-from promptkd_jax.models.load import Model, keep_layers, load_model
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model, keep_layers
 
 ROOT = pathlib.Path(__file__).parents[1]
 WIDE = {  # the layers are most of it
@@ -243,13 +244,16 @@ ON_A_MESH = """
 import functools, json, pathlib, sys
 import jax, numpy as np
 from flax import traverse_util
-from promptkd_jax import sharding, synthetic
-from promptkd_jax.models import export, load, streaming
+from promptkd_jax.models.random_model import synthetic_model
+from promptkd_jax.cli.export import export
+from promptkd_jax.models import load
+from promptkd_jax.models.io import params as streaming
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.export import save_model
-from promptkd_jax.models.load import Model, keep_layers, load_model
-from promptkd_jax.models.streaming import abstract_params, pad
+from promptkd_jax.models.io.export import save_model
+from promptkd_jax.models.model import Model, keep_layers
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.io.params import abstract_params, pad
 
 folder, configs, processes, process, port = sys.argv[1:]
 folder, configs, process = pathlib.Path(folder), json.loads(configs), int(process)
@@ -316,7 +320,7 @@ assert json.loads((saved / "model.safetensors.index.json").read_text())
 if int(processes) > 1:
     sys.exit(0)
 assert_sharded(load_model(str(saved), mesh=mesh).params, whole.params, "shards")
-one, many = (synthetic.model("llama-D32-L1", mesh=x) for x in (None, mesh))
+one, many = (synthetic_model("synthetic:llama-D32-L1", mesh=x) for x in (None, mesh))
 assert_sharded(many.params, jax.tree.map(np.asarray, one.params), "synthetic")
 """
 

@@ -1,52 +1,41 @@
 """Generated text: splits that share nothing, right answers, a tokenizer that loses nothing."""
 
-import hashlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import make_synthetic
+from helpers.make_synthetic import REFERENCES, SIZES
 
-from promptkd_jax import synthetic
-from promptkd_jax.data.records import DataError, read_records, tokenize
-from promptkd_jax.models.config import ModelError
+from promptkd_jax.data.records import read_records
+from promptkd_jax.data.rows import tokenize
+from promptkd_jax.infra.errors import DataError, ModelError
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
+from promptkd_jax.models.random_model import synthetic_tokenizer
 
-EVERYTHING = [record for name in synthetic.SIZES for record in synthetic.records(name)]
+RECORDS = {name: read_records(f"synthetic:{name}", need_output=True) for name in SIZES}
+EVERYTHING = [record for records in RECORDS.values() for record in records]
 
 
 def requests(name):
-    return [(record.instruction, record.input) for record in synthetic.records(name)]
+    return [(record.instruction, record.input) for record in RECORDS[name]]
 
 
 def test_no_request_stands_twice_in_any_split():
-    assert {name: len(requests(name)) for name in synthetic.SIZES} == synthetic.SIZES
-    asked = [request for name in synthetic.SIZES for request in requests(name)]
+    assert {name: len(requests(name)) for name in SIZES} == SIZES
+    asked = [request for name in SIZES for request in requests(name)]
     assert len(set(asked)) == len(asked)
 
 
-def test_another_process_makes_the_same_records():
-    code = (
-        "import hashlib; from promptkd_jax import synthetic as s; "
-        "print(hashlib.sha256(repr([s.records(n) for n in s.SIZES]).encode()).hexdigest())"
-    )
-    command = [sys.executable, "-c", code]
-    theirs = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    ours = repr([synthetic.records(name) for name in synthetic.SIZES])
-    assert theirs == hashlib.sha256(ours.encode()).hexdigest()
-
-
-def test_a_caller_that_changes_its_list_changes_no_other():
-    synthetic.records("dev").clear()
-    assert len(synthetic.records("dev")) == synthetic.SIZES["dev"]
+def test_the_files_of_the_package_are_what_the_grammar_makes():
+    for path, text in make_synthetic.files().items():
+        assert (make_synthetic.PACKAGE / path).read_text("utf-8") == text, path
 
 
 def test_every_task_is_in_every_split():
     kinds = [
-        {" ".join(record.instruction.split()[:2]) for record in synthetic.records(name)}
+        {" ".join(record.instruction.split()[:2]) for record in RECORDS[name]}
         for name in ("train", "dev", "test")
     ]
     assert kinds[0] == kinds[1] == kinds[2]
@@ -74,13 +63,13 @@ def test_answers_are_right():
 
 
 def test_requests_with_several_right_answers_have_several_references():
-    for name, most in (("train", 1), ("dev", synthetic.REFERENCES), ("test", synthetic.REFERENCES)):
-        counts = [len(record.outputs) for record in synthetic.records(name)]
+    for name, most in (("train", 1), ("dev", REFERENCES), ("test", REFERENCES)):
+        counts = [len(record.outputs) for record in RECORDS[name]]
         assert max(counts) == most
         assert all(len(set(record.outputs)) == len(record.outputs) for record in EVERYTHING)
     openings = {
         record.outputs[0].split()[0]
-        for record in synthetic.records("train")
+        for record in RECORDS["train"]
         if record.instruction.startswith("Write a sentence")
     }
     assert openings == {"A", "The"}
@@ -92,7 +81,7 @@ def test_longer_lists_than_any_trained_on():
 
 
 def test_the_tokenizer_gives_back_any_text():
-    words = synthetic.tokenizer()
+    words = synthetic_tokenizer()
     for record in EVERYTHING:
         for text in (record.instruction, record.input, *record.outputs):
             assert words.decode(words(text)["input_ids"]) == text
@@ -101,7 +90,7 @@ def test_the_tokenizer_gives_back_any_text():
 
 
 def test_every_word_of_the_grammar_is_one_token():
-    words = synthetic.tokenizer()
+    words = synthetic_tokenizer()
     for record in EVERYTHING:
         for text in (record.instruction, record.input, *record.outputs):
             assert len(words(text)["input_ids"]) == len(text.split())
@@ -109,10 +98,10 @@ def test_every_word_of_the_grammar_is_one_token():
 
 
 def test_rows_fit_the_shipped_comparison():
-    for name in synthetic.SIZES:
+    for name in SIZES:
         rows = tokenize(
             read_records(f"synthetic:{name}", need_output=True),
-            synthetic.tokenizer(),
+            synthetic_tokenizer(),
             template="plain",
             max_prompt_length=16,
             max_length=28,

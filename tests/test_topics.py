@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from promptkd_jax.data.records import DataError
 from promptkd_jax.distill.losses import entropy
 from promptkd_jax.inference import topic_policy
+from promptkd_jax.infra.errors import DataError
 
 RATE = 0.2  # learning rate of the policy
 

@@ -20,16 +20,16 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from promptkd_jax import export, generate, init, train
-from promptkd_jax.data.records import DataError, Record
-from promptkd_jax.distill.soft_prompt import load_soft_prompt
-from promptkd_jax.evaluation.report import read_metrics
-from promptkd_jax.infra import sharding, signals
-from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.load import Model, load_model
-from promptkd_jax.training import experiment, loop
-from promptkd_jax.training.checkpoint import CheckpointError
-from promptkd_jax.training.config import ConfigError, claim
+from promptkd_jax.cli.main import main
+from promptkd_jax.data.records import Record
+from promptkd_jax.infra import errors, sharding, signals
+from promptkd_jax.infra.errors import CheckpointError, ConfigError, DataError, ModelError
+from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.models.io.peft import load_soft_prompt
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model
+from promptkd_jax.training import experiment, loop, prepare, run
+from promptkd_jax.training.config import claim
 from promptkd_jax.training.fields import check_recipe
 from promptkd_jax.training.recipes import method_stage, stage_config
 
@@ -59,7 +59,7 @@ def config(models):
 def finished(models) -> pathlib.Path:
     """A run that nothing disturbed."""
     workdir = models.parent / "finished"
-    train.run(tiny.short_config(models), workdir)
+    run.run(tiny.short_config(models), workdir)
     return workdir
 
 
@@ -71,7 +71,7 @@ def write_config(models: pathlib.Path) -> pathlib.Path:
 
 def start(models: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> subprocess.Popen:
     """The same run as `finished`, by the command line in a process of its own."""
-    command = [sys.executable, "-m", "promptkd_jax.train", f"--config={write_config(models)}"]
+    command = [sys.executable, "-m", "promptkd_jax", "train", f"--config={write_config(models)}"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *overrides],
         stdout=subprocess.PIPE,
@@ -142,7 +142,7 @@ def test_every_update_is_logged_once_with_its_stage(finished):
 
 def test_a_finished_run_does_nothing(finished, config, capsys):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
-    assert train.run(config, finished) == json.loads((finished / "summary.json").read_text())
+    assert run.run(config, finished) == json.loads((finished / "summary.json").read_text())
     assert "finished" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
 
@@ -186,9 +186,9 @@ def test_a_run_that_was_stopped_amid_an_evaluation_goes_on_with_it(
     monkeypatch.setattr(loop, "assess", assess)
     config.checkpoint.every = 1000
     with pytest.raises(signals.Stopped):
-        train.run(config, tmp_path)
+        run.run(config, tmp_path)
     assert (tmp_path / "checkpoints" / "4").exists()
-    train.run(config, tmp_path)
+    run.run(config, tmp_path)
     assert_same_student(finished, tmp_path)
     scores = [
         [row for row in read_metrics(run) if "dev/loss" in row] for run in (finished, tmp_path)
@@ -201,14 +201,14 @@ def test_a_run_that_was_stopped_amid_an_evaluation_goes_on_with_it(
 def test_a_checkpoint_is_due_by_time_too(config, finished, tmp_path, monkeypatch):
     config.checkpoint.update(every=1000, minutes=1e-9, keep=10)
     config.evaluation.every, config.log_every = 0, 5
-    train.run(config, tmp_path)
+    run.run(config, tmp_path)
     assert {int(x.name) for x in (tmp_path / "checkpoints").glob("[0-9]*")} == {*range(1, 8)}
 
 
 def test_a_student_that_was_removed_is_written_again(config, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
-    train.run(config, tmp_path / "run")
+    run.run(config, tmp_path / "run")
     assert "continuing from step 7" in capsys.readouterr().out
     assert_same_student(finished, tmp_path / "run")
 
@@ -225,28 +225,28 @@ def test_a_run_without_a_single_update_is_no_success(config, tmp_path, monkeypat
 
     monkeypatch.setattr(experiment, "train_step", broken)
     with pytest.raises(
-        loop.TrainingError, match="stage promptkd: no update took place: .* in all 2 steps"
+        errors.TrainingError, match="stage promptkd: no update took place: .* in all 2 steps"
     ):
-        train.run(config, tmp_path)
+        run.run(config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_student_that_is_broken_before_is_named(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "assess", lambda experiment: {"loss": float("nan")})
-    with pytest.raises(loop.TrainingError, match="student: its loss .* is nan before training"):
-        train.run(config, tmp_path)
+    monkeypatch.setattr(run, "assess", lambda experiment: {"loss": float("nan")})
+    with pytest.raises(errors.TrainingError, match="student: its loss .* is nan before training"):
+        run.run(config, tmp_path)
     assert not (tmp_path / "before.json").exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over(config, finished, tmp_path, capsys):
     config.checkpoint.keep = 3
-    train.run(config, tmp_path)
+    run.run(config, tmp_path)
     for file in ("summary.json", "report.html"):
         (tmp_path / file).unlink()
     newest = max((tmp_path / "checkpoints").glob("[0-9]*"), key=lambda folder: int(folder.name))
     largest = max(newest.rglob("*"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-10])
-    train.run(config, tmp_path)
+    run.run(config, tmp_path)
     output = capsys.readouterr().out
     assert "checkpoint 7 is damaged" in output and "continuing from 6" in output
     assert_same_student(finished, tmp_path)
@@ -268,15 +268,15 @@ def test_a_folder_belongs_to_one_set_of_inputs(models, finished, tmp_path, path,
     config.stages = config.stages[1:]
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        experiment.prepare(config, run, mesh)
+        prepare.prepare(config, run, mesh)
         file = tmp_path / "models" / path
         file = file / "model.safetensors" if file.is_dir() else file
         content = file.read_bytes()
         file.write_bytes(change(content))
         with pytest.raises(DataError, match=rf"inputs were others.*\n  .*{path} \(config.*there '"):
-            experiment.prepare(config, run, mesh)
+            prepare.prepare(config, run, mesh)
         file.write_bytes(content)
-        experiment.prepare(config, run, mesh)
+        prepare.prepare(config, run, mesh)
 
 
 CLOCK = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }} >"
@@ -290,19 +290,19 @@ def test_a_template_is_shown_the_day_on_which_the_run_began(config, tmp_path, mo
         def today(cls):
             return cls.fromisoformat(next(days))
 
-    monkeypatch.setattr(experiment, "date", Clock)
-    dated = [experiment.with_date(config, tmp_path) for _ in range(2)]
+    monkeypatch.setattr(prepare, "date", Clock)
+    dated = [prepare.with_date(config, tmp_path) for _ in range(2)]
     assert [one.data.date for one in dated] == ["2026-11-27"] * 2
     config.data.date = "2020-01-01"
-    assert experiment.with_date(config, tmp_path).data.date == "2020-01-01"
+    assert prepare.with_date(config, tmp_path).data.date == "2020-01-01"
     assert next(days) == "2026-11-28"  # nobody has asked for it
     words = load_model(config.student.path).tokenizer
     words.chat_template, config.data.template = CLOCK, "chat"
     model = Model("model", None, None, {}, words, (0,))
-    rows = experiment.tokenized(dated[1], model, "some", [Record("say red", "", ())])
+    rows = prepare.tokenized(dated[1], model, "some", [Record("say red", "", ())])
     assert rows.date == ""  # the template "plain" shows none
     dated[1].data.template = "chat"
-    rows = experiment.tokenized(dated[1], model, "some", [Record("say red", "", ())])
+    rows = prepare.tokenized(dated[1], model, "some", [Record("say red", "", ())])
     assert (words.decode(rows.tokens[0]), rows.date) == ("27 Nov 2026 say red >", "2026-11-27")
 
 
@@ -311,7 +311,7 @@ def test_a_folder_belongs_to_one_config(finished, config):
     with pytest.raises(
         ConfigError, match=r"config.stages\[1\].learning_rate: there 0.001, now 0.002"
     ):
-        train.run(config, finished)
+        run.run(config, finished)
     assert (finished / "summary.json").exists()
 
 
@@ -319,12 +319,12 @@ def test_checkpoints_of_another_run_are_refused(finished, config, tmp_path):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     config.seed = 11
     with pytest.raises(CheckpointError, match="of a run with another config"):
-        train.run(config, tmp_path)
+        run.run(config, tmp_path)
 
 
 def test_the_command_line_says_what_is_wrong(models, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
-        train.main(["--help"])
+        main(["train", "--help"])
     assert "--workdir DIR" in capsys.readouterr().out
     file = write_config(models)
     for arguments, message in (
@@ -333,14 +333,14 @@ def test_the_command_line_says_what_is_wrong(models, tmp_path, capsys):
         (["--config=nowhere.py"], "no Python file 'nowhere.py'"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
-            train.main([*arguments, f"--workdir={tmp_path}"])
+            main(["train", *arguments, f"--workdir={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_change_the_student_may_change(finished, config):
     config.checkpoint.keep = 5
     config.log_every = 3
-    train.run(config, finished)
+    run.run(config, finished)
 
 
 def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
@@ -349,8 +349,8 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
     config.stop_after_skipped = 2
     config.stages[0].steps = 8
     config.evaluation.every = 0
-    with pytest.raises(train.TrainingError, match="not finite in 2 updates in a row"):
-        train.run(config, tmp_path)
+    with pytest.raises(run.TrainingError, match="not finite in 2 updates in a row"):
+        run.run(config, tmp_path)
 
 
 def test_all_mistakes_of_a_config_at_once(config):
@@ -380,14 +380,14 @@ def test_different_tokenizers_are_refused(config, tmp_path):
         tmp_path / "other", width=16, depth=2, seed=2, extra=("Ġpurple",)
     )
     with pytest.raises(ModelError, match="different tokenizers"):
-        train.run(config, tmp_path / "run")
+        run.run(config, tmp_path / "run")
 
 
 def test_padded_vocabularies_of_one_family_are_handled(config, tmp_path):
     config.student.path = tiny.write_model(tmp_path / "padded", width=16, depth=2, seed=1, pad=13)
     config.stages = config.stages[1:]
     config.evaluation.every = 0
-    summary = train.run(config, tmp_path / "run")
+    summary = run.run(config, tmp_path / "run")
     assert np.isfinite(summary["kl_after"])
 
 
@@ -402,14 +402,14 @@ def test_the_folder_of_a_run_is_a_model(finished, config, tmp_path, capsys):
     request = ["--request=say red", "--max-new-tokens=4"]
     answers = []
     for path in (finished, finished / "student"):
-        generate.main([f"--model={path}", *request])
+        main(["generate", f"--model={path}", *request])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
     (tmp_path / "checkpoints").mkdir()
     claim(tmp_path, config)
     with pytest.raises(SystemExit, match="a run that has written no student yet.*promptkd export"):
-        generate.main([f"--model={tmp_path}", *request])
-    init.main([f"--teacher={finished}", "--layers=1", f"--output={tmp_path / 'new'}"])
+        main(["generate", f"--model={tmp_path}", *request])
+    main(["init", f"--teacher={finished}", "--layers=1", f"--output={tmp_path / 'new'}"])
     name = "model.layers.0.mlp.up_proj.weight"
     first = load_file(tmp_path / "new" / "model.safetensors")[name]
     np.testing.assert_array_equal(first, student(finished)[name])
@@ -428,10 +428,10 @@ def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path):
     online = stage_config("online", steps=1, batch_size=4, learning_rate=1e-3)
     online.update(teacher_view="online", student_terms=(("reverse_kl", 1.0),))
     config.stages = (prompted, online)
-    train.run(config, tmp_path / "run")
+    run.run(config, tmp_path / "run")
     shutil.rmtree(began)
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
-    export.main([f"--workdir={moved}", f"--output={tmp_path / 'out'}"])
+    main(["export", f"--workdir={moved}", f"--output={tmp_path / 'out'}"])
     assert_same_student(moved, tmp_path / "out")
     for file in sorted(f.relative_to(moved) for f in moved.glob("student/*")):
         assert (tmp_path / "out" / file).exists(), file
@@ -445,16 +445,16 @@ def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path):
     assert exported.tokenizer("say red").input_ids == there.tokenizer("say red").input_ids
     shutil.rmtree(moved / "configs")
     with pytest.raises(SystemExit, match="configs/student: no such folder; the command that began"):
-        export.main([f"--workdir={moved}", f"--output={tmp_path / 'out'}"])
+        main(["export", f"--workdir={moved}", f"--output={tmp_path / 'out'}"])
 
 
 def test_the_best_checkpoint_can_be_exported(finished, tmp_path, capsys):
-    export.main([f"--workdir={finished}", "--step=last", f"--output={tmp_path}"])
+    main(["export", f"--workdir={finished}", "--step=last", f"--output={tmp_path}"])
     assert_same_student(finished, tmp_path)
-    export.main([f"--workdir={finished}", "--step=best", f"--output={tmp_path / 'best'}"])
+    main(["export", f"--workdir={finished}", "--step=best", f"--output={tmp_path / 'best'}"])
     assert "step" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds checkpoints"):
-        export.main([f"--workdir={finished}", "--step=3", f"--output={tmp_path / 'three'}"])
+        main(["export", f"--workdir={finished}", "--step=3", f"--output={tmp_path / 'three'}"])
 
 
 def test_an_export_names_the_folder_that_cannot_be_used(finished, tmp_path):
@@ -462,12 +462,12 @@ def test_an_export_names_the_folder_that_cannot_be_used(finished, tmp_path):
     shutil.copytree(finished, copy)
     file.touch()
     with pytest.raises(SystemExit, match=f"export: --output {file}/out: .*Not a directory"):
-        export.main([f"--workdir={copy}", f"--output={file / 'out'}"])
+        main(["export", f"--workdir={copy}", f"--output={file / 'out'}"])
     unreadable = copy / "configs" / "student" / "config.json"
     unreadable.unlink()
     unreadable.mkdir()
     with pytest.raises(SystemExit, match=f"export: --workdir {copy}: .*Is a directory"):
-        export.main([f"--workdir={copy}", f"--output={tmp_path / 'out'}"])
+        main(["export", f"--workdir={copy}", f"--output={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize(
@@ -502,5 +502,5 @@ def test_fields_that_are_seldom_right_are_doubted(config, changes, doubts):
     ]
     total = sum(stage.steps for stage in stages)
     run = types.SimpleNamespace(config=config, stages=stages, total_steps=total)
-    said = list(train._doubts(run))
+    said = list(run._doubts(run))
     assert [text.split(",")[0] for text in said] == [f"config.{doubt}" for doubt in doubts]

@@ -35,10 +35,10 @@ from test_step import (
 )
 
 from promptkd_jax.data.batch import Batch, gather, responses
+from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses
-from promptkd_jax.distill.chunked_loss import TopK
 from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.step import TrainState, summarise
+from promptkd_jax.distill.step import TrainState, summarize
 from promptkd_jax.distill.teacher import view_with_states
 
 BOTH_KLS = (("forward_kl", 0.3), ("reverse_kl", 0.7))
@@ -59,7 +59,7 @@ def test_a_teacher_in_context_reads_the_demonstrations_before_the_row():
     target = seen(TEACHER, teacher_params(), longer)[:, 7:]
     (value, sums), expected = dense_student(before.student, target=target, forward=0.3, reverse=0.7)
     assert_close(gradient(after), expected)
-    assert_close(summarise(metrics)["student_loss"], value)
+    assert_close(summarize(metrics)["student_loss"], value)
     assert_close(metrics.sums["kl_in_context"], sums[2].sum()[None])
     _, without = dense_student(before.student, forward=0.3, reverse=0.7)
     assert moved(expected, without) > 1e-3
@@ -84,7 +84,7 @@ def test_a_full_cache_is_the_teacher():
     after, metrics = update(CACHED, before, kept(VOCABULARY))
     (value, _), expected = dense_student(before.student, forward=0.3, reverse=0.7)
     assert_close(gradient(after), expected)
-    found = summarise(metrics)
+    found = summarize(metrics)
     assert_close(found["student_loss"], value)
     assert not CACHED.needs_teacher
 
@@ -123,7 +123,7 @@ def test_an_online_teacher_learns_first_and_the_student_from_what_it_became():
     assert_close(gradient(after, "teacher"), expected)
     teacher = jax.tree.map(lambda p, g: p - 0.1 * g, before.params["teacher"], expected)
     assert_close(after.params["teacher"], teacher)
-    found = summarise(metrics)
+    found = summarize(metrics)
     assert_close(found["teacher_loss"], value)
 
     target = seen(TEACHER, after.params["teacher"], rows.tokens)
@@ -146,7 +146,7 @@ GOLD_AND_HIDDEN = plain(student_terms=(("cross_entropy", 1.0),), hidden_terms=HI
 
 
 def resolved():
-    return hidden_loss.resolve(HIDDEN, STUDENT.config, TEACHER.config)
+    return hidden_loss.resolve_term(HIDDEN, STUDENT.config, TEACHER.config)
 
 
 @functools.cache
@@ -185,7 +185,7 @@ def test_hidden_states_whole_or_in_parts(parts):
     stepped = jax.tree.map(lambda p, g: p - 0.2 * g, before.params["projection"], projections)
     assert_close(after.params["projection"], stepped)
     assert projections.keys() == {"cosine_1_1", "mse_0_0", "mse_1_1"}
-    assert_close(summarise(metrics)["student_loss"], value)
+    assert_close(summarize(metrics)["student_loss"], value)
     assert {"cosine_1_1", "mse_0_0", "relation_0_0", "cross_entropy"} <= metrics.sums.keys()
     _, alone = dense_student(before.student, gold=1)
     assert moved(student, alone) > 1e-3
@@ -209,7 +209,7 @@ def test_a_corpus_adds_its_own_mean(parts):
     (value, _), expected = dense_student(before.student, reverse=1)
     (other, _), more = dense_student(before.student, corpus(), gold=0.5, forward=0.25)
     assert_close(gradient(after), jax.tree.map(jnp.add, expected, more))
-    found = summarise(metrics)
+    found = summarize(metrics)
     assert_close(found["student_loss"], value + other)
     assert_close(found["corpus_loss"], other)
     assert moved(more, jax.tree.map(jnp.zeros_like, more)) > 1e-2
@@ -243,7 +243,7 @@ def test_temperature_and_weighting_are_of_divergences_not_of_the_cross_entropy()
     after, metrics = update(method, before)
     value, expected = dense_tempered(before.student, teacher_params(), batch())
     assert_close(gradient(after), expected)
-    assert_close(summarise(metrics)["student_loss"], value)
+    assert_close(summarize(metrics)["student_loss"], value)
 
 
 def two_of_them() -> tuple[jax.Array, jax.Array]:
@@ -315,7 +315,7 @@ def saying(loudness: float):
 def test_a_constant_regularisation():
     for step in (0, 3, 4):
         after, metrics = update(prompted(regularisation_schedule="constant"), with_prompt(step))
-        found = summarise(metrics)
+        found = summarize(metrics)
         assert found["regularisation_weight"] == pytest.approx(0.7)
         total = found["prompt_kd"] + 0.7 * found["prompt_regulariser"]
         assert found["prompt_loss"] == pytest.approx(total, rel=1e-5)
@@ -325,21 +325,21 @@ def test_a_constant_regularisation():
 def test_an_adaptive_regularisation_goes_towards_its_target_by_2_percent_at_most():
     before = with_prompt()
     _, metrics = update(prompted(regularisation_schedule="constant"), before)
-    reached = summarise(metrics)["prompt_regulariser"]
+    reached = summarize(metrics)["prompt_regulariser"]
     method = prompted(regularisation_schedule="adaptive", target_kl=reached / 1.1)
     after, metrics = update(method, before)
-    found = summarise(metrics)
+    found = summarize(metrics)
     assert found["regularisation_weight"] == 0.5
     total = found["prompt_kd"] + 0.5 * found["prompt_regulariser"]
     assert found["prompt_loss"] == pytest.approx(total, rel=1e-5)
     assert after.regularisation == pytest.approx(0.5 * 1.01, rel=1e-4)
 
     below, metrics = update(method, before, teacher=saying(0))
-    assert summarise(metrics)["prompt_regulariser"] == pytest.approx(0, abs=1e-6)
+    assert summarize(metrics)["prompt_regulariser"] == pytest.approx(0, abs=1e-6)
     assert below.regularisation == pytest.approx(0.5 * 0.98)
     above, metrics = update(method, before, teacher=saying(2))
-    assert summarise(metrics)["prompt_regulariser"] > 1.2 * reached
+    assert summarize(metrics)["prompt_regulariser"] > 1.2 * reached
     assert above.regularisation == pytest.approx(0.5 * 1.02)
     again, metrics = update(method, above, teacher=saying(2))
-    assert summarise(metrics)["regularisation_weight"] == pytest.approx(0.51)
+    assert summarize(metrics)["regularisation_weight"] == pytest.approx(0.51)
     assert again.regularisation == pytest.approx(0.51 * 1.02)

@@ -19,22 +19,20 @@ from test_models import (
     reference_logits,
 )
 
-from promptkd_jax import cache, evaluate, generate, init, train
+from promptkd_jax.cli import cache, evaluate, generate, init
+from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
 from promptkd_jax.models import families
-from promptkd_jax.models.config import ModelError, from_hugging_face
+from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.io import export, params
 from promptkd_jax.models.io.export import save_model, save_without_weights
 from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.io.safetensors import has_weights, read_card
-from promptkd_jax.models.load import (
-    keep_layers,
-    load_model,
-    load_with_tokenizer,
-    load_without_weights,
-)
-from promptkd_jax.training import experiment
+from promptkd_jax.models.load import load_model, load_with_tokenizer, load_without_weights
+from promptkd_jax.models.model import keep_layers
+from promptkd_jax.training import prepare, run
 from promptkd_jax.training.config import as_json
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -209,7 +207,7 @@ def test_every_command_ends_with_the_name_of_the_tensor(command, tmp_path):
     arguments = {
         "generate": (generate, "--model", bad, "--template=plain", "--request=say red"),
         "evaluate": (evaluate, "--model", bad, "--data", config.data.dev, "--output", out),
-        "train": (train, "--config", str(file), "--workdir", out),
+        "train": (run, "--config", str(file), "--workdir", out),
         "cache": (cache, "--config", str(file), "--output", out),
         "init": (init, "--teacher", bad, "--layers=2", "--output", out),
     }
@@ -447,9 +445,9 @@ def test_an_end_in_the_padding_of_the_vocabulary(tmp_path):
 def test_generate_warns_of_rows_beyond_the_trained_positions(folder, capsys):
     write(folder, max_position_embeddings=20)
     ask = ["--model", str(folder), "--template=plain", "--request=say red", "--max-new-tokens=4"]
-    generate.main([*ask, "--max-prompt-length=16"])
+    main(["generate", *ask, "--max-prompt-length=16"])
     assert "warning" not in capsys.readouterr().err
-    generate.main([*ask, "--max-prompt-length=17"])
+    main(["generate", *ask, "--max-prompt-length=17"])
     said = capsys.readouterr().err
     assert f"warning: {folder}: rows of up to 21 tokens, but it was trained for 20 posit" in said
 
@@ -462,14 +460,14 @@ def test_a_run_warns_of_rows_beyond_the_trained_positions(tmp_path, capsys):
     write(tmp_path / config.teacher.path, max_position_embeddings=30)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        experiment.prepare(config, to_path(tmp_path), mesh)
+        prepare.prepare(config, to_path(tmp_path), mesh)
         longest = 24 + config.soft_prompt.length
         said = capsys.readouterr().err
         assert f"{config.teacher.path}: rows of up to {longest} tokens" in said
         assert "trained for 30 positions" in said and config.student.path not in said
         config.stages[0].teacher_view = "in_context"
         config.in_context.examples = 2
-        made = experiment.prepare(config, to_path(tmp_path), mesh)
+        made = prepare.prepare(config, to_path(tmp_path), mesh)
     longest = 24 + len(made.stages[0].method.demonstrations)
     assert f"{config.teacher.path}: rows of up to {longest} tokens" in capsys.readouterr().err
 
@@ -479,7 +477,7 @@ def test_a_cache_warns_of_rows_beyond_the_trained_positions(tmp_path, capsys):
     write(tmp_path / config.teacher.path, max_position_embeddings=20)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"config": as_json(config)}))
-    cache.main(["--config", str(file), "--output", str(tmp_path / "out")])
+    main(["cache", "--config", str(file), "--output", str(tmp_path / "out")])
     said = capsys.readouterr().err
     assert f"{config.teacher.path}: rows of up to 24 tokens, but it was trained for 20" in said
 

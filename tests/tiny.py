@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import Model
+from promptkd_jax.models.model import Model
 from promptkd_jax.training.recipes import base_config, method_stage, sampling_config, stage_config
 
 WORDS = (

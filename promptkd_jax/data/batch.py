@@ -5,14 +5,12 @@ Which positions count follows from lengths alone, never from token values: paddi
 B rows, T columns, R response positions, D width, k kept tokens of a cached teacher.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.distill.chunked_loss import TopK
+from promptkd_jax.data.top_k import TopK
 
 
 class Batch(NamedTuple):
@@ -92,15 +90,3 @@ def widen(batch: Batch, width: int) -> Batch:
     if more < 0:
         raise ValueError(f"rows of {batch.tokens.shape[1]} columns do not fit into {width}")
     return Batch(jnp.pad(batch.tokens, ((0, 0), (0, more))), batch.prompt_lengths, batch.lengths)
-
-
-def in_least_width(
-    function: Callable[[int], Any], lengths: jax.Array, columns: int, number: int
-) -> Any:
-    """`function(width)` for the least of `number` widths, even steps up to `columns`, that the
-    longest row fits into; each is compiled."""
-    if number == 1:
-        return function(columns)
-    widths = [-(-columns * k // number) for k in range(1, number + 1)]
-    branches = [functools.partial(function, width) for width in widths]
-    return jax.lax.switch(jnp.searchsorted(jnp.array(widths), jnp.max(lengths)), branches)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill.losses import Divergence, cross_entropy, needs_whole
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import ROWS, constrain
@@ -45,70 +46,7 @@ class Linear(NamedTuple):
         return constrain(logits, ROWS, None, "tensor")
 
 
-class TopK(NamedTuple):
-    """A distribution as a cache keeps it: its k largest `log_probs` and their `ids`, `[B, T, k]`,
-    the largest first, and `tail` `[B, T]`, the log-probability of all other tokens together.
-
-    Where it is compared with a learner, its tail is divided among the other tokens as the learner
-    divides its own. So KL divergences compare k + 1 probabilities, which bounds them from below,
-    and nothing is learned about the inside of the tail; with k = V nothing is lost.
-
-    Where the tail is not given (None, or rounded to -inf), it is what the k largest leave of 1. Of
-    a sure teacher that is lost in rounding, and the least that can be told from 1 in the dtype of
-    `log_probs` (its machine epsilon) stands for it, or less where so many tokens that are no
-    likelier than the k-th cannot have as much.
-
-    A log-probability of -inf fills up a list of fewer than k tokens, and its id says nothing: a
-    token that stands nowhere else is one of the tail or, with k = V, has probability 0.
-    """
-
-    ids: jax.Array
-    log_probs: jax.Array
-    tail: jax.Array | None = None
-
-    def logits(self, learner: jax.Array) -> jax.Array:
-        """This distribution as logits `[..., V]`, compared with a learner of logits `[..., V]`. A
-        constant, also where it comes from the learner."""
-        whole, vocab_size = jax.lax.stop_gradient(learner.astype(jnp.float32)), learner.shape[-1]
-        log_probs = self.log_probs.astype(jnp.float32)
-        # Behind the last token nothing is written: filler must not stand for the token it names.
-        ids = jnp.where(jnp.isneginf(log_probs), vocab_size, self.ids.astype(jnp.int32))
-        if ids.shape[-1] == vocab_size:
-            whole = jnp.full_like(whole, -jnp.inf)
-        else:
-            sum_of_others = log_sum_of_others(whole, ids)[..., None]
-            # A learner that has nothing there divides nothing: all tokens alike.
-            nothing = jnp.isneginf(sum_of_others)
-            others = self._others(vocab_size)[..., None]
-            shares = jnp.where(nothing, -jnp.log(others), whole - sum_of_others)
-            whole = self.tail_below(vocab_size)[..., None] + shares
-        return jnp.put_along_axis(whole, ids, log_probs, axis=-1, inplace=False, mode="drop")
-
-    def tail_below(self, vocab_size: int) -> jax.Array:
-        """The log-probability of the tokens of `vocab_size` > k that are not kept, `[B, T]`."""
-        kept = self.log_probs.astype(jnp.float32)
-        least = jnp.finfo(self.log_probs.dtype).eps
-        left = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(kept), axis=-1), least))
-        # None of the others is likelier than the last that is kept.
-        last = jnp.min(jnp.where(jnp.isneginf(kept), jnp.inf, kept), axis=-1)
-        derived = jnp.minimum(left, last + jnp.log(self._others(vocab_size)))
-        if self.tail is None:
-            return derived
-        return jnp.where(jnp.isneginf(self.tail), derived, self.tail)
-
-    def _others(self, vocab_size: int) -> jax.Array:
-        """How many tokens are not kept, `[B, T]`."""
-        return vocab_size - jnp.sum(~jnp.isneginf(self.log_probs), axis=-1)
-
-
-def log_sum_of_others(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """logsumexp of `logits` `[..., V]` over the tokens that are not among `ids` `[..., k]`,
-    of which those of V and above name no token."""
-    others = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False, mode="drop")
-    return jax.nn.logsumexp(others, axis=-1)
-
-
-def compare(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
+def apply_divergence(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
     """`function(target, logits)` per position; of a `TopK` target the `logits` for this learner.
 
     Raises:
@@ -221,7 +159,7 @@ def linear_values(
         hidden, parts = block
         logits = Linear(hidden, learner.head).logits()
         references = _references(join(parts))
-        values = [compare(f, t, logits) for f, t in zip(functions, references)]
+        values = [apply_divergence(f, t, logits) for f, t in zip(functions, references)]
         return None, [_per_position(value, hidden.shape[:2]) for value in values]
 
     _, values = jax.lax.scan(body, None, _blocks((learner.hidden, parts), chunk))
@@ -361,7 +299,7 @@ def _block_loss(functions, learner: Linear, targets, mask, weights):
     logits = Linear(counted(learner.hidden), learner.head).logits()
     different = _references(join(jax.tree.map(counted, parts)))
     references = [different[i] for i in order]
-    sums = jnp.stack([total(compare(f, t, logits)) for f, t in zip(terms, references)])
+    sums = jnp.stack([total(apply_divergence(f, t, logits)) for f, t in zip(terms, references)])
     constant = jax.lax.stop_gradient(logits)
     observed = [total(f(references, constant)) for f in observe]
     return sums @ weights, jnp.stack([*sums, *observed])

@@ -4,9 +4,8 @@ A `HiddenTerm` compares layers of the student with layers of the teacher. Layers
 negative numbers from the end. The hidden states of a model's last layer are those behind its final
 norm, the ones that its head sees; those of the layers before are the residual stream.
 
-The use, in this order: `resolve` the terms once for two models, `init_projections`, and in every
-update see each model with its `taps` (`teacher.view_with_states`) and take the `hidden_loss` of
-the two.
+The use, in this order: `resolve_term` once for two models, `init_projections`, and in every update
+see each model with its `taps` (`teacher.view_with_states`) and take the `hidden_loss` of the two.
 
 B rows, T columns, R response positions, D width, A relation heads, H head width.
 """
@@ -94,7 +93,7 @@ def layer_map(student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], 
     )
 
 
-def resolve(
+def resolve_term(
     terms: Sequence[HiddenTerm], student: DecoderConfig, teacher: DecoderConfig
 ) -> tuple[HiddenTerm, ...]:
     """The terms with every layer and number of heads spelt out for these two models.

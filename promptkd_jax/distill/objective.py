@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from promptkd_jax.data.batch import Batch, Responses, responses
+from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses, policy_gradient
-from promptkd_jax.distill.chunked_loss import Linear, Observation, TopK, compare, linear_loss
+from promptkd_jax.distill.chunked_loss import Linear, Observation, apply_divergence, linear_loss
 from promptkd_jax.distill.method import GOLD, ON_POLICY, POLICY, Method
 from promptkd_jax.distill.policy_gradient import PolicyTarget
 from promptkd_jax.distill.teacher import Views, view
@@ -165,7 +166,7 @@ def student_observations(method: Method) -> Observations:
 
 def _learner_to_teacher(targets, student):
     """KL(q || p)."""
-    return compare(losses.reverse_kl, targets[-1], student)
+    return apply_divergence(losses.reverse_kl, targets[-1], student)
 
 
 def _agreement(targets, student):

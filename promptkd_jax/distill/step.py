@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax.data.batch import Batch, in_least_width, narrow, responses
+from promptkd_jax.data.batch import Batch, narrow, responses
 from promptkd_jax.distill import losses, objective, policy_gradient
 from promptkd_jax.distill.chunked_loss import Linear, linear_values
 from promptkd_jax.distill.method import POLICY, PRESETS, Conventions, Method
 from promptkd_jax.distill.objective import Part
-from promptkd_jax.distill.targets import Replay, Written, row_statistics, target_rows
+from promptkd_jax.distill.replay import Replay
+from promptkd_jax.distill.targets import Written, row_statistics, target_rows
 from promptkd_jax.distill.teacher import Models, Views
 from promptkd_jax.infra import sharding
+from promptkd_jax.models.sampler import in_least_width
 
 
 class Optimizers(NamedTuple):
@@ -71,7 +73,7 @@ class TrainState:
 
 class Metrics(NamedTuple):
     """`sums` over response tokens of each part `[N]`, `counts` `[N]` tokens, plain `scalars`.
-    `summarise` divides."""
+    `summarize` divides."""
 
     sums: dict[str, jax.Array]
     counts: jax.Array
@@ -210,7 +212,7 @@ def _unless_not_finite(state, new, sums, counts, scalars) -> tuple[TrainState, M
     return kept, Metrics(sums, counts, scalars | {"skipped_in_a_row": in_a_row})
 
 
-def summarise(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:
+def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:
     """Means over response tokens (or of micro-batch means) and the scalars, as Python floats."""
     metrics = jax.device_get(metrics)
     if conventions.mean_of_means:

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from promptkd_jax.data.batch import Batch, Responses, gather, responses
+from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss
-from promptkd_jax.distill.chunked_loss import Linear, TopK
+from promptkd_jax.distill.chunked_loss import Linear
 from promptkd_jax.distill.method import Method
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.sampler import Voice
@@ -145,7 +146,7 @@ class Views:
         if not self.method.hidden_terms:
             return ()
         student, teacher = self.models.student.config, self.models.teacher.config
-        return hidden_loss.resolve(self.method.hidden_terms, student, teacher)
+        return hidden_loss.resolve_term(self.method.hidden_terms, student, teacher)
 
     @property
     def _taps(self):

@@ -24,7 +24,7 @@ class Difference(NamedTuple):
     high: float
 
 
-def spread(values: Sequence[float]) -> Spread:
+def mean_and_std(values: Sequence[float]) -> Spread:
     """Mean and sample standard deviation of one number per seed, in any order.
 
     Raises:

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.batch import Batch, responses
-from promptkd_jax.data.records import Rows, eval_batches, with_responses
+from promptkd_jax.data.batches import eval_batches
+from promptkd_jax.data.rows import Rows, with_responses
 from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.losses import forward_kl
 from promptkd_jax.distill.teacher import view
-from promptkd_jax.evaluate import write_answers
+from promptkd_jax.inference.generate import write_answers
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model, end_ids
+from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.models.sampler import Sampling
 
 

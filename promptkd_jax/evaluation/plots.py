@@ -106,7 +106,7 @@ class _Frame(NamedTuple):
     last: int
 
 
-def plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
+def metric_plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
     """The plots of a run: those of its evaluations, and those of its training.
 
     Args:

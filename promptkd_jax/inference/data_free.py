@@ -42,27 +42,22 @@ import numpy as np
 from etils import epath
 
 from promptkd_jax.data.batch import Batch, responses
-from promptkd_jax.data.records import (
-    DataError,
-    Record,
-    Rows,
-    eval_batches,
-    render_prompt,
-    select_rows,
-    tokenize,
-    with_responses,
-)
+from promptkd_jax.data.batches import eval_batches
+from promptkd_jax.data.records import Record
+from promptkd_jax.data.rows import Rows, select_rows, tokenize, with_responses
+from promptkd_jax.data.templates import render_prompt
 from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.losses import Divergence, cross_entropy, forward_kl
 from promptkd_jax.distill.teacher import view
-from promptkd_jax.evaluate import decode, write_answers
 from promptkd_jax.inference import topic_policy
+from promptkd_jax.inference.generate import decode, write_answers
 from promptkd_jax.inference.topic_policy import Policy
-from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra import provenance as manifests
+from promptkd_jax.infra import distributed, provenance, sharding
+from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import Lines, read_text, write_text
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.load import Model, check_positions
+from promptkd_jax.models.io import identity
+from promptkd_jax.models.model import Model, check_positions
 from promptkd_jax.models.sampler import Sampling
 
 PATIENCE = 5  # rounds in a row without a single new request
@@ -145,7 +140,7 @@ def write_requests(
     check_positions(student, prompt_capacity + settings.max_new_tokens)
     bank = _bank_rows(pair, settings.bank)
     manifest = file.with_suffix(".manifest.json")
-    manifests.claim(manifest, _made_from(pair, settings, bank), teacher, file=file)
+    provenance.verify_or_write(manifest, _made_from(pair, settings, bank), teacher.name, file=file)
     policy = topic_policy.init_policy(len(bank.tokens), settings.learning_rate)
     rounds, policy = _read_rounds(file, policy)
     found = _kept(rounds)
@@ -342,12 +337,12 @@ def _made_from(pair: _Pair, settings: DataFree, bank: Rows) -> dict[str, Any]:
     chosen = dataclasses.asdict(settings)
     del chosen["requests"]
     return {
-        "format": manifests.FORMAT,
+        "format": provenance.FORMAT,
         "what": "requests",
-        **manifests.of_model(pair.teacher),
+        **identity.of_model(pair.teacher),
         "student": _parameters(pair.student),
-        "tokenizer": manifests.of_tokenizer(pair.teacher.tokenizer),
-        "topics": manifests.of_rows(bank.tokens),
+        "tokenizer": identity.of_tokenizer(pair.teacher.tokenizer),
+        "topics": provenance.of_rows(bank.tokens),
         **chosen,
         "template": pair.template,
         "prompt_capacity": pair.prompt_capacity,

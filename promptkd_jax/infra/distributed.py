@@ -27,6 +27,7 @@ import jax
 from orbax.checkpoint import multihost
 
 from promptkd_jax.infra import signals
+from promptkd_jax.infra.errors import HostsError
 
 # The exit status of many processes where a device or a connection failed, so that starting them
 # again may help; 1 says that it will not. (JAX itself aborts where a process is dead: 134.)
@@ -38,10 +39,6 @@ _numbers = itertools.count()  # of the calls by which processes talk; the same o
 # How JAX says that there is no cluster, or that it computes already, and so with one process.
 _ALONE = ("coordinator_address should be defined", "before any JAX calls")
 _ending = threading.Lock()  # held by whoever ends this process
-
-
-class HostsError(RuntimeError):
-    """Processes that cannot be one run; says which, and what would be right."""
 
 
 @contextlib.contextmanager

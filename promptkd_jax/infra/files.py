@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from promptkd_jax.infra import distributed
+from promptkd_jax.infra import distributed, errors
 
 BUCKET_SECONDS = 10.0  # from one writing of a growing object to the next
 SHARED_SECONDS = 30.0  # that a file of one machine may need until others see it
@@ -248,7 +248,7 @@ def check_shared(folder: epath.Path) -> None:
         file.unlink()
     if any(blind):
         who = ", ".join(f"{i} on {host.decode()}" for i, host in enumerate(blind) if host)
-        raise distributed.HostsError(
+        raise errors.HostsError(
             f"{folder}: process {who} does not see there what process 0 wrote, within "
             f"{SHARED_SECONDS:.0f} s; all {len(blind)} processes need one folder: of a file system "
             "that their machines share, or of a bucket (gs://bucket/run)"

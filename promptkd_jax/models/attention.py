@@ -36,7 +36,7 @@ def attend(
       `[B, T, N, H]` in the dtype of `query`.
     """
     rows, columns, heads, head_width = query.shape
-    key, value = (spread(x, heads) for x in (key, value))
+    key, value = (repeat_kv(x, heads) for x in (key, value))
     chosen = implementation(
         platform=sharding.platform(),
         dtype=query.dtype.name,
@@ -55,18 +55,18 @@ def attend(
     return _in_parts(query, key, value, window)
 
 
-def copies(heads: int, kv_heads: int) -> int:
+def kv_repeats(heads: int, kv_heads: int) -> int:
     """How often each key/value head stands beside itself, so that the devices of `tensor` share out
     all of them and each has those of its own query heads."""
     least = math.lcm(kv_heads, sharding.parts("tensor"))
     return least // kv_heads if heads % least == 0 else 1
 
 
-def spread(x: jax.Array, heads: int) -> jax.Array:
-    """Keys or values `[B, T, K, H]` with their `copies` for `heads` query heads."""
-    if copies(heads, x.shape[2]) == 1:
+def repeat_kv(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values `[B, T, K, H]` with their `kv_repeats` for `heads` query heads."""
+    if kv_repeats(heads, x.shape[2]) == 1:
         return x
-    return sharding.constrain(jnp.repeat(x, copies(heads, x.shape[2]), axis=2), *CUT)
+    return sharding.constrain(jnp.repeat(x, kv_repeats(heads, x.shape[2]), axis=2), *CUT)
 
 
 def attend_to_cache(

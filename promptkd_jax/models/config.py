@@ -5,9 +5,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-class ModelError(ValueError):
-    """A model that cannot be used: says where, what was found and what would be right."""
+from promptkd_jax.infra.errors import ModelError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain
-from promptkd_jax.models.attention import CUT, attend, attend_to_cache, copies, spread
-from promptkd_jax.models.config import DecoderConfig, ModelError
+from promptkd_jax.models.attention import CUT, attend, attend_to_cache, kv_repeats, repeat_kv
+from promptkd_jax.models.config import DecoderConfig
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -48,7 +49,7 @@ class Cache(NamedTuple):
     """Keys and values of all columns seen so far, each `[L, B, K, S, H]`: what a head reads for the
     next token lies together.
 
-    Where devices along `tensor` do not divide K, it is that of `attention.copies`."""
+    Where devices along `tensor` do not divide K, it is that of `attention.kv_repeats`."""
 
     key: jax.Array
     value: jax.Array
@@ -57,7 +58,7 @@ class Cache(NamedTuple):
 def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
     padded = config.padded
-    heads = padded.kv_heads * copies(padded.heads, padded.kv_heads)
+    heads = padded.kv_heads * kv_repeats(padded.heads, padded.kv_heads)
     shape = (config.depth, rows, heads, columns, config.head_width)
     return place_cache(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
 
@@ -196,7 +197,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "values", value[:, :, : config.kv_heads])
         if not config.learned_positions:
             query, key = (rotate(config, a, positions) for a in (query, key))
-        key, value = (spread(a, padded.heads) for a in (key, value))
+        key, value = (repeat_kv(a, padded.heads) for a in (key, value))
         if cache is not None:
             cache = _write(cache, index, key, value, positions if decode else None)
         if decode:

@@ -1,22 +1,20 @@
 """From a folder, a hub id or a GGUF file to parameters: every tensor named, shaped and used."""
 
-import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models import families
-from promptkd_jax.models.config import ModelError, from_hugging_face
+from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
-from promptkd_jax.models.io.hub import pretrained_name, repository_of, resolve
+from promptkd_jax.models.io.hub import pretrained_name, repository_of, resolve_model
 from promptkd_jax.models.io.params import has_head_of_its_own, load_params
 from promptkd_jax.models.io.safetensors import (
     PLAIN,
@@ -25,40 +23,14 @@ from promptkd_jax.models.io.safetensors import (
     read_json,
     refuse_pointer,
 )
+from promptkd_jax.models.model import Model, check_text
+from promptkd_jax.models.random_model import PREFIX, synthetic_model
 
 RECORD = "promptkd.json"  # beside a student: how it was asked while it was trained
 RECORDED = ("template", "date", "max_prompt_length", "max_length")  # of the fields of its data
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Whatever else the tokenizers of transformers read.
 _BESIDE_TOKENIZER = ("*tokens*.json", "vocab.*", "merges.txt", "*.model", "*chat_template*")
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A decoder with its parameters and what belongs to it.
-
-    `params` is a dict pytree; `hf_config` the `config.json` it came with; `tokenizer` is None where
-    the folder has none; generation ends at any of `eos_ids`. `card` has the `base_model` (a hub id)
-    and the `license` that are known of it, for the card of what is made of it.
-    """
-
-    name: str
-    decoder: Decoder
-    params: Any
-    hf_config: dict[str, Any]
-    tokenizer: Any
-    eos_ids: tuple[int, ...]
-    card: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens in use: those of the tokenizer, where there is one, without padding."""
-        rows = self.decoder.config.vocab_size
-        return min(rows, 1 + max(self.tokenizer.get_vocab().values())) if self.tokenizer else rows
-
-    def replace(self, **changes: Any) -> "Model":
-        """The same with some fields changed."""
-        return dataclasses.replace(self, **changes)
 
 
 def load_model(
@@ -75,8 +47,7 @@ def load_model(
       path: a folder as `save_pretrained` writes it, the folder of a finished run, a `.gguf` file
         (these also in a bucket), `package:NAME/FILE` for a file inside an installed Python package,
         a hub id such as `openai-community/gpt2`, with a branch, tag or commit as
-        `owner/name@revision`, or `synthetic:NAME` for a random model (see
-        `synthetic`).
+        `owner/name@revision`, or `synthetic:NAME` for a random model (see `synthetic_model`).
       dtype: what is computed in; param_dtype: what the parameters are kept in.
       remat: key of `decoder.REMAT`.
       mesh: of `sharding.make_mesh`; None for one device. Each process reads only what its devices
@@ -87,12 +58,9 @@ def load_model(
       ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown,
         or a weight is not finite.
     """
-    if path.startswith("synthetic:"):
-        from promptkd_jax import synthetic  # it builds on this module
-
-        name = path.removeprefix("synthetic:")
-        return synthetic.model(name, dtype=dtype, param_dtype=param_dtype, remat=remat, mesh=mesh)
-    file = resolve(path)
+    if path.startswith(PREFIX):
+        return synthetic_model(path, dtype=dtype, param_dtype=param_dtype, remat=remat, mesh=mesh)
+    file = resolve_model(path)
     if file.suffix == ".gguf":
         from promptkd_jax.models.io.gguf import open_gguf
         from promptkd_jax.models.io.gguf_tokenizer import tokenizer_from_gguf
@@ -146,66 +114,13 @@ def load_without_weights(path: str, **changes: Any) -> Model:
     Raises:
       ModelError: a file is missing or cannot be read.
     """
-    folder = resolve(path)
+    folder = resolve_model(path)
     hf_config = read_json(folder / "config.json")
     tokenizer, generation = _tokenizer(folder), read_json(folder / "generation_config.json", {})
     config = from_hugging_face(hf_config, f"{folder}: config").replace(**changes)
     eos_ids = _eos_ids(generation, hf_config, tokenizer)
     card = read_card(folder)
     return Model(path, Decoder(config), None, hf_config, tokenizer, eos_ids, card)
-
-
-def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
-    """The same model with only `layers` of its layers, in this order (DistilGPT2's start).
-
-    All arrays are copies, and lie where those of `model` do: a train step may take them over while
-    `model` stays as it is.
-
-    Raises:
-      ModelError: a layer that the model does not have.
-    """
-    config = model.decoder.config
-    if not layers or not set(layers) <= set(range(config.depth)):
-        raise ModelError(f"layers {layers}: {model.name} has the layers 0 to {config.depth - 1}")
-    index = np.asarray(layers)
-
-    def keep(params):
-        stack = jax.tree.map(lambda x: x[index], params["layers"])
-        return jax.tree.map(jnp.copy, params | {"layers": stack})
-
-    where = jax.tree.map(_committed_to, model.params)
-    params = jax.jit(keep, out_shardings=where)(model.params)
-    depth_field = families.family(config).depth_field
-    hf_config = {**model.hf_config, depth_field: len(layers)}
-    if "layer_types" in hf_config:
-        hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
-    decoder = Decoder(config.replace(depth=len(layers)))
-    return model.replace(decoder=decoder, params=params, hf_config=hf_config)
-
-
-def _committed_to(x: Any) -> Any:
-    return x.sharding if isinstance(x, jax.Array) and x.committed else None
-
-
-def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:
-    """The layers themselves where they are listed, else so many evenly spread ones."""
-    return uniform_layers(depth, chosen) if isinstance(chosen, int) else tuple(chosen)
-
-
-def end_ids(teacher: Model | None, student: Model) -> tuple[int, ...]:
-    """The tokens that end a text of either model, the student's own first."""
-    return tuple(dict.fromkeys(student.eos_ids + (teacher.eos_ids if teacher else ())))
-
-
-def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
-    """`kept` of `depth` layers, evenly spread, the first and the last among them.
-
-    Raises:
-      ModelError: more layers than there are, or none.
-    """
-    if not 0 < kept <= depth:
-        raise ModelError(f"{kept} of {depth} layers: keep at least 1 and at most {depth}")
-    return tuple(int(i) for i in np.round(np.linspace(0, depth - 1, kept)))
 
 
 def training_record(path: str) -> dict[str, Any]:
@@ -219,7 +134,7 @@ def training_record(path: str) -> dict[str, Any]:
     """
     if path.startswith("synthetic:"):
         return {}
-    return read_json(resolve(path) / RECORD, {})
+    return read_json(resolve_model(path) / RECORD, {})
 
 
 def _tokenizer(folder: pathlib.Path) -> Any:
@@ -261,40 +176,3 @@ def load_with_tokenizer(path: str, *, dtype: str) -> Model:
     model = load_model(path, dtype=dtype, param_dtype=dtype, mesh=mesh)
     check_text(model)
     return model
-
-
-def check_text(model: Model) -> None:
-    """Raises ModelError for a model without tokenizer or EOS, or one whose ids are no tokens."""
-    if model.tokenizer is None:
-        raise ModelError(f"{model.name}: has no tokenizer files (tokenizer.json, …)")
-    if not model.eos_ids:
-        raise ModelError(f"{model.name}: no eos_token_id in its config or generation config")
-    rows, largest = model.decoder.config.vocab_size, max(model.tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ModelError(
-            f"{model.name}: its tokenizer has ids up to {largest}, its embedding only {rows} rows"
-        )
-    used = model.vocab_size
-    if wrong := [one for one in model.eos_ids if one not in range(used)]:
-        raise ModelError(
-            f"{model.name}: eos_token_id {wrong[0]} is no token: its vocabulary has {used} (0 to "
-            f"{used - 1}), so that nothing would end an answer; correct generation_config.json or "
-            "config.json"
-        )
-
-
-def check_positions(model: Model, columns: int) -> None:
-    """Warns of rows that are longer than a model with rotary positions was trained for.
-
-    A learned table of positions has no rows for them: there the decoder refuses.
-
-    Args:
-      columns: of the longest rows, a soft prompt and demonstrations included.
-    """
-    config = model.decoder.config
-    if columns > config.trained_positions and not config.learned_positions:
-        distributed.warn(
-            f"{model.name}: rows of up to {columns} tokens, but it was trained for "
-            f"{config.trained_positions} positions (max_position_embeddings); what it computes "
-            "beyond them means little: shorten prompts or answers"
-        )

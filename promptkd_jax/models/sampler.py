@@ -9,12 +9,12 @@ B batch, T columns, M soft-prompt tokens, V vocabulary.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.data.batch import in_least_width
 from promptkd_jax.infra.sharding import ROWS, constrain, gathered, parts
 from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place_cache
 
@@ -393,3 +393,15 @@ def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
     banned = jnp.zeros(slots.logits.shape, bool)
     banned = banned.at[rows, slots.tokens[:, n - 1 :]].max(same, mode="drop")
     return jnp.where(banned, -jnp.inf, slots.logits)
+
+
+def in_least_width(
+    function: Callable[[int], Any], lengths: jax.Array, columns: int, number: int
+) -> Any:
+    """`function(width)` for the least of `number` widths, even steps up to `columns`, that the
+    longest row fits into; each is compiled."""
+    if number == 1:
+        return function(columns)
+    widths = [-(-columns * k // number) for k in range(1, number + 1)]
+    branches = [functools.partial(function, width) for width in widths]
+    return jax.lax.switch(jnp.searchsorted(jnp.array(widths), jnp.max(lengths)), branches)

@@ -1,7 +1,6 @@
 """The needs of a run on TPUs that are not rented yet; see docs/plan.md.
 
-command       reads the command line, searches meshes, compares slices
-launched      a command that is about to be launched, checked
+command       plans of one mesh, of the best ones, of several slices
 abstract_run  a run's state and batch, of shapes alone
 ahead, hlo    compiled for chips that nobody has; what such a program sends
 roofline      memory, work and traffic, counted
@@ -10,12 +9,3 @@ chips         what a chip has and costs, which slices there are
 architectures the shapes of well-known models
 tables        for the terminal
 """
-
-from collections.abc import Sequence
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`promptkd plan …`. Counting (`roofline`) needs none of what the command imports."""
-    from promptkd_jax.plan.command import main
-
-    main(argv)

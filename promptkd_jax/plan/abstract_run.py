@@ -16,19 +16,22 @@ from ml_collections import ConfigDict
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.records import read_records
-from promptkd_jax.distill.chunked_loss import TopK
+from promptkd_jax.data.top_k import TopK
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import failures, is_remote, to_path
-from promptkd_jax.models.config import DecoderConfig, ModelError, from_hugging_face
+from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.io.hub import download, hub_id, resolve, student_of_run
+from promptkd_jax.models.io.hub import download, hub_id, resolve_model, student_of_run
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.io.safetensors import read_json
-from promptkd_jax.models.load import Model, chosen_layers, end_ids
+from promptkd_jax.models.model import Model, chosen_layers, end_ids
+from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.plan.architectures import CONFIGS
 from promptkd_jax.training import build, fields
 from promptkd_jax.training.config import ConfigError
-from promptkd_jax.training.experiment import Experiment, Stage, projections, stage_optimizers
+from promptkd_jax.training.experiment import Experiment, Stage
+from promptkd_jax.training.prepare import projections, stage_optimizers
 from promptkd_jax.training.recipes import DOLLY_ROWS
 
 UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how many rows there are
@@ -101,7 +104,7 @@ class AbstractRun:
         Raises:
           ConfigError: an axis of the mesh does not divide a parameter, or the rows.
         """
-        check_rows(self, mesh)
+        check_mesh_rows(self, mesh)
         experiment = self.experiment(mesh)
         state, teacher = experiment.abstract_state(), None
         if experiment.teacher is not None:
@@ -133,7 +136,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes[axis] for axis in axes), axes, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_rows(run: AbstractRun, mesh: Any) -> None:
+def check_mesh_rows(run: AbstractRun, mesh: Any) -> None:
     """Raises ConfigError where rows cannot be dealt out evenly to the devices."""
     where, slots = f"config.stages[{run.index}]", run.config.stages[run.index].rollout_slots
     sharding.check_rows(f"{where}.batch_size", run.batch_size, run.stage.method.parts, mesh)
@@ -179,17 +182,15 @@ def abstract_run(config: ConfigDict, stage: str | None = None, rows: int = 0) ->
     )
 
 
-def model_config(path: str) -> tuple[dict[str, Any], str]:
+def stored_config(path: str) -> tuple[dict[str, Any], str]:
     """The `config.json` of a model, and where it is from: its folder or file, the built-in table
     (see `architectures`), or the hub.
 
     Raises:
       ModelError: it is nowhere, or no JSON.
     """
-    if path.startswith("synthetic:"):
-        from promptkd_jax import synthetic  # it makes its parameters
-
-        return synthetic.model(path.removeprefix("synthetic:")).hf_config, "made by the package"
+    if path.startswith(PREFIX):
+        return synthetic_config(path)[0], "made by the package"
     try:
         return _stored_config(path)
     except failures(path) as error:
@@ -201,7 +202,7 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
     if local.suffix == ".gguf":
         from promptkd_jax.models.io.gguf import open_gguf
 
-        return open_gguf(str(resolve(path))).config, "its file"
+        return open_gguf(str(resolve_model(path))).config, "its file"
     if local.exists():
         return read_json(student_of_run(local) / "config.json"), "its folder"
     if is_remote(path):
@@ -229,7 +230,7 @@ def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:
 
 
 def _model(path: str, how: ConfigDict, notes: list[str], role: str, depth: int = 0) -> Model:
-    hf_config, source = model_config(path)
+    hf_config, source = stored_config(path)
     decoder = from_hugging_face(hf_config, f"{path}: config").replace(
         dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
     )

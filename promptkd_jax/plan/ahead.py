@@ -156,6 +156,6 @@ def _too_large(message: str) -> TooLarge:
     return TooLarge(needed, usable, message.splitlines()[0])
 
 
-def make_mesh(sizes: dict[str, int], slices: Slices) -> Any:
-    """A mesh of described devices, laid out as `sharding.make_mesh` lays out real ones."""
+def described_mesh(sizes: dict[str, int], slices: Slices) -> Any:
+    """A mesh of described devices, laid out as `sharding.described_mesh` lays out real ones."""
     return sharding.make_mesh(sizes, described_devices(slices))

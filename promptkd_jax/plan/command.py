@@ -1,39 +1,27 @@
-"""`promptkd plan --config FILE[:arg] --topology v5e:8x8`: what a run needs of TPUs not yet rented.
-
-Counts a train step's memory, work and traffic from shapes, and has XLA's TPU compiler, where it is
-installed, compile the very step for these chips. No weights, no data, no TPU. Of several slices it
-compares the best mesh of each; `-- promptkd COMMAND …` in place of a config checks a whole command
-before it is launched.
-"""
+"""Plans of a run: of one mesh, of the best ones, of several slices."""
 
 import argparse
 import math
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
-from promptkd_jax import flags
-from promptkd_jax.data.records import DataError
 from promptkd_jax.distill.method import ON_POLICY
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.files import failures, make_folder, write_json
 from promptkd_jax.infra.sharding import AXES
-from promptkd_jax.models.config import ModelError
-from promptkd_jax.plan import ahead, chips, launched, roofline
-from promptkd_jax.plan.abstract_run import AbstractRun, abstract_mesh, abstract_run, check_rows
+from promptkd_jax.plan import ahead, chips, roofline
+from promptkd_jax.plan.abstract_run import AbstractRun, abstract_mesh, abstract_run, check_mesh_rows
 from promptkd_jax.plan.ahead import Program, TooLarge
 from promptkd_jax.plan.chips import Slices
 from promptkd_jax.plan.hlo import Collective
 from promptkd_jax.plan.roofline import Work
 from promptkd_jax.plan.tables import show, show_comparison, show_search
-from promptkd_jax.training import build, fields
-from promptkd_jax.training.config import ConfigError, Float, Int, parse
+from promptkd_jax.training import build
+from promptkd_jax.training.config import ConfigError
 
 Sizes = Mapping[str, int]
 
@@ -46,31 +34,7 @@ class Candidate(NamedTuple):
     plan: dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and plans; a mistake of the user ends it with a message alone."""
-    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if "--" in argv:
-            place = argv.index("--")
-            found = _check(_parser().parse_args(argv[:place]), argv[place + 1 :])
-            output = None
-        else:
-            options, config = parse(_parser(), argv)
-            fields.check_recipe(config)
-            found, output = _plan(config, options), options.output
-    except (ConfigError, DataError, ModelError) as error:
-        sys.exit(f"promptkd plan: {error}")
-    if output:
-        try:
-            make_folder(output.parent)
-            write_json(output, found)
-        except failures(output) as error:
-            sys.exit(f"promptkd plan: --output {output}: {error}")
-        print(f"written to {output}")
-
-
-def _plan(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
+def plan_run(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
     """Whichever plan the options ask for: of one mesh, of the best ones, of several slices."""
     if options.devices is not None:
         raise ConfigError("--devices: of unknown devices only a command can be checked, after --")
@@ -82,29 +46,10 @@ def _plan(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
     run = abstract_run(config, options.stage, options.rows)
     if len(named) > 1:
         return _compare(run, named, options)
-    return (_search if options.search else _plan_one)(run, named[0], options)
+    return (_search if options.search else plan_one)(run, named[0], options)
 
 
-def _check(options: argparse.Namespace, words: Sequence[str]) -> None:
-    """Has a command that is about to be launched read, and plans its run where it is one.
-
-    Raises:
-      ConfigError: it cannot work on these devices.
-    """
-    if (options.devices is None) == (options.topology is None):
-        raise ConfigError("give --topology or --devices: what the command after -- is to run on")
-    slices = options.topology and chips.slices(options.topology, options.slices)
-    devices = slices.devices if slices else options.devices
-    config = launched.check(words, devices, options.slices)
-    if config and slices:
-        run = abstract_run(config, options.stage, options.rows)
-        memory = _plan_one(run, slices, options)["memory"]
-        if sum(memory["kept"].values()) > memory["usable"]:
-            raise ConfigError(f"config.mesh: {_best_flags(run, slices)}")
-    print(f"checked for {devices} devices: {shlex.join(words)}")
-
-
-def _plan_one(run: AbstractRun, slices: Slices, options: argparse.Namespace) -> dict[str, Any]:
+def plan_one(run: AbstractRun, slices: Slices, options: argparse.Namespace) -> dict[str, Any]:
     sizes = mesh_sizes(run, slices, options.mesh)
     compiling = not options.no_compile and ahead.has_compiler()
     found = (compiled if compiling else estimate)(run, slices, sizes, options.price)
@@ -141,7 +86,7 @@ def _price_rank(plan: Mapping[str, Any]) -> tuple:
     return not memory["fits"], lacking, price is None, price or plan["chips"]
 
 
-def _best_flags(run: AbstractRun, slices: Slices) -> str:
+def best_flags(run: AbstractRun, slices: Slices) -> str:
     """The mesh that would fit in place of one whose state alone does not, in words."""
     best = search(run, slices)[0][0].plan
     said = f"what a run keeps does not fit into {slices.name}; "
@@ -206,8 +151,8 @@ def compiled(
     Raises as `estimate`, and:
       ConfigError: the compiler does not know the topology.
     """
-    check_rows(run, abstract_mesh(sizes))
-    mesh = ahead.make_mesh(dict(sizes), slices)
+    check_mesh_rows(run, abstract_mesh(sizes))
+    mesh = ahead.described_mesh(dict(sizes), slices)
     found = estimate(run, slices, sizes, price)
     begun = time.monotonic()
     programs = {"step": _compiled(ahead.compile_step, run, mesh)}
@@ -446,23 +391,3 @@ def _divisors(number: int) -> list[int]:
 
 def _named(sizes: Sizes) -> str:
     return " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="promptkd plan", description=__doc__)
-    count, rows = flags.of(Int(low=1)), flags.of(Int(low=0))
-    topology = f"a slice, such as {chips.EXAMPLES}; of several, v5e:8x8,v6e, the cheapest first"
-    parser.add_argument("--topology", help=f"{topology} (default: of all chips)")
-    text = "for a command after --, in place of a topology"
-    parser.add_argument("--devices", type=count, help=text)
-    parser.add_argument("--slices", type=count, default=1, help="joined by the slow network")
-    parser.add_argument("--mesh", help="data,fsdp,tensor; one may be -1; default: config.mesh")
-    parser.add_argument("--stage", help="of the config, by name; default: the last")
-    parser.add_argument("--rows", type=rows, default=0, help="of the training data, if not counted")
-    price = flags.of(Float(low=0.0))
-    parser.add_argument("--price", type=price, help="USD per chip-hour; default: the list price")
-    parser.add_argument("--search", action="store_true", help="try all meshes and micro-batches")
-    parser.add_argument("--compile", type=count, default=3, help="so many of the best of --search")
-    parser.add_argument("--no-compile", action="store_true", help="the estimate alone, in seconds")
-    parser.add_argument("--output", type=flags.path, help="JSON file for all figures")
-    return parser

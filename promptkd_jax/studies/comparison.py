@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from promptkd_jax.training import fields, recipes
-from promptkd_jax.training.config import Choice, ConfigError, Float, Int, ListOf, Path, Str, check
+from promptkd_jax.training.config import ConfigError
+from promptkd_jax.training.specs import Choice, Float, Int, ListOf, Path, Str, check
 
 
 class Run(NamedTuple):
@@ -33,7 +34,7 @@ class Plan(NamedTuple):
     student: str
 
 
-def plan(config: ConfigDict, workdir: pathlib.Path) -> Plan:
+def plan_comparison(config: ConfigDict, workdir: pathlib.Path) -> Plan:
     """Every training with its whole config, checked.
 
     Raises:

@@ -1,6 +1,6 @@
 """What a person sees of a comparison: its tables, as Markdown and in one HTML page, and plots.
 
-All is made of what `comparison.json` holds (see `compare.summarise`), which is called `found` here.
+All is made of what `comparison.json` holds (see `compare.summarize`), which is called `found` here.
 """
 
 import json
@@ -52,7 +52,7 @@ class Table(NamedTuple):
 
 def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ConfigDict) -> None:
     """Writes `comparison.md` and `report.html`, one file that needs nothing else."""
-    write_text(workdir / "comparison.md", markdown(found))
+    write_text(workdir / "comparison.md", comparison_markdown(found))
     page = render(
         "compare.html.jinja",
         title=found["title"],
@@ -60,14 +60,14 @@ def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ConfigDict) -
         budget=budget(found),
         facts=_facts(found),
         tables=tables(found),
-        plots=plots(found),
+        plots=comparison_plots(found),
         samples=found["samples"],
         config_text=json.dumps(as_json(config), indent=2),
     )
     write_text(workdir / "report.html", page)
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def comparison_markdown(found: Mapping[str, Any]) -> str:
     """The tables as Markdown, with the budget and the note above them."""
     lines = [f"# {found['title']}", ""]
     lines += [found["note"], ""] if found["note"] else []
@@ -115,7 +115,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     return made
 
 
-def plots(found: Mapping[str, Any]) -> dict[str, list[plots.Plot]]:
+def comparison_plots(found: Mapping[str, Any]) -> dict[str, list[plots.Plot]]:
     """ROUGE-L by method, KL over the steps, ExAccErr over the positions; by heading."""
     dots = [_dots(found, name) for name in (*found["test_sets"], AVERAGE)]
     kl = [plots.curve(name, list(zip(c["steps"], c["values"]))) for name, c in found["kl"].items()]

@@ -104,7 +104,7 @@ def make_method(
     }
     for name in ("student_terms", "teacher_terms", "corpus_terms"):
         same[name] = tuple((term, float(weight)) for term, weight in stage[name])
-    same["hidden_terms"] = tuple(hidden_term(term) for term in stage.hidden_terms)
+    same["hidden_terms"] = tuple(make_hidden_term(term) for term in stage.hidden_terms)
     return Method(
         **same,
         total_steps=steps,
@@ -119,7 +119,7 @@ def make_method(
     )
 
 
-def hidden_term(term: ConfigDict) -> HiddenTerm:
+def make_hidden_term(term: ConfigDict) -> HiddenTerm:
     """The element of `hidden_terms`. Raises ValueError for one that means nothing."""
     layers = term.layers
     if layers != "uniform":
@@ -186,6 +186,8 @@ def resolved_hidden_terms(stage: ConfigDict, student: Any, teacher: Any) -> tupl
       ConfigError: layers, widths or heads that do not fit these models.
     """
     try:
-        return hidden_loss.resolve(tuple(map(hidden_term, stage.hidden_terms)), student, teacher)
+        return hidden_loss.resolve_term(
+            tuple(map(make_hidden_term, stage.hidden_terms)), student, teacher
+        )
     except ValueError as error:
         raise ConfigError(f"config.stages: {stage.name}.hidden_terms: {error}") from error

@@ -33,14 +33,11 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import failures, is_remote, read_text, to_path, write_json
 
 _SCORES = "scores.json"
 _CHECKSUMS = "checksums.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or cannot be restored; says which one is still good."""
 
 
 @dataclasses.dataclass

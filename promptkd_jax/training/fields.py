@@ -23,19 +23,9 @@ from promptkd_jax.distill.method import (
 from promptkd_jax.distill.policy_gradient import WHITEN
 from promptkd_jax.distill.soft_prompt import INITS
 from promptkd_jax.models.decoder import REMAT
-from promptkd_jax.training.build import hidden_term
-from promptkd_jax.training.config import (
-    Bool,
-    Choice,
-    ConfigError,
-    Float,
-    Int,
-    ListOf,
-    Optional,
-    Path,
-    Str,
-    check,
-)
+from promptkd_jax.training.build import make_hidden_term
+from promptkd_jax.training.config import ConfigError
+from promptkd_jax.training.specs import Bool, Choice, Float, Int, ListOf, Optional, Path, Str, check
 
 SELECT = ("rougeL", "loss")  # dev scores that can choose the best checkpoint
 
@@ -337,7 +327,7 @@ def _stage_contradictions(path: str, stage: ConfigDict, config: ConfigDict):
     yield from (f"{path}.{mistake}" for mistake in contradictions(stage))
     for index, term in enumerate(stage.hidden_terms):
         try:
-            hidden_term(term)
+            make_hidden_term(term)
         except ValueError as error:
             yield f"{path}.hidden_terms[{index}]: {error}"
     if stage.teacher_view == "cached":

@@ -11,23 +11,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.data.records import stream
-from promptkd_jax.distill.step import TrainState, summarise
-from promptkd_jax.distill.targets import adapt
-from promptkd_jax.evaluate import closeness, score
-from promptkd_jax.evaluation.report import MetricWriter, TrainingProgress, truncate_metrics
+from promptkd_jax.data.batches import stream
+from promptkd_jax.distill.replay import adapt
+from promptkd_jax.distill.step import TrainState, summarize
+from promptkd_jax.evaluation.student_metrics import closeness, score
 from promptkd_jax.infra import distributed, sharding, signals
-from promptkd_jax.models.load import Model
+from promptkd_jax.infra.errors import CheckpointError, TrainingError
+from promptkd_jax.infra.metrics import MetricWriter, truncate_metrics
+from promptkd_jax.models.model import Model
 from promptkd_jax.training import build, fields
-from promptkd_jax.training.checkpoint import CheckpointError, Checkpoints
+from promptkd_jax.training.checkpoint import Checkpoints
 from promptkd_jax.training.config import fingerprint
 from promptkd_jax.training.experiment import Experiment, Stage
+from promptkd_jax.training.progress import TrainingProgress
 
 SELECTION = "selection"  # the score that chooses the best checkpoint, higher is better
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; says why and what is safe."""
 
 
 def assess(
@@ -232,7 +230,7 @@ class _Loop:
                 jax.block_until_ready(metrics)
                 self._mark()  # the first update of a stage is compilation
             if self.done % log_every == 0 or self.done == end:
-                self._log(stage, summarise(metrics, stage.method.conventions))
+                self._log(stage, summarize(metrics, stage.method.conventions))
             self._save(stage)
             self._evaluate(stage)
         self._check_updates(stage)

@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from promptkd_jax.infra import distributed, files, sharding
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models import families
-from promptkd_jax.models.config import DecoderConfig, ModelError
+from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.io.params import PIECE_BYTES, stored_names
-from promptkd_jax.models.load import Model
+from promptkd_jax.models.model import Model
 
 SHARD_BYTES = 5 * 10**9
 

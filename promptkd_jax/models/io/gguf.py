@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from promptkd_jax.models.config import ModelError
+from promptkd_jax.infra.errors import GGUFError
 from promptkd_jax.models.io.safetensors import refuse_pointer
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ KEYS = frozenset(
     + ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
     + ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
 )
-
-
-class GGUFError(ModelError):
-    """A file that cannot be read as a Llama: says where, what was found, what would be right."""
 
 
 @dataclass(frozen=True, eq=False)

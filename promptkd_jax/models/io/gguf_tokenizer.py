@@ -10,7 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from promptkd_jax.models.io.gguf import GGUFError, GGUFModel
+from promptkd_jax.infra.errors import GGUFError
+from promptkd_jax.models.io.gguf import GGUFModel
 
 # Token types of the specification; 5 (unused) and 6 (byte) need no treatment.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import address_fault, failures, is_remote, local_copy, to_path
-from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.io.safetensors import SINGLE, SMALL_FILES, read_json, weight_files
 
 # Repositories that have another name today than everybody writes.
@@ -23,7 +23,7 @@ SHORT_NAMES = {
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?")
 
 
-def resolve(path: str) -> pathlib.Path:
+def resolve_model(path: str) -> pathlib.Path:
     """The local folder or file behind `path`; of a run, the folder of its student.
 
     What is in a bucket is copied. Of a hub repository huggingface_hub downloads what a model is

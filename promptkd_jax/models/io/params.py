@@ -18,8 +18,9 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models import families
-from promptkd_jax.models.config import DecoderConfig, ModelError
+from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one

@@ -12,7 +12,8 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from promptkd_jax.models.config import ModelError, from_hugging_face
+from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.config import from_hugging_face
 
 # Configs, tokenizers, templates and card; which files hold the weights is seen from these.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")

@@ -1,17 +1,12 @@
-"""`promptkd train --config FILE[:arg] --workdir DIR`: one run, from models and data to a report.
+"""One run, from models and data to a report; continues one that was stopped."""
 
-The same command continues a run that was stopped, and says so of one that is finished.
-"""
-
-import argparse
-import errno
 import json
 import math
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -19,20 +14,19 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax import flags
-from promptkd_jax.data.records import DataError
 from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra.distributed import HostsError
+from promptkd_jax.infra.errors import (
+    TrainingError,
+)
 from promptkd_jax.infra.files import check_shared, once, read_text, write_json
-from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.io.safetensors import has_weights
-from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import build, fields
-from promptkd_jax.training.checkpoint import CheckpointError
-from promptkd_jax.training.config import ConfigError, as_json, claim, parse
-from promptkd_jax.training.experiment import Experiment, prepare, save, save_configs, with_date
-from promptkd_jax.training.loop import Trained, TrainingError, assess, fit, score_dev
+from promptkd_jax.training.config import as_json, claim
+from promptkd_jax.training.experiment import Experiment
+from promptkd_jax.training.loop import Trained, assess, fit, score_dev
+from promptkd_jax.training.prepare import prepare, with_date
+from promptkd_jax.training.save import save, save_configs
 
 # name, format, which direction is better
 HELD_OUT = {
@@ -45,31 +39,16 @@ COMPARED = (*HELD_OUT, "loss", "response_length", "eos_rate", "repetition")
 PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")
 
 
-# What the user can mend: the message says how.
-MISTAKES = (ConfigError, DataError, ModelError, CheckpointError, TrainingError, HostsError)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and runs; a mistake of the user ends it with a message alone."""
-    options, _ = _parser().parse_known_args(argv)
-    with distributed.together(options):
-        try:
-            _, config = parse(_parser(), argv)
-            fields.check_recipe(config)
-            run(config, options.workdir)
-        except MISTAKES as error:
-            sys.exit(f"promptkd train: {error}")
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            sys.exit(f"promptkd train: {error}; what was saved is good: make room, run it again")
-
-
-def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+def run(
+    config: ConfigDict,
+    workdir: epath.Path,
+    choose_remat: Callable[[ConfigDict, jax.sharding.Mesh], ConfigDict] | None = None,
+) -> dict[str, Any]:
     """Trains, or continues, or finds it done; returns what `summary.json` says.
 
     Args:
       workdir: a folder that all processes see, as `files.to_path` makes it.
+      choose_remat: replaces "auto", as `plan.remat.with_chosen_remat`; None: that is "full".
     """
     distributed.agree("the config", json.dumps(as_json(config), sort_keys=True))
     distributed.agree("the version of jax, flax, optax or promptkd_jax", _versions())
@@ -85,7 +64,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         sharding.check_rows(what, stage.batch_size, parts, mesh)
         slots = f"config.stages[{index}].rollout_slots"
         sharding.check_rows(slots, stage.rollout_slots, 1, mesh)
-    config = with_chosen_remat(with_date(config, workdir), mesh)
+    config = with_date(config, workdir)
+    config = choose_remat(config, mesh) if choose_remat else config
     with jax.set_mesh(mesh):
         experiment = prepare(config, workdir, mesh)
         save_configs(experiment, workdir)
@@ -236,20 +216,3 @@ def _samples(experiment: Experiment, before: list[str], after: list[str]) -> lis
         }
         for record, first, last in zip(records, before, after)
     ]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="promptkd train",
-        description=__doc__,
-        usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]",
-        allow_abbrev=False,
-    )
-    text = "folder of the run, or gs://BUCKET/…"
-    parser.add_argument("--workdir", required=True, type=flags.path, help=text)
-    flags.add_processes(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    main()

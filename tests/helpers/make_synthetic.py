@@ -1,33 +1,18 @@
-"""Requests and answers made by a small grammar, and random models that read and write them.
+"""Writes the files of `synthetic:` data and models: requests and responses of a small grammar, and
+a tokenizer that has a token for each of its words.
 
-With these a whole comparison of methods runs in minutes on a CPU and downloads nothing. They are
-for trying out and for tests: a method that does better here need not do better on language, and
-nothing here ranks methods.
-
-`read_records("synthetic:train")` gives the records (also dev, test and longer), and
-`load_model("synthetic:llama-D64-L4-S0")` a randomly initialised Llama of width 64 and 4 layers.
+    python tests/helpers/make_synthetic.py
 """
 
 import functools
+import json
+import pathlib
 import random
-import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from promptkd_jax.data.records import DataError, Record
-from promptkd_jax.infra import sharding
-from promptkd_jax.models.config import ModelError, from_hugging_face
-from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.io.params import pad
-from promptkd_jax.models.load import Model
-
-PREFIX = "synthetic:"
+PACKAGE = pathlib.Path(__file__).parents[2] / "promptkd_jax"
 SIZES = {"test": 96, "dev": 32, "train": 2048, "longer": 48}  # records of each split
 REFERENCES = 4  # at most, of a request that has several right answers
 END = "<end>"
@@ -163,23 +148,14 @@ LISTS = (_repeat, _reverse, _sort, _count)  # their requests can be made longer
 TASKS = (*LISTS, _calculate, _colour, _pluralise, _describe)
 
 
-def records(name: str) -> list[Record]:
-    """The records of a split: "train", "dev", "test" or "longer", the same in every call.
+@functools.cache
+def splits() -> dict[str, tuple[Drawn, ...]]:
+    """The records of "train", "dev", "test" and "longer".
 
     No request is in two splits, or twice in one. "longer" asks about longer lists of words than
     any other split. A training record has one answer, drawn from all right ones; the others have
     up to REFERENCES of them.
-
-    Raises:
-      DataError: there is no such split.
     """
-    if name not in SIZES:
-        raise DataError(f"{PREFIX}{name}: there is no such split; there are {', '.join(SIZES)}")
-    return list(_splits()[name])
-
-
-@functools.cache
-def _splits() -> dict[str, tuple[Record, ...]]:
     draw = random.Random(0)
     short, long = _requests(draw, TASKS, range(2, 5)), _requests(draw, LISTS, range(5, 7))
     sources = {"test": short, "dev": short, "train": short, "longer": long}
@@ -206,9 +182,9 @@ def _requests(
             yield drawn
 
 
-def _record(draw: random.Random, drawn: Drawn, most: int) -> Record:
+def _record(draw: random.Random, drawn: Drawn, most: int) -> Drawn:
     instruction, words, answers = drawn
-    return Record(instruction, words, tuple(draw.sample(answers, min(most, len(answers)))))
+    return instruction, words, tuple(draw.sample(answers, min(most, len(answers))))
 
 
 @functools.cache
@@ -222,70 +198,28 @@ def vocabulary() -> dict[str, int]:
     return {token: number for number, token in enumerate(dict.fromkeys(tokens))}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Tokenizer:
     """One token a word of the grammar, one a byte of anything else; `<end>` is EOS and padding."""
     backend = Tokenizer(models.BPE(vocabulary(), merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=END, bos_token=END
-    )
+    return backend
 
 
-def model(
-    name: str,
-    *,
-    dtype: str = "float32",
-    param_dtype: str = "float32",
-    remat: str = "none",
-    mesh: Mesh | None = None,
-) -> Model:
-    """A randomly initialised Llama with the grammar's tokenizer.
-
-    Args:
-      name: "llama-D64-L4" for width 64 and 4 layers, "llama-D64-L4-S1" for another seed than 0.
-      dtype, param_dtype, remat, mesh: as `load_model` takes them.
-
-    Raises:
-      ModelError: no such name, or a width that is not a multiple of 32.
-    """
-    found = re.fullmatch(r"llama-D(\d+)-L(\d+)(?:-S(\d+))?", name)
-    width, depth, seed = (int(size or 0) for size in found.groups()) if found else (0, 0, 0)
-    if not depth or not width or width % 32:
-        raise ModelError(
-            f"{PREFIX}{name}: expected llama-D<width>-L<layers>[-S<seed>], such as llama-D64-L4, "
-            "the width a multiple of 32"
-        )
-    hf_config = _hf_config(width, depth)
-    config = from_hugging_face(hf_config, f"{PREFIX}{name}")
-    config = config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat)
-    on_mesh = config.replace(tensor_parts=1 if mesh is None else mesh.shape["tensor"])
-
-    def init():
-        tokens = jnp.zeros((1, 2), jnp.int32)  # the same numbers on every mesh
-        return pad(Decoder(config).init(jax.random.key(seed), tokens)["params"], on_mesh)
-
-    placed = None if mesh is None else sharding.shardings(jax.eval_shape(init), mesh)
-    params = jax.jit(init, out_shardings=placed)()
-    return Model(f"{PREFIX}{name}", Decoder(on_mesh), params, hf_config, tokenizer(), (0,))
+def files() -> dict[pathlib.Path, str]:
+    """The text of each file, by its path below the package."""
+    found = {pathlib.Path("models/assets/synthetic_tokenizer.json"): tokenizer().to_str()}
+    for name, records in splits().items():
+        lines = [
+            json.dumps({"instruction": instruction, "input": words, "output": answers})
+            for instruction, words, answers in records
+        ]
+        found[pathlib.Path(f"data/assets/synthetic/{name}.jsonl")] = "\n".join(lines) + "\n"
+    return found
 
 
-def _hf_config(width: int, depth: int) -> dict[str, Any]:
-    """The config.json of a Llama with heads of 16, two to a key/value head."""
-    return {
-        "model_type": "llama",
-        "vocab_size": len(vocabulary()),
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": width // 16,
-        "num_key_value_heads": width // 32,
-        "intermediate_size": 3 * width,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+if __name__ == "__main__":
+    for path, text in files().items():
+        (PACKAGE / path).parent.mkdir(parents=True, exist_ok=True)
+        (PACKAGE / path).write_text(text, "utf-8")

@@ -1,4 +1,7 @@
-"""`promptkd generate --model FOLDER`: talk to an exported student, or any model."""
+"""Talk to an exported student, or any model: `promptkd generate --model FOLDER`.
+
+Answers `--request`, or every line typed until an empty one.
+"""
 
 import argparse
 import sys
@@ -6,27 +9,34 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from promptkd_jax import flags
-from promptkd_jax.data.records import DataError, Record, tokenize
-from promptkd_jax.evaluate import decode, recorded, template_for, write_answers
+from promptkd_jax.cli import flags
+from promptkd_jax.cli.evaluate import recorded, template_for
+from promptkd_jax.data.records import Record
+from promptkd_jax.data.rows import tokenize
+from promptkd_jax.inference.generate import decode, write_answers
 from promptkd_jax.infra import distributed
-from promptkd_jax.infra.distributed import HostsError
-from promptkd_jax.models.config import ModelError
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.training import build, fields
-from promptkd_jax.training.config import ConfigError, Int
+from promptkd_jax.training.specs import Int
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_model(parser)
+    parser.add_argument("--request", help="answer this and stop")
+    flags.add_template(parser)
+    flags.add_sampling(parser, temperature=0.0, no_repeat_ngram_size=0)
+    count = flags.of(Int(low=1))
+    parser.add_argument("--max-prompt-length", type=count, default=256)
+    parser.add_argument("--max-new-tokens", type=count, default=128)
+    parser.add_argument("--seed", type=flags.of(fields.SEED), default=10)
+    flags.add_processes(parser)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Answers `--request`, or every line typed until an empty one."""
-    options = _parser().parse_args(argv)
-    with distributed.together(options):
-        try:
-            with jax.set_mesh(flags.mesh_of(options)):
-                distributed.agree_on_options(options)
-                _answer_all(options)
-        except (ConfigError, DataError, ModelError, HostsError) as error:
-            sys.exit(f"promptkd generate: {error}")
+    with jax.set_mesh(flags.mesh_of(options)):
+        distributed.agree_on_options(options)
+        _answer_all(options)
 
 
 def _answer_all(options: argparse.Namespace) -> None:
@@ -73,21 +83,3 @@ def _typed() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="promptkd generate", description=main.__doc__)
-    flags.add_model(parser)
-    parser.add_argument("--request", help="answer this and stop")
-    flags.add_template(parser)
-    flags.add_sampling(parser, temperature=0.0, no_repeat_ngram_size=0)
-    count = flags.of(Int(low=1))
-    parser.add_argument("--max-prompt-length", type=count, default=256)
-    parser.add_argument("--max-new-tokens", type=count, default=128)
-    parser.add_argument("--seed", type=flags.of(fields.SEED), default=10)
-    flags.add_processes(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""`promptkd init --teacher MODEL --layers 18 --output FOLDER`: a student to be distilled, made of
-some of its teacher's layers.
+"""A student made of some of its teacher's layers, to be distilled: `promptkd init --teacher MODEL
+--layers 18 --output FOLDER`.
 
 DistilBERT (Sanh et al. 2019, arXiv 1910.01108) starts as every other layer of BERT, DistilGPT2 as
 the layers 0, 2, 4, 7, 9 and 11 of GPT-2's 12. A run does the same with `student.layers`; with a
@@ -8,29 +8,36 @@ folder of their own, several runs, or other tools, start from one student.
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 
 import jax
 from etils import epath
 
-from promptkd_jax import flags
-from promptkd_jax.infra.files import check_writable, failures
-from promptkd_jax.models.config import ModelError
+from promptkd_jax.cli import flags
+from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.infra.files import check_writable
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import chosen_layers, keep_layers, load_model
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import chosen_layers, keep_layers
 from promptkd_jax.training import fields
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes a student that starts as some of its teacher's layers, for transformers."""
-    options = _parser().parse_args(argv)
-    try:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "folder (also that of a run), .gguf file, or hub id"
+    parser.add_argument("--teacher", required=True, type=flags.source, help=text)
+    parser.add_argument(
+        "--layers",
+        required=True,
+        type=_layers,
+        help="how many, evenly spread (18); or which, counted from 0 (0,2,4,7,9,11)",
+    )
+    parser.add_argument("--output", required=True, type=flags.path, help="a new folder")
+    parser.add_argument("--dtype", default="float32", choices=fields.DTYPE.options)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    with flags.naming("--output", options.output):
         init(options.teacher, options.layers, options.output, dtype=options.dtype)
-    except ModelError as error:
-        sys.exit(f"promptkd init: {error}")
-    except failures(options.output) as error:
-        sys.exit(f"promptkd init: --output {options.output}: {error}")
 
 
 def init(
@@ -105,22 +112,3 @@ def _layers(text: str) -> int | tuple[int, ...]:
     if twice := sorted({layer for layer in listed if listed.count(layer) > 1}):
         raise argparse.ArgumentTypeError(f"{text!r} has layer {twice[0]} more than once")
     return listed
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="promptkd init", description=main.__doc__)
-    text = "folder (also that of a run), .gguf file, or hub id"
-    parser.add_argument("--teacher", required=True, type=flags.source, help=text)
-    parser.add_argument(
-        "--layers",
-        required=True,
-        type=_layers,
-        help="how many, evenly spread (18); or which, counted from 0 (0,2,4,7,9,11)",
-    )
-    parser.add_argument("--output", required=True, type=flags.path, help="a new folder")
-    parser.add_argument("--dtype", default="float32", choices=fields.DTYPE.options)
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,24 @@
 """A promptkd command that is about to be launched: read as it will read itself, and checked for the
 devices that it will have, before these are paid for."""
 
-import importlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.cli import COMMANDS
+from promptkd_jax.cli.main import COMMANDS, parse
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import of_another_machine
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
-from promptkd_jax.studies import comparison
+from promptkd_jax.studies import comparison, reproduce
 from promptkd_jax.training import fields
-from promptkd_jax.training.config import ConfigError, parse
+from promptkd_jax.training.config import read_config
 
 ALONE = ("init", "compare")  # of one process
 
 
 @of_another_machine()
-def check(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | None:
+def check_command(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | None:
     """Checks a command for so many devices, all of whose mistakes would show when these are there.
 
     Args:
@@ -40,33 +40,30 @@ def check(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | N
         raise ConfigError("promptkd plan: is what checks, and not to be launched; run it here")
     if name in ALONE and devices > 1:
         raise ConfigError(f"promptkd {name} is one process, and not for {devices} devices")
-    module = importlib.import_module(f"promptkd_jax.{name}")
-    parser = module._parser()
+    options, rest = parse(name, arguments)
     if name == "train":
-        _, config = parse(parser, arguments)
+        config = read_config(rest)
         fields.check_recipe(config)
         sizes = _check_rows(config, devices, number)
         for stage in config.stages:
             abstract_run(config, stage.name).arguments(abstract_mesh(sizes))
         return config
     if name == "cache":
-        _, config = parse(parser, arguments)
+        config = read_config(rest)
         fields.check_recipe(config)
         sharding.mesh_shape(config.mesh, devices, number)
     elif name == "compare":  # its own config: of several runs
-        options, config = parse(parser, arguments)
-        made = comparison.plan(config, options.workdir)
+        made = comparison.plan_comparison(read_config(rest), options.workdir)
         for run in (*made.pretraining.values(), *made.runs.values()):
             _check_rows(run.config, devices, number)
     elif name == "reproduce":  # of models that it makes itself
-        options, overrides = parser.parse_known_args(arguments)
-        how = options.config, options.workdir, options.methods, overrides
-        for config in module.plan(*how, from_published=options.from_published).values():
+        how = options.config, options.workdir, options.methods, rest
+        for config in reproduce.plan_reproduction(
+            *how, from_published=options.from_published
+        ).values():
             _check_rows(config, devices, number)
-    else:
-        options = parser.parse_args(arguments)
-        if "mesh" in options:
-            sharding.mesh_shape(sharding.parse_sizes(options.mesh), devices, number)
+    elif "mesh" in options:
+        sharding.mesh_shape(sharding.parse_sizes(options.mesh), devices, number)
     return None
 
 

@@ -9,7 +9,6 @@ The same command continues a comparison that was stopped, and with further metho
 config it trains and measures only these.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -24,23 +23,24 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from promptkd_jax import flags
-from promptkd_jax.data.records import DataError, Rows, read_records
-from promptkd_jax.evaluate import decode, write_answers
-from promptkd_jax.evaluation.bootstrap import paired_difference, spread
+from promptkd_jax.data.records import read_records
+from promptkd_jax.data.rows import Rows
+from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
 from promptkd_jax.evaluation.exposure_bias import exposure_bias, write_texts
-from promptkd_jax.evaluation.report import read_metrics
 from promptkd_jax.evaluation.text_metrics import rouge_l
+from promptkd_jax.inference.generate import decode, write_answers
 from promptkd_jax.infra import signals
+from promptkd_jax.infra.errors import ComparisonError
 from promptkd_jax.infra.files import once, write_json
-from promptkd_jax.models.config import ModelError
-from promptkd_jax.models.load import Model, end_ids, load_with_tokenizer
+from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.models.load import load_with_tokenizer
+from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.studies import comparison_report
-from promptkd_jax.studies.comparison import IRRELEVANT, Plan, Run, plan
+from promptkd_jax.studies.comparison import IRRELEVANT, Plan, Run, plan_comparison
 from promptkd_jax.studies.comparison_report import AVERAGE, START, TEACHER
 from promptkd_jax.training import build, fields
-from promptkd_jax.training.config import ConfigError, claim, parse
-from promptkd_jax.training.experiment import shared_vocabulary, tokenized
+from promptkd_jax.training.config import claim
+from promptkd_jax.training.prepare import shared_vocabulary, tokenized
 
 # What a run's summary.json says and the comparison shows; the latter only behind a soft prompt.
 FIGURES = (
@@ -52,28 +52,12 @@ _POLL_SECONDS = 0.1
 PROMPT_FIGURES = ("kl_prompted_after", "teacher_rougeL", "teacher_rougeL_prompted")
 
 
-class ComparisonError(RuntimeError):
-    """A comparison that cannot go on; says why."""
-
-
 class Contender(NamedTuple):
     """A model that is measured, with the seed of its answers, and where they are kept."""
 
     model: str
     seed: int
     folder: pathlib.Path
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and compares; a mistake of the user ends it with a message alone."""
-    try:
-        options, config = parse(_parser(), argv)
-        with signals.answered():
-            found = compare(config, options.workdir)
-    except (ConfigError, DataError, ModelError, ComparisonError) as error:
-        sys.exit(f"promptkd compare: {error}")
-    print(comparison_report.markdown(found))
-    print(f"the same, with plots and samples: {options.workdir / 'report.html'}")
 
 
 def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -88,7 +72,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       ComparisonError: a training failed, or its summary lacks a figure.
     """
     workdir = pathlib.Path(workdir).resolve()
-    made = plan(config, workdir)
+    made = plan_comparison(config, workdir)
     claim(workdir, config, IRRELEVANT)
     trainings = [*made.pretraining.values(), *made.runs.values()]
     for run in trainings:
@@ -96,7 +80,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     for number, run in enumerate(trainings, start=1):
         _train_once(run, f"[{number}/{len(trainings)}] {run.name}", workdir / "cache")
     measured = measure(config, made, workdir)
-    found = summarise(config, made, measured)
+    found = summarize_comparison(config, made, measured)
     write_json(workdir / "comparison.json", found)
     comparison_report.write(workdir, found, config)
     return found
@@ -126,7 +110,7 @@ def train(run: Run, cache: pathlib.Path) -> None:
       ComparisonError: it did not finish; with the end of what it printed.
     """
     log = run.folder / "log.txt"
-    module = [sys.executable, "-m", "promptkd_jax.train"]
+    module = [sys.executable, "-m", "promptkd_jax", "train"]
     command = [*module, f"--config={run.folder / 'config.json'}", f"--workdir={run.folder}"]
     environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"} | os.environ
     with log.open("a", encoding="utf-8") as out:
@@ -308,7 +292,9 @@ def _text_sizes(config: ConfigDict) -> dict[str, int]:
 # What it says.
 
 
-def summarise(config: ConfigDict, made: Plan, measured: Mapping[str, Any]) -> dict[str, Any]:
+def summarize_comparison(
+    config: ConfigDict, made: Plan, measured: Mapping[str, Any]
+) -> dict[str, Any]:
     """The comparison as plain numbers: scores, differences, figures, curves, samples."""
     reference = config.reference or _default_reference(config.methods)
     scores = {
@@ -364,7 +350,9 @@ def _over_seeds(sets: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Each set's score and their average: one value a seed, mean and deviation of these."""
     values = {name: scores.mean(axis=1) for name, scores in sets.items()}
     values[AVERAGE] = np.mean(list(values.values()), axis=0)
-    return {name: spread(one)._asdict() | {"seeds": one.tolist()} for name, one in values.items()}
+    return {
+        name: mean_and_std(one)._asdict() | {"seeds": one.tolist()} for name, one in values.items()
+    }
 
 
 def _differences(
@@ -382,7 +370,9 @@ def _differences(
 def _figures(runs: Mapping[int, Run]) -> dict[str, dict[str, float]]:
     """Mean and deviation over seeds of what the summaries say."""
     summaries = [_summary(run) for run in runs.values()]
-    return {key: spread([summary[key] for summary in summaries])._asdict() for key in summaries[0]}
+    return {
+        key: mean_and_std([summary[key] for summary in summaries])._asdict() for key in summaries[0]
+    }
 
 
 def _summary(run: Run) -> dict[str, float]:
@@ -440,19 +430,3 @@ def _samples(config: ConfigDict, measured: Mapping[str, Any]) -> list[dict[str, 
                 }
             )
     return found[: config.samples]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="promptkd compare",
-        description=__doc__,
-        usage="%(prog)s --config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]",
-        allow_abbrev=False,
-    )
-    text = "folder of a disk: runs are processes of this machine that append to logs there"
-    parser.add_argument("--workdir", required=True, type=flags.disk_path, help=text)
-    return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -5,17 +5,20 @@ the flag.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+import errno
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from promptkd_jax.data.records import TEMPLATES
+from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.files import to_path
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.files import failures, to_path
 from promptkd_jax.training import fields
-from promptkd_jax.training.config import Float, Int, Path
+from promptkd_jax.training.specs import Float, Int, Path
 
 _KINDS = {Int: int, Float: float}  # of the values of a spec; those of all others are text
 
@@ -45,6 +48,21 @@ def path(text: str) -> epath.Path:
 def disk_path(text: str) -> epath.Path:
     """The `type` of a flag for a file or folder that must not be in a bucket."""
     return to_path(of(Path(nonempty=True, bucket=False))(text))
+
+
+@contextlib.contextmanager
+def naming(option: str, folder: epath.Path) -> Iterator[None]:
+    """Names the option whose file or folder cannot be read or written.
+
+    Raises:
+      ConfigError: in place of what the disk or the bucket says; of a full disk that is raised.
+    """
+    try:
+        yield
+    except failures(folder) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise ConfigError(f"{option} {folder}: {error}") from error
 
 
 source = of(Path(nonempty=True))  # the `type` of a flag that names a model or data

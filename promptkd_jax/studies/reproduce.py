@@ -7,11 +7,9 @@ in the workdir, so that the same command continues one that was stopped, and one
 methods, sets or seeds adds to it.
 """
 
-import argparse
 import functools
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -19,19 +17,20 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
-from promptkd_jax import flags, train
-from promptkd_jax.data.records import DataError, Record, read_records, tokenize
-from promptkd_jax.evaluate import score
-from promptkd_jax.evaluation.bootstrap import spread
-from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.data.records import Record, read_records
+from promptkd_jax.data.rows import tokenize
+from promptkd_jax.evaluation.bootstrap import mean_and_std
+from promptkd_jax.evaluation.student_metrics import score
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import is_remote, once, to_path, write_json, write_text
-from promptkd_jax.models.load import Model, load_with_tokenizer
+from promptkd_jax.models.load import load_with_tokenizer
+from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies import published
-from promptkd_jax.training import build, fields, recipes
+from promptkd_jax.training import build, fields, recipes, run
 from promptkd_jax.training.config import (
     ConfigError,
     claim,
@@ -47,7 +46,7 @@ SEEDS = (10, 20, 30, 40, 50)
 Scores = dict[str, dict[int, float]]
 
 
-class Contender(NamedTuple):
+class ReproducedModel(NamedTuple):
     """A model to evaluate: where it lies, and the config whose `data` says how it is asked."""
 
     path: str
@@ -66,26 +65,6 @@ class Row(NamedTuple):
     difference: float | None  # ours minus published
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and runs; a mistake of the user ends it with a message alone."""
-    options, overrides = _parser().parse_known_args(argv)
-    with distributed.together(options):
-        try:
-            rows = reproduce(
-                options.config,
-                options.workdir,
-                methods=options.methods,
-                seeds=options.seeds,
-                sets=options.sets,
-                overrides=overrides,
-                from_published=options.from_published,
-            )
-        except train.MISTAKES as error:
-            sys.exit(f"promptkd reproduce: {error}")
-        Console().print(table(rows))
-        print(f"written to {options.workdir}/reproduction.json and reproduction.md")
-
-
 def reproduce(
     source: str,
     workdir: epath.Path,
@@ -95,6 +74,7 @@ def reproduce(
     sets: Sequence[str] = (),
     overrides: Sequence[str] = (),
     from_published: bool = False,
+    choose_remat: Callable[[ConfigDict, jax.sharding.Mesh], ConfigDict] | None = None,
 ) -> list[Row]:
     """Trains and evaluates what `workdir` does not hold yet, and writes the table into it.
 
@@ -103,9 +83,10 @@ def reproduce(
       sets: "NAME=FILE", NAME of `published.SETS`.
       overrides: "--config.a.b=VALUE", for every run.
       from_published: start from the models that the config names, fine-tune none.
+      choose_remat: as `training.run.run` takes it.
 
     Returns:
-      The table, as `compare` makes it.
+      The table, as `table_rows` makes it.
 
     Raises:
       ConfigError, DataError: before anything is trained, where an argument is wrong.
@@ -114,16 +95,16 @@ def reproduce(
     """
     records, theirs = read_sets(sets), published_numbers(source)
     workdir = workdir if is_remote(workdir) else workdir.resolve()
-    runs = plan(source, workdir, methods, overrides, from_published=from_published)
+    runs = plan_reproduction(source, workdir, methods, overrides, from_published=from_published)
     models = contenders(runs, workdir)
     for name, config in runs.items():
         print(f"{name}: {build.title(config)}")
-        train.run(config, workdir / name)
+        run.run(config, workdir / name, choose_remat)
     scores = {}
     for name, model in models.items():
         with jax.set_mesh(sharding.make_mesh(model.config.mesh)):
-            scores[name] = evaluate(model, records, seeds, workdir / name / "evaluations")
-    rows = compare(scores, theirs)
+            scores[name] = evaluate_model(model, records, seeds, workdir / name / "evaluations")
+    rows = table_rows(scores, theirs)
     found = {
         "config": source,
         "overrides": list(overrides),
@@ -136,7 +117,7 @@ def reproduce(
         "table": [row._asdict() for row in rows],
     }
     write_json(workdir / "reproduction.json", found)
-    write_text(workdir / "reproduction.md", markdown(found, rows))
+    write_text(workdir / "reproduction.md", reproduction_markdown(found, rows))
     return rows
 
 
@@ -185,7 +166,7 @@ def published_numbers(source: str) -> dict[str, dict[str, float]]:
     return sizes.get(student, {})
 
 
-def plan(
+def plan_reproduction(
     source: str,
     workdir: epath.Path,
     methods: Sequence[str],
@@ -248,7 +229,7 @@ def _export(workdir: epath.Path, run: str) -> str:
     return str(workdir / run / "student")
 
 
-def contenders(runs: Mapping[str, ConfigDict], workdir: epath.Path) -> dict[str, Contender]:
+def contenders(runs: Mapping[str, ConfigDict], workdir: epath.Path) -> dict[str, ReproducedModel]:
     """What is evaluated: the teacher, of this pipeline or of the config, and every student.
 
     Raises:
@@ -260,15 +241,15 @@ def contenders(runs: Mapping[str, ConfigDict], workdir: epath.Path) -> dict[str,
         if not named:
             raise ConfigError("config.teacher.path: is empty, so --from-published has no teacher")
         teacher = named[0].teacher
-        found["teacher"] = Contender(teacher.path, teacher.dtype, named[0])
+        found["teacher"] = ReproducedModel(teacher.path, teacher.dtype, named[0])
     for name, config in runs.items():
         if name != "init":
-            found[name] = Contender(_export(workdir, name), config.student.dtype, config)
+            found[name] = ReproducedModel(_export(workdir, name), config.student.dtype, config)
     return found
 
 
-def evaluate(
-    contender: Contender,
+def evaluate_model(
+    contender: ReproducedModel,
     sets: Mapping[str, Sequence[Record]],
     seeds: Sequence[int],
     folder: epath.Path,
@@ -293,7 +274,7 @@ def evaluate(
     return found
 
 
-def _settings(contender: Contender, records: Sequence[Record]) -> ConfigDict:
+def _settings(contender: ReproducedModel, records: Sequence[Record]) -> ConfigDict:
     """What, with the seed, decides the answers."""
     data = contender.config.data
     return ConfigDict(
@@ -336,7 +317,9 @@ def _answer(
     return scores | {"rows": len(texts), "dropped": rows.dropped, "texts": texts}
 
 
-def compare(scores: Mapping[str, Scores], theirs: Mapping[str, Mapping[str, float]]) -> list[Row]:
+def table_rows(
+    scores: Mapping[str, Scores], theirs: Mapping[str, Mapping[str, float]]
+) -> list[Row]:
     """Ours beside the published: for each method a row per test set, and their average.
 
     The average, ours and the published one, is over the sets that were evaluated (all five where
@@ -360,7 +343,7 @@ def _row(method: str, test_set: str, values: Sequence[float], number: float | No
     """A row with the mean over seeds and their sample standard deviation (0 for one seed)."""
     if not values:
         return Row(method, test_set, None, None, number, None)
-    mean, std = spread(values)
+    mean, std = mean_and_std(values)
     difference = mean - number if number is not None else None
     return Row(method, test_set, mean, std, number, difference)
 
@@ -376,7 +359,7 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def markdown(found: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def reproduction_markdown(found: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The table as a page, with what it is a table of."""
     seeds = ", ".join(map(str, found["seeds"]))
     lines = [
@@ -411,36 +394,3 @@ def _cells(row: Row) -> tuple[str, ...]:
     number = None if row.published is None else f"{row.published:.{digits}f}"
     difference = None if row.difference is None else f"{row.difference:+.2f}"
     return row.method, row.test_set, *(cell or "n/a" for cell in (ours, number, difference))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="promptkd reproduce",
-        description=__doc__,
-        usage="%(prog)s --config FILE[:arg] --workdir DIR [options] [--config.a.b=VALUE …]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, help="such as configs/gpt2.py:student=base")
-    parser.add_argument("--workdir", required=True, type=flags.path)
-    parser.add_argument(
-        "--methods", nargs="+", default=["promptkd"], choices=recipes.METHODS, metavar="METHOD"
-    )
-    flags.add_seeds(parser, SEEDS)
-    parser.add_argument(
-        "--sets",
-        nargs="+",
-        default=[],
-        metavar="NAME=FILE",
-        help=f"JSON lines; NAME is one of {', '.join(published.SETS)}",
-    )
-    parser.add_argument(
-        "--from-published",
-        action="store_true",
-        help="start from the fine-tuned models that the config names",
-    )
-    flags.add_processes(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    main()

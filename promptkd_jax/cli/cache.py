@@ -1,0 +1,81 @@
+"""The teacher's log-probabilities, written once: `promptkd cache --config FILE[:arg] --output DIR`.
+
+A run whose teacher view is "cached" then reads them instead of calling the teacher. The same
+command goes on where it was stopped, and does nothing where all is written.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from promptkd_jax.cli import flags
+from promptkd_jax.data.logprobs import on_a_file_system
+from promptkd_jax.data.records import read_records
+from promptkd_jax.inference.logprob_cache import write_cache
+from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.files import check_shared, make_folder
+from promptkd_jax.models.model import check_positions
+from promptkd_jax.training import prepare
+from promptkd_jax.training.config import ConfigError, as_json, read_config
+from promptkd_jax.training.fields import check_recipe
+from promptkd_jax.training.specs import Int
+
+USAGE = "--config FILE[:arg] --output DIR [--top-k 64] [--batch-size 8] [--config.a.b=VALUE …]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    count = flags.of(Int(low=1))
+    parser.add_argument("--output", required=True, type=flags.disk_path, help="not in a bucket")
+    parser.add_argument("--top-k", type=count, default=64, help="tokens kept at every position")
+    parser.add_argument("--batch-size", type=count, default=8, help="rows in one call")
+    flags.add_processes(parser)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    config = read_config(rest)
+    check_recipe(config)
+    with flags.naming("--output", options.output):
+        cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
+
+
+def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size: int) -> None:
+    """Writes the teacher's view of the run's gold training rows into `folder`.
+
+    Raises:
+      ConfigError, DataError, ModelError: a config without teacher, models or data that cannot be
+        used, or a folder that something else made, or in a bucket.
+      HostsError: processes that have different configs, or do not see the same folder.
+    """
+    folder = on_a_file_system(folder)
+    distributed.agree("the config", json.dumps(as_json(config), sort_keys=True))
+    if not config.teacher.path:
+        raise ConfigError("config.teacher.path: is empty, but the cache is the teacher's")
+    make_folder(folder)
+    check_shared(folder)
+    mesh, data = sharding.make_mesh(config.mesh), config.data
+    with jax.set_mesh(mesh):
+        teacher, student = prepare.load_models(config, mesh)
+        vocab_size = prepare.shared_vocabulary(teacher, student)
+        check_positions(teacher, data.max_length)
+        student = student.replace(params=None)  # tokenizes; its weights are not needed
+        records = read_records(data.train, split=data.train_split, need_output=True)
+        dated = prepare.with_date(config, folder)
+        rows = prepare.tokenized(dated, student, data.train, records)
+        cached = write_cache(
+            teacher,
+            rows,
+            folder,
+            top_k=top_k,
+            batch_size=batch_size,
+            length=data.max_length,
+            vocab_size=vocab_size,
+        )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(
+        f"{folder}: the {top_k} largest log-probabilities at {cached.offsets[-1]} response tokens "
+        f"of {len(rows.tokens)} rows, {size / 1e6:.1f} MB"
+    )

@@ -1,0 +1,178 @@
+"""How good a student is: ROUGE-L and exact match of its answers, closeness to its teacher.
+
+`promptkd evaluate --model FOLDER --data FILE …` scores an exported student on any number of sets
+and seeds.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from promptkd_jax.cli import flags
+from promptkd_jax.data.records import read_records
+from promptkd_jax.data.rows import Rows, tokenize
+from promptkd_jax.data.templates import TEMPLATES
+from promptkd_jax.evaluation.bootstrap import mean_and_std
+from promptkd_jax.evaluation.student_metrics import score
+from promptkd_jax.infra import distributed, provenance
+from promptkd_jax.infra.errors import DataError, ModelError
+from promptkd_jax.infra.files import check_writable, write_json, write_text
+from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
+from promptkd_jax.models.model import Model
+from promptkd_jax.training import build, fields
+from promptkd_jax.training.config import ConfigError
+from promptkd_jax.training.specs import Int
+
+# What decides the scores, as it is written beside them.
+SETTINGS = (
+    *("model", "data", "split", "template", "seeds", "temperature", "top_k", "top_p"),
+    *("no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size", "dtype"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_model(parser)
+    data = "JSON lines files or hub ids"
+    parser.add_argument("--data", required=True, nargs="+", type=flags.source, help=data)
+    parser.add_argument("--split", default="test", help="of a hub data set")
+    parser.add_argument("--output", required=True, type=flags.path, help="folder for the results")
+    flags.add_template(parser)
+    flags.add_seeds(parser, (10, 20, 30, 40, 50))
+    flags.add_sampling(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
+    for name, default in (("max_prompt_length", 256), ("max_length", 512)):
+        text = f"tokens (default: that of the training, else {default})"
+        flag, limit = f"--{name.replace('_', '-')}", flags.of(fields.SCHEMA["data"][name])
+        parser.add_argument(flag, type=limit, help=text)
+    parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16)
+    flags.add_processes(parser)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    with flags.naming("--output", options.output), jax.set_mesh(flags.mesh_of(options)):
+        distributed.agree_on_options(options)
+        scores = evaluate_sets(options)
+    Console().print(_table(scores))
+    print(f"written to {options.output}/evaluation.json, the answers beside it")
+
+
+def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
+    """Scores by set, written to `options.output`. Raises ConfigError, DataError, ModelError."""
+    check_writable(options.output)
+    record = recorded(options.model)
+    lengths = {"max_prompt_length": 256, "max_length": 512} | record
+    for name in ("max_prompt_length", "max_length"):
+        if getattr(options, name) is None:
+            setattr(options, name, lengths[name])
+    if options.max_length <= options.max_prompt_length:
+        raise ConfigError(
+            f"--max-length {options.max_length} leaves no room for an answer beside "
+            f"--max-prompt-length {options.max_prompt_length}"
+        )
+    model = load_with_tokenizer(options.model, dtype=options.dtype)
+    options.template, why = template_for(model, options.template, record)
+    print(f"template {options.template} ({why})", flush=True)
+    output, found = options.output, {}
+    for source in options.data:
+        name = pathlib.Path(source.removeprefix("package:")).stem
+        if name in found:
+            raise DataError(f"--data: two sets are called {name!r}; rename one of the files")
+        rows = tokenize(
+            read_records(source, split=options.split, need_output=True),
+            model.tokenizer,
+            template=options.template,
+            max_prompt_length=options.max_prompt_length,
+            max_length=options.max_length,
+            eos_id=model.eos_ids[0],
+            date=record.get("date", ""),
+        )
+        distributed.agree(f"the data ({source})", provenance.of_rows(rows.tokens))
+        seeds = {}
+        for seed in options.seeds:
+            seeds[str(seed)], texts = _score_set(model, rows, options, seed)
+            _write_samples(output / f"{name}-seed{seed}.jsonl", rows, texts)
+        counts = {"rows": len(rows.tokens), "dropped": rows.dropped}
+        found[name] = counts | {"seeds": seeds} | _over_seeds([*seeds.values()])
+    settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    write_json(output / "evaluation.json", {"settings": settings, "sets": found})
+    return found
+
+
+def recorded(model: str) -> dict[str, Any]:
+    """Reads and checks how a model was asked while it was trained, see `load.training_record`.
+
+    Raises:
+      ModelError: it says what cannot be.
+    """
+    record = training_record(model)
+    specs = {name: fields.SCHEMA["data"][name] for name in RECORDED if name in record}
+    for name, spec in specs.items():
+        if fault := spec.fault(record[name]):
+            raise ModelError(f"{model}: {RECORD}: {name}: {record[name]!r} is not {fault}")
+    return {name: record[name] for name in specs}
+
+
+def template_for(model: Model, given: str | None, record: dict[str, Any]) -> tuple[str, str]:
+    """Chooses the template to ask a model with: what the user gave, else that of its training,
+    else its tokenizer's own. Returns its name, and why this one.
+
+    Raises:
+      ConfigError: nothing tells which.
+    """
+    if given is not None:
+        return given, "as given"
+    if "template" in record:
+        return record["template"], "that of the training"
+    if model.tokenizer.chat_template:
+        return "chat", f"the tokenizer's own, since no {RECORD} says how the model was trained"
+    raise ConfigError(
+        f"--template: {model.name} does not say which one it was trained with (it has no "
+        f"{RECORD}), and its tokenizer has no chat template; give one of {', '.join(TEMPLATES)}"
+    )
+
+
+def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int):
+    return score(
+        model,
+        rows,
+        sampling=build.sampling(options, model.eos_ids),
+        prompt_capacity=options.max_prompt_length,
+        max_new_tokens=options.max_length - options.max_prompt_length,
+        batch_size=options.batch_size,
+        seed=seed,
+        vocab_size=model.vocab_size,
+    )
+
+
+def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and deviation of each score."""
+    return {name: mean_and_std([one[name] for one in scores])._asdict() for name in scores[0]}
+
+
+def _write_samples(file: epath.Path, rows: Rows, texts: Sequence[str]) -> None:
+    lines = [
+        {
+            "instruction": record.instruction,
+            "input": record.input,
+            "references": record.outputs,
+            "answer": text,
+        }
+        for record, text in zip(rows.records, texts)
+    ]
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table("set", "rows", "ROUGE-L", "exact match")
+    for name, one in found.items():
+        columns = [
+            f"{one[key]['mean']:.2f} ± {one[key]['std']:.2f}" for key in ("rougeL", "exact_match")
+        ]
+        table.add_row(name, str(one["rows"]), *columns)
+    return table

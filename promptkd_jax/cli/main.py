@@ -1,0 +1,91 @@
+"""The console command `promptkd`: its first word chooses a module of this folder.
+
+Such a module has a docstring, which `--help` shows, `add_arguments(parser)`, and
+`run(options, rest)`: `rest` are the arguments of a config, where the module says USAGE. What a user
+can mend is a `UserError` below, and becomes a message here.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "init": "a student that starts as some of its teacher's layers",
+    "train": "distil: models and data to a student and a report",
+    "evaluate": "ROUGE-L and exact match of a model, on any sets and seeds",
+    "generate": "talk to a model from the terminal",
+    "cache": "the teacher's top-k log-probabilities, written once for later runs",
+    "compare": "several methods from one student within one budget, in one table and report",
+    "plan": "what a run needs of TPU chips: memory, time and cost, compiled without a TPU",
+    "reproduce": "the paper's pipeline, and its table beside the published one",
+    "export": "a checkpoint of a run as a transformers folder",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `promptkd COMMAND …`.
+
+    Raises:
+      SystemExit: always if something is wrong, with the message or the exit status.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name, arguments = (argv[:1] or [""])[0], argv[1:]
+    if name not in COMMANDS:
+        lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
+        print(f"usage: promptkd COMMAND …\n{lines}\n'promptkd COMMAND --help' says more.")
+        sys.exit(0 if name in ("", "-h", "--help") else f"promptkd: no command {name!r}")
+    # "PyTorch was not found": it is not needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        _run(name, arguments)
+    except KeyboardInterrupt:  # while modules are imported; after that, see `infra.signals`
+        sys.exit(130)
+
+
+def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options of a command, and the arguments of its config.
+
+    Raises:
+      SystemExit: an argument that the command does not know.
+    """
+    parser, takes_config = parser_of(name)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, rest = parser.parse_known_args(arguments[:end])
+    options.launched = list(arguments[end + 1 :])
+    if unknown := ([] if takes_config else rest) + ([] if name == "plan" else options.launched):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, rest
+
+
+def parser_of(name: str) -> tuple[argparse.ArgumentParser, bool]:
+    """Returns the parser of a command, and whether the command takes a config, too."""
+    command = importlib.import_module(f"promptkd_jax.cli.{name}")
+    usage = getattr(command, "USAGE", None)
+    parser = argparse.ArgumentParser(
+        prog=f"promptkd {name}",
+        description=command.__doc__,
+        usage=usage and f"%(prog)s {usage}",
+        allow_abbrev=not usage,
+    )
+    command.add_arguments(parser)
+    return parser, bool(usage)
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    options, rest = parse(name, arguments)
+    from promptkd_jax.infra import distributed, signals  # --help is answered before JAX is imported
+    from promptkd_jax.infra.errors import UserError
+
+    many = "coordinator" in options
+    with distributed.together(options) if many else signals.answered():
+        try:
+            importlib.import_module(f"promptkd_jax.cli.{name}").run(options, rest)
+        except UserError as error:
+            sys.exit(f"promptkd {name}: {error}")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            sys.exit(f"promptkd {name}: {error}; what was saved is good: make room, run it again")

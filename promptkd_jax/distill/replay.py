@@ -1,0 +1,77 @@
+"""The replay buffer of DistiLLM."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from promptkd_jax.data.batch import Batch, widen
+
+
+@flax.struct.dataclass
+class Replay:
+    """Rows that the student wrote, the last C of them, and how often they are used.
+
+    DistiLLM's adaptive off-policy schedule (arXiv 2402.03898, section 3.2): a batch is the
+    student's with probability `threshold`, which rises when the validation loss does; of these
+    batches ever fewer are written anew and ever more drawn from the buffer.
+
+    `rows` `[C, T]`; `count`: rows pushed in all; `validation_loss`: what the next one is compared
+    with.
+    """
+
+    rows: Batch
+    count: jax.Array
+    threshold: jax.Array
+    validation_loss: jax.Array
+
+    @property
+    def full(self) -> jax.Array:
+        """Whether every place holds a row."""
+        return self.count >= self.rows.lengths.shape[0]
+
+
+def empty_rows(number: int, columns: int) -> Batch:
+    one = jnp.ones(number, jnp.int32)
+    return Batch(jnp.zeros((number, columns), jnp.int32), one, one)
+
+
+def empty_replay(capacity: int, columns: int, threshold: float = 0.0) -> Replay:
+    """A buffer of `capacity` rows of `columns` tokens, with nothing in it."""
+    rows = empty_rows(capacity, columns)
+    count, threshold = jnp.zeros((), jnp.int32), jnp.full((), threshold, jnp.float32)
+    return Replay(rows, count, threshold, jnp.full((), jnp.inf, jnp.float32))
+
+
+def push(replay: Replay, rows: Batch) -> Replay:
+    """Puts B <= C rows in the places of the oldest."""
+    capacity, columns = replay.rows.tokens.shape
+    number = rows.tokens.shape[0]
+    if number > capacity:
+        raise ValueError(f"a replay buffer of {capacity} rows cannot take {number} at once")
+    places = (replay.count + jnp.arange(number)) % capacity
+    rows = widen(rows, columns)
+    kept = jax.tree.map(lambda old, new: old.at[places].set(new), replay.rows, rows)
+    return replay.replace(rows=kept, count=replay.count + number)
+
+
+def draw(replay: Replay, key: jax.Array, number: int) -> Batch:
+    """`number` different rows of a full buffer, each equally likely."""
+    capacity = replay.rows.lengths.shape[0]
+    chosen = jax.random.choice(key, capacity, (number,), replace=False)
+    return jax.tree.map(lambda x: x[chosen], replay.rows)
+
+
+def adapt(
+    replay: Replay, validation_loss: jax.Array, *, tolerance: float = 0.1, step: float = 0.1
+) -> Replay:
+    """Raises the threshold by `step` if the validation loss rose by at least `tolerance`.
+
+    The loss to compare with is that of the last rise, at first that of the first call.
+    """
+    loss = jnp.asarray(validation_loss, jnp.float32)
+    first = jnp.isinf(replay.validation_loss)
+    rose = ~first & (loss >= replay.validation_loss + tolerance)
+    return replay.replace(
+        threshold=jnp.where(rose, jnp.minimum(replay.threshold + step, 1.0), replay.threshold),
+        validation_loss=jnp.where(first | rose, loss, replay.validation_loss),
+    )

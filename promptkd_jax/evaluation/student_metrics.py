@@ -1,0 +1,110 @@
+"""How good a student is: its closeness to the teacher, and scores of its responses."""
+
+import collections
+import functools
+
+import jax
+import numpy as np
+
+from promptkd_jax.data.batch import Batch, responses
+from promptkd_jax.data.batches import eval_batches
+from promptkd_jax.data.rows import Rows
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.teacher import view
+from promptkd_jax.evaluation.text_metrics import answer_statistics, text_scores
+from promptkd_jax.inference.generate import dealt_out, decode, write_answers
+from promptkd_jax.infra import sharding
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.model import Model
+from promptkd_jax.models.sampler import Sampling
+
+
+def closeness(
+    teacher: Model | None,
+    student: Model,
+    rows: Rows,
+    *,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+    soft_prompt: jax.Array | None = None,
+) -> dict[str, float]:
+    """How far the student is from the rows' answers, and from its teacher on them, per token.
+
+    Returns:
+      `loss`: the cross-entropy of the answers, in nats; with a teacher also `kl`: KL(teacher ||
+      student) in nats, and `agreement`: the share of positions at which both put their largest
+      probability on the same token; with a soft prompt also `kl_prompted`: KL(prompted teacher ||
+      student).
+    """
+    capacity = max(len(t) - p for t, p in zip(rows.tokens, rows.prompt_lengths))
+    decoder = teacher and teacher.decoder
+    compare = _comparison(decoder, student.decoder, int(capacity), vocab_size)
+    total: dict[str, float] = collections.Counter()
+    batch_size = dealt_out(batch_size)
+    for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
+        counted = (np.arange(batch_size) < real).astype(np.float32)
+        params = (teacher and teacher.params, student.params)
+        placed = sharding.place_rows((batch, counted))
+        sums = sharding.to_host(compare(*params, *placed, soft_prompt))
+        total.update({name: float(value) for name, value in sums.items()})
+    tokens = total.pop("tokens")
+    return {name: value / tokens for name, value in total.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _comparison(teacher: Decoder | None, student: Decoder, capacity: int, vocab_size: int):
+    @jax.jit
+    def compare(teacher_params, student_params, batch: Batch, counted, soft_prompt):
+        where = responses(batch, capacity)
+        mask = where.mask * counted[:, None]
+        learner = view(student, student_params, batch, where, vocab_size)
+        terms = {"loss": (losses.cross_entropy, where.labels)}
+        if teacher is not None:
+            plain = view(teacher, teacher_params, batch, where, vocab_size)
+            terms |= {"kl": (losses.forward_kl, plain), "agreement": (losses.agreement, plain)}
+        if soft_prompt is not None:
+            prompted = view(teacher, teacher_params, batch, where, vocab_size, soft_prompt)
+            terms["kl_prompted"] = (losses.forward_kl, prompted)
+        functions, targets = zip(*terms.values())
+        _, sums = linear_loss(functions, learner, targets, mask)
+        return dict(zip(terms, sums)) | {"tokens": mask.sum()}
+
+    return compare
+
+
+def score(
+    model: Model,
+    rows: Rows,
+    *,
+    sampling: Sampling,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int | None = None,
+    soft_prompt: jax.Array | None = None,
+) -> tuple[dict[str, float], list[str]]:
+    """ROUGE-L and exact match (in percent) of one answer to every row, and the answers.
+
+    Beside them what the answers are like: see `text_metrics.answer_statistics`.
+
+    Raises:
+      DataError: a row without reference answers (see `read_records(need_output=True)`).
+    """
+    answers = write_answers(
+        model,
+        rows,
+        sampling=sampling,
+        prompt_capacity=prompt_capacity,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        key=jax.random.key(seed),
+        vocab_size=vocab_size,
+        soft_prompt=soft_prompt,
+    )
+    answers = list(answers)
+    texts = [decode(model.tokenizer, answer) for answer in answers]
+    scores = text_scores(texts, [record.outputs for record in rows.records])
+    return scores | answer_statistics(answers, sampling.eos_ids), texts

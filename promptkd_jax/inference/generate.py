@@ -1,0 +1,83 @@
+"""Responses of a model to rows of prompts, batch by batch."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from promptkd_jax.data.batches import eval_batches
+from promptkd_jax.data.rows import Rows
+from promptkd_jax.infra import sharding
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.model import Model, check_positions
+from promptkd_jax.models.sampler import Sampling, row_keys, sample
+
+
+def write_answers(
+    model: Model,
+    rows: Rows,
+    *,
+    sampling: Sampling,
+    prompt_capacity: int,
+    max_new_tokens: int,
+    batch_size: int,
+    key: jax.Array,
+    vocab_size: int | None = None,
+    first: int = 0,
+    soft_prompt: jax.Array | None = None,
+) -> Iterator[np.ndarray]:
+    """The model's answer to every row's request from row `first` on, in order.
+
+    Yields:
+      Response tokens, an EOS included where the answer ended with one. Row i's answer depends on
+      `key`, i and its request only.
+    """
+    prefix = 0 if soft_prompt is None else len(soft_prompt)
+    check_positions(model, prefix + prompt_capacity + max_new_tokens)
+    batch_size = dealt_out(batch_size)
+    compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
+    rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
+    length = max(map(len, rows.tokens))
+    for index, (batch, real) in enumerate(
+        eval_batches(rest, batch_size=batch_size, length=max(length, prompt_capacity))
+    ):
+        numbers = np.arange(batch_size, dtype=np.int32) + first + index * batch_size
+        requests = batch.tokens[:, :prompt_capacity], batch.prompt_lengths, numbers
+        out = compiled(model.params, *sharding.place_rows(requests), key, soft_prompt)
+        tokens, lengths = sharding.to_host((out.tokens, out.lengths))
+        for row in range(real):
+            yield tokens[row, batch.prompt_lengths[row] : lengths[row]]
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(decoder: Decoder, sampling: Sampling, max_new_tokens: int, vocab_size: int | None):
+    """One compilation for all sets and seeds."""
+
+    @jax.jit
+    def compiled(params, requests, lengths, numbers, key, prefix):
+        return sample(
+            decoder,
+            params,
+            requests,
+            lengths,
+            row_keys(key, numbers),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            prefix=prefix,
+            vocab_size=vocab_size,
+        )
+
+    return compiled
+
+
+def dealt_out(batch_size: int) -> int:
+    """So many rows, or a few more, that each device has as many."""
+    devices = sharding.parts(sharding.ROWS)
+    return -(-batch_size // devices) * devices
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of an answer, without special tokens and outer white space."""
+    return tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True).strip()

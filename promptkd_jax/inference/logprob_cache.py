@@ -1,0 +1,225 @@
+"""What the teacher wrote down beforehand: its answers, and its top-k log-probabilities.
+
+Both are written once, go on where they were stopped, and lie beside a manifest of what made them:
+teacher, tokenizer, rows, and how. What another of these made is refused, not used.
+
+    NAME.jsonl           one line {"request": […], "answer": […]} of token ids for every row
+    NAME.manifest.json
+
+    FOLDER/ids.npy, log_probs.npy   [tokens, k]: every response token of every row, in order
+           tail.npy                 [tokens]: the log-probability of all tokens but these k
+           offsets.npy              [rows + 1]: where each row begins among the tokens
+           manifest.json            with "rows_written", how far it has come
+
+B rows, R response positions, D width, V vocabulary, k kept tokens.
+"""
+
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from rich.progress import Progress
+
+from promptkd_jax.data.batch import Batch, responses
+from promptkd_jax.data.batches import eval_batches
+from promptkd_jax.data.logprobs import ARRAYS, Cached, on_a_file_system, open_array
+from promptkd_jax.data.rows import Rows
+from promptkd_jax.data.top_k import TopK, log_sum_of_others
+from promptkd_jax.distill.chunked_loss import Linear, chunk_elements
+from promptkd_jax.distill.losses import log_probs
+from promptkd_jax.distill.teacher import view
+from promptkd_jax.infra import distributed, provenance, sharding
+from promptkd_jax.infra.errors import DataError
+from promptkd_jax.infra.files import make_folder, write_json
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.io import identity
+from promptkd_jax.models.model import Model
+
+# Answers
+
+
+# Log-probabilities
+
+
+def write_cache(
+    teacher: Model,
+    rows: Rows,
+    folder: epath.PathLike,
+    *,
+    top_k: int,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+) -> Cached:
+    """Writes the plain teacher's k largest log-probabilities at every response position into
+    `folder`, or what is still missing there.
+
+    All processes of a run take part; the first one writes.
+
+    Args:
+      folder: of a file system, not of a bucket.
+      top_k: k, at most `vocab_size`, where nothing is lost.
+      batch_size: rows in one call of the teacher. The same one gives the same bytes.
+      length: T, at least that of the longest row.
+      vocab_size: the vocabulary that teacher and student share; probabilities add up to 1 over it.
+
+    Raises:
+      DataError: `folder` was made by something else, or is in a bucket; a k or rows that cannot be
+        used; or the teacher's log-probabilities are not finite.
+    """
+    folder = on_a_file_system(folder)
+    if not 0 < top_k <= vocab_size:
+        raise DataError(f"top_k {top_k}: expected 1 to {vocab_size}, the size of the vocabulary")
+    counts = _response_counts(rows)
+    if not counts.any():
+        raise DataError(f"none of the {len(counts)} rows has a response; the cache is of responses")
+    made_from = _cache_made_from(identity.of_model(teacher), teacher.tokenizer, rows, vocab_size)
+    made_from |= {"top_k": top_k}
+    manifest = folder / "manifest.json"
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    if distributed.is_first() and not manifest.exists():
+        _create_arrays(folder, offsets, top_k, vocab_size)
+    provenance.verify_or_write(manifest, made_from, teacher.name, state={"rows_written": 0})
+    _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size)
+    return Cached(folder, offsets, vocab_size)
+
+
+def open_cache(
+    folder: epath.PathLike,
+    *,
+    teacher: Mapping[str, str],
+    tokenizer: Any,
+    rows: Rows,
+    vocab_size: int,
+    top_k: int | None = None,
+) -> Cached:
+    """The cache that `write_cache` wrote for these rows.
+
+    Args:
+      teacher: the `identity` of the one that it has to be of, which need not be loaded.
+      top_k: the k that it has to have; None: any.
+
+    Raises:
+      DataError: there is none, it is not finished, something else made it, or it is in a bucket.
+    """
+    folder = on_a_file_system(folder)
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        raise DataError(
+            f"{folder}: holds no cache (no {manifest.name}); `promptkd cache --output {folder} "
+            "--config …` writes one"
+        )
+    made_from = _cache_made_from(teacher, tokenizer, rows, vocab_size)
+    if top_k is not None:
+        made_from |= {"top_k": top_k}
+    provenance.verify(manifest, made_from)
+    written = provenance.read_manifest(manifest)["rows_written"]
+    if written < len(rows.tokens):
+        raise DataError(
+            f"{folder}: {written} of {len(rows.tokens)} rows written; run the same "
+            "`promptkd cache` command again, it goes on from there"
+        )
+    return Cached(folder, np.array(open_array(folder / "offsets.npy")), vocab_size)
+
+
+def _cache_made_from(teacher, tokenizer, rows: Rows, vocab_size: int) -> dict[str, Any]:
+    return {
+        "format": provenance.FORMAT,
+        "what": "log_probs",
+        **teacher,
+        "tokenizer": identity.of_tokenizer(tokenizer),
+        "rows": provenance.of_rows(
+            [np.append(n, row) for n, row in zip(rows.prompt_lengths, rows.tokens)]
+        ),
+        "config.data.date": rows.date or None,
+        "vocab_size": vocab_size,
+        "arrays": list(ARRAYS),
+    }
+
+
+def _response_counts(rows: Rows) -> np.ndarray:
+    return np.array([len(row) for row in rows.tokens]) - rows.prompt_lengths
+
+
+def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_size: int) -> None:
+    """Files of their final size, with nothing in them yet."""
+    make_folder(folder)
+    np.save(folder / "offsets.npy", offsets)
+    tokens = int(offsets[-1])
+    ids = np.uint16 if vocab_size <= 2**16 else np.int32
+    shapes = (tokens, top_k), (tokens, top_k), (tokens,)
+    for name, shape, dtype in zip(ARRAYS, shapes, (ids, np.float32, np.float32)):
+        np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape)
+
+
+def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size) -> None:
+    """Batch by batch: first the entries, then how far it has come."""
+    manifest, total = folder / "manifest.json", len(rows.tokens)
+    state = distributed.on_first(lambda: provenance.read_manifest(manifest))
+    first = state["rows_written"]
+    if first == total:
+        return
+    first = first // batch_size * batch_size  # the same batches as if it had not been stopped
+    compute = _largest(teacher.decoder, int(np.diff(offsets).max()), vocab_size, top_k)
+    rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
+    with Progress() as progress:
+        task = progress.add_task("rows read by the teacher", total=total, completed=first)
+        for batch, real in eval_batches(rest, batch_size=batch_size, length=length):
+            found = sharding.to_host(compute(teacher.params, sharding.place_rows(batch)))
+            counts = np.where(np.arange(batch_size) < real, batch.lengths - batch.prompt_lengths, 0)
+            mask = np.arange(found.ids.shape[1]) < counts[:, None]
+            if not np.isfinite(found.log_probs[mask]).all():
+                raise DataError(
+                    f"{teacher.name}: a log-probability in rows {first} to {first + real - 1} is "
+                    "not finite; such a teacher cannot be distilled (try dtype float32)"
+                )
+            for name, array in zip(ARRAYS, found if distributed.is_first() else ()):
+                _write_entries(folder / name, array[mask], offsets[first])
+            first += real
+            write_json(manifest, state | {"rows_written": first})
+            progress.update(task, completed=first)
+
+
+def _write_entries(file: pathlib.Path, entries: np.ndarray, first: int) -> None:
+    """Puts `entries` at `first`. Not through the map: there, a full disk would kill the process."""
+    stored = open_array(file)
+    with file.open("r+b") as out:
+        out.seek(stored.offset + first * stored.strides[0])
+        out.write(entries.astype(stored.dtype).tobytes())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+@functools.lru_cache(maxsize=8)
+def _largest(decoder: Decoder, capacity: int, vocab_size: int, top_k: int):
+    @jax.jit
+    def compute(params, batch: Batch) -> TopK:
+        where = responses(batch, capacity)
+        return largest(view(decoder, params, batch, where, vocab_size), top_k)
+
+    return compute
+
+
+def largest(model: Linear, top_k: int) -> TopK:
+    """The k largest log-probabilities at every position, `[B, R, k]`, the largest first, and that
+    of the tail, which is summed before anything is rounded to 1.
+
+    Computed in float32 over all V tokens, a few positions at a time: no `[B, R, V]` array exists.
+    """
+
+    def at(hidden: jax.Array) -> TopK:  # [B, D]
+        logits = Linear(hidden[:, None], model.head).logits()[:, 0]
+        everything = log_probs(logits)
+        values, ids = jax.lax.top_k(everything, top_k)
+        return TopK(ids, values, log_sum_of_others(everything, ids))
+
+    most = chunk_elements(sharding.platform())
+    chunk = max(most // (model.hidden.shape[0] * model.head.shape[0]), 1)
+    found = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)

@@ -1,0 +1,83 @@
+"""What identifies a model and a tokenizer: their content, not their path."""
+
+import functools
+import hashlib
+import json
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from promptkd_jax.infra import distributed
+from promptkd_jax.models.io.hub import resolve_model
+from promptkd_jax.models.model import Model
+from promptkd_jax.models.random_model import PREFIX
+
+
+def of_files(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
+    """What tells a teacher from others: its files, and what it is computed in.
+
+    A `synthetic:` one has no files, and its name decides every parameter. The files are read by the
+    first process of a run, which tells the others.
+    """
+    return {"teacher": of_weights(path), "dtype": f"{dtype}, parameters {param_dtype}"}
+
+
+def of_weights(path: str) -> str:
+    """A digest of a model's files, or its name where it has none."""
+    return path if path.startswith(PREFIX) else distributed.on_first(lambda: _digest(path))
+
+
+def _digest(path: str) -> str:
+    files = _files(path)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda file: _file_digest(file, *_version_of(file)), files)
+        return "sha256 " + hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+_END = 2**20  # bytes
+
+
+def _files(path: str) -> list[pathlib.Path]:
+    file = resolve_model(path)
+    if file.is_file():
+        return [file]
+    return [file / "config.json", *sorted(file.glob("*.safetensors"))]
+
+
+def glimpse(path: str) -> str:
+    """A digest of the ends of a model's files, quickly read, which differs where the files do."""
+    if path.startswith(PREFIX):
+        return path
+    whole = hashlib.sha256()
+    for file in _files(path):
+        with file.open("rb") as opened:
+            whole.update(opened.read(_END))
+            opened.seek(max(0, file.stat().st_size - _END))
+            whole.update(opened.read())
+    return whole.hexdigest()
+
+
+def of_model(teacher: Model) -> dict[str, str]:
+    """`of_files` of a loaded model."""
+    config = teacher.decoder.config
+    return of_files(teacher.name, config.dtype, config.param_dtype)
+
+
+def _version_of(file: pathlib.Path) -> tuple[int, int]:
+    """What changes when the file does."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _file_digest(file: pathlib.Path, size: int, changed: int) -> bytes:
+    """Read once, though a run compares several manifests with the same gigabytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """A tokenizer's size, and a digest of its sorted vocabulary. (Rows tell how it splits text.)"""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    return f"{len(vocabulary)} tokens, sha256 {digest}"

@@ -1,0 +1,132 @@
+"""A model: decoder, parameters, tokenizer, and how it ends a response."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models import families
+from promptkd_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder with its parameters and what belongs to it.
+
+    `params` is a dict pytree; `hf_config` the `config.json` it came with; `tokenizer` is None where
+    the folder has none; generation ends at any of `eos_ids`. `card` has the `base_model` (a hub id)
+    and the `license` that are known of it, for the card of what is made of it.
+    """
+
+    name: str
+    decoder: Decoder
+    params: Any
+    hf_config: dict[str, Any]
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    card: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in use: those of the tokenizer, where there is one, without padding."""
+        rows = self.decoder.config.vocab_size
+        return min(rows, 1 + max(self.tokenizer.get_vocab().values())) if self.tokenizer else rows
+
+    def replace(self, **changes: Any) -> "Model":
+        """The same with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
+    """The same model with only `layers` of its layers, in this order (DistilGPT2's start).
+
+    All arrays are copies, and lie where those of `model` do: a train step may take them over while
+    `model` stays as it is.
+
+    Raises:
+      ModelError: a layer that the model does not have.
+    """
+    config = model.decoder.config
+    if not layers or not set(layers) <= set(range(config.depth)):
+        raise ModelError(f"layers {layers}: {model.name} has the layers 0 to {config.depth - 1}")
+    index = np.asarray(layers)
+
+    def keep(params):
+        stack = jax.tree.map(lambda x: x[index], params["layers"])
+        return jax.tree.map(jnp.copy, params | {"layers": stack})
+
+    where = jax.tree.map(_committed_to, model.params)
+    params = jax.jit(keep, out_shardings=where)(model.params)
+    depth_field = families.family(config).depth_field
+    hf_config = {**model.hf_config, depth_field: len(layers)}
+    if "layer_types" in hf_config:
+        hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
+    decoder = Decoder(config.replace(depth=len(layers)))
+    return model.replace(decoder=decoder, params=params, hf_config=hf_config)
+
+
+def _committed_to(x: Any) -> Any:
+    return x.sharding if isinstance(x, jax.Array) and x.committed else None
+
+
+def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:
+    """The layers themselves where they are listed, else so many evenly spread ones."""
+    return uniform_layers(depth, chosen) if isinstance(chosen, int) else tuple(chosen)
+
+
+def end_ids(teacher: Model | None, student: Model) -> tuple[int, ...]:
+    """The tokens that end a text of either model, the student's own first."""
+    return tuple(dict.fromkeys(student.eos_ids + (teacher.eos_ids if teacher else ())))
+
+
+def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
+    """`kept` of `depth` layers, evenly spread, the first and the last among them.
+
+    Raises:
+      ModelError: more layers than there are, or none.
+    """
+    if not 0 < kept <= depth:
+        raise ModelError(f"{kept} of {depth} layers: keep at least 1 and at most {depth}")
+    return tuple(int(i) for i in np.round(np.linspace(0, depth - 1, kept)))
+
+
+def check_text(model: Model) -> None:
+    """Raises ModelError for a model without tokenizer or EOS, or one whose ids are no tokens."""
+    if model.tokenizer is None:
+        raise ModelError(f"{model.name}: has no tokenizer files (tokenizer.json, …)")
+    if not model.eos_ids:
+        raise ModelError(f"{model.name}: no eos_token_id in its config or generation config")
+    rows, largest = model.decoder.config.vocab_size, max(model.tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"{model.name}: its tokenizer has ids up to {largest}, its embedding only {rows} rows"
+        )
+    used = model.vocab_size
+    if wrong := [one for one in model.eos_ids if one not in range(used)]:
+        raise ModelError(
+            f"{model.name}: eos_token_id {wrong[0]} is no token: its vocabulary has {used} (0 to "
+            f"{used - 1}), so that nothing would end an answer; correct generation_config.json or "
+            "config.json"
+        )
+
+
+def check_positions(model: Model, columns: int) -> None:
+    """Warns of rows that are longer than a model with rotary positions was trained for.
+
+    A learned table of positions has no rows for them: there the decoder refuses.
+
+    Args:
+      columns: of the longest rows, a soft prompt and demonstrations included.
+    """
+    config = model.decoder.config
+    if columns > config.trained_positions and not config.learned_positions:
+        distributed.warn(
+            f"{model.name}: rows of up to {columns} tokens, but it was trained for "
+            f"{config.trained_positions} positions (max_position_embeddings); what it computes "
+            "beyond them means little: shorten prompts or answers"
+        )

@@ -1,0 +1,108 @@
+"""What a run leaves: student and soft prompt for transformers and PEFT, the report's model card."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from promptkd_jax.data.templates import shows_date
+from promptkd_jax.evaluation.report import model_card
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.infra.files import write_json
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.io.export import save_model, save_without_weights
+from promptkd_jax.models.io.peft import save_soft_prompt
+from promptkd_jax.models.load import RECORD, RECORDED, load_without_weights
+from promptkd_jax.models.model import Model
+from promptkd_jax.training import build
+from promptkd_jax.training.experiment import Experiment
+
+SAVED = ("student", "soft_prompt", "teacher")  # the groups of parameters that `save` writes
+
+
+CONFIGS = "configs"  # folder of a workdir: what belongs to its models but their weights
+
+
+def save_configs(experiment: Experiment, workdir: epath.Path) -> None:
+    """Writes all that `save` needs but parameters, so that the student of a checkpoint can be had
+    without the models that the run started from. `load_configs` reads it back."""
+    for name in ("student", "teacher"):
+        if model := getattr(experiment, name):
+            save_without_weights(workdir / CONFIGS / name, model)
+
+
+def load_configs(config: ConfigDict, workdir: epath.Path) -> tuple[Model | None, Model]:
+    """Reads (teacher, student) of a run, named as its config names them, without parameters.
+
+    Raises:
+      ModelError: the run has not come as far as to write them.
+    """
+
+    def load(name: str, path: str) -> Model:
+        how = config[name]
+        dtypes = dict(dtype=how.dtype, param_dtype=how.param_dtype)
+        found = load_without_weights(str(workdir / CONFIGS / name), **dtypes)
+        return found.replace(name=path)
+
+    student, teacher = (workdir / CONFIGS / name for name in ("student", "teacher"))
+    if not distributed.on_first(student.exists):
+        raise ModelError(
+            f"{student}: no such folder; the command that began the run writes it when it is given "
+            "again"
+        )
+    student = load("student", config.student.path or config.teacher.path)
+    teacher = load("teacher", config.teacher.path) if distributed.on_first(teacher.exists) else None
+    return teacher, student
+
+
+def save(
+    config: ConfigDict,
+    models: tuple[Model | None, Model],
+    params: Mapping[str, Any],
+    folder: epath.Path,
+    metrics: Sequence[tuple] = (),
+) -> dict[str, str]:
+    """Writes a run's student, with a model card and how it was asked, and its soft prompt into
+    `folder`; the teacher too, where it learned.
+
+    Args:
+      models: (teacher, student); their own parameters are not looked at.
+      params: by group, as in `TrainState`.
+      metrics: for the card, as `report.model_card` takes them.
+
+    Returns:
+      What lies where.
+    """
+    teacher, student = models
+    card = model_card(
+        build.title(config),
+        known=student.card,
+        student=build.short_name(student.name) if config.student.path else "",
+        teacher=teacher and teacher.card.get("base_model", build.short_name(teacher.name)),
+        data=build.data_name(config),
+        stages=[build.describe(stage) for stage in config.stages],
+        metrics=metrics,
+    )
+    asked = {name: config.data[name] for name in RECORDED}
+    if not shows_date(config.data.template, student.tokenizer):
+        del asked["date"]
+    save_model(folder / "student", student.replace(params=params["student"]), card=card)
+    write_json(folder / "student" / RECORD, asked)
+    paths = {"student": str(folder / "student")}
+    if "teacher" in params:
+        paths["teacher"] = str(folder / "teacher")
+        decoder = Decoder(teacher.decoder.config.replace(param_dtype="float32"))
+        learned = teacher.replace(decoder=decoder, params=params["teacher"])
+        save_model(folder / "teacher", learned, card=card)
+        write_json(folder / "teacher" / RECORD, asked)
+    if "soft_prompt" in params:
+        paths["soft prompt"] = str(folder / "soft_prompt")
+        save_soft_prompt(
+            folder / "soft_prompt",
+            params["soft_prompt"],
+            teacher=teacher.name,
+            hf_config=teacher.hf_config,
+        )
+    return paths
