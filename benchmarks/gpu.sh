@@ -55,7 +55,7 @@ part() { printf '%s %s' "$1" "$2"; printf ' %q' "$python" "${@:3}"; echo; }
 bench() { part "$1" "$2" benchmarks/bench.py --cases "$cases" --output "$out/gpu.json" "${@:3}"; }
 list() {
   bench seen 60 --only seen
-  part tests 150 -m pytest -p no:cacheprovider -vv -rA --tb=short tests/test_gpu.py
+  part tests 150 -m pytest -p no:cacheprovider -vv -rA --tb=short tests/runs/test_gpu.py
   bench xl 220 --missing --case "${of}GPT-2 XL into base" --sides ours theirs \
     --parts iteration rollout update matmul stream
   bench llama 260 --missing --case "${of}Llama 3B into 1B" --sides ours theirs \

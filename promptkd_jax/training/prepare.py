@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from promptkd_jax.data import logprobs
 from promptkd_jax.data.batches import train_batches
 from promptkd_jax.data.records import Record, read_corpus, read_records
-from promptkd_jax.data.rows import Rows, pack, select_rows, tokenize
+from promptkd_jax.data.rows import Rows, of_records, pack, select_rows, tokenize
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.method import TARGETS, Method, reads_answers
 from promptkd_jax.distill.soft_prompt import (
@@ -105,10 +105,10 @@ def _inputs(config: ConfigDict, teacher, student, rows, dev, corpus) -> dict[str
     found["the tokens that end an answer"] = str(list(student.eos_ids))
     for targets in sorted({stage.targets for stage in config.stages}):
         name = "answers of the teacher" if targets == "teacher" else "rows"
-        found[f"{data.train} (config.data.train, {name})"] = rows.of_records(rows[targets])
-    found[f"{data.dev} (config.data.dev)"] = rows.of_records(dev)
+        found[f"{data.train} (config.data.train, {name})"] = of_records(rows[targets])
+    found[f"{data.dev} (config.data.dev)"] = of_records(dev)
     if corpus is not None:
-        found[f"{data.corpus} (config.data.corpus)"] = rows.of_records(corpus)
+        found[f"{data.corpus} (config.data.corpus)"] = of_records(corpus)
     return found | ({"the date (config.data.date)": dev.date} if dev.date else {})
 
 

@@ -1,0 +1,27 @@
+"""Configs of each family."""
+
+LLAMA = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+}
+
+
+GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+FAMILIES = {
+    "gpt2": GPT2 | {"model_type": "gpt2"},
+    "opt": LLAMA | {"model_type": "opt", "ffn_dim": 24},
+    "llama": LLAMA | {"model_type": "llama"},
+    "llama_tied": LLAMA | {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_biases": LLAMA | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": LLAMA | {"model_type": "mistral"},
+    "qwen2": LLAMA | {"model_type": "qwen2"},
+    "qwen3": LLAMA | {"model_type": "qwen3"},
+    "qwen3_biases": LLAMA | {"model_type": "qwen3", "attention_bias": True},
+}

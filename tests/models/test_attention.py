@@ -1,0 +1,277 @@
+"""Which implementation attention takes, and that they compute the same.
+
+TPU's kernel runs interpreted here, JAX's side of cuDNN is only lowered, and where libtpu is
+installed its compiler says whether a TPU would take the kernel.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import devices
+
+from promptkd_jax.infra import sharding
+from promptkd_jax.models import attention
+from promptkd_jax.models.attention import attend, implementation
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def force(monkeypatch, chosen: str) -> None:
+    monkeypatch.setattr(attention, "implementation", lambda **_: chosen)
+
+
+def random(*shapes) -> list:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+def output_and_gradients(inputs, window):
+    """What attention gives and what it hands back, compiled afresh."""
+
+    def run(query, key, value, cotangent):
+        out, back = jax.vjp(lambda *a: attend(*a, window=window), query, key, value)
+        return out, *back(cotangent)
+
+    return jax.jit(run)(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_width", "columns", "window"),
+    [
+        (4, 2, 64, 263, None),  # three blocks and 121 columns of padding
+        (2, 2, 128, 128, None),  # one block, no padding
+        (3, 1, 80, 300, 40),  # a window shorter than a block
+    ],
+)
+def test_splash_agrees_with_xla(monkeypatch, heads, kv_heads, head_width, columns, window):
+    """In value and in all three gradients."""
+    monkeypatch.setattr(attention, "MAX_BLOCK", 128)
+    one, few = (2, columns, heads, head_width), (2, columns, kv_heads, head_width)
+    inputs = random(one, few, few, one)
+    expected = output_and_gradients(inputs, window)
+    force(monkeypatch, "splash")
+    for ours, theirs in zip(output_and_gradients(inputs, window), expected):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 128, 131, 600])  # one part, one, two, four
+@pytest.mark.parametrize("window", [None, 40])
+def test_parts_of_a_row_agree_with_whole_rows(columns, window):
+    """Without a kernel; in value and in all three gradients, against JAX's own."""
+    one, few = (1, columns, 4, 8), (1, columns, 2, 8)
+    *inputs, cotangent = random(one, few, few, one)
+
+    def whole(query, key, value):
+        local = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, local_window_size=local, implementation="xla"
+        )
+
+    expected, back = jax.vjp(jax.jit(whole), *inputs)
+    for ours, theirs in zip(
+        output_and_gradients([*inputs, cotangent], window), (expected, *back(cotangent))
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_few_and_little_is_padded():
+    """Multiples of 128 that never exceed 512."""
+    blocks = {1: 128, 128: 128, 129: 256, 263: 384, 512: 512, 519: 384, 1024: 512, 1031: 384}
+    assert {columns: attention._block(columns) for columns in blocks} == blocks
+
+
+FITS = {
+    "dtype": "bfloat16",
+    "rows": 8,
+    "columns": 263,
+    "heads": 8,
+    "kv_heads": 2,
+    "head_width": 64,
+    "row_parts": 4,
+    "head_parts": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tpu", "gpu"),
+    [
+        ({}, "splash", "cudnn"),
+        ({"row_parts": 1, "head_parts": 1}, "splash", "cudnn"),
+        ({"dtype": "float32"}, "splash", "xla"),
+        ({"dtype": "float16"}, "xla", "cudnn"),
+        ({"columns": 128}, "splash", "cudnn"),
+        ({"columns": 127}, "xla", "cudnn"),
+        ({"rows": 6}, "xla", "cudnn"),
+        ({"head_parts": 8}, "splash", "xla"),  # fewer key/value heads than devices
+        ({"heads": 25, "kv_heads": 25}, "xla", "xla"),
+        ({"heads": 25, "kv_heads": 25, "head_parts": 1}, "splash", "cudnn"),
+        ({"head_width": 36}, "splash", "xla"),
+        ({"head_width": 128}, "splash", "cudnn"),
+        ({"head_width": 256}, "splash", "xla"),
+    ],
+)
+def test_which_implementation_is_taken(changes, tpu, gpu):
+    fits = FITS | changes
+    assert implementation(platform="tpu", **fits) == tpu
+    assert implementation(platform="gpu", **fits) == gpu
+    assert implementation(platform="cpu", **fits) == "xla"
+
+
+def test_attention_asks_for_what_it_has(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "implementation", lambda **each: asked.update(each) or "xla")
+    with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})):
+        one, few = (jax.ShapeDtypeStruct((3, 5, n, 8), jnp.bfloat16) for n in (4, 2))
+        assert jax.eval_shape(attend, one, few, few).shape == one.shape
+    expected = {"platform": "gpu", "rows": 3, "columns": 5, "heads": 4, "kv_heads": 2}
+    expected |= {"dtype": "bfloat16", "head_width": 8, "row_parts": 1, "head_parts": 1}
+    assert asked == expected
+
+
+@pytest.mark.parametrize("columns", [46, 47])
+@pytest.mark.parametrize("window", [None, 9])
+def test_jax_takes_cudnn_in_training(monkeypatch, columns, window):
+    """JAX checks shapes when it lowers, which needs no GPU; odd columns it would refuse."""
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(cudnn, lambda: 91000)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    one, few = (jax.ShapeDtypeStruct((2, columns, heads, 64), jnp.bfloat16) for heads in (4, 2))
+
+    def run(query, key, value, cotangent):
+        out, back = jax.vjp(lambda *a: attend(*a, window=window), query, key, value)
+        assert out.shape == query.shape
+        return back(cotangent)
+
+    traced = jax.jit(run).trace(one, few, few, one)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in lowered
+    assert "__cudnn$fmhaSoftmaxBackward(" in lowered
+
+
+def run_script(script: str, **environment: str) -> str:
+    """The standard output of Python code in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+ON_EIGHT_DEVICES = '''
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np
+from promptkd_jax.infra import sharding
+from promptkd_jax.models import attention
+from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.io.params import abstract_params
+
+choose = attention.implementation
+
+def on(sizes):
+    return jax.set_mesh(sharding.make_mesh(dict(zip(sharding.AXES, sizes))))
+
+def both(function, sizes, inputs, place):
+    """By XLA on one device, and by splash on the mesh."""
+    attention.implementation = choose
+    expected = jax.jit(function)(*inputs)
+    attention.implementation = lambda **_: "splash"
+    with on(sizes):
+        found = jax.jit(function)(*place(inputs, jax.sharding.get_mesh()))
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5, err_msg=str(sizes))
+    jax.tree.map(close, found, expected)
+    return found
+
+def run(*inputs):
+    out, back = jax.vjp(attention.attend, *inputs[:3])
+    return out, *back(inputs[3])
+
+rng = np.random.default_rng(0)
+inputs = [rng.normal(size=(4, 131, heads, 64)).astype("float32") for heads in (4, 2, 2, 4)]
+out, *_ = both(run, (2, 2, 2), inputs, lambda inputs, _: inputs)
+assert out.sharding.shard_shape(out.shape) == (1, 131, 2, 64), out.sharding
+
+# A decoder of rematerialised layers, a soft prompt, and 3 key/value heads for 8 devices.
+config = from_hugging_face({
+    "model_type": "llama", "vocab_size": 32, "hidden_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 24, "num_key_value_heads": 3, "intermediate_size": 64,
+    "max_position_embeddings": 256,
+}).replace(remat="full")
+tokens = rng.integers(0, 32, (2, 125))
+params = jax.tree.map(
+    lambda x: rng.normal(0.1, 0.1, x.shape).astype("float32"), abstract_params(config)
+)
+prefix = rng.normal(size=(7, 192)).astype("float32")
+
+def loss(params, prefix):
+    hidden = Decoder(config).apply({"params": params}, tokens, prefix=prefix)
+    return jnp.mean(jnp.square(hidden[:, :, :99]))
+
+def place(inputs, mesh):
+    return jax.device_put(inputs[0], sharding.shardings(inputs[0], mesh)), inputs[1]
+
+both(jax.value_and_grad(loss, argnums=(0, 1)), (1, 1, 8), (params, prefix), place)
+
+# cuDNN wants query, key and value cut alike, wherever they come from.
+attention.implementation = lambda **_: "cudnn"
+jax.nn.dot_product_attention = lambda query, key, value, **_: query + key.sum() + value.sum()
+with on((2, 2, 2)):
+    shapes = [jax.ShapeDtypeStruct((4, 47, heads, 8), jnp.bfloat16) for heads in (4, 2, 2)]
+    lowered = jax.jit(attention.attend).lower(*shapes).as_text()
+cut = 'sharding_constraint %'
+alike = '<@mesh, [{"data", "fsdp"}, {}, {"tensor"}, {}]>'
+lines = [line for line in lowered.splitlines() if cut in line]
+assert len(lines) >= 3 and all(alike in line for line in lines), lines
+print("same on every mesh")
+'''
+
+
+def test_eight_devices_attend_as_one():
+    assert run_script(ON_EIGHT_DEVICES, XLA_FLAGS=devices(8)) == "same on every mesh\n"
+
+
+FOR_TPU = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from promptkd_jax.infra import sharding
+from promptkd_jax.models.attention import attend
+
+def run(query, key, value):
+    out, back = jax.vjp(lambda *a: attend(*a, window=200), query, key, value)
+    return back(out)
+
+for topology, sizes, head_width in (("v5e:2x4", (2, 2, 2), 64), ("v6e:2x4", (1, 1, 8), 128)):
+    devices = get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices).reshape(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    one, few = (
+        jax.ShapeDtypeStruct(
+            (8, 263, heads, head_width),
+            jnp.bfloat16,
+            sharding=NamedSharding(mesh, P(("data", "fsdp"), None, cut, None)),
+        )
+        for heads, cut in ((8, "tensor"), (2, None))
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run).lower(one, few, few).compile().as_text()
+    kernels = re.findall(r'%(\\w+)[.\\d]* = .*custom_call_target="tpu_custom_call"', compiled)
+    print(topology, *sorted(kernels))
+"""
+KERNELS = "splash_mha_dkv_no_residuals splash_mha_dq_no_residuals splash_mha_fwd_residuals"
+
+
+def test_a_tpu_compiles_splash_forward_and_backward():
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: jax[tpu]")
+    done = run_script(FOR_TPU, TPU_SKIP_MDS_QUERY="1")
+    assert done == f"v5e:2x4 {KERNELS}\nv6e:2x4 {KERNELS}\n"

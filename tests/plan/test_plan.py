@@ -1,0 +1,724 @@
+"""What a run needs of chips that nobody has: counted, compiled, searched."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import bucket, tiny
+
+from promptkd_jax.cli.main import main
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError, ModelError
+from promptkd_jax.infra.files import write_json
+from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
+from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.plan import abstract_run as abstract_run_module
+from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline, tables
+from promptkd_jax.plan import command as plan
+from promptkd_jax.plan.abstract_run import abstract_run, stored_config
+from promptkd_jax.training import fields
+from promptkd_jax.training.config import load_config
+from promptkd_jax.training.recipes import base_config, method_stage
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = architectures._llama(512, 3, 4, 4, 1024, vocab_size=1024)
+SMALLER = architectures._llama(256, 2, 4, 2, 512, vocab_size=1024)
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch):
+    table = architectures.CONFIGS | {"some/small": SMALL, "some/smaller": SMALLER}
+    monkeypatch.setattr("promptkd_jax.plan.abstract_run.CONFIGS", table)
+
+
+def small_config(**changes):
+    """PromptKD of two models that are too small to be worth it."""
+    config = base_config()
+    config.teacher.update(path="some/small", dtype="bfloat16", param_dtype="bfloat16")
+    config.student.update(path="some/smaller", dtype="bfloat16")
+    config.teacher.remat = config.student.remat = "full"
+    config.data.update(train="none.jsonl", dev="none.jsonl")
+    config.data.update(max_prompt_length=128, max_length=256)
+    config.stages = (method_stage("promptkd", **(dict(batch_size=8, steps=10) | changes)),)
+    fields.check_recipe(config)
+    return config
+
+
+def small_run(**changes):
+    return abstract_run(small_config(**changes))
+
+
+def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
+    return dict(zip(sharding.AXES, (data, fsdp, tensor)))
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("openai-community/gpt2", 0.1244),
+        ("openai-community/gpt2-xl", 1.558),
+        ("facebook/opt-1.3b", 1.316),
+        ("facebook/opt-6.7b", 6.658),
+        ("facebook/opt-13b", 12.853),
+        ("huggyllama/llama-7b", 6.738),
+        ("huggyllama/llama-13b", 13.016),
+        ("meta-llama/Llama-3.1-8B", 8.030),
+        ("meta-llama/Llama-3.1-70B", 70.554),
+        ("meta-llama/Llama-3.2-1B", 1.236),
+        ("meta-llama/Llama-3.2-3B", 3.213),
+        ("HuggingFaceTB/SmolLM2-135M", 0.1345),
+        ("HuggingFaceTB/SmolLM2-360M", 0.3618),
+        ("HuggingFaceTB/SmolLM2-1.7B", 1.711),
+    ],
+)
+def test_known_architectures_have_the_published_number_of_parameters(name, billions):
+    params = abstract_params(from_hugging_face(architectures.CONFIGS[name], name))
+    assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+@pytest.mark.parametrize("file", ["gpt2", "opt", "llama", "llama31", "smollm2"])
+def test_every_model_of_the_large_configs_is_known(file):
+    config, _ = load_config([f"--config={ROOT / 'configs' / file}.py"])
+    fields.check_recipe(config)
+    for model in (config.teacher, config.student):
+        assert model.path in architectures.CONFIGS
+        assert model.remat == "full" and model.dtype == "bfloat16"
+    assert config.student.param_dtype == "float32"
+
+
+def test_a_folder_comes_before_the_table(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(tiny.llama_config(width=8, depth=1, vocab_size=9))
+    )
+    found, source = stored_config(str(tmp_path))
+    assert found["hidden_size"] == 8 and source == "its folder"
+    with pytest.raises(ModelError, match=r"config\.json: no such file"):
+        stored_config(str(ROOT / "tests"))
+
+
+def test_a_model_in_a_bucket_and_one_of_a_run(tmp_path, monkeypatch):
+    """Its config alone is read; of a run, that of the student."""
+    pail, _ = bucket.make(monkeypatch)
+    config = tiny.llama_config(width=8, depth=1, vocab_size=9)
+    for folder in (pail, tmp_path):
+        write_json(folder / "config.json", {"fingerprint": "0", "config": {}})
+        with pytest.raises(ModelError, match="a run that has written no student yet"):
+            stored_config(str(folder))
+        (folder / "student").mkdir()
+        write_json(folder / "student" / "config.json", config)
+        assert stored_config(str(folder)) == stored_config(str(folder / "student"))
+        assert stored_config(str(folder)) == (config, "its folder")
+    with pytest.raises(ModelError, match="no such folder or file in the bucket"):
+        stored_config(str(pail / "absent"))
+
+
+# Memory
+
+
+def with_auto(**changes):
+    config = small_config(**changes)
+    config.teacher.remat = config.student.remat = "auto"
+    return config
+
+
+@pytest.mark.parametrize("missing, policy", [(0, "none"), (1, "dots"), (2, "full"), (3, "full")])
+def test_the_remat_policy_is_the_first_that_fits(missing, policy, monkeypatch):
+    """In as much memory as each policy needs, less a byte."""
+    config, mesh = with_auto(), plan.abstract_mesh(sizes(1, 1, 1))
+    needed = [remat.needed_bytes(remat.with_remat(config, policy), mesh) for policy in REMAT]
+    assert sorted(needed, reverse=True) == needed and len(set(needed)) == 3
+    memory = max(needed) if missing == 0 else needed[missing - 1] - 1
+    monkeypatch.setattr(remat, "device_bytes", lambda: memory / remat.SHARE)
+    chosen = remat.with_chosen_remat(config, mesh)
+    assert chosen.teacher.remat == chosen.student.remat == policy
+    assert config.teacher.remat == "auto"
+
+
+def test_a_policy_that_somebody_named_stays():
+    config, mesh = with_auto(), plan.abstract_mesh(sizes(1, 1, 1))
+    config.student.remat = "dots"
+    assert remat.with_remat(config, "none").student.remat == "dots"
+    named = small_config()
+    assert remat.with_chosen_remat(named, mesh) is named
+
+
+def test_more_devices_have_room_for_more():
+    config = with_auto(batch_size=8)
+
+    def saved(number: int) -> float:
+        mesh = plan.abstract_mesh(sizes(number, 1, 1))
+        most, least = (remat.with_remat(config, policy) for policy in ("none", "full"))
+        return remat.needed_bytes(most, mesh) - remat.needed_bytes(least, mesh)
+
+    np.testing.assert_allclose(saved(8), saved(1) / 8)
+
+
+def test_what_layers_keep_is_what_xla_keeps():
+    """Of a deep decoder alone, by the compiler's own account of one gradient."""
+    tokens, found, expected = jnp.zeros((32, 64), jnp.int32), {}, {}
+    deep = architectures._llama(256, 24, 4, 2, 512, vocab_size=64)
+
+    def loss(params, decoder):
+        return jnp.sum(decoder.apply({"params": params}, tokens) ** 2)
+
+    for policy in REMAT:
+        config = from_hugging_face(deep).replace(remat=policy)
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)
+        compiled = gradient.lower(abstract_params(config), Decoder(config)).compile()
+        found[policy] = compiled.memory_analysis().temp_size_in_bytes
+        count = roofline._Counter(sizes(1, 1, 1), 1)
+        expected[policy] = roofline._saved(count, config, 32, 64, "cpu")
+    for more, less in (("dots", "full"), ("none", "dots")):
+        saved = found[more] - found[less]
+        assert 0.8 < (expected[more] - expected[less]) / saved < 1.25, (found, expected)
+
+
+def test_memory_is_that_of_the_real_arrays():
+    """On one device every shard is whole; on many the shards are what the sharding rules say."""
+    run = small_run()
+    kept = roofline.kept_bytes(run, plan.abstract_mesh(sizes(1, 1, 1)))
+    params = {m: abstract_params(from_hugging_face(c)) for m, c in (("p", SMALL), ("q", SMALLER))}
+    real = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params["q"])
+    moments = run.stage.optimizers.student.init(real)
+    student = sum(x.nbytes for x in jax.tree.leaves(real))
+    prompt = jnp.zeros((7, 512))
+    prompt_moments = run.stage.optimizers.soft_prompt.init(prompt)
+    expected = {
+        "teacher": sum(2 * x.size for x in jax.tree.leaves(params["p"])),
+        "student": student,
+        "soft prompt": prompt.nbytes,
+        "optimizers": sum(x.nbytes for x in jax.tree.leaves((moments, prompt_moments))),
+        "rows and the rest": 8 * (256 + 2) * 4,
+    }
+    assert kept == expected
+    cut = roofline.kept_bytes(run, plan.abstract_mesh(sizes(2, 2, 2)))
+    scales = 256 * 4 * (2 * 2 + 1)  # norms of 2 layers and the last: on every device
+    assert cut["student"] == (student - scales) // 4 + scales
+    assert cut["rows and the rest"] == kept["rows and the rest"] // 4
+
+
+def test_rows_written_ahead_are_kept_where_the_rows_lie():
+    """Of each: tokens, two lengths, whose it is and whether it ended."""
+    rows = 8 * (256 + 2) * 4
+    for shape, devices in (((1, 1, 1), 1), ((2, 2, 2), 4)):
+        kept = roofline.kept_bytes(
+            small_run(stale_rollouts=True), plan.abstract_mesh(sizes(*shape))
+        )
+        assert kept["rows and the rest"] == (2 * rows + 8 * 2) // devices
+
+
+def test_a_step_that_writes_ahead_compiles_from_shapes():
+    run = small_run(stale_rollouts=True, batch_size=2)
+    mesh = sharding.make_mesh(sizes(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        lowered = run.experiment(mesh).jitted_step(run.stage).lower(*run.arguments(mesh))
+    state, _ = lowered.out_info
+    assert state.pending.rows.tokens.shape == (2, 256)
+
+
+def test_the_cache_counts_both_keys_and_values_of_every_column():
+    config = from_hugging_face(SMALLER).replace(dtype="bfloat16")
+    real = sum(x.nbytes for x in empty_cache(config, 8, 30))
+    assert roofline.cache_bytes(config, 8, 30, sizes(1, 1, 1)) == real
+    assert roofline.cache_bytes(config, 8, 30, sizes(2, 2, 2)) == real / 8
+    assert roofline.cache_bytes(config, 8, 30, sizes(1, 2, 4)) == real / 4  # 2 heads, each twice
+
+
+# Work
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_operations_are_those_that_xla_counts(family):
+    """One layer, which XLA counts once as it does a loop. It also counts norms and softmax."""
+    gpt2 = architectures._gpt2(256, 1, 4) | {"vocab_size": 512}
+    config = from_hugging_face({"llama": SMALLER, "gpt2": gpt2}[family]).replace(depth=1)
+    decoder, params = Decoder(config), abstract_params(config)
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    def forward(params, tokens):
+        return jnp.sum(decoder.apply({"params": params}, tokens))
+
+    def counted(function):
+        return jax.jit(function).lower(params, tokens).cost_analysis()["flops"]
+
+    expected = roofline.forward_flops(config, 2, 128)
+    assert counted(forward) == pytest.approx(expected, rel=0.05)
+    both = expected + roofline.backward_flops(config, 2, 128, weights=True)
+    assert counted(jax.grad(forward)) == pytest.approx(both, rel=0.05)
+    assert both == 3 * expected
+    again = roofline.backward_flops(config.replace(remat="full"), 2, 128, weights=True)
+    assert again == 3 * expected
+    inputs = roofline.backward_flops(config, 2, 128, weights=False)
+    assert inputs == 2 * expected - 2 * 2 * 128 * roofline.matrix_parameters(config)
+
+
+def test_decode_reads_all_weights_and_the_cache_for_every_token():
+    run, one = small_run(), sizes(1, 1, 1)
+    decode = roofline.phases(run, one)["decode"]
+    student = run.student.decoder.config
+    weights = 2 * (roofline.matrix_parameters(student) + 1024 * 256)
+    assert decode.moved == 128 * (weights + roofline.cache_bytes(student, 8, 256, one))
+    assert decode.sent == 0
+    assert roofline.phases(run, sizes(1, 1, 2))["decode"].sent == (
+        128 * (2 * student.depth + 1) * 2 * 8 * 256 * 2 / 2  # all-reduces of [8, 256], 2 a layer
+    )
+
+
+def test_phases_follow_the_method():
+    prompted = roofline.phases(small_run(), sizes(1, 1, 1))
+    assert list(prompted) == list(roofline.PHASES)
+    gold = small_config()
+    gold.stages = (method_stage("kd", batch_size=8, steps=10),)
+    assert list(roofline.phases(abstract_run(gold), sizes(1, 1, 1))) == ["student update"]
+    in_buckets = roofline.phases(small_run(length_buckets=2), sizes(1, 1, 1))
+    again = roofline.forward_flops(small_run().student.decoder.config, 8, 256)
+    assert run_flops(in_buckets) - run_flops(prompted) == again  # it is not shared then
+    without = small_run(regularisation=0.0)
+    plain = run_flops(prompted) - run_flops(roofline.phases(without, sizes(1, 1, 1)))
+    teacher = without.teacher.decoder.config
+    heads = roofline.head_flops(teacher, 8, 128)
+    assert plain == roofline.forward_flops(teacher, 8, 256) + heads
+
+
+def run_flops(phases) -> float:
+    return sum(work.flops for work in phases.values())
+
+
+# Traffic
+
+IN_A_LOOP = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+def on_device(x):
+    def body(total, row):  # 5 times: an all-reduce of 16 floats among 4
+        return total + jax.lax.psum(row, "b"), None
+    total, _ = jax.lax.scan(body, jnp.zeros(16), x)
+    return jax.lax.all_gather(total, "a", tiled=True)  # once: 32 floats among 2
+
+cut = jax.shard_map(on_device, mesh=mesh, in_specs=P(None, "b"), out_specs=P(), check_vma=False)
+print(jax.jit(cut).lower(jax.ShapeDtypeStruct((5, 64), jnp.float32)).compile().as_text())
+"""
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_turns():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    text = subprocess.run(
+        [sys.executable, "-c", IN_A_LOOP],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = {one.kind: one for one in hlo.collectives(text)}
+    assert set(found) == {"all-reduce", "all-gather"}
+    reduce, gather = found["all-reduce"], found["all-gather"]
+    assert (reduce.size, reduce.group, reduce.trips) == (16 * 4, 4, 5)
+    assert reduce.sent == 5 * 64 * 2 * 3 / 4
+    assert (gather.size, gather.group, gather.trips) == (32 * 4, 2, 1)
+    assert gather.sent == 128 / 2
+    # Two slices of four devices: "a" goes between them, "b" does not.
+    between = {one.kind: one for one in hlo.collectives(text, slice_devices=4)}
+    assert between["all-reduce"].sent_between_slices == 0
+    assert between["all-gather"].sent == 0
+    assert between["all-gather"].sent_between_slices == 128 / 2
+
+
+TPU_TEXT = """\
+HloModule jit_step
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %p = (s32[]{:T(128)}, f32[8]{0:T(8)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+%unknown (p: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, f32[8]{0:T(8)S(1)}) parameter(0)
+  ROOT %odd = pred[]{:T(512)} custom-call(%p.1)
+}
+%started (p: f32[8]) -> f32[16] {
+  %all-gather.1 = f32[16]{0:T(8)} all-gather(%p), channel_id=3, replica_groups=[2,2]<=[4]
+}
+%beside (p: f32[8]) -> f32[16] {
+  %all-gather.2 = f32[16]{0:T(8)} all-gather(%p), channel_id=3, replica_groups=[2,2]<=[4]
+}
+%all-reduce-scatter.1 (p: bf16[8]) -> bf16[4] {
+  %all-reduce.9 = bf16[8]{0} all-reduce(%p), channel_id=4, replica_groups=mesh['x'=2,'y'=2] {'y'}
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %kernel = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", metadata={text="
+}
+"}
+  %f = f32[16]{0} fusion(%p), kind=kCustom, calls=%beside
+  %s = bf16[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+%body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %permute = f32[8]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %send = (f32[4]{0}, u32[], token[]) send(%p), frontend_attributes={_xla_megascale_target="{1}"}
+  %async-collective-start = f32[16]{0} fusion(%p), kind=kCustom, calls=%started
+  %while = (s32[]{:T(128)}, /*index=1*/f32[8]{0}) while(%t), condition=%condition, body=%body
+  %while.2 = (s32[], f32[8]{0}) while(%t), condition=%unknown, body=%body.2, metadata={op_name="x"}
+}
+"""
+
+
+def test_the_tpu_compilers_ways_of_writing():
+    """Loops without a count, a gather that goes on beside a loop, a reduce-scatter as a fusion."""
+    listed = hlo.collectives(TPU_TEXT, unknown_trips=11)
+    found = {one.kind: one for one in listed}
+    assert len(listed) == 4
+    assert {kind: (one.size, one.trips) for kind, one in found.items()} == {
+        "all-gather": (64, 1),
+        "reduce-scatter": (16, 7),
+        "collective-permute": (32, 11),
+        "send": (16, 1),
+    }
+    assert (found["send"].sent, found["send"].sent_between_slices) == (0, 16)
+    assert found["reduce-scatter"].sent == 7 * 16 / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_replica_groups_in_all_notations(text, groups):
+    assert hlo._groups(f", replica_groups={text}, channel_id=1").tolist() == groups
+
+
+# Plans
+
+
+def test_a_plan_from_shapes_alone():
+    slices = chips.slices("v5e:2x2")
+    found = plan.estimate(small_run(), slices, sizes(1, 2, 2), price=2.0)
+    assert found["memory"]["fits"] and found["memory"]["by"] == "estimate"
+    assert found["seconds_per_step"] == sum(one["time"] for one in found["phases"].values())
+    assert found["tokens_per_second"] == 8 * 256 / found["seconds_per_step"]
+    assert found["usd"] == pytest.approx(10 * found["seconds_per_step"] * 4 * 2.0 / 3600)
+    million = found["usd"] / (10 * 8 * 256) * 1e6
+    assert found["usd_per_million_tokens"] == pytest.approx(million)
+    json.dumps(found)
+
+
+def test_more_chips_hold_less_each():
+    run, before = small_run(batch_size=64), None
+    for chips_along in (1, 2, 4, 8):
+        kept = roofline.kept_bytes(run, plan.abstract_mesh(sizes(1, chips_along, 4)))
+        total = kept["teacher"] + kept["student"] + kept["optimizers"]
+        assert before is None or 0.5 * before <= total < 0.52 * before
+        before = total
+
+
+def test_the_search_leaves_out_what_does_not_divide_and_ranks_the_rest():
+    found, dropped = plan.search(small_run(), chips.slices("v5e:4x4"))
+    assert dropped["rows do not divide"] and dropped["a parameter does not divide"]
+    for one in found:
+        rows = 8 // one.micro_batches
+        assert rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
+        assert one.sizes["tensor"] in (1, 2, 4)  # 4 heads
+        assert np.prod(list(one.sizes.values())) == 16
+    pace = [one.plan["seconds_per_step"] for one in found]
+    assert all(after > 0.97 * before for before, after in zip(pace, pace[1:]))
+    across, _ = plan.search(small_run(), chips.slices("v5e:2x2", 4))
+    assert across and all(one.sizes["data"] % 4 == 0 for one in across)
+
+
+def test_a_search_traces_each_padding_of_each_model_once(monkeypatch):
+    traced, config = [], small_config()
+    real = abstract_params
+
+    def counted(decoder):
+        traced.append(decoder)
+        return real(decoder)
+
+    monkeypatch.setattr("promptkd_jax.plan.abstract_run.abstract_params", counted)
+    abstract_run_module._params.cache_clear()
+    run = abstract_run(config)
+    plan.search(run, chips.slices("v5e:2x4"))
+    plan.search(run, chips.slices("v6e:2x4"))
+    assert len(traced) == len(set(traced)) > 2
+
+
+def test_a_search_for_what_cannot_be_says_so():
+    with pytest.raises(ConfigError, match=r"--search: no mesh of 4096 devices divides both the 8"):
+        plan.search(small_run(), chips.slices("v5p:16x16x16"))
+
+
+@pytest.mark.parametrize(
+    ("topology", "number", "says"),
+    [
+        ("v9:2x2", 1, r"'v9:2x2' names no slice; there are v4, v5e, v5p, v6e, tpu7x, such as v4"),
+        ("v5e", 1, "'v5e' names no slice"),
+        ("v5e:8x4", 1, r"no slice 'v5e:8x4'; there are v5e:1x1 \(v5litepod-1\), .*v5e:4x8"),
+        ("v6e:3x3", 1, r"no slice 'v6e:3x3'; there are .*v6e:16x16 \(v6e-256\)"),
+        ("v5litepod-48", 1, "no slice 'v5litepod-48', which counts chips"),
+        ("v5p-100", 1, "no slice 'v5p-100', which counts TensorCores, two to a chip"),
+        ("v5p-7", 1, "no slice 'v5p-7'"),
+        ("v4:8x4x4", 1, r"no slice 'v4:8x4x4'; .* A <= B <= C, all multiples of 4"),
+        ("v5p:2x2x8", 1, "no slice 'v5p:2x2x8'"),
+        ("v5p:16x16x28", 1, "is 7168 chips; the largest v5p slice has 6144"),
+        ("v5e:2x2x1", 1, "has no shape of 2 numbers, as a v5e slice has; such as"),
+        ("v5p:4x4", 1, "has no shape of 3 numbers"),
+        ("v5e:32x16", 1, "is 512 chips; the largest v5e slice has 256"),
+        ("v5e:2x2", 0, "--slices: 0 is not at least 1"),
+    ],
+)
+def test_topologies_that_there_are_not(topology, number, says):
+    with pytest.raises(ConfigError, match=says):
+        chips.slices(topology, number)
+
+
+@pytest.mark.parametrize(
+    ("name", "google", "number"),
+    [
+        ("v4:2x2x1", "v4-8", 4),
+        ("v4:2x2x4", "v4-32", 16),
+        ("v4:8x8x12", "v4-1536", 768),
+        ("v5e:2x4", "v5litepod-8", 8),
+        ("v5e:8x8", "v5litepod-64", 64),
+        ("v5e:16x16", "v5litepod-256", 256),
+        ("v5p:2x4x4", "v5p-64", 32),
+        ("v5p:4x4x4", "v5p-128", 64),
+        ("v5p:4x8x12", "v5p-768", 384),
+        ("v5p:16x16x24", "v5p-12288", 6144),
+        ("v6e:8x8", "v6e-64", 64),
+        ("tpu7x:2x2x1", "tpu7x-8", 4),
+    ],
+)
+def test_both_names_of_a_slice(name, google, number):
+    """Google's counts TensorCores, and means the most compact shape of so many."""
+    found = chips.slices(name)
+    assert found == chips.slices(google)
+    assert (found.name, found.google, found.chips) == (name, google, number)
+
+
+def test_a_slice_that_only_its_shape_names():
+    assert chips.slices("v5p:4x4x16").google is None
+    assert chips.slices("v5p-512").name == "v5p:4x8x8"
+    assert chips.slices("v5e-64").google == "v5litepod-64"
+
+
+def test_a_chip_stands_for_all_its_slices():
+    found = chips.every("v6e,v5p-128", 2)
+    sizes = [1, 4, 8, 16, 32, 64, 128, 256, 64]
+    assert [one.chips for one in found] == [2 * size for size in sizes]
+    assert [one.chips for one in chips.every("v4")] == [4, 8, 16, 32, 64, 128, 192, 256]
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "says"),
+    [
+        ("1,2", 1, "'1,2' is not data,fsdp,tensor, such as 1,-1,1"),
+        ("1,2,3", 1, "data=1 x fsdp=2 x tensor=3 does not make 4 devices"),
+        ("-1,-1,1", 1, "--mesh: '-1,-1,1' is not data,fsdp,tensor.*or once -1"),
+        ("0,4,1", 1, "--mesh: '0,4,1' is not data,fsdp,tensor.*each at least 1"),
+        ("1,-1,1", 2, "--mesh.data: 1 is not a multiple of the 2 slices"),
+    ],
+)
+def test_meshes_that_there_are_not(text, number, says):
+    with pytest.raises(ConfigError, match=says):
+        plan.mesh_sizes(small_run(), chips.slices("v5e:2x2", number), text)
+
+
+def test_the_mesh_of_the_config_and_of_the_command_line():
+    slices = chips.slices("tpu7x:2x2x1")  # two devices a chip
+    assert plan.mesh_sizes(small_run(), slices, None) == sizes(8, 1, 1)
+    assert plan.mesh_sizes(small_run(), slices, "2,-1,2") == sizes(2, 2, 2)
+
+
+def command(*arguments: str, capsys) -> str:
+    main(["plan", f"--config={ROOT}/configs/llama.py", "--topology=v5e:8x8", *arguments])
+    return capsys.readouterr().out
+
+
+def test_without_the_compiler_the_estimate_is_marked(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ahead, "has_compiler", lambda: False)
+    said = command("--mesh=1,8,8", f"--output={tmp_path}/plan.json", capsys=capsys)
+    assert "ESTIMATE ONLY" in said and "pip install -e '.[tpu]'" in " ".join(said.split())
+    assert "FITS" in said
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["compiled"] is None and found["memory"]["by"] == "estimate"
+    assert "ESTIMATE" not in command("--mesh=1,8,8", "--no-compile", capsys=capsys)
+    assert "DOES NOT FIT" in command("--no-compile", capsys=capsys)  # all along data
+
+
+def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):
+    """What is printed to be pasted, pasted: the config has that mesh and those micro-batches."""
+    said = command("--no-compile", "--search", capsys=capsys)
+    (line,) = [line for line in said.splitlines() if line.startswith("the first: ")]
+    pasted = shlex.split(line.removeprefix("the first: "))
+    config, rest = load_config([f"--config={ROOT}/configs/llama.py", *pasted])
+    assert not rest
+    best = plan.search(abstract_run(config), chips.slices("v5e:8x8"))[0][0]
+    assert dict(config.mesh) == best.sizes
+    assert config.stages[0].micro_batches == best.micro_batches
+
+
+def test_what_does_not_fit_has_no_price():
+    tight = dataclasses.replace(chips.CHIPS["v5e"], usable_gib=1e-3)
+    slices = chips.Slices(tight, (2, 2))
+    found = plan.estimate(small_run(), slices, sizes(1, 2, 2), price=2.0)
+    assert not found["memory"]["fits"]
+    assert found["usd"] is found["usd_per_hour"] is found["usd_per_million_tokens"] is None
+    assert "cost: none, it does not fit" in tables._summary(found)
+
+
+def test_slices_are_compared_cheapest_first(capsys, tmp_path):
+    """What fits by its price, then what has none, then what does not fit: 7B into one small slice;
+    64 rows and 40 heads are for no 4,096 chips."""
+    file = tmp_path / "plans.json"
+    main(
+        [
+            "plan",
+            *[f"--config={ROOT}/configs/llama.py", f"--output={file}"]
+            + ["--topology=v5e:4x4,v6e-16,v5e:2x2,tpu7x-8,v4:16x16x16", "--no-compile"],
+        ]
+    )
+    said = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    names = [one["google"] for one in found["plans"]]
+    assert names == ["v6e-16", "v5litepod-16", "tpu7x-8", "v5litepod-4"]
+    assert found["impossible"] == ["v4:16x16x16"]
+    prices = [one["usd_per_million_tokens"] for one in found["plans"]]
+    assert prices[0] < prices[1] and prices[2] is prices[3] is None
+    assert "the first, v6e:4x4: --config.mesh.data=" in said
+    assert "11,435 training rows: the published split of Dolly" in said
+
+
+def test_the_rows_that_were_counted_are_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a"}\n\n{"instruction": "b"}\n')
+    config = small_config(steps=0, epochs=16.0)
+    assert "not counted, none.jsonl is no file here" in abstract_run(config).notes[-1]
+    assert "7 training rows: given" in abstract_run(config, rows=7).notes
+    config.data.train = str(file)
+    assert abstract_run(config).notes[-1].startswith("2 training rows: the lines of")
+
+
+# Commands that are about to be launched
+
+
+def checked(*words: str, where=("--devices=4",)) -> None:
+    main(["plan", "--no-compile", *where, "--", "promptkd", *words])
+
+
+def test_a_command_is_checked_for_its_devices(capsys):
+    train = ("train", f"--config={ROOT}/configs/llama.py", "--workdir=gs://b/r")
+    checked(*train, "--config.mesh.fsdp=4")
+    assert "checked for 4 devices: promptkd train" in capsys.readouterr().out
+    checked(*train, "--config.mesh.fsdp=8", "--config.mesh.tensor=8", where=["--topology=v5e-64"])
+    assert "FITS" in capsys.readouterr().out
+    checked("evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,4,1")
+    checked("reproduce", f"--config={ROOT}/configs/gpt2.py:student=base", "--workdir=r")
+    checked("cache", f"--config={ROOT}/configs/gpt2.py:student=base", "--output=r")
+    checked("compare", f"--config={ROOT}/configs/compare.py", "--workdir=r", where=["--devices=1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tain"], "no such command; there are init, train"),
+        (["compare", "--config=c.py"], "is one process, and not for 4 devices"),
+        (["train", "--workdir=r", "--config=c.py"], "no Python file 'c.py'"),
+        (["train", "--workdir=r", "LLAMA", "--confg.seed=1"], "unknown arguments: --confg.seed=1"),
+        (["train", "--workdir=r", "LLAMA", "--config.sed=1"], "did you mean seed"),
+        (["train", "--workdir=r", "LLAMA", "--config.mesh.fsdp=8"], "does not make 4 devices"),
+        (["train", "--workdir=r", "LLAMA", "--config.stages[0].batch_size=6"], "dealt out evenly"),
+        (["train", "--workdir=r", "LLAMA", "--config.stages[0].rollout_slots=6"], "rollout_slots"),
+        (["train", "--workdir=r", "LLAMA", "--config.student.path=tests"], "no such file"),
+        (["evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,8,1"], "4 devices"),
+        (["evaluate", "--model=m", "--data=d"], "2"),
+        (["cache", "LLAMA", "--output=o", "--config.mesh.fsdp=3"], "does not make 4 devices"),
+        (["plan", "LLAMA"], "promptkd plan: is what checks"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(words, says, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [f"--config={ROOT}/configs/llama.py" if word == "LLAMA" else word for word in words]
+    with pytest.raises(SystemExit, match=re.escape(says)):
+        checked(*words)
+
+
+def test_a_comparison_is_checked_before_it_is_launched():
+    compare = ("compare", f"--config={ROOT}/configs/compare.py", "--workdir=r")
+    with pytest.raises(SystemExit, match="config.seeds: .* names one of them twice"):
+        checked(*compare, "--config.seeds=(1,1)", where=["--devices=1"])
+
+
+def test_a_command_is_checked_for_a_topology_or_for_devices():
+    for where in ([], ["--devices=4", "--topology=v5e:2x2"]):
+        with pytest.raises(SystemExit, match="give --topology or --devices"):
+            checked("evaluate", "--model=m", "--data=d", "--output=o", where=where)
+
+
+def test_a_run_whose_state_alone_does_not_fit_is_refused():
+    train = ("train", f"--config={ROOT}/configs/llama.py", "--workdir=gs://b/r")
+    mesh = ("--config.mesh.data=16", "--config.mesh.fsdp=1")
+    with pytest.raises(SystemExit, match="not fit into v5e:4x4; this fits by the estimate: --"):
+        checked(*train, *mesh, where=["--topology=v5litepod-16"])
+
+
+def test_mistakes_end_with_a_message(capsys):
+    for arguments, says in (
+        (["--mesh=1,1,32"], "data=1 x fsdp=1 x tensor=32 does not make 64 devices"),
+        (["--mesh=64,1,1", "--config.stages[0].micro_batches=2"], "cannot be dealt out evenly"),
+        (["--mesh=1,8,8", "--search"], "--mesh 1,8,8: is of one plan"),
+        (["--mesh=1,8,8", "--topology=v5e:8x8,v6e"], "--mesh 1,8,8: is of one plan"),
+        (["--devices=4"], "--devices: of unknown devices only a command"),
+        (["--stage=first"], "--stage: 'first' is no stage; there are promptkd"),
+        (["--config.teacher.remat=some"], "config.teacher.remat: 'some' is not one of"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            command("--no-compile", *arguments, capsys=capsys)
+
+
+def test_what_the_compiler_says_of_a_program_that_is_too_large():
+    found = ahead._too_large(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    )
+    assert (found.needed, found.usable) == (int(20.5 * 2**30), int(15.75 * 2**30))
+
+
+@pytest.mark.skipif(not ahead.has_compiler(), reason=ahead.MISSING)
+def test_the_compiler_agrees_with_what_is_counted():
+    slices = chips.slices("v5e:2x2")
+    run = small_run()
+    found = plan.compiled(run, slices, sizes(1, 2, 2))
+    programs = found["compiled"]["programs"]
+    step = programs["step"]
+    kept = sum(found["memory"]["kept"].values())
+    assert step["arguments"] == pytest.approx(kept, rel=0.02)
+    assert found["memory"]["needed"] == step["total"] < found["memory"]["usable"]
+    guess = plan.estimate(run, slices, sizes(1, 2, 2))
+    for name, phase in found["phases"].items():
+        assert phase["flops"] == guess["phases"][name]["flops"]
+    assert 0.3 < sent(found) / sent(guess) < 3
+
+
+def sent(found) -> float:
+    return sum(phase["sent"] for phase in found["phases"].values())

@@ -1,0 +1,100 @@
+"""The rooms of the package: arrows point down, the core is pure, and a name has one place."""
+
+import ast
+import collections
+import pathlib
+import subprocess
+import sys
+
+PACKAGE = pathlib.Path(__file__).parents[2] / "promptkd_jax"
+# From the ground up; two rooms on one floor do not know each other.
+FLOORS = (
+    {"infra"},
+    {"data", "models"},
+    {"distill"},
+    {"inference"},
+    {"evaluation"},
+    {"training"},
+    {"studies", "plan"},
+    {"cli"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = {
+    ".".join((PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)): file
+    for file in PACKAGE.rglob("*.py")
+    if file.name not in ("__init__.py", "__main__.py")
+}
+COMMANDS = {"main", "add_arguments", "run"}  # what every command defines
+
+
+def imported(file: pathlib.Path) -> set[str]:
+    """The modules of the package that a file imports, also inside of functions."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= {name if name in MODULES else node.module for name in names}
+    return modules
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_module_is_in_a_room():
+    assert {room(module) for module in MODULES} == set(FLOOR_OF)
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{module} imports {other}"
+        for module, file in MODULES.items()
+        for other in imported(file)
+        if other == PACKAGE.name
+        or (room(other) != room(module) and FLOOR_OF[room(other)] >= FLOOR_OF[room(module)])
+    ]
+    assert not wrong
+
+
+def test_no_import_goes_round_in_a_circle():
+    below = {module: imported(file) & MODULES.keys() for module, file in MODULES.items()}
+    while leaves := {module for module, others in below.items() if not others}:
+        below = {m: others - leaves for m, others in below.items() if m not in leaves}
+    assert not below
+
+
+def test_a_public_name_is_defined_in_one_module():
+    places = collections.defaultdict(set)
+    for module, file in MODULES.items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].add(module)
+    assert {name: found for name, found in places.items() if len(found) > 1}.keys() <= COMMANDS
+
+
+CORE = sorted(
+    module
+    for module in MODULES
+    if room(module) == "distill"
+    or module.endswith(("models.decoder", "models.attention", "models.sampler"))
+)
+SHELL = {"cli", "training", "evaluation", "inference", "studies", "plan"}
+IMPURE = {"promptkd_jax.infra.files", "promptkd_jax.infra.distributed", "orbax", "ml_collections"}
+
+
+def test_the_core_knows_nothing_of_files_flags_hosts_and_configs():
+    """In a process of its own, in which `promptkd_jax/__init__.py` has not run."""
+    code = f"""
+import importlib, sys, types
+package = types.ModuleType("promptkd_jax")
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules["promptkd_jax"] = package
+for module in {CORE}:
+    importlib.import_module(module)
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert set(CORE) <= loaded and not loaded & IMPURE
+    assert not {m for m in loaded if m.startswith("promptkd_jax.") and room(m) in SHELL}

@@ -1,0 +1,341 @@
+"""The paper's pipeline on tiny models: what starts where, what is kept, and the table."""
+
+import json
+import pathlib
+import statistics
+import sys
+
+import pytest
+from helpers import bucket, tiny
+
+from promptkd_jax.cli.main import main
+from promptkd_jax.data.records import read_records
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.files import read_text
+from promptkd_jax.models.io.export import save_model
+from promptkd_jax.models.load import load_model
+from promptkd_jax.studies import published, reproduce
+from promptkd_jax.studies.published import ROUGE_L, SETS
+from promptkd_jax.training import recipes
+from promptkd_jax.training.config import load_config
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+CONFIG = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+from helpers import tiny
+from promptkd_jax.training.recipes import method_stage, stage_config
+
+def get_config(arg=""):
+    chosen = dict(part.split("=") for part in arg.split(","))
+    if chosen["student"] != "base":
+        raise ValueError(f"no student {{chosen['student']}}")
+    config = tiny.short_config(pathlib.Path({models!r}))
+    config.title = "tiny " + chosen["method"]
+    how = dict(steps=30, batch_size=4, learning_rate=1e-2)
+    config.log_every, config.checkpoint.every = 30, 100
+    config.stages = (stage_config("sft", **how),)
+    config.evaluation.every = 0
+    config.teacher.path = ""
+    if chosen["method"] == "teacher":
+        config.student.path = {models!r} + "/teacher"
+    elif chosen["method"] not in ("init", "sft"):
+        config.teacher.path = "hub/teacher"
+        if chosen["method"] not in ("kd", "seqkd"):
+            config.student.path = "hub/init"
+    if chosen["method"] == "promptkd":
+        config.stages = (method_stage("promptkd", **how),)
+    return config
+"""
+SEEDS = ["10", "20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """A config file, models and data, and two of the test sets."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    tests, models = str(pathlib.Path(__file__).parents[1]), str(folder / "models")
+    (folder / "gpt2.py").write_text(CONFIG.format(tests=tests, models=models))
+    tiny.short_config(folder / "models")
+    tiny.write_data(folder / "dolly.jsonl", 7)
+    tiny.write_data(folder / "vicuna.jsonl", 3)
+    return folder
+
+
+def command(folder, workdir, *more: str) -> list[str]:
+    return [
+        f"--config={folder / 'gpt2.py'}:student=base",
+        f"--workdir={workdir}",
+        *("--methods", "promptkd"),
+        *("--seeds", *SEEDS),
+        *("--sets", *(f"{name}={folder / name}.jsonl" for name in ("vicuna", "dolly"))),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> pathlib.Path:
+    """The pipeline with two seeds and two sets."""
+    main(["reproduce", *command(folder, folder / "finished")])
+    return folder / "finished"
+
+
+def kept(workdir: pathlib.Path) -> dict[pathlib.Path, int]:
+    """When each file was written, but for the table's own."""
+    files = (file for file in workdir.rglob("*") if file.stem != "reproduction")
+    return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+
+
+def texts(file: pathlib.Path) -> list[str]:
+    return json.loads(file.read_text())["texts"]
+
+
+# The pipeline
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_where_each_run_starts(folder, method):
+    source, workdir = f"{folder}/gpt2.py:student=base", folder / "work"
+    runs = reproduce.plan_reproduction(source, workdir, [method], (), from_published=False)
+    pretrained = method in ("sft", "kd", "seqkd")
+    assert list(runs) == ["teacher", *["init"] * (not pretrained), method]
+    raw = f"{folder}/models/student"
+    paths = {name: (run.teacher.path, run.student.path) for name, run in runs.items()}
+    assert paths["teacher"] == ("", f"{folder}/models/teacher")
+    assert pretrained or paths["init"] == ("", raw)
+    teacher = "" if method == "sft" else f"{workdir}/teacher/student"
+    assert paths[method] == (teacher, raw if pretrained else f"{workdir}/init/student")
+
+
+def test_a_workdir_in_a_bucket(folder, monkeypatch, tmp_path):
+    """Config, sets, models and results; what is trained there is for `train` to say."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    pail, _ = bucket.make(monkeypatch)
+    for name in ("gpt2.py", "dolly.jsonl"):
+        (pail / name).write_bytes((folder / name).read_bytes())
+
+    def run(config, workdir, choose_remat=None):
+        assert workdir.parent == pail / "work"
+        (workdir / "config.json").write_text("{}")
+        save_model(workdir / "student", load_model(f"{folder}/models/student"))
+
+    monkeypatch.setattr(reproduce.run, "run", run)
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--config={pail}/gpt2.py:student=base", f"--workdir={pail}/work"]
+    main(["reproduce", *arguments, "--methods=kd", "--seeds=1", f"--sets=dolly={pail}/dolly.jsonl"])
+    runs = reproduce.plan_reproduction(
+        f"{pail}/gpt2.py:student=base", pail, ["kd"], (), from_published=False
+    )
+    assert runs["kd"].teacher.path == "gs://pail/run/teacher/student"
+    assert (pail / "work" / "reproduction.md").exists()
+    scores = pail / "work" / "kd" / "evaluations" / "dolly" / "seed1.json"
+    assert len(json.loads(read_text(scores))["texts"]) == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
+def test_from_published_fine_tunes_neither(folder):
+    source, workdir = f"{folder}/gpt2.py:student=base", folder / "work"
+    runs = reproduce.plan_reproduction(
+        source, workdir, ["sft", "promptkd"], (), from_published=True
+    )
+    assert list(runs) == ["sft", "promptkd"]
+    paths = runs["promptkd"].teacher.path, runs["promptkd"].student.path
+    assert paths == ("hub/teacher", "hub/init")
+    found = reproduce.contenders(runs, workdir)
+    assert found["teacher"].path == "hub/teacher"
+    assert found["sft"].path == f"{workdir}/sft/student"
+    with pytest.raises(ConfigError, match="--from-published has no teacher"):
+        reproduce.contenders({"sft": runs["sft"]}, workdir)
+
+
+def test_distillation_starts_at_the_init(folder, finished, tmp_path):
+    """The same model with the same seed gives the same answers to the dev rows."""
+    config = reproduce.plan_reproduction(
+        f"{folder}/gpt2.py:student=base", finished, ["sft"], (), from_published=False
+    )["sft"]
+    init = reproduce.ReproducedModel(f"{finished}/init/student", "float32", config)
+    dev = read_records(config.data.dev, need_output=True)
+    reproduce.evaluate_model(init, {"dev": dev}, [config.seed], tmp_path)
+    start = texts(finished / "promptkd" / "before.json")
+    assert start == texts(tmp_path / "dev" / f"seed{config.seed}.json")
+    assert texts(finished / "init" / "before.json") != start
+    config = json.loads((finished / "promptkd" / "config.json").read_text())["config"]
+    assert config["teacher"]["path"] == str(finished / "teacher" / "student")
+
+
+def test_a_second_call_trains_and_evaluates_nothing(folder, finished, capsys):
+    before = kept(finished)
+    assert sum(file.name in ("seed10.json", "seed20.json") for file in before) == 2 * 2 * 2
+    table = (finished / "reproduction.md").read_text()
+    main(["reproduce", *command(folder, finished)])
+    assert kept(finished) == before
+    assert (finished / "reproduction.md").read_text() == table
+    assert capsys.readouterr().out.count("is finished, nothing to do") == 3
+
+
+def test_what_is_missing_is_added_and_a_seed_repeats_itself(folder, finished):
+    lost = finished / "promptkd" / "evaluations" / "dolly" / "seed20.json"
+    content, others = lost.read_text(), kept(finished)
+    lost.unlink()
+    del others[lost]
+    main(["reproduce", *command(folder, finished)])
+    assert lost.read_text() == content
+    after = kept(finished)
+    assert after.pop(lost) and after == others
+
+
+def test_seeds_give_other_answers(finished):
+    first, second = (
+        texts(finished / "promptkd" / "evaluations" / "dolly" / f"seed{seed}.json")
+        for seed in SEEDS
+    )
+    assert len(first) == len(second) == 7
+    assert first != second
+
+
+def test_scores_are_those_of_promptkd_evaluate(folder, finished, tmp_path):
+    """Whose defaults are the published sampling."""
+    main(
+        [
+            "evaluate",
+            f"--model={finished / 'promptkd' / 'student'}",
+            f"--data={folder / 'dolly.jsonl'}",
+            f"--output={tmp_path}",
+            *("--template=plain", "--max-prompt-length=16", "--max-length=24", "--batch-size=4"),
+            *("--seeds", *SEEDS),
+        ]
+    )
+    theirs = json.loads((tmp_path / "evaluation.json").read_text())["sets"]["dolly"]["seeds"]
+    ours = json.loads((finished / "reproduction.json").read_text())["scores"]["promptkd"]["dolly"]
+    assert ours == {seed: scores["rougeL"] for seed, scores in theirs.items()}
+    assert reproduce.PROTOCOL["temperature"] == 1 and reproduce.SEEDS == (10, 20, 30, 40, 50)
+    assert reproduce.PROTOCOL["no_repeat_ngram_size"] == 6
+
+
+# The table
+
+
+def test_the_table_has_ours_beside_the_published(finished):
+    found = json.loads((finished / "reproduction.json").read_text())
+    assert found["missing_sets"] == ["self_inst", "s_ni", "unni"]
+    lines = (finished / "reproduction.md").read_text().splitlines()
+    assert "Not evaluated (n/a): self_inst, s_ni, unni." in lines
+    assert "| method | test set | ours | published | difference |" in lines
+    assert [row["method"] for row in found["table"][::6]] == ["teacher", "promptkd"]
+    scores = found["scores"]["promptkd"]["dolly"].values()
+    mean, std = statistics.fmean(scores), statistics.stdev(scores)
+    cells = f"{mean:.2f} ± {std:.2f} | 25.6 | {mean - 25.6:+.2f}"
+    assert f"| promptkd | dolly | {cells} |" in lines
+    assert "| promptkd | unni | n/a | 28.9 | n/a |" in lines
+    assert any(line.startswith("| teacher | average of 2 | ") for line in lines)
+
+
+def test_an_average_is_over_the_same_sets_and_its_deviation_over_seeds():
+    ours = {"dolly": {10: 20.0, 20: 22.0}, "vicuna": {10: 10.0, 20: 14.0}}
+    theirs = {"sft": ROUGE_L["gpt2"]["base"]["sft"]}
+    rows = reproduce.table_rows({"sft": ours, "opd": ours}, theirs)
+    average = rows[5]
+    assert average[:2] == ("sft", "average of 2")
+    assert average.mean == 16.5 and average.std == pytest.approx(statistics.stdev((15, 18)))
+    assert average.published == pytest.approx((22.9 + 14.5) / 2)
+    assert average.difference == pytest.approx(16.5 - 18.7)
+    assert rows[6] == ("opd", "dolly", 21.0, pytest.approx(2**0.5), None, None)
+    whole = {name: {10: float(number)} for number, name in enumerate(SETS)}
+    row = reproduce.table_rows({"sft": whole}, theirs)[5]
+    assert row[:4] == ("sft", "average", 2.0, 0.0) and row.published == pytest.approx(16.48)
+    nothing = reproduce.table_rows({"sft": {}}, theirs)
+    assert nothing[0] == ("sft", "dolly", None, None, 22.9, None)
+    assert nothing[5].published == pytest.approx(16.48) and nothing[5].mean is None
+
+
+AVERAGES = {
+    "base": (16.48, 17.36, 16.82, 19.50, 21.02, 22.24),
+    "medium": (21.00, 21.18, 21.06, 23.40, 23.32, 23.92),
+    "large": (21.14, 21.40, 21.14, 22.62, 24.18, 25.08),
+}
+
+
+@pytest.mark.parametrize("size", AVERAGES)
+def test_published_numbers_give_the_published_averages(size):
+    names = ("teacher", "sft", "kd", "seqkd", "gkd", "minillm", "promptkd")
+    found = ROUGE_L["gpt2"][size]
+    assert tuple(found) == names
+    averages = [statistics.fmean(found[name].values()) for name in names]
+    assert averages == pytest.approx((23.34, *AVERAGES[size]), abs=1e-6)
+
+
+def test_published_numbers_are_found_by_the_name_of_the_config(capsys):
+    found = reproduce.published_numbers("some/opt.py:student=2.7b")
+    assert found["promptkd"]["s_ni"] == 31.4 and found["teacher"]["unni"] == 33.8
+    assert reproduce.published_numbers("llama.py:student=7b")["minillm"]["vicuna"] == 20.6
+    assert capsys.readouterr().out == ""
+    assert reproduce.published_numbers("gpt2.py:student=tiny") == {}
+    assert "gpt2.py:student=medium" in capsys.readouterr().out
+    assert reproduce.published_numbers("configs/smollm2.py") == {}
+    assert "configs/smollm2.py" in capsys.readouterr().out
+    assert all(tuple(row) == published.SETS for row in found.values())
+
+
+@pytest.mark.parametrize("family", ROUGE_L)
+def test_a_config_without_a_size_has_the_numbers_of_its_default(family, capsys):
+    config = load_config([f"--config={CONFIGS / family}.py"])[0]
+    numbers = reproduce.published_numbers(f"configs/{family}.py")
+    (size,) = [size for size, found in ROUGE_L[family].items() if found is numbers]
+    named = load_config([f"--config={CONFIGS / family}.py:student={size}"])[0]
+    assert config.student.path == named.student.path
+    assert reproduce.published_numbers(f"{family}.py:method=kd") is numbers
+    assert capsys.readouterr().out == ""
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sets", "dollly=x.jsonl"], "NAME=FILE with NAME one of dolly, self_inst, vicuna"),
+        (["--sets", "dolly"], "'dolly' is not NAME=FILE"),
+        (["--sets", "dolly=nowhere.jsonl"], "dolly=nowhere.jsonl: no such file"),
+        (["--sets", "dolly={0}/dolly.jsonl", "dolly={0}/vicuna.jsonl"], "dolly is given twice"),
+        (["--sets", "dolly={0}/bad.jsonl"], "bad.jsonl:1: broken JSON"),
+        (["--config={0}/gpt2.py:student=base,method=kd"], "methods after --methods"),
+        (["--config={0}/gpt2.py:student=huge"], "no student huge"),
+        (["--config.stages[0].step=1"], "did you mean steps"),
+        (["--config.student.path=x"], "config.student.path: differs between the steps"),
+        (["--config.stages[0].batch_size=0"], "with method=teacher: config.stages[0].batch_size"),
+        (["--confg.seed=1"], "unknown arguments: --confg.seed=1"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(folder, tmp_path, arguments, message):
+    (folder / "bad.jsonl").write_text('{"instruct\n')
+    arguments = [argument.replace("{0}", str(folder)) for argument in arguments]
+    with pytest.raises(SystemExit) as error:
+        main(["reproduce", *command(folder, tmp_path / "work"), *arguments])
+    assert message in str(error.value)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_tilde_in_a_set_is_the_home_folder(folder, monkeypatch):
+    """No shell expands that of dolly=~/dolly.jsonl."""
+    monkeypatch.setenv("HOME", str(folder))
+    expected = reproduce.read_sets([f"dolly={folder}/dolly.jsonl"])
+    assert reproduce.read_sets(["dolly=~/dolly.jsonl"]) == expected
+
+
+def test_an_unknown_method_is_told(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["reproduce", *command(folder, tmp_path), "--methods", "promtkd"])
+    assert "'promtkd' (choose from" in capsys.readouterr().err
+
+
+def test_evaluations_of_another_set_are_refused(folder, finished, capsys):
+    other = f"dolly={folder / 'vicuna.jsonl'}"
+    with pytest.raises(SystemExit, match="dolly belongs to(.|\n)*config.records: there"):
+        main(["reproduce", *command(folder, finished), "--sets", other])
+
+
+def test_the_command_is_known(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["promptkd", "reproduce", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "--from-published" in capsys.readouterr().out

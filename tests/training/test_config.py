@@ -1,0 +1,526 @@
+"""Every mistake in a config is told at once, with its path and what would be right."""
+
+import errno
+import json
+import re
+import textwrap
+
+import pytest
+from helpers import bucket
+from ml_collections import ConfigDict
+
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.files import write_text
+from promptkd_jax.training.config import as_json, claim, fingerprint, load_config
+from promptkd_jax.training.specs import Bool, Choice, Float, Int, ListOf, Optional, Path, Str, check
+
+FILE = """
+    from ml_collections import ConfigDict
+    from ml_collections.config_dict import placeholder
+
+    def get_config(size="small"):
+        widths = {"small": 8, "large": 64}
+        if size not in widths:
+            raise ValueError(f"size {size!r} is not one of {sorted(widths)}")
+        config = ConfigDict({
+            "width": widths[size], "name": "run", "debug": False, "note": None,
+            "seed": placeholder(int), "betas": (0.9, 0.99), "files": ["a"], "impedance": 1j,
+            "optimizer": {"learning_rate": 0.1, "warmup_steps": 100},
+        })
+        stage = ConfigDict({"steps": 10, "loss": {"alpha": 0.5}})
+        stage.learning_rate = config.optimizer.get_ref("learning_rate")
+        config.stages = (stage, stage)
+        config.mixture = ({"weight": 1.0}, {"weight": 2.0})
+        return config
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(*overrides) reads FILE; load(..., argument=":large") or load(..., source=...) too."""
+
+    def load(*overrides, argument="", source=FILE):
+        path = tmp_path / "small.py"
+        path.write_text(textwrap.dedent(source))
+        return load_config([f"--config={path}{argument}", *overrides])[0]
+
+    return load
+
+
+def mistakes(function, *arguments, **options) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        function(*arguments, **options)
+    return str(error.value).splitlines()
+
+
+# Files and arguments.
+
+
+def test_other_arguments_are_left_in_order(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(textwrap.dedent(FILE))
+    argv = ["train.py", "--workdir=/w", "--config", f"{path}:large", "-config.width=3", "--", "x"]
+    config, rest = load_config([*argv, "--configure=1"])
+    assert rest == ["train.py", "--workdir=/w", "--", "x", "--configure=1"]
+    assert config.width == 3
+
+
+def test_the_argument_reaches_get_config(load):
+    assert load().width == 8
+    assert load(argument=":large").width == 64
+
+
+@pytest.mark.parametrize(
+    "argv, found", [([], "none"), (["--config=a.py", "--config=b.py"], "a.py")]
+)
+def test_one_file_is_needed(argv, found):
+    (line,) = mistakes(load_config, argv)
+    assert line.startswith("config: expected one --config=FILE[:arg], found ")
+    assert found in line
+
+
+def test_a_missing_file_is_named():
+    assert mistakes(load_config, ["--config=no/such.py:x"]) == [
+        "config: there is no Python file 'no/such.py'"
+    ]
+
+
+@pytest.mark.parametrize(
+    "source, argument, found",
+    [
+        ("x = 1", "", "small.py defines no get_config"),
+        ("def get_config(): return {}", "", "small.py returned {}, not a ConfigDict"),
+        ("def get_config(): return 1", ":large", "takes no argument, but got 'large'"),
+        (FILE, ":huge", "small.py:huge: size 'huge' is not one of ['large', 'small']"),
+    ],
+)
+def test_a_wrong_file_is_told(load, source, argument, found):
+    (line,) = mistakes(load, source=source, argument=argument)
+    assert line.startswith("config: ")
+    assert found in line
+
+
+def test_a_bug_in_the_file_keeps_its_own_error(load):
+    with pytest.raises(NameError, match="oops"):
+        load(source="def get_config(): return oops")
+
+
+# The config of a run's folder.
+
+
+def write_json(folder, content) -> str:
+    path = folder / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_the_config_of_a_folder_is_the_one_that_claimed_it(load, tmp_path):
+    source = FILE.replace(', "impedance": 1j', "")  # JSON has no complex numbers
+    config = load("--config.stages[1].loss.alpha=0.25", source=source)
+    claim(tmp_path / "run", config)
+    again, rest = load_config([f"--config={tmp_path / 'run' / 'config.json'}", "--other"])
+    assert rest == ["--other"]
+    assert as_json(again) == as_json(config) and fingerprint(again) == fingerprint(config)
+    assert again.betas == (0.9, 0.99) and again.seed is None
+    assert [type(stage) for stage in again.stages] == [ConfigDict, ConfigDict]
+    assert type(again.optimizer.learning_rate) is float
+    with pytest.raises(AttributeError, match="locked"):
+        again.stages[0].loss.new_field = 1
+
+
+def test_lists_in_a_json_file_are_tuples_at_any_depth(tmp_path):
+    terms = {"terms": [["kl", 1.0], ["ce", 0.5]], "layers": [0, 2]}
+    path = write_json(tmp_path, {"config": {"stages": [terms], "none": []}})
+    config, _ = load_config([f"--config={path}", "--config.stages[0].layers=(1, 2)"])
+    assert config.stages[0].terms == (("kl", 1.0), ("ce", 0.5))
+    assert config.stages[0].layers == (1, 2) and config.none == ()
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ("{", "is not JSON: "),
+        ([1], "is not the config of a run; expected"),
+        ({"width": 3}, "is not the config of a run; expected"),
+        ({"config": [1]}, "is not the config of a run; expected"),
+    ],
+)
+def test_a_wrong_json_file_is_told(tmp_path, content, found):
+    (line,) = mistakes(load_config, [f"--config={write_json(tmp_path, content)}"])
+    assert "config.json" in line and found in line
+
+
+def test_a_missing_json_file_and_an_argument_are_told(tmp_path):
+    path = write_json(tmp_path, {"config": {}})
+    assert mistakes(load_config, [f"--config={path}:large"]) == [
+        f"config: {path} takes no argument, but got 'large'"
+    ]
+    assert mistakes(load_config, ["--config=no/such.json"]) == [
+        "config: there is no JSON file 'no/such.json'"
+    ]
+
+
+def test_a_folder_has_one_config_but_for_what_is_ignored(tmp_path):
+    claim(tmp_path, make_config(), ("name", "stages.learning_rate"))
+    (tmp_path / "before.json").write_text("{}")
+    other = make_config()
+    other.name, other.stages = "other", ({"learning_rate": 7}, {"learning_rate": 8})
+    claim(tmp_path, other, ("name", "stages.learning_rate"))
+    assert load_config([f"--config={tmp_path / 'config.json'}"])[0].name == "other"
+    third = make_config()
+    third.steps, third.betas, third.name = 2, [0.9, 0.5], "third"
+    assert mistakes(claim, tmp_path, third, ("name", "stages.learning_rate")) == [
+        f"{tmp_path} belongs to a run of another config; take another --workdir, or set back",
+        "  config.betas[1]: there 1, now 0.5",
+        "  config.steps: there 1, now 2",
+    ]
+    assert load_config([f"--config={tmp_path / 'config.json'}"])[0].name == "other"
+
+
+def test_claiming_again_writes_nothing(tmp_path):
+    claim(tmp_path, make_config())
+    before = (tmp_path / "config.json").stat().st_mtime_ns
+    claim(tmp_path, make_config())
+    assert (tmp_path / "config.json").stat().st_mtime_ns == before
+
+
+# Overrides.
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("width=12", 12),
+        ("width=None", None),
+        ("name=2", "2"),
+        ("name=None", None),
+        ("name=a=b", "a=b"),
+        ("name=", ""),
+        ("debug=true", True),
+        ("debug=True", True),
+        ("debug=false", False),
+        ("seed=7", 7),
+        ("note=7", 7),
+        ("note=some text", "some text"),
+        ("note=(1, 2)", (1, 2)),
+        ("betas=(1, 2, 3)", (1, 2, 3)),
+        ("betas=[1]", (1,)),
+        ("betas=1,2", (1, 2)),
+        ("files=('b', 'c')", ["b", "c"]),
+        ("optimizer.learning_rate=1e-4", 1e-4),
+        ("optimizer.learning_rate=3", 3.0),
+        ("stages[1].steps=3", 3),
+        ("stages[0].loss.alpha=0", 0.0),
+        ("mixture[1].weight=3", 3.0),
+    ],
+)
+def test_an_override_takes_the_type_of_what_it_replaces(load, override, value):
+    path = override.partition("=")[0]
+    found = load(f"--config.{override}")
+    for name in re.findall(r"\w+", path):
+        found = found[int(name) if name.isdigit() else name]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_the_last_override_wins(load):
+    assert load("--config.width=1", "--config.width=2").width == 2
+
+
+def test_an_override_of_one_stage_reaches_no_other(load):
+    config = load("--config.stages[0].steps=3", "--config.stages[0].loss.alpha=0.25")
+    assert [stage.steps for stage in config.stages] == [3, 10]
+    assert [stage.loss.alpha for stage in config.stages] == [0.25, 0.5]
+
+
+def test_references_still_follow(load):
+    config = load("--config.optimizer.learning_rate=0.5")
+    assert [stage.learning_rate for stage in config.stages] == [0.5, 0.5]
+
+
+def test_a_whole_tuple_of_groups_can_be_given(load):
+    config = load("--config.stages=({'steps': 1}, {'steps': 2})")
+    assert [stage.steps for stage in config.stages] == [1, 2]
+    assert all(isinstance(stage, ConfigDict) for stage in config.stages)
+
+
+def test_the_result_has_no_room_for_new_fields(load):
+    config = load()
+    for group in (config, config.optimizer, config.stages[0], config.stages[1].loss):
+        with pytest.raises(AttributeError, match="locked"):
+            group.new_field = 1
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("width=ten", "config.width: 'ten' is not an int"),
+        ("width=1.5", "config.width: '1.5' is not an int"),
+        ("width=True", "config.width: 'True' is not an int"),
+        ("width=", "config.width: '' is not an int"),
+        ("width", "config.width: has no value, write --config.width=VALUE"),
+        ("seed=x", "config.seed: 'x' is not an int"),
+        ("impedance=3", "config.impedance: '3' is not complex"),
+        ("debug=1", "config.debug: '1' is not true or false"),
+        ("betas=0.9", "config.betas: '0.9' is not a tuple such as (1, 2)"),
+        ("betas=(0.9", "config.betas: '(0.9' is not a tuple such as (1, 2)"),
+        ("files=b", "config.files: 'b' is not a list such as [1, 2]"),
+        ("optimizer=adam", "config.optimizer: 'adam' is not a group; set its fields one by one"),
+        (
+            "optimizer.learning_rate=fast",
+            "config.optimizer.learning_rate: 'fast' is not a number",
+        ),
+        ("widht=3", "config.widht: is unknown; did you mean width?"),
+        (
+            "optimizer.learning_rat=3",
+            "config.optimizer.learning_rat: is unknown; did you mean learning_rate?",
+        ),
+        (
+            "optimizer.x=3",
+            "config.optimizer.x: is unknown; there are learning_rate, warmup_steps",
+        ),
+        ("stages[0].stepz=3", "config.stages[0].stepz: is unknown; did you mean steps?"),
+        ("stages[2].steps=3", "config.stages[2]: is unknown; the last is [1]"),
+        ("betas[0]=0.8", "config.betas[0]: set the whole tuple, now (0.9, 0.99)"),
+        ("width.x=3", "config.width: 8 has no fields"),
+        ("width[0]=3", "config.width: 8 has no elements"),
+        ("stages[-1].steps=3", "config.stages[-1].steps: is no path such as config.a.b[0].c"),
+    ],
+)
+def test_a_wrong_override_is_told(load, override, message):
+    assert mistakes(load, f"--config.{override}") == [message]
+
+
+def test_all_wrong_overrides_are_told_at_once(load):
+    overrides = ("--config.width=ten", "--config.name=fine", "--config.x=1", "--config.debug=2")
+    assert [line.partition(":")[0] for line in mistakes(load, *overrides)] == [
+        "config.width",
+        "config.x",
+        "config.debug",
+    ]
+
+
+# The schema.
+
+SCHEMA = {
+    "steps": Int(low=1),
+    "name": Str(nonempty=True),
+    "note": Optional(Str()),
+    "debug": Bool(),
+    "loss": Choice("forward_kl", "reverse_kl"),
+    "optimizer": {"decay": Float(low=0.0, high=1.0)},
+    "stages": ListOf({"learning_rate": Float(low=0, open_low=True)}, nonempty=True),
+    "betas": ListOf(Float()),
+    "prompt": Optional({"length": Int(low=1, high=2_000_000)}),
+}
+
+
+def make_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "steps": 1,
+            "name": "run",
+            "note": None,
+            "debug": False,
+            "loss": "reverse_kl",
+            "optimizer": {"decay": 0},
+            "stages": (ConfigDict({"learning_rate": 1e-4}), {"learning_rate": 1}),
+            "betas": [0.9, 1],
+            "prompt": None,
+        }
+    )
+
+
+def changed(**fields) -> dict:
+    return {name: make_config()[name] for name in make_config()} | fields
+
+
+def test_a_right_config_passes():
+    check(make_config(), SCHEMA)
+    check(changed(note="x", prompt={"length": 2_000_000}, betas=()), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"steps": 0}, "config.steps: 0 is not >= 1"),
+        ({"steps": True}, "config.steps: True is not an int >= 1"),
+        ({"steps": 2.0}, "config.steps: 2.0 is not an int >= 1"),
+        ({"steps": None}, "config.steps: None is not an int >= 1"),
+        ({"name": ""}, "config.name: '' is not a string that is not empty"),
+        ({"note": 3}, "config.note: 3 is not a string"),
+        ({"debug": 0}, "config.debug: 0 is not one of True, False"),
+        ({"loss": "mse"}, "config.loss: 'mse' is not one of 'forward_kl', 'reverse_kl'"),
+        ({"optimizer": {"decay": 1.5}}, "config.optimizer.decay: 1.5 is not <= 1"),
+        (
+            {"optimizer": {"decay": "1"}},
+            "config.optimizer.decay: '1' is not a number >= 0 and <= 1",
+        ),
+        (
+            {"optimizer": {"decay": float("nan")}},
+            "config.optimizer.decay: nan is not >= 0 and <= 1",
+        ),
+        ({"optimizer": 0.1}, "config.optimizer: 0.1 is not a group of decay"),
+        (
+            {"stages": ()},
+            "config.stages: () is not a non-empty tuple, each element a group of learning_rate",
+        ),
+        (
+            {"stages": ({"learning_rate": 1}, ConfigDict({"learning_rate": -0.1}))},
+            "config.stages[1].learning_rate: -0.1 is not > 0",
+        ),
+        ({"stages": (3,)}, "config.stages[0]: 3 is not a group of learning_rate"),
+        ({"betas": "0.9"}, "config.betas: '0.9' is not a tuple, each element a number"),
+        ({"betas": (0.9, False)}, "config.betas[1]: False is not a number"),
+        ({"prompt": {"length": 3_000_000}}, "config.prompt.length: 3000000 is not <= 2000000"),
+        ({"prompt": 3}, "config.prompt: 3 is not a group of length"),
+        ({"stepz": 1}, "config.stepz: is unknown; did you mean steps?"),
+        (
+            {"prompt": {"length": 1, "zzz": 1}},
+            "config.prompt.zzz: is unknown; there are length",
+        ),
+        (
+            {"optimizer": {}},
+            "config.optimizer.decay: is missing, it should be a number >= 0 and <= 1",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told(fields, message):
+    assert mistakes(check, ConfigDict(changed(**fields)), SCHEMA) == [message]
+
+
+def test_all_wrong_values_are_told_at_once():
+    config = changed(steps=-1, debug="yes", extra=1, stages=({"learning_rate": 0}, {}))
+    del config["loss"], config["prompt"], config["optimizer"]
+    assert mistakes(check, config, SCHEMA) == [
+        "config.extra: is unknown; there are "
+        "betas, debug, loss, name, note, optimizer, prompt, stages, steps",
+        "config.steps: -1 is not >= 1",
+        "config.debug: 'yes' is not one of True, False",
+        "config.loss: is missing, it should be one of 'forward_kl', 'reverse_kl'",
+        "config.optimizer: is missing, it should be a group of decay",
+        "config.stages[0].learning_rate: 0 is not > 0",
+        "config.stages[1].learning_rate: is missing, it should be a number > 0",
+        "config.prompt: is missing, it should be a group of length, or None",
+    ]
+
+
+# The fingerprint.
+
+
+def test_the_fingerprint_is_that_of_the_values():
+    config = make_config()
+    backwards = {name: config[name] for name in reversed(list(config))}
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint(config))
+    assert fingerprint(config) == fingerprint(backwards) == "d4f88197dbe0"
+    assert fingerprint(config) == fingerprint(changed(steps=1.0, betas=(0.9, 1.0)))
+    for fields in ({"steps": 2}, {"stages": ()}, {"betas": (1, 0.9)}, {"debug": None}):
+        assert fingerprint(changed(**fields)) != fingerprint(config)
+
+
+def test_the_fingerprint_leaves_out_what_is_ignored():
+    ignore = ("name", "optimizer", "stages.learning_rate")
+    other = changed(name="x", optimizer={"a": {"b": 1}}, stages=({"learning_rate": 7}, {}))
+    assert fingerprint(other, ignore) == fingerprint(make_config(), ignore)
+    assert fingerprint(other, ignore) != fingerprint(changed(stages=({},)), ignore)
+    assert fingerprint({"names": 1}, ("name",)) != fingerprint({"names": 2}, ("name",))
+    assert fingerprint({"a": {"name": 1}}, ("name",)) != fingerprint({"a": {}}, ("name",))
+
+
+def test_a_folder_where_nothing_was_done_is_free_for_another_config(tmp_path):
+    claim(tmp_path, ConfigDict(dict(teacher="a typing mistake")))
+    claim(tmp_path, ConfigDict(dict(teacher="right")))
+    assert "right" in (tmp_path / "config.json").read_text()
+    (tmp_path / "before.json").write_text("{}")
+    with pytest.raises(ConfigError, match="teacher: there 'right', now 'another'"):
+        claim(tmp_path, ConfigDict(dict(teacher="another")))
+
+
+# Folders that cannot be written, and buckets.
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / name
+    with pytest.raises(
+        ConfigError, match=rf"^{folder}: cannot be written .*Not a directory.*a fol"
+    ):
+        claim(folder, make_config())
+
+
+def test_a_forbidden_folder_is_named(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied", "config.json.unfinished")
+
+    monkeypatch.setattr("promptkd_jax.infra.files.os.fsync", refuse)
+    with pytest.raises(ConfigError, match="cannot be written .*denied.*that this user may write"):
+        claim(tmp_path / "run", make_config())
+
+
+def test_a_full_disk_is_no_mistake_in_a_config(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("promptkd_jax.infra.files.os.fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        claim(tmp_path / "run", make_config())
+
+
+def test_a_bucket_that_is_absent_is_named(monkeypatch):
+    bucket.make(monkeypatch)
+    message = "^gs://other/run: cannot be written .*FileNotFound.*expected a bucket that exists"
+    with pytest.raises(ConfigError, match=message):
+        claim("gs://other/run", make_config())
+
+
+def test_a_run_in_a_bucket_keeps_its_config(load, monkeypatch):
+    folder, _ = bucket.make(monkeypatch)
+    config = load("--config.width=12", source=FILE.replace(', "impedance": 1j', ""))
+    claim(folder, config)
+    again, _ = load_config([f"--config={folder}/config.json"])
+    assert as_json(again) == as_json(config)
+    write_text(folder / "before.json", "{}")
+    config.width = 13
+    with pytest.raises(ConfigError, match="config.width: there 12, now 13"):
+        claim(folder, config)
+    with pytest.raises(ConfigError, match="config.json takes no argument, but got 'arg'"):
+        load_config([f"--config={folder}/config.json:arg"])
+
+
+def test_a_config_in_a_bucket_is_read(monkeypatch):
+    folder, _ = bucket.make(monkeypatch)
+    source = "from ml_collections import ConfigDict\ndef get_config(size='1'):\n"
+    (folder / "a.py").write_text(
+        source + "    return ConfigDict(dict(size=int(size), at=__file__))"
+    )
+    for argument, size in ((":7", 7), ("", 1)):
+        config, _ = load_config([f"--config={folder}/a.py{argument}"])
+        assert config.size == size and config.at == "gs://pail/run/a.py"
+    for source, message in (
+        ("gs://pail/b.py", "there is no Python file 'gs://pail/b.py'"),
+        ("gs://other/b.py", "there is no Python file 'gs://other/b.py'"),
+        ("gs://pail/config.json", "there is no JSON file 'gs://pail/config.json'"),
+        ("s3://pail/b.py", "'s3://pail/b.py' is not a path .*gs://BUCKET"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config([f"--config={source}"])
+
+
+def test_a_bucket_without_its_packages_names_them(monkeypatch):
+    def absent(scheme):
+        raise ImportError
+
+    monkeypatch.setattr("promptkd_jax.infra.files.fsspec.get_filesystem_class", absent)
+    needed = r"within reach: buckets need .* pip install 'promptkd_jax\[gcs\]'"
+    with pytest.raises(ConfigError, match=f"^config: 'gs://pail/a.py' is not {needed}"):
+        load_config(["--config=gs://pail/a.py:7"])
+    with pytest.raises(ConfigError, match=f"^config.path: 'gs://pail/a' is not {needed}"):
+        check(ConfigDict(dict(path="gs://pail/a")), {"path": Path()})
+    check(ConfigDict(dict(path="owner/name")), {"path": Path(bucket=False)})
+
+
+def test_only_the_first_process_claims(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "on_first", lambda compute: None)
+    claim(tmp_path / "run", make_config())
+    assert not (tmp_path / "run").exists()
