@@ -16,7 +16,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["promptkd_jax*"]),
     package_data={
-        "promptkd_jax": ["data/assets/**", "models/assets/*", "evaluation/templates/*", "py.typed"]
+        "promptkd_jax": [
+            "data/assets/**",
+            "models/assets/*",
+            "evaluation/templates/*",
+            "py.typed",
+            "*.pyi",
+        ]
     },
     entry_points={"console_scripts": ["promptkd = promptkd_jax.cli.main:main"]},
     install_requires=[

@@ -2,9 +2,14 @@
 
 import ast
 import collections
+import importlib
 import pathlib
 import subprocess
 import sys
+
+import pytest
+
+import promptkd_jax
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "promptkd_jax"
 # From the ground up; two rooms on one floor do not know each other.
@@ -83,12 +88,8 @@ IMPURE = {"promptkd_jax.infra.files", "promptkd_jax.infra.distributed", "orbax",
 
 
 def test_the_core_knows_nothing_of_files_flags_hosts_and_configs():
-    """In a process of its own, in which `promptkd_jax/__init__.py` has not run."""
     code = f"""
-import importlib, sys, types
-package = types.ModuleType("promptkd_jax")
-package.__path__ = [{str(PACKAGE)!r}]
-sys.modules["promptkd_jax"] = package
+import importlib, sys
 for module in {CORE}:
     importlib.import_module(module)
 print(*sys.modules)
@@ -98,3 +99,27 @@ print(*sys.modules)
     loaded = set(done.stdout.split())
     assert set(CORE) <= loaded and not loaded & IMPURE
     assert not {m for m in loaded if m.startswith("promptkd_jax.") and room(m) in SHELL}
+
+
+def test_the_public_names_are_those_that_type_checkers_see():
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    typed = {
+        alias.name: node.module
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(typed) == promptkd_jax.__all__
+    for name, module in typed.items():
+        found = getattr(promptkd_jax, name)
+        assert found is getattr(importlib.import_module(module), name), name
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        _ = promptkd_jax.absent
+
+
+def test_importing_the_package_imports_no_other():
+    code = "import sys, promptkd_jax; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert [name for name in loaded if name.startswith("promptkd_jax")] == ["promptkd_jax"]
+    assert not {"jax", "numpy", "transformers", "orbax"} & set(loaded)
