@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, and its configs and commands exist."""
 
+import itertools
 import pathlib
 import re
 import sys
@@ -15,22 +16,52 @@ from promptkd_jax.training.recipes import METHODS
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {file.name: file.read_text() for file in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 
 
-def test_examples_run_one_after_the_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "api.md"])
+def test_examples_run_one_after_the_other(page, tmp_path, monkeypatch):
     tiny.write_model(tmp_path / "teacher", width=32, depth=3, seed=0)
     tiny.write_model(tmp_path / "student", width=16, depth=2, seed=1)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 5
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)
     namespace = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["state"].step == 1
+        exec(compile(block, page, "exec"), namespace)
+    assert namespace["gradient"].keys() == namespace["student"].params.keys()
+    assert page == "README.md" or namespace["state"].step == 1
+
+
+def test_a_first_page_is_read_in_a_sitting():
+    assert README.count("\n") <= 250
+
+
+def test_the_file_map_is_that_of_the_package():
+    """One line a file; `io/` is a folder of `models`."""
+    lines = README[README.index("```text\npromptkd_jax/\n") :].splitlines()[2:]
+    folder, mapped = pathlib.Path(), []
+    for line in itertools.takewhile(lambda line: line != "```", lines):
+        name, _, said = line.strip().partition(" ")
+        assert said.strip(), line
+        if name.endswith("/"):
+            folder = pathlib.Path(name)
+        else:
+            mapped.append(name if line[2:3] != " " else str(folder / name))
+    package = ROOT / "promptkd_jax"
+    files = [str(file.relative_to(package)) for file in package.rglob("*.py")]
+    assert sorted(mapped) == sorted(f for f in files if "/" not in f or "__init__" not in f)
+
+
+def test_links_between_pages_lead_somewhere():
+    for name, text in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+            assert "://" in target or (folder / target).exists(), (name, target)
 
 
 def test_every_config_named_is_one(tmp_path):
-    named = set(re.findall(r"configs/\w+\.py(?::[\w.=,]+)?", README))
+    every = "\n".join(PAGES.values())
+    named = set(re.findall(r"configs/\w+\.py(?::[\w.=,]+)?", every))
     assert {"configs/quickstart.py", "configs/gpt2.py:student=base"} <= named
     for name in named:
         for method in METHODS if "NAME" in name else [""]:
@@ -44,7 +75,7 @@ def test_every_method_is_a_row_of_the_table():
 
 
 def test_every_command_named_exists():
-    for command in re.findall(r"promptkd (\w+) --", README):
+    for command in re.findall(r"promptkd (\w+) --", "\n".join(PAGES.values())):
         assert command in COMMANDS, command
 
 
