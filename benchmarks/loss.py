@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
 
 
 def main() -> None:
@@ -24,10 +24,10 @@ def main() -> None:
     divergence = losses.divergence(options.divergence)
 
     def dense(hidden, head, target, mask):
-        return jnp.sum(divergence(target.logits(), Linear(hidden, head).logits()) * mask)
+        return jnp.sum(divergence(target.logits(), LazyLogits(hidden, head).logits()) * mask)
 
     def chunked(hidden, head, target, mask):
-        return linear_loss([divergence], Linear(hidden, head), [target], mask)[0]
+        return linear_loss([divergence], LazyLogits(hidden, head), [target], mask)[0]
 
     compiled = {
         f.__name__: jax.jit(jax.value_and_grad(f, argnums=(0, 1))).lower(*inputs).compile()
@@ -65,7 +65,7 @@ def _inputs(options: argparse.Namespace):
     return (
         normal(keys[0], *shape, 576),
         0.05 * normal(keys[1], options.vocab, 576),
-        Linear(normal(keys[2], *shape, 960), 0.05 * normal(keys[3], options.vocab, 960)),
+        LazyLogits(normal(keys[2], *shape, 960), 0.05 * normal(keys[3], options.vocab, 960)),
         jnp.ones(shape),
     )
 

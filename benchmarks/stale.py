@@ -44,7 +44,7 @@ def main() -> None:
     for run in (*pretraining, *runs.values()):
         if not (run.folder / "summary.json").exists():
             print(f"{run.name} …", file=sys.stderr, flush=True)
-            claim(run.folder, run.config, fields.IRRELEVANT)
+            claim(run.folder, run.config, fields.NOT_IN_FINGERPRINT)
             compare.train(run, options.workdir / "cache")
     found = {key: _figures(run) for key, run in runs.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)

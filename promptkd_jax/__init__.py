@@ -21,7 +21,7 @@ _NAMES = {
     "data.batch": "Batch Responses gather responses",
     "data.top_k": "TopK",
     "distill.losses": "losses divergence",
-    "distill.chunked_loss": "Linear linear_loss linear_values",
+    "distill.chunked_loss": "LazyLogits linear_loss linear_values",
     "distill.hidden_loss": "HiddenTerm hidden_loss",
     "distill.method": "PRESETS Conventions Method",
     "distill.optimizer": "adamw decay_mask schedule",
@@ -29,13 +29,13 @@ _NAMES = {
     "distill.replay": "Replay empty_replay",
     "distill.soft_prompt": "init_soft_prompt",
     "distill.step": "Metrics Optimizers TrainState init_state summarize train_step write_ahead",
-    "distill.teacher": "Models view view_with_states",
+    "distill.teacher": "Models lazy_logits lazy_logits_and_states",
     "models.decoder": "Decoder embed head",
     "models.io.export": "save_model",
     "models.io.peft": "load_soft_prompt save_soft_prompt",
     "models.load": "load_model",
     "models.model": "Model keep_layers uniform_layers",
-    "models.sampler": "Rollout Sampling Voice row_keys sample",
+    "models.sampler": "Rollout Sampling SamplingModel row_keys sample",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -4,7 +4,7 @@ from promptkd_jax.data.batch import gather as gather
 from promptkd_jax.data.batch import responses as responses
 from promptkd_jax.data.top_k import TopK as TopK
 from promptkd_jax.distill import losses as losses
-from promptkd_jax.distill.chunked_loss import Linear as Linear
+from promptkd_jax.distill.chunked_loss import LazyLogits as LazyLogits
 from promptkd_jax.distill.chunked_loss import linear_loss as linear_loss
 from promptkd_jax.distill.chunked_loss import linear_values as linear_values
 from promptkd_jax.distill.hidden_loss import HiddenTerm as HiddenTerm
@@ -28,8 +28,8 @@ from promptkd_jax.distill.step import summarize as summarize
 from promptkd_jax.distill.step import train_step as train_step
 from promptkd_jax.distill.step import write_ahead as write_ahead
 from promptkd_jax.distill.teacher import Models as Models
-from promptkd_jax.distill.teacher import view as view
-from promptkd_jax.distill.teacher import view_with_states as view_with_states
+from promptkd_jax.distill.teacher import lazy_logits as lazy_logits
+from promptkd_jax.distill.teacher import lazy_logits_and_states as lazy_logits_and_states
 from promptkd_jax.models.decoder import Decoder as Decoder
 from promptkd_jax.models.decoder import embed as embed
 from promptkd_jax.models.decoder import head as head
@@ -42,7 +42,7 @@ from promptkd_jax.models.model import keep_layers as keep_layers
 from promptkd_jax.models.model import uniform_layers as uniform_layers
 from promptkd_jax.models.sampler import Rollout as Rollout
 from promptkd_jax.models.sampler import Sampling as Sampling
-from promptkd_jax.models.sampler import Voice as Voice
+from promptkd_jax.models.sampler import SamplingModel as SamplingModel
 from promptkd_jax.models.sampler import row_keys as row_keys
 from promptkd_jax.models.sampler import sample as sample
 

@@ -51,7 +51,7 @@ def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size:
       HostsError: processes that have different configs, or do not see the same folder.
     """
     folder = on_a_file_system(folder)
-    distributed.agree("the config", json.dumps(as_json(config), sort_keys=True))
+    distributed.assert_same("the config", json.dumps(as_json(config), sort_keys=True))
     if not config.teacher.path:
         raise ConfigError("config.teacher.path: is empty, but the cache is the teacher's")
     make_folder(folder)

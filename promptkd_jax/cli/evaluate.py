@@ -20,7 +20,7 @@ from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.evaluation.bootstrap import mean_and_std
-from promptkd_jax.evaluation.student_metrics import score
+from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.infra import distributed, provenance
 from promptkd_jax.infra.errors import DataError, ModelError
 from promptkd_jax.infra.files import check_writable, write_json, write_text
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     with flags.naming("--output", options.output), jax.set_mesh(flags.mesh_of(options)):
-        distributed.agree_on_options(options)
+        distributed.assert_same_options(options)
         scores = evaluate_sets(options)
     Console().print(_table(scores))
     print(f"written to {options.output}/evaluation.json, the answers beside it")
@@ -92,7 +92,7 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
             eos_id=model.eos_ids[0],
             date=record.get("date", ""),
         )
-        distributed.agree(f"the data ({source})", provenance.of_rows(rows.tokens))
+        distributed.assert_same(f"the data ({source})", provenance.fingerprint_rows(rows.tokens))
         seeds = {}
         for seed in options.seeds:
             seeds[str(seed)], texts = _score_set(model, rows, options, seed)
@@ -138,7 +138,7 @@ def template_for(model: Model, given: str | None, record: dict[str, Any]) -> tup
 
 
 def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int):
-    return score(
+    return generation_metrics(
         model,
         rows,
         sampling=build.sampling(options, model.eos_ids),

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    distributed.agree_on_options(options)
+    distributed.assert_same_options(options)
     export(options.workdir, options.step, options.output, flags.mesh_of(options))
 
 
@@ -50,7 +50,7 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
     """
     file = workdir / "config.json"
     with flags.naming("--workdir", workdir):
-        if not distributed.on_first(file.exists):
+        if not distributed.run_on_primary(file.exists):
             raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
         config = with_date(load_config([f"--config={file}"])[0], workdir)
     with flags.naming("--output", output):

@@ -16,7 +16,7 @@ from etils import epath
 from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.infra.files import failures, to_path
+from promptkd_jax.infra.files import io_errors, to_path
 from promptkd_jax.training import fields
 from promptkd_jax.training.specs import Float, Int, Path
 
@@ -59,7 +59,7 @@ def naming(option: str, folder: epath.Path) -> Iterator[None]:
     """
     try:
         yield
-    except failures(folder) as error:
+    except io_errors(folder) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise ConfigError(f"{option} {folder}: {error}") from error
@@ -124,7 +124,7 @@ def add_sampling(
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """The flags of `hosts.together`."""
+    """The flags of `distributed.session`."""
     group = parser.add_argument_group(
         "many processes", "Found by themselves on Slurm, Cloud TPU (GCE, GKE) and under Open MPI."
     )

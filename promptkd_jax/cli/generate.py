@@ -13,7 +13,7 @@ from promptkd_jax.cli import flags
 from promptkd_jax.cli.evaluate import recorded, template_for
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import tokenize
-from promptkd_jax.inference.generate import decode, write_answers
+from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.infra import distributed
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.training import build, fields
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Answers `--request`, or every line typed until an empty one."""
     with jax.set_mesh(flags.mesh_of(options)):
-        distributed.agree_on_options(options)
+        distributed.assert_same_options(options)
         _answer_all(options)
 
 
@@ -43,7 +43,7 @@ def _answer_all(options: argparse.Namespace) -> None:
     record = recorded(options.model)
     model = load_with_tokenizer(options.model, dtype=options.dtype)
     template, why = template_for(model, options.template, record)
-    if distributed.is_first():  # beside the answers, which may go into a file
+    if distributed.is_primary():  # beside the answers, which may go into a file
         print(f"template {template} ({why})", file=sys.stderr, flush=True)
     chosen = build.sampling(options, model.eos_ids)
     for number, request in enumerate(_requests(options.request)):
@@ -56,7 +56,7 @@ def _answer_all(options: argparse.Namespace) -> None:
             eos_id=model.eos_ids[0],
             date=record.get("date", ""),
         )
-        answers = write_answers(
+        answers = generate_responses(
             model,
             rows,
             sampling=chosen,
@@ -73,7 +73,7 @@ def _requests(given: str | None) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    while line := distributed.on_first(_typed):
+    while line := distributed.run_on_primary(_typed):
         yield line
 
 

@@ -80,7 +80,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     from promptkd_jax.infra.errors import UserError
 
     many = "coordinator" in options
-    with distributed.together(options) if many else signals.answered():
+    with distributed.session(options) if many else signals.answered():
         try:
             importlib.import_module(f"promptkd_jax.cli.{name}").run(options, rest)
         except UserError as error:

@@ -73,18 +73,18 @@ def gather(hidden: jax.Array, where: Responses) -> jax.Array:
 def choose_rows(chosen: jax.Array, one: Batch, other: Batch) -> Batch:
     """Row b of `one` where `chosen[b]`, else of `other`, in as many columns as the wider has."""
     width = max(one.tokens.shape[1], other.tokens.shape[1])
-    one, other = widen(one, width), widen(other, width)
+    one, other = pad_to(one, width), pad_to(other, width)
     tokens = jnp.where(chosen[:, None], one.tokens, other.tokens)
     prompt_lengths = jnp.where(chosen, one.prompt_lengths, other.prompt_lengths)
     return Batch(tokens, prompt_lengths, jnp.where(chosen, one.lengths, other.lengths))
 
 
-def narrow(batch: Batch, width: int) -> Batch:
+def truncate(batch: Batch, width: int) -> Batch:
     """The first `width` columns, of rows that are no longer."""
     return batch._replace(tokens=batch.tokens[..., :width])
 
 
-def widen(batch: Batch, width: int) -> Batch:
+def pad_to(batch: Batch, width: int) -> Batch:
     """The rows in `width` columns, with nothing cached. Raises ValueError where they are wider."""
     more = width - batch.tokens.shape[1]
     if more < 0:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from etils import epath
 
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import address_fault, failures, is_remote, to_path
+from promptkd_jax.infra.files import address_fault, io_errors, is_remote, to_path
 
 if TYPE_CHECKING:
     pass
@@ -74,7 +74,7 @@ def _find_file(source: str) -> epath.Path | Traversable | None:
     try:
         if path.is_file():
             return path
-    except failures(source) as error:
+    except io_errors(source) as error:
         raise DataError(f"{source}: cannot be read: {error}") from error
     if path.suffix in (".jsonl", ".txt") or is_remote(source):
         raise DataError(f"{source}: no such file (looked from {Path.cwd()})")

@@ -14,7 +14,7 @@ from promptkd_jax.data.records import (
 )
 from promptkd_jax.data.templates import encode, prompt_tokens, shows_date
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.provenance import of_rows
+from promptkd_jax.infra.provenance import fingerprint_rows
 
 
 class Rows(NamedTuple):
@@ -128,8 +128,8 @@ def select_rows(rows: Rows, indices: Sequence[int]) -> Rows:
     )
 
 
-def of_records(rows: Rows) -> str:
+def fingerprint_records(rows: Rows) -> str:
     """`of_rows` with where each prompt ends, and all references."""
     tokens = [np.append(start, row) for start, row in zip(rows.prompt_lengths, rows.tokens)]
     outputs = json.dumps([record.outputs for record in rows.records]).encode()
-    return f"{of_rows(tokens)}, references {hashlib.sha256(outputs).hexdigest()[:16]}"
+    return f"{fingerprint_rows(tokens)}, references {hashlib.sha256(outputs).hexdigest()[:16]}"

@@ -29,7 +29,7 @@ def chunk_elements(platform: str) -> int:
     return 2**25 if platform == "gpu" else 2**23
 
 
-class Linear(NamedTuple):
+class LazyLogits(NamedTuple):
     """Logits not yet multiplied out: hidden `[B, T, D]` and head `[V, D]`."""
 
     hidden: jax.Array
@@ -59,14 +59,14 @@ def apply_divergence(function: Divergence, target: Any, logits: jax.Array) -> ja
         raise ValueError(
             f"a divergence at a temperature or with a token weighting, and a TopK of {kept} of "
             f"{vocab_size} tokens: it needs the whole distribution; expected temperature 1 and "
-            "weighting 'uniform', or a Linear"
+            "weighting 'uniform', or LazyLogits"
         )
     return function(target.logits(logits), logits)
 
 
 def linear_loss(
     terms: Sequence[Divergence],
-    learner: Linear,
+    learner: LazyLogits,
     targets: Sequence[Any],
     mask: jax.typing.ArrayLike | Sequence[Sequence[float]],
     weights: jax.Array | Sequence[float] | None = None,
@@ -84,9 +84,9 @@ def linear_loss(
     Args:
       terms: functions of (target, learner logits), each `[B, T]`; see `DIVERGENCES`.
       learner: hidden states and head of the model that is trained.
-      targets: one per term: a `Linear`, a `TopK`, integer labels `[B, T]` for `cross_entropy`, or
-        any tree of arrays `[B, T, …]` that the term knows how to read. More than there are terms:
-        for the observations alone. One that stands there twice is multiplied out once.
+      targets: one per term: a `LazyLogits`, a `TopK`, integer labels `[B, T]` for `cross_entropy`,
+        or any tree of arrays `[B, T, …]` that the term knows how to read. More than there are
+        terms: for the observations alone. One that stands there twice is multiplied out once.
       mask: `[B, T]`, an array or lists; positions that count, possibly weighted.
       weights: `[len(terms)]`; 1 for each where absent. May be traced.
       observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
@@ -131,7 +131,7 @@ def linear_loss(
 
 def linear_values(
     functions: Sequence[Divergence],
-    learner: Linear,
+    learner: LazyLogits,
     targets: Sequence[Any],
     *,
     chunk: int | None = None,
@@ -157,7 +157,7 @@ def linear_values(
 
     def body(_, block):
         hidden, parts = block
-        logits = Linear(hidden, learner.head).logits()
+        logits = LazyLogits(hidden, learner.head).logits()
         references = _references(join(parts))
         values = [apply_divergence(f, t, logits) for f, t in zip(functions, references)]
         return None, [_per_position(value, hidden.shape[:2]) for value in values]
@@ -166,18 +166,18 @@ def linear_values(
     return tuple(_unblocked(value, shape[1]) for value in values)
 
 
-def _check(learner: Linear, targets: Sequence[Any]) -> None:
+def _check(learner: LazyLogits, targets: Sequence[Any]) -> None:
     """Raises ValueError where shapes do not belong together. JAX itself would broadcast, clip or
     take from the end, and a number would come out."""
-    if not isinstance(learner, Linear):
-        raise ValueError(f"learner: {type(learner).__name__}; expected a Linear(hidden, head)")
+    if not isinstance(learner, LazyLogits):
+        raise ValueError(f"learner: {type(learner).__name__}; expected LazyLogits(hidden, head)")
     bare = "array" if hasattr(targets, "shape") else type(targets).__name__
     if bare == "array" or hasattr(targets, "_fields"):
         raise ValueError(f"targets: a bare {bare}; expected a sequence, one per term: [target]")
     _check_linear("learner", learner)
     for number, target in enumerate(targets):
         name = f"targets[{number}]"
-        if isinstance(target, Linear):
+        if isinstance(target, LazyLogits):
             _check_linear(name, target)
             if target.head.shape[0] != learner.head.shape[0]:
                 raise ValueError(
@@ -187,13 +187,13 @@ def _check(learner: Linear, targets: Sequence[Any]) -> None:
                 )
         if isinstance(target, TopK):
             _check_top_k(name, target, learner.head.shape[0])
-        parts = target.hidden if isinstance(target, Linear) else target
+        parts = target.hidden if isinstance(target, LazyLogits) else target
         for part in jax.tree.leaves(parts):
             if jnp.shape(part)[:2] != learner.hidden.shape[:2]:
                 raise ValueError(_unlike(name, jnp.shape(part), learner))
 
 
-def _unlike(name: str, shape: tuple[int, ...], learner: Linear) -> str:
+def _unlike(name: str, shape: tuple[int, ...], learner: LazyLogits) -> str:
     rows, positions = learner.hidden.shape[:2]
     return (
         f"{name}: {list(shape)}, but the learner's hidden states are of {rows} rows and "
@@ -201,7 +201,7 @@ def _unlike(name: str, shape: tuple[int, ...], learner: Linear) -> str:
     )
 
 
-def _check_linear(name: str, model: Linear) -> None:
+def _check_linear(name: str, model: LazyLogits) -> None:
     hidden, head = jnp.shape(model.hidden), jnp.shape(model.head)
     if len(hidden) != 3 or len(head) != 2:
         raise ValueError(
@@ -274,13 +274,13 @@ def _check_tokens(name: str, tokens: jax.Array, counts: jax.Array, vocab_size: i
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
     """As many positions as `chunk_elements` allows, in blocks of even size: little is filled up."""
     rows, length = shape
-    parts = sharding.row_parts(rows) * sharding.parts("tensor")
+    parts = sharding.num_row_shards(rows) * sharding.axis_size("tensor")
     most = max(chunk_elements(sharding.platform()) // max(rows * vocab_size // parts, 1), 1)
     blocks = -(-length // most)
     return -(-length // blocks)
 
 
-def _block_loss(functions, learner: Linear, targets, mask, weights):
+def _block_loss(functions, learner: LazyLogits, targets, mask, weights):
     """Loss and sums of one block of positions.
 
     What does not count is selected away twice: from what is compared, since 0 times the gradient of
@@ -296,7 +296,7 @@ def _block_loss(functions, learner: Linear, targets, mask, weights):
         return jnp.sum(counted(_per_position(values, mask.shape)) * mask)
 
     parts, join = _sequences(targets)
-    logits = Linear(counted(learner.hidden), learner.head).logits()
+    logits = LazyLogits(counted(learner.hidden), learner.head).logits()
     different = _references(join(jax.tree.map(counted, parts)))
     references = [different[i] for i in order]
     sums = jnp.stack([total(apply_divergence(f, t, logits)) for f, t in zip(terms, references)])
@@ -319,29 +319,29 @@ def _per_position(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def _gathered(models):
     """Heads not cut along their width, so that not every block of positions has to gather them."""
     return [
-        m._replace(head=constrain(m.head, "tensor", None)) if isinstance(m, Linear) else m
+        m._replace(head=constrain(m.head, "tensor", None)) if isinstance(m, LazyLogits) else m
         for m in models
     ]
 
 
-def _packed(learner: Linear, targets: Sequence[Any], mask: jax.Array):
+def _packed(learner: LazyLogits, targets: Sequence[Any], mask: jax.Array):
     """All `[B, T, …]` as `[devices, B / devices * T, …]`, what counts before all else. On somebody
     else's mesh they stay as they are."""
-    if sharding.is_foreign():
+    if sharding.mesh_is_external():
         return learner, targets, mask
-    counts = mask.reshape(sharding.row_parts(mask.shape[0]), -1) != 0
+    counts = mask.reshape(sharding.num_row_shards(mask.shape[0]), -1) != 0
     order = jnp.argsort(~counts, axis=1, stable=True)
 
     def pack(x):
-        return sharding.take_own(x.reshape(-1, *x.shape[2:]), order)
+        return sharding.take_local_rows(x.reshape(-1, *x.shape[2:]), order)
 
     parts, join = _sequences(targets)
     hidden, parts, mask = jax.tree.map(pack, (learner.hidden, parts, mask))
-    return Linear(hidden, learner.head), join(parts), mask
+    return LazyLogits(hidden, learner.head), join(parts), mask
 
 
 def _references(targets):
-    return [t.logits() if isinstance(t, Linear) else t for t in targets]
+    return [t.logits() if isinstance(t, LazyLogits) else t for t in targets]
 
 
 def _blocks(tree: Any, chunk: int) -> Any:
@@ -362,11 +362,11 @@ def _unblocked(blocks: jax.Array, length: int) -> jax.Array:
 
 def _sequences(targets):
     """What of the targets runs along T, and how to put a target together again."""
-    parts = [t.hidden if isinstance(t, Linear) else t for t in targets]
+    parts = [t.hidden if isinstance(t, LazyLogits) else t for t in targets]
 
     def join(parts):
         return [
-            Linear(part, t.head) if isinstance(t, Linear) else part
+            LazyLogits(part, t.head) if isinstance(t, LazyLogits) else part
             for part, t in zip(parts, targets)
         ]
 
@@ -404,7 +404,7 @@ def _linear_loss(functions, chunk, learner, targets, mask, weights):
     def body(total, block):
         hidden, parts, mask = block
         loss, sums = _block_loss(
-            functions, Linear(hidden, learner.head), join(parts), mask, weights
+            functions, LazyLogits(hidden, learner.head), join(parts), mask, weights
         )
         return (total[0] + loss, total[1] + sums), None
 
@@ -425,7 +425,7 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
         hidden, parts, mask = block
 
         def loss(hidden, head):
-            return _block_loss(functions, Linear(hidden, head), join(parts), mask, weights)
+            return _block_loss(functions, LazyLogits(hidden, head), join(parts), mask, weights)
 
         if with_head:
             gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -451,7 +451,7 @@ def _linear_loss_bwd(functions, chunk, residuals, cotangents):
     scale = cotangents[0]
     d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
     d_head = None if d_head is None else (d_head * scale).astype(like_head.dtype)
-    return Linear(d_hidden, d_head), None, None, None
+    return LazyLogits(d_hidden, d_head), None, None, None
 
 
 _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)

@@ -5,7 +5,8 @@ negative numbers from the end. The hidden states of a model's last layer are tho
 norm, the ones that its head sees; those of the layers before are the residual stream.
 
 The use, in this order: `resolve_term` once for two models, `init_projections`, and in every update
-see each model with its `taps` (`teacher.view_with_states`) and take the `hidden_loss` of the two.
+see each model with its `taps` (`teacher.lazy_logits_and_states`) and take the `hidden_loss` of the
+two.
 
 B rows, T columns, R response positions, D width, A relation heads, H head width.
 """
@@ -193,7 +194,8 @@ def hidden_loss(
 
     Args:
       terms: resolved terms.
-      student, teacher: the states of `teacher.view_with_states`; for relations, of the same rows.
+      student, teacher: the states of `teacher.lazy_logits_and_states`; for relations, of the same
+        rows.
       projections: of `init_projections`, trained along with the student.
       where: the response positions, of which the mask counts.
       chunk: queries of a relation in one block; by default as many as keep its scores below

@@ -9,8 +9,8 @@ from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.policy_gradient import PolicyGradient
 from promptkd_jax.models.sampler import Sampling
 
-GOLD = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
-POLICY = "policy_gradient"  # the one that looks at both
+CROSS_ENTROPY = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
+POLICY_GRADIENT = "policy_gradient"  # the one that looks at both
 
 TARGETS = {
     "gold": "the data's own answers",
@@ -28,7 +28,7 @@ VIEWS = {
     "online": "as it is, and it learns from the student in turn",
 }
 REGULARISATIONS = ("linear", "constant", "adaptive")
-LEAST = dict(rollout_slots=0, micro_batches=1, length_buckets=1, minibatches=1, passes=1)
+MINIMUMS = dict(rollout_slots=0, micro_batches=1, length_buckets=1, minibatches=1, passes=1)
 
 Terms = tuple[tuple[str, float], ...]
 
@@ -118,7 +118,7 @@ class Method:
     teacher_share: float = 0.0
     teacher_view: str = "plain"
     demonstrations: tuple[int, ...] = ()
-    teacher_terms: Terms = ((GOLD, 1.0), ("forward_kl", 1.0))
+    teacher_terms: Terms = ((CROSS_ENTROPY, 1.0), ("forward_kl", 1.0))
     prompt_divergence: str = "reverse_kl"
     prompt_regulariser: str = "reverse_kl"
     regularisation: float = 1.0
@@ -139,7 +139,7 @@ class Method:
     def __post_init__(self):
         mistakes = [
             f"{field}: {getattr(self, field)}; expected at least {least}"
-            for field, least in LEAST.items()
+            for field, least in MINIMUMS.items()
             if getattr(self, field) < least
         ]
         mistakes += contradictions(self)
@@ -161,7 +161,9 @@ class Method:
     @property
     def needs_view(self) -> bool:
         """Whether the student's update looks at the teacher, on the rows themselves."""
-        return bool(self.hidden_terms) or any(name != GOLD for name, _ in self.student_terms)
+        return bool(self.hidden_terms) or any(
+            name != CROSS_ENTROPY for name, _ in self.student_terms
+        )
 
     @property
     def rollout_length(self) -> int:
@@ -202,7 +204,7 @@ def needs_teacher(method) -> bool:
         method.teacher_view in ("prompted", "online")
         or method.teacher_share > 0
         or bool(method.hidden_terms)
-        or any(name != GOLD for name, _ in terms)
+        or any(name != CROSS_ENTROPY for name, _ in terms)
     )
 
 
@@ -226,10 +228,10 @@ def contradictions(method) -> list[str]:
         found.append("student_terms: are none; expected at least one")
     if len(set(names)) < len(names):
         found.append(f"student_terms: {', '.join(names)}: expected each name once")
-    if GOLD in names and method.targets in ON_POLICY and not reads_answers(method):
+    if CROSS_ENTROPY in names and method.targets in ON_POLICY and not reads_answers(method):
         found.append(
-            f"student_terms: {GOLD} counts rows that the student did not write, and targets = "
-            f"{method.targets!r} has none; name a divergence instead, or other targets"
+            f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write, and "
+            f"targets = {method.targets!r} has none; name a divergence instead, or other targets"
         )
     if names and not any(weight > 0 for _, weight in method.student_terms):
         found.append("student_terms: all weights are 0; expected one above 0")
@@ -243,14 +245,14 @@ def contradictions(method) -> list[str]:
             "prompt_regulariser: soft_cross_entropy does not fall to 0, so that no coefficient "
             "brings it to target_kl; expected forward_kl, which has the same gradient"
         )
-    if set(names) <= {GOLD} and not method.hidden_terms and method.teacher_view != "plain":
+    if set(names) <= {CROSS_ENTROPY} and not method.hidden_terms and method.teacher_view != "plain":
         found.append(
             f"teacher_view: {method.teacher_view!r} is of no use where no term of student_terms "
             "looks at the teacher; name a divergence there"
         )
     if method.targets not in ON_POLICY:
         found += _without_rollouts(method)
-    if POLICY in names:
+    if POLICY_GRADIENT in names:
         found += _about_policy(method)
     if method.teacher_view == "cached":
         found += _about_cache(method, names)
@@ -282,27 +284,27 @@ def _about_policy(method) -> list[str]:
     found = []
     if method.targets != "student":
         found.append(
-            f"student_terms: {POLICY} rewards what the student wrote; expected targets = "
+            f"student_terms: {POLICY_GRADIENT} rewards what the student wrote; expected targets = "
             f"'student', found {method.targets!r}"
         )
     if method.stale_rollouts:
         found.append(
-            f"stale_rollouts: {POLICY} needs rows that the student wrote as it is; those written a "
-            "step ahead are of the student before its last update; expected False"
+            f"stale_rollouts: {POLICY_GRADIENT} needs rows that the student wrote as it is; those "
+            "written a step ahead are of the student before its last update; expected False"
         )
     if method.token_weighting != "uniform":
-        found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY}")
+        found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY_GRADIENT}")
     plain = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=0)
     for field, value in plain.items():
         if (chosen := getattr(method.sampling, field)) != value:
             found.append(
-                f"sampling.{field}: {chosen!r}, but {POLICY} values tokens as drawn from the "
-                f"models as they are; expected {value!r}"
+                f"sampling.{field}: {chosen!r}, but {POLICY_GRADIENT} values tokens as drawn from "
+                f"the models as they are; expected {value!r}"
             )
     if method.teacher_share and method.teacher_view != "plain":
         found.append(
             f"teacher_share: {method.teacher_share:g} mixes the plain teacher into rollouts, of "
-            f"which {POLICY} would need the weights; expected teacher_view = 'plain', or 0"
+            f"which {POLICY_GRADIENT} would need the weights; expected teacher_view = 'plain', or 0"
         )
     return found
 
@@ -329,7 +331,7 @@ def _about_cache(method, names: list[str]) -> list[str]:
             f"token_weighting: {method.token_weighting!r} needs whole distributions, a cached "
             "teacher keeps the largest log-probabilities; expected 'uniform'"
         )
-    if any(name != GOLD for name, _ in method.corpus_terms):
+    if any(name != CROSS_ENTROPY for name, _ in method.corpus_terms):
         found.append(
             "corpus_terms: a cached teacher has not seen the corpus; expected cross_entropy alone"
         )

@@ -18,13 +18,13 @@ import optax
 from promptkd_jax.data.batch import Batch, Responses, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses, policy_gradient
-from promptkd_jax.distill.chunked_loss import Linear, Observation, apply_divergence, linear_loss
-from promptkd_jax.distill.method import GOLD, ON_POLICY, POLICY, Method
+from promptkd_jax.distill.chunked_loss import LazyLogits, Observation, apply_divergence, linear_loss
+from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT, Method
 from promptkd_jax.distill.policy_gradient import PolicyTarget
-from promptkd_jax.distill.teacher import Views, view
+from promptkd_jax.distill.teacher import StepModels, lazy_logits
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """What the losses of one micro-batch are made of.
 
     `own` `[B]` says which rows the student wrote, `corpus` are rows of plain text, `soft_prompt`
@@ -54,7 +54,7 @@ def gradient(
     terms: Terms,
     observations: Observations,
     mask: jax.Array,
-    learner: Callable[[Any], Linear],
+    learner: Callable[[Any], LazyLogits],
     at: Any,
     *observed: Any,
 ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
@@ -119,13 +119,13 @@ def norm(gradients: Any) -> jax.Array:
 
 
 def student_term(
-    name: str, weight: jax.Array, part: Part, seen: Linear | TopK | None, see: Views
+    name: str, weight: jax.Array, part: MicroBatch, seen: LazyLogits | TopK | None, see: StepModels
 ) -> Term:
     """What the student's term `name` compares with, where the teacher says `seen`."""
     method = see.method
-    if name == GOLD:
+    if name == CROSS_ENTROPY:
         return _gold_term(weight, part, see)
-    if name == POLICY:
+    if name == POLICY_GRADIENT:
         clip = method.policy_gradient.ratio_clip
         function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
         return Term(function, part.policy, weight)
@@ -133,14 +133,16 @@ def student_term(
     return Term(losses.weighted(function, method.token_weighting), seen, weight)
 
 
-def teacher_term(name: str, weight: jax.Array, part: Part, student: Linear, see: Views) -> Term:
+def teacher_term(
+    name: str, weight: jax.Array, part: MicroBatch, student: LazyLogits, see: StepModels
+) -> Term:
     """What an online teacher's term `name` compares with."""
-    if name == GOLD:
+    if name == CROSS_ENTROPY:
         return _gold_term(weight, part, see)
     return Term(losses.divergence(name), student, weight)
 
 
-def _gold_term(weight: jax.Array, part: Part, see: Views) -> Term:
+def _gold_term(weight: jax.Array, part: MicroBatch, see: StepModels) -> Term:
     labels = see.where(part.rows).labels
     if see.method.targets not in ON_POLICY:
         return Term(losses.cross_entropy, labels, weight)
@@ -185,7 +187,11 @@ def _entropy(targets, student):
 
 
 def prompt_terms(
-    method: Method, student: Linear, plain: Linear | None, weight: jax.Array, coefficient: jax.Array
+    method: Method,
+    student: LazyLogits,
+    plain: LazyLogits | None,
+    weight: jax.Array,
+    coefficient: jax.Array,
 ) -> tuple[Terms, Observations]:
     """L_kd + alpha_k L_reg of the paper, and what is measured beside them.
 
@@ -231,7 +237,7 @@ def hidden_gradient(
     projections: hidden_loss.Projections,
     where: Responses,
     weight: jax.Array,
-    see: Views,
+    see: StepModels,
 ) -> tuple[hidden_loss.States, dict[str, Any], jax.Array, dict[str, jax.Array]]:
     """Of the losses between hidden states, see `hidden.hidden_loss`.
 
@@ -253,7 +259,7 @@ def hidden_gradient(
 
 
 def corpus_gradient(
-    params: Mapping[str, Any], corpus: Batch, weight: jax.Array, see: Views
+    params: Mapping[str, Any], corpus: Batch, weight: jax.Array, see: StepModels
 ) -> tuple[Any, jax.Array]:
     """Of the method's `corpus_terms` on plain text, every token but the first counting.
 
@@ -267,16 +273,16 @@ def corpus_gradient(
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
     def student(params):
-        return view(see.models.student, params, corpus, where, method.vocab_size)
+        return lazy_logits(see.models.student, params, corpus, where, method.vocab_size)
 
     learner, pullback = jax.vjp(student, params["student"])
     terms = {}
     for name, share in method.corpus_terms:
-        if name == GOLD:
+        if name == CROSS_ENTROPY:
             terms[name] = Term(losses.cross_entropy, where.labels, share * weight)
         else:
             teacher = see.teacher_params(params)
-            seen = view(see.models.teacher, teacher, corpus, where, method.vocab_size)
+            seen = lazy_logits(see.models.teacher, teacher, corpus, where, method.vocab_size)
             terms[name] = Term(losses.divergence(name), seen, share * weight)
     d_learner, total, _ = gradient(terms, {}, where.mask, lambda x: x, learner)
     return pullback(d_learner)[0], total

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.data.batch import Batch, widen
+from promptkd_jax.data.batch import Batch, pad_to
 
 
 @flax.struct.dataclass
@@ -49,7 +49,7 @@ def push(replay: Replay, rows: Batch) -> Replay:
     if number > capacity:
         raise ValueError(f"a replay buffer of {capacity} rows cannot take {number} at once")
     places = (replay.count + jnp.arange(number)) % capacity
-    rows = widen(rows, columns)
+    rows = pad_to(rows, columns)
     kept = jax.tree.map(lambda old, new: old.at[places].set(new), replay.rows, rows)
     return replay.replace(rows=kept, count=replay.count + number)
 

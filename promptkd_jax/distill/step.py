@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax.data.batch import Batch, narrow, responses
+from promptkd_jax.data.batch import Batch, responses, truncate
 from promptkd_jax.distill import losses, objective, policy_gradient
-from promptkd_jax.distill.chunked_loss import Linear, linear_values
-from promptkd_jax.distill.method import POLICY, PRESETS, Conventions, Method
-from promptkd_jax.distill.objective import Part
+from promptkd_jax.distill.chunked_loss import LazyLogits, linear_values
+from promptkd_jax.distill.method import POLICY_GRADIENT, PRESETS, Conventions, Method
+from promptkd_jax.distill.objective import MicroBatch
 from promptkd_jax.distill.replay import Replay
-from promptkd_jax.distill.targets import Written, row_statistics, target_rows
-from promptkd_jax.distill.teacher import Models, Views
+from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
+from promptkd_jax.distill.teacher import Models, StepModels
 from promptkd_jax.infra import sharding
-from promptkd_jax.models.sampler import in_least_width
+from promptkd_jax.models.sampler import run_in_smallest_bucket
 
 
 class Optimizers(NamedTuple):
@@ -56,7 +56,7 @@ class TrainState:
     optimizers: dict[str, Any]
     regularisation: jax.Array
     replay: Replay | None
-    pending: Written | None
+    pending: TargetBatch | None
     skipped: jax.Array
     skipped_in_a_row: jax.Array
 
@@ -87,7 +87,7 @@ def init_state(
     *,
     regularisation: float = 1.0,
     replay: Replay | None = None,
-    pending: Written | None = None,
+    pending: TargetBatch | None = None,
 ) -> TrainState:
     """A state at step 0.
 
@@ -121,7 +121,7 @@ def write_ahead(
     Where a method has `stale_rollouts`, this begins a stage; from then on every step writes the
     rows of the next.
     """
-    see = Views(method, models, teacher)
+    see = StepModels(method, models, teacher)
     pending, replay = _write(state, batch, see, state.step)
     return state.replace(pending=pending, replay=replay)
 
@@ -155,7 +155,7 @@ def train_step(
       The new state and Metrics, of the rows trained on. A step whose loss or gradient is not finite
       changes nothing but `step`, the counters and what is written ahead.
     """
-    see = Views(method, models, teacher)
+    see = StepModels(method, models, teacher)
     if method.stale_rollouts:
         if state.pending is None:
             raise ValueError("stale_rollouts = True needs a state that write_ahead(…) began")
@@ -180,13 +180,13 @@ def train_step(
     elif method.teacher_view == "online":
         new, sums, more = _update_teacher(new, parts, counts, see, optimizers)
         statistics |= more
-    if any(name == POLICY for name, _ in method.student_terms):
+    if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
         parts = parts._replace(policy=_policy_targets(new, parts, see))
     new, student_sums, more = _update_student_in_turn(new, parts, counts, see, optimizers)
     return _unless_not_finite(state, new, sums | student_sums, counts, statistics | more)
 
 
-def _write(state: TrainState, batch: Batch, see: Views, step: jax.Array):
+def _write(state: TrainState, batch: Batch, see: StepModels, step: jax.Array):
     """The rows of `step`, written by the student as it is, and the replay buffer after them."""
     return target_rows(
         see.method,
@@ -225,7 +225,7 @@ def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -
 # How rows are dealt out
 
 
-def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Method) -> Part:
+def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Method) -> MicroBatch:
     """`[B, …]` as `[N, B / N, …]`, row i in part i mod N: every device keeps its own rows."""
 
     def deal(x):
@@ -234,31 +234,31 @@ def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Metho
     if method.sorts_rows:
         rows, own = _by_length(rows, own, method.parts)
     corpus = corpus if method.corpus_terms else None
-    return jax.tree.map(deal, Part(rows, own, corpus))
+    return jax.tree.map(deal, MicroBatch(rows, own, corpus))
 
 
 def _by_length(rows: Batch, own: jax.Array, number: int) -> tuple[Batch, jax.Array]:
     """Every device's rows in such an order that the shortest are dealt to the first part."""
-    devices = sharding.row_parts(own.shape[0] // number)
+    devices = sharding.num_row_shards(own.shape[0] // number)
     shortest_first = jnp.argsort(rows.lengths.reshape(devices, -1), axis=1, stable=True)
     order = shortest_first.reshape(devices, number, -1).swapaxes(1, 2).reshape(devices, -1)
-    return jax.tree.map(lambda x: sharding.take_own(x, order).reshape(x.shape), (rows, own))
+    return jax.tree.map(lambda x: sharding.take_local_rows(x, order).reshape(x.shape), (rows, own))
 
 
 def _trimmed(part: Callable, method: Method) -> Callable:
     """`part`, a function of a Part and more, with rows in the least of the compiled lengths."""
 
-    def trimmed(x: Part, *others):
+    def trimmed(x: MicroBatch, *others):
         def in_width(width: int):
-            return part(x._replace(rows=narrow(x.rows, width)), *others)
+            return part(x._replace(rows=truncate(x.rows, width)), *others)
 
         columns = x.rows.tokens.shape[-1]
-        return in_least_width(in_width, x.rows.lengths, columns, method.length_buckets)
+        return run_in_smallest_bucket(in_width, x.rows.lengths, columns, method.length_buckets)
 
     return trimmed
 
 
-def _first(parts: Part) -> Part:
+def _first(parts: MicroBatch) -> MicroBatch:
     return jax.tree.map(lambda x: x[0], parts)
 
 
@@ -278,11 +278,13 @@ def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
 # The teacher's update: its soft prompt, or all of it
 
 
-def _update_prompt(state: TrainState, parts: Part, counts, see: Views, optimizers: Optimizers):
+def _update_prompt(
+    state: TrainState, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
+):
     """P <- P - eta grad [L_kd + alpha_k L_reg]: (state, sums, scalars)."""
     method = see.method
 
-    def part(x: Part, scale, coefficient):
+    def part(x: MicroBatch, scale, coefficient):
         def prompted(soft_prompt):
             seen, _ = see.teacher(state.params, x.rows, soft_prompt)
             return seen.hidden, seen.head
@@ -295,7 +297,7 @@ def _update_prompt(state: TrainState, parts: Part, counts, see: Views, optimizer
         terms, observations = objective.prompt_terms(method, student, plain, scale, coefficient)
         mask = see.where(x.rows).mask
         gradient, total, sums = objective.gradient(
-            terms, observations, mask, lambda h: Linear(h, kernel), hidden_states
+            terms, observations, mask, lambda h: LazyLogits(h, kernel), hidden_states
         )
         return {"soft_prompt": pullback(gradient)[0]}, sums | {"prompt_loss": total / scale}
 
@@ -340,11 +342,13 @@ def _prompt_in_turn(before: TrainState, after: TrainState, method: Method) -> ja
     return jnp.where(fresh[:, None, None], after.soft_prompt, before.soft_prompt)
 
 
-def _update_teacher(state: TrainState, parts: Part, counts, see: Views, optimizers: Optimizers):
+def _update_teacher(
+    state: TrainState, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
+):
     """Mutual learning (Zhang et al. 2018, arXiv 1706.00384): the teacher learns from the student,
     which then learns from what the teacher has become."""
 
-    def part(x: Part, scale):
+    def part(x: MicroBatch, scale):
         learner, pullback = jax.vjp(
             lambda p: see.teacher({"teacher": p}, x.rows)[0],
             state.params["teacher"],
@@ -367,13 +371,15 @@ def _update_teacher(state: TrainState, parts: Part, counts, see: Views, optimize
 # The student's update
 
 
-def _policy_targets(state: TrainState, parts: Part, see: Views) -> policy_gradient.PolicyTarget:
+def _policy_targets(
+    state: TrainState, parts: MicroBatch, see: StepModels
+) -> policy_gradient.PolicyTarget:
     """What the sampled rows are worth, valued over the whole step, `[N, B / N, R]` each."""
 
     def of_labels(labels, logits):
         return -losses.cross_entropy(labels, logits)
 
-    def part(x: Part):
+    def part(x: MicroBatch):
         where = see.where(x.rows)
         seen = see.student(state.params["student"], x.rows), _teacher(state, x, see)[0]
         log_probs = [linear_values([of_labels], one, [where.labels])[0] for one in seen]
@@ -386,11 +392,13 @@ def _policy_targets(state: TrainState, parts: Part, see: Views) -> policy_gradie
     return jax.tree.map(lambda x: x.reshape(found[0].shape), target)
 
 
-def _teacher(state: TrainState, x: Part, see: Views):
+def _teacher(state: TrainState, x: MicroBatch, see: StepModels):
     return see.teacher(state.params, x.rows, x.soft_prompt)
 
 
-def _update_student_in_turn(state, parts: Part, counts, see: Views, optimizers: Optimizers):
+def _update_student_in_turn(
+    state, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
+):
     """`passes` times each minibatch's update: (state, sums, scalars), means over the passes."""
     method = see.method
     if method.updates == 1:
@@ -411,7 +419,9 @@ def _update_student_in_turn(state, parts: Part, counts, see: Views, optimizers: 
     return state, sums, {name: x.mean() for name, x in scalars.items()}
 
 
-def _update_student(state: TrainState, parts: Part, counts, see: Views, optimizers: Optimizers):
+def _update_student(
+    state: TrainState, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
+):
     """theta <- theta - eta grad of the student's terms: (state, sums, scalars)."""
     method = see.method
     scales = _scales(counts, method.conventions)
@@ -419,7 +429,7 @@ def _update_student(state: TrainState, parts: Part, counts, see: Views, optimize
     if parts.corpus is not None:
         corpus_scale = 1 / jnp.sum(parts.corpus.lengths - 1)
 
-    def part(x: Part, scale):
+    def part(x: MicroBatch, scale):
         where = see.where(x.rows)
         (student, states), pullback = see.student_vjp(state.params["student"], x.rows)
         seen, teacher_states = _teacher(state, x, see) if method.needs_view else (None, {})

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from promptkd_jax.data.batch import Batch, choose_rows, widen
-from promptkd_jax.distill.method import ON_POLICY, POLICY, Method
+from promptkd_jax.data.batch import Batch, choose_rows, pad_to
+from promptkd_jax.distill.method import ON_POLICY, POLICY_GRADIENT, Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.sampler import Sampling, Voice, row_keys, sample
+from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample
 
 # Folded into a step's key for its coins; its rows use 0, 1, …
 _COIN = np.uint32(2**32 - 1)
@@ -34,7 +34,7 @@ def rollout(
     vocab_size: int,
     force_eos: bool,
     active: jax.Array | None = None,
-    second: Voice | None = None,
+    second: SamplingModel | None = None,
     second_share: float = 0.0,
     slots: int = 0,
     request_lengths: int = 1,
@@ -72,7 +72,7 @@ def rollout(
     return Batch(tokens, batch.prompt_lengths, out.lengths), out.ended
 
 
-class Written(NamedTuple):
+class TargetBatch(NamedTuple):
     """The rows of one step `[B, T]`, per row whether the student wrote it, and whether it ended by
     itself (for "replay" targets nobody asks)."""
 
@@ -81,10 +81,10 @@ class Written(NamedTuple):
     ended: jax.Array
 
 
-def empty_written(number: int, columns: int) -> Written:
+def empty_target_batch(number: int, columns: int) -> TargetBatch:
     """The place of `number` rows of `columns` tokens that are still to be written."""
     nobody = jnp.zeros(number, bool)
-    return Written(empty_rows(number, columns), nobody, nobody)
+    return TargetBatch(empty_rows(number, columns), nobody, nobody)
 
 
 def target_rows(
@@ -96,8 +96,8 @@ def target_rows(
     key: jax.Array,
     *,
     step: jax.Array,
-    teacher: Voice | None,
-) -> tuple[Written, Replay | None]:
+    teacher: SamplingModel | None,
+) -> tuple[TargetBatch, Replay | None]:
     """The rows that a step of `method` trains on, and the buffer after it.
 
     Every coin is drawn from `key`, so that all hosts see the same.
@@ -111,9 +111,9 @@ def target_rows(
     number = batch.lengths.shape[0]
     nobody = jnp.zeros(number, bool)
     if method.targets not in ON_POLICY:
-        return Written(batch, nobody, nobody), replay
+        return TargetBatch(batch, nobody, nobody), replay
 
-    values_samples = any(name == POLICY for name, _ in method.student_terms)
+    values_samples = any(name == POLICY_GRADIENT for name, _ in method.student_terms)
     write = functools.partial(
         rollout,
         student,
@@ -137,16 +137,18 @@ def target_rows(
             raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
         done = step / method.total_steps
         rows, own, replay = _replayed(replay, batch, lambda: write()[0], coin, done)
-        return Written(rows, own, nobody), replay
+        return TargetBatch(rows, own, nobody), replay
     if method.targets == "mixed":
         own = jax.random.uniform(coin, (number,)) < method.on_policy_share
         rows, ended = write(active=own)
-        return Written(choose_rows(own, rows, batch), own, ended), replay
+        return TargetBatch(choose_rows(own, rows, batch), own, ended), replay
     rows, ended = write()
-    return Written(rows, ~nobody, ended), replay
+    return TargetBatch(rows, ~nobody, ended), replay
 
 
-def row_statistics(method: Method, written: Written, replay: Replay | None) -> dict[str, jax.Array]:
+def row_statistics(
+    method: Method, written: TargetBatch, replay: Replay | None
+) -> dict[str, jax.Array]:
     """What there is to say of the rows that a step trains on; of the buffer, as it is now."""
     rows, own, ended = written
     lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
@@ -169,13 +171,13 @@ def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, do
     old = ~new & (luck < replay.threshold)
 
     def of_data():
-        return widen(batch, columns), replay
+        return pad_to(batch, columns), replay
 
     def of_buffer():
         return draw(replay, jax.random.fold_in(coin, 1), number), replay
 
     def written_now():
-        rows = widen(write(), columns)
+        rows = pad_to(write(), columns)
         return rows, push(replay, rows)
 
     case = jnp.where(new, 2, jnp.where(old, 1, 0))

@@ -11,20 +11,20 @@ import numpy as np
 from promptkd_jax.data.batch import Batch, Responses, gather, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss
-from promptkd_jax.distill.chunked_loss import Linear
+from promptkd_jax.distill.chunked_loss import LazyLogits
 from promptkd_jax.distill.method import Method
 from promptkd_jax.models.decoder import Decoder, embed, head
-from promptkd_jax.models.sampler import Voice
+from promptkd_jax.models.sampler import SamplingModel
 
 
-def view(
+def lazy_logits(
     decoder: Decoder,
     params: Any,
     batch: Batch,
     where: Responses,
     vocab_size: int,
     prefix: jax.Array | None = None,
-) -> Linear:
+) -> LazyLogits:
     """A model's next-token distributions at the response positions, not yet multiplied out.
 
     Args:
@@ -34,12 +34,12 @@ def view(
       vocab_size: the vocabulary that teacher and student share; padding beyond it is cut off.
 
     Returns:
-      Linear of hidden `[B, R, D]` and head `[vocab_size, D]`.
+      LazyLogits of hidden `[B, R, D]` and head `[vocab_size, D]`.
     """
-    return view_with_states(decoder, params, batch, where, vocab_size, prefix)[0]
+    return lazy_logits_and_states(decoder, params, batch, where, vocab_size, prefix)[0]
 
 
-def view_with_states(
+def lazy_logits_and_states(
     decoder: Decoder,
     params: Any,
     batch: Batch,
@@ -47,8 +47,8 @@ def view_with_states(
     vocab_size: int,
     prefix: jax.Array | None = None,
     taps: Sequence[hidden_loss.Tap] = (),
-) -> tuple[Linear, hidden_loss.States]:
-    """As `view`, and on the same forward what the model computed on the way there.
+) -> tuple[LazyLogits, hidden_loss.States]:
+    """As `lazy_logits`, and on the same forward what the model computed on the way there.
 
     A gradient flows through both. Each kind of state that is tapped costs the memory of that state
     in all layers, however few are wanted.
@@ -57,8 +57,8 @@ def view_with_states(
       taps: which states to return, of layers counted from 0; see `hidden.taps`.
 
     Returns:
-      The Linear of `view`; and by tap, at the response positions, "hidden" `[B, R, D]`, or at all
-      columns, "queries", "keys" and "values" `[B, T, heads, H]`, before rotary positions.
+      The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,
+      or at all columns, "queries", "keys" and "values" `[B, T, heads, H]`, before rotary positions.
     """
     collections = ["intermediates"] if taps else []
     last, sown = decoder.apply({"params": params}, batch.tokens, prefix=prefix, mutable=collections)
@@ -72,7 +72,7 @@ def view_with_states(
         (stacked,) = layers["hidden"] if name == "hidden" else layers["attention"][name]
         state = stacked[layer, :, -batch.tokens.shape[1] :]
         states[name, layer] = gather(state, where) if name == "hidden" else state
-    return Linear(last, head(params)[:vocab_size]), states
+    return LazyLogits(last, head(params)[:vocab_size]), states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Models:
 
 
 @dataclasses.dataclass(frozen=True)
-class Views:
+class StepModels:
     """The models of one step at the response positions of its rows, as `method` sees them.
 
     `frozen_teacher` are the parameters of a teacher that does not learn. `params` below are the
@@ -106,7 +106,7 @@ class Views:
 
     def teacher(
         self, params: Mapping[str, Any], rows: Batch, soft_prompt: jax.Array | None = None
-    ) -> tuple[Linear | TopK, hidden_loss.States]:
+    ) -> tuple[LazyLogits | TopK, hidden_loss.States]:
         """The teacher's distributions, and the hidden states that the method's terms look at."""
         if self.method.teacher_view == "cached":
             if rows.cached is None:
@@ -119,26 +119,26 @@ class Views:
         return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
 
     def student_vjp(self, student: Any, rows: Batch):
-        """((Linear, hidden states), their pullback to the student's parameters)."""
+        """((LazyLogits, hidden states), their pullback to the student's parameters)."""
         if self.shared is not None:
             return self.shared
         return jax.vjp(
             lambda p: self._see(self.models.student, p, rows, None, self._taps[0]), student
         )
 
-    def student(self, student: Any, rows: Batch) -> Linear:
+    def student(self, student: Any, rows: Batch) -> LazyLogits:
         """The student's distributions."""
         return self.student_vjp(student, rows)[0][0]
 
-    def sharing(self, student: Any, rows: Batch) -> "Views":
+    def sharing(self, student: Any, rows: Batch) -> "StepModels":
         """The same for a step that sees the student with these parameters on these rows only."""
         return dataclasses.replace(self, shared=self.student_vjp(student, rows))
 
-    def second_voice(self, params: Mapping[str, Any]) -> Voice | None:
+    def second_voice(self, params: Mapping[str, Any]) -> SamplingModel | None:
         """The teacher, where it writes rollouts together with the student."""
         if not self.method.teacher_share:
             return None
-        return Voice(self.models.teacher, self.teacher_params(params))
+        return SamplingModel(self.models.teacher, self.teacher_params(params))
 
     @property
     def hidden_terms(self) -> tuple[hidden_loss.HiddenTerm, ...]:
@@ -154,4 +154,4 @@ class Views:
 
     def _see(self, decoder, params, rows, prefix, taps):
         where, vocab_size = self.where(rows), self.method.vocab_size
-        return view_with_states(decoder, params, rows, where, vocab_size, prefix, taps)
+        return lazy_logits_and_states(decoder, params, rows, where, vocab_size, prefix, taps)

@@ -24,8 +24,8 @@ from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.rows import Rows, with_responses
 from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.losses import forward_kl
-from promptkd_jax.distill.teacher import view
-from promptkd_jax.inference.generate import write_answers
+from promptkd_jax.distill.teacher import lazy_logits
+from promptkd_jax.inference.generate import generate_responses
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.models.sampler import Sampling
@@ -79,14 +79,14 @@ def exposure_bias(
         that the two curves differ by their models rather than by their luck.
       max_new_tokens: R, the length of the curves.
       vocab_size: the vocabulary that teacher and student share.
-      teacher_texts: what `write_texts` gives for the teacher with all of the above and `end_ids`,
-        for who has it from another student; None: written here.
+      teacher_texts: what `generate_samples` gives for the teacher with all of the above and
+        `end_ids`, for who has it from another student; None: written here.
 
     Returns:
       The curves. They start at 0 %, since the first position depends on the request only.
     """
     write = functools.partial(
-        write_texts,
+        generate_samples,
         rows=rows,
         samples=samples,
         seed=seed,
@@ -124,7 +124,7 @@ def _accumulated(errors: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.cumsum(total / np.maximum(count, 1)), count.astype(int)
 
 
-def write_texts(
+def generate_samples(
     writer: Model,
     rows: Rows,
     *,
@@ -143,7 +143,7 @@ def write_texts(
     return [
         with_responses(
             rows,
-            write_answers(
+            generate_responses(
                 writer,
                 rows,
                 sampling=Sampling(eos_ids=eos_ids),
@@ -201,8 +201,8 @@ def _comparison(
     def compare(teacher_params: Any, student_params: Any, batch: Batch, counted: jax.Array):
         where = responses(batch, capacity)
         mask = where.mask * counted[:, None]
-        target = view(teacher, teacher_params, batch, where, vocab_size)
-        learner = view(student, student_params, batch, where, vocab_size)
+        target = lazy_logits(teacher, teacher_params, batch, where, vocab_size)
+        learner = lazy_logits(student, student_params, batch, where, vocab_size)
         (error,) = linear_values((forward_kl,), learner, (target,))
         return jnp.stack([jnp.where(mask > 0, error, 0).sum(axis=0), mask.sum(axis=0)])
 

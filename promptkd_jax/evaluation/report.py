@@ -91,7 +91,7 @@ def write_report(
       jinja2.UndefinedError: if a sample lacks one of its four texts.
     """
     path = to_path(workdir) / REPORT_FILE
-    if not distributed.is_first():
+    if not distributed.is_primary():
         return path
     from promptkd_jax.evaluation import plots  # and Matplotlib, which takes a second
 

@@ -11,16 +11,16 @@ from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.teacher import view
+from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.evaluation.text_metrics import answer_statistics, text_scores
-from promptkd_jax.inference.generate import dealt_out, decode, write_answers
+from promptkd_jax.inference.generate import decode, generate_responses, round_up_to_devices
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 
 
-def closeness(
+def teacher_metrics(
     teacher: Model | None,
     student: Model,
     rows: Rows,
@@ -42,7 +42,7 @@ def closeness(
     decoder = teacher and teacher.decoder
     compare = _comparison(decoder, student.decoder, int(capacity), vocab_size)
     total: dict[str, float] = collections.Counter()
-    batch_size = dealt_out(batch_size)
+    batch_size = round_up_to_devices(batch_size)
     for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
         counted = (np.arange(batch_size) < real).astype(np.float32)
         params = (teacher and teacher.params, student.params)
@@ -59,13 +59,13 @@ def _comparison(teacher: Decoder | None, student: Decoder, capacity: int, vocab_
     def compare(teacher_params, student_params, batch: Batch, counted, soft_prompt):
         where = responses(batch, capacity)
         mask = where.mask * counted[:, None]
-        learner = view(student, student_params, batch, where, vocab_size)
+        learner = lazy_logits(student, student_params, batch, where, vocab_size)
         terms = {"loss": (losses.cross_entropy, where.labels)}
         if teacher is not None:
-            plain = view(teacher, teacher_params, batch, where, vocab_size)
+            plain = lazy_logits(teacher, teacher_params, batch, where, vocab_size)
             terms |= {"kl": (losses.forward_kl, plain), "agreement": (losses.agreement, plain)}
         if soft_prompt is not None:
-            prompted = view(teacher, teacher_params, batch, where, vocab_size, soft_prompt)
+            prompted = lazy_logits(teacher, teacher_params, batch, where, vocab_size, soft_prompt)
             terms["kl_prompted"] = (losses.forward_kl, prompted)
         functions, targets = zip(*terms.values())
         _, sums = linear_loss(functions, learner, targets, mask)
@@ -74,7 +74,7 @@ def _comparison(teacher: Decoder | None, student: Decoder, capacity: int, vocab_
     return compare
 
 
-def score(
+def generation_metrics(
     model: Model,
     rows: Rows,
     *,
@@ -93,7 +93,7 @@ def score(
     Raises:
       DataError: a row without reference answers (see `read_records(need_output=True)`).
     """
-    answers = write_answers(
+    answers = generate_responses(
         model,
         rows,
         sampling=sampling,

@@ -48,13 +48,13 @@ from promptkd_jax.data.rows import Rows, select_rows, tokenize, with_responses
 from promptkd_jax.data.templates import render_prompt
 from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.losses import Divergence, cross_entropy, forward_kl
-from promptkd_jax.distill.teacher import view
+from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.inference import topic_policy
-from promptkd_jax.inference.generate import decode, write_answers
+from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.inference.topic_policy import Policy
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import Lines, read_text, write_text
+from promptkd_jax.infra.files import AppendOnlyFile, read_text, write_text
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, check_positions
@@ -102,7 +102,7 @@ class DataFree:
             )
 
 
-def write_requests(
+def generate_prompts(
     teacher: Model,
     student: Model,
     file: epath.Path,
@@ -144,7 +144,7 @@ def write_requests(
     policy = topic_policy.init_policy(len(bank.tokens), settings.learning_rate)
     rounds, policy = _read_rounds(file, policy)
     found = _kept(rounds)
-    with Lines(file) as out:
+    with AppendOnlyFile(file) as out:
         while len(found) < settings.requests:
             _check_patience(rounds, file, settings)
             key = jax.random.fold_in(jax.random.key(settings.seed), len(rounds))
@@ -253,7 +253,7 @@ def _write(pair: _Pair, settings: DataFree, prompts: Rows, key: jax.Array) -> li
 
 
 def _answers(pair: _Pair, rows: Rows, most: int, temperature: float, key: jax.Array):
-    return write_answers(
+    return generate_responses(
         pair.teacher,
         rows,
         sampling=Sampling(temperature=temperature, eos_ids=pair.teacher.eos_ids),
@@ -319,7 +319,7 @@ def _measure(function: Divergence, decoders: tuple[Decoder, ...], capacity: int,
     def measure(params, batch: Batch):
         where = responses(batch, capacity)
         *other, learner = (
-            view(decoder, its_params, batch, where, vocab_size)
+            lazy_logits(decoder, its_params, batch, where, vocab_size)
             for decoder, its_params in zip(decoders, params)
         )
         (values,) = linear_values((function,), learner, other or (where.labels,))
@@ -339,10 +339,10 @@ def _made_from(pair: _Pair, settings: DataFree, bank: Rows) -> dict[str, Any]:
     return {
         "format": provenance.FORMAT,
         "what": "requests",
-        **identity.of_model(pair.teacher),
+        **identity.model_identity(pair.teacher),
         "student": _parameters(pair.student),
-        "tokenizer": identity.of_tokenizer(pair.teacher.tokenizer),
-        "topics": provenance.of_rows(bank.tokens),
+        "tokenizer": identity.tokenizer_digest(pair.teacher.tokenizer),
+        "topics": provenance.fingerprint_rows(bank.tokens),
         **chosen,
         "template": pair.template,
         "prompt_capacity": pair.prompt_capacity,
@@ -362,7 +362,7 @@ def _parameters(model: Model) -> str:
 def _read_rounds(file: epath.Path, policy: Policy) -> tuple[list[list[_Request]], Policy]:
     """The whole rounds of the file and the policy after them (`policy` where there is none)."""
     rounds, pending = [], []
-    for fields in distributed.on_first(lambda: _whole_rounds(file)):
+    for fields in distributed.run_on_primary(lambda: _whole_rounds(file)):
         if "logits" in fields:
             policy = topic_policy.restored_policy(fields, policy)
             rounds.append(pending)

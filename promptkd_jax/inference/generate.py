@@ -15,7 +15,7 @@ from promptkd_jax.models.model import Model, check_positions
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
 
-def write_answers(
+def generate_responses(
     model: Model,
     rows: Rows,
     *,
@@ -36,7 +36,7 @@ def write_answers(
     """
     prefix = 0 if soft_prompt is None else len(soft_prompt)
     check_positions(model, prefix + prompt_capacity + max_new_tokens)
-    batch_size = dealt_out(batch_size)
+    batch_size = round_up_to_devices(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
     rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
     length = max(map(len, rows.tokens))
@@ -72,9 +72,9 @@ def _sampler(decoder: Decoder, sampling: Sampling, max_new_tokens: int, vocab_si
     return compiled
 
 
-def dealt_out(batch_size: int) -> int:
+def round_up_to_devices(batch_size: int) -> int:
     """So many rows, or a few more, that each device has as many."""
-    devices = sharding.parts(sharding.ROWS)
+    devices = sharding.axis_size(sharding.ROWS)
     return -(-batch_size // devices) * devices
 
 

@@ -31,9 +31,9 @@ from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.logprobs import ARRAYS, Cached, on_a_file_system, open_array
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.data.top_k import TopK, log_sum_of_others
-from promptkd_jax.distill.chunked_loss import Linear, chunk_elements
+from promptkd_jax.distill.chunked_loss import LazyLogits, chunk_elements
 from promptkd_jax.distill.losses import log_probs
-from promptkd_jax.distill.teacher import view
+from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import make_folder, write_json
@@ -79,11 +79,13 @@ def write_cache(
     counts = _response_counts(rows)
     if not counts.any():
         raise DataError(f"none of the {len(counts)} rows has a response; the cache is of responses")
-    made_from = _cache_made_from(identity.of_model(teacher), teacher.tokenizer, rows, vocab_size)
+    made_from = _cache_made_from(
+        identity.model_identity(teacher), teacher.tokenizer, rows, vocab_size
+    )
     made_from |= {"top_k": top_k}
     manifest = folder / "manifest.json"
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    if distributed.is_first() and not manifest.exists():
+    if distributed.is_primary() and not manifest.exists():
         _create_arrays(folder, offsets, top_k, vocab_size)
     provenance.verify_or_write(manifest, made_from, teacher.name, state={"rows_written": 0})
     _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size)
@@ -133,8 +135,8 @@ def _cache_made_from(teacher, tokenizer, rows: Rows, vocab_size: int) -> dict[st
         "format": provenance.FORMAT,
         "what": "log_probs",
         **teacher,
-        "tokenizer": identity.of_tokenizer(tokenizer),
-        "rows": provenance.of_rows(
+        "tokenizer": identity.tokenizer_digest(tokenizer),
+        "rows": provenance.fingerprint_rows(
             [np.append(n, row) for n, row in zip(rows.prompt_lengths, rows.tokens)]
         ),
         "config.data.date": rows.date or None,
@@ -161,7 +163,7 @@ def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_
 def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size) -> None:
     """Batch by batch: first the entries, then how far it has come."""
     manifest, total = folder / "manifest.json", len(rows.tokens)
-    state = distributed.on_first(lambda: provenance.read_manifest(manifest))
+    state = distributed.run_on_primary(lambda: provenance.read_manifest(manifest))
     first = state["rows_written"]
     if first == total:
         return
@@ -179,7 +181,7 @@ def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab
                     f"{teacher.name}: a log-probability in rows {first} to {first + real - 1} is "
                     "not finite; such a teacher cannot be distilled (try dtype float32)"
                 )
-            for name, array in zip(ARRAYS, found if distributed.is_first() else ()):
+            for name, array in zip(ARRAYS, found if distributed.is_primary() else ()):
                 _write_entries(folder / name, array[mask], offsets[first])
             first += real
             write_json(manifest, state | {"rows_written": first})
@@ -201,12 +203,12 @@ def _largest(decoder: Decoder, capacity: int, vocab_size: int, top_k: int):
     @jax.jit
     def compute(params, batch: Batch) -> TopK:
         where = responses(batch, capacity)
-        return largest(view(decoder, params, batch, where, vocab_size), top_k)
+        return largest(lazy_logits(decoder, params, batch, where, vocab_size), top_k)
 
     return compute
 
 
-def largest(model: Linear, top_k: int) -> TopK:
+def largest(model: LazyLogits, top_k: int) -> TopK:
     """The k largest log-probabilities at every position, `[B, R, k]`, the largest first, and that
     of the tail, which is summed before anything is rounded to 1.
 
@@ -214,7 +216,7 @@ def largest(model: Linear, top_k: int) -> TopK:
     """
 
     def at(hidden: jax.Array) -> TopK:  # [B, D]
-        logits = Linear(hidden[:, None], model.head).logits()[:, 0]
+        logits = LazyLogits(hidden[:, None], model.head).logits()[:, 0]
         everything = log_probs(logits)
         values, ids = jax.lax.top_k(everything, top_k)
         return TopK(ids, values, log_sum_of_others(everything, ids))

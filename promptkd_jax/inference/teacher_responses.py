@@ -8,16 +8,16 @@ import jax
 from etils import epath
 
 from promptkd_jax.data.rows import Rows, with_responses
-from promptkd_jax.inference.generate import dealt_out, decode, write_answers
+from promptkd_jax.inference.generate import decode, generate_responses, round_up_to_devices
 from promptkd_jax.infra import distributed, provenance
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import Lines, write_text
+from promptkd_jax.infra.files import AppendOnlyFile, write_text
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 
 
-def teacher_answers(
+def teacher_responses(
     teacher: Model,
     rows: Rows,
     file: epath.Path,
@@ -49,9 +49,9 @@ def teacher_answers(
     provenance.verify_or_write(
         file.with_suffix(".manifest.json"), made_from, teacher.name, file=file
     )
-    batch_size = dealt_out(batch_size)
-    answers = distributed.on_first(lambda: _kept_answers(file, rows, batch_size))
-    missing = write_answers(
+    batch_size = round_up_to_devices(batch_size)
+    answers = distributed.run_on_primary(lambda: _kept_answers(file, rows, batch_size))
+    missing = generate_responses(
         teacher,
         rows,
         sampling=sampling,
@@ -64,7 +64,7 @@ def teacher_answers(
     )
     if len(answers) < len(rows.tokens):
         print(f"the teacher writes {len(rows.tokens) - len(answers)} answers into {file}")
-    with Lines(file) as out:
+    with AppendOnlyFile(file) as out:
         for answer in missing:
             line = {"request": _request(rows, len(answers)), "answer": answer.tolist()}
             answers.append(line["answer"])
@@ -84,9 +84,9 @@ def _answers_made_from(
     return {
         "format": provenance.FORMAT,
         "what": "answers",
-        **identity.of_model(teacher),
-        "tokenizer": identity.of_tokenizer(teacher.tokenizer),
-        "requests": provenance.of_rows(requests),
+        **identity.model_identity(teacher),
+        "tokenizer": identity.tokenizer_digest(teacher.tokenizer),
+        "requests": provenance.fingerprint_rows(requests),
         "sampling": dataclasses.asdict(sampling),
         "seed": seed if sampling.temperature else None,
         "max_new_tokens": max_new_tokens,

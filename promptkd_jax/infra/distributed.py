@@ -42,7 +42,7 @@ _ending = threading.Lock()  # held by whoever ends this process
 
 
 @contextlib.contextmanager
-def together(options: argparse.Namespace) -> Iterator[None]:
+def session(options: argparse.Namespace) -> Iterator[None]:
     """Starts the processes of a run; where one fails, all say why, and end.
 
     For entry points, before anything touches a device. On a machine that belongs to no cluster, and
@@ -60,11 +60,11 @@ def together(options: argparse.Namespace) -> Iterator[None]:
         _start(options)
     except HostsError as error:
         sys.exit(f"promptkd: {error}")
-    if alone():
+    if is_single_process():
         with signals.answered():
             yield
         return
-    if not is_first():
+    if not is_primary():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
     over = threading.Event()
     atexit.register(over.set)  # before the connection ends
@@ -78,36 +78,36 @@ def together(options: argparse.Namespace) -> Iterator[None]:
         _end_all(error)
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes files."""
-    return alone() or jax.process_index() == 0
+    return is_single_process() or jax.process_index() == 0
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether there is one process; where none was started, without touching a device."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
-def on_first(compute: Callable[[], Any]) -> Any:
+def run_on_primary(compute: Callable[[], Any]) -> Any:
     """`compute()` of the first process, on all of them; it must be a JSON value.
 
     The others wait, for as long as it takes and the first is alive.
     """
-    if alone():
+    if is_single_process():
         return compute()
     key = f"promptkd_jax/first/{next(_numbers)}"
-    if is_first():
+    if is_primary():
         _store().key_value_set_bytes(key, json.dumps(compute()).encode())
     return json.loads(_store().blocking_key_value_get_bytes(key, _FOREVER))
 
 
-def agree(what: str, text: str) -> None:
+def assert_same(what: str, text: str) -> None:
     """Checks that all processes hold the same `text`; they wait for one another.
 
     Raises:
       HostsError: on every process, where one holds another; says which.
     """
-    if alone():
+    if is_single_process():
         return
     key = f"promptkd_jax/agree/{next(_numbers)}"
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -124,16 +124,16 @@ def agree(what: str, text: str) -> None:
         )
 
 
-def agree_on_options(options: argparse.Namespace) -> None:
-    """`agree` on all flags but who a process is."""
+def assert_same_options(options: argparse.Namespace) -> None:
+    """`assert_same` on all flags but who a process is."""
     same = {name: value for name, value in vars(options).items() if name != "process"}
-    agree("the command line", str(sorted(same.items())))
+    assert_same("the command line", str(sorted(same.items())))
 
 
 @functools.cache
 def warn(message: str) -> None:
     """Says on stderr what does not stop a run: once, by the first process."""
-    if is_first():
+    if is_primary():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -269,5 +269,5 @@ def _leave(status: int, message: str) -> None:
     """Ends the process whatever its threads wait for, when the others have read why."""
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    time.sleep((6 if is_first() else 3) * _POLL_SECONDS)  # the store is gone with the first
+    time.sleep((6 if is_primary() else 3) * _POLL_SECONDS)  # the store is gone with the first
     os._exit(status)

@@ -84,7 +84,7 @@ def of_another_machine() -> Iterator[None]:
         _of_another_machine.reset(before)
 
 
-def failures(file: str | os.PathLike) -> tuple[type[Exception], ...]:
+def io_errors(file: str | os.PathLike) -> tuple[type[Exception], ...]:
     """What reading and writing raise where the disk, the bucket or the network refuses."""
     if not is_remote(file):
         return (OSError,)
@@ -100,7 +100,7 @@ def failures(file: str | os.PathLike) -> tuple[type[Exception], ...]:
 
 def make_folder(folder: epath.Path) -> None:
     """With its parents, where it is absent. A bucket has no folders, and is not made."""
-    if distributed.is_first() and not is_remote(folder):
+    if distributed.is_primary() and not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -108,7 +108,7 @@ def check_writable(folder: epath.Path) -> None:
     """Makes a folder and a file in it, which goes again: so that work is not done and then lost.
 
     Raises:
-      OSError, or another of `failures`: nothing can be written there.
+      OSError, or another of `io_errors`: nothing can be written there.
     """
 
     def check():
@@ -117,7 +117,7 @@ def check_writable(folder: epath.Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
 
-    distributed.on_first(check)
+    distributed.run_on_primary(check)
 
 
 def local_copy(source: epath.Path, suffixes: Collection[str]) -> pathlib.Path:
@@ -127,7 +127,7 @@ def local_copy(source: epath.Path, suffixes: Collection[str]) -> pathlib.Path:
     What is there already is not copied again, unless a name, a size or a time has changed.
 
     Raises:
-      OSError, or another of `failures`: it cannot be read, or not be written here.
+      OSError, or another of `io_errors`: it cannot be read, or not be written here.
     """
     from huggingface_hub.constants import HF_HOME
 
@@ -157,7 +157,7 @@ def _size_and_time(file: epath.Path) -> tuple[int, int]:
 
 def write_text(file: epath.Path, text: str) -> None:
     """Writes a file so that whoever looks sees the old one or the new one, whole."""
-    if not distributed.is_first():
+    if not distributed.is_primary():
         return
     if is_remote(file):
         file.write_bytes(text.encode())  # an object changes at once, when all of it is there
@@ -180,17 +180,17 @@ def read_text(file: epath.Path) -> str:
     return file.read_bytes().decode()
 
 
-def once(file: epath.Path, compute: Callable[[], Any]) -> Any:
+def load_or_compute(file: epath.Path, compute: Callable[[], Any]) -> Any:
     """What the JSON file holds, computed and written where it is absent.
 
     All processes compute, or none; each gets the first one's value.
     """
-    if not distributed.on_first(file.exists):
+    if not distributed.run_on_primary(file.exists):
         write_json(file, compute())
-    return distributed.on_first(lambda: json.loads(read_text(file)))
+    return distributed.run_on_primary(lambda: json.loads(read_text(file)))
 
 
-class Lines:
+class AppendOnlyFile:
     """A file that grows at its end.
 
     On a disk, what is appended is there at once. An object of a bucket cannot grow: it is written
@@ -201,7 +201,7 @@ class Lines:
     def __init__(self, file: epath.Path):
         self._file, self._waiting, self._written = file, b"", -BUCKET_SECONDS
         self._remote, self._object = is_remote(file), b""
-        if self._remote and distributed.is_first() and file.exists():
+        if self._remote and distributed.is_primary() and file.exists():
             self._object = file.read_bytes()
 
     def append(self, text: str) -> None:
@@ -212,7 +212,7 @@ class Lines:
 
     def flush(self) -> None:
         """Writes what waits."""
-        if self._waiting and distributed.is_first():
+        if self._waiting and distributed.is_primary():
             if self._remote:
                 self._object += self._waiting
                 self._file.write_bytes(self._object)
@@ -222,7 +222,7 @@ class Lines:
             self._written = time.monotonic()
         self._waiting = b""
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "AppendOnlyFile":
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -235,16 +235,16 @@ def check_shared(folder: epath.Path) -> None:
     Raises:
       HostsError: on every process, where one does not within `SHARED_SECONDS`.
     """
-    if distributed.alone():
+    if distributed.is_single_process():
         return
-    name = distributed.on_first(lambda: f".shared-{secrets.token_hex(8)}")
+    name = distributed.run_on_primary(lambda: f".shared-{secrets.token_hex(8)}")
     file = folder / name
     write_text(file, name)
-    distributed.on_first(lambda: None)  # it is written before anybody looks
+    distributed.run_on_primary(lambda: None)  # it is written before anybody looks
     host = b"" if _appears(file, name) else platform.node().encode()[:_NAME_BYTES] or b"?"
     ours = np.frombuffer(host.ljust(_NAME_BYTES, b"\0"), np.uint8)
     blind = [row.tobytes().rstrip(b"\0") for row in multihost_utils.process_allgather(ours)]
-    if distributed.is_first():
+    if distributed.is_primary():
         file.unlink()
     if any(blind):
         who = ", ".join(f"{i} on {host.decode()}" for i, host in enumerate(blind) if host)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from etils import epath
 
 from promptkd_jax.infra import distributed
-from promptkd_jax.infra.files import Lines, is_remote, make_folder, to_path, write_text
+from promptkd_jax.infra.files import AppendOnlyFile, is_remote, make_folder, to_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -22,8 +22,8 @@ class MetricWriter:
     the rows of the file, each step at its old time where they still tell it.
 
     In a bucket the file is written anew, every few seconds and when flushed or closed (see
-    `files.Lines`), and there is no TensorBoard: tensorboardX would stop the run for good at the
-    first upload that fails.
+    `files.AppendOnlyFile`), and there is no TensorBoard: tensorboardX would stop the run for good
+    at the first upload that fails.
 
     Raises:
       ValueError: if the file ends in a torn line or holds a line that is not a metrics row.
@@ -31,7 +31,7 @@ class MetricWriter:
 
     def __init__(self, workdir: str | os.PathLike):
         self._lines = self._tensorboard = None
-        if distributed.is_first():
+        if distributed.is_primary():
             self._open(to_path(workdir) / METRICS_FILE)
 
     def _open(self, path: epath.Path) -> None:
@@ -43,7 +43,7 @@ class MetricWriter:
                 f"{path}:{len(rows) + 1}: torn line {torn[:60]!r}: call truncate_metrics with the "
                 "step to resume from before a MetricWriter is opened"
             )
-        self._lines = Lines(path)
+        self._lines = AppendOnlyFile(path)
         if is_remote(path):
             print(f"{path.parent}: is in a bucket, where no TensorBoard files are written")
             return
@@ -145,7 +145,7 @@ def truncate_metrics(workdir: str | os.PathLike, step: int, *, evaluated: bool =
       ValueError: as `read_metrics`.
     """
     path = to_path(workdir) / METRICS_FILE
-    if distributed.is_first() and path.exists():
+    if distributed.is_primary() and path.exists():
         rows = [row for row in read_metrics(workdir) if row["step"] <= step]
         if not evaluated:
             rows = [row for row in rows if row["step"] < step or "dev/loss" not in row]

@@ -36,7 +36,7 @@ def verify_or_write(
     Raises:
       DataError: as `verify`; or there is `file` alone.
     """
-    distributed.on_first(lambda: _compare_or_write(manifest, made_from, made_by, file, state))
+    distributed.run_on_primary(lambda: _compare_or_write(manifest, made_from, made_by, file, state))
 
 
 def _compare_or_write(manifest, made_from, made_by, file, state) -> None:
@@ -71,7 +71,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
-def claim_inputs(workdir: epath.Path, inputs: dict[str, Any]) -> None:
+def verify_inputs(workdir: epath.Path, inputs: dict[str, Any]) -> None:
     """Makes `inputs.json` say what a run learns from, by content: paths say nothing of it.
 
     Raises:
@@ -89,10 +89,10 @@ def claim_inputs(workdir: epath.Path, inputs: dict[str, Any]) -> None:
                 "set back\n" + "\n".join(lines)
             )
 
-    distributed.on_first(compare_or_write)
+    distributed.run_on_primary(compare_or_write)
 
 
-def of_rows(rows: Sequence[Sequence[int]]) -> str:
+def fingerprint_rows(rows: Sequence[Sequence[int]]) -> str:
     """How many rows of integers, and a digest of them and of where each ends."""
     whole = hashlib.sha256()
     for row in rows:

@@ -172,7 +172,7 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*kept))
 
 
-def is_foreign() -> bool:
+def mesh_is_external() -> bool:
     """Whether the mesh in context is somebody else's: where its rows lie, nobody here knows."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size > 1 and not _ours(mesh).issuperset(AXES)
@@ -190,20 +190,20 @@ def _names(axis: Any) -> tuple[str, ...]:
     return axis if isinstance(axis, tuple) else (axis,)
 
 
-def parts(axis: Any) -> int:
+def axis_size(axis: Any) -> int:
     """Devices along an axis of the mesh in context, or along several; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(name, 1) for name in _names(axis))
 
 
-def gathered(params: Any) -> Any:
+def unshard_fsdp(params: Any) -> Any:
     """Parameters that are no longer cut along `fsdp`, for what reads all of them many times."""
 
     def gather(path, x):
         axes = [None if axis == "fsdp" else axis for axis in spec(_name(path))]
         return constrain(x, *axes)
 
-    return params if parts("fsdp") == 1 else jax.tree_util.tree_map_with_path(gather, params)
+    return params if axis_size("fsdp") == 1 else jax.tree_util.tree_map_with_path(gather, params)
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
@@ -222,12 +222,12 @@ def check_rows(what: str, rows: int, parts: int, mesh: Any) -> None:
         )
 
 
-def row_parts(rows: int) -> int:
+def num_row_shards(rows: int) -> int:
     """Devices that so many rows are dealt out to; 1 where they do not divide."""
-    return 1 if rows % parts(ROWS) else parts(ROWS)
+    return 1 if rows % axis_size(ROWS) else axis_size(ROWS)
 
 
-def take_own(x: Any, order: Any) -> Any:
+def take_local_rows(x: Any, order: Any) -> Any:
     """Elements of `x` `[n, …]`, each device its own: order `[devices, k]` counts from the first of
     a device's n / devices. `[devices, k, …]`; nothing is sent."""
     x = x.reshape(order.shape[0], -1, *x.shape[1:])

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.infra import sharding
 
-CUT = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
+BTNH_SPEC = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
 LANES = 128  # the columns that a TPU register holds, and the least that splash takes at once
 MAX_BLOCK = 512  # columns; the scores of a block then take 1 MiB on the chip
 MAX_PARTS = 4  # of a row, without a kernel: then 5/8 of the scores are computed, 1/2 are needed
@@ -45,8 +45,8 @@ def attend(
         heads=heads,
         kv_heads=key.shape[2],
         head_width=head_width,
-        row_parts=sharding.parts(sharding.ROWS),
-        head_parts=sharding.parts("tensor"),
+        row_parts=sharding.axis_size(sharding.ROWS),
+        head_parts=sharding.axis_size("tensor"),
     )
     if chosen == "splash":
         return _splash(query, key, value, window)
@@ -58,7 +58,7 @@ def attend(
 def kv_repeats(heads: int, kv_heads: int) -> int:
     """How often each key/value head stands beside itself, so that the devices of `tensor` share out
     all of them and each has those of its own query heads."""
-    least = math.lcm(kv_heads, sharding.parts("tensor"))
+    least = math.lcm(kv_heads, sharding.axis_size("tensor"))
     return least // kv_heads if heads % least == 0 else 1
 
 
@@ -66,7 +66,7 @@ def repeat_kv(x: jax.Array, heads: int) -> jax.Array:
     """Keys or values `[B, T, K, H]` with their `kv_repeats` for `heads` query heads."""
     if kv_repeats(heads, x.shape[2]) == 1:
         return x
-    return sharding.constrain(jnp.repeat(x, kv_repeats(heads, x.shape[2]), axis=2), *CUT)
+    return sharding.constrain(jnp.repeat(x, kv_repeats(heads, x.shape[2]), axis=2), *BTNH_SPEC)
 
 
 def attend_to_cache(
@@ -177,7 +177,7 @@ def _cudnn(query, key, value, window: int | None) -> jax.Array:
     """JAX refuses cuDNN's gradient of an odd number of columns, and wants all three cut alike."""
     columns = query.shape[1]
     query, key, value = (
-        sharding.constrain(_pad(x, columns % 2), *CUT) for x in (query, key, value)
+        sharding.constrain(_pad(x, columns % 2), *BTNH_SPEC) for x in (query, key, value)
     )
     attended = jax.nn.dot_product_attention(
         query,
@@ -201,7 +201,9 @@ def _splash(query, key, value, window: int | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(query, key, value)
     # check_vma: the kernel does not say along which axes its outputs vary.
-    cut = jax.shard_map(kernel, in_specs=(P(*CUT),) * 3, out_specs=P(*CUT), check_vma=False)
+    cut = jax.shard_map(
+        kernel, in_specs=(P(*BTNH_SPEC),) * 3, out_specs=P(*BTNH_SPEC), check_vma=False
+    )
     return cut(query, key, value)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain
-from promptkd_jax.models.attention import CUT, attend, attend_to_cache, kv_repeats, repeat_kv
+from promptkd_jax.models.attention import BTNH_SPEC, attend, attend_to_cache, kv_repeats, repeat_kv
 from promptkd_jax.models.config import DecoderConfig
 
 ACTIVATIONS = {
@@ -189,7 +189,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             query = _norm(config, "query_norm")(query)
             key = _norm(config, "key_norm")(key)
-        query, key, value = (constrain(x, *CUT) for x in (query, key, value))
+        query, key, value = (constrain(x, *BTNH_SPEC) for x in (query, key, value))
         # Without rotary positions, so that their products say what tokens mean to one another and
         # not how far apart they stand, whatever the positions of the other model are.
         self.sow("intermediates", "queries", query[:, :, : config.heads])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.infra.sharding import ROWS, constrain, gathered, parts
+from promptkd_jax.infra.sharding import ROWS, axis_size, constrain, unshard_fsdp
 from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place_cache
 
 
@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
     ended: jax.Array
 
 
-class Voice(NamedTuple):
+class SamplingModel(NamedTuple):
     """A model that writes: what it is, and the soft prompt `[M, D]` in front of its rows."""
 
     decoder: Decoder
@@ -71,11 +71,13 @@ class Voice(NamedTuple):
         """M: how many columns its rows stand further to the right than their tokens."""
         return 0 if self.prefix is None else self.prefix.shape[0]
 
-    def resident(self) -> "Voice":
+    def resident(self) -> "SamplingModel":
         """With parameters as every step reads them: in the dtype of computation, not cut along
         `fsdp`. Else each written token would gather and round all of them."""
         dtype = self.decoder.config.dtype
-        return self._replace(params=gathered(jax.tree.map(lambda x: x.astype(dtype), self.params)))
+        return self._replace(
+            params=unshard_fsdp(jax.tree.map(lambda x: x.astype(dtype), self.params))
+        )
 
 
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
@@ -95,7 +97,7 @@ def sample(
     prefix: jax.Array | None = None,
     vocab_size: int | None = None,
     active: jax.Array | None = None,
-    second: Voice | None = None,
+    second: SamplingModel | None = None,
     second_share: float = 0.0,
     slots: int = 0,
     request_lengths: int = 1,
@@ -125,7 +127,7 @@ def sample(
     Raises:
       ValueError: the mesh does not divide the slots.
     """
-    voices = [Voice(decoder, params, prefix), *([second] if second_share else [])]
+    voices = [SamplingModel(decoder, params, prefix), *([second] if second_share else [])]
     voices = [voice.resident() for voice in voices]
     writer = _Writer(
         voices=voices,
@@ -168,7 +170,7 @@ class _Slots(NamedTuple):
 class _Writer:
     """Who writes, what, and how."""
 
-    voices: list[Voice]
+    voices: list[SamplingModel]
     heads: list[jax.Array]
     share: float
     sampling: Sampling
@@ -188,7 +190,7 @@ class _Writer:
         def read_in(width: int):
             return [_prefill(v, requests[:, :width], asked, columns) for v in self.voices]
 
-        read = in_least_width(read_in, asked, requests.shape[1], self.request_lengths)
+        read = run_in_smallest_bucket(read_in, asked, requests.shape[1], self.request_lengths)
         return _Slots(
             row=row,
             keys=keys,
@@ -248,7 +250,7 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
     On a mesh the slots are dealt out as rows are, and every device lets rows into its own: what is
     sent between devices are tokens, not caches.
     """
-    number, devices = writer.lengths.shape[0], parts(ROWS)
+    number, devices = writer.lengths.shape[0], axis_size(ROWS)
     if slots % devices:
         raise ValueError(f"{slots} slots are not divisible by the {devices} devices of the rows")
     least = max(slots // devices // 4, 1)  # free slots of a device that are worth a prefill
@@ -314,7 +316,7 @@ def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
     return slots._replace(caches=[place_cache(cache) for cache in caches])
 
 
-def _prefill(voice: Voice, tokens, lengths, columns: int) -> tuple[jax.Array, Cache]:
+def _prefill(voice: SamplingModel, tokens, lengths, columns: int) -> tuple[jax.Array, Cache]:
     """The hidden state `[B, D]` at the end of every request, and the cache of all of them."""
     cache = empty_cache(voice.decoder.config, tokens.shape[0], voice.shift + columns)
     hidden, cache = voice.decoder.apply(
@@ -323,7 +325,7 @@ def _prefill(voice: Voice, tokens, lengths, columns: int) -> tuple[jax.Array, Ca
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 
-def _decode(voice: Voice, chosen, column, cache: Cache) -> tuple[jax.Array, Cache]:
+def _decode(voice: SamplingModel, chosen, column, cache: Cache) -> tuple[jax.Array, Cache]:
     """The hidden state `[B, D]` of the tokens just written into `column` `[B]`."""
     hidden, cache = voice.decoder.apply(
         {"params": voice.params}, chosen[:, None], cache=cache, column=voice.shift + column
@@ -395,7 +397,7 @@ def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
     return jnp.where(banned, -jnp.inf, slots.logits)
 
 
-def in_least_width(
+def run_in_smallest_bucket(
     function: Callable[[int], Any], lengths: jax.Array, columns: int, number: int
 ) -> Any:
     """`function(width)` for the least of `number` widths, even steps up to `columns`, that the

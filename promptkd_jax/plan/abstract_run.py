@@ -19,7 +19,7 @@ from promptkd_jax.data.records import read_records
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.infra.files import failures, is_remote, to_path
+from promptkd_jax.infra.files import io_errors, is_remote, to_path
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.hub import download, hub_id, resolve_model, student_of_run
@@ -193,7 +193,7 @@ def stored_config(path: str) -> tuple[dict[str, Any], str]:
         return synthetic_config(path)[0], "made by the package"
     try:
         return _stored_config(path)
-    except failures(path) as error:
+    except io_errors(path) as error:
         raise ModelError(f"model {path!r}: cannot be read: {error}") from error
 
 

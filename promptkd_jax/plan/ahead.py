@@ -12,7 +12,7 @@ import jax
 
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra import sharding
-from promptkd_jax.models.sampler import Voice
+from promptkd_jax.models.sampler import SamplingModel
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import EXAMPLES, GIB, Slices
@@ -110,7 +110,7 @@ def compile_rollout(run: AbstractRun, mesh: Any) -> Program:
     method, models = run.stage.method, run.experiment(mesh).models
 
     def write(params, teacher, batch, replay, key, step):
-        voice = Voice(models.teacher, teacher) if method.teacher_share else None
+        voice = SamplingModel(models.teacher, teacher) if method.teacher_share else None
         return target_rows(
             method, models.student, params, batch, replay, key, step=step, teacher=voice
         )[0]

@@ -18,7 +18,7 @@ def with_chosen_remat(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict
     the devices of `mesh` the one that computes least twice, else "full"."""
     if "auto" not in (config.teacher.remat, config.student.remat):
         return config
-    memory = distributed.on_first(device_bytes)
+    memory = distributed.run_on_primary(device_bytes)
     for policy in REMAT:  # the first keeps most
         tried = with_remat(config, policy)
         needed = needed_bytes(tried, mesh)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from promptkd_jax.distill import chunked_loss
-from promptkd_jax.distill.method import GOLD, ON_POLICY, POLICY
+from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.plan.chips import Slices
@@ -294,11 +294,11 @@ def _student(run: AbstractRun, count: _Counter) -> Work:
         one += count.forward(student, rows, columns)
         one += count.backward(student, rows, columns, weights=True)
         one += count.head(student, rows, columns - 1, 3)
-        if any(name != GOLD for name, _ in method.corpus_terms):
+        if any(name != CROSS_ENTROPY for name, _ in method.corpus_terms):
             one += count.forward(run.teacher.decoder.config.padded, rows, columns)
             one += count.head(run.teacher.decoder.config.padded, rows, columns - 1, 1)
     found = one * (parts * method.passes)
-    if any(name == POLICY for name, _ in method.student_terms):
+    if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
         for model in (run.student, run.teacher):
             config = model.decoder.config.padded
             valued = count.forward(config, rows, columns) + count.head(config, rows, positions, 1)

@@ -26,17 +26,22 @@ from ml_collections import ConfigDict
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
-from promptkd_jax.evaluation.exposure_bias import exposure_bias, write_texts
+from promptkd_jax.evaluation.exposure_bias import exposure_bias, generate_samples
 from promptkd_jax.evaluation.text_metrics import rouge_l
-from promptkd_jax.inference.generate import decode, write_answers
+from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.infra import signals
 from promptkd_jax.infra.errors import ComparisonError
-from promptkd_jax.infra.files import once, write_json
+from promptkd_jax.infra.files import load_or_compute, write_json
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.studies import comparison_report
-from promptkd_jax.studies.comparison import IRRELEVANT, Plan, Run, plan_comparison
+from promptkd_jax.studies.comparison import (
+    COMPARISON_NOT_IN_FINGERPRINT,
+    Plan,
+    Run,
+    plan_comparison,
+)
 from promptkd_jax.studies.comparison_report import AVERAGE, START, TEACHER
 from promptkd_jax.training import build, fields
 from promptkd_jax.training.config import claim
@@ -73,10 +78,10 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """
     workdir = pathlib.Path(workdir).resolve()
     made = plan_comparison(config, workdir)
-    claim(workdir, config, IRRELEVANT)
+    claim(workdir, config, COMPARISON_NOT_IN_FINGERPRINT)
     trainings = [*made.pretraining.values(), *made.runs.values()]
     for run in trainings:
-        claim(run.folder, run.config, fields.IRRELEVANT)
+        claim(run.folder, run.config, fields.NOT_IN_FINGERPRINT)
     for number, run in enumerate(trainings, start=1):
         _train_once(run, f"[{number}/{len(trainings)}] {run.name}", workdir / "cache")
     measured = measure(config, made, workdir)
@@ -161,14 +166,14 @@ def measure(config: ConfigDict, made: Plan, workdir: pathlib.Path) -> dict[str, 
     tests: dict[str, dict[int, Any]] = {}
     for model, seed, contender in _contenders(config, made, workdir):
         contender.folder.mkdir(parents=True, exist_ok=True)
-        tests.setdefault(model, {})[seed] = once(
+        tests.setdefault(model, {})[seed] = load_or_compute(
             contender.folder / f"test-seed{seed}.json",
             functools.partial(_answer_sets, config, sets, load, contender),
         )
     write = functools.cache(functools.partial(_teacher_texts, config, dev, load, made.teacher))
     exposure: dict[str, dict[int, Any]] = {}
     for (method, seed), run in made.runs.items():
-        exposure.setdefault(method, {})[seed] = once(
+        exposure.setdefault(method, {})[seed] = load_or_compute(
             run.folder / "exposure_bias.json",
             functools.partial(_exposure_bias, config, dev, load, made.teacher, write, run, seed),
         )
@@ -225,7 +230,7 @@ def _answer_sets(
     print(f"{contender.model} answers {', '.join(sets)}, seed {contender.seed}", flush=True)
     found = {}
     for name, rows in sets.items():
-        answers = write_answers(
+        answers = generate_responses(
             model,
             rows,
             sampling=build.sampling(config.test.sampling, model.eos_ids),
@@ -274,7 +279,7 @@ def _teacher_texts(
 ) -> list[Rows]:
     """The same for all methods of a seed."""
     sizes = _text_sizes(config)
-    return write_texts(
+    return generate_samples(
         load(teacher), dev, seed=seed, vocab_size=vocab_size, eos_ids=eos_ids, **sizes
     )
 

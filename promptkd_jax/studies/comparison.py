@@ -181,11 +181,11 @@ SCHEMA = {
     "samples": Int(low=0),
 }
 # What may change from one start to the next: further methods and seeds, and how it is shown.
-IRRELEVANT = (
+COMPARISON_NOT_IN_FINGERPRINT = (
     *("title", "note", "methods", "changes", "reference", "seeds", "bootstrap", "samples"),
     *(
         f"{group}.{name}"
         for group in ("run", "pretraining.teacher", "pretraining.student")
-        for name in fields.IRRELEVANT
+        for name in fields.NOT_IN_FINGERPRINT
     ),
 )

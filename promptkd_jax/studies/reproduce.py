@@ -22,10 +22,10 @@ from rich.table import Table
 from promptkd_jax.data.records import Record, read_records
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.evaluation.bootstrap import mean_and_std
-from promptkd_jax.evaluation.student_metrics import score
+from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import is_remote, once, to_path, write_json, write_text
+from promptkd_jax.infra.files import is_remote, load_or_compute, to_path, write_json, write_text
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
@@ -267,7 +267,9 @@ def evaluate_model(
         claim(folder / name, _settings(contender, records))
         answer = functools.partial(_answer, load, contender.config, records)
         kept = {
-            seed: once(folder / name / f"seed{seed}.json", functools.partial(answer, seed))
+            seed: load_or_compute(
+                folder / name / f"seed{seed}.json", functools.partial(answer, seed)
+            )
             for seed in seeds
         }
         found[name] = {seed: one["rougeL"] for seed, one in kept.items()}
@@ -303,7 +305,7 @@ def _answer(
         max_length=data.max_length,
         eos_id=model.eos_ids[0],
     )
-    scores, texts = score(
+    scores, texts = generation_metrics(
         model,
         rows,
         sampling=Sampling(**PROTOCOL, eos_ids=model.eos_ids),

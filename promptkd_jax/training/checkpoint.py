@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import CheckpointError
-from promptkd_jax.infra.files import failures, is_remote, read_text, to_path, write_json
+from promptkd_jax.infra.files import io_errors, is_remote, read_text, to_path, write_json
 
 _SCORES = "scores.json"
 _CHECKSUMS = "checksums.json"
@@ -108,7 +108,7 @@ class Checkpoints:
         try:
             self._manager = self._open()
             self._read_scores()
-        except failures(self._directory) as error:
+        except io_errors(self._directory) as error:
             wanted = "; Orbax wants also the right storage.buckets.get, of the bucket itself"
             raise CheckpointError(
                 f"{self._directory} cannot be opened ({type(error).__name__}: {error})"
@@ -271,7 +271,7 @@ class Checkpoints:
 
     def all_steps(self) -> list[int]:
         """The steps of the finished checkpoints, in order, as process 0 finds them."""
-        return distributed.on_first(self._listed)
+        return distributed.run_on_primary(self._listed)
 
     def latest_step(self) -> int | None:
         """The step of the newest finished checkpoint."""
@@ -298,7 +298,7 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
-        except (*failures(self._directory), ValueError) as error:  # ValueError: TensorStore's
+        except (*io_errors(self._directory), ValueError) as error:  # ValueError: TensorStore's
             step, self._pending = self._pending, None
             self._manager.reload()
             latest = max(self._listed(), default=None)  # the other processes may be well
@@ -355,7 +355,7 @@ class Checkpoints:
 
     def _read_scores(self) -> None:
         file = self._directory / _SCORES
-        found = distributed.on_first(lambda: read_text(file) if file.exists() else "{}")
+        found = distributed.run_on_primary(lambda: read_text(file) if file.exists() else "{}")
         try:
             self._noted = json.loads(found)
         except ValueError as error:

@@ -25,7 +25,7 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import (
     GCS_EXTRA,
     address_fault,
-    failures,
+    io_errors,
     is_remote,
     make_folder,
     read_text,
@@ -105,13 +105,13 @@ def claim(folder: epath.PathLike, config: ConfigDict, ignore: tuple[str, ...] = 
       ConfigError: it belongs to another config, with every field that differs; or it cannot be
         written.
     """
-    distributed.on_first(lambda: _claim(to_path(folder), config, ignore))
+    distributed.run_on_primary(lambda: _claim(to_path(folder), config, ignore))
 
 
 def _claim(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> None:
     try:
         _compare_or_write(folder, config, ignore)
-    except failures(folder) as error:
+    except io_errors(folder) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         needed = (
@@ -215,7 +215,7 @@ def _content(file: str, kind: str) -> bytes:
     try:
         if file.endswith((".py", ".json")) and to_path(file).is_file():
             return to_path(file).read_bytes()
-    except failures(file) as error:
+    except io_errors(file) as error:
         raise ConfigError(f"config: {file} cannot be read: {error}") from error
     raise ConfigError(f"config: there is no {kind} file {file!r}")
 

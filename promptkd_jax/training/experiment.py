@@ -16,7 +16,7 @@ from promptkd_jax.data.rows import Rows
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.step import Optimizers, TrainState, init_state, train_step, write_ahead
-from promptkd_jax.distill.targets import empty_written
+from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.io.params import abstract_params
@@ -149,7 +149,7 @@ class Experiment:
             replay = empty_replay(capacity, config.data.max_length, threshold)
         ahead = [s.batch_size for s in config.stages if s.stale_rollouts]
         if ahead:  # all alike, see `schema`
-            pending = empty_written(ahead[0], config.data.max_length)
+            pending = empty_target_batch(ahead[0], config.data.max_length)
         return init_state(
             params,
             stage.optimizers,

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from promptkd_jax.distill import losses, optimizer
 from promptkd_jax.distill.hidden_loss import KINDS
 from promptkd_jax.distill.method import (
-    GOLD,
-    LEAST,
-    POLICY,
+    CROSS_ENTROPY,
+    MINIMUMS,
+    POLICY_GRADIENT,
     PRESETS,
     REGULARISATIONS,
     TARGETS,
@@ -27,7 +27,7 @@ from promptkd_jax.training.build import make_hidden_term
 from promptkd_jax.training.config import ConfigError
 from promptkd_jax.training.specs import Bool, Choice, Float, Int, ListOf, Optional, Path, Str, check
 
-SELECT = ("rougeL", "loss")  # dev scores that can choose the best checkpoint
+SELECTION_METRICS = ("rougeL", "loss")  # dev scores that can choose the best checkpoint
 
 
 class _Divergence:
@@ -50,7 +50,7 @@ class _Divergence:
 class _Term:
     """A pair (name, weight): the name of a divergence, or one of `others`."""
 
-    others: tuple[str, ...] = (GOLD,)
+    others: tuple[str, ...] = (CROSS_ENTROPY,)
 
     def __str__(self) -> str:
         return "a pair (divergence, weight) such as ('reverse_kl', 1.0)"
@@ -132,7 +132,7 @@ _STAGE = {
     "steps": Int(low=0),
     "epochs": Float(low=0.0),
     "targets": Choice(*TARGETS),
-    "student_terms": ListOf(_Term((GOLD, POLICY)), nonempty=True),
+    "student_terms": ListOf(_Term((CROSS_ENTROPY, POLICY_GRADIENT)), nonempty=True),
     "teacher_view": Choice(*VIEWS),
     "on_policy_share": Float(low=0.0, high=1.0),
     "teacher_share": Float(low=0.0, high=0.99),
@@ -155,8 +155,8 @@ _STAGE = {
     },
     "batch_size": Int(low=1),
     "stale_rollouts": Bool(),
-    **{field: Int(low=least) for field, least in LEAST.items()},
-    "length_buckets": Int(low=LEAST["length_buckets"], high=16),
+    **{field: Int(low=least) for field, least in MINIMUMS.items()},
+    "length_buckets": Int(low=MINIMUMS["length_buckets"], high=16),
     "learning_rate": Float(low=0.0, open_low=True),
     "prompt_learning_rate": Float(low=0.0),
     "teacher_learning_rate": Float(low=0.0),
@@ -224,7 +224,7 @@ SCHEMA = {
         "minutes": Float(low=0.0),
         "keep": Int(low=1),
         "export": Choice("last", "best"),
-        "select": Choice(*SELECT),
+        "select": Choice(*SELECTION_METRICS),
     },
     "mesh": {"data": Int(low=-1), "fsdp": Int(low=-1), "tensor": Int(low=-1)},
     "log_every": Int(low=1),
@@ -232,7 +232,7 @@ SCHEMA = {
     "stop_after_seconds": Float(low=0.0),
 }
 # What does not change the student that comes out, so that it may change between resumes.
-IRRELEVANT = (
+NOT_IN_FINGERPRINT = (
     *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
     *("teacher.remat", "student.remat"),
     *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep", "answers.path", "cache.path"),

@@ -14,7 +14,7 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.batches import stream
 from promptkd_jax.distill.replay import adapt
 from promptkd_jax.distill.step import TrainState, summarize
-from promptkd_jax.evaluation.student_metrics import closeness, score
+from promptkd_jax.evaluation.student_metrics import generation_metrics, teacher_metrics
 from promptkd_jax.infra import distributed, sharding, signals
 from promptkd_jax.infra.errors import CheckpointError, TrainingError
 from promptkd_jax.infra.metrics import MetricWriter, truncate_metrics
@@ -28,7 +28,7 @@ from promptkd_jax.training.progress import TrainingProgress
 SELECTION = "selection"  # the score that chooses the best checkpoint, higher is better
 
 
-def assess(
+def evaluate_student(
     experiment: Experiment, student: Any = None, soft_prompt: jax.Array | None = None
 ) -> dict[str, Any]:
     """The student on the dev rows: closeness to the teacher, scores, and its answers ("texts").
@@ -39,7 +39,7 @@ def assess(
     """
     model = experiment.student if student is None else experiment.student.replace(params=student)
     config = experiment.config
-    close = closeness(
+    close = teacher_metrics(
         experiment.teacher,
         model,
         experiment.dev,
@@ -48,14 +48,16 @@ def assess(
         vocab_size=experiment.vocab_size,
         soft_prompt=soft_prompt,
     )
-    scores, texts = score_dev(experiment, model)
+    scores, texts = dev_generation_metrics(experiment, model)
     return close | scores | {"texts": texts}
 
 
-def score_dev(experiment: Experiment, model: Model, soft_prompt: jax.Array | None = None):
+def dev_generation_metrics(
+    experiment: Experiment, model: Model, soft_prompt: jax.Array | None = None
+):
     """(scores, answers) of a model's answer to every dev row, see `evaluate.score`."""
     config, data = experiment.config.evaluation, experiment.config.data
-    return score(
+    return generation_metrics(
         model,
         experiment.dev,
         sampling=build.sampling(config.sampling, model.eos_ids),
@@ -97,7 +99,7 @@ def fit(
 
     Args:
       started: when this process began its work, on the monotonic clock.
-      before: what `assess` said of the initial student.
+      before: what `evaluate_student` said of the initial student.
 
     Raises:
       TrainingError: the loss or a gradient is not finite again and again, or in every step.
@@ -152,7 +154,7 @@ class _Loop:
         self.state, self.done, self._validation_loss = None, 0, before["loss"]
         self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
         self._skipped = 0  # before the stage
-        self._fingerprint = fingerprint(experiment.config, fields.IRRELEVANT)
+        self._fingerprint = fingerprint(experiment.config, fields.NOT_IN_FINGERPRINT)
         self._unpadded = experiment.unpadded_state()
         if restored := checkpoints.restore_latest(experiment.abstract_state(), self._unpadded):
             self.done, self.state, meta = restored
@@ -184,7 +186,7 @@ class _Loop:
     def _clock(self) -> float:
         """Seconds: of the clock, or of many processes, which shall agree, those of training, which
         they know when they log."""
-        return time.monotonic() if distributed.alone() else self.spent["seconds"]
+        return time.monotonic() if distributed.is_single_process() else self.spent["seconds"]
 
     @property
     def unsaved(self) -> bool:
@@ -272,7 +274,7 @@ class _Loop:
         if not steps:
             return {}
         rows = steps * self.experiment.config.stages[stage.index].batch_size
-        seconds = distributed.on_first(
+        seconds = distributed.run_on_primary(
             lambda: seconds
         )  # one clock, so that all stop at the same step
         spent = {"seconds": seconds, "rows": rows, "tokens": tokens}
@@ -291,7 +293,7 @@ class _Loop:
         scores = self.checkpoints.noted(self.done)
         if scores is None:
             self._account(stage)
-            found = assess(self.experiment, self.state.student)
+            found = evaluate_student(self.experiment, self.state.student)
             scores = {f"dev/{name}": value for name, value in found.items() if name != "texts"}
             self.writer.write(self.done, scores | {"stage": stage.name})
             self.writer.flush()
@@ -313,7 +315,7 @@ class _Loop:
     def _save(self, stage: Stage) -> None:
         """Writes a checkpoint where one is due, and obeys a signal."""
         stop = signals.stop_asked()
-        if not distributed.alone():  # at a step that all processes stop at
+        if not distributed.is_single_process():  # at a step that all processes stop at
             preempted = self.checkpoints.reached_preemption(self.done)
             stop = preempted and (stop or signal.SIGTERM)
         minutes = self.experiment.config.checkpoint.minutes

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from promptkd_jax.data import logprobs
 from promptkd_jax.data.batches import train_batches
 from promptkd_jax.data.records import Record, read_corpus, read_records
-from promptkd_jax.data.rows import Rows, of_records, pack, select_rows, tokenize
+from promptkd_jax.data.rows import Rows, fingerprint_records, pack, select_rows, tokenize
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.method import TARGETS, Method, reads_answers
 from promptkd_jax.distill.soft_prompt import (
@@ -26,10 +26,10 @@ from promptkd_jax.distill.soft_prompt import (
 )
 from promptkd_jax.distill.step import Optimizers
 from promptkd_jax.inference import logprob_cache, teacher_responses
-from promptkd_jax.inference.data_free import DataFree, write_requests
+from promptkd_jax.inference.data_free import DataFree, generate_prompts
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError, ModelError
-from promptkd_jax.infra.files import once, to_path
+from promptkd_jax.infra.files import load_or_compute, to_path
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.load import load_model
@@ -65,9 +65,9 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
     _check_positions(config, teacher, student)
     rows, dev = _all_rows(config, teacher, student, vocab_size, workdir)
     for what, some in (*rows.items(), ("dev", dev)):
-        distributed.agree(f"the data ({what} rows)", provenance.of_rows(some.tokens))
+        distributed.assert_same(f"the data ({what} rows)", provenance.fingerprint_rows(some.tokens))
     corpus = _corpus(config, student) if any(s.corpus_terms for s in config.stages) else None
-    provenance.claim_inputs(workdir, _inputs(config, teacher, student, rows, dev, corpus))
+    provenance.verify_inputs(workdir, _inputs(config, teacher, student, rows, dev, corpus))
     shown = _shown(config, rows["gold"])
     demonstrations = tuple(int(token) for index in shown for token in rows["gold"].tokens[index])
     stages, first = [], 0
@@ -100,15 +100,15 @@ def _inputs(config: ConfigDict, teacher, student, rows, dev, corpus) -> dict[str
     data, found = config.data, {}
     for field, model in (("teacher", teacher), ("student", student)):
         if path := model and config[field].path:
-            found[f"{path} (config.{field}.path)"] = identity.of_weights(path)
-    found["the tokenizer"] = identity.of_tokenizer(student.tokenizer)
+            found[f"{path} (config.{field}.path)"] = identity.weights_digest(path)
+    found["the tokenizer"] = identity.tokenizer_digest(student.tokenizer)
     found["the tokens that end an answer"] = str(list(student.eos_ids))
     for targets in sorted({stage.targets for stage in config.stages}):
         name = "answers of the teacher" if targets == "teacher" else "rows"
-        found[f"{data.train} (config.data.train, {name})"] = of_records(rows[targets])
-    found[f"{data.dev} (config.data.dev)"] = of_records(dev)
+        found[f"{data.train} (config.data.train, {name})"] = fingerprint_records(rows[targets])
+    found[f"{data.dev} (config.data.dev)"] = fingerprint_records(dev)
     if corpus is not None:
-        found[f"{data.corpus} (config.data.corpus)"] = of_records(corpus)
+        found[f"{data.corpus} (config.data.corpus)"] = fingerprint_records(corpus)
     return found | ({"the date (config.data.date)": dev.date} if dev.date else {})
 
 
@@ -117,7 +117,7 @@ def with_date(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     start, which `workdir` keeps."""
     if config.data.date:
         return config
-    started = once(workdir / "started.json", lambda: {"date": date.today().isoformat()})
+    started = load_or_compute(workdir / "started.json", lambda: {"date": date.today().isoformat()})
     config = config.copy_and_resolve_references()
     config.data.date = started["date"]
     return config
@@ -134,10 +134,10 @@ def _check_positions(config: ConfigDict, teacher: Model | None, student: Model) 
 
 def _agree_on_models(*models: Model | None) -> None:
     """Raises HostsError where the processes of a run read different ones."""
-    for model in filter(None, () if distributed.alone() else models):
-        facts = (model.hf_config, identity.of_tokenizer(model.tokenizer))
-        facts = json.dumps(facts, sort_keys=True) + identity.glimpse(model.name)
-        distributed.agree(f"the model {model.name}", facts)
+    for model in filter(None, () if distributed.is_single_process() else models):
+        facts = (model.hf_config, identity.tokenizer_digest(model.tokenizer))
+        facts = json.dumps(facts, sort_keys=True) + identity.quick_digest(model.name)
+        distributed.assert_same(f"the model {model.name}", facts)
 
 
 def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: epath.Path):
@@ -158,7 +158,7 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: ep
     rows = tokenized(config, student, data.train, records)
     dev = tokenized(config, student, data.dev, dev_records)
     write = functools.partial(
-        teacher_responses.teacher_answers,
+        teacher_responses.teacher_responses,
         teacher,
         prompt_capacity=data.max_prompt_length,
         max_new_tokens=data.max_length - data.max_prompt_length,
@@ -182,7 +182,7 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: ep
 def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, workdir, more: int):
     """Where there are no data: see `data_free`. So many, and `more` to hold out."""
     settings, data = DataFree(**config.data_free), config.data
-    return write_requests(
+    return generate_prompts(
         teacher,
         student,
         workdir / "requests.jsonl",
@@ -433,7 +433,7 @@ def _cache(config: ConfigDict, student: Model, rows: Rows, vocab_size: int) -> l
     teacher = config.teacher
     return logprob_cache.open_cache(
         to_path(config.cache.path),
-        teacher=identity.of_files(teacher.path, teacher.dtype, teacher.param_dtype),
+        teacher=identity.teacher_identity(teacher.path, teacher.dtype, teacher.param_dtype),
         tokenizer=student.tokenizer,
         rows=rows,
         vocab_size=vocab_size,

@@ -42,7 +42,7 @@ class TrainingProgress:
         console: Console | None = None,
     ):
         self._console = console or Console()
-        self._live = distributed.is_first() and shows_control_codes(self._console)
+        self._live = distributed.is_primary() and shows_control_codes(self._console)
         # The speed is that of the last ten minutes, since one update may take longer than rich's
         # half a minute. Compilation is not in it: the first sample is the first update.
         # On a narrow terminal only the figures wrap; all else keeps its width.
@@ -68,7 +68,7 @@ class TrainingProgress:
             if name in metrics
         )
         self._progress.update(self._task, completed=step, figures=figures)
-        if not self._live and distributed.is_first():
+        if not self._live and distributed.is_primary():
             print(self._plain_line(), file=self._console.file, flush=True)
 
     def _plain_line(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, FieldReference
 
 from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.method import GOLD, POLICY
+from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.policy_gradient import PolicyGradient
 from promptkd_jax.inference.data_free import DataFree
 
@@ -36,7 +36,7 @@ def stage_config(name: str, **changes: Any) -> ConfigDict:
         steps=0,
         epochs=0.0,
         targets="gold",  # where rows come from, see method.TARGETS
-        student_terms=((GOLD, 1.0),),  # (divergence, weight), see losses.DIVERGENCES
+        student_terms=((CROSS_ENTROPY, 1.0),),  # (divergence, weight), see losses.DIVERGENCES
         teacher_view="plain",  # see method.VIEWS
         rollout_slots=0,  # rows that are written at once, others follow where some end; 0: all
         stale_rollouts=False,  # rows are written during the step before, see method.Method
@@ -49,7 +49,10 @@ def stage_config(name: str, **changes: Any) -> ConfigDict:
         regularisation=1.0,
         regularisation_schedule="linear",  # linear (as published) | constant | adaptive
         target_kl=0.01,  # nats per token, for the adaptive schedule
-        teacher_terms=((GOLD, 1.0), ("forward_kl", 1.0)),  # what an online teacher minimises
+        teacher_terms=(
+            (CROSS_ENTROPY, 1.0),
+            ("forward_kl", 1.0),
+        ),  # what an online teacher minimises
         policy_gradient=policy_gradient_config(),
         hidden_terms=(),  # of hidden_term(…)
         corpus_terms=(),  # (name, weight) on the rows of data.corpus
@@ -89,19 +92,19 @@ _PROMPTKD = dict(targets="student", teacher_view="prompted")
 # By name: what makes a method a method; how long and how fast it learns is said elsewhere.
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
-    "kd": dict(student_terms=((GOLD, 0.5), ("forward_kl", 0.5))),
+    "kd": dict(student_terms=((CROSS_ENTROPY, 0.5), ("forward_kl", 0.5))),
     "seqkd": dict(targets="teacher"),
     "imitkd": dict(targets="student", student_terms=(("forward_kl", 1.0),)),
     "gkd": dict(targets="mixed", on_policy_share=1.0, student_terms=_RKL),
     "minillm": dict(
         targets="student",
         teacher_share=0.2,
-        student_terms=((POLICY, 1.0), ("reverse_kl", 1.0)),
+        student_terms=((POLICY_GRADIENT, 1.0), ("reverse_kl", 1.0)),
         passes=4,
     ),
     "opd": dict(
         targets="student",
-        student_terms=((POLICY, 1.0),),
+        student_terms=((POLICY_GRADIENT, 1.0),),
         policy_gradient=policy_gradient_config(
             gamma=0.0, reward_scaling=1.0, length_normalise=False, whiten="none"
         ),

@@ -19,23 +19,23 @@ from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import (
     TrainingError,
 )
-from promptkd_jax.infra.files import check_shared, once, read_text, write_json
+from promptkd_jax.infra.files import check_shared, load_or_compute, read_text, write_json
 from promptkd_jax.models.io.safetensors import has_weights
 from promptkd_jax.training import build, fields
 from promptkd_jax.training.config import as_json, claim
 from promptkd_jax.training.experiment import Experiment
-from promptkd_jax.training.loop import Trained, assess, fit, score_dev
+from promptkd_jax.training.loop import Trained, dev_generation_metrics, evaluate_student, fit
 from promptkd_jax.training.prepare import prepare, with_date
 from promptkd_jax.training.save import save, save_configs
 
 # name, format, which direction is better
-HELD_OUT = {
+DEV_METRICS = {
     "kl": ("held-out KL(teacher ‖ student), nats", ".3f", "lower"),
     "agreement": ("top-1 agreement with the teacher", ".3f", "higher"),
     "rougeL": ("ROUGE-L", ".2f", "higher"),
 }
 # What summary.json compares before and after training.
-COMPARED = (*HELD_OUT, "loss", "response_length", "eos_rate", "repetition")
+SUMMARY_KEYS = (*DEV_METRICS, "loss", "response_length", "eos_rate", "repetition")
 PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")
 
 
@@ -50,13 +50,13 @@ def run(
       workdir: a folder that all processes see, as `files.to_path` makes it.
       choose_remat: replaces "auto", as `plan.remat.with_chosen_remat`; None: that is "full".
     """
-    distributed.agree("the config", json.dumps(as_json(config), sort_keys=True))
-    distributed.agree("the version of jax, flax, optax or promptkd_jax", _versions())
-    claim(workdir, config, fields.IRRELEVANT)
+    distributed.assert_same("the config", json.dumps(as_json(config), sort_keys=True))
+    distributed.assert_same("the version of jax, flax, optax or promptkd_jax", _versions())
+    claim(workdir, config, fields.NOT_IN_FINGERPRINT)
     check_shared(workdir)
-    if distributed.on_first(lambda: _is_finished(workdir)):
+    if distributed.run_on_primary(lambda: _is_finished(workdir)):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
-        return distributed.on_first(lambda: json.loads(read_text(workdir / "summary.json")))
+        return distributed.run_on_primary(lambda: json.loads(read_text(workdir / "summary.json")))
     started = time.monotonic()
     mesh = sharding.make_mesh(config.mesh)
     for index, stage in enumerate(config.stages):
@@ -71,7 +71,7 @@ def run(
         save_configs(experiment, workdir)
         for doubt in _doubts(experiment):
             distributed.warn(doubt)
-        before = once(workdir / "before.json", lambda: _assess_first(experiment))
+        before = load_or_compute(workdir / "before.json", lambda: _assess_first(experiment))
         result = fit(experiment, workdir, started, before)
         return finish(experiment, workdir, result, before)
 
@@ -110,10 +110,10 @@ def _is_finished(workdir: epath.Path) -> bool:
 def _assess_first(experiment: Experiment) -> dict[str, Any]:
     """Scores the student that the run starts from. Raises TrainingError where it is broken."""
     print("measuring the student before training …", flush=True)
-    found = assess(experiment)
+    found = evaluate_student(experiment)
     for key, who in (("loss", experiment.student), ("kl", experiment.teacher)):
         if not math.isfinite(found.get(key, 0.0)):
-            name = HELD_OUT[key][0] if key in HELD_OUT else "loss"
+            name = DEV_METRICS[key][0] if key in DEV_METRICS else "loss"
             raise TrainingError(
                 f"{who.name}: its {name} on the dev rows is {found[key]} before training: its "
                 f"weights, or what {who.decoder.config.dtype} makes of them, are not finite numbers"
@@ -131,13 +131,13 @@ def finish(
     """Exports, measures, reports; `summary.json` comes last and says that the run is finished."""
     config, state = experiment.config, trained.state
     print("measuring the student after training …", flush=True)
-    after = assess(experiment, state.student, state.soft_prompt)
+    after = evaluate_student(experiment, state.student, state.soft_prompt)
     if state.soft_prompt is not None and config.evaluation.prompt_effect:
         after |= _prompt_effect(experiment, state.soft_prompt)
     write_json(workdir / "after.json", after)
     rows = [
         (name, before[key], after[key], *rest)
-        for key, (name, *rest) in HELD_OUT.items()
+        for key, (name, *rest) in DEV_METRICS.items()
         if key in after
     ]
     models = experiment.teacher, experiment.student
@@ -168,8 +168,8 @@ def finish(
 
 def _prompt_effect(experiment: Experiment, soft_prompt: jax.Array) -> dict[str, float]:
     """The teacher's own ROUGE-L, without and with its soft prompt (table 4 of the paper)."""
-    plain, _ = score_dev(experiment, experiment.teacher)
-    prompted, _ = score_dev(experiment, experiment.teacher, soft_prompt)
+    plain, _ = dev_generation_metrics(experiment, experiment.teacher)
+    prompted, _ = dev_generation_metrics(experiment, experiment.teacher, soft_prompt)
     return {"teacher_rougeL": plain["rougeL"], "teacher_rougeL_prompted": prompted["rougeL"]}
 
 
@@ -178,7 +178,7 @@ def _summary(trained: Trained, before: dict[str, Any], after: dict[str, Any]) ->
     spent = trained.training
     summary = {
         f"{key}_{when}": found[key]
-        for key in COMPARED
+        for key in SUMMARY_KEYS
         for when, found in (("before", before), ("after", after))
         if key in found
     }

@@ -47,13 +47,15 @@ def load_configs(config: ConfigDict, workdir: epath.Path) -> tuple[Model | None,
         return found.replace(name=path)
 
     student, teacher = (workdir / CONFIGS / name for name in ("student", "teacher"))
-    if not distributed.on_first(student.exists):
+    if not distributed.run_on_primary(student.exists):
         raise ModelError(
             f"{student}: no such folder; the command that began the run writes it when it is given "
             "again"
         )
     student = load("student", config.student.path or config.teacher.path)
-    teacher = load("teacher", config.teacher.path) if distributed.on_first(teacher.exists) else None
+    teacher = (
+        load("teacher", config.teacher.path) if distributed.run_on_primary(teacher.exists) else None
+    )
     return teacher, student
 
 

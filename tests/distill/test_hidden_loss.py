@@ -21,7 +21,7 @@ from promptkd_jax.distill.hidden_loss import (
     resolve_term,
     taps,
 )
-from promptkd_jax.distill.teacher import view, view_with_states
+from promptkd_jax.distill.teacher import lazy_logits, lazy_logits_and_states
 from promptkd_jax.models.decoder import REMAT, Decoder
 
 CAPACITY = 11
@@ -45,7 +45,7 @@ def where() -> Responses:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def seen(decoder, looked_at, params, rows, soft_prompt=None):
     """`view` with taps, at the response positions of `rows`."""
-    return view_with_states(
+    return lazy_logits_and_states(
         decoder, params, rows, responses(rows, CAPACITY), VOCABULARY, soft_prompt, looked_at
     )
 
@@ -355,7 +355,7 @@ def all_taps(decoder: Decoder):
 @pytest.mark.parametrize("soft_prompt", [None, PROMPT], ids=["plain", "prompted"])
 def test_taps_change_nothing_of_the_view(soft_prompt):
     rows = batch()
-    expected = jax.jit(view, static_argnums=(0, 4))(
+    expected = jax.jit(lazy_logits, static_argnums=(0, 4))(
         TEACHER, params(TEACHER), rows, where(), VOCABULARY, soft_prompt
     )
     without, nothing = seen(TEACHER, (), params(TEACHER), rows, soft_prompt)

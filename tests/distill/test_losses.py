@@ -11,7 +11,7 @@ from helpers.tiny import equations
 
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import Linear, linear_loss, linear_values
+from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss, linear_values
 from promptkd_jax.distill.losses import DIVERGENCES, divergence
 
 SHAPE = (3, 5, 13)
@@ -336,7 +336,7 @@ def problem():
     def linear(width):
         hidden = rng.normal(0, 1, (ROWS, LENGTH, width))
         head = rng.normal(0, 1, (VOCABULARY, width))
-        return Linear(jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32))
+        return LazyLogits(jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32))
 
     labels = rng.integers(0, VOCABULARY, (ROWS, LENGTH))
     mask = np.array([[1, 1, 0, 1, 0.5, 0, 1], [0, 0, 1, 1, 1, 0, 0]], np.float32)
@@ -446,11 +446,11 @@ def test_a_tied_embedding_gets_the_gradients_of_both_uses():
         return jnp.tanh(embedding[labels])
 
     def chunked(embedding):
-        learner = Linear(hidden(embedding), embedding)
+        learner = LazyLogits(hidden(embedding), embedding)
         return linear_loss([losses.reverse_kl], learner, [teacher], mask, chunk=3)[0]
 
     def whole(hidden, head):
-        own = Linear(hidden, head).logits()
+        own = LazyLogits(hidden, head).logits()
         return (mask * losses.reverse_kl(teacher.logits(), own)).sum()
 
     embedding = problem()[0].head
@@ -463,7 +463,7 @@ def test_a_tied_embedding_gets_the_gradients_of_both_uses():
 
 def test_half_precision_gradients_have_the_dtypes_of_what_they_belong_to():
     learner = problem()[0]
-    half = Linear(learner.hidden.astype(jnp.bfloat16), learner.head)
+    half = LazyLogits(learner.hidden.astype(jnp.bfloat16), learner.head)
     gradient = jax.grad(lambda x: kl_loss(x)[0])(half)
     assert (gradient.hidden.dtype, gradient.head.dtype) == (jnp.bfloat16, jnp.float32)
     exact = jax.grad(lambda x: kl_loss(x)[0])(learner)
@@ -603,7 +603,7 @@ def test_constants_of_a_compiled_function_are_looked_at_too(transform, array):
 
     def loss(hidden, cached, labels):
         terms = [losses.forward_kl, losses.cross_entropy]
-        return linear_loss(terms, Linear(hidden, learner.head), [cached, labels], mask)[0]
+        return linear_loss(terms, LazyLogits(hidden, learner.head), [cached, labels], mask)[0]
 
     def compiled(cached, labels):
         return transform(lambda hidden: loss(hidden, cached, labels))(learner.hidden)
@@ -700,7 +700,7 @@ def of_one_position(spec: str, target: TopK, student: np.ndarray):
     """(value, gradient for the student's logits), which are a head for hidden states of width 1."""
 
     def loss(student):
-        learner = Linear(jnp.ones((1, 1, 1)), student[:, None])
+        learner = LazyLogits(jnp.ones((1, 1, 1)), student[:, None])
         return linear_loss([divergence(spec)], learner, [target], jnp.ones((1, 1)))[0]
 
     return jax.value_and_grad(loss)(jnp.asarray(student))
@@ -783,10 +783,10 @@ def test_the_tail_is_divided_as_the_learner_divides_its_own(spec):
     np.put_along_axis(whole, ids, np.asarray(cached.log_probs, np.float64), axis=-1)
 
     def chunked(hidden):
-        return linear_loss([divergence(spec)], Linear(hidden, learner.head), [cached], mask)[0]
+        return linear_loss([divergence(spec)], LazyLogits(hidden, learner.head), [cached], mask)[0]
 
     def dense(hidden):
-        logits = Linear(hidden, learner.head).logits()
+        logits = LazyLogits(hidden, learner.head).logits()
         return (mask * divergence(spec)(jnp.asarray(whole, jnp.float32), logits)).sum()
 
     found, right = (jax.value_and_grad(f)(learner.hidden) for f in (chunked, dense))
@@ -902,7 +902,7 @@ def test_no_gradient_of_the_head_where_nobody_asks_for_it():
     learner = problem()[0]
 
     def loss(hidden, head):
-        return kl_loss(Linear(hidden, head))[0]
+        return kl_loss(LazyLogits(hidden, head))[0]
 
     of_head = (WIDTH, VOCABULARY)
     assert of_head not in products(jax.grad(loss), *learner)
@@ -938,7 +938,9 @@ def test_no_array_of_all_logits():
     shape = jax.ShapeDtypeStruct
     rows, length, vocabulary = 4, 512, 49152
     learner, teacher = (
-        Linear(shape((rows, length, width), jnp.float32), shape((vocabulary, width), jnp.float32))
+        LazyLogits(
+            shape((rows, length, width), jnp.float32), shape((vocabulary, width), jnp.float32)
+        )
         for width in (576, 960)
     )
     mask = shape((rows, length), jnp.float32)

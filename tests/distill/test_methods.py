@@ -52,7 +52,7 @@ from promptkd_jax.distill.step import (
 )
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
-from promptkd_jax.models.sampler import Sampling, Voice, row_keys, sample
+from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample
 
 # The dense definitions
 
@@ -64,7 +64,7 @@ def rows_of(method: Method, student, key, replay: Replay | None = None, rows=Non
 
 @functools.partial(jit, static_argnums=0)
 def _rows_of(method: Method, student, teacher, key, replay, rows: Batch):
-    second = Voice(TEACHER, teacher) if method.teacher_share else None
+    second = SamplingModel(TEACHER, teacher) if method.teacher_share else None
     return target_rows(method, STUDENT, student, rows, replay, key, step=0, teacher=second)
 
 
@@ -311,7 +311,7 @@ def spoken(requests, lengths, second, active=None, *, share=0.0, vocab_size=VOCA
         sampling=Sampling(eos_ids=(EOS,)),
         vocab_size=vocab_size,
         active=active,
-        second=None if second is None else Voice(TEACHER, second),
+        second=None if second is None else SamplingModel(TEACHER, second),
         second_share=share,
     )
 

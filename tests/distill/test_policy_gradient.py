@@ -14,7 +14,7 @@ from helpers.golden import assert_close
 
 from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
 from promptkd_jax.distill.policy_gradient import (
     PolicyGradient,
     PolicyTarget,
@@ -220,7 +220,7 @@ def test_without_logits_it_is_the_same_loss(ratio_clip):
     labels = np.random.default_rng(0).integers(0, 7, MASK.shape)
     log_q, log_p = -np.abs(normal(0, *MASK.shape)), -np.abs(normal(1, *MASK.shape))
     target = policy_target(labels, MASK, log_q, log_p, 0.2, PolicyGradient())
-    learner = Linear(jnp.asarray(normal(5, *MASK.shape, 3)), jnp.asarray(normal(6, 7, 3)))
+    learner = LazyLogits(jnp.asarray(normal(5, *MASK.shape, 3)), jnp.asarray(normal(6, 7, 3)))
     term = functools.partial(clipped_policy_gradient, ratio_clip=ratio_clip)
 
     def chunked(learner):
@@ -311,7 +311,7 @@ class Rollout:
     def logits(self, model, rows: Batch, where):
         """At the response positions."""
         hidden = hidden_states(model.decoder, model.params, rows.tokens)
-        return Linear(gather(hidden, where), head(model.params)).logits()
+        return LazyLogits(gather(hidden, where), head(model.params)).logits()
 
     def sampled(self, logits, forbidden):
         """The distribution that was sampled from."""
@@ -363,12 +363,12 @@ class Rollout:
         hidden = hidden_states(self.drifted.decoder, params, tokens)
         answers, texts = jnp.split(hidden, [len(self.rows.tokens)])
         kernel = head(params)
-        rl, pg, reg = self._policy_loss(Linear(gather(answers, self.where), kernel), *rollout)
-        pt, lm, ds = self._text_loss(Linear(gather(texts, text[0]), kernel), *text)
+        rl, pg, reg = self._policy_loss(LazyLogits(gather(answers, self.where), kernel), *rollout)
+        pt, lm, ds = self._text_loss(LazyLogits(gather(texts, text[0]), kernel), *text)
         parts = dict(rl_loss=rl, pg_loss=pg, reg_loss=reg, pt_loss=pt, lm_loss=lm, ds_loss=ds)
         return rl + self.hyper["lm_coef"] * pt, parts
 
-    def _policy_loss(self, learner: Linear, target: PolicyTarget, teacher):
+    def _policy_loss(self, learner: LazyLogits, target: PolicyTarget, teacher):
         """Policy gradient and single-step term, three positions at a time."""
         forbidden, count = self.arrays["batch_inf_mask"], self.where.mask.sum()
         clip = self.settings.ratio_clip
@@ -383,7 +383,7 @@ class Rollout:
         )
         return loss, *sums / count
 
-    def _text_loss(self, learner: Linear, where, teacher):
+    def _text_loss(self, learner: LazyLogits, where, teacher):
         """Cross-entropy and distillation on text."""
         count, share = where.mask.sum(), self.hyper["kd_ratio"]
         loss, sums = linear_loss(

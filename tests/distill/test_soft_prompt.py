@@ -315,7 +315,7 @@ def test_an_adapter_in_a_bucket_is_bit_equal(monkeypatch):
 
 
 def test_other_processes_write_no_adapter(monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     config = random_model("opt").hf_config
     save_soft_prompt(tmp_path / "new", PREFIX, teacher="teacher", hf_config=config)
     assert list(tmp_path.iterdir()) == []

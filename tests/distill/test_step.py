@@ -33,7 +33,7 @@ from helpers.steps import (
 from helpers.tiny import equations
 
 import promptkd_jax.distill.step as step_module
-from promptkd_jax.data.batch import Batch, narrow
+from promptkd_jax.data.batch import Batch, truncate
 from promptkd_jax.distill import objective
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.optimizer import adamw
@@ -302,7 +302,7 @@ def test_rows_of_like_length_in_fewer_columns(parts, widths, monkeypatch):
 
     def counted(rows, width):
         jax.debug.callback(lambda: taken.append(width))
-        return narrow(rows, width)
+        return truncate(rows, width)
 
     monkeypatch.setattr(step_module, "narrow", counted)
     whole, expected = update(method())

@@ -9,7 +9,7 @@ import pytest
 
 from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.distill.targets import rollout
-from promptkd_jax.distill.teacher import view
+from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.io.params import abstract_params
@@ -134,7 +134,7 @@ def test_a_teacher_behind_the_embeddings_of_words_reads_the_words():
 
     @jit
     def seen(rows, soft_prompt=None):
-        return view(DECODER, params(), rows, responses(rows, 5), VOCABULARY, soft_prompt)
+        return lazy_logits(DECODER, params(), rows, responses(rows, 5), VOCABULARY, soft_prompt)
 
     prompted, as_text, plain = seen(rows, embed(params(), words)), seen(longer), seen(rows)
     assert prompted.hidden.shape == (2, 5, 16)

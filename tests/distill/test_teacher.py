@@ -39,7 +39,7 @@ from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.step import TrainState, summarize
-from promptkd_jax.distill.teacher import view_with_states
+from promptkd_jax.distill.teacher import lazy_logits_and_states
 
 BOTH_KLS = (("forward_kl", 0.3), ("reverse_kl", 0.7))
 
@@ -163,7 +163,7 @@ def dense_hidden(student, projections, teacher):
     terms = resolved()
     models = ((STUDENT, student), (TEACHER, teacher))
     states = [
-        view_with_states(decoder, params, batch(), where, VOCABULARY, None, taps)[1]
+        lazy_logits_and_states(decoder, params, batch(), where, VOCABULARY, None, taps)[1]
         for (decoder, params), taps in zip(models, hidden_loss.taps(terms))
     ]
     total, _ = hidden_loss.hidden_loss(terms, *states, projections, where)

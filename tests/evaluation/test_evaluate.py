@@ -62,11 +62,11 @@ def dense_closeness(teacher, student, rows):
 def test_closeness_is_the_mean_over_response_tokens(folder, rows):
     teacher, student = (load_model(str(folder / name)) for name in ("teacher", "student"))
     how = dict(batch_size=2, length=24, vocab_size=len(student.tokenizer))
-    found = student_metrics.closeness(teacher, student, rows, **how)
+    found = student_metrics.teacher_metrics(teacher, student, rows, **how)
     kl, same = dense_closeness(teacher, student, rows)
     np.testing.assert_allclose(found["kl"], kl, rtol=1e-4)
     assert found["agreement"] == pytest.approx(same)
-    itself = student_metrics.closeness(teacher, teacher, rows, **how)
+    itself = student_metrics.teacher_metrics(teacher, teacher, rows, **how)
     assert itself["kl"] == pytest.approx(0, abs=1e-5) and itself["agreement"] == 1
 
 
@@ -79,8 +79,8 @@ def test_answers_do_not_depend_on_where_writing_starts(folder, rows):
         batch_size=2,
         key=jax.random.key(3),
     )
-    whole = list(generate.write_answers(model, rows, **how))
-    rest = list(generate.write_answers(model, rows, **how, first=2))
+    whole = list(generate.generate_responses(model, rows, **how))
+    rest = list(generate.generate_responses(model, rows, **how, first=2))
     assert len(whole) == 3 and len(rest) == 1
     np.testing.assert_array_equal(whole[2], rest[0])
 

@@ -16,10 +16,10 @@ from promptkd_jax.data.rows import tokenize
 from promptkd_jax.evaluation.exposure_bias import (
     ex_acc_err,
     exposure_bias,
+    generate_samples,
     position_errors,
     published_curve,
     published_ex_acc_err,
-    write_texts,
 )
 from promptkd_jax.inference import generate
 from promptkd_jax.models.decoder import head
@@ -82,7 +82,7 @@ def dense_curve(models, rows, writer, samples=2):
     """Errors of each position, averaged over the texts that reach it, then accumulated."""
     errors = [[] for _ in range(NEW)]
     for sample in range(samples):
-        answers = generate.write_answers(
+        answers = generate.generate_responses(
             writer,
             rows,
             sampling=Sampling(eos_ids=writer.eos_ids),
@@ -117,7 +117,7 @@ def test_texts_of_the_teacher_written_before_are_the_same(models, rows):
     found = measured(models, rows)
     sizes = SIZES | dict(vocab_size=models[1].vocab_size, eos_ids=end_ids(*models), samples=2)
     for seed, same in ((3, True), (4, False)):
-        texts = write_texts(models[0], rows, seed=seed, **sizes)
+        texts = generate_samples(models[0], rows, seed=seed, **sizes)
         other = measured(models, rows, teacher_texts=texts)
         np.testing.assert_array_equal(other.student_error, found.student_error)
         assert np.array_equal(other.teacher_error, found.teacher_error) == same

@@ -380,7 +380,7 @@ def test_the_report_of_a_bucket_is_in_it(monkeypatch):
 def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
     write_rows(tmp_path, [{"step": step, "loss": 1.0} for step in (1, 2)])
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     truncate_metrics(tmp_path, 1)
     write_rows(tmp_path / "new", [{"step": 3, "loss": 1.0}])
     path = write_report(tmp_path, title="", config_text="", summary=SUMMARY, samples=[])

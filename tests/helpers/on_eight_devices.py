@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill import losses, optimizer
-from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.step import Optimizers, init_state, summarize, train_step, write_ahead
@@ -284,7 +284,7 @@ def other_meshes_are_left_alone() -> None:
 
     @jax.value_and_grad
     def loss(learner, target, mask):
-        learner, target = Linear(learner, head), Linear(target, head)
+        learner, target = LazyLogits(learner, head), LazyLogits(target, head)
         return linear_loss([losses.reverse_kl], learner, [target], mask, chunk=4)[0]
 
     whole_loss = jax.jit(loss)(*inputs)

@@ -21,9 +21,9 @@ from promptkd_jax.data.batches import collate, stream, train_batches
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
 from promptkd_jax.inference import logprob_cache, teacher_responses
-from promptkd_jax.inference.generate import write_answers
+from promptkd_jax.inference.generate import generate_responses
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError, DataError
 from promptkd_jax.infra.files import read_text, to_path, write_text
@@ -87,7 +87,7 @@ def write(teacher, rows, folder, **changes) -> logprobs.Cached:
 def reopen(teacher, rows, folder, **changes) -> logprobs.Cached:
     tokenizer = changes.get("tokenizer") or teacher.tokenizer
     config = teacher.decoder.config
-    whose = identity.of_files(teacher.name, config.dtype, config.param_dtype)
+    whose = identity.teacher_identity(teacher.name, config.dtype, config.param_dtype)
     how = dict(teacher=whose, tokenizer=tokenizer, rows=rows, vocab_size=VOCABULARY)
     return logprob_cache.open_cache(folder, **(how | changes))
 
@@ -165,7 +165,7 @@ def test_the_kept_are_the_largest(teacher, rows, small):
 def test_the_tail_of_a_sure_teacher_is_kept_though_it_rounds_to_0():
     """Logits 0, -30, -31, then -40: all but the first add up to less than float32 tells from 1."""
     logits = jnp.full((1, 1, 200), -40.0).at[0, 0, :3].set(jnp.array([0.0, -30.0, -31.0]))
-    found = logprob_cache.largest(Linear(jnp.ones((1, 1, 1)), logits[0, 0, :, None]), 3)
+    found = logprob_cache.largest(LazyLogits(jnp.ones((1, 1, 1)), logits[0, 0, :, None]), 3)
     np.testing.assert_allclose(found.tail, -40 + np.log(197), rtol=1e-6)
     assert 1 - np.exp(found.log_probs, dtype=np.float32).sum() <= 0
 
@@ -186,7 +186,7 @@ def test_positions_are_computed_in_blocks(monkeypatch):
     hidden, kernel = (
         jax.random.normal(jax.random.key(i), s) for i, s in ((0, (2, 7, 5)), (1, (50, 5)))
     )
-    model = Linear(hidden, kernel)
+    model = LazyLogits(hidden, kernel)
     monkeypatch.setattr(logprob_cache, "chunk_elements", lambda _: 3 * 2 * 50)
     values, ids = jax.lax.top_k(losses.log_probs(model.logits()), 3)
     found = logprob_cache.largest(model, 3)
@@ -207,7 +207,7 @@ def test_a_loss_on_cached_batches_counts_real_positions_alone(teacher, rows, tmp
     hidden = jnp.take_along_axis(hidden, where.positions[:, :, None], axis=1)
 
     def loss(hidden):
-        learner = Linear(hidden, head(teacher.params)[:VOCABULARY])
+        learner = LazyLogits(hidden, head(teacher.params)[:VOCABULARY])
         return linear_loss((losses.forward_kl,), learner, (target,), where.mask)[0]
 
     value, gradient = jax.value_and_grad(loss)(hidden)
@@ -397,7 +397,7 @@ def test_a_response_too_long_for_the_batches_is_an_error_at_once(rows, teacher, 
 def answer(teacher, rows, file, **changes) -> Rows:
     how = dict(sampling=SAMPLING, prompt_capacity=12, max_new_tokens=6, batch_size=2, seed=3)
     how |= dict(vocab_size=VOCABULARY)
-    return teacher_responses.teacher_answers(teacher, rows, file, **(how | changes))
+    return teacher_responses.teacher_responses(teacher, rows, file, **(how | changes))
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +409,7 @@ def answered(teacher, rows, tmp_path_factory) -> pathlib.Path:
 
 def test_answers_take_the_place_of_responses(teacher, rows, answered):
     found = answer(teacher, rows, answered)
-    expected = write_answers(
+    expected = generate_responses(
         teacher,
         rows,
         sampling=SAMPLING,
@@ -599,9 +599,9 @@ def test_the_command_refuses_a_bucket_before_it_loads_a_model(tmp_path):
 def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkeypatch, tmp_path):
     """Their own disk stays empty, and they answer what the first one lacks."""
     kept = [json.loads(line)["answer"] for line in answered.read_text().splitlines()][:4]
-    told = iter([identity.of_model(teacher)["teacher"], None, kept])
-    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    told = iter([identity.model_identity(teacher)["teacher"], None, kept])
+    monkeypatch.setattr(distributed, "run_on_primary", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     found = answer(teacher, rows, tmp_path / "answers.jsonl")
     monkeypatch.undo()
     assert next(told, "all told") == "all told"
@@ -611,14 +611,14 @@ def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkey
 
 
 def test_other_processes_write_no_entry(teacher, rows, small, monkeypatch, tmp_path):
-    told = iter([identity.of_model(teacher)["teacher"], None, {"rows_written": 0}])
-    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    told = iter([identity.model_identity(teacher)["teacher"], None, {"rows_written": 0}])
+    monkeypatch.setattr(distributed, "run_on_primary", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     found = write(teacher, rows, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     assert found.offsets.tolist() == np.load(small / "offsets.npy").tolist()
 
 
 def test_the_first_process_alone_reads_the_teachers_files(teacher, monkeypatch):
-    monkeypatch.setattr(distributed, "on_first", lambda compute: "told")
-    assert identity.of_model(teacher)["teacher"] == "told"
+    monkeypatch.setattr(distributed, "run_on_primary", lambda compute: "told")
+    assert identity.model_identity(teacher)["teacher"] == "told"

@@ -12,7 +12,7 @@ import pytest
 from helpers import bucket, tiny
 
 from promptkd_jax.inference import data_free, topic_policy
-from promptkd_jax.inference.data_free import DataFree, write_requests
+from promptkd_jax.inference.data_free import DataFree, generate_prompts
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import read_text, write_text
@@ -71,7 +71,7 @@ def lines(file: pathlib.Path) -> list[dict]:
 def whole(folder, teacher, student, settings):
     """An uninterrupted call: its records and its file."""
     file = folder / "whole.jsonl"
-    return write_requests(teacher, student, file, settings, **HOW), file
+    return generate_prompts(teacher, student, file, settings, **HOW), file
 
 
 def test_requests_are_records_without_answers(whole, teacher):
@@ -132,7 +132,7 @@ def test_a_stopped_call_goes_on_to_the_same_requests(
     copy.with_suffix(".manifest.json").write_text(manifest)
     kept = file.read_text().splitlines(keepends=True)[:torn]
     copy.write_text("".join(kept)[:-3])
-    assert write_requests(teacher, student, copy, settings, **HOW) == records
+    assert generate_prompts(teacher, student, copy, settings, **HOW) == records
     assert copy.read_text() == file.read_text()
 
 
@@ -140,21 +140,21 @@ def test_more_requests_continue_the_same_file(whole, teacher, student, settings,
     records, file = whole
     fewer = dataclasses.replace(settings, requests=4)
     copy = tmp_path / "requests.jsonl"
-    assert write_requests(teacher, student, copy, fewer, **HOW) == records[:4]
-    assert write_requests(teacher, student, copy, settings, **HOW) == records
+    assert generate_prompts(teacher, student, copy, fewer, **HOW) == records[:4]
+    assert generate_prompts(teacher, student, copy, settings, **HOW) == records
     assert copy.read_text() == file.read_text()
 
 
 def test_a_finished_file_is_only_read(whole, teacher, student, settings, monkeypatch):
     monkeypatch.setattr(data_free, "write_answers", None)
-    assert write_requests(teacher, student, whole[1], settings, **HOW) == whole[0]
+    assert generate_prompts(teacher, student, whole[1], settings, **HOW) == whole[0]
 
 
 def test_answers_beyond_the_trained_positions(whole, teacher, student, settings, capsys):
     """The student reads the teacher's answers, which may be longer than rows of training data."""
     decoder = Decoder(student.decoder.config.replace(max_positions=9))
     short = student.replace(decoder=decoder, name="short")
-    write_requests(teacher, short, whole[1], settings, **HOW)
+    generate_prompts(teacher, short, whole[1], settings, **HOW)
     longest = HOW["prompt_capacity"] + settings.max_new_tokens
     said = f"short: rows of up to {longest} tokens, but it was trained for 9 positions"
     assert said in capsys.readouterr().err
@@ -162,7 +162,7 @@ def test_answers_beyond_the_trained_positions(whole, teacher, student, settings,
 
 def test_a_student_like_its_teacher_disagrees_nowhere(teacher, settings, tmp_path):
     few = dataclasses.replace(settings, requests=2)
-    write_requests(teacher, teacher, tmp_path / "r.jsonl", few, **HOW)
+    generate_prompts(teacher, teacher, tmp_path / "r.jsonl", few, **HOW)
     assert {line["kl"] for line in lines(tmp_path / "r.jsonl") if line.get("fault") == ""} == {0.0}
 
 
@@ -172,13 +172,13 @@ def test_a_file_of_another_making_is_refused(whole, teacher, student, settings, 
     chosen = dataclasses.replace(settings, seed=11) if change == "seed" else settings
     how = HOW | ({"template": "alpaca", "prompt_capacity": 160} if change == "template" else {})
     with pytest.raises(DataError, match=f"\n  {change}: there"):
-        write_requests(*models.get(change, (teacher, student)), whole[1], chosen, **how)
+        generate_prompts(*models.get(change, (teacher, student)), whole[1], chosen, **how)
 
 
 def test_a_file_without_its_manifest_is_refused(whole, teacher, student, settings, tmp_path):
     (tmp_path / "r.jsonl").write_text(whole[1].read_text())
     with pytest.raises(DataError, match="r.manifest.json, which says what made it, is missing"):
-        write_requests(teacher, student, tmp_path / "r.jsonl", settings, **HOW)
+        generate_prompts(teacher, student, tmp_path / "r.jsonl", settings, **HOW)
 
 
 def test_duplicates_are_dropped_counted_and_the_end_of_patience_is_told(
@@ -188,7 +188,7 @@ def test_duplicates_are_dropped_counted_and_the_end_of_patience_is_told(
     greedy = dataclasses.replace(settings, temperature=0.0, round_size=8, seed=3)
     file = tmp_path / "requests.jsonl"
     with pytest.raises(DataError, match=r"dropped: \d+ duplicate.*; 18 are wanted, but the last 5"):
-        write_requests(teacher, student, file, greedy, **HOW)
+        generate_prompts(teacher, student, file, greedy, **HOW)
     requests = [line for line in lines(file) if "request" in line]
     kept = [line["request"] for line in requests if not line["fault"]]
     assert 0 < len(kept) <= 6 and len(set(kept)) == len(kept)
@@ -201,7 +201,7 @@ def test_duplicates_are_dropped_counted_and_the_end_of_patience_is_told(
 
 def test_a_topic_longer_than_a_prompt_is_refused(teacher, student, settings, tmp_path):
     with pytest.raises(DataError, match="longer than"):
-        write_requests(
+        generate_prompts(
             teacher, student, tmp_path / "r.jsonl", settings, **HOW | {"prompt_capacity": 2}
         )
 
@@ -210,7 +210,7 @@ def test_a_request_that_fits_no_prompt_is_dropped(teacher, student, settings, tm
     tight = HOW | {"prompt_capacity": 13}
     file = tmp_path / "requests.jsonl"
     few = dataclasses.replace(settings, requests=2)
-    for record in write_requests(teacher, student, file, few, **tight):
+    for record in generate_prompts(teacher, student, file, few, **tight):
         assert len(teacher.tokenizer(record.instruction)["input_ids"]) <= 13
     assert "too long" in {line.get("fault") for line in lines(file)}
 
@@ -221,7 +221,7 @@ def test_a_damaged_line_is_named(whole, teacher, student, settings, tmp_path):
     copy.with_suffix(".manifest.json").write_text(manifest)
     copy.write_text(whole[1].read_text().replace('{"topic"', '{"top', 1))
     with pytest.raises(DataError, match="requests.jsonl:1: broken JSON"):
-        write_requests(teacher, student, copy, settings, **HOW)
+        generate_prompts(teacher, student, copy, settings, **HOW)
 
 
 def test_a_round_of_one_is_refused():
@@ -235,7 +235,7 @@ def test_requests_in_a_bucket_go_on_to_the_same(whole, teacher, student, setting
     copy = folder / "requests.jsonl"
     write_text(copy.with_suffix(".manifest.json"), file.with_suffix(".manifest.json").read_text())
     write_text(copy, file.read_text()[:-3])
-    assert write_requests(teacher, student, copy, settings, **HOW) == records
+    assert generate_prompts(teacher, student, copy, settings, **HOW) == records
     assert read_text(copy) == file.read_text()
 
 
@@ -244,9 +244,9 @@ def test_other_processes_take_the_rounds_of_the_first(
 ):
     """They go on with the same policy and the same requests, and write nothing."""
     records, file = whole
-    told = iter([identity.of_model(teacher)["teacher"], None, lines(file)[:7]])
-    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
-    assert write_requests(teacher, student, tmp_path / "none.jsonl", settings, **HOW) == records
+    told = iter([identity.model_identity(teacher)["teacher"], None, lines(file)[:7]])
+    monkeypatch.setattr(distributed, "run_on_primary", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
+    assert generate_prompts(teacher, student, tmp_path / "none.jsonl", settings, **HOW) == records
     assert next(told, "all told") == "all told"
     assert list(tmp_path.iterdir()) == []

@@ -67,38 +67,38 @@ def test_an_object_is_written_at_once(monkeypatch):
 def test_once_computes_once(folder, value):
     calls = []
     for _ in range(2):
-        assert files.once(folder / "a.json", lambda: calls.append(1) or value) == value
+        assert files.load_or_compute(folder / "a.json", lambda: calls.append(1) or value) == value
     assert calls == [1]
 
 
 def test_only_the_first_process_writes(folder, monkeypatch):
     files.write_text(folder / "here.txt", "first")
-    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     files.make_folder(folder / "new")
     files.write_text(folder / "here.txt", "second")
-    with files.Lines(folder / "lines.jsonl") as lines:
+    with files.AppendOnlyFile(folder / "lines.jsonl") as lines:
         lines.append("line\n")
     assert names(folder) == ["here.txt"] and files.read_text(folder / "here.txt") == "first"
 
 
 def test_all_processes_get_the_first_ones_value(folder, monkeypatch):
     told = iter([False, {"of": "the first"}])
-    monkeypatch.setattr(distributed, "on_first", lambda compute: next(told))
+    monkeypatch.setattr(distributed, "run_on_primary", lambda compute: next(told))
     calls = []
-    found = files.once(folder / "a.json", lambda: calls.append(1) or {"of": "this one"})
+    found = files.load_or_compute(folder / "a.json", lambda: calls.append(1) or {"of": "this one"})
     assert found == {"of": "the first"} and calls == [1]
 
 
 def test_lines_go_on_where_the_file_ends(folder):
     for number in range(2):
-        with files.Lines(folder / "a.jsonl") as lines:
+        with files.AppendOnlyFile(folder / "a.jsonl") as lines:
             for letter in "äb":
                 lines.append(f"{letter}{number}\n")
     assert files.read_text(folder / "a.jsonl") == "ä0\nb0\nä1\nb1\n"
 
 
 def test_lines_on_a_disk_are_there_at_once(tmp_path):
-    with files.Lines(epath.Path(tmp_path) / "a.jsonl") as lines:
+    with files.AppendOnlyFile(epath.Path(tmp_path) / "a.jsonl") as lines:
         for number in range(3):
             lines.append(f"{number}\n")
             assert (tmp_path / "a.jsonl").read_text().endswith(f"{number}\n")
@@ -109,7 +109,7 @@ def test_an_object_that_grows_is_written_now_and_then(monkeypatch):
     clock = iter([0, 0, 1, 9.9, 10, 10, 11, 12])
     monkeypatch.setattr(files.time, "monotonic", lambda: float(next(clock)))
     seen = []
-    with files.Lines(folder / "a.jsonl") as lines:
+    with files.AppendOnlyFile(folder / "a.jsonl") as lines:
         for letter in "abcde":
             lines.append(letter)
             seen.append(files.read_text(folder / "a.jsonl"))
@@ -125,8 +125,8 @@ def test_an_object_that_grows_is_written_now_and_then(monkeypatch):
 @pytest.fixture
 def two_processes(monkeypatch):
     """Process 0 of two, of which the other sees the same, or as `appears` says."""
-    monkeypatch.setattr(distributed, "alone", lambda: False)
-    monkeypatch.setattr(distributed, "on_first", lambda compute: compute())
+    monkeypatch.setattr(distributed, "is_single_process", lambda: False)
+    monkeypatch.setattr(distributed, "run_on_primary", lambda compute: compute())
     told = {}
 
     def allgather(ours):

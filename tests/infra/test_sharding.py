@@ -21,15 +21,15 @@ from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.losses import cross_entropy
 from promptkd_jax.distill.optimizer import adamw
 from promptkd_jax.distill.step import Optimizers, init_state
-from promptkd_jax.distill.targets import empty_written
-from promptkd_jax.distill.teacher import view_with_states
+from promptkd_jax.distill.targets import empty_target_batch
+from promptkd_jax.distill.teacher import lazy_logits_and_states
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.sharding import (
     AXES,
     ROWS,
+    axis_size,
     constrain,
     make_mesh,
-    parts,
     platform,
     shardings,
     spec,
@@ -81,7 +81,7 @@ def test_optimizer_moments_lie_where_their_parameters_do():
             {"student": student, "soft_prompt": jnp.zeros((3, 16))},
             Optimizers(optimizer, optimizer),
             jax.random.key(0),
-            pending=empty_written(4, 6),
+            pending=empty_target_batch(4, 6),
         ),
         params("llama"),
     )
@@ -226,7 +226,9 @@ def test_padding_computes_what_the_model_does_and_stays_zero(family):
 
     def seen(params, config):
         see = Batch(tokens, lengths, lengths)
-        return view_with_states(Decoder(config), params, see, where, config.vocab_size, taps=taps)
+        return lazy_logits_and_states(
+            Decoder(config), params, see, where, config.vocab_size, taps=taps
+        )
 
     def loss(params, config):
         linear, states = seen(params, config)
@@ -281,7 +283,7 @@ def assert_zeros_outside(padded, own) -> None:
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((4, 2))
     assert constrain(x, ROWS, "tensor") is x
-    assert parts(ROWS) == parts("tensor") == 1
+    assert axis_size(ROWS) == axis_size("tensor") == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -435,7 +435,7 @@ def test_slots_leave_rows_alone_that_are_not_active(llama, share):
 
 
 def test_two_models_write_in_slots(llama):
-    second = dict(second=sampler.Voice(llama.decoder, llama.params), second_share=0.3)
+    second = dict(second=sampler.SamplingModel(llama.decoder, llama.params), second_share=0.3)
     expected = write_many(llama, **second)
     jax.tree.map(np.testing.assert_array_equal, write_many(llama, slots=4, **second), expected)
 

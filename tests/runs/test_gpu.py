@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import promptkd_jax as pkd
-from promptkd_jax.distill.chunked_loss import Linear, linear_loss
+from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
 from promptkd_jax.models.config import from_hugging_face
@@ -161,7 +161,7 @@ def test_the_chunked_loss_is_the_dense_one_of_the_cpu(dtype, chunk):
     terms = [pkd.divergence("reverse_kl"), pkd.divergence("skew_forward_kl")]
 
     def chunked(hidden, head, *teacher):
-        learner, target = Linear(hidden, head), Linear(*teacher)
+        learner, target = LazyLogits(hidden, head), LazyLogits(*teacher)
         return linear_loss(terms, learner, [target, target], mask, chunk=chunk)[0] / mask.sum()
 
     def dense(hidden, head, target, teacher_head):
@@ -216,7 +216,7 @@ def test_tokens_are_drawn_from_the_distribution_of_the_cpu(dtype):
 
     def logits(params):
         hidden = decoder().apply({"params": params}, REQUESTS[:1])
-        return Linear(hidden, pkd.head(params)).logits()[0, -1, :VOCABULARY]
+        return LazyLogits(hidden, pkd.head(params)).logits()[0, -1, :VOCABULARY]
 
     shares = np.asarray(jax.nn.softmax(on_cpu(logits, params)))
     order = np.argsort(-shares)

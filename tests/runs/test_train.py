@@ -189,8 +189,8 @@ def test_a_run_that_was_stopped_amid_an_evaluation_goes_on_with_it(
             raise signals.Stopped(signal.SIGTERM)
         return whole(*arguments)
 
-    whole = loop.assess
-    monkeypatch.setattr(loop, "assess", assess)
+    whole = loop.evaluate_student
+    monkeypatch.setattr(loop, "evaluate_student", assess)
     config.checkpoint.every = 1000
     with pytest.raises(signals.Stopped):
         run(config, tmp_path)

@@ -521,6 +521,6 @@ def test_a_bucket_without_its_packages_names_them(monkeypatch):
 
 
 def test_only_the_first_process_claims(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "on_first", lambda compute: None)
+    monkeypatch.setattr(distributed, "run_on_primary", lambda compute: None)
     claim(tmp_path / "run", make_config())
     assert not (tmp_path / "run").exists()

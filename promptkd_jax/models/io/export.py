@@ -113,9 +113,9 @@ def save_model(folder: str | os.PathLike, model: Model, *, card: str | None = No
       ModelError: a file of weights cannot be written.
     """
     folder = files.to_path(folder)
-    distributed.on_first(functools.partial(_save_configs, folder, model))
+    distributed.run_on_primary(functools.partial(_save_configs, folder, model))
     _save_tensors(folder, model)
-    distributed.on_first(functools.partial(_save_texts, folder, model, card))
+    distributed.run_on_primary(functools.partial(_save_texts, folder, model, card))
 
 
 def save_without_weights(folder: str | os.PathLike, model: Model) -> None:
@@ -124,9 +124,9 @@ def save_without_weights(folder: str | os.PathLike, model: Model) -> None:
     All processes must call it, and go on when the first has written everything.
     """
     folder = files.to_path(folder)
-    distributed.on_first(functools.partial(_save_configs, folder, model))
+    distributed.run_on_primary(functools.partial(_save_configs, folder, model))
     known = "".join(f"{key}: {value}\n" for key, value in sorted(model.card.items()))
-    distributed.on_first(functools.partial(_save_texts, folder, model, f"---\n{known}---\n"))
+    distributed.run_on_primary(functools.partial(_save_texts, folder, model, f"---\n{known}---\n"))
 
 
 def _save_configs(folder: epath.Path, model: Model) -> None:
@@ -201,7 +201,9 @@ def _save_tensors(folder: epath.Path, model: Model) -> None:
     tensors = stored_tensors(model.params, config)
     for file, names in zip(written, shards):
         _save_shard(folder / file, itertools.islice(tensors, len(names)))
-    distributed.on_first(functools.partial(_save_index, folder, dict(zip(written, shards)), sizes))
+    distributed.run_on_primary(
+        functools.partial(_save_index, folder, dict(zip(written, shards)), sizes)
+    )
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -217,8 +219,8 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def _save_shard(file: epath.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    held = {name: array for name, array in tensors if distributed.is_first()}
-    distributed.on_first(functools.partial(write_tensors, file, held))
+    held = {name: array for name, array in tensors if distributed.is_primary()}
+    distributed.run_on_primary(functools.partial(write_tensors, file, held))
 
 
 def _save_index(

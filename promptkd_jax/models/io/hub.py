@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.infra.files import address_fault, failures, is_remote, local_copy, to_path
+from promptkd_jax.infra.files import address_fault, io_errors, is_remote, local_copy, to_path
 from promptkd_jax.models.io.safetensors import SINGLE, SMALL_FILES, read_json, weight_files
 
 # Repositories that have another name today than everybody writes.
@@ -135,7 +135,7 @@ def _from_bucket(path: str) -> pathlib.Path:
         if remote.exists():
             suffixes = [pathlib.PurePath(pattern).suffix for pattern in SMALL_FILES]
             return local_copy(remote, [*suffixes, ".safetensors"])
-    except failures(path) as error:
+    except io_errors(path) as error:
         raise ModelError(f"model {path!r}: cannot be read: {error}") from error
     raise ModelError(f"model {path!r}: no such folder or file in the bucket")
 

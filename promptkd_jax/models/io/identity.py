@@ -13,18 +13,18 @@ from promptkd_jax.models.model import Model
 from promptkd_jax.models.random_model import PREFIX
 
 
-def of_files(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
+def teacher_identity(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
     """What tells a teacher from others: its files, and what it is computed in.
 
     A `synthetic:` one has no files, and its name decides every parameter. The files are read by the
     first process of a run, which tells the others.
     """
-    return {"teacher": of_weights(path), "dtype": f"{dtype}, parameters {param_dtype}"}
+    return {"teacher": weights_digest(path), "dtype": f"{dtype}, parameters {param_dtype}"}
 
 
-def of_weights(path: str) -> str:
+def weights_digest(path: str) -> str:
     """A digest of a model's files, or its name where it has none."""
-    return path if path.startswith(PREFIX) else distributed.on_first(lambda: _digest(path))
+    return path if path.startswith(PREFIX) else distributed.run_on_primary(lambda: _digest(path))
 
 
 def _digest(path: str) -> str:
@@ -44,7 +44,7 @@ def _files(path: str) -> list[pathlib.Path]:
     return [file / "config.json", *sorted(file.glob("*.safetensors"))]
 
 
-def glimpse(path: str) -> str:
+def quick_digest(path: str) -> str:
     """A digest of the ends of a model's files, quickly read, which differs where the files do."""
     if path.startswith(PREFIX):
         return path
@@ -57,10 +57,10 @@ def glimpse(path: str) -> str:
     return whole.hexdigest()
 
 
-def of_model(teacher: Model) -> dict[str, str]:
-    """`of_files` of a loaded model."""
+def model_identity(teacher: Model) -> dict[str, str]:
+    """`teacher_identity` of a loaded model."""
     config = teacher.decoder.config
-    return of_files(teacher.name, config.dtype, config.param_dtype)
+    return teacher_identity(teacher.name, config.dtype, config.param_dtype)
 
 
 def _version_of(file: pathlib.Path) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def _file_digest(file: pathlib.Path, size: int, changed: int) -> bytes:
         return hashlib.file_digest(opened, "sha256").digest()
 
 
-def of_tokenizer(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
     """A tokenizer's size, and a digest of its sorted vocabulary. (Rows tell how it splits text.)"""
     vocabulary = sorted(tokenizer.get_vocab().items())
     digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()

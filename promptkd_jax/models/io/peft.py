@@ -73,7 +73,7 @@ def save_soft_prompt(
     write_json(folder / "adapter_config.json", config)
     write_text(folder / "README.md", _CARD.format(length=length))
     tensors = {"prompt_embeddings": np.asarray(sharding.to_host(soft_prompt), np.float32)}
-    if distributed.is_first():
+    if distributed.is_primary():
         write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
