@@ -1,7 +1,14 @@
-"""One loss and its gradient: the terms of a learner, weighted, and what is measured beside them.
+"""The loss of a micro-batch and its gradients: of the soft prompt, the student, an online teacher.
 
-A learner is the student, the teacher of the "online" view, or the teacher behind its soft prompt.
-Gradients are for what the learner says at the response positions; `step` takes them further back.
+Each of the three is one function, `prompt_gradients`, `student_gradients`, `teacher_gradients`:
+forward, loss at the response positions, and the gradient carried back to the parameters. A loss is
+a weighted sum of terms, which `loss_and_grad` takes in one pass over the vocabulary, together with
+what is only measured.
+
+    dL/dθ = (dh/dθ)ᵀ · dL/dh        h: hidden states [B, R, D] and head [V, D] of the learner
+
+`dL/dh` comes from the chunked loss, which makes no [B, R, V] array; the pullback `(dh/dθ)ᵀ` from
+`jax.vjp` of the forward pass, which the prompt's and the student's update can share.
 
 B rows of a micro-batch, R response positions, M soft-prompt tokens, D width, V vocabulary,
 G micro-batches of one update.
@@ -27,12 +34,13 @@ from promptkd_jax.distill.teacher import StepModels, lazy_logits
 class MicroBatch(NamedTuple):
     """What the losses of one micro-batch are made of.
 
-    `own` `[B]` says which rows the student wrote, `corpus` are rows of plain text, `soft_prompt`
-    `[M, D]` is the one that the student's loss sees, `policy` what sampled tokens are worth.
+    `is_student` `[B]` says which rows the student wrote, `corpus` are rows of plain text,
+    `soft_prompt` `[M, D]` is the one that the student's loss sees, `policy` what sampled tokens are
+    worth.
     """
 
     rows: Batch
-    own: jax.Array
+    is_student: jax.Array
     corpus: Batch | None
     soft_prompt: jax.Array | None = None
     policy: PolicyTarget | None = None
@@ -50,7 +58,19 @@ Terms = dict[str, Term]
 Observations = dict[str, Observation]
 
 
-def gradient(
+class Gradients(NamedTuple):
+    """Of one micro-batch, or summed over several.
+
+    `by_group` has the gradient of every group of a train state's parameters that is trained; `loss`
+    and `sums` are sums over the response tokens of each micro-batch: `[]`, stacked `[G]`.
+    """
+
+    by_group: dict[str, Any]
+    loss: jax.Array
+    sums: dict[str, jax.Array]
+
+
+def loss_and_grad(
     terms: Terms,
     observations: Observations,
     mask: jax.Array,
@@ -58,7 +78,7 @@ def gradient(
     at: Any,
     *observed: Any,
 ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
-    """The gradient of a loss.
+    """Returns a loss and its gradient for what the learner says.
 
     Args:
       terms: what is summed, by name.
@@ -68,8 +88,8 @@ def gradient(
       observed: further targets, which only the observations see, behind those of the terms.
 
     Returns:
-      (gradient, loss, sums): of the shape of `at`, a scalar, and by name the masked sum of every
-      term, unweighted, and observation.
+      (gradient, loss, sums): of the shape of `at`; the weighted sum; and by name the masked sum of
+      every term, unweighted, and observation.
     """
 
     def loss(at):
@@ -86,28 +106,35 @@ def gradient(
     return found, total, dict(zip([*terms, *observations], sums))
 
 
-def accumulate(part: Callable, xs: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Sum of `part`'s gradients over the leading axis G of `xs`, and its sums stacked, `[G]`.
+def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gradients:
+    """Sums gradients over micro-batches, one after the other (gradient accumulation).
 
     Gradients in half precision are summed in float32 and rounded once.
 
     Args:
-      part: a function of one slice of every element of `xs`, to (gradients, sums).
-      xs: a tuple of pytrees.
+      gradients_of: a function of one slice of every element of `micro_batches`.
+      micro_batches: a tuple of pytrees with a leading axis G.
+
+    Returns:
+      Gradients with `loss` and `sums` stacked, `[G]`.
     """
-    first = jax.tree.map(lambda x: x[0], xs)
-    if jax.tree.leaves(xs)[0].shape[0] == 1:
-        gradients, sums = part(*first)
-        return gradients, jax.tree.map(lambda x: x[None], sums)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
+        found = gradients_of(*first)
+        return found._replace(**jax.tree.map(lambda x: x[None], _measured(found)))
 
-    def body(total, x):
-        gradients, sums = part(*x)
-        return jax.tree.map(jnp.add, total, gradients), sums
+    def body(total, micro_batch):
+        found = gradients_of(*micro_batch)
+        return jax.tree.map(jnp.add, total, found.by_group), _measured(found)
 
-    shapes = jax.eval_shape(part, *first)[0]
+    shapes = jax.eval_shape(gradients_of, *first).by_group
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    total, sums = jax.lax.scan(body, zeros, xs)
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes), sums
+    total, measured = jax.lax.scan(body, zeros, micro_batches)
+    return Gradients(jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes), **measured)
+
+
+def _measured(found: Gradients) -> dict[str, Any]:
+    return {"loss": found.loss, "sums": found.sums}
 
 
 def norm(gradients: Any) -> jax.Array:
@@ -115,42 +142,143 @@ def norm(gradients: Any) -> jax.Array:
     return optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
 
 
+# The gradients of a micro-batch. `params` are the groups of a train state; a sum over tokens is
+# multiplied by `scale`, so that the losses of all micro-batches add up to the mean.
+
+
+def prompt_gradients(
+    params: Mapping[str, Any],
+    micro_batch: MicroBatch,
+    scale: jax.Array,
+    coefficient: jax.Array,
+    models: StepModels,
+    student_forward: Any = None,
+) -> Gradients:
+    """Returns the gradient of L_kd + alpha_k L_reg for the soft prompt (paper, eq. 1 to 3).
+
+    Args:
+      coefficient: alpha_k.
+      student_forward: `models.student_vjp` of these rows, if it was computed already.
+    """
+    rows = micro_batch.rows
+
+    def prompted(soft_prompt):  # [M, D] -> hidden [B, R, D]; the head does not depend on it
+        teacher, _ = models.teacher(params, rows, soft_prompt)
+        return teacher.hidden, teacher.head
+
+    hidden, pullback, head = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
+    (student, _), _ = student_forward or models.student_vjp(params["student"], rows)
+    plain = models.teacher(params, rows)[0] if models.method.regularisation else None
+    terms, observations = prompt_terms(models.method, student, plain, scale, coefficient)
+    mask = models.where(rows).mask
+    d_hidden, loss, sums = loss_and_grad(
+        terms, observations, mask, lambda h: LazyLogits(h, head), hidden
+    )
+    return Gradients({"soft_prompt": pullback(d_hidden)[0]}, loss / scale, sums)
+
+
+def teacher_gradients(
+    params: Mapping[str, Any], micro_batch: MicroBatch, scale: jax.Array, models: StepModels
+) -> Gradients:
+    """Returns the gradient of an "online" teacher's terms for its parameters."""
+    rows = micro_batch.rows
+
+    def teacher(teacher_params):
+        return models.teacher({"teacher": teacher_params}, rows)[0]
+
+    learner, pullback = jax.vjp(teacher, params["teacher"])
+    (student, _), _ = models.student_vjp(params["student"], rows)
+    terms = {
+        f"teacher_{name}": teacher_term(name, weight * scale, micro_batch, student, models)
+        for name, weight in models.method.teacher_terms
+    }
+    mask = models.where(rows).mask
+    d_learner, loss, sums = loss_and_grad(terms, {}, mask, lambda x: x, learner)
+    return Gradients({"teacher": pullback(d_learner)[0]}, loss / scale, sums)
+
+
+def student_gradients(
+    params: Mapping[str, Any],
+    micro_batch: MicroBatch,
+    scale: jax.Array,
+    corpus_scale: jax.Array,
+    models: StepModels,
+    student_forward: Any = None,
+) -> Gradients:
+    """Returns the gradient of all that the student minimizes, for it and for its projections.
+
+    Args:
+      corpus_scale: as `scale`, of the tokens of plain text.
+      student_forward: as `prompt_gradients` takes it.
+    """
+    method, rows = models.method, micro_batch.rows
+    where = models.where(rows)
+    (student, states), pullback = student_forward or models.student_vjp(params["student"], rows)
+    teacher, teacher_states = None, {}
+    if method.needs_view:
+        teacher, teacher_states = models.teacher(params, rows, micro_batch.soft_prompt)
+    terms = {
+        name: student_term(name, weight * scale, micro_batch, teacher, models)
+        for name, weight in method.student_terms
+    }
+    observations = student_observations(method)
+    d_student, loss, sums = loss_and_grad(
+        terms, observations, where.mask, lambda x: x, student, teacher
+    )
+    by_group, d_states = {}, jax.tree.map(jnp.zeros_like, states)
+    if models.hidden_terms:
+        d_states, by_group, hidden_total, hidden_sums = hidden_gradient(
+            states, teacher_states, params.get("projection", {}), where, scale, models
+        )
+        loss, sums = loss + hidden_total, sums | hidden_sums
+    by_group["student"] = pullback((d_student, d_states))[0]
+    if micro_batch.corpus is not None:
+        gradient, corpus_total = corpus_gradient(params, micro_batch.corpus, corpus_scale, models)
+        by_group["student"] = jax.tree.map(jnp.add, by_group["student"], gradient)
+        loss, sums = loss + corpus_total, sums | {"corpus_loss": corpus_total / scale}
+    return Gradients(by_group, loss / scale, sums)
+
+
 # The student's terms, and those of a teacher that learns
 
 
 def student_term(
-    name: str, weight: jax.Array, part: MicroBatch, seen: LazyLogits | TopK | None, see: StepModels
+    name: str,
+    weight: jax.Array,
+    micro_batch: MicroBatch,
+    teacher: LazyLogits | TopK | None,
+    models: StepModels,
 ) -> Term:
-    """What the student's term `name` compares with, where the teacher says `seen`."""
-    method = see.method
+    """Returns the student's term `name`; its divergences are from `teacher`."""
+    method = models.method
     if name == CROSS_ENTROPY:
-        return _gold_term(weight, part, see)
+        return _cross_entropy_term(weight, micro_batch, models)
     if name == POLICY_GRADIENT:
         clip = method.policy_gradient.ratio_clip
         function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
-        return Term(function, part.policy, weight)
+        return Term(function, micro_batch.policy, weight)
     function = losses.tempered(losses.divergence(name), method.temperature)
-    return Term(losses.weighted(function, method.token_weighting), seen, weight)
+    return Term(losses.weighted(function, method.token_weighting), teacher, weight)
 
 
 def teacher_term(
-    name: str, weight: jax.Array, part: MicroBatch, student: LazyLogits, see: StepModels
+    name: str, weight: jax.Array, micro_batch: MicroBatch, student: LazyLogits, models: StepModels
 ) -> Term:
     """What an online teacher's term `name` compares with."""
     if name == CROSS_ENTROPY:
-        return _gold_term(weight, part, see)
+        return _cross_entropy_term(weight, micro_batch, models)
     return Term(losses.divergence(name), student, weight)
 
 
-def _gold_term(weight: jax.Array, part: MicroBatch, see: StepModels) -> Term:
-    labels = see.where(part.rows).labels
-    if see.method.targets not in ON_POLICY:
+def _cross_entropy_term(weight: jax.Array, micro_batch: MicroBatch, models: StepModels) -> Term:
+    labels = models.where(micro_batch.rows).labels
+    if models.method.targets not in ON_POLICY:
         return Term(losses.cross_entropy, labels, weight)
-    written_by_others = jnp.broadcast_to(~part.own[:, None], labels.shape)
-    return Term(_gold_cross_entropy, (labels, written_by_others), weight)
+    written_by_others = jnp.broadcast_to(~micro_batch.is_student[:, None], labels.shape)
+    return Term(_cross_entropy_of_others, (labels, written_by_others), weight)
 
 
-def _gold_cross_entropy(target, logits):
+def _cross_entropy_of_others(target, logits):
     """On the student's own rows it would only make it surer of what it says."""
     labels, counts = target
     return losses.cross_entropy(labels, logits) * counts
@@ -237,7 +365,7 @@ def hidden_gradient(
     projections: hidden_loss.Projections,
     where: Responses,
     weight: jax.Array,
-    see: StepModels,
+    models: StepModels,
 ) -> tuple[hidden_loss.States, dict[str, Any], jax.Array, dict[str, jax.Array]]:
     """Of the losses between hidden states, see `hidden.hidden_loss`.
 
@@ -248,7 +376,7 @@ def hidden_gradient(
 
     def loss(states, projections):
         total, sums = hidden_loss.hidden_loss(
-            see.hidden_terms, states, teacher_states, projections, where
+            models.hidden_terms, states, teacher_states, projections, where
         )
         return weight * total, sums
 
@@ -259,7 +387,7 @@ def hidden_gradient(
 
 
 def corpus_gradient(
-    params: Mapping[str, Any], corpus: Batch, weight: jax.Array, see: StepModels
+    params: Mapping[str, Any], corpus: Batch, weight: jax.Array, models: StepModels
 ) -> tuple[Any, jax.Array]:
     """Of the method's `corpus_terms` on plain text, every token but the first counting.
 
@@ -269,11 +397,11 @@ def corpus_gradient(
     Returns:
       (gradient for the student's parameters, the loss times `weight`).
     """
-    method = see.method
+    method = models.method
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
     def student(params):
-        return lazy_logits(see.models.student, params, corpus, where, method.vocab_size)
+        return lazy_logits(models.decoders.student, params, corpus, where, method.vocab_size)
 
     learner, pullback = jax.vjp(student, params["student"])
     terms = {}
@@ -281,8 +409,8 @@ def corpus_gradient(
         if name == CROSS_ENTROPY:
             terms[name] = Term(losses.cross_entropy, where.labels, share * weight)
         else:
-            teacher = see.teacher_params(params)
-            seen = lazy_logits(see.models.teacher, teacher, corpus, where, method.vocab_size)
-            terms[name] = Term(losses.divergence(name), seen, share * weight)
-    d_learner, total, _ = gradient(terms, {}, where.mask, lambda x: x, learner)
+            teacher = models.teacher_params(params)
+            target = lazy_logits(models.decoders.teacher, teacher, corpus, where, method.vocab_size)
+            terms[name] = Term(losses.divergence(name), target, share * weight)
+    d_learner, total, _ = loss_and_grad(terms, {}, where.mask, lambda x: x, learner)
     return pullback(d_learner)[0], total

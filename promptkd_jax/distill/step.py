@@ -1,9 +1,17 @@
 """The one train step: rollout, teacher update and student update in a single pure function.
 
-A method is data, see `Method`; this is what is done with it.
+`Method` describes a distillation method; this module executes one step of it, `train_step`.
+
+    y ~ q(.|x)                                                    `target_rows`: a rollout
+    P <- P - eta_P d/dP [KL(p_P || q) + alpha_k KL(p_P || p)]     `_update_prompt`
+    theta <- theta - eta d/dtheta KL(q || p_P)                    `_update_student`
+
+Gradients are accumulated over micro-batches, which `objective` computes one at a time. Row i of B
+is in micro-batch i mod N, so that each device keeps its own rows of every micro-batch: `[B, ...]`
+is seen as `[N, B / N, ...]`.
 
 B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabulary,
-G micro-batches of one update, N parts of a step (the micro-batches of all its minibatches).
+G micro-batches of one update, N of a whole step (those of all its minibatches).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +24,7 @@ import optax
 
 from promptkd_jax.data.batch import Batch, responses, truncate
 from promptkd_jax.distill import losses, objective, policy_gradient
-from promptkd_jax.distill.chunked_loss import LazyLogits, linear_values
+from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.method import POLICY_GRADIENT, PRESETS, Conventions, Method
 from promptkd_jax.distill.objective import MicroBatch
 from promptkd_jax.distill.replay import Replay
@@ -72,12 +80,26 @@ class TrainState:
 
 
 class Metrics(NamedTuple):
-    """`sums` over response tokens of each part `[N]`, `counts` `[N]` tokens, plain `scalars`.
-    `summarize` divides."""
+    """What a step measures; `summarize` divides sums by counts.
 
+    `losses` by who learns ("student", "prompt", "teacher") and `sums` by name are sums over the
+    response tokens of each micro-batch `[N]`, `counts` `[N]` those tokens; `grad_norms` are by who
+    learns, `scalars` by name.
+    """
+
+    losses: dict[str, jax.Array]
+    grad_norms: dict[str, jax.Array]
     sums: dict[str, jax.Array]
     counts: jax.Array
     scalars: dict[str, jax.Array]
+
+    def add(self, learner: str, loss: jax.Array, sums: dict, grad_norm: jax.Array) -> "Metrics":
+        """Adds what the update of one learner measured."""
+        return self._replace(
+            losses=self.losses | {learner: loss},
+            grad_norms=self.grad_norms | {learner: grad_norm},
+            sums=self.sums | sums,
+        )
 
 
 def init_state(
@@ -121,8 +143,8 @@ def write_ahead(
     Where a method has `stale_rollouts`, this begins a stage; from then on every step writes the
     rows of the next.
     """
-    see = StepModels(method, models, teacher)
-    pending, replay = _write(state, batch, see, state.step)
+    step_models = StepModels(method, models, teacher)
+    pending, replay = _write(state, batch, step_models, state.step)
     return state.replace(pending=pending, replay=replay)
 
 
@@ -138,9 +160,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One step. Pure: jit it with the keyword arguments bound and the state donated.
 
-    Algorithm 1 of the paper: rows y ~ q(.|x); P <- P - eta grad [KL(p_P || q) + alpha_k
-    KL(p_P || p)]; theta <- theta - eta grad KL(q || p_P) with the P just updated. Without a prompt
-    only the last of these, with whichever terms `method` names.
+    Algorithm 1 of the paper, see the top of this module; the student learns from the P just
+    updated. Without a prompt there is only the last line, with whichever terms `method` names.
 
     With `method.stale_rollouts` the rows trained on are `state.pending`, and the student as it is
     before the update writes those of the next step: neither needs the other's result.
@@ -155,121 +176,139 @@ def train_step(
       The new state and Metrics, of the rows trained on. A step whose loss or gradient is not finite
       changes nothing but `step`, the counters and what is written ahead.
     """
-    see = StepModels(method, models, teacher)
+    step_models = StepModels(method, models, teacher)
     if method.stale_rollouts:
         if state.pending is None:
             raise ValueError("stale_rollouts = True needs a state that write_ahead(…) began")
-        written, ahead = state.pending, _write(state, batch, see, state.step + 1)
-        state = state.replace(pending=ahead[0], replay=ahead[1])
+        targets = state.pending
+        pending, replay = _write(state, batch, step_models, state.step + 1)
+        state = state.replace(pending=pending, replay=replay)  # kept if the step is skipped
         new = state
     else:
-        written, replay = _write(state, batch, see, state.step)
+        targets, replay = _write(state, batch, step_models, state.step)
         new = state.replace(replay=replay)
-    statistics = row_statistics(method, written, new.replay)
-    parts = _deal_parts(written.rows, written.own, corpus, method)
-    counts, beyond = _counts(parts.rows, method.response_capacity)
-    statistics["tokens_beyond"] = beyond
-    # One forward of the student serves both updates, unless each trims the rows.
-    if method.parts * method.passes == method.length_buckets == 1:
-        see = see.sharing(state.params["student"], _first(parts).rows)
-    sums = {}
+    micro_batches = _split(targets, corpus, method)
+    metrics = _measure_rows(targets, micro_batches, new, method)
+    forward = _shared_forward(state, micro_batches, step_models)
     if method.prompted:
-        new, sums, more = _update_prompt(new, parts, counts, see, optimizers)
-        parts = parts._replace(soft_prompt=_prompt_in_turn(state, new, method))
-        statistics |= more
+        new, metrics = _update_prompt(new, micro_batches, metrics, step_models, optimizers, forward)
+        soft_prompt = _prompt_of_student_loss(state, new, method)
+        micro_batches = micro_batches._replace(soft_prompt=soft_prompt)
     elif method.teacher_view == "online":
-        new, sums, more = _update_teacher(new, parts, counts, see, optimizers)
-        statistics |= more
+        new, metrics = _update_teacher(new, micro_batches, metrics, step_models, optimizers)
     if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
-        parts = parts._replace(policy=_policy_targets(new, parts, see))
-    new, student_sums, more = _update_student_in_turn(new, parts, counts, see, optimizers)
-    return _unless_not_finite(state, new, sums | student_sums, counts, statistics | more)
+        policy = _policy_targets(new, micro_batches, step_models)
+        micro_batches = micro_batches._replace(policy=policy)
+    new, metrics = _update_student(new, micro_batches, metrics, step_models, optimizers, forward)
+    return _skip_if_not_finite(state, new, metrics)
 
 
-def _write(state: TrainState, batch: Batch, see: StepModels, step: jax.Array):
+def _write(state: TrainState, batch: Batch, models: StepModels, step: jax.Array):
     """The rows of `step`, written by the student as it is, and the replay buffer after them."""
     return target_rows(
-        see.method,
-        see.models.student,
+        models.method,
+        models.decoders.student,
         state.params["student"],
         batch,
         state.replay,
         jax.random.fold_in(state.key, step),
         step=step,
-        teacher=see.second_voice(state.params),
+        teacher=models.mixture_model(state.params),
     )
 
 
-def _unless_not_finite(state, new, sums, counts, scalars) -> tuple[TrainState, Metrics]:
+def _skip_if_not_finite(
+    state: TrainState, new: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
     """The new state, or the old one with its clock and counters moved on."""
-    norms = [value for name, value in scalars.items() if name.endswith("grad_norm")]
-    finite = jnp.all(jnp.isfinite(jnp.stack([*sums["student_loss"], *norms])))
+    norms = jnp.stack(list(metrics.grad_norms.values()))
+    finite = jnp.all(jnp.isfinite(metrics.losses["student"])) & jnp.all(jnp.isfinite(norms))
     kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     kept = kept.replace(
         step=state.step + 1, skipped=state.skipped + ~finite, skipped_in_a_row=in_a_row
     )
-    return kept, Metrics(sums, counts, scalars | {"skipped_in_a_row": in_a_row})
+    return kept, metrics._replace(scalars=metrics.scalars | {"skipped_in_a_row": in_a_row})
 
 
 def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:
     """Means over response tokens (or of micro-batch means) and the scalars, as Python floats."""
     metrics = jax.device_get(metrics)
+    sums = metrics.sums | {f"{name}_loss": total for name, total in metrics.losses.items()}
     if conventions.mean_of_means:
-        means = {name: (total / metrics.counts).mean() for name, total in metrics.sums.items()}
+        means = {name: (total / metrics.counts).mean() for name, total in sums.items()}
     else:
-        means = {name: total.sum() / metrics.counts.sum() for name, total in metrics.sums.items()}
-    return {name: float(value) for name, value in (means | metrics.scalars).items()}
+        means = {name: total.sum() / metrics.counts.sum() for name, total in sums.items()}
+    norms = {f"{name}_grad_norm": norm for name, norm in metrics.grad_norms.items()}
+    return {name: float(value) for name, value in (means | norms | metrics.scalars).items()}
 
 
-# How rows are dealt out
+# How rows are split into micro-batches
 
 
-def _deal_parts(rows: Batch, own: jax.Array, corpus: Batch | None, method: Method) -> MicroBatch:
-    """`[B, …]` as `[N, B / N, …]`, row i in part i mod N: every device keeps its own rows."""
+def _split(targets: TargetBatch, corpus: Batch | None, method: Method) -> MicroBatch:
+    """`[B, …]` as `[N, B / N, …]`, row i in micro-batch i mod N: devices keep their own rows."""
 
-    def deal(x):
+    def split(x):
         return jnp.swapaxes(x.reshape(-1, method.parts, *x.shape[1:]), 0, 1)
 
+    rows, is_student = targets.rows, targets.is_student
     if method.sorts_rows:
-        rows, own = _by_length(rows, own, method.parts)
+        rows, is_student = _sort_by_length(rows, is_student, method.parts)
     corpus = corpus if method.corpus_terms else None
-    return jax.tree.map(deal, MicroBatch(rows, own, corpus))
+    return jax.tree.map(split, MicroBatch(rows, is_student, corpus))
 
 
-def _by_length(rows: Batch, own: jax.Array, number: int) -> tuple[Batch, jax.Array]:
-    """Every device's rows in such an order that the shortest are dealt to the first part."""
-    devices = sharding.num_row_shards(own.shape[0] // number)
+def _sort_by_length(rows: Batch, is_student: jax.Array, number: int) -> tuple[Batch, jax.Array]:
+    """Every device's rows in such an order that the shortest are in the first micro-batch."""
+    devices = sharding.num_row_shards(is_student.shape[0] // number)
+    # [devices, B / devices]: the order of each device's rows, by length
     shortest_first = jnp.argsort(rows.lengths.reshape(devices, -1), axis=1, stable=True)
+    # Neighbours in length, [devices, N, B / devices / N], are what `split` deals out in turn.
     order = shortest_first.reshape(devices, number, -1).swapaxes(1, 2).reshape(devices, -1)
-    return jax.tree.map(lambda x: sharding.take_local_rows(x, order).reshape(x.shape), (rows, own))
+    return jax.tree.map(
+        lambda x: sharding.take_local_rows(x, order).reshape(x.shape), (rows, is_student)
+    )
 
 
-def _trimmed(part: Callable, method: Method) -> Callable:
-    """`part`, a function of a Part and more, with rows in the least of the compiled lengths."""
+def _bucketed(gradients_of: Callable, method: Method) -> Callable:
+    """A function of a MicroBatch and more, with rows in the smallest bucket that fits them."""
 
-    def trimmed(x: MicroBatch, *others):
+    def bucketed(micro_batch: MicroBatch, *others):
         def in_width(width: int):
-            return part(x._replace(rows=truncate(x.rows, width)), *others)
+            rows = truncate(micro_batch.rows, width)
+            return gradients_of(micro_batch._replace(rows=rows), *others)
 
-        columns = x.rows.tokens.shape[-1]
-        return run_in_smallest_bucket(in_width, x.rows.lengths, columns, method.length_buckets)
+        columns = micro_batch.rows.tokens.shape[-1]
+        lengths = micro_batch.rows.lengths
+        return run_in_smallest_bucket(in_width, lengths, columns, method.length_buckets)
 
-    return trimmed
-
-
-def _first(parts: MicroBatch) -> MicroBatch:
-    return jax.tree.map(lambda x: x[0], parts)
+    return bucketed
 
 
-def _counts(rows: Batch, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """(Response tokens of each part that losses see, `[N]`; how many they do not see, a scalar)."""
-    where = jax.vmap(lambda part: responses(part, capacity))(rows)
-    return jnp.sum(where.mask, axis=(1, 2)), jnp.sum(where.beyond)
+def _shared_forward(state: TrainState, micro_batches: MicroBatch, models: StepModels):
+    """The student's forward pass and its pullback, where one serves both updates: they see the same
+    parameters on the same rows, unless there are several micro-batches, or each is truncated."""
+    method = models.method
+    if method.parts * method.passes * method.length_buckets > 1:
+        return None
+    rows = jax.tree.map(lambda x: x[0], micro_batches.rows)
+    return models.student_vjp(state.params["student"], rows)
+
+
+def _measure_rows(
+    targets: TargetBatch, micro_batches: MicroBatch, state: TrainState, method: Method
+) -> Metrics:
+    """Counts the response tokens of each micro-batch that losses see, and all that they do not."""
+    capacity = method.response_capacity
+    where = jax.vmap(lambda rows: responses(rows, capacity))(micro_batches.rows)
+    scalars = row_statistics(method, targets, state.replay)
+    scalars["tokens_beyond"] = jnp.sum(where.beyond)
+    return Metrics({}, {}, {}, jnp.sum(where.mask, axis=(1, 2)), scalars)
 
 
 def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
-    """What each part's sum is multiplied by, `[G]`, so that the sum of all is the mean."""
+    """The factor of each micro-batch's sum, `[G]`, with which all of them add up to the mean."""
     if conventions.mean_of_means:
         return 1 / (counts * counts.shape[0])
     return jnp.broadcast_to(1 / jnp.sum(counts), counts.shape)
@@ -279,53 +318,49 @@ def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
 
 
 def _update_prompt(
-    state: TrainState, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
-):
-    """P <- P - eta grad [L_kd + alpha_k L_reg]: (state, sums, scalars)."""
-    method = see.method
+    state: TrainState,
+    micro_batches: MicroBatch,
+    metrics: Metrics,
+    models: StepModels,
+    optimizers: Optimizers,
+    forward: Any,
+) -> tuple[TrainState, Metrics]:
+    """P <- P - eta grad [L_kd + alpha_k L_reg]."""
+    method = models.method
 
-    def part(x: MicroBatch, scale, coefficient):
-        def prompted(soft_prompt):
-            seen, _ = see.teacher(state.params, x.rows, soft_prompt)
-            return seen.hidden, seen.head
-
-        hidden_states, pullback, kernel = jax.vjp(
-            prompted, state.params["soft_prompt"], has_aux=True
+    def gradients_of(micro_batch: MicroBatch, scale, coefficient):
+        return objective.prompt_gradients(
+            state.params, micro_batch, scale, coefficient, models, forward
         )
-        student = see.student(state.params["student"], x.rows)
-        plain = see.teacher(state.params, x.rows)[0] if method.regularisation else None
-        terms, observations = objective.prompt_terms(method, student, plain, scale, coefficient)
-        mask = see.where(x.rows).mask
-        gradient, total, sums = objective.gradient(
-            terms, observations, mask, lambda h: LazyLogits(h, kernel), hidden_states
-        )
-        return {"soft_prompt": pullback(gradient)[0]}, sums | {"prompt_loss": total / scale}
 
     coefficients = _coefficients(state, method)
-    scales = _scales(counts, method.conventions)
-    gradients, sums = objective.accumulate(_trimmed(part, method), (parts, scales, coefficients))
-    new = _apply(state, gradients, optimizers)
+    scales = _scales(metrics.counts, method.conventions)
+    found = objective.accumulate(
+        _bucketed(gradients_of, method), (micro_batches, scales, coefficients)
+    )
+    new = _apply(state, found.by_group, optimizers)
     if method.regularisation and method.regularisation_schedule == "adaptive":
-        found = jnp.sum(sums["prompt_regulariser"]) / jnp.sum(counts)
-        new = new.replace(regularisation=_adapted(state.regularisation, found / method.target_kl))
+        kl = jnp.sum(found.sums["prompt_regulariser"]) / jnp.sum(metrics.counts)
+        new = new.replace(regularisation=_adapted(state.regularisation, kl / method.target_kl))
     scalars = {
-        "prompt_grad_norm": objective.norm(gradients),
         "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
         "regularisation_weight": coefficients[0],
     }
-    return new, sums, scalars
+    norm = objective.norm(found.by_group)
+    metrics = metrics.add("prompt", found.loss, found.sums, norm)
+    return new, metrics._replace(scalars=metrics.scalars | scalars)
 
 
 def _coefficients(state: TrainState, method: Method) -> jax.Array:
-    """alpha_k = (K - k) / K with k = 1 in the first update, for each part, `[N]`."""
-    parts = method.parts
+    """alpha_k = (K - k) / K with k = 1 in the first update, for each micro-batch, `[N]`."""
+    number = method.parts
     if method.regularisation_schedule == "adaptive":
-        return jnp.broadcast_to(state.regularisation, (parts,))
+        return jnp.broadcast_to(state.regularisation, (number,))
     if method.regularisation_schedule == "constant":
-        return jnp.full(parts, method.regularisation)
-    k = jnp.broadcast_to(state.step + 1, (parts,))
-    if method.conventions.early_clock and parts > 1:
-        k = k + (jnp.arange(parts) == parts - 1)
+        return jnp.full(number, method.regularisation)
+    k = jnp.broadcast_to(state.step + 1, (number,))
+    if method.conventions.early_clock and number > 1:
+        k = k + (jnp.arange(number) == number - 1)
     return method.regularisation * jnp.maximum(1 - k / method.total_steps, 0.0)
 
 
@@ -335,131 +370,107 @@ def _adapted(coefficient: jax.Array, ratio: jax.Array) -> jax.Array:
     return coefficient * (1 + 0.1 * jnp.clip(ratio - 1, -0.2, 0.2))
 
 
-def _prompt_in_turn(before: TrainState, after: TrainState, method: Method) -> jax.Array:
-    """The soft prompt that each part's student loss sees, `[N, M, D]`."""
+def _prompt_of_student_loss(before: TrainState, after: TrainState, method: Method) -> jax.Array:
+    """The soft prompt that the student's loss of each micro-batch sees, `[N, M, D]`."""
     is_last = jnp.arange(method.parts) == method.parts - 1
     fresh = is_last | (not method.conventions.stale_prompt)
     return jnp.where(fresh[:, None, None], after.soft_prompt, before.soft_prompt)
 
 
 def _update_teacher(
-    state: TrainState, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
-):
+    state: TrainState,
+    micro_batches: MicroBatch,
+    metrics: Metrics,
+    models: StepModels,
+    optimizers: Optimizers,
+) -> tuple[TrainState, Metrics]:
     """Mutual learning (Zhang et al. 2018, arXiv 1706.00384): the teacher learns from the student,
     which then learns from what the teacher has become."""
 
-    def part(x: MicroBatch, scale):
-        learner, pullback = jax.vjp(
-            lambda p: see.teacher({"teacher": p}, x.rows)[0],
-            state.params["teacher"],
-        )
-        student = see.student(state.params["student"], x.rows)
-        terms = {
-            f"teacher_{name}": objective.teacher_term(name, weight * scale, x, student, see)
-            for name, weight in see.method.teacher_terms
-        }
-        mask = see.where(x.rows).mask
-        gradient, total, sums = objective.gradient(terms, {}, mask, lambda x: x, learner)
-        return {"teacher": pullback(gradient)[0]}, sums | {"teacher_loss": total / scale}
+    def gradients_of(micro_batch: MicroBatch, scale):
+        return objective.teacher_gradients(state.params, micro_batch, scale, models)
 
-    scales = _scales(counts, see.method.conventions)
-    gradients, sums = objective.accumulate(_trimmed(part, see.method), (parts, scales))
-    scalars = {"teacher_grad_norm": objective.norm(gradients)}
-    return _apply(state, gradients, optimizers), sums, scalars
+    scales = _scales(metrics.counts, models.method.conventions)
+    found = objective.accumulate(_bucketed(gradients_of, models.method), (micro_batches, scales))
+    norm = objective.norm(found.by_group)
+    metrics = metrics.add("teacher", found.loss, found.sums, norm)
+    return _apply(state, found.by_group, optimizers), metrics
 
 
 # The student's update
 
 
 def _policy_targets(
-    state: TrainState, parts: MicroBatch, see: StepModels
+    state: TrainState, micro_batches: MicroBatch, models: StepModels
 ) -> policy_gradient.PolicyTarget:
-    """What the sampled rows are worth, valued over the whole step, `[N, B / N, R]` each."""
+    """What the sampled tokens are worth, valued over the whole step, `[N, B / N, R]` each."""
 
-    def of_labels(labels, logits):
+    def log_prob_of_labels(labels, logits):
         return -losses.cross_entropy(labels, logits)
 
-    def part(x: MicroBatch):
-        where = see.where(x.rows)
-        seen = see.student(state.params["student"], x.rows), _teacher(state, x, see)[0]
-        log_probs = [linear_values([of_labels], one, [where.labels])[0] for one in seen]
-        return where.labels, where.mask, *log_probs
+    def log_probs(micro_batch: MicroBatch):  # [B / N, R] of student and teacher
+        rows = micro_batch.rows
+        where = models.where(rows)
+        (student, _), _ = models.student_vjp(state.params["student"], rows)
+        teacher, _ = models.teacher(state.params, rows, micro_batch.soft_prompt)
+        both = [
+            linear_values([log_prob_of_labels], model, [where.labels])[0]
+            for model in (student, teacher)
+        ]
+        return where.labels, where.mask, *both
 
-    method = see.method
-    found = jax.lax.map(_trimmed(part, method), parts)
-    flat = [x.reshape(-1, x.shape[-1]) for x in found]
-    target = policy_gradient.policy_target(*flat, method.teacher_share, method.policy_gradient)
+    method = models.method
+    found = jax.lax.map(_bucketed(log_probs, method), micro_batches)
+    whole = [x.reshape(-1, x.shape[-1]) for x in found]  # [B, R]
+    target = policy_gradient.policy_target(*whole, method.teacher_share, method.policy_gradient)
     return jax.tree.map(lambda x: x.reshape(found[0].shape), target)
 
 
-def _teacher(state: TrainState, x: MicroBatch, see: StepModels):
-    return see.teacher(state.params, x.rows, x.soft_prompt)
+def _update_student(
+    state: TrainState,
+    micro_batches: MicroBatch,
+    metrics: Metrics,
+    models: StepModels,
+    optimizers: Optimizers,
+    forward: Any,
+) -> tuple[TrainState, Metrics]:
+    """theta <- theta - eta grad of the student's terms, `method.updates` times.
 
+    With several updates a step, each of `method.passes` goes through all minibatches in turn; what
+    is measured is the mean over the passes.
+    """
+    method = models.method
 
-def _update_student_in_turn(
-    state, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
-):
-    """`passes` times each minibatch's update: (state, sums, scalars), means over the passes."""
-    method = see.method
-    if method.updates == 1:
-        return _update_student(state, parts, counts, see, optimizers)
+    def update(state: TrainState, xs):
+        micro_batches, counts = xs
+        corpus_scale = 0.0
+        if micro_batches.corpus is not None:
+            corpus_scale = 1 / jnp.sum(micro_batches.corpus.lengths - 1)
+
+        def gradients_of(micro_batch: MicroBatch, scale):
+            return objective.student_gradients(
+                state.params, micro_batch, scale, corpus_scale, models, forward
+            )
+
+        scales = _scales(counts, method.conventions)
+        found = objective.accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
+        norm = objective.norm(found.by_group["student"])
+        return _apply(state, found.by_group, optimizers), (found.loss, found.sums, norm)
 
     def split(x):  # [N, …] -> [minibatches, G, …]
         return x.reshape(method.minibatches, method.micro_batches, *x.shape[1:])
 
-    def update(state, xs):
-        state, *measured = _update_student(state, *xs, see, optimizers)
-        return state, measured
-
     def one_pass(state, _):
-        return jax.lax.scan(update, state, jax.tree.map(split, (parts, counts)))
+        return jax.lax.scan(update, state, jax.tree.map(split, (micro_batches, metrics.counts)))
 
-    state, (sums, scalars) = jax.lax.scan(one_pass, state, None, length=method.passes)
-    sums = {name: x.mean(axis=0).reshape(-1) for name, x in sums.items()}
-    return state, sums, {name: x.mean() for name, x in scalars.items()}
-
-
-def _update_student(
-    state: TrainState, parts: MicroBatch, counts, see: StepModels, optimizers: Optimizers
-):
-    """theta <- theta - eta grad of the student's terms: (state, sums, scalars)."""
-    method = see.method
-    scales = _scales(counts, method.conventions)
-    observations = objective.student_observations(method)
-    if parts.corpus is not None:
-        corpus_scale = 1 / jnp.sum(parts.corpus.lengths - 1)
-
-    def part(x: MicroBatch, scale):
-        where = see.where(x.rows)
-        (student, states), pullback = see.student_vjp(state.params["student"], x.rows)
-        seen, teacher_states = _teacher(state, x, see) if method.needs_view else (None, {})
-        terms = {
-            name: objective.student_term(name, weight * scale, x, seen, see)
-            for name, weight in method.student_terms
-        }
-        d_student, total, sums = objective.gradient(
-            terms, observations, where.mask, lambda x: x, student, seen
-        )
-        gradients, d_states = {}, jax.tree.map(jnp.zeros_like, states)
-        if see.hidden_terms:
-            d_states, gradients, hidden_total, more = objective.hidden_gradient(
-                states, teacher_states, state.params.get("projection", {}), where, scale, see
-            )
-            total, sums = total + hidden_total, sums | more
-        gradients["student"] = pullback((d_student, d_states))[0]
-        if x.corpus is not None:
-            gradient, corpus_total = objective.corpus_gradient(
-                state.params, x.corpus, corpus_scale, see
-            )
-            gradients["student"] = jax.tree.map(jnp.add, gradients["student"], gradient)
-            total, sums = total + corpus_total, sums | {"corpus_loss": corpus_total / scale}
-        if len(sums) == 1 + len(observations):  # the only term is the loss itself
-            del sums[method.student_terms[0][0]]
-        return gradients, sums | {"student_loss": total / scale}
-
-    gradients, sums = objective.accumulate(_trimmed(part, method), (parts, scales))
-    scalars = {"student_grad_norm": objective.norm(gradients["student"])}
-    return _apply(state, gradients, optimizers), sums, scalars
+    if method.updates == 1:
+        state, (loss, sums, norm) = update(state, (micro_batches, metrics.counts))
+    else:
+        state, measured = jax.lax.scan(one_pass, state, None, length=method.passes)
+        loss, sums, norm = jax.tree.map(lambda x: x.mean(axis=0), measured)
+        loss, sums = jax.tree.map(lambda x: x.reshape(-1), (loss, sums))  # [N]
+        norm = norm.mean()
+    return state, metrics.add("student", loss, sums, norm)
 
 
 def _apply(state: TrainState, gradients: dict[str, Any], optimizers: Optimizers) -> TrainState:

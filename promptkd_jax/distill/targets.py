@@ -73,12 +73,12 @@ def rollout(
 
 
 class TargetBatch(NamedTuple):
-    """The rows of one step `[B, T]`, per row whether the student wrote it, and whether it ended by
-    itself (for "replay" targets nobody asks)."""
+    """The rows of one step `[B, T]`; `is_student` `[B]`, whether the student wrote the row;
+    `hit_eos` `[B]`, whether it ended by itself (not computed for "replay" targets)."""
 
     rows: Batch
-    own: jax.Array
-    ended: jax.Array
+    is_student: jax.Array
+    hit_eos: jax.Array
 
 
 def empty_target_batch(number: int, columns: int) -> TargetBatch:
@@ -150,13 +150,13 @@ def row_statistics(
     method: Method, written: TargetBatch, replay: Replay | None
 ) -> dict[str, jax.Array]:
     """What there is to say of the rows that a step trains on; of the buffer, as it is now."""
-    rows, own, ended = written
+    rows, is_student, hit_eos = written
     lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
     found = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
     if method.targets in ("mixed", "replay"):
-        found["on_policy_share"] = own.mean()
+        found["on_policy_share"] = is_student.mean()
     if method.targets in ("student", "mixed"):
-        found["eos_rate"] = jnp.sum(ended) / jnp.maximum(jnp.sum(own), 1)
+        found["eos_rate"] = jnp.sum(hit_eos) / jnp.maximum(jnp.sum(is_student), 1)
     if method.targets == "replay":
         found["replay_threshold"] = replay.threshold
     return found

@@ -92,9 +92,8 @@ class StepModels:
     """
 
     method: Method
-    models: Models
+    decoders: Models
     frozen_teacher: Any
-    shared: Any = None  # the student as it was seen already
 
     def where(self, rows: Batch) -> Responses:
         """The response positions of `rows`."""
@@ -116,36 +115,26 @@ class StepModels:
         prefix = soft_prompt
         if self.method.teacher_view == "in_context":
             prefix = embed(teacher, np.asarray(self.method.demonstrations, np.int32))
-        return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
+        return self._see(self.decoders.teacher, teacher, rows, prefix, self._taps[1])
 
     def student_vjp(self, student: Any, rows: Batch):
         """((LazyLogits, hidden states), their pullback to the student's parameters)."""
-        if self.shared is not None:
-            return self.shared
         return jax.vjp(
-            lambda p: self._see(self.models.student, p, rows, None, self._taps[0]), student
+            lambda p: self._see(self.decoders.student, p, rows, None, self._taps[0]), student
         )
 
-    def student(self, student: Any, rows: Batch) -> LazyLogits:
-        """The student's distributions."""
-        return self.student_vjp(student, rows)[0][0]
-
-    def sharing(self, student: Any, rows: Batch) -> "StepModels":
-        """The same for a step that sees the student with these parameters on these rows only."""
-        return dataclasses.replace(self, shared=self.student_vjp(student, rows))
-
-    def second_voice(self, params: Mapping[str, Any]) -> SamplingModel | None:
+    def mixture_model(self, params: Mapping[str, Any]) -> SamplingModel | None:
         """The teacher, where it writes rollouts together with the student."""
         if not self.method.teacher_share:
             return None
-        return SamplingModel(self.models.teacher, self.teacher_params(params))
+        return SamplingModel(self.decoders.teacher, self.teacher_params(params))
 
     @property
     def hidden_terms(self) -> tuple[hidden_loss.HiddenTerm, ...]:
         """The method's terms on hidden states, for these two models."""
         if not self.method.hidden_terms:
             return ()
-        student, teacher = self.models.student.config, self.models.teacher.config
+        student, teacher = self.decoders.student.config, self.decoders.teacher.config
         return hidden_loss.resolve_term(self.method.hidden_terms, student, teacher)
 
     @property

@@ -515,10 +515,10 @@ def mismatches() -> dict:
             (learner, [teacher, wider], mask),
             r"targets\[1\]: a vocabulary of 32, the learner's has 29; .* head\[:vocab_size\]",
         ),
-        "bare target": ((learner, teacher, mask), r"targets: a bare Linear; .* \[target\]"),
+        "bare target": ((learner, teacher, mask), r"targets: a bare LazyLogits; .* \[target\]"),
         "bare labels": ((learner, labels, mask), "targets: a bare array"),
         "bare cache": ((learner, top_k(), mask), "targets: a bare TopK"),
-        "logits": ((teacher.logits(), [teacher], mask), r"expected a Linear\(hidden, head\)"),
+        "logits": ((teacher.logits(), [teacher], mask), r"expected LazyLogits\(hidden, head\)"),
         "no rows": (
             (learner._replace(hidden=learner.hidden[0]), [teacher], mask),
             r"hidden \[7, 6\] and head \[29, 6\]; expected \[B, T, D\]",

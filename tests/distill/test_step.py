@@ -161,8 +161,8 @@ def test_sft_is_the_masked_cross_entropy_of_the_tokens_eos_included():
     assert supervised(batch()).sum() == metrics.counts.sum() == 20
     assert supervised(batch())[1].tolist() == [True] + 10 * [False]  # the immediate EOS
     assert_close(summarize(metrics)["student_loss"], value)
-    assert_close(metrics.sums["student_loss"], sums["cross_entropy"].sum()[None])
-    assert "cross_entropy" not in metrics.sums  # a single term is the loss
+    assert_close(metrics.losses["student"], sums["cross_entropy"].sum()[None])
+    assert_close(metrics.sums["cross_entropy"], metrics.losses["student"])
     assert_close(student_gradient(after), gradient)
     assert_close(summarize(metrics)["student_grad_norm"], optax.tree.norm(gradient))
     stepped = jax.tree.map(lambda p, g: p - 0.5 * g, before.student, gradient)
@@ -251,7 +251,7 @@ def test_a_prompt_without_effect_gets_no_gradient():
     assert_close(after.soft_prompt, before.soft_prompt, 0)
     assert abs(metrics.sums["prompt_regulariser"]).max() < 1e-5
     assert_close(metrics.sums["kl_prompted"], metrics.sums["kl_plain"])
-    assert_close(metrics.sums["student_loss"], metrics.sums["kl_plain"])
+    assert_close(metrics.losses["student"], metrics.sums["kl_plain"])
     assert after.skipped == 0
 
 
@@ -304,7 +304,7 @@ def test_rows_of_like_length_in_fewer_columns(parts, widths, monkeypatch):
         jax.debug.callback(lambda: taken.append(width))
         return truncate(rows, width)
 
-    monkeypatch.setattr(step_module, "narrow", counted)
+    monkeypatch.setattr(step_module, "truncate", counted)
     whole, expected = update(method())
     cut, found = update(method(micro_batches=parts, length_buckets=3))
     jax.effects_barrier()
@@ -378,9 +378,11 @@ def test_published_conventions(step, alpha):
 def test_gradients_in_half_precision_are_summed_in_float32():
     """In bfloat16, 256 + 1 is 256."""
     one = {"x": jnp.ones((512, 3), jnp.bfloat16)}
-    total, sums = objective.accumulate(lambda x: (x, {"loss": jnp.float32(2)}), (one,))
-    assert total["x"].dtype == jnp.bfloat16 and sums["loss"].shape == (512,)
-    np.testing.assert_array_equal(total["x"], 512)
+    gradients = objective.Gradients(one, jnp.float32(2), {"kl": jnp.float32(3)})
+    found = objective.accumulate(lambda x: gradients._replace(by_group=x), (one,))
+    assert found.by_group["x"].dtype == jnp.bfloat16
+    assert found.loss.shape == found.sums["kl"].shape == (512,)
+    np.testing.assert_array_equal(found.by_group["x"], 512)
 
 
 def test_response_tokens_that_no_loss_sees_are_counted():
@@ -414,14 +416,17 @@ def test_a_student_in_half_precision_keeps_its_dtypes_over_several_updates():
     assert types[0] == types[1]
     apart = jax.tree.map(lambda a, b: jnp.mean(a != b), params, after.student)
     assert 0 < np.mean(jax.tree.leaves(apart)) < 1
-    assert np.isfinite(metrics.scalars["student_grad_norm"])
+    assert np.isfinite(metrics.grad_norms["student"])
 
 
 def test_summarize_divides_once():
     sums, counts = {"loss": np.array([6.0, 4.0])}, np.array([3.0, 1.0])
-    metrics = Metrics(sums, counts, {"norm": np.float32(7)})
-    assert summarize(metrics) == {"loss": 10 / 4, "norm": 7}
-    assert summarize(metrics, Conventions(mean_of_means=True)) == {"loss": 6 / 2, "norm": 7}
+    sums, norms = {"kl": sums["loss"] / 2}, {"student": np.float32(7)}
+    metrics = Metrics({"student": 2 * sums["kl"]}, norms, sums, counts, {"tokens": np.int32(4)})
+    expected = {"student_loss": 10 / 4, "kl": 5 / 4, "student_grad_norm": 7, "tokens": 4}
+    assert summarize(metrics) == expected
+    expected |= {"student_loss": 6 / 2, "kl": 3 / 2}
+    assert summarize(metrics, Conventions(mean_of_means=True)) == expected
 
 
 # The student's own rows

@@ -182,8 +182,3 @@ def assert_same_params(found: Model, expected: Model) -> None:
     for path, array in expected.items():
         assert found[path].dtype == array.dtype, path
         np.testing.assert_array_equal(found[path], array, err_msg=path)
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request) -> Model:
-    return random_model(request.param)

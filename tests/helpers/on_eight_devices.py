@@ -216,7 +216,7 @@ def same_rows_of_every_source() -> None:
             written(targets, sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))),
         )
         jax.tree.map(np.testing.assert_array_equal, here, there)
-        own = [written.own for written in here[0]]
+        own = [written.is_student for written in here[0]]
         if targets == "mixed":
             assert 0 < np.mean(own) < 1 and (own[0] != own[1]).any(), own
         else:

@@ -35,7 +35,12 @@ from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
 from promptkd_jax.models.io import export
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.load import load_model
-from promptkd_jax.models.model import keep_layers, uniform_layers
+from promptkd_jax.models.model import Model, keep_layers, uniform_layers
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request) -> Model:
+    return random_model(request.param)
 
 
 @pytest.fixture(autouse=True)

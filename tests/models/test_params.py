@@ -244,8 +244,9 @@ ON_A_MESH = """
 import functools, json, pathlib, sys
 import jax, numpy as np
 from flax import traverse_util
+from promptkd_jax.infra import sharding
 from promptkd_jax.models.random_model import synthetic_model
-from promptkd_jax.cli.export import export
+from promptkd_jax.models.io import export
 from promptkd_jax.models import load
 from promptkd_jax.models.io import params as streaming
 from promptkd_jax.models.config import from_hugging_face
