@@ -1,7 +1,5 @@
-"""How good a student is: ROUGE-L and exact match of its answers, closeness to its teacher.
-
-`promptkd evaluate --model FOLDER --data FILE …` scores an exported student on any number of sets
-and seeds.
+"""ROUGE-L and exact match of a model, on any number of sets and seeds: `promptkd evaluate --model
+FOLDER --data FILE …`.
 """
 
 import argparse

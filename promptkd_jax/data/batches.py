@@ -1,4 +1,8 @@
-"""TODO"""
+"""Batches of rows, with a position that a checkpoint can hold.
+
+The position of a run in its data is one integer, the index of the next batch; it is global, so that
+the number of processes and devices may change between a save and a restore.
+"""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,10 +1,4 @@
-"""Records → templates → token rows → batches, with a position that a checkpoint can hold.
-
-Every row starts at column 0 and ends at its length: nothing is left-padded, and no mask is ever
-derived from the padding token, which is often also the end of sequence. The position of a run in
-its data is one integer, the index of the next batch; it is global, so that the number of hosts and
-devices may change between a save and a restore.
-"""
+"""Records: examples of a JSON lines file, of this package, or of the Hugging Face hub."""
 
 import json
 from collections.abc import Iterator

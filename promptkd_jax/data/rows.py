@@ -1,4 +1,8 @@
-"""Rows: tokenized records, in their order."""
+"""Rows: tokenized records, in their order.
+
+Every row starts at column 0 and ends at its length: nothing is left-padded, and no mask is ever
+derived from the padding token, which is often also the end of sequence.
+"""
 
 import datetime
 import hashlib

@@ -329,7 +329,11 @@ def _packed(learner: LazyLogits, targets: Sequence[Any], mask: jax.Array):
     else's mesh they stay as they are."""
     if sharding.mesh_is_external():
         return learner, targets, mask
-    counts = mask.reshape(sharding.num_row_shards(mask.shape[0]), -1) != 0
+    # Responses end early in most rows: with all positions of a device's rows in one sequence, those
+    # that count first, `_scan_filled` stops at the last one instead of at the longest row.
+    counts = (
+        mask.reshape(sharding.num_row_shards(mask.shape[0]), -1) != 0
+    )  # [devices, B T / devices]
     order = jnp.argsort(~counts, axis=1, stable=True)
 
     def pack(x):
@@ -397,6 +401,21 @@ def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = No
     return carry, None if whole is None else _unblocked(whole, mask.shape[1])
 
 
+# The chunked loss. Of one block of `chunk` of the T positions, with hidden states h [B, chunk, D],
+# a head W [V, D] and logits z = h Wᵀ [B, chunk, V], targets t, a mask m and weights w:
+#
+#     loss += Σ m · Σ_j w_j f_j(t, z)        dz = ∂loss/∂z   [B, chunk, V]
+#     dh    = dz W    [B, chunk, D]          dW += dzᵀ h     [V, D]
+#
+# dz can only be computed while z is there, and z is what must not be kept. So the forward pass of
+# the custom VJP computes dh and dW in the same scan as the loss and keeps these two in place of any
+# logits; the backward pass multiplies them by the cotangent of the loss, which is a scalar. The
+# weights are inside of the sum, so that several terms cost one pass.
+#
+# `symbolic_zeros` tells the forward pass, by `head.perturbed`, whether anybody will ask for dW: for
+# the soft prompt's loss the head is a constant, and there is no [V, D] array of its gradient.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear_loss(functions, chunk, learner, targets, mask, weights):
     parts, join = _sequences(targets)
@@ -421,8 +440,8 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
     parts, join = _sequences(targets)
 
     def body(carry, block):
-        total, sums, head_gradient = carry
-        hidden, parts, mask = block
+        total, sums, head_gradient = carry  # [], [terms + observations], [V, D] or None
+        hidden, parts, mask = block  # [B, chunk, D], [B, chunk, …], [B, chunk]
 
         def loss(hidden, head):
             return _block_loss(functions, LazyLogits(hidden, head), join(parts), mask, weights)
@@ -442,7 +461,7 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
     (total, sums, d_head), d_hidden = _scan_filled(
         body, carry, (learner.hidden, parts, mask), chunk, like=learner.hidden
     )
-    like_head = jnp.zeros((0,), learner.head.dtype)  # a residual can carry a dtype only so
+    like_head = jnp.zeros((0,), learner.head.dtype)  # residuals are arrays: this one is a dtype
     return (total, sums), (d_hidden, d_head, like_head)
 
 

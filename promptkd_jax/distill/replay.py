@@ -1,4 +1,4 @@
-"""The replay buffer of DistiLLM."""
+"""The replay buffer of DistiLLM (arXiv 2402.03898), and how often it is used."""
 
 import flax.struct
 import jax

@@ -1,4 +1,4 @@
-"""The soft prompt: M embeddings `[M, D]` in front of the frozen teacher, and its PEFT form."""
+"""How the soft prompt starts: M embeddings `[M, D]` in front of the frozen teacher."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""What a person sees of a run: metrics on disk, progress in the terminal, the HTML report.
+"""The HTML report of a run, its summary table, and the model card of its student.
 
-Metrics live in `workdir/metrics.jsonl`, one JSON object a line, and are the only input of the
-curves: the report can be written again at any time, also of a run that was killed.
+The curves are drawn from the run's metrics alone: the report can be written again at any time, also
+of a run that was killed.
 """
 
 import io

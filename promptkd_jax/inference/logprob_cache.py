@@ -1,10 +1,7 @@
-"""What the teacher wrote down beforehand: its answers, and its top-k log-probabilities.
+"""The teacher's top-k log-probabilities, written once, so that a run need not load the teacher.
 
-Both are written once, go on where they were stopped, and lie beside a manifest of what made them:
-teacher, tokenizer, rows, and how. What another of these made is refused, not used.
-
-    NAME.jsonl           one line {"request": […], "answer": […]} of token ids for every row
-    NAME.manifest.json
+Writing goes on where it was stopped. A manifest says what made the cache: teacher, tokenizer, rows,
+and how; a cache that something else made is refused, not used.
 
     FOLDER/ids.npy, log_probs.npy   [tokens, k]: every response token of every row, in order
            tail.npy                 [tokens]: the log-probability of all tokens but these k

@@ -1,4 +1,11 @@
-"""Responses written by the teacher, kept in a file (SeqKD)."""
+"""Responses written by the teacher, kept in a file (SeqKD).
+
+Writing goes on where it was stopped. A manifest says what made the file: teacher, tokenizer,
+requests, and how; a file that something else made is refused, not used.
+
+    NAME.jsonl           one line {"request": […], "answer": […]} of token ids for every row
+    NAME.manifest.json
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The metrics of a run: JSON lines, and TensorBoard events."""
+"""The metrics of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard events."""
 
 import json
 import math

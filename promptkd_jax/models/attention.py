@@ -129,13 +129,22 @@ def implementation(
     return "xla"
 
 
+# Without a kernel: the [T, T] scores of a head are computed in at most MAX_PARTS stripes of queries,
+# each against the keys up to its own end (# computed, . skipped; with a window also from the left):
+#
+#     keys →    # . . .
+#     queries   # # . .        5/8 of the square where a kernel computes 1/2
+#        ↓      # # # .
+#               # # # #
+
+
 def _in_parts(query, key, value, window: int | None) -> jax.Array:
     """A few columns of queries at a time, against no keys but those that one of them sees."""
     columns = query.shape[1]
     query = _grouped(query, key.shape[2])
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
     size = math.ceil(columns / min(MAX_PARTS, math.ceil(columns / LANES)))
-    parts = []
+    parts = []  # [B, K, N / K, size, H] each
     for begin in range(0, columns, size):
         end = min(begin + size, columns)
         first = 0 if window is None else max(0, begin + 1 - window)

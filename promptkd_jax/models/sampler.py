@@ -244,8 +244,21 @@ class _Writer:
         return each[0] if len(each) == 1 else _mixed(*each, self.share)
 
 
+# Continuous batching: S slots decode, the other rows wait in a queue.
+#
+#     queue  r0 r1 r2 r3 | r4 r5 r6 …    `next_turn` points behind the last row that was let in
+#     slots  r0 r1 r2 r3                 S = 4
+#     slots  r0 r4 r2 r3                 r1 has ended and is collected; r4 is prefilled in its place
+#
+# One round is: decode until on some device a quarter of its slots have ended (a prefill of fewer
+# rows is not worth its reading of the weights), collect all slots into the output, prefill as many
+# rows of the queue as there are free places, put them into these. Shapes are static: `least` rows
+# are prefilled in every round; those that `can` not (no place, or the queue is empty) have the row
+# number B, which is dropped where they are collected and put.
+
+
 def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rollout:
-    """All rows through so many slots.
+    """Writes all rows through so many slots.
 
     On a mesh the slots are dealt out as rows are, and every device lets rows into its own: what is
     sent between devices are tokens, not caches.
@@ -272,10 +285,11 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
     def let_in(state):
         next_turn, now, out = state
         out = _collect(out, now)
-        free = ~now.running.reshape(devices, -1)
+        free = ~now.running.reshape(devices, -1)  # [devices, S / devices]
+        # The places of the first `least` free slots of each device; not all need be free.
         places = jnp.argsort(~free, axis=1, stable=True)[:, :least]  # [devices, least]
-        can = jnp.take_along_axis(free, places, axis=1)
-        turns = next_turn + jnp.cumsum(can.reshape(-1)) - 1
+        can = jnp.take_along_axis(free, places, axis=1)  # [devices, least]
+        turns = next_turn + jnp.cumsum(can.reshape(-1)) - 1  # [devices · least], of the queue
         new, can = begin(turns, can.reshape(-1))
         places = jnp.where(can.reshape(places.shape), places, free.shape[1])
         next_turn += jnp.sum(can)
@@ -300,8 +314,8 @@ def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
     """`new` in the places `[devices, F / devices]` of each device's slots."""
     devices = places.shape[0]
 
-    def put(x, y, axis=0):
-        def split(x):
+    def put(x, y, axis=0):  # `axis` is that of the slots: 0, of a cache 1, behind its layers
+        def split(x):  # […, S, …] as […, devices, S / devices, …]
             return x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
 
         def on_device(x, y, places):

@@ -1,4 +1,4 @@
-"""`promptkd compare --config FILE[:arg] --workdir DIR`: several methods, one student, one budget.
+"""Several methods, one student, one budget: trains them and measures them.
 
 Every method is trained with every seed, each run in a process of its own, so that its time and its
 peak memory are its own, all from the same student, on the same data, within the same budget: equal

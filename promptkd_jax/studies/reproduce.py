@@ -1,4 +1,4 @@
-"""`promptkd reproduce --config FILE[:arg] --workdir DIR`: the paper's pipeline and its table.
+"""The paper's pipeline, and its table beside the published one.
 
 The teacher is fine-tuned (`method=teacher` of the config file), the student for 3 epochs
 (`method=init`), then distilled by each of the methods (`method=NAME`), and teacher and students

@@ -1,4 +1,4 @@
-"""From a checked config to what a run is made of: models, rows, stages."""
+"""What a run is made of: models, rows, stages, and the jitted step of each stage."""
 
 import dataclasses
 import functools

@@ -1,4 +1,6 @@
-"""From a config to everything that its run needs."""
+"""From a config to everything that its run needs, in four steps: load the models, read the data,
+generate what the teacher writes, build the stages.
+"""
 
 import dataclasses
 import functools
