@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.loss_inputs import LazyLogits
 
 
 def main() -> None:

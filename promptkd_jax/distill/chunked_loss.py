@@ -9,16 +9,17 @@ B batch, T positions, D width, V vocabulary, k kept tokens of a cached teacher.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill.losses import Divergence, cross_entropy, needs_whole
+from promptkd_jax.distill.loss_inputs import LazyLogits, check_inputs, check_values, shape_error
+from promptkd_jax.distill.losses import Divergence, needs_whole
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.sharding import ROWS, constrain
+from promptkd_jax.infra.sharding import constrain
 
 Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
@@ -27,23 +28,6 @@ def chunk_elements(platform: str) -> int:
     """Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32, 128 on a GPU,
     where reading the head for every block takes as long as multiplying some hundred positions."""
     return 2**25 if platform == "gpu" else 2**23
-
-
-class LazyLogits(NamedTuple):
-    """Logits not yet multiplied out: hidden `[B, T, D]` and head `[V, D]`."""
-
-    hidden: jax.Array
-    head: jax.Array
-
-    def logits(self) -> jax.Array:
-        """hidden @ head^T, `[B, T, V]`."""
-        head = self.head.astype(self.hidden.dtype)
-        # Rounded to half precision, logits would be off by more than a soft prompt moves them.
-        logits = jnp.einsum("btd,vd->btv", self.hidden, head, preferred_element_type=jnp.float32)
-        # Changes nothing, but XLA's CPU compiler does not make one kernel of the product and what
-        # reads it, which for some shapes takes three times as long as the two.
-        logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)
-        return constrain(logits, ROWS, None, "tensor")
 
 
 def apply_divergence(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
@@ -108,12 +92,12 @@ def linear_loss(
     """
     if not terms:
         raise ValueError("no terms; expected at least one (linear_values measures without a loss)")
-    _check(learner, targets)
+    check_inputs(learner, targets)
     if len(terms) > len(targets):
         raise ValueError(f"{len(terms)} terms need as many targets, got {len(targets)}")
     if np.shape(mask) != learner.hidden.shape[:2]:
-        raise ValueError(_unlike("mask", np.shape(mask), learner))
-    _check_values(terms, targets, mask, learner.head.shape[0])
+        raise ValueError(shape_error("mask", np.shape(mask), learner))
+    check_values(terms, targets, mask, learner.head.shape[0])
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
     if weights.shape != (len(terms),):
         raise ValueError(f"weights: {list(weights.shape)}; expected one per term, [{len(terms)}]")
@@ -147,7 +131,7 @@ def linear_values(
     Raises:
       ValueError: as `linear_loss`.
     """
-    _check(learner, targets)
+    check_inputs(learner, targets)
     if len(functions) != len(targets):
         raise ValueError(f"{len(functions)} functions need as many targets, got {len(targets)}")
     learner, *targets = _gathered(jax.lax.stop_gradient([learner, *targets]))
@@ -164,111 +148,6 @@ def linear_values(
 
     _, values = jax.lax.scan(body, None, _blocks((learner.hidden, parts), chunk))
     return tuple(_unblocked(value, shape[1]) for value in values)
-
-
-def _check(learner: LazyLogits, targets: Sequence[Any]) -> None:
-    """Raises ValueError where shapes do not belong together. JAX itself would broadcast, clip or
-    take from the end, and a number would come out."""
-    if not isinstance(learner, LazyLogits):
-        raise ValueError(f"learner: {type(learner).__name__}; expected LazyLogits(hidden, head)")
-    bare = "array" if hasattr(targets, "shape") else type(targets).__name__
-    if bare == "array" or hasattr(targets, "_fields"):
-        raise ValueError(f"targets: a bare {bare}; expected a sequence, one per term: [target]")
-    _check_linear("learner", learner)
-    for number, target in enumerate(targets):
-        name = f"targets[{number}]"
-        if isinstance(target, LazyLogits):
-            _check_linear(name, target)
-            if target.head.shape[0] != learner.head.shape[0]:
-                raise ValueError(
-                    f"{name}: a vocabulary of {target.head.shape[0]}, the learner's has "
-                    f"{learner.head.shape[0]}; expected the tokens that both share, without the "
-                    "padding of either: head[:vocab_size]"
-                )
-        if isinstance(target, TopK):
-            _check_top_k(name, target, learner.head.shape[0])
-        parts = target.hidden if isinstance(target, LazyLogits) else target
-        for part in jax.tree.leaves(parts):
-            if jnp.shape(part)[:2] != learner.hidden.shape[:2]:
-                raise ValueError(_unlike(name, jnp.shape(part), learner))
-
-
-def _unlike(name: str, shape: tuple[int, ...], learner: LazyLogits) -> str:
-    rows, positions = learner.hidden.shape[:2]
-    return (
-        f"{name}: {list(shape)}, but the learner's hidden states are of {rows} rows and "
-        f"{positions} positions; expected [{rows}, {positions}{', …' if len(shape) > 2 else ''}]"
-    )
-
-
-def _check_linear(name: str, model: LazyLogits) -> None:
-    hidden, head = jnp.shape(model.hidden), jnp.shape(model.head)
-    if len(hidden) != 3 or len(head) != 2:
-        raise ValueError(
-            f"{name}: hidden {list(hidden)} and head {list(head)}; expected [B, T, D] and [V, D]"
-        )
-    if head[1] != hidden[2]:
-        stored = "; it is stored [D, V]: transpose it" if head[0] == hidden[2] else ""
-        raise ValueError(
-            f"{name}: hidden states of width {hidden[2]} and a head {list(head)}; expected "
-            f"[V, {hidden[2]}]{stored}"
-        )
-
-
-def _check_top_k(name: str, target: TopK, vocab_size: int) -> None:
-    ids, log_probs = jnp.shape(target.ids), jnp.shape(target.log_probs)
-    if len(ids) != 3 or ids != log_probs or ids[2] > vocab_size:
-        raise ValueError(
-            f"{name}: ids {list(ids)} and log_probs {list(log_probs)}; expected both [B, T, k], "
-            f"with k at most {vocab_size}, the learner's vocabulary"
-        )
-    if target.tail is not None and jnp.shape(target.tail) != ids[:2]:
-        raise ValueError(
-            f"{name}: a tail {list(jnp.shape(target.tail))} beside ids {list(ids)}; expected "
-            f"{list(ids[:2])}, one per position"
-        )
-
-
-def _check_values(
-    terms: Sequence[Divergence], targets: Sequence[Any], mask: Any, vocab_size: int
-) -> None:
-    """Raises ValueError for a TopK of logits and for tokens that are not in the vocabulary, where
-    values can be seen: not those that are traced."""
-    for number, target in enumerate(targets):
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((target, mask))):
-            continue
-        name = f"targets[{number}]"
-        # What is constant can be seen within a `jax.jit` too, which would trace its sum.
-        with jax.ensure_compile_time_eval():
-            if isinstance(target, TopK):
-                counts, log_probs = jnp.asarray(mask) != 0, jnp.asarray(target.log_probs)
-                _check_log_probs(name, log_probs.astype(jnp.float32), counts)
-                listed = counts[..., None] & ~jnp.isneginf(log_probs)
-                _check_tokens(name, target.ids, listed, vocab_size)
-            elif cross_entropy in terms[number : number + 1] and hasattr(target, "shape"):
-                _check_tokens(name, target, jnp.asarray(mask) != 0, vocab_size)
-
-
-def _check_log_probs(name: str, log_probs: jax.Array, counts: jax.Array) -> None:
-    sums = jax.nn.logsumexp(log_probs, axis=-1)
-    most = float(jnp.max(jnp.where(counts, sums, -jnp.inf)))
-    if most > 0.05:  # log-probabilities in half precision may be a little above
-        raise ValueError(
-            f"{name}: a TopK whose probabilities add up to exp({most:.4g}); expected "
-            "log-probabilities: where these are logits, take their log_softmax over all tokens "
-            "before the k largest"
-        )
-
-
-def _check_tokens(name: str, tokens: jax.Array, counts: jax.Array, vocab_size: int) -> None:
-    tokens = jnp.asarray(tokens).astype(jnp.int32)  # of few bits, they cannot be compared with V
-    wrong = counts & ((tokens < 0) | (tokens >= vocab_size))
-    if wrong.any():
-        place = tuple(int(i) for i in jnp.argwhere(wrong)[0])
-        raise ValueError(
-            f"{name}: token {tokens[place]} at row {place[0]}, position {place[1]}, where the mask "
-            f"is not 0; expected tokens in [0, {vocab_size}), or a mask of 0 there"
-        )
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:

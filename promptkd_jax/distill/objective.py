@@ -25,7 +25,8 @@ import optax
 from promptkd_jax.data.batch import Batch, Responses, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses, policy_gradient
-from promptkd_jax.distill.chunked_loss import LazyLogits, Observation, apply_divergence, linear_loss
+from promptkd_jax.distill.chunked_loss import Observation, apply_divergence, linear_loss
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT, Method
 from promptkd_jax.distill.policy_gradient import PolicyTarget
 from promptkd_jax.distill.teacher import StepModels, lazy_logits

@@ -14,10 +14,9 @@ B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabu
 G micro-batches of one update, N of a whole step (those of all its minibatches).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,114 +24,13 @@ import optax
 from promptkd_jax.data.batch import Batch, responses, truncate
 from promptkd_jax.distill import losses, objective, policy_gradient
 from promptkd_jax.distill.chunked_loss import linear_values
-from promptkd_jax.distill.method import POLICY_GRADIENT, PRESETS, Conventions, Method
+from promptkd_jax.distill.method import POLICY_GRADIENT, Conventions, Method
 from promptkd_jax.distill.objective import MicroBatch
-from promptkd_jax.distill.replay import Replay
+from promptkd_jax.distill.state import Metrics, Optimizers, TrainState
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import Models, StepModels
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.sampler import run_in_smallest_bucket
-
-
-class Optimizers(NamedTuple):
-    """One for each group of parameters that is trained.
-
-    `projection` is for the matrices between hidden states of different models, `teacher` for the
-    "online" view.
-    """
-
-    student: optax.GradientTransformation
-    soft_prompt: optax.GradientTransformation | None = None
-    teacher: optax.GradientTransformation | None = None
-    projection: optax.GradientTransformation | None = None
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that changes; a frozen teacher is not in it.
-
-    `params` and `optimizers` have the groups of `Optimizers`: "student", and where they are trained
-    "soft_prompt" `[M, D]`, "teacher", "projection". `step` counts the steps of this stage,
-    `regularisation` is the coefficient of L_reg where that adapts, `replay` the buffer of "replay"
-    targets, `pending` the rows of this step where rows are written a step ahead, see `write_ahead`.
-    `skipped` counts the non-finite steps in all, `skipped_in_a_row` the latest of them.
-    """
-
-    step: jax.Array
-    key: jax.Array
-    params: dict[str, Any]
-    optimizers: dict[str, Any]
-    regularisation: jax.Array
-    replay: Replay | None
-    pending: TargetBatch | None
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
-
-    @property
-    def student(self) -> Any:
-        """The student's parameters."""
-        return self.params["student"]
-
-    @property
-    def soft_prompt(self) -> jax.Array | None:
-        """`[M, D]`, None where there is none."""
-        return self.params.get("soft_prompt")
-
-
-class Metrics(NamedTuple):
-    """What a step measures; `summarize` divides sums by counts.
-
-    `losses` by who learns ("student", "prompt", "teacher") and `sums` by name are sums over the
-    response tokens of each micro-batch `[N]`, `counts` `[N]` those tokens; `grad_norms` are by who
-    learns, `scalars` by name.
-    """
-
-    losses: dict[str, jax.Array]
-    grad_norms: dict[str, jax.Array]
-    sums: dict[str, jax.Array]
-    counts: jax.Array
-    scalars: dict[str, jax.Array]
-
-    def add(self, learner: str, loss: jax.Array, sums: dict, grad_norm: jax.Array) -> "Metrics":
-        """Adds what the update of one learner measured."""
-        return self._replace(
-            losses=self.losses | {learner: loss},
-            grad_norms=self.grad_norms | {learner: grad_norm},
-            sums=self.sums | sums,
-        )
-
-
-def init_state(
-    params: Mapping[str, Any],
-    optimizers: Optimizers,
-    key: jax.Array,
-    *,
-    regularisation: float = 1.0,
-    replay: Replay | None = None,
-    pending: TargetBatch | None = None,
-) -> TrainState:
-    """A state at step 0.
-
-    Args:
-      params: by group, see `TrainState`; at least {"student": …}.
-      optimizers: one for every group in `params`.
-      regularisation: where the coefficient of an "adaptive" L_reg starts.
-      replay: `empty_replay(…)` where a method has "replay" targets.
-      pending: a place for what `write_ahead` will write, where states of several methods shall
-        have one structure.
-    """
-    params = {name: group for name, group in params.items() if group is not None}
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        key=key,
-        params=params,
-        optimizers={name: getattr(optimizers, name).init(params[name]) for name in params},
-        regularisation=jnp.full((), regularisation, jnp.float32),
-        replay=replay,
-        pending=pending,
-        skipped=jnp.zeros((), jnp.int32),
-        skipped_in_a_row=jnp.zeros((), jnp.int32),
-    )
 
 
 def write_ahead(
@@ -229,18 +127,6 @@ def _skip_if_not_finite(
         step=state.step + 1, skipped=state.skipped + ~finite, skipped_in_a_row=in_a_row
     )
     return kept, metrics._replace(scalars=metrics.scalars | {"skipped_in_a_row": in_a_row})
-
-
-def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:
-    """Means over response tokens (or of micro-batch means) and the scalars, as Python floats."""
-    metrics = jax.device_get(metrics)
-    sums = metrics.sums | {f"{name}_loss": total for name, total in metrics.losses.items()}
-    if conventions.mean_of_means:
-        means = {name: (total / metrics.counts).mean() for name, total in sums.items()}
-    else:
-        means = {name: total.sum() / metrics.counts.sum() for name, total in sums.items()}
-    norms = {f"{name}_grad_norm": norm for name, norm in metrics.grad_norms.items()}
-    return {name: float(value) for name, value in (means | norms | metrics.scalars).items()}
 
 
 # How rows are split into micro-batches

@@ -11,7 +11,7 @@ import numpy as np
 from promptkd_jax.data.batch import Batch, Responses, gather, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss
-from promptkd_jax.distill.chunked_loss import LazyLogits
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.method import Method
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.sampler import SamplingModel

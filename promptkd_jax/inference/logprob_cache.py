@@ -28,7 +28,8 @@ from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.logprobs import ARRAYS, Cached, on_a_file_system, open_array
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.data.top_k import TopK, log_sum_of_others
-from promptkd_jax.distill.chunked_loss import LazyLogits, chunk_elements
+from promptkd_jax.distill.chunked_loss import chunk_elements
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.losses import log_probs
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra import distributed, provenance, sharding

@@ -129,8 +129,9 @@ def implementation(
     return "xla"
 
 
-# Without a kernel: the [T, T] scores of a head are computed in at most MAX_PARTS stripes of queries,
-# each against the keys up to its own end (# computed, . skipped; with a window also from the left):
+# Without a kernel: the [T, T] scores of a head are computed in at most MAX_PARTS stripes of
+# queries, each against the keys up to its own end (# computed, . skipped; with a window also from
+# the left):
 #
 #     keys →    # . . .
 #     queries   # # . .        5/8 of the square where a kernel computes 1/2

@@ -12,7 +12,7 @@ from promptkd_jax.distill import hidden_loss, optimizer
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.method import PRESETS, Conventions, Method, needs_teacher
 from promptkd_jax.distill.policy_gradient import PolicyGradient
-from promptkd_jax.distill.step import Optimizers
+from promptkd_jax.distill.state import Optimizers
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config import ConfigError
 

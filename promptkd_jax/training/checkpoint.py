@@ -17,11 +17,9 @@ it evaluates should be safe before it begins.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -35,9 +33,9 @@ from jax.experimental import multihost_utils
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import io_errors, is_remote, read_text, to_path, write_json
+from promptkd_jax.training.checkpoint_files import CHECKSUMS, checksums, find_damage
 
 _SCORES = "scores.json"
-_CHECKSUMS = "checksums.json"
 
 
 @dataclasses.dataclass
@@ -402,7 +400,7 @@ class Checkpoints:
         """The newest undamaged step; and {step: damage} of newer ones on process 0, which looks."""
         whole, damaged = -1, {}
         for step in reversed(steps) if jax.process_index() == 0 else ():
-            problem = _find_damage(self._directory / str(step))
+            problem = find_damage(self._directory / str(step))
             if not problem:
                 whole = step
                 break
@@ -448,47 +446,7 @@ class Checkpoints:
             for unfinished in ocp.utils.tmp_checkpoints(self._directory)
             if unfinished.get_final().name == str(self._pending)
         ]
-        (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
-
-
-def _checksums(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of the files of both items; Orbax's own notes beside them change later."""
-    paths = [path for item in ("state", "meta") for path in _all_files(folder / item)]
-    with ThreadPoolExecutor() as pool:
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        return dict(zip(names, pool.map(_sha256, paths)))
-
-
-def _all_files(folder: epath.Path) -> list[epath.Path]:
-    parents = list(folder.walk())  # in a bucket, whose names lack the "gs://"
-    return [
-        folder / parent.relative_to(parents[0][0]) / file
-        for parent, _, files in parents
-        for file in files
-    ]
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _find_damage(folder: epath.Path) -> str:
-    """What is wrong with the files of a checkpoint; empty where all are as they were written."""
-    if not (folder / _CHECKSUMS).exists():
-        return f"{_CHECKSUMS} is missing"
-    try:
-        written = json.loads((folder / _CHECKSUMS).read_text())
-    except ValueError as error:
-        return f"{_CHECKSUMS} is unreadable: {error}"
-    found = _checksums(folder)
-    problems = [
-        f"{name} is not as it was written" if name in found else f"{name} is missing"
-        for name in sorted(written)
-        if found.get(name) != written[name]
-    ]
-    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
-    return ", ".join(problems[:3] + more)
+        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1))
 
 
 def _describe_leaves(tree: Any) -> dict[str, str]:

@@ -15,7 +15,8 @@ from promptkd_jax.data.batches import stream
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.replay import empty_replay
-from promptkd_jax.distill.step import Optimizers, TrainState, init_state, train_step, write_ahead
+from promptkd_jax.distill.state import Optimizers, TrainState, init_state
+from promptkd_jax.distill.step import train_step, write_ahead
 from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding

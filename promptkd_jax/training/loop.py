@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.batches import stream
 from promptkd_jax.distill.replay import adapt
-from promptkd_jax.distill.step import TrainState, summarize
+from promptkd_jax.distill.state import TrainState, summarize
 from promptkd_jax.evaluation.student_metrics import generation_metrics, teacher_metrics
 from promptkd_jax.infra import distributed, sharding, signals
 from promptkd_jax.infra.errors import CheckpointError, TrainingError

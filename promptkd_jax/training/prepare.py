@@ -26,7 +26,7 @@ from promptkd_jax.distill.soft_prompt import (
     pooled_soft_prompt,
     random_soft_prompt,
 )
-from promptkd_jax.distill.step import Optimizers
+from promptkd_jax.distill.state import Optimizers
 from promptkd_jax.inference import logprob_cache, teacher_responses
 from promptkd_jax.inference.data_free import DataFree, generate_prompts
 from promptkd_jax.infra import distributed, provenance, sharding

@@ -11,7 +11,8 @@ from helpers.tiny import equations
 
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss, linear_values
+from promptkd_jax.distill.chunked_loss import linear_loss, linear_values
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.losses import DIVERGENCES, divergence
 
 SHAPE = (3, 5, 13)

@@ -45,11 +45,8 @@ from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.policy_gradient import PolicyGradient
 from promptkd_jax.distill.replay import Replay, adapt, draw, empty_replay, push
-from promptkd_jax.distill.step import (
-    TrainState,
-    summarize,
-    write_ahead,
-)
+from promptkd_jax.distill.state import TrainState, summarize
+from promptkd_jax.distill.step import write_ahead
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample

@@ -14,7 +14,8 @@ from helpers.golden import assert_close
 
 from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.policy_gradient import (
     PolicyGradient,
     PolicyTarget,

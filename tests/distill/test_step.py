@@ -37,14 +37,8 @@ from promptkd_jax.data.batch import Batch, truncate
 from promptkd_jax.distill import objective
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.optimizer import adamw
-from promptkd_jax.distill.step import (
-    Metrics,
-    Optimizers,
-    TrainState,
-    init_state,
-    summarize,
-    train_step,
-)
+from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, init_state, summarize
+from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.params import abstract_params

@@ -38,7 +38,7 @@ from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses
 from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.step import TrainState, summarize
+from promptkd_jax.distill.state import TrainState, summarize
 from promptkd_jax.distill.teacher import lazy_logits_and_states
 
 BOTH_KLS = (("forward_kl", 0.3), ("reverse_kl", 0.7))

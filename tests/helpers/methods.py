@@ -24,7 +24,8 @@ from helpers.steps import (
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.replay import Replay
-from promptkd_jax.distill.step import Optimizers, TrainState, init_state, train_step
+from promptkd_jax.distill.state import Optimizers, TrainState, init_state
+from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import Decoder
 

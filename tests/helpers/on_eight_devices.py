@@ -13,10 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill import losses, optimizer
-from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.replay import empty_replay
-from promptkd_jax.distill.step import Optimizers, init_state, summarize, train_step, write_ahead
+from promptkd_jax.distill.state import Optimizers, init_state, summarize
+from promptkd_jax.distill.step import train_step, write_ahead
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding

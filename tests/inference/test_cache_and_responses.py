@@ -21,7 +21,8 @@ from promptkd_jax.data.batches import collate, stream, train_batches
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.inference import logprob_cache, teacher_responses
 from promptkd_jax.inference.generate import generate_responses
 from promptkd_jax.infra import distributed

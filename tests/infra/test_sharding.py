@@ -20,7 +20,7 @@ from promptkd_jax.data.batch import Batch, Responses
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.losses import cross_entropy
 from promptkd_jax.distill.optimizer import adamw
-from promptkd_jax.distill.step import Optimizers, init_state
+from promptkd_jax.distill.state import Optimizers, init_state
 from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import lazy_logits_and_states
 from promptkd_jax.infra.errors import ConfigError

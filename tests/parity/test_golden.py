@@ -20,7 +20,8 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill import losses, optimizer
 from promptkd_jax.distill.method import PRESETS, Method
 from promptkd_jax.distill.soft_prompt import init_soft_prompt
-from promptkd_jax.distill.step import Optimizers, init_state, train_step
+from promptkd_jax.distill.state import Optimizers, init_state
+from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io.export import to_hugging_face

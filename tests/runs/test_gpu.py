@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import promptkd_jax as pkd
-from promptkd_jax.distill.chunked_loss import LazyLogits, linear_loss
+from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
 from promptkd_jax.models.config import from_hugging_face

@@ -17,7 +17,8 @@ from conftest import devices
 from helpers import bucket
 
 from promptkd_jax.infra.errors import CheckpointError
-from promptkd_jax.training.checkpoint import Checkpoints, _find_damage
+from promptkd_jax.training.checkpoint import Checkpoints
+from promptkd_jax.training.checkpoint_files import find_damage
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -480,10 +481,10 @@ def test_files_in_a_bucket_have_the_checksums_of_a_disk(three, monkeypatch):
     for file in (three / "30").rglob("*"):
         if file.is_file():
             (folder / "30" / file.relative_to(three / "30")).write_bytes(file.read_bytes())
-    assert _find_damage(folder / "30") == ""
+    assert find_damage(folder / "30") == ""
     name = largest_file(three / "30" / "state").relative_to(three / "30").as_posix()
     (folder / "30" / name).write_bytes(b"other")
-    assert _find_damage(folder / "30") == f"{name} is not as it was written"
+    assert find_damage(folder / "30") == f"{name} is not as it was written"
 
 
 def test_padding_is_what_the_reader_asks_for(tmp_path):
