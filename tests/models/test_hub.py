@@ -14,7 +14,7 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.data.records import read_records
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
-from promptkd_jax.models.io import export, hub
+from promptkd_jax.models.io import export, hub, identity
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model, load_with_tokenizer
 from promptkd_jax.plan.abstract_run import stored_config
@@ -179,3 +179,12 @@ def test_a_tilde_is_the_home_folder(tmp_path, repository, monkeypatch):
     assert len(read_records("~/data.jsonl", need_output=True)) == 3
     assert to_path("~/runs/one") == to_path(tmp_path / "runs/one")
     assert str(to_path("gs://bucket/~")) == "gs://bucket/~"
+
+
+def test_a_commit_stands_for_the_content(there, repository, monkeypatch):
+    """70 billion parameters are not hashed again at each start."""
+    commit = "0123456789" * 4
+    there.repositories["owner/name", commit] = repository
+    assert identity.weights_digest("owner/name").startswith("sha256 ")  # what folder is "main"?
+    monkeypatch.setattr(identity, "_file_digest", None)
+    assert identity.weights_digest(f"owner/name@{commit}") == f"owner/name@{commit}"

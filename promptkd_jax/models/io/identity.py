@@ -1,14 +1,16 @@
-"""What identifies a model and a tokenizer: their content, not their path."""
+"""What identifies a model and a tokenizer: their content, not their path; of a hub repository, the
+commit, which stands for its content."""
 
 import functools
 import hashlib
 import json
 import pathlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from promptkd_jax.infra import distributed
-from promptkd_jax.models.io.hub import resolve_model
+from promptkd_jax.models.io.hub import repository_of, resolve_model
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.random_model import PREFIX
 
@@ -23,11 +25,14 @@ def teacher_identity(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
 
 
 def weights_digest(path: str) -> str:
-    """A digest of a model's files, or its name where it has none."""
+    """A digest of a model's files, its repository and commit, or its name if it has no files."""
     return path if path.startswith(PREFIX) else distributed.run_on_primary(lambda: _digest(path))
 
 
 def _digest(path: str) -> str:
+    repository = repository_of(path)
+    if repository and re.fullmatch("[0-9a-f]{40}", commit := resolve_model(path).name):
+        return f"{repository}@{commit}"  # the hub's cache names folders so
     files = _files(path)
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda file: _file_digest(file, *_version_of(file)), files)
