@@ -16,10 +16,9 @@ a bucket, which cannot rename, one that was never finished is `30/` without `com
 it evaluates should be safe before it begins.
 """
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -33,27 +32,19 @@ from jax.experimental import multihost_utils
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import io_errors, is_remote, read_text, to_path, write_json
-from promptkd_jax.training.checkpoint_files import CHECKSUMS, checksums, find_damage
+from promptkd_jax.training.checkpoint_files import (
+    CHECKSUMS,
+    LatestAndBest,
+    arrays_to_numpy_scalars,
+    checksums,
+    describe_leaves,
+    find_damage,
+    leaf_differences,
+    numpy_scalars_to_arrays,
+    shape_of,
+)
 
 _SCORES = "scores.json"
-
-
-@dataclasses.dataclass
-class _LatestAndBest:
-    """Orbax preservation policy: the last `keep` checkpoints and the one with the highest score."""
-
-    keep: int
-    scores: dict[int, float]
-
-    def best(self, steps: Sequence[int]) -> int | None:
-        scored = [step for step in steps if step in self.scores]
-        return max(scored, key=lambda step: (self.scores[step], step), default=None)
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self.keep :], self.best(steps)}
-        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -98,7 +89,7 @@ class Checkpoints:
         self._directory = directory if is_remote(directory) else directory.absolute()
         self._every = every
         self._best_metric = best_metric
-        self._policy = _LatestAndBest(keep, scores={})
+        self._policy = LatestAndBest(keep, scores={})
         self._noted: dict[str, dict[str, float]] = {}  # by step, as JSON has it
         self._at: int | None = None  # the step last saved or restored here
         self._pending: int | None = None  # the step being written
@@ -151,14 +142,14 @@ class Checkpoints:
         self.wait()
         if not self._follows_latest(step):
             return False
-        record = {"meta": meta, "leaves": _describe_leaves(unpadded or state)}
+        record = {"meta": meta, "leaves": describe_leaves(unpadded or state)}
         # Orbax encodes it in the background, where the caller may have changed it meanwhile.
         record = json.loads(json.dumps(record))
         self._remove_unfinished()
         self._forget(step)
         self._pending = step
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_numpy_scalars_to_arrays(state)),
+            state=ocp.args.StandardSave(numpy_scalars_to_arrays(state)),
             meta=ocp.args.JsonSave(record),
         )
         self._manager.save(step, args=items, force=True)
@@ -249,7 +240,7 @@ class Checkpoints:
         paths = {tuple(path.split("/")): leaf for path, leaf in leaves}
         wanted = traverse_util.unflatten_dict(
             {
-                path: _shape_of(leaf)
+                path: shape_of(leaf)
                 for path, leaf in paths.items()
                 if path[0] == "params" and path[1] in groups
             }
@@ -385,16 +376,16 @@ class Checkpoints:
     def _read(self, step: int, abstract_state: Any, unpadded: Any) -> tuple[Any, dict]:
         """Restores a checkpoint whose files are known to be whole."""
         record = self._read_record(step)
-        wanted = _describe_leaves(unpadded or abstract_state)
-        differences = _differences(record["leaves"], wanted)
+        wanted = describe_leaves(unpadded or abstract_state)
+        differences = leaf_differences(record["leaves"], wanted)
         if differences:
             listing = "".join(f"\n  {line}" for line in differences)
             raise CheckpointError(f"checkpoint {step} is whole, but of another state:{listing}")
         # Beyond these shapes there is padding alone, of which Orbax drops or appends what it takes.
-        target = ocp.args.StandardRestore(_numpy_scalars_to_arrays(abstract_state), strict=False)
+        target = ocp.args.StandardRestore(numpy_scalars_to_arrays(abstract_state), strict=False)
         state = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._at = step
-        return _arrays_to_numpy_scalars(state, like=abstract_state), record["meta"]
+        return arrays_to_numpy_scalars(state, like=abstract_state), record["meta"]
 
     def _find_whole(self, steps: list[int]) -> tuple[int | None, dict[int, str]]:
         """The newest undamaged step; and {step: damage} of newer ones on process 0, which looks."""
@@ -447,36 +438,3 @@ class Checkpoints:
             if unfinished.get_final().name == str(self._pending)
         ]
         (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1))
-
-
-def _describe_leaves(tree: Any) -> dict[str, str]:
-    """{path: "float32[64,32]" or "int"} of a concrete or abstract tree; None has no entry."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _shape_of(leaf: str) -> jax.ShapeDtypeStruct:
-    """The array of a description such as "float32[64, 32]"."""
-    dtype, sizes = leaf.removesuffix("]").split("[")
-    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, sizes.split(",")))), dtype)
-
-
-def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    return [
-        f"{path}: {saved.get(path, 'nothing')} in it, {wanted.get(path, 'nothing')} asked for"
-        for path in sorted(saved.keys() | wanted.keys())
-        if saved.get(path) != wanted.get(path)
-    ]
-
-
-def _numpy_scalars_to_arrays(tree: Any) -> Any:
-    """Orbax saves np.int64(3) but cannot restore it; an array of shape () it can."""
-    return jax.tree.map(lambda x: np.asarray(x) if isinstance(x, np.generic) else x, tree)
-
-
-def _arrays_to_numpy_scalars(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda was, x: x[()] if isinstance(was, np.generic) else x, like, tree)

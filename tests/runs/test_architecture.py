@@ -77,6 +77,15 @@ def test_a_public_name_is_defined_in_one_module():
     assert {name: found for name, found in places.items() if len(found) > 1}.keys() <= COMMANDS
 
 
+def test_files_and_functions_are_read_in_one_go():
+    for file in MODULES.values():
+        text = file.read_text()
+        assert text.count("\n") <= 450, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 70, (file, node.name)
+
+
 CORE = sorted(
     module
     for module in MODULES
