@@ -30,7 +30,7 @@ def get_config(arg: str = "small") -> ConfigDict:
 
 
 def small() -> ConfigDict:
-    """Two seeds of every method on the text of `promptkd_jax/synthetic.py`."""
+    """Two seeds of every method on the text of `promptkd_jax/data/assets/synthetic`."""
     run = base_config()
     run.data.update(
         train="synthetic:train",

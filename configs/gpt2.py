@@ -1,7 +1,7 @@
 """GPT-2 XL into GPT-2 base, medium or large on Dolly: the paper's main experiment.
 
 `configs/gpt2.py:student=base` (or medium, large) is PromptKD as published; `,method=NAME` is any
-other of `recipe.METHODS`, with its published hyper-parameters where there are such, and what comes
+other of `recipes.METHODS`, with its published hyper-parameters where there are such, and what comes
 before: `teacher` (the teacher's SFT) and `init` (the student's 3 epochs). `promptkd reproduce` runs
 all of it. Batch sizes are global. Sources: PromptKD (arXiv 2402.12842) section 4.1 and the
 published scripts of PromptKD, MiniLLM and DistiLLM. The models that are the defaults here are those

@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     config = read_config(rest)
     check_recipe(config)
-    with flags.naming("--output", options.output):
-        cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
+    cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
 
 
 def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size: int) -> None:
@@ -54,8 +53,9 @@ def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size:
     distributed.assert_same("the config", json.dumps(as_json(config), sort_keys=True))
     if not config.teacher.path:
         raise ConfigError("config.teacher.path: is empty, but the cache is the teacher's")
-    make_folder(folder)
-    check_shared(folder)
+    with flags.naming("--output", folder):
+        make_folder(folder)
+        check_shared(folder)
     mesh, data = sharding.make_mesh(config.mesh), config.data
     with jax.set_mesh(mesh):
         teacher, student = prepare.load_models(config, mesh)

@@ -6,7 +6,6 @@ the flag.
 
 import argparse
 import contextlib
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ _KINDS = {Int: int, Float: float}  # of the values of a spec; those of all other
 
 
 def of(spec: Any) -> Callable[[str], Any]:
-    """The `type` of a flag whose value is what a spec of `config` says, such as `Int(low=1)`."""
+    """The `type` of a flag whose value is what a spec of `specs` says, such as `Int(low=1)`."""
     kind = _KINDS.get(type(spec), str)
 
     def read(text: str) -> Any:
@@ -55,13 +54,11 @@ def naming(option: str, folder: epath.Path) -> Iterator[None]:
     """Names the option whose file or folder cannot be read or written.
 
     Raises:
-      ConfigError: in place of what the disk or the bucket says; of a full disk that is raised.
+      ConfigError: in place of what the disk or the bucket raises.
     """
     try:
         yield
     except io_errors(folder) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
         raise ConfigError(f"{option} {folder}: {error}") from error
 
 

@@ -54,8 +54,11 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list
     parser, takes_config = parser_of(name)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = parser.parse_known_args(arguments[:end])
-    options.launched = list(arguments[end + 1 :])
-    if unknown := ([] if takes_config else rest) + ([] if name == "plan" else options.launched):
+    if name == "plan":  # of a command behind --
+        options.launched = None if end == len(arguments) else list(arguments[end + 1 :])
+    else:
+        rest += arguments[end:]
+    if unknown := [] if takes_config else rest:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return options, rest
 
@@ -76,7 +79,7 @@ def parser_of(name: str) -> tuple[argparse.ArgumentParser, bool]:
 
 def _run(name: str, arguments: Sequence[str]) -> None:
     options, rest = parse(name, arguments)
-    from promptkd_jax.infra import distributed, signals  # --help is answered before JAX is imported
+    from promptkd_jax.infra import distributed, signals  # which `promptkd --help` need not import
     from promptkd_jax.infra.errors import UserError
 
     many = "coordinator" in options

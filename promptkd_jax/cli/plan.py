@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
-    if options.launched:
+    if options.launched is not None:
         if rest:
             raise ConfigError(f"unknown arguments before --: {' '.join(rest)}")
         _check(options)

@@ -133,7 +133,7 @@ def select_rows(rows: Rows, indices: Sequence[int]) -> Rows:
 
 
 def fingerprint_records(rows: Rows) -> str:
-    """`of_rows` with where each prompt ends, and all references."""
+    """`fingerprint_rows` with where each prompt ends, and all references."""
     tokens = [np.append(start, row) for start, row in zip(rows.prompt_lengths, rows.tokens)]
     outputs = json.dumps([record.outputs for record in rows.records]).encode()
     return f"{fingerprint_rows(tokens)}, references {hashlib.sha256(outputs).hexdigest()[:16]}"

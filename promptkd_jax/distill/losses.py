@@ -9,7 +9,7 @@ update it is the other way round.
 A logit of -inf removes a token from the support of its distribution: the logarithm of that
 probability counts as 0, in values and gradients, as in the published implementation.
 
-`linear` has the same on hidden states, where no `[B, T, V]` array exists.
+`chunked_loss` has the same on hidden states, where no `[B, T, V]` array exists.
 
 V vocabulary.
 """

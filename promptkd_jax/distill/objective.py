@@ -179,16 +179,24 @@ def prompt_gradients(
 
 
 def teacher_gradients(
-    params: Mapping[str, Any], micro_batch: MicroBatch, scale: jax.Array, models: StepModels
+    params: Mapping[str, Any],
+    micro_batch: MicroBatch,
+    scale: jax.Array,
+    models: StepModels,
+    student_forward: Any = None,
 ) -> Gradients:
-    """Returns the gradient of an "online" teacher's terms for its parameters."""
+    """Returns the gradient of an "online" teacher's terms for its parameters.
+
+    Args:
+      student_forward: as `prompt_gradients` takes it.
+    """
     rows = micro_batch.rows
 
     def teacher(teacher_params):
         return models.teacher({"teacher": teacher_params}, rows)[0]
 
     learner, pullback = jax.vjp(teacher, params["teacher"])
-    (student, _), _ = models.student_vjp(params["student"], rows)
+    (student, _), _ = student_forward or models.student_vjp(params["student"], rows)
     terms = {
         f"teacher_{name}": teacher_term(name, weight * scale, micro_batch, student, models)
         for name, weight in models.method.teacher_terms
@@ -368,7 +376,7 @@ def hidden_gradient(
     weight: jax.Array,
     models: StepModels,
 ) -> tuple[hidden_loss.States, dict[str, Any], jax.Array, dict[str, jax.Array]]:
-    """Of the losses between hidden states, see `hidden.hidden_loss`.
+    """Of the losses between hidden states, see `hidden_loss.hidden_loss`.
 
     Returns:
       (gradient for `states`, {"projection": that for the projections} where there are any, the

@@ -168,7 +168,7 @@ def policy_target(
 def clipped_policy_gradient(
     target: PolicyTarget, learner: jax.Array, ratio_clip: float | None
 ) -> jax.Array:
-    """-min(A ratio, A clip(ratio, 1 - c, 1 + c)), `[B, R]`: a term for `linear.linear_loss`.
+    """-min(A ratio, A clip(ratio, 1 - c, 1 + c)), `[B, R]`: a term for `chunked_loss.linear_loss`.
 
     ratio = importance * q_new(label) / q_old(label). As published, the importance is part of what
     is clipped: a token written by a mixture whose importance alone is beyond the bounds, on the

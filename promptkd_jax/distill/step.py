@@ -93,9 +93,11 @@ def train_step(
         soft_prompt = _prompt_of_student_loss(state, new, method)
         micro_batches = micro_batches._replace(soft_prompt=soft_prompt)
     elif method.teacher_view == "online":
-        new, metrics = _update_teacher(new, micro_batches, metrics, step_models, optimizers)
+        new, metrics = _update_teacher(
+            new, micro_batches, metrics, step_models, optimizers, forward
+        )
     if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
-        policy = _policy_targets(new, micro_batches, step_models)
+        policy = _policy_targets(new, micro_batches, step_models, forward)
         micro_batches = micro_batches._replace(policy=policy)
     new, metrics = _update_student(new, micro_batches, metrics, step_models, optimizers, forward)
     return _skip_if_not_finite(state, new, metrics)
@@ -269,12 +271,13 @@ def _update_teacher(
     metrics: Metrics,
     models: StepModels,
     optimizers: Optimizers,
+    forward: Any,
 ) -> tuple[TrainState, Metrics]:
     """Mutual learning (Zhang et al. 2018, arXiv 1706.00384): the teacher learns from the student,
     which then learns from what the teacher has become."""
 
     def gradients_of(micro_batch: MicroBatch, scale):
-        return objective.teacher_gradients(state.params, micro_batch, scale, models)
+        return objective.teacher_gradients(state.params, micro_batch, scale, models, forward)
 
     scales = _scales(metrics.counts, models.method.conventions)
     found = objective.accumulate(_bucketed(gradients_of, models.method), (micro_batches, scales))
@@ -287,7 +290,7 @@ def _update_teacher(
 
 
 def _policy_targets(
-    state: TrainState, micro_batches: MicroBatch, models: StepModels
+    state: TrainState, micro_batches: MicroBatch, models: StepModels, forward: Any
 ) -> policy_gradient.PolicyTarget:
     """What the sampled tokens are worth, valued over the whole step, `[N, B / N, R]` each."""
 
@@ -297,7 +300,7 @@ def _policy_targets(
     def log_probs(micro_batch: MicroBatch):  # [B / N, R] of student and teacher
         rows = micro_batch.rows
         where = models.where(rows)
-        (student, _), _ = models.student_vjp(state.params["student"], rows)
+        (student, _), _ = forward or models.student_vjp(state.params["student"], rows)
         teacher, _ = models.teacher(state.params, rows, micro_batch.soft_prompt)
         both = [
             linear_values([log_prob_of_labels], model, [where.labels])[0]

@@ -54,7 +54,7 @@ def lazy_logits_and_states(
     in all layers, however few are wanted.
 
     Args:
-      taps: which states to return, of layers counted from 0; see `hidden.taps`.
+      taps: which states to return, of layers counted from 0; see `hidden_loss.taps`.
 
     Returns:
       The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,

@@ -71,7 +71,7 @@ def write_report(
 
     All processes of a run may call this; the first writes.
 
-    The curves are those of `workdir/metrics.jsonl`, grouped as in `curves.PLOTS`, with a dashed
+    The curves are those of `workdir/metrics.jsonl`, grouped as in `plots.PLOTS`, with a dashed
     line where the "stage" of the rows changes. Whatever is given is escaped.
 
     Args:

@@ -1,6 +1,6 @@
 """Distillation without data: the teacher writes the requests itself, steered by a topic policy.
 
-A policy over a bank of topic prompts ("write one short question about …"; see `topics`) draws
+A policy over a bank of topic prompts ("write one short question about …"; see `topic_policy`) draws
 topics, the teacher writes a request to each, and the policy is reinforced towards topics whose
 requests are fluent, new, and answered by the student least like the teacher. What comes out are
 records without outputs, on which any method then trains.
@@ -79,7 +79,7 @@ class DataFree:
         exp(its mean normalised reward / entropy_weight).
       temperature: at which requests are written; their answers are sampled at 1.
       seed: of topics, requests and answers.
-      bank: JSON lines of topic prompts, as `topics.read_bank` takes them.
+      bank: JSON lines of topic prompts, as `topic_policy.read_bank` takes them.
     """
 
     requests: int = 1000
@@ -124,7 +124,7 @@ def generate_prompts(
 
     Args:
       teacher, student: with one tokenizer; generation ends at any of the teacher's `eos_ids`.
-      template, date: of topic prompts and of requests; see `data.render_prompt`.
+      template, date: of topic prompts and of requests; see `templates.render_prompt`.
       prompt_capacity: the most tokens of a rendered topic prompt or request.
       batch_size: rows per forward; part of what decides the result to the last bit.
       vocab_size: what teacher and student share.

@@ -84,7 +84,7 @@ class AbstractRun:
         return dataclasses.replace(self, teacher=teacher, student=student, learned=learned)
 
     def experiment(self, mesh: Any) -> Experiment:
-        """The one that `experiment.prepare` makes, but of shapes. The mesh may be abstract."""
+        """The one that `prepare.prepare` makes, but of shapes. The mesh may be abstract."""
         padded = self.on(mesh.shape)
         return Experiment(
             config=self.config,
@@ -214,7 +214,7 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:
-    """(teacher, student), as `experiment.load_models` chooses them."""
+    """(teacher, student), as `prepare.load_models` chooses them."""
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
     if fields.needs_the_teacher(config) or measured:
         teacher = _model(config.teacher.path, config.teacher, notes, "teacher")
@@ -279,7 +279,7 @@ def _training_rows(config: ConfigDict) -> tuple[int, str]:
 
 
 def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) -> Stage:
-    """The stage that `experiment.prepare` makes, every row as long as the config allows."""
+    """The stage that `prepare.prepare` makes, every row as long as the config allows."""
     stage, (_, student) = config.stages[index], models
     room = config.data.max_length - config.data.max_prompt_length
     shown = config.in_context.examples * (config.data.max_length // 2)

@@ -157,5 +157,5 @@ def _too_large(message: str) -> TooLarge:
 
 
 def described_mesh(sizes: dict[str, int], slices: Slices) -> Any:
-    """A mesh of described devices, laid out as `sharding.described_mesh` lays out real ones."""
+    """A mesh of described devices, laid out as `sharding.make_mesh` lays out real ones."""
     return sharding.make_mesh(sizes, described_devices(slices))

@@ -10,7 +10,7 @@ from promptkd_jax.plan.chips import GIB
 
 
 def show(plan: Mapping[str, Any], *, missing: str | None = None) -> None:
-    """Prints one plan (see `plan.estimate`).
+    """Prints one plan (see `command.estimate`).
 
     Args:
       missing: why there is only an estimate, where there should be more.

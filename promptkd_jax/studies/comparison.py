@@ -151,7 +151,7 @@ def _are_sets(value: Any) -> bool:
     return _is_group(value) and len(value) > 0 and all(isinstance(value[n], str) for n in value)
 
 
-# What is a group here is a config of a run, or a part of one: `schema.check_recipe` checks it.
+# What is a group here is a config of a run, or a part of one: `fields.check_recipe` checks it.
 _RUN = _Fits("None, or the config of a run", _is_run_or_none)
 SCHEMA = {
     "title": Str(nonempty=True),

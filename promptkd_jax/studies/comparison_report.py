@@ -1,6 +1,6 @@
 """What a person sees of a comparison: its tables, as Markdown and in one HTML page, and plots.
 
-All is made of what `comparison.json` holds (see `compare.summarize`), which is called `found` here.
+All is made of what `comparison.json` holds (see `compare.summarize_comparison`), here `found`.
 """
 
 import json

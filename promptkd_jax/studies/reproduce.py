@@ -91,7 +91,7 @@ def reproduce(
     Raises:
       ConfigError, DataError: before anything is trained, where an argument is wrong.
       ConfigError: the folder holds runs or evaluations of other settings.
-      ModelError, CheckpointError, TrainingError: see `train.run`.
+      ModelError, CheckpointError, TrainingError: see `training.run.run`.
     """
     records, theirs = read_sets(sets), published_numbers(source)
     workdir = workdir if is_remote(workdir) else workdir.resolve()
@@ -154,7 +154,7 @@ def missing_sets(given: Mapping[str, Any]) -> list[str]:
 def published_numbers(source: str) -> dict[str, dict[str, float]]:
     """By method and set, for "FAMILY.py:student=SIZE"; says so where none are published.
 
-    Without a size it is the first, as in `recipe.paper_config`.
+    Without a size it is the first, as in `recipes.paper_config`.
     """
     file, argument = split_argument(source)
     sizes = published.ROUGE_L.get(pathlib.Path(file).stem, {})

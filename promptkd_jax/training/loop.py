@@ -55,7 +55,8 @@ def evaluate_student(
 def dev_generation_metrics(
     experiment: Experiment, model: Model, soft_prompt: jax.Array | None = None
 ):
-    """(scores, answers) of a model's answer to every dev row, see `evaluate.score`."""
+    """(scores, answers) of a model's answer to every dev row, see
+    `student_metrics.generation_metrics`."""
     config, data = experiment.config.evaluation, experiment.config.data
     return generation_metrics(
         model,

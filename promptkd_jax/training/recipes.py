@@ -1,7 +1,7 @@
 """Recipes: the fields of a run's config with their defaults, and the named methods.
 
 A config file imports `base_config` and `stage_config`, `method_stage` or `paper_config` from here
-and changes a few fields. `schema` says what the fields may be, `build` what they become.
+and changes a few fields. `fields` says what the fields may be, `build` what they become.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def policy_gradient_config(**changes: Any) -> ConfigDict:
 
 
 def hidden_term(kind: str, **changes: Any) -> ConfigDict:
-    """A loss on hidden states, see `hidden.HiddenTerm`."""
+    """A loss on hidden states, see `hidden_loss.HiddenTerm`."""
     return ConfigDict(dataclasses.asdict(HiddenTerm(kind)) | changes)
 
 

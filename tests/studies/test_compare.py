@@ -178,7 +178,7 @@ def test_the_teacher_writes_once_for_all_methods_of_a_seed(finished, config, tmp
     kept = {file: file.read_text() for file in workdir.glob("runs/*/exposure_bias.json")}
     for file in kept:
         file.unlink()
-    write, seeds = compare.write_texts, []
+    write, seeds = compare.generate_samples, []
     monkeypatch.setattr(
         compare,
         "write_texts",

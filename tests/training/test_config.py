@@ -300,7 +300,7 @@ def test_all_wrong_overrides_are_told_at_once(load):
     ]
 
 
-# The schema.
+# The fields.
 
 SCHEMA = {
     "steps": Int(low=1),

@@ -114,7 +114,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     """Opens a GGUF file of architecture "llama"; reads its header, no weights.
 
     Parsing takes seconds where the vocabulary is large. That all tensors are there, in the shapes
-    that `config` asks for, is for `streaming.load_params` to check, as it does for every source.
+    that `config` asks for, is for `params.load_params` to check, as it does for every source.
 
     Raises:
       ModelError: a pointer of Git LFS in place of the file.
