@@ -1,4 +1,4 @@
-"""What is in a checkpoint: files by their checksums, arrays by their shapes; which ones are kept."""
+"""What is in a checkpoint: files by their checksums, arrays by their shapes; what is kept."""
 
 import dataclasses
 import hashlib

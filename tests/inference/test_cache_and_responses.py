@@ -453,7 +453,7 @@ def test_answers_before_the_stop_are_not_asked_for_again(
         calls.append(first)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher_responses, "write_answers", dies)
+    monkeypatch.setattr(teacher_responses, "generate_responses", dies)
     with pytest.raises(KeyboardInterrupt):
         answer(teacher, rows, file)
     assert calls == [4] and len(file.read_text().splitlines()) == 4

@@ -102,7 +102,7 @@ def test_the_parts_of_a_reward_are_what_they_are_said_to_be(whole, teacher, sett
 
 def test_disagreement_is_the_mean_kl_over_the_answer(teacher, student, settings, monkeypatch):
     requests, answers = ["say red sky", "name two"], [np.array([70, 271, 0]), np.array([300])]
-    monkeypatch.setattr(data_free, "write_answers", lambda *rest, **named: iter(answers))
+    monkeypatch.setattr(data_free, "generate_responses", lambda *rest, **named: iter(answers))
     pair = data_free._Pair(teacher, student, **HOW)
     found = data_free._disagreements(pair, settings, requests, jax.random.key(0))
     for value, request, answer in zip(found, requests, answers):
@@ -146,7 +146,7 @@ def test_more_requests_continue_the_same_file(whole, teacher, student, settings,
 
 
 def test_a_finished_file_is_only_read(whole, teacher, student, settings, monkeypatch):
-    monkeypatch.setattr(data_free, "write_answers", None)
+    monkeypatch.setattr(data_free, "generate_responses", None)
     assert generate_prompts(teacher, student, whole[1], settings, **HOW) == whole[0]
 
 

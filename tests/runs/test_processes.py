@@ -231,12 +231,12 @@ def test_an_evaluation_of_two_is_that_of_one(folder):
 ON_SLURM = """
 import argparse, os, jax
 from promptkd_jax.cli import flags
-from promptkd_jax.infra import distributed as hosts
+from promptkd_jax.infra import distributed
 parser = argparse.ArgumentParser()
 flags.add_processes(parser)
-with hosts.together(parser.parse_args([])):
-    told = hosts.on_first(lambda: {"from": jax.process_index(), "of": jax.process_count()})
-    hosts.agree("what process 0 says", str(told))
+with distributed.session(parser.parse_args([])):
+    told = distributed.run_on_primary(lambda: {"from": jax.process_index(), "of": jax.process_count()})
+    distributed.assert_same("what process 0 says", str(told))
     print(told)
 """
 

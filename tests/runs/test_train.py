@@ -239,7 +239,7 @@ def test_a_run_without_a_single_update_is_no_success(config, tmp_path, monkeypat
 
 
 def test_a_student_that_is_broken_before_is_named(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "assess", lambda experiment: {"loss": float("nan")})
+    monkeypatch.setattr(training, "evaluate_student", lambda experiment: {"loss": float("nan")})
     with pytest.raises(errors.TrainingError, match="student: its loss .* is nan before training"):
         run(config, tmp_path)
     assert not (tmp_path / "before.json").exists()

@@ -181,7 +181,7 @@ def test_the_teacher_writes_once_for_all_methods_of_a_seed(finished, config, tmp
     write, seeds = compare.generate_samples, []
     monkeypatch.setattr(
         compare,
-        "write_texts",
+        "generate_samples",
         lambda *of, seed, **how: seeds.append(seed) or write(*of, seed=seed, **how),
     )
     compare.measure(config, comparison.plan_comparison(config, workdir), workdir)

@@ -444,7 +444,7 @@ def test_a_kill_in_the_middle_leaves_the_checkpoint_before(tmp_path, moment):
     checkpoints = Checkpoints(folder, keep=1, every=1)
     checkpoints.save(10, {"x": jnp.arange(8.0)}, {})
     checkpoints.wait()
-    checkpoint._checksums = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.checksums = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
     checkpoints.save(20, {"x": jax.random.normal(jax.random.key(0), (8_000_000,))}, {})
     """
     assert run_python(script + moment, tmp_path).returncode == -9
