@@ -50,7 +50,7 @@ def golden_cases(kind: str, wanted: Callable[[dict], bool] = lambda case: True) 
     return found
 
 
-LONGEST = ("processes", "recipes", "train", "sharding", "golden", "step", "models", "views")
+LONGEST = ("processes", "recipes", "train", "sharding", "golden", "step", "models", "teacher")
 
 
 @pytest.fixture(autouse=True, scope="module")
