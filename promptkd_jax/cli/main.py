@@ -71,6 +71,9 @@ def parser_of(name: str) -> tuple[argparse.ArgumentParser, bool]:
         prog=f"promptkd {name}",
         description=command.__doc__,
         usage=usage and f"%(prog)s {usage}",
+        epilog=usage
+        and "--config names a Python file with get_config, or the config.json of a run; "
+        "--config.a.b=VALUE sets any field of it (docs/config.md).",
         allow_abbrev=not usage,
     )
     command.add_arguments(parser)

@@ -5,15 +5,12 @@ from collections.abc import Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import address_fault, io_errors, is_remote, to_path
-
-if TYPE_CHECKING:
-    pass
 
 
 class Record(NamedTuple):
