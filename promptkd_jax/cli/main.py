@@ -1,8 +1,9 @@
 """The console command `promptkd`: its first word chooses a module of this folder.
 
 Such a module has a docstring, which `--help` shows, `add_arguments(parser)`, and
-`run(options, rest)`: `rest` are the arguments of a config, where the module says USAGE. What a user
-can mend is a `UserError` below, and becomes a message here.
+`run(options, rest)`: `rest` are the arguments of a config, where the module says USAGE, and with
+TAKES_COMMAND what stands behind `--` is in `options.launched`. What a user can mend is a
+`UserError` below, and becomes a message here.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list
     parser, takes_config = parser_of(name)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = parser.parse_known_args(arguments[:end])
-    if name == "plan":  # of a command behind --
+    if hasattr(sys.modules[f"promptkd_jax.cli.{name}"], "TAKES_COMMAND"):
         options.launched = None if end == len(arguments) else list(arguments[end + 1 :])
     else:
         rest += arguments[end:]

@@ -22,6 +22,7 @@ from promptkd_jax.training import fields
 from promptkd_jax.training.config import read_config
 from promptkd_jax.training.specs import Float, Int
 
+TAKES_COMMAND = True
 USAGE = "--config FILE[:arg] [options] [--config.a.b=VALUE …], or [options] -- promptkd COMMAND …"
 
 

@@ -1,13 +1,12 @@
 """Records, templates, token rows, and the order of batches."""
 
 import json
-import os
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from conftest import DATA, TOKENIZERS
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from promptkd_jax.data.batches import collate, eval_batches, stream, train_batches
@@ -16,7 +15,6 @@ from promptkd_jax.data.rows import Rows, tokenize, with_responses
 from promptkd_jax.data.templates import render_prompt
 from promptkd_jax.infra.errors import DataError
 
-_SHARED = Path(__file__).resolve().parents[3] / "shared"
 _EOS = "<|end|>"
 _CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -456,8 +454,8 @@ def test_evaluation_batches_are_in_order_and_filled_up(count, sizes):
 @pytest.fixture(scope="module")
 def dolly():
     """(records, tokenizer) of the Dolly training set and GPT-2."""
-    folder = Path(os.environ.get("PROMPTKD_TOKENIZERS", _SHARED / "tokenizers")) / "gpt2"
-    path = Path(os.environ.get("PROMPTKD_DATA", _SHARED / "data")) / "dolly" / "train.jsonl"
+    folder = TOKENIZERS / "gpt2"
+    path = DATA / "dolly" / "train.jsonl"
     for needed in (folder / "vocab.json", folder / "merges.txt", path):
         if not needed.is_file():
             pytest.skip(f"{needed} is absent: set PROMPTKD_DATA and PROMPTKD_TOKENIZERS")
