@@ -49,19 +49,22 @@ else
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
   export XLA_FLAGS=${XLA_FLAGS-} # not those that make tests on a CPU quick
 fi
-export JAX_COMPILATION_CACHE_DIR=$PWD/.cache/gpu/compiled
+export JAX_COMPILATION_CACHE_DIR=$PWD/.cache/benchmarks/compiled
 
 part() { printf '%s %s' "$1" "$2"; printf ' %q' "$python" "${@:3}"; echo; }
 bench() { part "$1" "$2" benchmarks/bench.py --cases "$cases" --output "$out/gpu.json" "${@:3}"; }
+spots() { part "$1" "$2" benchmarks/hotspots.py --cases "$cases" "${@:3}"; }
 list() {
   bench seen 60 --only seen
-  part tests 150 -m pytest -p no:cacheprovider -vv -rA --tb=short tests/runs/test_gpu.py
+  part tests 220 -m pytest -p no:cacheprovider --no-header -vv -rA --tb=short tests/runs/test_gpu.py
   bench xl 220 --missing --case "${of}GPT-2 XL into base" --sides ours theirs \
     --parts iteration rollout update matmul stream
-  bench llama 260 --missing --case "${of}Llama 3B into 1B" --sides ours theirs \
-    --parts iteration rollout update matmul stream --repeats 2
   bench rollout 120 --missing \
     --case "${of}GPT-2 base writes 256 rows" "${of}GPT-2 base writes 64 rows"
+  spots rollout-spots 60 --case "${of}GPT-2 base writes 64 rows" --part rollout
+  bench llama 260 --missing --case "${of}Llama 3B into 1B" --sides ours theirs \
+    --parts iteration rollout update matmul stream --repeats 2
+  spots update-spots 60 --case "${of}GPT-2 XL into base" --part update
 }
 # In place of this shell, so that a signal reaches who knows what runs.
 exec "$python" benchmarks/parts.py "$out/gpu.json" --seconds "$seconds" < <(list)

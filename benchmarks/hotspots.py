@@ -4,15 +4,18 @@ python benchmarks/hotspots.py [--cases cpu|gpu] [--case NAME] [--part update] [-
   [--trace FOLDER]
 
 Traces one part of a case after a warm-up and adds up what each operation of the compiled program
-took. What runs side by side counts twice; loops and branches are left out for what is in them.
+took. What runs side by side counts twice; loops and branches are left out for what is in them. On a
+GPU kernels are launched one by one: a trace shows those of a command buffer as one.
 `--trace` keeps the trace, for TensorBoard or Perfetto.
 """
 
 import argparse
 import collections
+import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Sequence
 
 import jax
 import ours
@@ -20,12 +23,14 @@ import work
 from bench import MODELS, STEP
 from cases import CASES
 
+KERNEL_BY_KERNEL = "--xla_gpu_enable_command_buffer="
 CONTROL = ("while", "call", "conditional")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Traces and prints a table."""
-    options = _options()
+    options = _options(argv)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {KERNEL_BY_KERNEL}"
     case = next(case for case in CASES[options.cases] if options.case in (None, case.name))
     side = ours.Side(case, work.write_models(case, MODELS))
     do = getattr(side, options.part)
@@ -58,14 +63,14 @@ def operations(data: "jax.profiler.ProfileData") -> tuple[dict[str, float], dict
     return took, number
 
 
-def _options() -> argparse.Namespace:
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="cpu", choices=CASES)
     parser.add_argument("--case", metavar="NAME", help="(default: the first)")
     parser.add_argument("--part", default="update", choices=STEP)
     parser.add_argument("--top", default=30, type=int, help="operations that are shown")
     parser.add_argument("--trace", type=pathlib.Path, metavar="FOLDER", help="where it is kept")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     names = [case.name for case in CASES[options.cases]]
     if options.case not in (None, *names):
         parser.error(f"--case: {options.case!r} is not one of {', '.join(map(repr, names))}")

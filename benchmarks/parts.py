@@ -32,6 +32,7 @@ from typing import TextIO
 import report
 
 TAIL, WIDTH = 200, 400  # lines that are kept, and characters of each
+HERE = f"{os.getcwd()}/"  # says nothing in a file that others read
 GRACE = 5.0  # seconds between asking a group to end and ending it
 LEAST = 1.0  # seconds: with less left no part begins
 _signals: list[int] = []  # that were caught
@@ -77,7 +78,7 @@ def run(command: Sequence[str], limit: float, log: TextIO) -> dict:
 
     def pump() -> None:
         for line in child.stdout:
-            tail.append(line.rstrip("\n")[:WIDTH])
+            tail.append(line.rstrip("\n").replace(HERE, "")[:WIDTH])
             print(line, end="", flush=True)
             print(line, end="", file=log, flush=True)
 
@@ -101,7 +102,7 @@ def _described(command: Sequence[str], limit: float) -> dict:
         "exit": None,
         "seconds": 0.0,
         "limit": limit,
-        "command": shlex.join(command),
+        "command": shlex.join(command).replace(HERE, ""),
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "tail": [],
     }

@@ -94,13 +94,12 @@ def joined(old: dict | None, new: dict) -> dict:
 
 
 def rated(one: dict) -> dict:
-    """A case with `ratios` of its sides, and `shares` of the rates of its machine."""
+    """A case with `ratios` of its sides, and ours as `shares` of the roof of its machine."""
     found, needed, shares = one["found"], one["needed"] or {}, {}
-    ours = found.get("ours", {})
-    for part, quantity, roof in (("update", "flops", "matmul"), ("rollout", "bytes", "stream")):
-        if part in needed and {part, roof} <= set(ours):
-            rate = needed[part][quantity] / ours[part]["seconds"]
-            shares[part] = rate / ours[roof]["per_second"]
+    ours, rates = found.get("ours", {}), plots.roof(one)
+    for part, quantity, bound in (("update", "flops", "matmul"), ("rollout", "bytes", "stream")):
+        if part in needed and part in ours and bound in rates:
+            shares[part] = needed[part][quantity] / ours[part]["seconds"] / rates[bound]
     same = [found[side] for side in one["same_dtype"] if side in found and side != "ours"]
     return one | {"ratios": ratios(ours, same), "shares": shares}
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # not a package
 
 import bench  # noqa: E402
 import cases  # noqa: E402
+import hotspots  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import work  # noqa: E402
@@ -333,7 +335,8 @@ def test_what_was_measured_can_be_shown(file):
     for one in result["cases"].values():
         case = cases.Case(**one["case"])
         for side in one["found"].values():
-            for written in side["iteration"]["values"] + side["rollout"]["values"]:
+            parts = [side[part] for part in ("iteration", "rollout") if part in side]
+            for written in itertools.chain.from_iterable(part["values"] for part in parts):
                 ends = case.mean_response is not None
                 assert (written < case.rows * case.response) == ends
 
@@ -444,11 +447,22 @@ def test_the_check_of_a_gpu_is_commands_that_exist_within_its_time(gpu_sh, tmp_p
     file = str(tmp_path / "out" / "gpu.json")
     platforms = "cpu" if rehearse else "cuda,cpu"
     assert first == [platforms, "benchmarks/parts.py", file, "--seconds", "580"]
-    assert [part[0] for part in parts] == ["seen", "tests", "xl", "llama", "rollout"]
+    assert [part[0] for part in parts] == [
+        "seen",
+        "tests",
+        "xl",
+        "rollout",
+        "rollout-spots",
+        "llama",
+        "update-spots",
+    ]
     for _, limit, program, *arguments in parts:
         assert 0 < int(limit) < 580
         if program == "-m":
             assert arguments[0] == "pytest" and (ROOT / arguments[-1]).exists()
+            continue
+        if program.endswith("hotspots.py"):
+            assert hotspots._options(arguments).cases == ("rehearsal" if rehearse else "gpu")
             continue
         options = bench._options(arguments)
         assert str(options.output) == file

@@ -235,7 +235,8 @@ from promptkd_jax.infra import distributed
 parser = argparse.ArgumentParser()
 flags.add_processes(parser)
 with distributed.session(parser.parse_args([])):
-    told = distributed.run_on_primary(lambda: {"from": jax.process_index(), "of": jax.process_count()})
+    place = {"from": jax.process_index(), "of": jax.process_count()}
+    told = distributed.run_on_primary(lambda: place)
     distributed.assert_same("what process 0 says", str(told))
     print(told)
 """
