@@ -27,8 +27,8 @@ class Case:
         run to their limit, and all requests are of full length.
       dtype: what is computed in; the student's parameters are float32.
       micro_batches: of an update, of both sides.
-      length_buckets, rollout_slots, remat: ours, see `Method` and `decoder.REMAT`. Theirs pads to
-        the longest row.
+      length_buckets, rollout_slots, remat: ours, see `Execution` and `decoder.REMAT`. Theirs pads
+        to the longest row.
       sides, parts: that are measured unless others are asked for, see `bench.SIDES`, `bench.PARTS`.
       cut: divides the sizes of `square` and `skinny`.
     """

@@ -34,12 +34,14 @@ class Side:
             vocab_size=case.student["vocab_size"],
             teacher_view="prompted",
             sampling=pkd.Sampling(eos_ids=() if case.eos_id is None else (case.eos_id,)),
-            micro_batches=case.micro_batches,
-            length_buckets=case.length_buckets,
-            rollout_slots=case.rollout_slots,
+            execution=pkd.Execution(
+                gradient_accumulation_steps=case.micro_batches,
+                length_buckets=case.length_buckets,
+                max_concurrent_rollouts=case.rollout_slots,
+            ),
         )
         rate = pkd.schedule("constant", RATE, total_steps=STEPS)
-        adamw = pkd.adamw(rate, weight_decay=0.01, clip=1.0)
+        adamw = pkd.adamw(rate, weight_decay=0.01, max_grad_norm=1.0)
         optimizers = pkd.Optimizers(adamw, adamw)
         step = functools.partial(
             pkd.train_step,
@@ -52,7 +54,8 @@ class Side:
             return jax.jit(functools.partial(step, method=changed), donate_argnums=0)
 
         self._iteration = jitted()
-        on_rows = dict(targets="gold", rollout_slots=0)
+        execution = dataclasses.replace(method.execution, max_concurrent_rollouts=0)
+        on_rows = dict(targets="gold", execution=execution)
         self._update = jitted(**on_rows)
         self._student_update = jitted(teacher_view="plain", **on_rows)
         self._rollout = jax.jit(
@@ -64,8 +67,8 @@ class Side:
                 sampling=method.sampling,
                 vocab_size=method.vocab_size,
                 force_eos=False,
-                slots=method.rollout_slots,
-                request_lengths=method.length_buckets,
+                slots=method.execution.max_concurrent_rollouts,
+                request_lengths=method.execution.length_buckets,
             )
         )
         prompt = pkd.init_soft_prompt(self._teacher, range(case.soft_prompt), case.soft_prompt)

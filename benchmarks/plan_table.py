@@ -22,7 +22,7 @@ from promptkd_jax.plan import ahead, chips
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.chips import GIB
-from promptkd_jax.training import fields
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import load_config
 
 PAIRS = {
@@ -86,8 +86,7 @@ def _once(results: dict[str, Any], file: pathlib.Path, key: str, make: Any, *inp
 
 def _run(pair: str):
     config, _ = load_config([f"--config={PAIRS[pair]}"])
-    fields.check_recipe(config)
-    return abstract_run(config)
+    return abstract_run(checked(config))
 
 
 def _fastest(pair: str, topology: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows written a step ahead (`stale_rollouts`) against fresh ones: what it does to the student.
+"""Rows written a step ahead (`one_step_off_policy`) against fresh ones, and the student they make.
 
 python benchmarks/stale.py [--workdir .cache/stale] [--method gkd] [--seeds 10 20 30] [--steps 150]
   [--rate 5e-4]
@@ -9,6 +9,7 @@ its own. What is there already is not made again. Prints a table in Markdown.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -19,12 +20,11 @@ import statistics
 import sys
 
 import jax
-from ml_collections import ConfigDict
 
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.studies import compare, comparison
-from promptkd_jax.training import fields
 from promptkd_jax.training.config import claim, load_config
+from promptkd_jax.training.fields import NOT_IN_FINGERPRINT
 
 HERE = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -44,7 +44,7 @@ def main() -> None:
     for run in (*pretraining, *runs.values()):
         if not (run.folder / "summary.json").exists():
             print(f"{run.name} …", file=sys.stderr, flush=True)
-            claim(run.folder, run.config, fields.NOT_IN_FINGERPRINT)
+            claim(run.folder, run.config, NOT_IN_FINGERPRINT)
             compare.train(run, options.workdir / "cache")
     found = {key: _figures(run) for key, run in runs.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
@@ -66,11 +66,10 @@ def _runs(options: argparse.Namespace) -> tuple[list[comparison.Run], dict]:
     for seed in options.seeds:
         for stale in (False, True):
             run = made.runs[options.method, seed]
-            own = run.config.copy_and_resolve_references().unlock()
-            (stage,) = own.stages  # which the copies share
-            own.stages = (ConfigDict(stage.to_dict() | dict(stale_rollouts=stale)),)
-            kind = "stale" if stale else "fresh"
-            own.title = f"{run.name}, {kind} rows"
+            (stage,), kind = run.config.stages, "stale" if stale else "fresh"
+            stage = dataclasses.replace(stage, one_step_off_policy=stale)
+            title = f"{run.name}, {kind} rows"
+            own = dataclasses.replace(run.config, stages=(stage,), title=title)
             folder = f"{options.method}-{options.steps}-{options.rate:g}-{kind}-seed{seed}"
             runs[stale, seed] = comparison.Run(own.title, own, options.workdir / folder)
     return list(made.pretraining.values()), runs

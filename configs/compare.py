@@ -39,7 +39,7 @@ def small() -> ConfigDict:
         max_prompt_length=16,
         max_length=28,
     )
-    run.answers.batch_size = 128
+    run.teacher_responses.batch_size = 128
     run.evaluation.update(every=40, batch_size=32, sampling=sampling_config())
     run.checkpoint.every = 1000
     run.log_every = 10
@@ -57,7 +57,7 @@ def small() -> ConfigDict:
         pretraining=dict(teacher=teacher, student=student),
         run=run,
         changes=dict(
-            all=dict(batch_size=32, learning_rate=5e-4, schedule="cosine", lr_min=5e-5),
+            all=dict(batch_size=32, learning_rate=5e-4, schedule="cosine", min_lr=5e-5),
             minillm=dict(learning_rate=1e-4),
             distillm=dict(replay=REPLAY),
         ),
@@ -78,7 +78,7 @@ def smollm2(data: str) -> ConfigDict:
     run.teacher.dtype = run.student.dtype = "bfloat16"
     run.data.update(dolly(data), template="alpaca", max_prompt_length=256, max_length=512)
     run.data.dev_rows = 256
-    run.answers.batch_size = 256
+    run.teacher_responses.batch_size = 256
     run.evaluation.update(every=100, batch_size=256)
     run.checkpoint.update(every=1000, export="best")
     run.log_every = 10

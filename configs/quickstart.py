@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.template = "chat"
     config.data.max_prompt_length = 50
     config.data.max_length = 96
-    config.answers.update(batch_size=48, sampling=sampling_config())
+    config.teacher_responses.update(batch_size=48, sampling=sampling_config())
     config.evaluation.references = "teacher"
     config.evaluation.batch_size = 16
     config.evaluation.sampling = sampling_config(temperature=0.0)
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             learning_rate=3e-4,
             schedule="cosine",
             warmup_steps=4,
-            lr_min=3e-5,
+            min_lr=3e-5,
         ),
         method_stage("promptkd", steps=12, learning_rate=5e-5, prompt_learning_rate=1e-3),
     )

@@ -24,7 +24,7 @@ _NAMES = {
     "distill.chunked_loss": "linear_loss linear_values",
     "distill.loss_inputs": "LazyLogits",
     "distill.hidden_loss": "HiddenTerm hidden_loss",
-    "distill.method": "PRESETS Conventions Method",
+    "distill.method": "PRESETS Conventions Execution Method",
     "distill.optimizer": "adamw decay_mask schedule",
     "distill.policy_gradient": "PolicyGradient",
     "distill.replay": "Replay empty_replay",

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.logprobs import on_a_file_system
 from promptkd_jax.data.records import read_records
 from promptkd_jax.inference.logprob_cache import write_cache
 from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import check_shared, make_folder
+from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.model import check_positions
 from promptkd_jax.training import prepare
-from promptkd_jax.training.config import ConfigError, as_json, read_config
-from promptkd_jax.training.fields import check_recipe
-from promptkd_jax.training.specs import Int
+from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config import as_json, read_config
+from promptkd_jax.training.fields import RunConfig
 
 USAGE = "--config FILE[:arg] --output DIR [--top-k 64] [--batch-size 8] [--config.a.b=VALUE …]"
 
@@ -36,12 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    config = read_config(rest)
-    check_recipe(config)
+    config = checked(read_config(rest))
     cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
 
 
-def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size: int) -> None:
+def cache(config: RunConfig, folder: epath.PathLike, *, top_k: int, batch_size: int) -> None:
     """Writes the teacher's view of the run's gold training rows into `folder`.
 
     Raises:
@@ -56,7 +56,7 @@ def cache(config: ConfigDict, folder: epath.PathLike, *, top_k: int, batch_size:
     with flags.naming("--output", folder):
         make_folder(folder)
         check_shared(folder)
-    mesh, data = sharding.make_mesh(config.mesh), config.data
+    mesh, data = sharding.make_mesh(config.mesh.sizes), config.data
     with jax.set_mesh(mesh):
         teacher, student = prepare.load_models(config, mesh)
         vocab_size = prepare.shared_vocabulary(teacher, student)

@@ -20,19 +20,19 @@ from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.infra import distributed, provenance
-from promptkd_jax.infra.errors import DataError, ModelError
+from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import check_writable, write_json, write_text
+from promptkd_jax.infra.specs import Int, declared
 from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
 from promptkd_jax.models.model import Model
-from promptkd_jax.training import build, fields
-from promptkd_jax.training.config import ConfigError
-from promptkd_jax.training.specs import Int
+from promptkd_jax.training.fields import DataConfig
 
 # What decides the scores, as it is written beside them.
 SETTINGS = (
     *("model", "data", "split", "template", "seeds", "temperature", "top_k", "top_p"),
     *("no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size", "dtype"),
 )
+_SPECS = {name: f.metadata["spec"] for name, f in declared(DataConfig).items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_sampling(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
     for name, default in (("max_prompt_length", 256), ("max_length", 512)):
         text = f"tokens (default: that of the training, else {default})"
-        flag, limit = f"--{name.replace('_', '-')}", flags.of(fields.SCHEMA["data"][name])
+        flag, limit = f"--{name.replace('_', '-')}", flags.of(_SPECS[name])
         parser.add_argument(flag, type=limit, help=text)
     parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16)
     flags.add_processes(parser)
@@ -109,7 +109,7 @@ def recorded(model: str) -> dict[str, Any]:
       ModelError: it says what cannot be.
     """
     record = training_record(model)
-    specs = {name: fields.SCHEMA["data"][name] for name in RECORDED if name in record}
+    specs = {name: _SPECS[name] for name in RECORDED if name in record}
     for name, spec in specs.items():
         if fault := spec.fault(record[name]):
             raise ModelError(f"{model}: {RECORD}: {name}: {record[name]!r} is not {fault}")
@@ -139,7 +139,7 @@ def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int)
     return generation_metrics(
         model,
         rows,
-        sampling=build.sampling(options, model.eos_ids),
+        sampling=flags.sampling_of(options, model.eos_ids),
         prompt_capacity=options.max_prompt_length,
         max_new_tokens=options.max_length - options.max_prompt_length,
         batch_size=options.batch_size,

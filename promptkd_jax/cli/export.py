@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import check_writable
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import load_config
+from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import with_date
 from promptkd_jax.training.save import SAVED, load_configs, save
@@ -52,7 +53,7 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
     with flags.naming("--workdir", workdir):
         if not distributed.run_on_primary(file.exists):
             raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
-        config = with_date(load_config([f"--config={file}"])[0], workdir)
+        config = with_date(checked(load_config([f"--config={file}"])[0]), workdir)
     with flags.naming("--output", output):
         check_writable(output)
     with flags.naming("--workdir", workdir):
@@ -64,7 +65,7 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
 
 
 def _restored(
-    config: ConfigDict, workdir: epath.Path, step: str, mesh: jax.sharding.Mesh
+    config: RunConfig, workdir: epath.Path, step: str, mesh: jax.sharding.Mesh
 ) -> tuple[int, dict[str, Any]]:
     """The number of a checkpoint and its parameters, by their names in `SAVED`."""
     with open_checkpoints(config, workdir) as checkpoints:

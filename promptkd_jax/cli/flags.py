@@ -15,9 +15,10 @@ from etils import epath
 from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.infra.files import io_errors, to_path
-from promptkd_jax.training import fields
-from promptkd_jax.training.specs import Float, Int, Path
+from promptkd_jax.infra.files import Path, io_errors, to_path
+from promptkd_jax.infra.specs import SEED, Float, Int, declared
+from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.training.fields import DTYPE
 
 _KINDS = {Int: int, Float: float}  # of the values of a spec; those of all others are text
 
@@ -69,7 +70,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --mesh: what `models.load.load_with_tokenizer` loads, and onto what."""
     text = "folder (also that of a run), .gguf file, or hub id"
     parser.add_argument("--model", required=True, type=source, help=text)
-    parser.add_argument("--dtype", default="float32", choices=fields.DTYPE.options)
+    parser.add_argument("--dtype", default="float32", choices=DTYPE.options)
     add_mesh(parser)
 
 
@@ -83,7 +84,7 @@ class _Different(argparse.Action):
 def add_seeds(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
     """--seeds: different ones, with each of which all rows are answered."""
     text = f"all rows are answered once with each (default: {' '.join(map(str, default))})"
-    how = dict(type=of(fields.SEED), nargs="+", action=_Different, metavar="SEED")
+    how = dict(type=of(SEED), nargs="+", action=_Different, metavar="SEED")
     parser.add_argument("--seeds", default=list(default), help=text, **how)
 
 
@@ -107,17 +108,18 @@ def mesh_of(options: argparse.Namespace) -> jax.sharding.Mesh:
 def add_sampling(
     parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
 ) -> None:
-    """The fields of a config's `sampling`, for `build.sampling`, with these defaults."""
-    texts = {
-        "temperature": (temperature, "0 is greedy"),
-        "top_k": (0, "0: all tokens"),
-        "top_p": (1.0, "1: all tokens"),
-        "no_repeat_ngram_size": (no_repeat_ngram_size, "0: anything may be repeated"),
-    }
-    for name, spec in fields.SAMPLING.items():
-        default, text = texts[name]
-        flag, text = f"--{name.replace('_', '-')}", f"{text} (default: {default:g})"
-        parser.add_argument(flag, type=of(spec), default=default, help=text)
+    """The fields of `Sampling`, for `sampling_of`, with these defaults."""
+    chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)
+    for name, f in declared(Sampling).items():
+        default, flag = getattr(chosen, name), f"--{name.replace('_', '-')}"
+        text = f"{f.metadata['help']} (default: {default:g})"
+        parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
+
+
+def sampling_of(options: argparse.Namespace, eos_ids: tuple[int, ...]) -> Sampling:
+    """Reads the flags of `add_sampling`."""
+    named = {name: getattr(options, name) for name in declared(Sampling)}
+    return Sampling(**named, eos_ids=eos_ids)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,8 @@ from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.infra import distributed
+from promptkd_jax.infra.specs import SEED, Int
 from promptkd_jax.models.load import load_with_tokenizer
-from promptkd_jax.training import build, fields
-from promptkd_jax.training.specs import Int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count = flags.of(Int(low=1))
     parser.add_argument("--max-prompt-length", type=count, default=256)
     parser.add_argument("--max-new-tokens", type=count, default=128)
-    parser.add_argument("--seed", type=flags.of(fields.SEED), default=10)
+    parser.add_argument("--seed", type=flags.of(SEED), default=10)
     flags.add_processes(parser)
 
 
@@ -45,7 +44,7 @@ def _answer_all(options: argparse.Namespace) -> None:
     template, why = template_for(model, options.template, record)
     if distributed.is_primary():  # beside the answers, which may go into a file
         print(f"template {template} ({why})", file=sys.stderr, flush=True)
-    chosen = build.sampling(options, model.eos_ids)
+    chosen = flags.sampling_of(options, model.eos_ids)
     for number, request in enumerate(_requests(options.request)):
         rows = tokenize(
             [Record(request, "", ())],

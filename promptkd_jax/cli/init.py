@@ -19,7 +19,7 @@ from promptkd_jax.infra.files import check_writable
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import chosen_layers, keep_layers
-from promptkd_jax.training import fields
+from promptkd_jax.training.fields import DTYPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many, evenly spread (18); or which, counted from 0 (0,2,4,7,9,11)",
     )
     parser.add_argument("--output", required=True, type=flags.path, help="a new folder")
-    parser.add_argument("--dtype", default="float32", choices=fields.DTYPE.options)
+    parser.add_argument("--dtype", default="float32", choices=DTYPE.options)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -3,22 +3,21 @@ devices that it will have, before these are paid for."""
 
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
 from promptkd_jax.cli.main import COMMANDS, parse
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import of_another_machine
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.studies import comparison, reproduce
-from promptkd_jax.training import fields
+from promptkd_jax.training.checks import check_mesh, checked
 from promptkd_jax.training.config import read_config
+from promptkd_jax.training.fields import RunConfig
 
 ALONE = ("init", "compare")  # of one process
 
 
 @of_another_machine()
-def check_command(words: Sequence[str], devices: int, number: int = 1) -> ConfigDict | None:
+def check_command(words: Sequence[str], devices: int, number: int = 1) -> RunConfig | None:
     """Checks a command for so many devices, all of whose mistakes would show when these are there.
 
     Args:
@@ -42,16 +41,14 @@ def check_command(words: Sequence[str], devices: int, number: int = 1) -> Config
         raise ConfigError(f"promptkd {name} is one process, and not for {devices} devices")
     options, rest = parse(name, arguments)
     if name == "train":
-        config = read_config(rest)
-        fields.check_recipe(config)
+        config = checked(read_config(rest))
         sizes = _check_rows(config, devices, number)
         for stage in config.stages:
             abstract_run(config, stage.name).arguments(abstract_mesh(sizes))
         return config
     if name == "cache":
-        config = read_config(rest)
-        fields.check_recipe(config)
-        sharding.mesh_shape(config.mesh, devices, number)
+        config = checked(read_config(rest))
+        sharding.mesh_shape(config.mesh.sizes, devices, number)
     elif name == "compare":  # its own config: of several runs
         made = comparison.plan_comparison(read_config(rest), options.workdir)
         for run in (*made.pretraining.values(), *made.runs.values()):
@@ -67,12 +64,9 @@ def check_command(words: Sequence[str], devices: int, number: int = 1) -> Config
     return None
 
 
-def _check_rows(config: ConfigDict, devices: int, number: int) -> dict[str, int]:
+def _check_rows(config: RunConfig, devices: int, number: int) -> dict[str, int]:
     """The sizes of a config's mesh, which must divide the rows of all stages."""
-    sizes = dict(zip(sharding.AXES, sharding.mesh_shape(config.mesh, devices, number)))
-    for index, stage in enumerate(config.stages):
-        where, parts = f"config.stages[{index}]", stage.micro_batches * stage.minibatches
-        mesh = abstract_mesh(sizes)
-        sharding.check_rows(f"{where}.batch_size", stage.batch_size, parts, mesh)
-        sharding.check_rows(f"{where}.rollout_slots", stage.rollout_slots, 1, mesh)
+    shape = sharding.mesh_shape(config.mesh.sizes, devices, number)
+    sizes = dict(zip(sharding.AXES, shape))
+    check_mesh(config, abstract_mesh(sizes))
     return sizes

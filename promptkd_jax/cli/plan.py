@@ -15,12 +15,12 @@ import jax
 from promptkd_jax.cli import flags, launched
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import make_folder, write_json
+from promptkd_jax.infra.specs import Float, Int
 from promptkd_jax.plan import chips
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.command import best_flags, plan_one, plan_run
-from promptkd_jax.training import fields
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import read_config
-from promptkd_jax.training.specs import Float, Int
 
 TAKES_COMMAND = True
 USAGE = "--config FILE[:arg] [options] [--config.a.b=VALUE …], or [options] -- promptkd COMMAND …"
@@ -51,9 +51,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             raise ConfigError(f"unknown arguments before --: {' '.join(rest)}")
         _check(options)
         return
-    config = read_config(rest)
-    fields.check_recipe(config)
-    plan = plan_run(config, options)
+    plan = plan_run(checked(read_config(rest)), options)
     if options.output:
         with flags.naming("--output", options.output):
             make_folder(options.output.parent)

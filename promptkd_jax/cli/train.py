@@ -7,21 +7,33 @@ import argparse
 from collections.abc import Sequence
 
 from promptkd_jax.cli import flags
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.plan.remat import with_chosen_remat
-from promptkd_jax.training import fields
 from promptkd_jax.training import run as training
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import read_config
+from promptkd_jax.training.field_help import config_help
 
 USAGE = "--config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]"
+
+
+class _HelpConfig(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            print(config_help(values))
+        except ConfigError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        parser.exit()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "folder of the run, or gs://BUCKET/…"
     parser.add_argument("--workdir", required=True, type=flags.path, help=text)
+    text = "describe all fields of a config, or those of a group such as stages[0].sampling"
+    how = dict(nargs="?", const="", metavar="PATH", action=_HelpConfig)
+    parser.add_argument("--help-config", help=text, **how)
     flags.add_processes(parser)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    config = read_config(rest)
-    fields.check_recipe(config)
-    training.run(config, options.workdir, with_chosen_remat)
+    training.run(checked(read_config(rest)), options.workdir, with_chosen_remat)

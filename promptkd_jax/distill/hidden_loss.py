@@ -22,65 +22,77 @@ import jax.numpy as jnp
 
 from promptkd_jax.data.batch import Responses
 from promptkd_jax.distill.losses import forward_kl
+from promptkd_jax.infra.specs import Bool, Choice, Float, Int, field, validate
 from promptkd_jax.models.config import DecoderConfig
 
 Tap = tuple[str, int]  # "hidden", "queries", "keys" or "values", and the layer
 States = dict[Tap, jax.Array]
 Projections = dict[str, jax.Array]
 
-KINDS = ("cosine", "mse", "relation")
+KINDS = {
+    "cosine": "1 - cos of the hidden states (DistilBERT, arXiv 1910.01108, section 3)",
+    "mse": "the mean over D of the squared difference (TinyBERT, arXiv 1909.10351, L_hid)",
+    "relation": "the KL divergence of the student's self-attention relations from the teacher's "
+    "(MiniLMv2, arXiv 2012.15828, here causal)",
+}
 RELATIONS = ("queries", "keys", "values")
 # Elements of the scores of one block of queries, [A, B, chunk, T]: 32 MiB in float32.
 CHUNK_ELEMENTS = 2**23
+
+
+class LayerPairs:
+    """The spec of the layers that a hidden loss compares."""
+
+    def __str__(self) -> str:
+        return "'uniform', or pairs (student layer, teacher layer) such as ((-1, -1),)"
+
+    def fault(self, value: Any) -> str:
+        def is_pair(pair):
+            return (
+                isinstance(pair, list | tuple)
+                and len(pair) == 2
+                and all(type(x) is int for x in pair)
+            )
+
+        pairs = isinstance(value, list | tuple) and value and all(map(is_pair, value))
+        return "" if value == "uniform" or pairs else str(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class HiddenTerm:
     """One summand of the loss on hidden states.
 
-    Attributes:
-      kind: what is compared at a position, and how.
-        "cosine": 1 - cos of the hidden states. DistilBERT (arXiv 1910.01108), section 3.
-        "mse": the mean over D of the squared difference. TinyBERT (arXiv 1909.10351), L_hid.
-        "relation": the KL divergence of the student's self-attention relations from the teacher's.
-          MiniLMv2 (arXiv 2012.15828), here causal. Widths and heads may differ.
-      weight: of the term in the sum, the same for each pair of layers.
-      layers: pairs (student layer, teacher layer), or "uniform" for `layer_map`.
-      heads: relation heads A; 0 for as many as the student has heads.
-      projection: whether the student's hidden states go through a learned matrix to the teacher's
-        width; with unequal widths they must.
+    "relation" allows other widths and numbers of heads than the teacher's.
+
+    Raises:
+      ValueError: a combination that means nothing.
     """
 
-    kind: str
-    weight: float = 1.0
-    layers: tuple[tuple[int, int], ...] | str = ((-1, -1),)
-    heads: int = 0
-    projection: bool = False
+    kind: str = field("cosine", Choice(KINDS), "what is compared at a position, and how")
+    weight: float = field(
+        1.0, Float(low=0.0, open_low=True), "weight in the sum, the same for each pair of layers"
+    )
+    layers: tuple[tuple[int, int], ...] | str = field(
+        ((-1, -1),), LayerPairs(), "layers that are compared; 'uniform': evenly spaced ones"
+    )
+    heads: int = field(
+        0, Int(low=0), "heads A of a 'relation'; 0: as many as the student has heads"
+    )
+    projection: bool = field(
+        False,
+        Bool(),
+        "whether the student's hidden states go through a learned matrix to the teacher's width; "
+        "with unequal widths they must",
+    )
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown hidden loss {self.kind!r}; there are: {', '.join(KINDS)}")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"{self.kind}: weight must be above 0, got {self.weight!r}")
-        if self.layers != "uniform" and not _are_pairs(self.layers):
+        validate(self)
+        if self.heads and self.kind != "relation":
             raise ValueError(
-                f"{self.kind}: layers must be a tuple of pairs (student layer, teacher layer), or "
-                f'"uniform"; got {self.layers!r}'
-            )
-        if self.heads < 0 or (self.heads and self.kind != "relation"):
-            raise ValueError(
-                f"{self.kind}: heads = {self.heads}; a relation loss takes 1 or more, or 0 for as "
-                "many as the student's, and the others take none"
+                f"heads: {self.heads}, but {self.kind!r} has none; expected 0, or kind = 'relation'"
             )
         if self.projection and self.kind == "relation":
-            raise ValueError("relation: a relation loss needs no projection, widths may differ")
-
-
-def _are_pairs(layers: Any) -> bool:
-    def is_pair(pair):
-        return isinstance(pair, tuple) and len(pair) == 2 and all(type(x) is int for x in pair)
-
-    return isinstance(layers, tuple) and len(layers) > 0 and all(map(is_pair, layers))
+            raise ValueError("projection: a relation loss needs none, widths may differ")
 
 
 def layer_map(student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], ...]:

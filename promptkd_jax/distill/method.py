@@ -3,10 +3,12 @@ minimised. SFT, KD, SeqKD, GKD, MiniLLM, DistiLLM, ABKD and PromptKD are values 
 """
 
 import dataclasses
+from typing import Any
 
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.infra.specs import Bool, Choice, Float, Group, Int, ListOf, field, group, validate
 from promptkd_jax.models.sampler import Sampling
 
 CROSS_ENTROPY = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
@@ -27,8 +29,11 @@ VIEWS = {
     "cached": "its k largest log-probabilities, written down beforehand",
     "online": "as it is, and it learns from the student in turn",
 }
-REGULARISATIONS = ("linear", "constant", "adaptive")
-MINIMUMS = dict(rollout_slots=0, micro_batches=1, length_buckets=1, minibatches=1, passes=1)
+REGULARIZATIONS = {
+    "linear": "times (K - k) / K in update k of K (eq. 3)",
+    "constant": "the same in all updates",
+    "adaptive": "raised or lowered from update to update so that L_reg comes to target_kl",
+}
 
 Terms = tuple[tuple[str, float], ...]
 
@@ -41,7 +46,7 @@ class Conventions:
       mean_of_means: average each micro-batch over its tokens, then the micro-batches; otherwise
         one mean over all tokens of the update, which does not depend on how it was cut.
       stale_prompt: only the last micro-batch of an update sees the just-updated prompt.
-      early_clock: the regularisation coefficient moves on one micro-batch before the update does.
+      early_clock: the regularization coefficient moves on one micro-batch before the update does.
       force_eos: a rollout that ran to its limit gets its last token overwritten by EOS.
       decay_norms: weight decay on norm scales, except GPT-2's.
       entropy_free: a forward KL is reported without the target's entropy (same gradient).
@@ -60,89 +65,163 @@ class Conventions:
 PRESETS = {"default": Conventions(), "faithful": Conventions(*[True] * 7)}
 
 
+class DivergenceName:
+    """The spec of a name from `losses.DIVERGENCES`, with numbers where it takes them."""
+
+    def __str__(self) -> str:
+        return "a divergence such as 'reverse_kl' or 'alpha_beta(0.2, 0.7)'"
+
+    def fault(self, value: Any) -> str:
+        if not isinstance(value, str):
+            return str(self)
+        try:
+            losses.divergence(value)
+        except ValueError as error:
+            return f"{self} ({error})"
+        return ""
+
+
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """A distillation method; hashable, a static argument of `jax.jit`.
+class WeightedName:
+    """The spec of a pair (name, weight): the name of a divergence, or one of `others`."""
 
-    Attributes:
-      targets: where rows come from, one of `TARGETS`.
-      student_terms: ((name, weight), …): "cross_entropy" is on the tokens of rows that the student
-        did not write itself, "policy_gradient" MiniLLM's, all others are divergences from the
-        teacher. See `losses.divergence` for the names.
-      total_steps: K, of the schedules of the regularisation and of the replay.
-      response_capacity: R, the most response tokens of a row.
-      prompt_capacity: columns of the longest request.
-      vocab_size: what teacher and student share.
-      max_new_tokens: of a rollout; None for `response_capacity`.
-      rollout_slots: rows that a rollout writes at once, see `sampler.sample`; 0: all of a step.
-      stale_rollouts: the rows of a step are written during the step before, by the student as it is
-        before that step's update: writing and updating do not wait for each other.
-      on_policy_share: lambda of GKD, for "mixed" targets.
-      teacher_share: the teacher's share in the mixture that rollouts are drawn from (MiniLLM).
-      teacher_view: how the teacher is seen, one of `VIEWS`.
-      demonstrations: token ids that "in_context" puts before every row.
-      teacher_terms: what an "online" teacher minimises, against the student and the tokens.
-      prompt_divergence: L_kd, of the prompted teacher from the student (paper eq. 1).
-      prompt_regulariser: L_reg, of the prompted teacher from the plain one (eq. 2).
-      regularisation: coefficient of L_reg; 0 drops the plain forward.
-      regularisation_schedule: "linear": times (K - k) / K (eq. 3); "constant"; "adaptive": raised
-        or lowered from update to update so that L_reg comes to `target_kl` nats per token.
-      temperature: of both distributions in the student's divergences, see `losses.tempered`.
-      token_weighting: of the student's divergences, "uniform" or one of `losses.WEIGHTINGS`.
-      policy_gradient: see `PolicyGradient`.
-      hidden_terms: losses on hidden states, see `HiddenTerm`.
-      corpus_terms: ((name, weight), …) on rows of plain text, beside the others.
-      micro_batches: G; rows are dealt out to micro-batches in turn.
-      length_buckets: lengths that an update is compiled for, up to that of a whole row in even
-        steps; a micro-batch takes the least that its longest row fits into, and micro-batches have
-        rows of like length. So do rollouts, for their requests. More of them compile longer, and
-        the soft prompt's update makes a forward of the student of its own. What is computed is the
-        same, up to rounding.
-      minibatches, passes: a step's rows serve `passes` times `minibatches` updates of the student,
-        each on its part of them (MiniLLM: 4 passes).
+    others: tuple[str, ...] = (CROSS_ENTROPY,)
 
-    Raises:
-      ValueError: a combination that means nothing; says why.
+    def __str__(self) -> str:
+        return "a pair (divergence, weight) such as ('reverse_kl', 1.0)"
+
+    def fault(self, value: Any) -> str:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            return str(self)
+        name, weight = value
+        known = name in self.others
+        return Float(low=0.0).fault(weight) or (not known and DivergenceName().fault(name)) or ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is learned, from which rows, and how the teacher is seen: the fields that a `Method` and
+    a stage of a run's config share."""
+
+    targets: str = field("gold", Choice(TARGETS), "where the rows of a step come from")
+    student_terms: Terms = field(
+        ((CROSS_ENTROPY, 1.0),),
+        ListOf(WeightedName((CROSS_ENTROPY, POLICY_GRADIENT)), nonempty=True),
+        "the sum that the student minimizes: divergences from the teacher with their weights, "
+        f"'{CROSS_ENTROPY}' on tokens that it did not write, '{POLICY_GRADIENT}' MiniLLM's",
+    )
+    teacher_view: str = field("plain", Choice(VIEWS), "how the teacher is seen")
+    on_policy_share: float = field(
+        0.5, Float(low=0.0, high=1.0), "lambda of GKD, for 'mixed' targets"
+    )
+    teacher_share: float = field(
+        0.0,
+        Float(low=0.0, high=0.99),
+        "share of the teacher in the mixture that rollouts are drawn from (MiniLLM)",
+    )
+    temperature: float = field(
+        1.0,
+        Float(low=0.0, open_low=True),
+        "of both distributions in the student's divergences, see losses.tempered",
+    )
+    token_weighting: str = field(
+        "uniform", Choice("uniform", *losses.WEIGHTINGS), "of the student's divergences"
+    )
+    prompt_divergence: str = field(
+        "reverse_kl", DivergenceName(), "L_kd, of the prompted teacher from the student (eq. 1)"
+    )
+    prompt_regularizer: str = field(
+        "reverse_kl", DivergenceName(), "L_reg, of the prompted teacher from the plain one (eq. 2)"
+    )
+    regularization: float = field(
+        1.0, Float(low=0.0), "coefficient of L_reg; 0 drops the forward of the plain teacher"
+    )
+    regularization_schedule: str = field(
+        "linear", Choice(REGULARIZATIONS), "of the coefficient of L_reg"
+    )
+    target_kl: float = field(
+        0.01, Float(low=0.0, open_low=True), "of the 'adaptive' schedule, nats a token"
+    )
+    teacher_terms: Terms = field(
+        ((CROSS_ENTROPY, 1.0), ("forward_kl", 1.0)),
+        ListOf(WeightedName(), nonempty=True),
+        "what an 'online' teacher minimizes, against the student and the tokens",
+    )
+    policy_gradient: PolicyGradient = group(PolicyGradient, "MiniLLM's settings")
+    hidden_terms: tuple[HiddenTerm, ...] = field(
+        (), ListOf(Group(HiddenTerm)), "losses on hidden states, each made by recipes.hidden_term"
+    )
+    corpus_terms: Terms = field(
+        (), ListOf(WeightedName()), "terms on rows of plain text, data.corpus, beside the others"
+    )
+    minibatches: int = field(
+        1, Int(low=1), "updates of the student that the rows of a step are divided among"
+    )
+    passes: int = field(
+        1, Int(low=1), "times that the rows of a step are gone through (MiniLLM: 4)"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a step is computed: its speed and memory. What is computed is the same, up to rounding,
+    but for `one_step_off_policy`; and with published conventions for micro-batches.
     """
 
-    targets: str
-    student_terms: Terms
+    gradient_accumulation_steps: int = field(
+        1, Int(low=1), "micro-batches (G) of an update; rows are dealt out to them in turn"
+    )
+    length_buckets: int = field(
+        1,
+        Int(low=1, high=16),
+        "lengths that an update, and the prompts of a rollout, are compiled for, up to a whole row "
+        "in even steps; micro-batches get rows of like length, and take the least that fits",
+    )
+    max_concurrent_rollouts: int = field(
+        0,
+        Int(low=0),
+        "rows that are written at once, others follow where some end; 0: all of a step",
+    )
+    one_step_off_policy: bool = field(
+        False,
+        Bool(),
+        "the rows of a step are written during the step before, by the student as it is before "
+        "that step's update: writing and updating do not wait for each other",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(Objective):
+    """A distillation method on rows of a certain size; hashable, a static argument of `jax.jit`.
+
+    Attributes:
+      total_steps: K, of the schedules of the regularization and of the replay.
+      response_capacity: R, the most response tokens of a row.
+      prompt_capacity: columns of the longest prompt.
+      vocab_size: words that teacher and student share.
+      max_new_tokens: the most tokens of a rollout; None for `response_capacity`.
+      demonstrations: token ids that "in_context" puts before every row.
+      sampling: how rows are sampled; execution: how a step is computed.
+      conventions: where published code and good practice differ.
+
+    Raises:
+      ValueError: a value out of its range, or a combination that means nothing; says why.
+    """
+
     total_steps: int
     response_capacity: int
     prompt_capacity: int
     vocab_size: int
     max_new_tokens: int | None = None
-    rollout_slots: int = 0
-    stale_rollouts: bool = False
-    on_policy_share: float = 0.5
-    teacher_share: float = 0.0
-    teacher_view: str = "plain"
     demonstrations: tuple[int, ...] = ()
-    teacher_terms: Terms = ((CROSS_ENTROPY, 1.0), ("forward_kl", 1.0))
-    prompt_divergence: str = "reverse_kl"
-    prompt_regulariser: str = "reverse_kl"
-    regularisation: float = 1.0
-    regularisation_schedule: str = "linear"
-    target_kl: float = 0.01
-    temperature: float = 1.0
-    token_weighting: str = "uniform"
-    policy_gradient: PolicyGradient = PolicyGradient()
-    hidden_terms: tuple[HiddenTerm, ...] = ()
-    corpus_terms: Terms = ()
     sampling: Sampling = Sampling()
-    micro_batches: int = 1
-    length_buckets: int = 1
-    minibatches: int = 1
-    passes: int = 1
+    execution: Execution = Execution()
     conventions: Conventions = Conventions()
 
     def __post_init__(self):
-        mistakes = [
-            f"{field}: {getattr(self, field)}; expected at least {least}"
-            for field, least in MINIMUMS.items()
-            if getattr(self, field) < least
-        ]
-        mistakes += contradictions(self)
+        validate(self)
+        validate(self.execution)
+        mistakes = contradictions(self, self.execution, self.sampling)
         if self.teacher_view == "in_context" and not self.demonstrations:
             mistakes.append("demonstrations: are none, but teacher_view = 'in_context' needs some")
         if mistakes:
@@ -173,15 +252,15 @@ class Method:
     @property
     def parts(self) -> int:
         """Micro-batches that a step's rows are dealt out to."""
-        return self.micro_batches * self.minibatches
+        return self.execution.gradient_accumulation_steps * self.minibatches
 
     @property
     def sorts_rows(self) -> bool:
         """Whether rows of like length go into one micro-batch, where that changes no number."""
-        by = self.conventions
+        by, how = self.conventions, self.execution
         parts_differ = by.mean_of_means or by.stale_prompt or by.early_clock
         alike = not parts_differ and self.minibatches == 1
-        return alike and self.length_buckets > 1 and self.micro_batches > 1
+        return alike and how.length_buckets > 1 and how.gradient_accumulation_steps > 1
 
     @property
     def updates(self) -> int:
@@ -189,14 +268,14 @@ class Method:
         return self.minibatches * self.passes
 
 
-def reads_answers(method) -> bool:
-    """Whether rows may be the data's own answers, for a `Method`, or the config of a stage."""
+def reads_answers(method: Objective) -> bool:
+    """Whether rows may be the data's own responses."""
     mixed = method.targets == "mixed" and method.on_policy_share < 1
     return mixed or method.targets in ("gold", "replay")
 
 
-def needs_teacher(method) -> bool:
-    """For a `Method`, or the config of a stage, which has its fields."""
+def needs_teacher(method: Objective) -> bool:
+    """Whether the teacher's parameters are looked at in an update."""
     if method.teacher_view == "cached":
         return False
     terms = (*method.student_terms, *method.corpus_terms)
@@ -208,24 +287,10 @@ def needs_teacher(method) -> bool:
     )
 
 
-def contradictions(method) -> list[str]:
-    """What means nothing in a `Method`, or in the config of a stage, which has its fields.
-
-    Each message begins with the field that it is about.
-    """
+def contradictions(method: Objective, execution: Execution, sampling: Sampling) -> list[str]:
+    """Returns what means nothing together; each message begins with the field that it is about."""
     names = [name for name, _ in method.student_terms]
-    found = [
-        f"{field}: {getattr(method, field)!r} is not one of {', '.join(choices)}"
-        for field, choices in (
-            ("targets", TARGETS),
-            ("teacher_view", VIEWS),
-            ("regularisation_schedule", REGULARISATIONS),
-            ("token_weighting", ("uniform", *losses.WEIGHTINGS)),
-        )
-        if getattr(method, field) not in choices
-    ]
-    if not names:
-        found.append("student_terms: are none; expected at least one")
+    found = []
     if len(set(names)) < len(names):
         found.append(f"student_terms: {', '.join(names)}: expected each name once")
     if CROSS_ENTROPY in names and method.targets in ON_POLICY and not reads_answers(method):
@@ -233,16 +298,16 @@ def contradictions(method) -> list[str]:
             f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write, and "
             f"targets = {method.targets!r} has none; name a divergence instead, or other targets"
         )
-    if names and not any(weight > 0 for _, weight in method.student_terms):
+    if not any(weight > 0 for _, weight in method.student_terms):
         found.append("student_terms: all weights are 0; expected one above 0")
-    for field in ("teacher_terms", "corpus_terms"):
-        others = [name for name, _ in getattr(method, field)]
+    for terms in ("teacher_terms", "corpus_terms"):
+        others = [name for name, _ in getattr(method, terms)]
         if len(set(others)) < len(others):
-            found.append(f"{field}: {', '.join(others)}: expected each name once")
-    adapts = method.regularisation_schedule == "adaptive"
-    if adapts and method.prompt_regulariser == "soft_cross_entropy":
+            found.append(f"{terms}: {', '.join(others)}: expected each name once")
+    adapts = method.regularization_schedule == "adaptive"
+    if adapts and method.prompt_regularizer == "soft_cross_entropy":
         found.append(
-            "prompt_regulariser: soft_cross_entropy does not fall to 0, so that no coefficient "
+            "prompt_regularizer: soft_cross_entropy does not fall to 0, so that no coefficient "
             "brings it to target_kl; expected forward_kl, which has the same gradient"
         )
     if set(names) <= {CROSS_ENTROPY} and not method.hidden_terms and method.teacher_view != "plain":
@@ -251,54 +316,55 @@ def contradictions(method) -> list[str]:
             "looks at the teacher; name a divergence there"
         )
     if method.targets not in ON_POLICY:
-        found += _without_rollouts(method)
+        found += _without_rollouts(method, execution)
     if POLICY_GRADIENT in names:
-        found += _about_policy(method)
+        found += _about_policy(method, execution, sampling)
     if method.teacher_view == "cached":
         found += _about_cache(method, names)
     return found
 
 
-def _without_rollouts(method) -> list[str]:
+def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
     found = []
-    if method.rollout_slots:
+    if execution.max_concurrent_rollouts:
         found.append(
-            f"rollout_slots: {method.rollout_slots} rows are to be written at once, but targets = "
-            f"{method.targets!r} has none that are written during training; expected 0"
+            f"max_concurrent_rollouts: {execution.max_concurrent_rollouts} rows are to be written "
+            f"at once, but targets = {method.targets!r} has none that are written during training; "
+            "expected 0"
         )
     if method.teacher_share:
         found.append(
             f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "
             f"targets = {method.targets!r} has none; expected targets = 'student'"
         )
-    if method.stale_rollouts:
+    if execution.one_step_off_policy:
         found.append(
-            f"stale_rollouts: rows are written a step ahead, but targets = {method.targets!r} has "
-            f"none that are written during training; expected False, or one of "
-            f"{', '.join(ON_POLICY)}"
+            f"one_step_off_policy: rows are written a step ahead, but targets = "
+            f"{method.targets!r} has none that are written during training; expected False, or one "
+            f"of {', '.join(ON_POLICY)}"
         )
     return found
 
 
-def _about_policy(method) -> list[str]:
+def _about_policy(method: Objective, execution: Execution, sampling: Sampling) -> list[str]:
     found = []
     if method.targets != "student":
         found.append(
             f"student_terms: {POLICY_GRADIENT} rewards what the student wrote; expected targets = "
             f"'student', found {method.targets!r}"
         )
-    if method.stale_rollouts:
+    if execution.one_step_off_policy:
         found.append(
-            f"stale_rollouts: {POLICY_GRADIENT} needs rows that the student wrote as it is; those "
-            "written a step ahead are of the student before its last update; expected False"
+            f"one_step_off_policy: {POLICY_GRADIENT} needs rows that the student wrote as it is; "
+            "those written a step ahead are of the student before its last update; expected False"
         )
     if method.token_weighting != "uniform":
         found.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY_GRADIENT}")
     plain = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=0)
-    for field, value in plain.items():
-        if (chosen := getattr(method.sampling, field)) != value:
+    for name, value in plain.items():
+        if (chosen := getattr(sampling, name)) != value:
             found.append(
-                f"sampling.{field}: {chosen!r}, but {POLICY_GRADIENT} values tokens as drawn from "
+                f"sampling.{name}: {chosen!r}, but {POLICY_GRADIENT} values tokens as drawn from "
                 f"the models as they are; expected {value!r}"
             )
     if method.teacher_share and method.teacher_view != "plain":
@@ -309,7 +375,7 @@ def _about_policy(method) -> list[str]:
     return found
 
 
-def _about_cache(method, names: list[str]) -> list[str]:
+def _about_cache(method: Objective, names: list[str]) -> list[str]:
     found = []
     if method.targets in ON_POLICY:
         found.append(

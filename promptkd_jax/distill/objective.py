@@ -169,7 +169,7 @@ def prompt_gradients(
 
     hidden, pullback, head = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
     (student, _), _ = student_forward or models.student_vjp(params["student"], rows)
-    plain = models.teacher(params, rows)[0] if models.method.regularisation else None
+    plain = models.teacher(params, rows)[0] if models.method.regularization else None
     terms, observations = prompt_terms(models.method, student, plain, scale, coefficient)
     mask = models.where(rows).mask
     d_hidden, loss, sums = loss_and_grad(
@@ -342,9 +342,9 @@ def prompt_terms(
     terms = {"prompt_kd": Term(divergence, student, weight)}
     observations = {"kl_prompted": _student_to_learner}
     if plain is not None:
-        free &= method.regularisation_schedule != "adaptive"  # that goes by the value
-        divergence = _prompt_divergence(method.prompt_regulariser, entropy_free=free)
-        terms["prompt_regulariser"] = Term(divergence, plain, weight * coefficient)
+        free &= method.regularization_schedule != "adaptive"  # that goes by the value
+        divergence = _prompt_divergence(method.prompt_regularizer, entropy_free=free)
+        terms["prompt_regularizer"] = Term(divergence, plain, weight * coefficient)
         observations["kl_plain"] = _student_to_plain
     return terms, observations
 

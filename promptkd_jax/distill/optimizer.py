@@ -19,30 +19,30 @@ def schedule(
     *,
     total_steps: int,
     warmup_steps: int = 0,
-    lr_min: float = 1e-7,
+    min_lr: float = 1e-7,
     cosine_ignores_warmup: bool = False,
 ) -> optax.Schedule:
     """The learning rate at update 0, 1, …
 
     All warm up linearly from 0 over `warmup_steps` (the first update of a warm-up has rate 0). Then
-    "constant" stays; "cosine" falls to `lr_min` at `total_steps` (and follows the cosine beyond);
-    "noam" falls with the square root of the remaining share to `lr_min`, where it stays.
+    "constant" stays; "cosine" falls to `min_lr` at `total_steps` (and follows the cosine beyond);
+    "noam" falls with the square root of the remaining share to `min_lr`, where it stays.
 
     Args:
       cosine_ignores_warmup: as in the published code, "cosine" has its whole rate from the start.
     """
-    span = learning_rate - lr_min
+    span = learning_rate - min_lr
 
     def ramp(step):
         return jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
 
     def cosine(step):
         warmup = 1.0 if cosine_ignores_warmup else ramp(step)
-        return warmup * (lr_min + span * 0.5 * (1 + jnp.cos(math.pi * step / total_steps)))
+        return warmup * (min_lr + span * 0.5 * (1 + jnp.cos(math.pi * step / total_steps)))
 
     def noam(step):
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        decayed = lr_min + span * jnp.sqrt(jnp.clip(1 - done, 0.0, 1.0))
+        decayed = min_lr + span * jnp.sqrt(jnp.clip(1 - done, 0.0, 1.0))
         return jnp.where(step < warmup_steps, learning_rate * ramp(step), decayed)
 
     styles = {"constant": lambda step: learning_rate * ramp(step), "cosine": cosine, "noam": noam}
@@ -53,12 +53,12 @@ def adamw(
     learning_rate: optax.Schedule,
     *,
     weight_decay: float,
-    clip: float,
+    max_grad_norm: float,
     decay_mask: Any = None,
     b2: float = 0.999,
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Clip the global norm to `clip`, then AdamW (0.9, b2, 1e-8), decoupled decay.
+    """Clips the global norm to `max_grad_norm`, then AdamW (0.9, b2, 1e-8), decoupled decay.
 
     Of parameters in half precision the gradients are read, the moments kept and the updates made in
     float32, and the new parameters are rounded stochastically: an update that is smaller than the
@@ -71,7 +71,7 @@ def adamw(
     """
     return optax.chain(
         optax.stateless(lambda gradients, _: optax.tree.cast(gradients, jnp.float32)),
-        optax.clip_by_global_norm(clip),
+        optax.clip_by_global_norm(max_grad_norm),
         scale_by_adam(0.9, b2),
         optax.add_decayed_weights(np.float32(weight_decay), decay_mask),  # times a float32
         optax.scale_by_learning_rate(learning_rate),

@@ -24,45 +24,48 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.distill import losses
+from promptkd_jax.infra.specs import Bool, Choice, Float, Optional, field, validate
 
-WHITEN = ("response", "none", "padded")
+WHITEN = {
+    "response": "response tokens",
+    "none": "none: advantages stay as they are",
+    "padded": "all B * R entries, as published",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient:
     """How answers are valued; hashable, a static argument of `jax.jit`.
 
-    The defaults are those published, except `whiten`.
+    The defaults are those published, except `whiten`: the published code whitens "padded", where
+    the zeros behind the responses' ends count, so that advantages depend on the capacity R and, the
+    more the shorter the responses, are pulled to one side.
 
-    Attributes:
-      gamma: discount of later rewards, 0 to 1; 0 looks at the token alone.
-      reward_scaling: rewards are divided by it, then clipped; 1.0 leaves them as they are.
-      reward_clip: bound of a reward's size.
-      ratio_clip: c of PPO: beyond 1 - c and 1 + c a ratio pushes no further; None: no clipping.
-      length_normalise: divide what is to come by the number of tokens that are to come.
-      whiten: shift and scale the advantages to mean 0 and variance 1 over "response" tokens, over
-        all B * R entries ("padded"), or not at all ("none"). The published code does "padded":
-        the zeros behind the answers' ends count, so that advantages depend on the capacity R and,
-        the more the shorter the answers, are pulled to one side. The default is ours.
+    Raises:
+      ValueError: a value out of its range.
     """
 
-    gamma: float = 0.95
-    reward_scaling: float = 0.5
-    reward_clip: float = 100.0
-    ratio_clip: float | None = 0.2
-    length_normalise: bool = True
-    whiten: str = "response"
+    gamma: float = field(
+        0.95, Float(low=0.0, high=1.0), "discount of later rewards; 0 looks at the token alone"
+    )
+    reward_scaling: float = field(
+        0.5, Float(low=0.0, open_low=True), "divides rewards, before they are clipped"
+    )
+    reward_clip: float = field(100.0, Float(low=0.0, open_low=True), "bound of a reward's size")
+    ratio_clip: float | None = field(
+        0.2,
+        Optional(Float(low=0.0, open_low=True)),
+        "c of PPO: beyond 1 - c and 1 + c a ratio pushes no further; None: no clipping",
+    )
+    length_normalize: bool = field(
+        True, Bool(), "divide what is to come by the number of tokens that are to come"
+    )
+    whiten: str = field(
+        "response", Choice(WHITEN), "entries over which advantages get mean 0 and variance 1"
+    )
 
     def __post_init__(self):
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma: {self.gamma} is not between 0 and 1")
-        for name in ("reward_scaling", "reward_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
-        if self.ratio_clip is not None and not self.ratio_clip > 0:
-            raise ValueError(f"ratio_clip: {self.ratio_clip} is not above 0 (None: no clipping)")
-        if self.whiten not in WHITEN:
-            raise ValueError(f"whiten: {self.whiten!r} is not one of {', '.join(WHITEN)}")
+        validate(self)
 
 
 class PolicyTarget(NamedTuple):
@@ -115,7 +118,7 @@ def advantages(reward: jax.Array, mask: jax.Array, settings: PolicyGradient) -> 
 
     _, advantage = jax.lax.scan(backwards, jnp.zeros(reward.shape[0]), reward.T, reverse=True)
     advantage = advantage.T
-    if settings.length_normalise:
+    if settings.length_normalize:
         remaining = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
         advantage = advantage / jnp.maximum(remaining, 1)
     if settings.whiten == "none":

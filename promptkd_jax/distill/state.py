@@ -32,7 +32,7 @@ class TrainState:
 
     `params` and `optimizers` have the groups of `Optimizers`: "student", and where they are trained
     "soft_prompt" `[M, D]`, "teacher", "projection". `step` counts the steps of this stage,
-    `regularisation` is the coefficient of L_reg where that adapts, `replay` the buffer of "replay"
+    `regularization` is the coefficient of L_reg where that adapts, `replay` the buffer of "replay"
     targets, `pending` the rows of this step where rows are written a step ahead, see `write_ahead`.
     `skipped` counts the non-finite steps in all, `skipped_in_a_row` the latest of them.
     """
@@ -41,7 +41,7 @@ class TrainState:
     key: jax.Array
     params: dict[str, Any]
     optimizers: dict[str, Any]
-    regularisation: jax.Array
+    regularization: jax.Array
     replay: Replay | None
     pending: TargetBatch | None
     skipped: jax.Array
@@ -86,7 +86,7 @@ def init_state(
     optimizers: Optimizers,
     key: jax.Array,
     *,
-    regularisation: float = 1.0,
+    regularization: float = 1.0,
     replay: Replay | None = None,
     pending: TargetBatch | None = None,
 ) -> TrainState:
@@ -95,7 +95,7 @@ def init_state(
     Args:
       params: by group, see `TrainState`; at least {"student": …}.
       optimizers: one for every group in `params`.
-      regularisation: where the coefficient of an "adaptive" L_reg starts.
+      regularization: where the coefficient of an "adaptive" L_reg starts.
       replay: `empty_replay(…)` where a method has "replay" targets.
       pending: a place for what `write_ahead` will write, where states of several methods shall
         have one structure.
@@ -106,7 +106,7 @@ def init_state(
         key=key,
         params=params,
         optimizers={name: getattr(optimizers, name).init(params[name]) for name in params},
-        regularisation=jnp.full((), regularisation, jnp.float32),
+        regularization=jnp.full((), regularization, jnp.float32),
         replay=replay,
         pending=pending,
         skipped=jnp.zeros((), jnp.int32),

@@ -38,8 +38,8 @@ def write_ahead(
 ) -> TrainState:
     """The state with the rows of its next step in `pending`, written from that step's `batch`.
 
-    Where a method has `stale_rollouts`, this begins a stage; from then on every step writes the
-    rows of the next.
+    Where a method is `one_step_off_policy`, this begins a stage; from then on every step writes
+    the rows of the next.
     """
     step_models = StepModels(method, models, teacher)
     pending, replay = _write(state, batch, step_models, state.step)
@@ -61,13 +61,13 @@ def train_step(
     Algorithm 1 of the paper, see the top of this module; the student learns from the P just
     updated. Without a prompt there is only the last line, with whichever terms `method` names.
 
-    With `method.stale_rollouts` the rows trained on are `state.pending`, and the student as it is
+    With `one_step_off_policy` the rows trained on are `state.pending`, and the student as it is
     before the update writes those of the next step: neither needs the other's result.
 
     Args:
       state: see `TrainState`.
       teacher: the teacher's parameters (None where `method.needs_teacher` is False or it learns).
-      batch: B rows, B divisible by `method.parts`; with `method.stale_rollouts` the next step's.
+      batch: B rows, B divisible by `method.parts`; with `one_step_off_policy` the next step's.
       corpus: rows of plain text for `method.corpus_terms`, as many or another multiple of them.
 
     Returns:
@@ -75,9 +75,9 @@ def train_step(
       changes nothing but `step`, the counters and what is written ahead.
     """
     step_models = StepModels(method, models, teacher)
-    if method.stale_rollouts:
+    if method.execution.one_step_off_policy:
         if state.pending is None:
-            raise ValueError("stale_rollouts = True needs a state that write_ahead(…) began")
+            raise ValueError("one_step_off_policy = True needs a state that write_ahead(…) began")
         targets = state.pending
         pending, replay = _write(state, batch, step_models, state.step + 1)
         state = state.replace(pending=pending, replay=replay)  # kept if the step is skipped
@@ -169,7 +169,7 @@ def _bucketed(gradients_of: Callable, method: Method) -> Callable:
 
         columns = micro_batch.rows.tokens.shape[-1]
         lengths = micro_batch.rows.lengths
-        return run_in_smallest_bucket(in_width, lengths, columns, method.length_buckets)
+        return run_in_smallest_bucket(in_width, lengths, columns, method.execution.length_buckets)
 
     return bucketed
 
@@ -178,7 +178,7 @@ def _shared_forward(state: TrainState, micro_batches: MicroBatch, models: StepMo
     """The student's forward pass and its pullback, where one serves both updates: they see the same
     parameters on the same rows, unless there are several micro-batches, or each is truncated."""
     method = models.method
-    if method.parts * method.passes * method.length_buckets > 1:
+    if method.parts * method.passes * method.execution.length_buckets > 1:
         return None
     rows = jax.tree.map(lambda x: x[0], micro_batches.rows)
     return models.student_vjp(state.params["student"], rows)
@@ -227,12 +227,12 @@ def _update_prompt(
         _bucketed(gradients_of, method), (micro_batches, scales, coefficients)
     )
     new = _apply(state, found.by_group, optimizers)
-    if method.regularisation and method.regularisation_schedule == "adaptive":
-        kl = jnp.sum(found.sums["prompt_regulariser"]) / jnp.sum(metrics.counts)
-        new = new.replace(regularisation=_adapted(state.regularisation, kl / method.target_kl))
+    if method.regularization and method.regularization_schedule == "adaptive":
+        kl = jnp.sum(found.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
+        new = new.replace(regularization=_adapted(state.regularization, kl / method.target_kl))
     scalars = {
         "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
-        "regularisation_weight": coefficients[0],
+        "regularization_weight": coefficients[0],
     }
     norm = objective.norm(found.by_group)
     metrics = metrics.add("prompt", found.loss, found.sums, norm)
@@ -242,14 +242,14 @@ def _update_prompt(
 def _coefficients(state: TrainState, method: Method) -> jax.Array:
     """alpha_k = (K - k) / K with k = 1 in the first update, for each micro-batch, `[N]`."""
     number = method.parts
-    if method.regularisation_schedule == "adaptive":
-        return jnp.broadcast_to(state.regularisation, (number,))
-    if method.regularisation_schedule == "constant":
-        return jnp.full(number, method.regularisation)
+    if method.regularization_schedule == "adaptive":
+        return jnp.broadcast_to(state.regularization, (number,))
+    if method.regularization_schedule == "constant":
+        return jnp.full(number, method.regularization)
     k = jnp.broadcast_to(state.step + 1, (number,))
     if method.conventions.early_clock and number > 1:
         k = k + (jnp.arange(number) == number - 1)
-    return method.regularisation * jnp.maximum(1 - k / method.total_steps, 0.0)
+    return method.regularization * jnp.maximum(1 - k / method.total_steps, 0.0)
 
 
 def _adapted(coefficient: jax.Array, ratio: jax.Array) -> jax.Array:
@@ -347,7 +347,9 @@ def _update_student(
         return _apply(state, found.by_group, optimizers), (found.loss, found.sums, norm)
 
     def split(x):  # [N, …] -> [minibatches, G, …]
-        return x.reshape(method.minibatches, method.micro_batches, *x.shape[1:])
+        return x.reshape(
+            method.minibatches, method.execution.gradient_accumulation_steps, *x.shape[1:]
+        )
 
     def one_pass(state, _):
         return jax.lax.scan(update, state, jax.tree.map(split, (micro_batches, metrics.counts)))

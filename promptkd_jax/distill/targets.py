@@ -128,8 +128,8 @@ def target_rows(
         force_eos=method.conventions.force_eos and not values_samples,
         second=teacher,
         second_share=method.teacher_share,
-        slots=method.rollout_slots,
-        request_lengths=method.length_buckets,
+        slots=method.execution.max_concurrent_rollouts,
+        request_lengths=method.execution.length_buckets,
     )
     coin = jax.random.fold_in(key, _COIN)
     if method.targets == "replay":

@@ -54,7 +54,8 @@ from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.inference.topic_policy import Policy
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import AppendOnlyFile, read_text, write_text
+from promptkd_jax.infra.files import AppendOnlyFile, Path, read_text, write_text
+from promptkd_jax.infra.specs import SEED, Float, Int, field, validate
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, check_positions
@@ -67,39 +68,45 @@ PATIENCE = 5  # rounds in a row without a single new request
 class DataFree:
     """How requests are written and the policy is reinforced.
 
-    Attributes:
-      requests: how many are wanted.
-      round_size: requests between two updates of the policy, at least 2.
-      max_request_tokens: where the teacher is cut off while it writes a request.
-      max_new_tokens: of the answer on which teacher and student are compared.
-      learning_rate: of Adam on the policy's logits.
-      novelty_weight, fluency_weight: of the reward, in nats; see the module.
-      entropy_weight: of the bonus that keeps the policy from collapsing onto one topic. Where its
-        objective is largest, a topic's probability is proportional to
-        exp(its mean normalised reward / entropy_weight).
-      temperature: at which requests are written; their answers are sampled at 1.
-      seed: of topics, requests and answers.
-      bank: JSON lines of topic prompts, as `topic_policy.read_bank` takes them.
+    `entropy_weight`: where the policy's objective is largest, a topic's probability is proportional
+    to exp(its mean normalized reward / entropy_weight).
+
+    Raises:
+      ValueError: a value out of its range.
     """
 
-    requests: int = 1000
-    round_size: int = 64
-    max_request_tokens: int = 48
-    max_new_tokens: int = 64
-    learning_rate: float = 0.2
-    novelty_weight: float = 1.0
-    fluency_weight: float = 0.2
-    entropy_weight: float = 0.5
-    temperature: float = 1.0
-    seed: int = 10
-    bank: str = "package:topics.jsonl"
+    requests: int = field(1000, Int(low=1), "prompts that are wanted")
+    round_size: int = field(
+        64, Int(low=2), "prompts between two updates of the policy, whose rewards are normalized"
+    )
+    max_request_tokens: int = field(
+        48, Int(low=1), "tokens after which the teacher is cut off while it writes a prompt"
+    )
+    max_new_tokens: int = field(
+        64, Int(low=1), "tokens of the response on which teacher and student are compared"
+    )
+    learning_rate: float = field(
+        0.2, Float(low=0.0, open_low=True), "of Adam on the policy's logits"
+    )
+    novelty_weight: float = field(1.0, Float(low=0.0), "of novelty in the reward, in nats")
+    fluency_weight: float = field(0.2, Float(low=0.0), "of fluency in the reward, in nats")
+    entropy_weight: float = field(
+        0.5, Float(low=0.0), "of the bonus that keeps the policy from collapsing onto one topic"
+    )
+    temperature: float = field(
+        1.0,
+        Float(low=0.0),
+        "at which prompts are written, 0 is greedy; their responses are sampled at 1",
+    )
+    seed: int = field(10, SEED, "of topics, prompts and responses")
+    bank: str = field(
+        "package:topics.jsonl",
+        Path(nonempty=True),
+        "JSON lines of topic prompts, see docs/methods.md",
+    )
 
     def __post_init__(self):
-        if self.round_size < 2:
-            raise ValueError(
-                f"round_size: {self.round_size}; rewards are normalised within a round, "
-                "which takes at least 2"
-            )
+        validate(self)
 
 
 def generate_prompts(

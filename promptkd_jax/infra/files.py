@@ -7,6 +7,7 @@ a bucket. Of the processes of a run, which all call these functions alike, the f
 
 import contextlib
 import contextvars
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from promptkd_jax.infra import distributed, errors
+from promptkd_jax.infra.specs import Str
 
 BUCKET_SECONDS = 10.0  # from one writing of a growing object to the next
 SHARED_SECONDS = 30.0  # that a file of one machine may need until others see it
@@ -72,6 +74,21 @@ def address_fault(text: str) -> str:
 
 
 _of_another_machine = contextvars.ContextVar("_of_another_machine", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Path(Str):
+    """The spec of a file or folder, of a bucket too if `bucket`; or of another name, such as a
+    hub's. What cannot be reached from here is a fault before anything is read or written."""
+
+    bucket: bool = True
+
+    def fault(self, value: Any) -> str:
+        if fault := super().fault(value):
+            return fault
+        if is_remote(value) and not self.bucket:
+            return "a folder of a disk or of a shared file system"
+        return address_fault(value)
 
 
 @contextlib.contextmanager

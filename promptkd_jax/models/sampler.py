@@ -8,7 +8,6 @@ B batch, T columns, M soft-prompt tokens, V vocabulary.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.infra.sharding import ROWS, axis_size, constrain, unshard_fsdp
+from promptkd_jax.infra.specs import Float, Int, field, validate
 from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place_cache
 
 
@@ -23,32 +23,28 @@ from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place
 class Sampling:
     """How the next token is chosen; hashable, a static argument of `jax.jit`.
 
-    temperature 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. With
-    `no_repeat_ngram_size` n no row writes an n-gram that it already contains, its request
-    included. A row ends with any of `eos_ids`.
+    A row ends with any of `eos_ids`.
+
+    Raises:
+      ValueError: a value out of its range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    no_repeat_ngram_size: int = 0
+    temperature: float = field(1.0, Float(low=0.0), "divides logits; 0 is greedy")
+    top_k: int = field(0, Int(low=0), "only the k likeliest tokens; 0: all")
+    top_p: float = field(
+        1.0,
+        Float(low=0.0, high=1.0, open_low=True),
+        "only the likeliest tokens that together have this probability; 1: all",
+    )
+    no_repeat_ngram_size: int = field(
+        0,
+        Int(low=0),
+        "no row writes an n-gram of this size that it, prompt included, already contains; 0: any",
+    )
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        """Raises ValueError for numbers by which no token, or the unlikely, would be chosen."""
-        right = {
-            "temperature": (0 <= self.temperature < math.inf, "a finite number of at least 0"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
-        }
-        mistakes = [
-            f"{name}: {getattr(self, name)}; expected {expected}"
-            for name, (good, expected) in right.items()
-            if not good
-        ]
-        if mistakes:
-            raise ValueError("; ".join(mistakes))
+        validate(self)
 
 
 class Rollout(NamedTuple):

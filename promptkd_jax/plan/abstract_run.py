@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
-from ml_collections import ConfigDict
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import io_errors, is_remote, to_path
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder
@@ -28,9 +27,10 @@ from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.model import Model, chosen_layers, end_ids
 from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.plan.architectures import CONFIGS
-from promptkd_jax.training import build, fields
-from promptkd_jax.training.config import ConfigError
+from promptkd_jax.training import build
+from promptkd_jax.training.checks import needs_the_teacher
 from promptkd_jax.training.experiment import Experiment, Stage
+from promptkd_jax.training.fields import ModelConfig, RunConfig
 from promptkd_jax.training.prepare import projections, stage_optimizers
 from promptkd_jax.training.recipes import DOLLY_ROWS
 
@@ -45,7 +45,7 @@ class AbstractRun:
     is None where the number of rows is unknown. `notes` say what was assumed.
     """
 
-    config: ConfigDict
+    config: RunConfig
     index: int
     teacher: Model | None
     student: Model
@@ -67,7 +67,9 @@ class AbstractRun:
 
     def with_micro_batches(self, number: int) -> "AbstractRun":
         """The same run, its rows dealt out to so many micro-batches."""
-        method = dataclasses.replace(self.stage.method, micro_batches=number)
+        execution = self.stage.method.execution
+        execution = dataclasses.replace(execution, gradient_accumulation_steps=number)
+        method = dataclasses.replace(self.stage.method, execution=execution)
         stages = list(self.stages)
         stages[self.index] = dataclasses.replace(self.stage, method=method)
         return dataclasses.replace(self, stages=tuple(stages))
@@ -138,12 +140,13 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 def check_mesh_rows(run: AbstractRun, mesh: Any) -> None:
     """Raises ConfigError where rows cannot be dealt out evenly to the devices."""
-    where, slots = f"config.stages[{run.index}]", run.config.stages[run.index].rollout_slots
+    where = f"config.stages[{run.index}]"
+    slots = run.config.stages[run.index].max_concurrent_rollouts
     sharding.check_rows(f"{where}.batch_size", run.batch_size, run.stage.method.parts, mesh)
-    sharding.check_rows(f"{where}.rollout_slots", slots, 1, mesh)
+    sharding.check_rows(f"{where}.max_concurrent_rollouts", slots, 1, mesh)
 
 
-def abstract_run(config: ConfigDict, stage: str | None = None, rows: int = 0) -> AbstractRun:
+def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> AbstractRun:
     """The run of a checked config.
 
     Args:
@@ -213,10 +216,10 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
     return read_json(download(path, ["config.json"]) / "config.json"), "the hub"
 
 
-def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:
+def _models(config: RunConfig, notes: list[str]) -> tuple[Model | None, Model]:
     """(teacher, student), as `prepare.load_models` chooses them."""
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
-    if fields.needs_the_teacher(config) or measured:
+    if needs_the_teacher(config) or measured:
         teacher = _model(config.teacher.path, config.teacher, notes, "teacher")
     if config.student.path:
         student = _model(config.student.path, config.student, notes, "student")
@@ -229,7 +232,7 @@ def _models(config: ConfigDict, notes: list[str]) -> tuple[Model | None, Model]:
     return teacher, student.replace(eos_ids=eos_ids)
 
 
-def _model(path: str, how: ConfigDict, notes: list[str], role: str, depth: int = 0) -> Model:
+def _model(path: str, how: ModelConfig, notes: list[str], role: str, depth: int = 0) -> Model:
     hf_config, source = stored_config(path)
     decoder = from_hugging_face(hf_config, f"{path}: config").replace(
         dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
@@ -253,7 +256,7 @@ def _params(config: DecoderConfig) -> Any:
     return abstract_params(config)
 
 
-def _stage_index(config: ConfigDict, name: str | None) -> int:
+def _stage_index(config: RunConfig, name: str | None) -> int:
     names = [stage.name for stage in config.stages]
     if name is None:
         return len(names) - 1
@@ -262,7 +265,7 @@ def _stage_index(config: ConfigDict, name: str | None) -> int:
     return names.index(name)
 
 
-def _training_rows(config: ConfigDict) -> tuple[int, str]:
+def _training_rows(config: RunConfig) -> tuple[int, str]:
     """How many there are, 0 where only reading the data would tell, and what was counted."""
     train = config.data.train
     if train == "teacher":
@@ -278,7 +281,7 @@ def _training_rows(config: ConfigDict) -> tuple[int, str]:
     return 0, f"not counted, {train} is no file here; --rows gives their number"
 
 
-def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) -> Stage:
+def _stage(config: RunConfig, index: int, steps: int, models, vocab_size: int) -> Stage:
     """The stage that `prepare.prepare` makes, every row as long as the config allows."""
     stage, (_, student) = config.stages[index], models
     room = config.data.max_length - config.data.max_prompt_length
@@ -307,7 +310,7 @@ def _stage(config: ConfigDict, index: int, steps: int, models, vocab_size: int) 
     )
 
 
-def _learned(config: ConfigDict, teacher: Model | None, student: Model) -> dict[str, Any]:
+def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[str, Any]:
     """Shapes of what is trained beside the student."""
     learned, views = {}, {stage.teacher_view for stage in config.stages}
     if "prompted" in views:

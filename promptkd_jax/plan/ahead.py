@@ -12,12 +12,12 @@ import jax
 
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.sampler import SamplingModel
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import EXAMPLES, GIB, Slices
 from promptkd_jax.plan.hlo import Collective
-from promptkd_jax.training.config import ConfigError
 
 # libtpu asks the machine that it runs on what TPU it has, and lets one process at a time use it.
 _ENVIRONMENT = {

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from promptkd_jax.distill.method import ON_POLICY
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.sharding import AXES
 from promptkd_jax.plan import ahead, chips, roofline
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_mesh, abstract_run, check_mesh_rows
@@ -21,7 +20,7 @@ from promptkd_jax.plan.hlo import Collective
 from promptkd_jax.plan.roofline import Work
 from promptkd_jax.plan.tables import show, show_comparison, show_search
 from promptkd_jax.training import build
-from promptkd_jax.training.config import ConfigError
+from promptkd_jax.training.fields import RunConfig
 
 Sizes = Mapping[str, int]
 
@@ -34,7 +33,7 @@ class Candidate(NamedTuple):
     plan: dict[str, Any]
 
 
-def plan_run(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
+def plan_run(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Whichever plan the options ask for: of one mesh, of the best ones, of several slices."""
     if options.devices is not None:
         raise ConfigError("--devices: of unknown devices only a command can be checked, after --")
@@ -118,7 +117,7 @@ def mesh_sizes(run: AbstractRun, slices: Slices, text: str | None) -> dict[str, 
     Raises:
       ConfigError: no three numbers, or they do not multiply to the devices of the slices.
     """
-    name, sizes = "config.mesh", run.config.mesh
+    name, sizes = "config.mesh", run.config.mesh.sizes
     if text:
         name, sizes = "--mesh", sharding.parse_sizes(text)
     return dict(zip(AXES, sharding.mesh_shape(sizes, slices.devices, slices.number, name=name)))
@@ -297,7 +296,7 @@ def _assembled(
         "mesh": dict(sizes),
         "rows": run.batch_size,
         "columns": run.config.data.max_length,
-        "micro_batches": run.stage.method.micro_batches,
+        "micro_batches": run.stage.method.execution.gradient_accumulation_steps,
         "flags": mesh_flags(run, sizes),
         "memory": memory,
         "phases": phases,
@@ -325,8 +324,11 @@ def _padding(run: AbstractRun, sizes: Sizes) -> Iterator[str]:
 def mesh_flags(run: AbstractRun, sizes: Sizes) -> list[str]:
     """The words of a `promptkd train` that give a run this mesh and its micro-batches, quoted."""
     mesh = [f"--config.mesh.{axis}={sizes[axis]}" for axis in AXES]
-    number = run.stage.method.micro_batches
-    return [*mesh, shlex.quote(f"--config.stages[{run.index}].micro_batches={number}")]
+    number = run.stage.method.execution.gradient_accumulation_steps
+    return [
+        *mesh,
+        shlex.quote(f"--config.stages[{run.index}].gradient_accumulation_steps={number}"),
+    ]
 
 
 def search(
@@ -373,7 +375,7 @@ def _rank(plan: Mapping[str, Any]) -> tuple:
 
 def _rows_divide(run: AbstractRun, sizes: Sizes) -> bool:
     rows, devices = run.batch_size // run.stage.method.parts, sizes["data"] * sizes["fsdp"]
-    slots = run.config.stages[run.index].rollout_slots
+    slots = run.config.stages[run.index].max_concurrent_rollouts
     return rows > 0 and rows % devices == 0 and slots % devices == 0
 
 

@@ -1,19 +1,20 @@
 """Which remat policy a run's memory has room for: `remat = "auto"`."""
 
+import dataclasses
 import os
 
 import jax
-from ml_collections import ConfigDict
 
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import REMAT
 from promptkd_jax.plan import roofline
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
+from promptkd_jax.training.fields import RunConfig
 
 SHARE = 0.75  # of a device's memory: an estimate does not know all
 
 
-def with_chosen_remat(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict:
+def with_chosen_remat(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
     """A checked config with a policy in place of every "auto": of those whose estimate fits into
     the devices of `mesh` the one that computes least twice, else "full"."""
     if "auto" not in (config.teacher.remat, config.student.remat):
@@ -28,16 +29,15 @@ def with_chosen_remat(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict
     return tried
 
 
-def with_remat(config: ConfigDict, policy: str) -> ConfigDict:
+def with_remat(config: RunConfig, policy: str) -> RunConfig:
     """A copy with `policy` in place of every "auto"."""
-    copy = config.copy_and_resolve_references()
-    for model in (copy.teacher, copy.student):
-        if model.remat == "auto":
-            model.remat = policy
-    return copy
+    models = {"teacher": config.teacher, "student": config.student}
+    auto = {name: model for name, model in models.items() if model.remat == "auto"}
+    chosen = {name: dataclasses.replace(model, remat=policy) for name, model in auto.items()}
+    return dataclasses.replace(config, **chosen)
 
 
-def needed_bytes(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+def needed_bytes(config: RunConfig, mesh: jax.sharding.Mesh) -> float:
     """Bytes that a device of `mesh` needs in the stage that needs most, an estimate."""
     return max(_needed_bytes(abstract_run(config, stage.name), mesh) for stage in config.stages)
 

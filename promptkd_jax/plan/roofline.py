@@ -243,7 +243,7 @@ def _rollout(run: AbstractRun, count: _Counter) -> tuple[Work, Work]:
 
 def _slots(run: AbstractRun) -> int:
     """Rows that are written at once."""
-    return min(run.stage.method.rollout_slots or run.batch_size, run.batch_size)
+    return min(run.stage.method.execution.max_concurrent_rollouts or run.batch_size, run.batch_size)
 
 
 def _sizes(run: AbstractRun) -> tuple[int, int, int, int, int]:
@@ -270,7 +270,7 @@ def _teacher(run: AbstractRun, count: _Counter) -> Work:
     one += count.backward(teacher, rows, before + columns, weights=online)
     one += count.head(teacher, rows, positions, 2 + online)
     one += count.head(student, rows, positions, 1)
-    if method.prompted and method.regularisation:
+    if method.prompted and method.regularization:
         one += count.forward(teacher, rows, columns) + count.head(teacher, rows, positions, 1)
     if not _shared(run):
         one += count.forward(student, rows, columns)
@@ -309,7 +309,7 @@ def _student(run: AbstractRun, count: _Counter) -> Work:
 def _shared(run: AbstractRun) -> bool:
     """Whether one forward of the student serves both updates; it counts in the student's."""
     method = run.stage.method
-    return method.parts * method.passes == method.length_buckets == 1
+    return method.parts * method.passes == method.execution.length_buckets == 1
 
 
 def _parameters(model: Any) -> int:

@@ -9,6 +9,7 @@ The same command continues a comparison that was stopped, and with further metho
 config it trains and measures only these.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -38,13 +39,14 @@ from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.studies import comparison_report
 from promptkd_jax.studies.comparison import (
     COMPARISON_NOT_IN_FINGERPRINT,
+    ComparisonConfig,
     Plan,
     Run,
     plan_comparison,
 )
 from promptkd_jax.studies.comparison_report import AVERAGE, START, TEACHER
-from promptkd_jax.training import build, fields
 from promptkd_jax.training.config import claim
+from promptkd_jax.training.fields import NOT_IN_FINGERPRINT
 from promptkd_jax.training.prepare import shared_vocabulary, tokenized
 
 # What a run's summary.json says and the comparison shows; the latter only behind a soft prompt.
@@ -78,16 +80,16 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """
     workdir = pathlib.Path(workdir).resolve()
     made = plan_comparison(config, workdir)
-    claim(workdir, config, COMPARISON_NOT_IN_FINGERPRINT)
+    claim(workdir, made.settings, COMPARISON_NOT_IN_FINGERPRINT)
     trainings = [*made.pretraining.values(), *made.runs.values()]
     for run in trainings:
-        claim(run.folder, run.config, fields.NOT_IN_FINGERPRINT)
+        claim(run.folder, run.config, NOT_IN_FINGERPRINT)
     for number, run in enumerate(trainings, start=1):
         _train_once(run, f"[{number}/{len(trainings)}] {run.name}", workdir / "cache")
-    measured = measure(config, made, workdir)
-    found = summarize_comparison(config, made, measured)
+    measured = measure(made, workdir)
+    found = summarize_comparison(made, measured)
     write_json(workdir / "comparison.json", found)
-    comparison_report.write(workdir, found, config)
+    comparison_report.write(workdir, found, made.settings)
     return found
 
 
@@ -148,7 +150,7 @@ def _run(command: Sequence[str], **how: Any) -> int:
 # What is measured.
 
 
-def measure(config: ConfigDict, made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
+def measure(made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
     """Answers, scores and exposure bias, computed where `workdir` does not hold them.
 
     Returns:
@@ -158,24 +160,24 @@ def measure(config: ConfigDict, made: Plan, workdir: pathlib.Path) -> dict[str, 
     """
     # Two at a time: the teacher, which every measurement needs, and the model measured.
     load = functools.lru_cache(maxsize=2)(
-        functools.partial(load_with_tokenizer, dtype=config.run.student.dtype)
+        functools.partial(load_with_tokenizer, dtype=made.a_run.student.dtype)
     )
     teacher = load(made.teacher)
-    sets = _test_sets(config, teacher)
-    dev = _dev_rows(config, teacher)
+    sets = _test_sets(made, teacher)
+    dev = _dev_rows(made, teacher)
     tests: dict[str, dict[int, Any]] = {}
-    for model, seed, contender in _contenders(config, made, workdir):
+    for model, seed, contender in _contenders(made, workdir):
         contender.folder.mkdir(parents=True, exist_ok=True)
         tests.setdefault(model, {})[seed] = load_or_compute(
             contender.folder / f"test-seed{seed}.json",
-            functools.partial(_answer_sets, config, sets, load, contender),
+            functools.partial(_answer_sets, made, sets, load, contender),
         )
-    write = functools.cache(functools.partial(_teacher_texts, config, dev, load, made.teacher))
+    write = functools.cache(functools.partial(_teacher_texts, made, dev, load, made.teacher))
     exposure: dict[str, dict[int, Any]] = {}
     for (method, seed), run in made.runs.items():
         exposure.setdefault(method, {})[seed] = load_or_compute(
             run.folder / "exposure_bias.json",
-            functools.partial(_exposure_bias, config, dev, load, made.teacher, write, run, seed),
+            functools.partial(_exposure_bias, made, dev, load, made.teacher, write, run, seed),
         )
     requests = {
         name: {
@@ -189,54 +191,56 @@ def measure(config: ConfigDict, made: Plan, workdir: pathlib.Path) -> dict[str, 
     return {"requests": requests, "tests": tests, "exposure_bias": exposure}
 
 
-def _contenders(config: ConfigDict, made: Plan, workdir: pathlib.Path):
+def _contenders(made: Plan, workdir: pathlib.Path):
     """(model, seed, Contender): the teacher, the common student, then every run."""
     fixed = {TEACHER: (made.teacher, "teacher")}
     if made.student:
         fixed[START] = (made.student, "start")
     for name, (model, folder) in fixed.items():
-        for seed in config.seeds:
+        for seed in made.settings.seeds:
             yield name, seed, Contender(model, seed, workdir / "fixed" / folder)
     for (method, seed), run in made.runs.items():
         yield method, seed, Contender(run.student, seed, run.folder)
 
 
-def _test_sets(config: ConfigDict, teacher: Model) -> dict[str, Rows]:
-    test = config.test
+def _test_sets(made: Plan, teacher: Model) -> dict[str, Rows]:
+    test = made.settings.test
     return {
-        name: _rows(config, test.sets[name], test.split, teacher, test.rows, need_output=True)
+        name: _rows(made, test.sets[name], test.split, teacher, test.rows, need_output=True)
         for name in test.sets
     }
 
 
-def _dev_rows(config: ConfigDict, teacher: Model) -> Rows:
-    data, rows = config.run.data, config.exposure_bias.rows
-    return _rows(config, data.dev, data.dev_split, teacher, rows, need_output=False)
+def _dev_rows(made: Plan, teacher: Model) -> Rows:
+    data, rows = made.a_run.data, made.settings.exposure_bias.rows
+    return _rows(made, data.dev, data.dev_split, teacher, rows, need_output=False)
 
 
-def _rows(config, source: str, split: str, model: Model, limit: int, *, need_output: bool) -> Rows:
+def _rows(
+    made: Plan, source: str, split: str, model: Model, limit: int, *, need_output: bool
+) -> Rows:
     records = read_records(source, split=split, need_output=need_output)
-    return tokenized(config.run, model, source, records[: limit or None])
+    return tokenized(made.a_run, model, source, records[: limit or None])
 
 
 def _answer_sets(
-    config: ConfigDict,
+    made: Plan,
     sets: Mapping[str, Rows],
     load: Callable[[str], Model],
     contender: Contender,
 ) -> dict[str, Any]:
     """By test set: the answers ("texts"), and ROUGE-L of each in per cent."""
-    model, data = load(contender.model), config.run.data
+    model, data, test = load(contender.model), made.a_run.data, made.settings.test
     print(f"{contender.model} answers {', '.join(sets)}, seed {contender.seed}", flush=True)
     found = {}
     for name, rows in sets.items():
         answers = generate_responses(
             model,
             rows,
-            sampling=build.sampling(config.test.sampling, model.eos_ids),
+            sampling=dataclasses.replace(test.sampling, eos_ids=model.eos_ids),
             prompt_capacity=data.max_prompt_length,
             max_new_tokens=data.max_length - data.max_prompt_length,
-            batch_size=config.test.batch_size,
+            batch_size=test.batch_size,
             key=jax.random.key(contender.seed),
             vocab_size=model.vocab_size,
         )
@@ -247,7 +251,7 @@ def _answer_sets(
 
 
 def _exposure_bias(
-    config: ConfigDict,
+    made: Plan,
     dev: Rows,
     load: Callable[[str], Model],
     teacher: str,
@@ -263,13 +267,13 @@ def _exposure_bias(
         seed=seed,
         vocab_size=vocab_size,
         teacher_texts=write(seed, vocab_size, end_ids(*models)),
-        **_text_sizes(config),
+        **_text_sizes(made),
     )
     return {name: np.asarray(curve).tolist() for name, curve in found._asdict().items()}
 
 
 def _teacher_texts(
-    config: ConfigDict,
+    made: Plan,
     dev: Rows,
     load: Callable[[str], Model],
     teacher: str,
@@ -278,29 +282,28 @@ def _teacher_texts(
     eos_ids: tuple[int, ...],
 ) -> list[Rows]:
     """The same for all methods of a seed."""
-    sizes = _text_sizes(config)
+    sizes = _text_sizes(made)
     return generate_samples(
         load(teacher), dev, seed=seed, vocab_size=vocab_size, eos_ids=eos_ids, **sizes
     )
 
 
-def _text_sizes(config: ConfigDict) -> dict[str, int]:
-    data = config.run.data
+def _text_sizes(made: Plan) -> dict[str, int]:
+    data, settings = made.a_run.data, made.settings
     return dict(
-        samples=config.exposure_bias.samples,
+        samples=settings.exposure_bias.samples,
         prompt_capacity=data.max_prompt_length,
         max_new_tokens=data.max_length - data.max_prompt_length,
-        batch_size=config.test.batch_size,
+        batch_size=settings.test.batch_size,
     )
 
 
 # What it says.
 
 
-def summarize_comparison(
-    config: ConfigDict, made: Plan, measured: Mapping[str, Any]
-) -> dict[str, Any]:
+def summarize_comparison(made: Plan, measured: Mapping[str, Any]) -> dict[str, Any]:
     """The comparison as plain numbers: scores, differences, figures, curves, samples."""
+    config = made.settings
     reference = config.reference or _default_reference(config.methods)
     scores = {
         model: {name: _stacked(by_seed, name) for name in measured["requests"]}
@@ -318,7 +321,7 @@ def summarize_comparison(
     return {
         "title": config.title,
         "note": config.note,
-        "budget": dict(config.budget) | {"batch_size": _batch_sizes(made)},
+        "budget": dataclasses.asdict(config.budget) | {"batch_size": _batch_sizes(made)},
         "seeds": list(config.seeds),
         "methods": list(config.methods),
         "reference": reference,
@@ -361,7 +364,7 @@ def _over_seeds(sets: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def _differences(
-    config: ConfigDict, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+    config: ComparisonConfig, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
     """Ours minus theirs, on each set and on average, with the bootstrap interval."""
     pairs = {name: ([ours[name]], [theirs[name]]) for name in ours}
@@ -419,7 +422,7 @@ def _exposure_curve(found: Sequence[Mapping[str, Any]]) -> list[float]:
     return np.mean([one["ex_acc_err"][:reached] for one in found], axis=0).tolist()
 
 
-def _samples(config: ConfigDict, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _samples(config: ComparisonConfig, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The first requests of each test set, evenly, with everyone's answers for the first seed."""
     seed, found = config.seeds[0], []
     share = -(-config.samples // len(measured["requests"]))

@@ -8,11 +8,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from promptkd_jax.evaluation import plots
 from promptkd_jax.evaluation.report import render
 from promptkd_jax.infra.files import write_text
+from promptkd_jax.studies.comparison import ComparisonConfig
 from promptkd_jax.training.config import as_json
 
 AVERAGE = "average"
@@ -50,7 +49,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ConfigDict) -> None:
+def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ComparisonConfig) -> None:
     """Writes `comparison.md` and `report.html`, one file that needs nothing else."""
     write_text(workdir / "comparison.md", comparison_markdown(found))
     page = render(

@@ -30,7 +30,8 @@ from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies import published
-from promptkd_jax.training import build, fields, recipes, run
+from promptkd_jax.training import build, recipes, run
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import (
     ConfigError,
     claim,
@@ -38,6 +39,7 @@ from promptkd_jax.training.config import (
     load_config,
     split_argument,
 )
+from promptkd_jax.training.fields import RunConfig
 
 PROTOCOL = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
 SEEDS = (10, 20, 30, 40, 50)
@@ -51,7 +53,7 @@ class ReproducedModel(NamedTuple):
 
     path: str
     dtype: str
-    config: ConfigDict
+    config: RunConfig
 
 
 class Row(NamedTuple):
@@ -74,7 +76,7 @@ def reproduce(
     sets: Sequence[str] = (),
     overrides: Sequence[str] = (),
     from_published: bool = False,
-    choose_remat: Callable[[ConfigDict, jax.sharding.Mesh], ConfigDict] | None = None,
+    choose_remat: Callable[[RunConfig, jax.sharding.Mesh], RunConfig] | None = None,
 ) -> list[Row]:
     """Trains and evaluates what `workdir` does not hold yet, and writes the table into it.
 
@@ -102,7 +104,7 @@ def reproduce(
         run.run(config, workdir / name, choose_remat)
     scores = {}
     for name, model in models.items():
-        with jax.set_mesh(sharding.make_mesh(model.config.mesh)):
+        with jax.set_mesh(sharding.make_mesh(model.config.mesh.sizes)):
             scores[name] = evaluate_model(model, records, seeds, workdir / name / "evaluations")
     rows = table_rows(scores, theirs)
     found = {
@@ -173,7 +175,7 @@ def plan_reproduction(
     overrides: Sequence[str],
     *,
     from_published: bool,
-) -> dict[str, ConfigDict]:
+) -> dict[str, RunConfig]:
     """The runs by name, in their order: each starts from models that those before it leave.
 
     Raises:
@@ -186,12 +188,13 @@ def plan_reproduction(
     if not from_published:
         _refuse_paths(overrides)
         _connect(runs, workdir)
+    found = {}
     for name, config in runs.items():
         try:
-            fields.check_recipe(config)
+            found[name] = checked(config)
         except ConfigError as error:
             raise ConfigError(f"{source} with method={name}: {error}") from error
-    return runs
+    return found
 
 
 def _config(source: str, method: str, overrides: Sequence[str]) -> ConfigDict:
@@ -229,7 +232,7 @@ def _export(workdir: epath.Path, run: str) -> str:
     return str(workdir / run / "student")
 
 
-def contenders(runs: Mapping[str, ConfigDict], workdir: epath.Path) -> dict[str, ReproducedModel]:
+def contenders(runs: Mapping[str, RunConfig], workdir: epath.Path) -> dict[str, ReproducedModel]:
     """What is evaluated: the teacher, of this pipeline or of the config, and every student.
 
     Raises:
@@ -276,24 +279,22 @@ def evaluate_model(
     return found
 
 
-def _settings(contender: ReproducedModel, records: Sequence[Record]) -> ConfigDict:
+def _settings(contender: ReproducedModel, records: Sequence[Record]) -> dict[str, Any]:
     """What, with the seed, decides the answers."""
     data = contender.config.data
-    return ConfigDict(
-        dict(
-            model=contender.path,
-            dtype=contender.dtype,
-            records=fingerprint({"records": records}),
-            template=data.template,
-            max_prompt_length=data.max_prompt_length,
-            max_length=data.max_length,
-            sampling=PROTOCOL,
-        )
+    return dict(
+        model=contender.path,
+        dtype=contender.dtype,
+        records=fingerprint({"records": records}),
+        template=data.template,
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length,
+        sampling=PROTOCOL,
     )
 
 
 def _answer(
-    load: Callable[[], Model], config: ConfigDict, records: Sequence[Record], seed: int
+    load: Callable[[], Model], config: RunConfig, records: Sequence[Record], seed: int
 ) -> dict[str, Any]:
     """Scores of one set with one seed, the answers ("texts"), and how many rows there are."""
     model, data = load(), config.data

@@ -2,22 +2,27 @@
 
 import dataclasses
 import re
-from argparse import Namespace
 from typing import Any
 
 import optax
-from ml_collections import ConfigDict
 
 from promptkd_jax.distill import hidden_loss, optimizer
 from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.method import PRESETS, Conventions, Method, needs_teacher
-from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.method import (
+    PRESETS,
+    Conventions,
+    Execution,
+    Method,
+    Objective,
+    needs_teacher,
+)
 from promptkd_jax.distill.state import Optimizers
-from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.config import ConfigError
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.specs import declared
+from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 
 
-def describe(stage: ConfigDict) -> str:
+def describe(stage: StageConfig) -> str:
     """A stage in one line: name, where targets come from, divergences, teacher view."""
     terms = " + ".join(f"{weight:g} {name}" for name, weight in stage.student_terms)
     view = "" if stage.teacher_view == "plain" else f", {stage.teacher_view} teacher"
@@ -26,7 +31,7 @@ def describe(stage: ConfigDict) -> str:
     return " + ".join([f"{stage.name}: {terms} on rows from {stage.targets}{view}", *more])
 
 
-def title(config: ConfigDict) -> str:
+def title(config: RunConfig) -> str:
     """The title of a run: the config's own, or one made of its stages, models and data."""
     if config.title:
         return config.title
@@ -43,7 +48,7 @@ def title(config: ConfigDict) -> str:
     return f"{names}: {models} on {data_name(config)}"
 
 
-def data_name(config: ConfigDict) -> str:
+def data_name(config: RunConfig) -> str:
     """The name of the training data."""
     written = config.data.train == "teacher"
     return "requests that the teacher wrote" if written else short_name(config.data.train)
@@ -57,31 +62,20 @@ def short_name(source: str) -> str:
     return "/".join([*parts[-2:-1], name]) if name in ("student", "teacher") else name
 
 
-def remat(model: ConfigDict) -> str:
+def remat(model: ModelConfig) -> str:
     """The policy of a model's config. "auto" is for `train` to replace; where nothing is trained it
     means nothing."""
     return "full" if model.remat == "auto" else model.remat
 
 
-def sampling(config: ConfigDict | Namespace, eos_ids: tuple[int, ...]) -> Sampling:
-    """The `sampling` group of a config, or flags of these names."""
-    return Sampling(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        no_repeat_ngram_size=config.no_repeat_ngram_size,
-        eos_ids=eos_ids,
-    )
-
-
-def stage_steps(stage: ConfigDict, rows: int) -> int:
+def stage_steps(stage: StageConfig, rows: int) -> int:
     """Steps of a stage: as given, or whole batches of so many epochs over `rows` rows."""
     return stage.steps or max(1, int(stage.epochs * (rows // stage.batch_size)))
 
 
 def make_method(
-    config: ConfigDict,
-    stage: ConfigDict,
+    config: RunConfig,
+    stage: StageConfig,
     *,
     steps: int,
     longest_response: int,
@@ -97,38 +91,24 @@ def make_method(
     """
     room = config.data.max_length - config.data.max_prompt_length
     capacity = {"student": room, "gold": longest_response, "teacher": longest_response}
-    same = {
-        field.name: stage[field.name]
-        for field in dataclasses.fields(Method)
-        if field.name in stage and field.name not in ("sampling", "policy_gradient")
-    }
-    for name in ("student_terms", "teacher_terms", "corpus_terms"):
-        same[name] = tuple((term, float(weight)) for term, weight in stage[name])
-    same["hidden_terms"] = tuple(make_hidden_term(term) for term in stage.hidden_terms)
+    objective = {name: getattr(stage, name) for name in declared(Objective)}
+    execution = Execution(**{name: getattr(stage, name) for name in declared(Execution)})
     return Method(
-        **same,
+        **objective,
+        execution=execution,
         total_steps=steps,
         response_capacity=capacity.get(stage.targets, max(room, longest_response)),
         max_new_tokens=room,
         prompt_capacity=config.data.max_prompt_length,
         vocab_size=vocab_size,
         demonstrations=demonstrations if stage.teacher_view == "in_context" else (),
-        policy_gradient=PolicyGradient(**stage.policy_gradient),
-        sampling=sampling(stage.sampling, eos_ids),
+        sampling=dataclasses.replace(stage.sampling, eos_ids=eos_ids),
         conventions=PRESETS[config.preset],
     )
 
 
-def make_hidden_term(term: ConfigDict) -> HiddenTerm:
-    """The element of `hidden_terms`. Raises ValueError for one that means nothing."""
-    layers = term.layers
-    if layers != "uniform":
-        layers = tuple(map(tuple, layers))
-    return HiddenTerm(term.kind, float(term.weight), layers, term.heads, term.projection)
-
-
 def learning_rate(
-    stage: ConfigDict, peak: float, updates: int, conventions: Conventions
+    stage: StageConfig, peak: float, updates: int, conventions: Conventions
 ) -> optax.Schedule:
     """The stage's schedule over its `updates`, for one of its rates."""
     return optimizer.schedule(
@@ -136,13 +116,13 @@ def learning_rate(
         peak,
         total_steps=updates,
         warmup_steps=stage.warmup_steps,
-        lr_min=stage.lr_min,
+        min_lr=stage.min_lr,
         cosine_ignores_warmup=conventions.cosine_ignores_warmup,
     )
 
 
 def make_optimizers(
-    stage: ConfigDict,
+    stage: StageConfig,
     student: Any,
     teacher: Any,
     *,
@@ -164,8 +144,8 @@ def make_optimizers(
         return optimizer.adamw(
             learning_rate(stage, peak, updates, conventions),
             weight_decay=stage.weight_decay,
-            clip=stage.clip,
-            b2=stage.adam_b2,
+            max_grad_norm=stage.max_grad_norm,
+            b2=stage.adam_beta2,
             decay_mask=mask,
             seed=seed,
         )
@@ -179,15 +159,13 @@ def make_optimizers(
     )
 
 
-def resolved_hidden_terms(stage: ConfigDict, student: Any, teacher: Any) -> tuple[HiddenTerm, ...]:
+def resolved_hidden_terms(stage: StageConfig, student: Any, teacher: Any) -> tuple[HiddenTerm, ...]:
     """A stage's terms on hidden states for two decoder configs.
 
     Raises:
       ConfigError: layers, widths or heads that do not fit these models.
     """
     try:
-        return hidden_loss.resolve_term(
-            tuple(map(make_hidden_term, stage.hidden_terms)), student, teacher
-        )
+        return hidden_loss.resolve_term(stage.hidden_terms, student, teacher)
     except ValueError as error:
         raise ConfigError(f"config.stages: {stage.name}.hidden_terms: {error}") from error

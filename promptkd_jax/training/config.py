@@ -6,6 +6,7 @@ mistakes are told at once, each with its path and what would be right.
 """
 
 import ast
+import dataclasses
 import errno
 import hashlib
 import inspect
@@ -18,7 +19,6 @@ from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
-from ml_collections.config_dict import CustomJSONEncoder
 
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
@@ -32,7 +32,8 @@ from promptkd_jax.infra.files import (
     to_path,
     write_json,
 )
-from promptkd_jax.training.specs import is_group, plain, unknown_field
+from promptkd_jax.infra.specs import declared, unknown_field
+from promptkd_jax.training.fields import RENAMED
 
 
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
@@ -81,19 +82,19 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     return config
 
 
-def fingerprint(config: Mapping | ConfigDict, ignore: tuple[str, ...] = ()) -> str:
+def fingerprint(config: Any, ignore: tuple[str, ...] = ()) -> str:
     """Twelve hex digits of what decides the result of a run; 1 and 1.0 count as the same.
 
     Args:
-      config: with its keys in any order.
+      config: a dataclass, ConfigDict or dict, with its keys in any order.
       ignore: what does not change the result: paths without "config." and without indices, such
         as "report" or "stages.save_every", each with everything below it.
     """
-    canonical = json.dumps(plain(config, "", ignore), sort_keys=True)
+    canonical = json.dumps(_canonical(as_dict(config), "", ignore), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def claim(folder: epath.PathLike, config: ConfigDict, ignore: tuple[str, ...] = ()) -> None:
+def claim(folder: epath.PathLike, config: Any, ignore: tuple[str, ...] = ()) -> None:
     """Makes the folder that of a run with this config, as its `config.json` says.
 
     A run that never got as far as to write anything else leaves its folder to the next.
@@ -108,7 +109,7 @@ def claim(folder: epath.PathLike, config: ConfigDict, ignore: tuple[str, ...] = 
     distributed.run_on_primary(lambda: _claim(to_path(folder), config, ignore))
 
 
-def _claim(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> None:
+def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
     try:
         _compare_or_write(folder, config, ignore)
     except io_errors(folder) as error:
@@ -125,7 +126,7 @@ def _claim(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> N
         ) from error
 
 
-def _compare_or_write(folder: epath.Path, config: ConfigDict, ignore: tuple[str, ...]) -> None:
+def _compare_or_write(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
     file = folder / "config.json"
     ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
     theirs = json.loads(read_text(file)) if file.exists() else None
@@ -149,9 +150,30 @@ def _compare_or_write(folder: epath.Path, config: ConfigDict, ignore: tuple[str,
         write_json(file, ours)
 
 
-def as_json(config: ConfigDict) -> dict[str, Any]:
-    """Dicts, lists, numbers and strings."""
-    return json.loads(json.dumps(config, cls=CustomJSONEncoder))
+def as_dict(value: Any) -> Any:
+    """Returns dicts in place of ConfigDicts and of dataclasses, of which the declared fields."""
+    if dataclasses.is_dataclass(value):
+        return {name: as_dict(getattr(value, name)) for name in declared(type(value))}
+    if isinstance(value, (Mapping, ConfigDict)):
+        return {name: as_dict(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [as_dict(element) for element in value]
+    return tuple(map(as_dict, value)) if isinstance(value, tuple) else value
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """Returns dicts, lists, numbers and strings."""
+    return json.loads(json.dumps(as_dict(config)))
+
+
+def _canonical(value: Any, path: str, ignore: tuple[str, ...]) -> Any:
+    """Leaves out what is to be ignored, and writes whole numbers as such."""
+    if isinstance(value, dict):
+        below = {name: f"{path}.{name}".removeprefix(".") for name in value}
+        return {n: _canonical(value[n], below[n], ignore) for n in value if below[n] not in ignore}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(element, path, ignore) for element in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _flat(value: Any, path: str, ignore: tuple[str, ...]) -> dict[str, Any]:
@@ -169,9 +191,6 @@ def _flat(value: Any, path: str, ignore: tuple[str, ...]) -> dict[str, Any]:
 def _without_indices(path: str) -> str:
     """config.stages[0].steps -> stages.steps"""
     return re.sub(r"\[\d+\]", "", path).removeprefix("config.")
-
-
-# Specs. `str(spec)` says all that would be right; `spec.fault(value)` what a value is not, or "".
 
 
 # Reading.
@@ -250,7 +269,7 @@ def _own(value: Any) -> Any:
     not reach another that was made of the same dict. References to other fields stay."""
     if isinstance(value, (list, tuple)):
         return type(value)([_own(element) for element in value])
-    if not is_group(value):
+    if not isinstance(value, (Mapping, ConfigDict)):
         return value
     config = ConfigDict(value)
     for name, child in config.items():
@@ -281,7 +300,7 @@ def _child(where: str, holder: Any, name: str, index: str) -> Any:
     if name and isinstance(holder, ConfigDict):
         if name in holder:
             return holder[name]
-        raise ConfigError(unknown_field(where, name, holder))
+        raise ConfigError(unknown_field(where, name, holder, RENAMED))
     raise ConfigError(f"{where}: {holder!r} has no {'elements' if index else 'fields'}")
 
 

@@ -9,7 +9,6 @@ import grain
 import jax
 import optax
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
 
 from promptkd_jax.data.batches import stream
 from promptkd_jax.data.rows import Rows
@@ -24,6 +23,7 @@ from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.model import (
     Model,
 )
+from promptkd_jax.training.fields import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Experiment:
     their reference answers.
     """
 
-    config: ConfigDict
+    config: RunConfig
     teacher: Model | None
     student: Model
     learned: dict[str, Any]
@@ -93,7 +93,7 @@ class Experiment:
     def write_ahead(self, stage: Stage, state: TrainState) -> TrainState:
         """The state, donated, with the rows of the stage's first step, where its rows are written
         ahead."""
-        if not stage.method.stale_rollouts:
+        if not stage.method.execution.one_step_off_policy:
             return state
         write = functools.partial(write_ahead, method=stage.method, models=self.models)
         write = jax.jit(write, out_shardings=self.placed(), donate_argnums=0)
@@ -148,14 +148,14 @@ class Experiment:
             capacity = max(s.replay.capacity for s in config.stages if s.targets == "replay")
             threshold = config.stages[stage.index].replay.threshold
             replay = empty_replay(capacity, config.data.max_length, threshold)
-        ahead = [s.batch_size for s in config.stages if s.stale_rollouts]
+        ahead = [s.batch_size for s in config.stages if s.one_step_off_policy]
         if ahead:  # all alike, see `fields`
             pending = empty_target_batch(ahead[0], config.data.max_length)
         return init_state(
             params,
             stage.optimizers,
             key,
-            regularisation=stage.method.regularisation,
+            regularization=stage.method.regularization,
             replay=replay,
             pending=pending,
         )

@@ -1,84 +1,48 @@
-"""What the config of a run may be: every field, and the facts that need two fields to see."""
+"""Every field of a run's config: name, default, range and help. Nothing else repeats them.
+
+`recipes` makes the `ConfigDict` of a config file from these defaults, `checks` reads one back into
+a `RunConfig`, and `promptkd train --help-config` and docs/fields.md show the table. The fields of a
+stage are declared with the mathematics that they belong to: `distill.method.Objective` and
+`Execution`, `PolicyGradient`, `HiddenTerm`, `sampler.Sampling`, `data_free.DataFree`.
+"""
 
 import dataclasses
 import datetime
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from promptkd_jax.distill import losses, optimizer
-from promptkd_jax.distill.hidden_loss import KINDS
-from promptkd_jax.distill.method import (
-    CROSS_ENTROPY,
-    MINIMUMS,
-    POLICY_GRADIENT,
-    PRESETS,
-    REGULARISATIONS,
-    TARGETS,
-    VIEWS,
-    contradictions,
-    needs_teacher,
-    reads_answers,
-)
-from promptkd_jax.distill.policy_gradient import WHITEN
+from promptkd_jax.distill import optimizer
+from promptkd_jax.distill.method import PRESETS, Execution, Objective
 from promptkd_jax.distill.soft_prompt import INITS
-from promptkd_jax.models.decoder import REMAT
-from promptkd_jax.training.build import make_hidden_term
-from promptkd_jax.training.config import ConfigError
-from promptkd_jax.training.specs import Bool, Choice, Float, Int, ListOf, Optional, Path, Str, check
+from promptkd_jax.inference.data_free import DataFree
+from promptkd_jax.infra.files import Path
+from promptkd_jax.infra.specs import (
+    SEED,
+    Bool,
+    Choice,
+    Float,
+    Group,
+    Int,
+    ListOf,
+    Str,
+    declared,
+    field,
+    group,
+)
+from promptkd_jax.models.sampler import Sampling
 
 SELECTION_METRICS = ("rougeL", "loss")  # dev scores that can choose the best checkpoint
-
-
-class _Divergence:
-    """A name from `losses.DIVERGENCES`, with numbers where it takes them."""
-
-    def __str__(self) -> str:
-        return "a divergence such as 'reverse_kl' or 'alpha_beta(0.2, 0.7)'"
-
-    def fault(self, value: Any) -> str:
-        if not isinstance(value, str):
-            return str(self)
-        try:
-            losses.divergence(value)
-        except ValueError as error:
-            return f"{self} ({error})"
-        return ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Term:
-    """A pair (name, weight): the name of a divergence, or one of `others`."""
-
-    others: tuple[str, ...] = (CROSS_ENTROPY,)
-
-    def __str__(self) -> str:
-        return "a pair (divergence, weight) such as ('reverse_kl', 1.0)"
-
-    def fault(self, value: Any) -> str:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            return str(self)
-        name, weight = value
-        known = name in self.others
-        return Float(low=0.0).fault(weight) or (not known and _Divergence().fault(name)) or ""
-
-
-class _Layers:
-    """Pairs of layers that a hidden loss compares."""
-
-    def __str__(self) -> str:
-        return "'uniform', or pairs (student layer, teacher layer) such as ((-1, -1),)"
-
-    def fault(self, value: Any) -> str:
-        pairs = isinstance(value, list | tuple) and all(
-            isinstance(pair, list | tuple) and len(pair) == 2 and all(type(x) is int for x in pair)
-            for pair in value
-        )
-        return "" if value == "uniform" or (pairs and value) else str(self)
+DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
+REMAT_MEANINGS = {
+    "auto": "the first of the others that fits into memory, by an estimate",
+    "none": "nothing",
+    "dots": "all but matrix products",
+    "full": "all but the inputs of layers",
+}
 
 
 class _TeacherLayers:
-    """Which layers of the teacher a student starts from."""
+    """The spec of the layers of the teacher that a student starts from."""
 
     def __str__(self) -> str:
         return "a number of layers, or a tuple of different layers such as (0, 2, 4)"
@@ -91,7 +55,7 @@ class _TeacherLayers:
 
 
 class _Date:
-    """A day as ISO 8601 writes it, or none."""
+    """The spec of a day as ISO 8601 writes it, or none."""
 
     def __str__(self) -> str:
         return "a date such as '2026-11-27', or ''"
@@ -103,258 +67,255 @@ class _Date:
             return str(self)
 
 
-DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
-SEED = Int(low=0, high=2**32 - 1)  # JAX's keys have as many bits; one more would be another's
-SAMPLING = {
-    "temperature": Float(low=0.0),
-    "top_k": Int(low=0),
-    "top_p": Float(low=0.0, high=1.0, open_low=True),
-    "no_repeat_ngram_size": Int(low=0),
-}
-_MODEL = {"path": Path(), "dtype": DTYPE, "param_dtype": DTYPE, "remat": Choice("auto", *REMAT)}
-_POLICY_GRADIENT = {
-    "gamma": Float(low=0.0, high=1.0),
-    "reward_scaling": Float(low=0.0, open_low=True),
-    "reward_clip": Float(low=0.0, open_low=True),
-    "ratio_clip": Optional(Float(low=0.0, open_low=True)),
-    "length_normalise": Bool(),
-    "whiten": Choice(*WHITEN),
-}
-_HIDDEN_TERM = {
-    "kind": Choice(*KINDS),
-    "weight": Float(low=0.0, open_low=True),
-    "layers": _Layers(),
-    "heads": Int(low=0),
-    "projection": Bool(),
-}
-_STAGE = {
-    "name": Str(nonempty=True),
-    "steps": Int(low=0),
-    "epochs": Float(low=0.0),
-    "targets": Choice(*TARGETS),
-    "student_terms": ListOf(_Term((CROSS_ENTROPY, POLICY_GRADIENT)), nonempty=True),
-    "teacher_view": Choice(*VIEWS),
-    "on_policy_share": Float(low=0.0, high=1.0),
-    "teacher_share": Float(low=0.0, high=0.99),
-    "temperature": Float(low=0.0, open_low=True),
-    "token_weighting": Choice("uniform", *losses.WEIGHTINGS),
-    "prompt_divergence": _Divergence(),
-    "prompt_regulariser": _Divergence(),
-    "regularisation": Float(low=0.0),
-    "regularisation_schedule": Choice(*REGULARISATIONS),
-    "target_kl": Float(low=0.0, open_low=True),
-    "teacher_terms": ListOf(_Term(), nonempty=True),
-    "policy_gradient": _POLICY_GRADIENT,
-    "hidden_terms": ListOf(_HIDDEN_TERM),
-    "corpus_terms": ListOf(_Term()),
-    "replay": {
-        "capacity": Int(low=1),
-        "threshold": Float(low=0.0, high=1.0),
-        "tolerance": Float(low=0.0),
-        "step": Float(low=0.0, high=1.0),
-    },
-    "batch_size": Int(low=1),
-    "stale_rollouts": Bool(),
-    **{field: Int(low=least) for field, least in MINIMUMS.items()},
-    "length_buckets": Int(low=MINIMUMS["length_buckets"], high=16),
-    "learning_rate": Float(low=0.0, open_low=True),
-    "prompt_learning_rate": Float(low=0.0),
-    "teacher_learning_rate": Float(low=0.0),
-    "schedule": Choice(*optimizer.SCHEDULES),
-    "warmup_steps": Int(low=0),
-    "lr_min": Float(low=0.0),
-    "weight_decay": Float(low=0.0),
-    "clip": Float(low=0.0, open_low=True),
-    "adam_b2": Float(low=0.0, high=0.999999),
-    "sampling": SAMPLING,
-}
-SCHEMA = {
-    "title": Str(),
-    "seed": SEED,
-    "preset": Choice(*PRESETS),
-    "teacher": _MODEL,
-    "student": {**_MODEL, "layers": _TeacherLayers()},
-    "soft_prompt": {
-        "length": Int(low=1),
-        "init": Choice(*INITS),
-        "text": Str(nonempty=True),
-        "add_special_tokens": Bool(),
-    },
-    "in_context": {"examples": Int(low=1)},
-    "cache": {"path": Path(bucket=False), "top_k": Int(low=1)},
-    "data": {
-        "train": Path(nonempty=True),
-        "train_split": Str(),
-        "dev": Path(nonempty=True),
-        "dev_split": Str(),
-        "dev_rows": Int(low=0),
-        "corpus": Path(),
-        "corpus_split": Str(),
-        "template": Choice("alpaca", "chat", "plain"),
-        "date": _Date(),
-        "max_prompt_length": Int(low=1),
-        "max_length": Int(low=2),
-    },
-    "stages": ListOf(_STAGE, nonempty=True),
-    "data_free": {
-        "requests": Int(low=1),
-        "round_size": Int(low=2),
-        "max_request_tokens": Int(low=1),
-        "max_new_tokens": Int(low=1),
-        "learning_rate": Float(low=0.0, open_low=True),
-        "novelty_weight": Float(low=0.0),
-        "fluency_weight": Float(low=0.0),
-        "entropy_weight": Float(low=0.0),
-        "temperature": Float(low=0.0, open_low=True),
-        "seed": SEED,
-        "bank": Path(nonempty=True),
-    },
-    "answers": {"path": Path(), "batch_size": Int(low=1), "sampling": SAMPLING},
-    "evaluation": {
-        "every": Int(low=0),
-        "batch_size": Int(low=1),
-        "sampling": SAMPLING,
-        "references": Choice("gold", "teacher"),
-        "teacher": Bool(),
-        "prompt_effect": Bool(),
-        "samples": Int(low=0),
-    },
-    "checkpoint": {
-        "every": Int(low=1),
-        "minutes": Float(low=0.0),
-        "keep": Int(low=1),
-        "export": Choice("last", "best"),
-        "select": Choice(*SELECTION_METRICS),
-    },
-    "mesh": {"data": Int(low=-1), "fsdp": Int(low=-1), "tensor": Int(low=-1)},
-    "log_every": Int(low=1),
-    "stop_after_skipped": Int(low=1),
-    "stop_after_seconds": Float(low=0.0),
-}
-# What does not change the student that comes out, so that it may change between resumes.
-NOT_IN_FINGERPRINT = (
-    *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
-    *("teacher.remat", "student.remat"),
-    *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep", "answers.path", "cache.path"),
-)
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model that a run starts from."""
 
-
-def check_recipe(config: ConfigDict) -> None:
-    """The whole config against the schema, then the facts that need two fields to see.
-
-    Raises:
-      ConfigError: every mistake, each with its path and what would be right.
-    """
-    check(config, SCHEMA)
-    if mistakes := list(_contradictions(config)):
-        raise ConfigError("\n".join(mistakes))
-
-
-def _contradictions(config: ConfigDict):
-    data = config.data
-    if data.max_prompt_length >= data.max_length:
-        yield (
-            f"config.data.max_prompt_length: {data.max_prompt_length} leaves no room for a "
-            f"response within config.data.max_length = {data.max_length}"
-        )
-    if not config.student.path and not config.student.layers:
-        yield "config.student: give a path, or the number of teacher layers to start from (layers)"
-    if config.student.path and config.student.layers:
-        yield "config.student.layers: is for a student without a path of its own; set it to 0"
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
-        yield "config.mesh: at most one size may be -1"
-    if 0 in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor):
-        yield "config.mesh: a size is at least 1, or -1 for the rest"
-    if config.checkpoint.export == "best" and not config.evaluation.every:
-        yield "config.checkpoint.export: 'best' needs scores; set config.evaluation.every"
-    for index, stage in enumerate(config.stages):
-        path = f"config.stages[{index}]"
-        yield from _stage_contradictions(path, stage, config)
-        if any(other.name == stage.name for other in config.stages[:index]):
-            yield f"{path}.name: {stage.name!r} is the name of an earlier stage too"
-    if not config.teacher.path and needs_the_teacher(config):
-        yield "config.teacher.path: is empty, but the recipe needs a teacher"
-    sizes = {stage.batch_size for stage in config.stages if stage.stale_rollouts}
-    if len(sizes) > 1:
-        yield (
-            f"config.stages: batch_size is {' and '.join(map(str, sorted(sizes)))} in stages with "
-            "stale_rollouts; the rows written ahead have one place in a checkpoint, expected one "
-            "batch_size"
-        )
-    if data.dev == "teacher" and config.evaluation.references == "gold":
-        yield (
-            "config.evaluation.references: 'gold', and requests that the teacher writes have no "
-            "gold answers; expected 'teacher', or a file for config.data.dev"
-        )
-    shown = [one.name for one in config.stages if one.teacher_view == "in_context"]
-    if data.train == "teacher" and (shown or config.soft_prompt.init == "examples"):
-        yield (
-            "config.in_context: demonstrations are gold answers, and requests that the teacher "
-            "writes have none; expected another teacher_view, or another soft_prompt.init"
-        )
-    if data.dev == "teacher" and (data.train != "teacher" or not data.dev_rows):
-        yield (
-            "config.data.dev: 'teacher' takes dev_rows of the requests that the teacher writes; "
-            "expected data.train = 'teacher' and data.dev_rows above 0"
-        )
-
-
-def needs_the_teacher(config: ConfigDict) -> bool:
-    """Whether a run looks at the teacher at all, before, during or after training."""
-    return (
-        not config.student.path
-        or config.evaluation.references == "teacher"
-        or config.data.train == "teacher"
-        or any(stage.targets == "teacher" for stage in config.stages)
-        or any(needs_teacher(stage) for stage in config.stages)
+    path: str = field("", Path(), "folder (also that of a run), .gguf file, or hub id")
+    dtype: str = field("float32", DTYPE, "what is computed in")
+    param_dtype: str = field(
+        "float32", DTYPE, "what parameters are kept in; the optimizer works in float32"
+    )
+    remat: str = field(
+        "none",
+        Choice(REMAT_MEANINGS),
+        "what the backward pass computes again instead of keeping it",
     )
 
 
-def _stage_contradictions(path: str, stage: ConfigDict, config: ConfigDict):
-    if (stage.steps > 0) == (stage.epochs > 0):
-        yield f"{path}: give either steps or epochs (the other 0)"
-    parts = stage.micro_batches * stage.minibatches
-    if stage.batch_size % parts:
-        yield (
-            f"{path}.micro_batches: {stage.micro_batches} in each of {stage.minibatches} "
-            f"minibatches do not divide batch_size = {stage.batch_size}"
-        )
-    if stage.rollout_slots > stage.batch_size:
-        yield (
-            f"{path}.rollout_slots: {stage.rollout_slots} are more than a step has rows; expected "
-            f"at most batch_size = {stage.batch_size}, or 0 for all of them"
-        )
-    yield from (f"{path}.{mistake}" for mistake in contradictions(stage))
-    for index, term in enumerate(stage.hidden_terms):
-        try:
-            make_hidden_term(term)
-        except ValueError as error:
-            yield f"{path}.hidden_terms[{index}]: {error}"
-    if stage.teacher_view == "cached":
-        if not config.cache.path:
-            yield f"{path}.teacher_view: 'cached' needs config.cache.path (see promptkd cache)"
-        if stage.targets == "teacher":
-            yield (
-                f"{path}.targets: promptkd cache reads the data's own answers, not those that the "
-                "teacher writes; expected 'gold'"
-            )
-        if stage.prompt_learning_rate:
-            yield (
-                f"{path}.prompt_learning_rate: a cached teacher cannot be prompted, its "
-                "log-probabilities were written without a prompt; expected 0, or "
-                "teacher_view = 'prompted'"
-            )
-    if stage.corpus_terms and not config.data.corpus:
-        yield f"{path}.corpus_terms: need config.data.corpus, a file of plain text"
-    if stage.targets == "replay":
-        if stage.replay.capacity < stage.batch_size:
-            yield f"{path}.replay.capacity: {stage.replay.capacity} is less than one batch"
-        if not config.evaluation.every:
-            yield (
-                f"{path}.targets: 'replay' goes by the validation loss; set config.evaluation.every"
-            )
-    if reads_answers(stage) and config.data.train == "teacher":
-        yield (
-            f"{path}.targets: {stage.targets!r} needs gold answers, and requests that the teacher "
-            "writes have none; expected 'teacher' or 'student'"
-        )
+@dataclasses.dataclass(frozen=True)
+class StudentConfig(ModelConfig):
+    """The model that learns."""
+
+    layers: int | tuple[int, ...] = field(
+        0, _TeacherLayers(), "of the teacher, in place of a path: how many, evenly spaced, or which"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftPromptConfig:
+    """The soft prompt, for the view 'prompted'."""
+
+    length: int = field(7, Int(low=1), "vectors (M)")
+    init: str = field("text", Choice(*INITS), "where the vectors start")
+    text: str = field("Suppose you are a student.", Str(nonempty=True), "for init = 'text'")
+    add_special_tokens: bool = field(False, Bool(), "whether the text gets a BOS")
+
+
+@dataclasses.dataclass(frozen=True)
+class InContextConfig:
+    """Demonstrations, for the view 'in_context' and soft_prompt.init = 'examples'."""
+
+    examples: int = field(4, Int(low=1), "how many, taken from data.train")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What `promptkd cache` wrote, for the view 'cached'."""
+
+    path: str = field("", Path(bucket=False), "its folder")
+    top_k: int = field(64, Int(low=1), "log-probabilities of a token that are kept")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Records, and how they become rows."""
+
+    train: str = field(
+        "",
+        Path(nonempty=True),
+        "JSON lines, a Hugging Face data set, 'synthetic:train', 'package:NAME/FILE', or "
+        "'teacher', which writes the prompts (see data_free)",
+    )
+    train_split: str = field("train", Str(), "of a Hugging Face data set, such as train[1000:]")
+    dev: str = field(
+        "", Path(nonempty=True), "as train, for evaluation; 'teacher': some of its own"
+    )
+    dev_split: str = field("validation", Str(), "as train_split")
+    dev_rows: int = field(0, Int(low=0), "rows of dev that are used; 0: all")
+    corpus: str = field("", Path(), "plain text for corpus_terms")
+    corpus_split: str = field("train", Str(), "as train_split")
+    template: str = field(
+        "alpaca", Choice("alpaca", "chat", "plain"), "how a record becomes the text of a prompt"
+    )
+    date: str = field(
+        "", _Date(), "that a chat template may show; '': that of the run's first start"
+    )
+    max_prompt_length: int = field(256, Int(low=1), "tokens of a prompt; longer ones are cut")
+    max_length: int = field(512, Int(low=2), "tokens of a row; longer responses are cut")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """DistiLLM's buffer and schedule, for targets = 'replay'."""
+
+    capacity: int = field(1000, Int(low=1), "rows of the buffer")
+    threshold: float = field(
+        0.0, Float(low=0.0, high=1.0), "probability of a rollout in the beginning"
+    )
+    tolerance: float = field(0.1, Float(low=0.0), "by which the validation loss may rise")
+    step: float = field(0.1, Float(low=0.0, high=1.0), "added to the threshold when it rises more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig(Execution, Objective):
+    """A stage of training: an objective, how it is computed, and how long and fast it learns."""
+
+    name: str = field("", Str(nonempty=True), "name, in reports and messages")
+    steps: int = field(0, Int(low=0), "batches of the stage; 0: as many as `epochs` says")
+    epochs: float = field(0.0, Float(low=0.0), "passes over the training rows; 0: see `steps`")
+    replay: ReplayConfig = group(ReplayConfig, "DistiLLM's buffer and schedule")
+    batch_size: int = field(8, Int(low=1), "rows of a step, over all devices and micro-batches")
+    learning_rate: float = field(5e-5, Float(low=0.0, open_low=True), "peak rate of the student")
+    prompt_learning_rate: float = field(
+        0.0, Float(low=0.0), "of the soft prompt; 0: that of the student"
+    )
+    teacher_learning_rate: float = field(
+        0.0, Float(low=0.0), "of an online teacher; 0: that of the student"
+    )
+    schedule: str = field("constant", Choice(*optimizer.SCHEDULES), "of the learning rates")
+    warmup_steps: int = field(
+        0, Int(low=0), "linear, of every schedule; with preset 'faithful' not of the cosine"
+    )
+    min_lr: float = field(1e-7, Float(low=0.0), "where falling schedules end")
+    weight_decay: float = field(1e-2, Float(low=0.0), "decoupled, of matrices")
+    max_grad_norm: float = field(
+        1.0, Float(low=0.0, open_low=True), "norm that gradients are clipped to"
+    )
+    adam_beta2: float = field(0.999, Float(low=0.0, high=0.999999), "of AdamW")
+    sampling: Sampling = group(Sampling, "how rollouts are sampled")
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches that a step's rows are dealt out to."""
+        return self.gradient_accumulation_steps * self.minibatches
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherResponsesConfig:
+    """What the teacher writes before training, for targets = 'teacher'."""
+
+    path: str = field("", Path(), "JSON lines that exist or get written; '': in the run's folder")
+    batch_size: int = field(8, Int(low=1), "rows that are written at once")
+    sampling: Sampling = group(Sampling, "how they are sampled")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores on data.dev, before, during and after training."""
+
+    every: int = field(0, Int(low=0), "steps between evaluations; 0: only before and after")
+    batch_size: int = field(8, Int(low=1), "rows that are answered at once")
+    sampling: Sampling = group(Sampling, "how responses are sampled", no_repeat_ngram_size=6)
+    references: str = field(
+        "gold", Choice("gold", "teacher"), "what ROUGE-L compares responses with"
+    )
+    teacher: bool = field(
+        True, Bool(), "whether closeness to the teacher is measured, which is loaded for it"
+    )
+    prompt_effect: bool = field(
+        False, Bool(), "whether the teacher responds itself, without and with its soft prompt"
+    )
+    samples: int = field(8, Int(low=0), "responses that the report shows")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves itself, and which of its students it exports."""
+
+    every: int = field(100, Int(low=1), "steps between checkpoints")
+    minutes: float = field(10.0, Float(low=0.0), "between checkpoints, beside `every`; 0: never")
+    keep: int = field(2, Int(low=1), "checkpoints that are kept, beside the best")
+    export: str = field("last", Choice("last", "best"), "the student that a run ends with")
+    select: str = field("rougeL", Choice(*SELECTION_METRICS), "what 'best' goes by")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis, -1 on one of them: all that are left."""
+
+    data: int = field(-1, Int(low=-1), "parts of a batch, parameters repeated")
+    fsdp: int = field(1, Int(low=-1), "parts of a batch and of all parameters")
+    tensor: int = field(1, Int(low=-1), "parts of heads, feed-forward and vocabulary")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Returns the sizes by axis."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run, from models and data to a report."""
+
+    title: str = field("", Str(), "of the report; '': made of stages, models and data")
+    seed: int = field(10, SEED, "of everything that is drawn")
+    preset: str = field("default", Choice(*PRESETS), "'faithful': the published code's conventions")
+    teacher: ModelConfig = group(ModelConfig, "the model that is learned from")
+    student: StudentConfig = group(StudentConfig, "the model that learns")
+    soft_prompt: SoftPromptConfig = group(SoftPromptConfig, "for the view 'prompted'")
+    in_context: InContextConfig = group(InContextConfig, "for the view 'in_context'")
+    cache: CacheConfig = group(CacheConfig, "for the view 'cached'")
+    data: DataConfig = group(DataConfig, "records, and how they become rows")
+    stages: tuple[StageConfig, ...] = field(
+        (),
+        ListOf(Group(StageConfig), nonempty=True),
+        "one after the other, each made by recipes.method_stage or stage_config",
+    )
+    data_free: DataFree = group(
+        DataFree, "prompts that the teacher writes, for data.train = 'teacher'"
+    )
+    teacher_responses: TeacherResponsesConfig = group(
+        TeacherResponsesConfig, "what the teacher writes before training"
+    )
+    evaluation: EvaluationConfig = group(EvaluationConfig, "scores on data.dev")
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "what a run saves")
+    mesh: MeshConfig = group(MeshConfig, "devices by axis")
+    log_every: int = field(1, Int(low=1), "steps between lines of metrics")
+    stop_after_skipped: int = field(
+        10, Int(low=1), "updates in a row without a finite gradient that end the run"
+    )
+    stop_after_seconds: float = field(0.0, Float(low=0.0), "of training; 0: no limit")
+
+
+# Fields that do not change the student that comes out, so that they may change between resumes.
+NOT_IN_FINGERPRINT = (
+    *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
+    *("teacher.remat", "student.remat", "teacher_responses.path", "cache.path"),
+    *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep"),
+)
+# Names that fields had before.
+RENAMED = {
+    "micro_batches": "gradient_accumulation_steps",
+    "rollout_slots": "max_concurrent_rollouts",
+    "stale_rollouts": "one_step_off_policy",
+    "regularisation": "regularization",
+    "regularisation_schedule": "regularization_schedule",
+    "prompt_regulariser": "prompt_regularizer",
+    "length_normalise": "length_normalize",
+    "lr_min": "min_lr",
+    "clip": "max_grad_norm",
+    "adam_b2": "adam_beta2",
+    "answers": "teacher_responses",
+}
+
+
+class Entry(NamedTuple):
+    """A line of the table: the path of a field or group, its default, what it may be, its help."""
+
+    path: str
+    default: Any
+    spec: Any
+    text: str
+
+
+def entries(defaults: Any = RunConfig(), path: str = "") -> Iterator[Entry]:
+    """Yields every field below a group, in order; of a list of groups the elements' as `[i]`."""
+    for name, f in declared(type(defaults)).items():
+        spec, at = f.metadata["spec"], f"{path}.{name}".removeprefix(".")
+        default = getattr(defaults, name)
+        yield Entry(at, default, spec, f.metadata["help"])
+        if isinstance(spec, Group):
+            yield from entries(default, at)
+        elif isinstance(spec, ListOf) and isinstance(spec.spec, Group):
+            yield from entries(spec.spec.cls(), f"{at}[i]")

@@ -1,5 +1,6 @@
 """The training loop: update after update, with logs, evaluations, checkpoints, and how it ends."""
 
+import dataclasses
 import itertools
 import signal
 import time
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.batches import stream
@@ -19,10 +19,11 @@ from promptkd_jax.infra import distributed, sharding, signals
 from promptkd_jax.infra.errors import CheckpointError, TrainingError
 from promptkd_jax.infra.metrics import MetricWriter, truncate_metrics
 from promptkd_jax.models.model import Model
-from promptkd_jax.training import build, fields
+from promptkd_jax.training import build
 from promptkd_jax.training.checkpoint import Checkpoints
 from promptkd_jax.training.config import fingerprint
 from promptkd_jax.training.experiment import Experiment, Stage
+from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.progress import TrainingProgress
 
 SELECTION = "selection"  # the score that chooses the best checkpoint, higher is better
@@ -61,7 +62,7 @@ def dev_generation_metrics(
     return generation_metrics(
         model,
         experiment.dev,
-        sampling=build.sampling(config.sampling, model.eos_ids),
+        sampling=dataclasses.replace(config.sampling, eos_ids=model.eos_ids),
         prompt_capacity=data.max_prompt_length,
         max_new_tokens=experiment.max_new_tokens,
         batch_size=config.batch_size,
@@ -71,7 +72,7 @@ def dev_generation_metrics(
     )
 
 
-def open_checkpoints(config: ConfigDict, workdir: epath.Path) -> Checkpoints:
+def open_checkpoints(config: RunConfig, workdir: epath.Path) -> Checkpoints:
     """Those of the run with this config, which `workdir` belongs to."""
     return Checkpoints(
         workdir / "checkpoints",
@@ -132,7 +133,7 @@ def fit(
 def _placed_batches(stage: Stage, first: int) -> Iterator[tuple[Batch, Batch | None]]:
     """(rows, corpus) for the steps of a stage from `first` on, on the devices. Rows that a step
     writes ahead are those of the next."""
-    rows = stream(stage.batches, first + stage.method.stale_rollouts)
+    rows = stream(stage.batches, first + stage.method.execution.one_step_off_policy)
     corpus = stream(stage.corpus, first) if stage.corpus else itertools.repeat(None)
     return map(sharding.place_rows, zip(rows, corpus))
 
@@ -155,7 +156,7 @@ class _Loop:
         self.state, self.done, self._validation_loss = None, 0, before["loss"]
         self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
         self._skipped = 0  # before the stage
-        self._fingerprint = fingerprint(experiment.config, fields.NOT_IN_FINGERPRINT)
+        self._fingerprint = fingerprint(experiment.config, NOT_IN_FINGERPRINT)
         self._unpadded = experiment.unpadded_state()
         if restored := checkpoints.restore_latest(experiment.abstract_state(), self._unpadded):
             self.done, self.state, meta = restored

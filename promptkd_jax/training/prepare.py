@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from promptkd_jax.data import logprobs
 from promptkd_jax.data.batches import train_batches
@@ -28,7 +27,7 @@ from promptkd_jax.distill.soft_prompt import (
 )
 from promptkd_jax.distill.state import Optimizers
 from promptkd_jax.inference import logprob_cache, teacher_responses
-from promptkd_jax.inference.data_free import DataFree, generate_prompts
+from promptkd_jax.inference.data_free import generate_prompts
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError, ModelError
 from promptkd_jax.infra.files import load_or_compute, to_path
@@ -44,16 +43,18 @@ from promptkd_jax.models.model import (
     keep_layers,
 )
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training import build, fields
+from promptkd_jax.training import build
+from promptkd_jax.training.checks import needs_the_teacher
 from promptkd_jax.training.experiment import Experiment, Stage
+from promptkd_jax.training.fields import RunConfig, StageConfig
 
 
-def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
+def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
     """Loads the models, reads the data, writes the teacher's requests and answers where the recipe
     wants them.
 
-    They are kept in `workdir` (answers in `config.answers.path`, where it is given), so that a run
-    that was stopped does not write them twice.
+    They are kept in `workdir` (responses in `config.teacher_responses.path`, where it is given), so
+    that a run that was stopped does not write them twice.
 
     Raises:
       ModelError, DataError, ConfigError: a model, data or method that cannot be used.
@@ -97,11 +98,11 @@ def prepare(config: ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) ->
     )
 
 
-def _inputs(config: ConfigDict, teacher, student, rows, dev, corpus) -> dict[str, str]:
+def _inputs(config: RunConfig, teacher, student, rows, dev, corpus) -> dict[str, str]:
     """Returns digests of all that the run learns from, by the fields that name it."""
     data, found = config.data, {}
     for field, model in (("teacher", teacher), ("student", student)):
-        if path := model and config[field].path:
+        if path := model and getattr(config, field).path:
             found[f"{path} (config.{field}.path)"] = identity.weights_digest(path)
     found["the tokenizer"] = identity.tokenizer_digest(student.tokenizer)
     found["the tokens that end an answer"] = str(list(student.eos_ids))
@@ -114,18 +115,17 @@ def _inputs(config: ConfigDict, teacher, student, rows, dev, corpus) -> dict[str
     return found | ({"the date (config.data.date)": dev.date} if dev.date else {})
 
 
-def with_date(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+def with_date(config: RunConfig, workdir: epath.Path) -> RunConfig:
     """The config with the date that chat templates are shown; "" becomes that of the run's first
     start, which `workdir` keeps."""
     if config.data.date:
         return config
     started = load_or_compute(workdir / "started.json", lambda: {"date": date.today().isoformat()})
-    config = config.copy_and_resolve_references()
-    config.data.date = started["date"]
-    return config
+    data = dataclasses.replace(config.data, date=started["date"])
+    return dataclasses.replace(config, data=data)
 
 
-def _check_positions(config: ConfigDict, teacher: Model | None, student: Model) -> None:
+def _check_positions(config: RunConfig, teacher: Model | None, student: Model) -> None:
     """Warns of rows that are longer than a model was trained for; see `_check_room` for those with
     demonstrations."""
     check_positions(student, config.data.max_length)
@@ -142,9 +142,9 @@ def _agree_on_models(*models: Model | None) -> None:
         distributed.assert_same(f"the model {model.name}", facts)
 
 
-def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: epath.Path):
+def _all_rows(config: RunConfig, teacher, student, vocab_size: int, workdir: epath.Path):
     """({kind of targets: rows}, dev rows)."""
-    data, folder = config.data, to_path(config.answers.path or workdir)
+    data, folder = config.data, to_path(config.teacher_responses.path or workdir)
     targets = {stage.targets for stage in config.stages}
     dev_gold = config.evaluation.references == "gold"
     if data.train == "teacher":
@@ -164,13 +164,14 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: ep
         teacher,
         prompt_capacity=data.max_prompt_length,
         max_new_tokens=data.max_length - data.max_prompt_length,
-        batch_size=config.answers.batch_size,
+        batch_size=config.teacher_responses.batch_size,
         seed=config.seed,
         vocab_size=vocab_size,
     )
     kinds = dict.fromkeys(TARGETS, rows)
     if "teacher" in targets:
-        chosen = build.sampling(config.answers.sampling, student.eos_ids)
+        sampling = config.teacher_responses.sampling
+        chosen = dataclasses.replace(sampling, eos_ids=student.eos_ids)
         kinds["teacher"] = write(rows, folder / "teacher_answers.jsonl", sampling=chosen)
         _warn_of_cut(config, "the teacher", kinds["teacher"])
     if any(map(reads_answers, config.stages)):
@@ -181,9 +182,9 @@ def _all_rows(config: ConfigDict, teacher, student, vocab_size: int, workdir: ep
     return kinds, dev
 
 
-def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, workdir, more: int):
+def _written_requests(config: RunConfig, teacher, student, vocab_size: int, workdir, more: int):
     """Where there are no data: see `data_free`. So many, and `more` to hold out."""
-    settings, data = DataFree(**config.data_free), config.data
+    settings, data = config.data_free, config.data
     return generate_prompts(
         teacher,
         student,
@@ -191,13 +192,13 @@ def _written_requests(config: ConfigDict, teacher, student, vocab_size: int, wor
         dataclasses.replace(settings, requests=settings.requests + more),
         template=data.template,
         prompt_capacity=data.max_prompt_length,
-        batch_size=config.answers.batch_size,
+        batch_size=config.teacher_responses.batch_size,
         vocab_size=vocab_size,
         date=data.date,
     )
 
 
-def tokenized(config: ConfigDict, model: Model, source: str, records: Sequence[Record]) -> Rows:
+def tokenized(config: RunConfig, model: Model, source: str, records: Sequence[Record]) -> Rows:
     """The records as rows of the config's template and lengths; says how many were dropped, and how
     many answers are cut."""
     limit, length = config.data.max_prompt_length, config.data.max_length
@@ -217,7 +218,7 @@ def tokenized(config: ConfigDict, model: Model, source: str, records: Sequence[R
     return rows
 
 
-def _warn_of_cut(config: ConfigDict, source: str, rows: Rows) -> None:
+def _warn_of_cut(config: RunConfig, source: str, rows: Rows) -> None:
     if rows.cut == len(rows.tokens):
         distributed.warn(
             f"config.data.max_length: {config.data.max_length} cuts every answer of {source}: none "
@@ -225,7 +226,7 @@ def _warn_of_cut(config: ConfigDict, source: str, rows: Rows) -> None:
         )
 
 
-def _shown(config: ConfigDict, rows: Rows) -> list[int]:
+def _shown(config: RunConfig, rows: Rows) -> list[int]:
     """The rows that are demonstrations, with their answers; none where nobody sees them."""
     wanted = config.soft_prompt.init == "examples" or any(
         stage.teacher_view == "in_context" for stage in config.stages
@@ -246,7 +247,7 @@ def _not_shown(rows: Rows, shown: Sequence[int]) -> Rows:
     return select_rows(rows, np.setdiff1d(np.arange(len(rows.tokens)), shown))
 
 
-def _check_room(config: ConfigDict, teacher: Model, demonstrations: tuple[int, ...]) -> None:
+def _check_room(config: RunConfig, teacher: Model, demonstrations: tuple[int, ...]) -> None:
     """Raises ModelError where demonstrations and rows are longer than the teacher can see; warns of
     those that are longer than it was trained for."""
     decoder, length = teacher.decoder.config, len(demonstrations) + config.data.max_length
@@ -276,7 +277,7 @@ def _learned(config, teacher, student, vocab_size: int, demonstrations) -> dict[
 
 
 def projections(
-    config: ConfigDict, teacher: Model | None, student: Model, key: jax.Array
+    config: RunConfig, teacher: Model | None, student: Model, key: jax.Array
 ) -> hidden_loss.Projections:
     """Between the hidden states of both models, for the terms of all stages; {} where none is."""
     shapes = [model.decoder.config for model in (student, teacher) if model]
@@ -327,7 +328,7 @@ def shared_vocabulary(teacher: Model | None, student: Model) -> int:
     return min(teacher.vocab_size, student.vocab_size)
 
 
-def load_models(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:
+def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:
     """(teacher, student); no teacher where nothing looks at one.
 
     Raises:
@@ -347,7 +348,7 @@ def load_models(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model | No
         return model
 
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
-    if fields.needs_the_teacher(config) or measured:
+    if needs_the_teacher(config) or measured:
         teacher = load(config.teacher.path, config.teacher)
     if config.student.path:
         student = load(config.student.path, config.student)
@@ -361,7 +362,7 @@ def load_models(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model | No
     return teacher, student
 
 
-def _from_teacher_layers(config: ConfigDict, teacher: Model, load) -> Model:
+def _from_teacher_layers(config: RunConfig, teacher: Model, load) -> Model:
     """Some layers of the teacher; read again where the student is kept in another dtype."""
     if config.teacher.param_dtype != config.student.param_dtype:
         whole = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
@@ -372,7 +373,7 @@ def _from_teacher_layers(config: ConfigDict, teacher: Model, load) -> Model:
 
 
 def _stage(
-    config: ConfigDict,
+    config: RunConfig,
     index: int,
     first: int,
     rows: Rows,
@@ -414,7 +415,7 @@ def _stage(
 
 
 def stage_optimizers(
-    config: ConfigDict, stage: ConfigDict, models: tuple[Model | None, Model], method: Method
+    config: RunConfig, stage: StageConfig, models: tuple[Model | None, Model], method: Method
 ) -> Optimizers:
     """Those of a stage of `method`, for (teacher, student)."""
     teacher, student = models
@@ -430,7 +431,7 @@ def stage_optimizers(
     )
 
 
-def _cache(config: ConfigDict, student: Model, rows: Rows, vocab_size: int) -> logprobs.Cached:
+def _cache(config: RunConfig, student: Model, rows: Rows, vocab_size: int) -> logprobs.Cached:
     """What the teacher, which need not be loaded, wrote down about the rows."""
     teacher = config.teacher
     return logprob_cache.open_cache(
@@ -443,6 +444,6 @@ def _cache(config: ConfigDict, student: Model, rows: Rows, vocab_size: int) -> l
     )
 
 
-def _corpus(config: ConfigDict, student: Model) -> Rows:
+def _corpus(config: RunConfig, student: Model) -> Rows:
     texts = read_corpus(config.data.corpus, split=config.data.corpus_split)
     return pack(texts, student.tokenizer, config.data.max_length, student.eos_ids[0])

@@ -1,10 +1,9 @@
-"""Recipes: the fields of a run's config with their defaults, and the named methods.
+"""Recipes: configs with the defaults of `fields`, and the named methods.
 
 A config file imports `base_config` and `stage_config`, `method_stage` or `paper_config` from here
-and changes a few fields. `fields` says what the fields may be, `build` what they become.
+and changes a few fields.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,77 +12,41 @@ from ml_collections import ConfigDict, FieldReference
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.policy_gradient import PolicyGradient
-from promptkd_jax.inference.data_free import DataFree
+from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.training.config import as_dict
+from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 
 DOLLY_ROWS = 11_435  # that the published experiments train on
 
 
+def _defaults(cls: type, **changes: Any) -> ConfigDict:
+    """The fields of a group with their defaults, but for `changes`."""
+    return ConfigDict(as_dict(cls()) | changes)
+
+
 def sampling_config(**changes: Any) -> ConfigDict:
     """Plain sampling at temperature 1: no top-k, no top-p, no n-gram rule."""
-    base = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=0)
-    return ConfigDict(base | changes)
+    return _defaults(Sampling, **changes)
 
 
 def model_config(**changes: Any) -> ConfigDict:
     """A folder, GGUF file or hub id, computed in float32 and kept in float32."""
-    return ConfigDict(dict(path="", dtype="float32", param_dtype="float32", remat="none") | changes)
+    return _defaults(ModelConfig, **changes)
 
 
 def stage_config(name: str, **changes: Any) -> ConfigDict:
-    """One stage of training: supervised fine-tuning on gold answers unless changed."""
-    base = dict(
-        name=name,
-        steps=0,
-        epochs=0.0,
-        targets="gold",  # where rows come from, see method.TARGETS
-        student_terms=((CROSS_ENTROPY, 1.0),),  # (divergence, weight), see losses.DIVERGENCES
-        teacher_view="plain",  # see method.VIEWS
-        rollout_slots=0,  # rows that are written at once, others follow where some end; 0: all
-        stale_rollouts=False,  # rows are written during the step before, see method.Method
-        on_policy_share=0.5,  # "mixed" targets: GKD's lambda
-        teacher_share=0.0,  # of the teacher in the mixture that rollouts are drawn from
-        temperature=1.0,  # in the student's divergences
-        token_weighting="uniform",  # or one of losses.WEIGHTINGS
-        prompt_divergence="reverse_kl",
-        prompt_regulariser="reverse_kl",
-        regularisation=1.0,
-        regularisation_schedule="linear",  # linear (as published) | constant | adaptive
-        target_kl=0.01,  # nats per token, for the adaptive schedule
-        teacher_terms=(
-            (CROSS_ENTROPY, 1.0),
-            ("forward_kl", 1.0),
-        ),  # what an online teacher minimises
-        policy_gradient=policy_gradient_config(),
-        hidden_terms=(),  # of hidden_term(…)
-        corpus_terms=(),  # (name, weight) on the rows of data.corpus
-        replay=dict(capacity=1000, threshold=0.0, tolerance=0.1, step=0.1),
-        batch_size=8,  # global: over all devices and micro-batches
-        micro_batches=1,
-        length_buckets=1,  # lengths that an update is compiled for, for rows that are shorter
-        minibatches=1,  # updates that the rows of a step are divided among
-        passes=1,  # times that the rows of a step are gone through
-        learning_rate=5e-5,
-        prompt_learning_rate=0.0,  # 0: that of the student
-        teacher_learning_rate=0.0,  # of an online teacher; 0: that of the student
-        schedule="constant",
-        warmup_steps=0,  # of every schedule; with preset "faithful" not of the cosine, as published
-        lr_min=1e-7,
-        weight_decay=1e-2,
-        clip=1.0,
-        adam_b2=0.999,
-        sampling=sampling_config(),
-    )
-    return ConfigDict(base | changes)
+    """One stage of training: supervised fine-tuning on gold responses unless changed."""
+    return _defaults(StageConfig, name=name, **changes)
 
 
 def policy_gradient_config(**changes: Any) -> ConfigDict:
     """MiniLLM's settings, see `policy_gradient.PolicyGradient`."""
-    return ConfigDict(dataclasses.asdict(PolicyGradient()) | changes)
+    return _defaults(PolicyGradient, **changes)
 
 
 def hidden_term(kind: str, **changes: Any) -> ConfigDict:
     """A loss on hidden states, see `hidden_loss.HiddenTerm`."""
-    return ConfigDict(dataclasses.asdict(HiddenTerm(kind)) | changes)
+    return _defaults(HiddenTerm, kind=kind, **changes)
 
 
 _RKL, _ABKD = (("reverse_kl", 1.0),), (("alpha_beta(0.2, 0.7)", 1.0),)
@@ -106,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
         targets="student",
         student_terms=((POLICY_GRADIENT, 1.0),),
         policy_gradient=policy_gradient_config(
-            gamma=0.0, reward_scaling=1.0, length_normalise=False, whiten="none"
+            gamma=0.0, reward_scaling=1.0, length_normalize=False, whiten="none"
         ),
     ),
     "distillm": dict(targets="replay", student_terms=(("skew_reverse_kl(0.1)", 1.0),)),
@@ -128,55 +91,10 @@ def method_stage(method: str, **changes: Any) -> ConfigDict:
 
 
 def base_config() -> ConfigDict:
-    """Fields that all recipes share."""
-    layers = FieldReference(0, field_type=object)  # a number, or a tuple
-    return ConfigDict(
-        dict(
-            title="",  # "": made of stages, models and data, see build.title
-            seed=10,
-            preset="default",  # or "faithful": the published code's conventions
-            teacher=model_config(),
-            student=dict(model_config(), layers=layers),  # of the teacher: how many, or which
-            soft_prompt=dict(
-                length=7,
-                init="text",  # text | pad | vocabulary | random | examples
-                text="Suppose you are a student.",
-                add_special_tokens=False,
-            ),
-            in_context=dict(examples=4),  # from data.train, for "in_context" and init = "examples"
-            cache=dict(path="", top_k=64),  # of `promptkd cache`, for the view "cached"
-            data=dict(
-                train="",
-                train_split="train",
-                dev="",
-                dev_split="validation",
-                dev_rows=0,  # 0: all
-                corpus="",  # plain text for corpus_terms
-                corpus_split="train",
-                template="alpaca",
-                date="",  # that a chat template may show; "": that of the run's first start
-                max_prompt_length=256,
-                max_length=512,
-            ),
-            data_free=dataclasses.asdict(DataFree()),  # where data.train is "teacher"
-            stages=(),
-            answers=dict(path="", batch_size=8, sampling=sampling_config()),
-            evaluation=dict(
-                every=0,  # updates; 0: only before and after
-                batch_size=8,
-                sampling=sampling_config(no_repeat_ngram_size=6),
-                references="gold",
-                teacher=True,  # closeness to the teacher, which is loaded for it
-                prompt_effect=False,  # the teacher's own answers, without and with its prompt
-                samples=8,
-            ),
-            checkpoint=dict(every=100, minutes=10.0, keep=2, export="last", select="rougeL"),
-            mesh=dict(data=-1, fsdp=1, tensor=1),
-            log_every=1,
-            stop_after_skipped=10,
-            stop_after_seconds=0.0,  # of training; 0: none
-        )
-    )
+    """The fields of a run with their defaults, see `fields.RunConfig`; it still lacks stages."""
+    config = _defaults(RunConfig)
+    config.student.layers = FieldReference(0, field_type=object)  # a number, or a tuple
+    return config
 
 
 class PaperSize(NamedTuple):
@@ -267,17 +185,17 @@ def _paper_stage(method: str, size: PaperSize, teacher: tuple[str, str, float, i
             method,
             batch_size=256,
             minibatches=minibatches,
-            micro_batches=micro_batches,
+            gradient_accumulation_steps=micro_batches,
             steps=5000 // (4 * minibatches),
             learning_rate=5e-6,
             warmup_steps=100,
             weight_decay=1e-6,
-            adam_b2=0.95,
+            adam_beta2=0.95,
         )
     return method_stage(
         method,
         batch_size=batch_size,
-        micro_batches=micro_batches,
+        gradient_accumulation_steps=micro_batches,
         learning_rate=rate,
         epochs=float(epochs),
         warmup_steps=100,

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
@@ -21,9 +20,11 @@ from promptkd_jax.infra.errors import (
 )
 from promptkd_jax.infra.files import check_shared, load_or_compute, read_text, write_json
 from promptkd_jax.models.io.safetensors import has_weights
-from promptkd_jax.training import build, fields
+from promptkd_jax.training import build
+from promptkd_jax.training.checks import check_mesh
 from promptkd_jax.training.config import as_json, claim
 from promptkd_jax.training.experiment import Experiment
+from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.loop import Trained, dev_generation_metrics, evaluate_student, fit
 from promptkd_jax.training.prepare import prepare, with_date
 from promptkd_jax.training.save import save, save_configs
@@ -40,9 +41,9 @@ PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")
 
 
 def run(
-    config: ConfigDict,
+    config: RunConfig,
     workdir: epath.Path,
-    choose_remat: Callable[[ConfigDict, jax.sharding.Mesh], ConfigDict] | None = None,
+    choose_remat: Callable[[RunConfig, jax.sharding.Mesh], RunConfig] | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, or finds it done; returns what `summary.json` says.
 
@@ -52,18 +53,14 @@ def run(
     """
     distributed.assert_same("the config", json.dumps(as_json(config), sort_keys=True))
     distributed.assert_same("the version of jax, flax, optax or promptkd_jax", _versions())
-    claim(workdir, config, fields.NOT_IN_FINGERPRINT)
+    claim(workdir, config, NOT_IN_FINGERPRINT)
     check_shared(workdir)
     if distributed.run_on_primary(lambda: _is_finished(workdir)):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
         return distributed.run_on_primary(lambda: json.loads(read_text(workdir / "summary.json")))
     started = time.monotonic()
-    mesh = sharding.make_mesh(config.mesh)
-    for index, stage in enumerate(config.stages):
-        what, parts = f"config.stages[{index}].batch_size", stage.micro_batches * stage.minibatches
-        sharding.check_rows(what, stage.batch_size, parts, mesh)
-        slots = f"config.stages[{index}].rollout_slots"
-        sharding.check_rows(slots, stage.rollout_slots, 1, mesh)
+    mesh = sharding.make_mesh(config.mesh.sizes)
+    check_mesh(config, mesh)
     config = with_date(config, workdir)
     config = choose_remat(config, mesh) if choose_remat else config
     with jax.set_mesh(mesh):

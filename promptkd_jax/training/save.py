@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from promptkd_jax.data.templates import shows_date
 from promptkd_jax.evaluation.report import model_card
@@ -18,6 +17,7 @@ from promptkd_jax.models.load import RECORD, RECORDED, load_without_weights
 from promptkd_jax.models.model import Model
 from promptkd_jax.training import build
 from promptkd_jax.training.experiment import Experiment
+from promptkd_jax.training.fields import RunConfig
 
 SAVED = ("student", "soft_prompt", "teacher")  # the groups of parameters that `save` writes
 
@@ -33,7 +33,7 @@ def save_configs(experiment: Experiment, workdir: epath.Path) -> None:
             save_without_weights(workdir / CONFIGS / name, model)
 
 
-def load_configs(config: ConfigDict, workdir: epath.Path) -> tuple[Model | None, Model]:
+def load_configs(config: RunConfig, workdir: epath.Path) -> tuple[Model | None, Model]:
     """Reads (teacher, student) of a run, named as its config names them, without parameters.
 
     Raises:
@@ -41,7 +41,7 @@ def load_configs(config: ConfigDict, workdir: epath.Path) -> tuple[Model | None,
     """
 
     def load(name: str, path: str) -> Model:
-        how = config[name]
+        how = getattr(config, name)
         dtypes = dict(dtype=how.dtype, param_dtype=how.param_dtype)
         found = load_without_weights(str(workdir / CONFIGS / name), **dtypes)
         return found.replace(name=path)
@@ -60,7 +60,7 @@ def load_configs(config: ConfigDict, workdir: epath.Path) -> tuple[Model | None,
 
 
 def save(
-    config: ConfigDict,
+    config: RunConfig,
     models: tuple[Model | None, Model],
     params: Mapping[str, Any],
     folder: epath.Path,
@@ -87,7 +87,7 @@ def save(
         stages=[build.describe(stage) for stage in config.stages],
         metrics=metrics,
     )
-    asked = {name: config.data[name] for name in RECORDED}
+    asked = {name: getattr(config.data, name) for name in RECORDED}
     if not shows_date(config.data.template, student.tokenizer):
         del asked["date"]
     save_model(folder / "student", student.replace(params=params["student"]), card=card)

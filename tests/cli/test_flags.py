@@ -9,8 +9,9 @@ import pytest
 from promptkd_jax.cli import flags
 from promptkd_jax.cli.main import COMMANDS, main, parser_of
 from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.files import Path
+from promptkd_jax.infra.specs import Float, Int
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.specs import Float, Int, Path
 
 CONFIG = "--config=configs/rehearsal.py"
 NEEDED = {
@@ -59,7 +60,7 @@ PATHS = {
     "cache": ("--output", "--config", "--config.teacher.path", "--config.data.train"),
     "compare": ("--workdir", "--config", "--config.run.data.dev", "--config.test.sets.test"),
     "plan": ("--output", "--config", "--config.student.path"),
-    "reproduce": ("--workdir", "--config", "--config.answers.path"),
+    "reproduce": ("--workdir", "--config", "--config.teacher_responses.path"),
     "export": ("--workdir", "--output"),
 }
 
@@ -133,7 +134,7 @@ def test_what_is_in_range_is_taken(spec, texts):
 )
 def test_the_library_refuses_them_too(wrong):
     (name,) = wrong
-    with pytest.raises(ValueError, match=f"^{name}: .*; expected"):
+    with pytest.raises(ValueError, match=f"^{name}: .* is not "):
         Sampling(**wrong)
 
 
@@ -174,7 +175,7 @@ def test_other_addresses_are_no_paths(address):
 
 
 def test_a_cache_in_a_bucket_is_a_mistake_of_the_config():
-    from promptkd_jax.training.fields import check_recipe
+    from promptkd_jax.training.checks import checked
     from promptkd_jax.training.recipes import base_config
 
     config = base_config()
@@ -182,4 +183,4 @@ def test_a_cache_in_a_bucket_is_a_mistake_of_the_config():
     with pytest.raises(
         ConfigError, match=r"config\.cache\.path: 'gs://pail/cache' is not a folder"
     ):
-        check_recipe(config)
+        checked(config)

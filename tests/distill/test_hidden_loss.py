@@ -457,15 +457,18 @@ def test_projections():
 
 
 REFUSED = {
-    "kind": (dict(kind="cosin"), "unknown hidden loss 'cosin'; there are: cosine, mse, relation"),
-    "weight": (dict(kind="mse", weight=0.0), "mse: weight must be above 0, got 0.0"),
-    "nan": (dict(kind="mse", weight=math.nan), "mse: weight must be above 0, got nan"),
-    "no layers": (dict(kind="mse", layers=()), r"tuple of pairs .* got \(\)"),
-    "no pairs": (dict(kind="mse", layers=(0, 1)), r"tuple of pairs .* got \(0, 1\)"),
-    "layers": (dict(kind="mse", layers="even"), "or \"uniform\"; got 'even'"),
-    "heads": (dict(kind="cosine", heads=2), "cosine: heads = 2; .* the others take none"),
-    "less heads": (dict(kind="relation", heads=-1), "heads = -1; a relation loss takes 1 or more"),
-    "projection": (dict(kind="relation", projection=True), "relation loss needs no projection"),
+    "kind": (dict(kind="cosin"), "kind: 'cosin' is not one of 'cosine', 'mse', 'relation'"),
+    "weight": (dict(kind="mse", weight=0.0), "weight: 0.0 is not > 0"),
+    "nan": (dict(kind="mse", weight=math.nan), "weight: nan is not > 0"),
+    "no layers": (dict(kind="mse", layers=()), r"layers: \(\) is not 'uniform', or pairs"),
+    "no pairs": (dict(kind="mse", layers=(0, 1)), r"layers: \(0, 1\) is not"),
+    "layers": (dict(kind="mse", layers="even"), "layers: 'even' is not"),
+    "heads": (dict(kind="cosine", heads=2), "heads: 2, but 'cosine' has none"),
+    "less heads": (dict(kind="relation", heads=-1), "heads: -1 is not >= 0"),
+    "projection": (
+        dict(kind="relation", projection=True),
+        "projection: a relation loss needs none",
+    ),
 }
 
 

@@ -22,14 +22,14 @@ from promptkd_jax.training import build
 from promptkd_jax.training.recipes import stage_config
 
 
-def numpy_adamw(params, gradients, rates, *, weight_decay, clip, decayed):
+def numpy_adamw(params, gradients, rates, *, weight_decay, max_grad_norm, decayed):
     """The parameters after each update, in float64."""
     first = {name: np.zeros_like(p) for name, p in params.items()}
     second = {name: np.zeros_like(p) for name, p in params.items()}
     for step, (gradient, rate) in enumerate(zip(gradients, rates), start=1):
         norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
         for name, g in gradient.items():
-            g = g * min(1, clip / norm)
+            g = g * min(1, max_grad_norm / norm)
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.999 * second[name] + 0.001 * g**2
             direction = (first[name] / (1 - 0.9**step)) / (
@@ -50,13 +50,13 @@ def test_adamw_is_adamw_with_one_clip_for_all_parameters():
     assert min(norms) < 1 < max(norms)
     decayed = {"kernel": True, "bias": False}
     rates = schedule("constant", 0.02, total_steps=9, warmup_steps=3)
-    optimizer = adamw(rates, weight_decay=0.3, clip=1.0, decay_mask=decayed)
+    optimizer = adamw(rates, weight_decay=0.3, max_grad_norm=1.0, decay_mask=decayed)
     expected = numpy_adamw(
         params,
         gradients,
         [0, 0.02 / 3, 0.04 / 3, 0.02, 0.02],
         weight_decay=0.3,
-        clip=1.0,
+        max_grad_norm=1.0,
         decayed=decayed,
     )
     found = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
@@ -75,7 +75,10 @@ def test_the_first_updates_are_those_of_pytorch(b2):
     gradients = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     theirs = torch.nn.Parameter(torch.zeros(64))
     reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, b2), weight_decay=0.1)
-    ours, optimizer = jnp.zeros(64), adamw(lambda _: 0.01, weight_decay=0.1, clip=1e9, b2=b2)
+    ours, optimizer = (
+        jnp.zeros(64),
+        adamw(lambda _: 0.01, weight_decay=0.1, max_grad_norm=1e9, b2=b2),
+    )
     state = optimizer.init(ours)
     for number, gradient in enumerate(gradients, start=1):
         theirs.grad = torch.from_numpy(gradient)
@@ -148,7 +151,7 @@ def test_small_updates_move_bfloat16_as_far_as_float32():
     """An update is a thousandth of the distance between two numbers at 1."""
     rng = np.random.default_rng(2)
     start, slope = np.ones(4096, np.float32), rng.choice([-1.0, 1.0], 4096).astype(np.float32)
-    optimizer = adamw(lambda _: 4e-6, weight_decay=0.0, clip=1.0)
+    optimizer = adamw(lambda _: 4e-6, weight_decay=0.0, max_grad_norm=1.0)
 
     def moved(dtype):
         params = jnp.asarray(start, dtype)
@@ -173,7 +176,7 @@ def test_small_updates_move_bfloat16_as_far_as_float32():
 def test_gradients_in_half_precision_are_clipped_by_their_norm_in_float32():
     """Added up in bfloat16, 2,048 squares are another number."""
     gradient = jnp.full(2048, 0.11, jnp.bfloat16)
-    optimizer = adamw(lambda _: 1.0, weight_decay=0.0, clip=1.0)
+    optimizer = adamw(lambda _: 1.0, weight_decay=0.0, max_grad_norm=1.0)
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
     np.testing.assert_allclose(state[2].mu, 0.1 / np.sqrt(2048), rtol=1e-5)
 
@@ -181,7 +184,7 @@ def test_gradients_in_half_precision_are_clipped_by_their_norm_in_float32():
 def test_weight_decay_of_half_precision_is_right_on_average():
     """0.1 times 3 is 0.3008 in bfloat16."""
     params = jnp.full(2**16, 3.0, jnp.bfloat16)
-    optimizer = adamw(lambda _: 1.0, weight_decay=0.1, clip=1.0)
+    optimizer = adamw(lambda _: 1.0, weight_decay=0.1, max_grad_norm=1.0)
     updates, _ = optimizer.update(jnp.zeros_like(params), optimizer.init(params), params)
     error = float(updates.std()) / 256
     assert 0 < error < 1e-4 and abs(float(updates.mean()) + 0.3) < 4 * error
@@ -192,7 +195,7 @@ def test_weight_decay_of_half_precision_is_right_on_average():
 
 def test_the_soft_prompt_is_decayed_where_no_mask_is_given():
     prompt = jnp.ones((2, 3))
-    optimizer = adamw(lambda step: 0.1, weight_decay=0.5, clip=1.0)
+    optimizer = adamw(lambda step: 0.1, weight_decay=0.5, max_grad_norm=1.0)
     updates, _ = optimizer.update(jnp.zeros((2, 3)), optimizer.init(prompt), prompt)
     np.testing.assert_allclose(updates, -0.1 * 0.5 * prompt)
 
@@ -229,7 +232,7 @@ def test_what_is_decayed(family, decay_norms):
 
 @pytest.mark.parametrize("style", SCHEDULES)
 def test_warm_up_starts_at_0_and_is_linear(style):
-    rates = schedule(style, 1e-3, total_steps=10**6, warmup_steps=10, lr_min=0.0)
+    rates = schedule(style, 1e-3, total_steps=10**6, warmup_steps=10, min_lr=0.0)
     found = np.array([rates(step) for step in range(11)])
     np.testing.assert_allclose(found, 1e-4 * np.arange(11), rtol=1e-4)
 
@@ -240,7 +243,7 @@ def test_without_warm_up_the_first_update_has_the_whole_rate(style):
 
 
 def test_constant_stays_and_the_others_fall_to_the_least_rate():
-    more = dict(total_steps=40, warmup_steps=4, lr_min=1e-5)
+    more = dict(total_steps=40, warmup_steps=4, min_lr=1e-5)
     steps = np.arange(4, 41)
     constant, cosine, noam = (jax.vmap(schedule(s, 1e-3, **more))(steps) for s in SCHEDULES)
     np.testing.assert_allclose(constant, 1e-3, rtol=1e-6)
@@ -252,15 +255,15 @@ def test_constant_stays_and_the_others_fall_to_the_least_rate():
 
 
 def test_noam_stays_at_the_least_rate():
-    rates = schedule("noam", 1e-3, total_steps=10, lr_min=1e-5)
+    rates = schedule("noam", 1e-3, total_steps=10, min_lr=1e-5)
     np.testing.assert_allclose([rates(10), rates(1000)], 1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset, first", [("default", 0.0), ("faithful", 1e-3)])
 def test_the_published_cosine_ignores_the_warm_up(preset, first):
-    config = stage_config("kd", schedule="cosine", warmup_steps=5, learning_rate=1e-3, lr_min=1e-5)
+    config = stage_config("kd", schedule="cosine", warmup_steps=5, learning_rate=1e-3, min_lr=1e-5)
     rates = build.learning_rate(config, 1e-3, 20, PRESETS[preset])
     np.testing.assert_allclose(rates(0), first, rtol=1e-6)
-    cosine = schedule("cosine", 1e-3, total_steps=20, lr_min=1e-5)
+    cosine = schedule("cosine", 1e-3, total_steps=20, min_lr=1e-5)
     steps = np.arange(5, 21)  # after the warm-up all is as without
     np.testing.assert_allclose(jax.vmap(rates)(steps), jax.vmap(cosine)(steps), rtol=1e-6)

@@ -30,7 +30,7 @@ from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.load import load_model
 
-PLAIN = PolicyGradient(reward_scaling=1.0, length_normalise=False, whiten="none", ratio_clip=None)
+PLAIN = PolicyGradient(reward_scaling=1.0, length_normalize=False, whiten="none", ratio_clip=None)
 ON_POLICY_DISTILLATION = dataclasses.replace(PLAIN, gamma=0.0, ratio_clip=0.2)
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], np.float32)
 
@@ -157,7 +157,7 @@ def test_advantages_by_hand():
     expected = np.array([[4.0, 6.0, 8.0, 8.0], [2.0, 2.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
     np.testing.assert_allclose(advantages(reward, MASK, half), expected)
     remaining = np.array([[4, 3, 2, 1], [2, 1, 1, 1], [1, 1, 1, 1]])
-    divided = dataclasses.replace(half, length_normalise=True)
+    divided = dataclasses.replace(half, length_normalize=True)
     np.testing.assert_allclose(advantages(reward, MASK, divided), expected / remaining)
     now = dataclasses.replace(PLAIN, gamma=0.0)
     np.testing.assert_array_equal(advantages(reward, MASK, now), reward)
@@ -271,9 +271,9 @@ class Rollout:
         self.settings = PolicyGradient(
             gamma=self.hyper["gamma"],
             reward_scaling=self.hyper["reward_scaling"] or 1.0,
-            reward_clip=self.hyper["cliprange_reward"] or np.inf,
+            reward_clip=self.hyper["cliprange_reward"] or 1e9,
             ratio_clip=self.hyper["cliprange"],
-            length_normalise=True,  # always: the case's "length_norm" is about statistics only
+            length_normalize=True,  # always: the case's "length_norm" is about statistics only
             whiten="padded",
         )
         self.text = self._text_rows()
@@ -440,7 +440,7 @@ def test_minillm(folder, case, tmp_path):
         close(parts[name], arrays[name], name)
     close(total, arrays["total_loss"], "total_loss")
     by_length = rollout.hyper["length_norm"]
-    once = dataclasses.replace(rollout.settings, whiten="none", length_normalise=by_length)
+    once = dataclasses.replace(rollout.settings, whiten="none", length_normalize=by_length)
     statistics = {
         **parts,
         "reward": advantages(reward, mask, once)[:, 0].mean(),

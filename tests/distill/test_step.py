@@ -96,12 +96,12 @@ def dense_prompt_loss(soft_prompt, student, rows, row_weights, row_alpha, teache
     learner = log_probs(STUDENT, student, rows.tokens)
     pairs = {
         "prompt_kd": (prompted, learner),
-        "prompt_regulariser": (prompted, plain),
+        "prompt_regularizer": (prompted, plain),
         "kl_prompted": (learner, prompted),
         "kl_plain": (learner, plain),
     }
     sums = {name: (supervised(rows) * kl(*pair)).sum(-1) for name, pair in pairs.items()}
-    by_row = sums["prompt_kd"] + row_alpha * sums["prompt_regulariser"]
+    by_row = sums["prompt_kd"] + row_alpha * sums["prompt_regularizer"]
     return (row_weights * by_row).sum(), sums
 
 
@@ -220,7 +220,7 @@ def test_the_regularisation_falls_linearly_to_exactly_0():
     now, weights = state(), []
     for _ in range(STEPS):
         before, (now, metrics) = now, update(method(), now)
-        weights.append(summarize(metrics)["regularisation_weight"])
+        weights.append(summarize(metrics)["regularization_weight"])
     assert weights == [3 / 4, 2 / 4, 1 / 4, 0]
     (loss, _), _ = dense_prompt(before.soft_prompt, before.student, alpha=0)
     assert_close(summarize(metrics)["prompt_loss"], loss)
@@ -229,10 +229,10 @@ def test_the_regularisation_falls_linearly_to_exactly_0():
 def test_no_regularisation_is_the_last_update_without_the_plain_teacher():
     last = state(step=STEPS - 1)
     with_it, measured = update(method(), last)
-    without, fewer = update(method(regularisation=0.0), last)
+    without, fewer = update(method(regularization=0.0), last)
     assert_close(prompt_gradient(without), prompt_gradient(with_it))
     assert_close(student_gradient(without), student_gradient(with_it))
-    assert measured.sums.keys() - fewer.sums.keys() == {"prompt_regulariser", "kl_plain"}
+    assert measured.sums.keys() - fewer.sums.keys() == {"prompt_regularizer", "kl_plain"}
 
 
 def test_a_prompt_without_effect_gets_no_gradient():
@@ -243,7 +243,7 @@ def test_a_prompt_without_effect_gets_no_gradient():
     after, metrics = update(method(), before, teacher=deaf)
     assert (prompt_gradient(after) == 0).all()
     assert_close(after.soft_prompt, before.soft_prompt, 0)
-    assert abs(metrics.sums["prompt_regulariser"]).max() < 1e-5
+    assert abs(metrics.sums["prompt_regularizer"]).max() < 1e-5
     assert_close(metrics.sums["kl_prompted"], metrics.sums["kl_plain"])
     assert_close(metrics.losses["student"], metrics.sums["kl_plain"])
     assert after.skipped == 0
@@ -278,7 +278,7 @@ def test_the_state_is_donated():
 def test_accumulation_changes_nothing(make, parts):
     """Micro-batches of unequal numbers of tokens give the update of one batch."""
     whole, expected = update(make())
-    cut, found = update(make(micro_batches=parts))
+    cut, found = update(make(gradient_accumulation_steps=parts))
     counts = (batch().lengths - batch().prompt_lengths).reshape(-1, parts).sum(0)
     assert len(set(counts)) > 1
     np.testing.assert_array_equal(found.counts, counts)
@@ -300,7 +300,7 @@ def test_rows_of_like_length_in_fewer_columns(parts, widths, monkeypatch):
 
     monkeypatch.setattr(step_module, "truncate", counted)
     whole, expected = update(method())
-    cut, found = update(method(micro_batches=parts, length_buckets=3))
+    cut, found = update(method(gradient_accumulation_steps=parts, length_buckets=3))
     jax.effects_barrier()
     assert taken == 2 * widths  # the soft prompt's update, then the student's
     assert_close(student_gradient(cut), student_gradient(whole))
@@ -310,10 +310,11 @@ def test_rows_of_like_length_in_fewer_columns(parts, widths, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"conventions": PRESETS["faithful"]}, {"micro_batches": 2, "minibatches": 2}]
+    "changes",
+    [{"conventions": PRESETS["faithful"]}, {"gradient_accumulation_steps": 2, "minibatches": 2}],
 )
 def test_rows_stay_in_their_part_where_that_matters(changes):
-    changes = {"micro_batches": 4} | changes
+    changes = {"gradient_accumulation_steps": 4} | changes
     _, expected = update(sft(**changes))
     _, found = update(sft(length_buckets=3, **changes))
     np.testing.assert_array_equal(found.counts, expected.counts)
@@ -331,7 +332,7 @@ def mean_of_means() -> np.ndarray:
 
 def test_mean_of_means():
     conventions = Conventions(mean_of_means=True)
-    after, metrics = update(sft(micro_batches=2, conventions=conventions))
+    after, metrics = update(sft(gradient_accumulation_steps=2, conventions=conventions))
     weights = mean_of_means()
     (value, _), gradient = dense_student(
         state().student, state().soft_prompt, terms=(1, 0, 0), weights=weights
@@ -344,7 +345,7 @@ def test_mean_of_means():
 
 
 PUBLISHED = method(
-    micro_batches=2,
+    gradient_accumulation_steps=2,
     conventions=Conventions(mean_of_means=True, stale_prompt=True, early_clock=True),
 )
 
@@ -392,13 +393,13 @@ def test_response_tokens_that_no_loss_sees_are_counted():
 
 def test_a_student_in_half_precision_keeps_its_dtypes_over_several_updates():
     """And the same state gives the same update: the rounding is decided by the state."""
-    optimizers = Optimizers(adamw(lambda _: 1e-4, weight_decay=0.1, clip=1.0))
+    optimizers = Optimizers(adamw(lambda _: 1e-4, weight_decay=0.1, max_grad_norm=1.0))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state().student)
     before = init_state({"student": params}, optimizers, jax.random.key(0))
     step = jit(
         functools.partial(
             train_step,
-            method=sft(passes=3, micro_batches=2),
+            method=sft(passes=3, gradient_accumulation_steps=2),
             models=Models(STUDENT),
             optimizers=optimizers,
         )
@@ -506,7 +507,7 @@ def products(jaxpr) -> list[tuple[tuple[int, ...], int, bool]]:
     return found
 
 
-def traced_products(regularisation: float, teacher: Decoder, student: Decoder):
+def traced_products(regularization: float, teacher: Decoder, student: Decoder):
     rows, length, prompt = 4, 64, 2
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     each = method(
@@ -514,7 +515,7 @@ def traced_products(regularisation: float, teacher: Decoder, student: Decoder):
         response_capacity=length - 1,
         prompt_capacity=1,
         vocab_size=512,
-        regularisation=regularisation,
+        regularization=regularization,
     )
     step = functools.partial(
         train_step, method=each, models=Models(student, teacher), optimizers=OPTIMIZERS

@@ -294,17 +294,17 @@ def test_what_is_weighted_by(name, side):
     np.testing.assert_allclose(ends, expected, atol=1e-5)
 
 
-# The weight of the regularisation
+# The weight of the regularization
 
 
 def prompted(**changes):
-    return plain(teacher_view="prompted", regularisation=0.7, **changes)
+    return plain(teacher_view="prompted", regularization=0.7, **changes)
 
 
 def with_prompt(step: int = 0) -> TrainState:
     soft_prompt = np.random.default_rng(2).normal(0, 0.5, (3, 32)).astype(np.float32)
     before = begin(step, soft_prompt=jnp.asarray(soft_prompt))
-    return before.replace(regularisation=jnp.float32(0.5))
+    return before.replace(regularization=jnp.float32(0.5))
 
 
 def saying(loudness: float):
@@ -314,32 +314,32 @@ def saying(loudness: float):
 
 def test_a_constant_regularisation():
     for step in (0, 3, 4):
-        after, metrics = update(prompted(regularisation_schedule="constant"), with_prompt(step))
+        after, metrics = update(prompted(regularization_schedule="constant"), with_prompt(step))
         found = summarize(metrics)
-        assert found["regularisation_weight"] == pytest.approx(0.7)
-        total = found["prompt_kd"] + 0.7 * found["prompt_regulariser"]
+        assert found["regularization_weight"] == pytest.approx(0.7)
+        total = found["prompt_kd"] + 0.7 * found["prompt_regularizer"]
         assert found["prompt_loss"] == pytest.approx(total, rel=1e-5)
-        assert after.regularisation == 0.5  # which is for the adaptive one
+        assert after.regularization == 0.5  # which is for the adaptive one
 
 
 def test_an_adaptive_regularisation_goes_towards_its_target_by_2_percent_at_most():
     before = with_prompt()
-    _, metrics = update(prompted(regularisation_schedule="constant"), before)
-    reached = summarize(metrics)["prompt_regulariser"]
-    method = prompted(regularisation_schedule="adaptive", target_kl=reached / 1.1)
+    _, metrics = update(prompted(regularization_schedule="constant"), before)
+    reached = summarize(metrics)["prompt_regularizer"]
+    method = prompted(regularization_schedule="adaptive", target_kl=reached / 1.1)
     after, metrics = update(method, before)
     found = summarize(metrics)
-    assert found["regularisation_weight"] == 0.5
-    total = found["prompt_kd"] + 0.5 * found["prompt_regulariser"]
+    assert found["regularization_weight"] == 0.5
+    total = found["prompt_kd"] + 0.5 * found["prompt_regularizer"]
     assert found["prompt_loss"] == pytest.approx(total, rel=1e-5)
-    assert after.regularisation == pytest.approx(0.5 * 1.01, rel=1e-4)
+    assert after.regularization == pytest.approx(0.5 * 1.01, rel=1e-4)
 
     below, metrics = update(method, before, teacher=saying(0))
-    assert summarize(metrics)["prompt_regulariser"] == pytest.approx(0, abs=1e-6)
-    assert below.regularisation == pytest.approx(0.5 * 0.98)
+    assert summarize(metrics)["prompt_regularizer"] == pytest.approx(0, abs=1e-6)
+    assert below.regularization == pytest.approx(0.5 * 0.98)
     above, metrics = update(method, before, teacher=saying(2))
-    assert summarize(metrics)["prompt_regulariser"] > 1.2 * reached
-    assert above.regularisation == pytest.approx(0.5 * 1.02)
+    assert summarize(metrics)["prompt_regularizer"] > 1.2 * reached
+    assert above.regularization == pytest.approx(0.5 * 1.02)
     again, metrics = update(method, above, teacher=saying(2))
-    assert summarize(metrics)["regularisation_weight"] == pytest.approx(0.51)
-    assert again.regularisation == pytest.approx(0.51 * 1.02)
+    assert summarize(metrics)["regularization_weight"] == pytest.approx(0.51)
+    assert again.regularization == pytest.approx(0.51 * 1.02)

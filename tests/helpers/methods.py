@@ -1,6 +1,5 @@
 """Train steps of many methods on small models."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,6 +11,7 @@ from helpers.steps import (
     STUDENT,
     TEACHER,
     batch,
+    changed,
     jit,
     kl,
     log_probs,
@@ -58,7 +58,7 @@ def begin(step: int = 0, replay: Replay | None = None, **groups) -> TrainState:
 
 def in_parts(method: Method, parts: int) -> Method:
     """The same, accumulated over `parts` micro-batches."""
-    return dataclasses.replace(method, micro_batches=parts)
+    return changed(method, gradient_accumulation_steps=parts)
 
 
 @functools.cache

@@ -15,13 +15,14 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill import losses, optimizer
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.method import Execution, Method
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
 from promptkd_jax.distill.step import train_step, write_ahead
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.params import abstract_params, pad
@@ -79,10 +80,11 @@ def method(**changes) -> Method:
         teacher_view="prompted",
         sampling=Sampling(eos_ids=(3, 4)),
     )
-    return dataclasses.replace(base, **changes)
+    how = {name: changes.pop(name) for name in declared(Execution) if name in changes}
+    return dataclasses.replace(base, execution=Execution(**how), **changes)
 
 
-ADAMW = optimizer.adamw(lambda step: 1e-2, weight_decay=0.1, clip=1.0)
+ADAMW = optimizer.adamw(lambda step: 1e-2, weight_decay=0.1, max_grad_norm=1.0)
 OPTIMIZERS = Optimizers(ADAMW, ADAMW)
 
 
@@ -146,7 +148,7 @@ def same_update_on_every_mesh(family: str) -> None:
     assert 0 < expected[0]["eos_rate"] < 1
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), one.student, state.student)
     assert np.mean(np.asarray(jax.tree.leaves(moved)) > 0.005) > 0.9
-    in_parts = dict(micro_batches=2, length_buckets=2)  # which changes nothing
+    in_parts = dict(gradient_accumulation_steps=2, length_buckets=2)  # which changes nothing
     for sizes in MESHES:
         teacher, student = (config_of(family, depth, sizes[2]) for depth in (3, 2))
         state, frozen = begin(student), random_params(teacher, 3)
@@ -186,7 +188,7 @@ def same_rows_of_every_source() -> None:
             teacher_view="plain",
             response_capacity=9,
             max_new_tokens=6,
-            rollout_slots=4 if mesh else 0,
+            max_concurrent_rollouts=4 if mesh else 0,
             length_buckets=2 if mesh else 1,
         )
         replay = empty_replay(8, 10, threshold=1.0) if targets == "replay" else None
@@ -232,7 +234,7 @@ def same_rows_ahead() -> None:
     teacher, student = config_of("llama", 3), config_of("llama", 2)
     state, frozen, batch = begin(student), random_params(teacher, 3), rows()
     how = dict(
-        method=method(stale_rollouts=True), models=Models(Decoder(student), Decoder(teacher))
+        method=method(one_step_off_policy=True), models=Models(Decoder(student), Decoder(teacher))
     )
     write = functools.partial(write_ahead, **how)
     step = functools.partial(train_step, optimizers=OPTIMIZERS, **how)

@@ -1,5 +1,6 @@
 """Small models, a batch, and the parts of a train step."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.method import Execution, Method
 from promptkd_jax.distill.targets import rollout
+from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
 from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.io.params import abstract_params
@@ -96,7 +98,14 @@ def method(**changes) -> Method:
         vocab_size=VOCABULARY,
         teacher_view="prompted",
     )
-    return Method(**(base | changes))
+    return changed(Method(**base), **changes)
+
+
+def changed(method: Method, **changes) -> Method:
+    """Replaces fields of a method, also those of its execution."""
+    how = {name: changes.pop(name) for name in declared(Execution) if name in changes}
+    execution = dataclasses.replace(method.execution, **how)
+    return dataclasses.replace(method, execution=execution, **changes)
 
 
 ON_POLICY = method(targets="student", response_capacity=8, sampling=Sampling(eos_ids=(EOS, 9)))

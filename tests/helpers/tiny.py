@@ -98,7 +98,7 @@ def short_config(folder: pathlib.Path, *, pad: int = 0) -> ConfigDict:
     config.data.template = "plain"
     config.data.max_prompt_length = 16
     config.data.max_length = 24
-    config.answers.update(batch_size=4, sampling=sampling_config())
+    config.teacher_responses.update(batch_size=4, sampling=sampling_config())
     config.evaluation.update(every=2, batch_size=4, samples=2)
     config.checkpoint.every = 1
     config.stages = (
@@ -110,7 +110,9 @@ def short_config(folder: pathlib.Path, *, pad: int = 0) -> ConfigDict:
             batch_size=4,
             learning_rate=1e-3,
         ),
-        method_stage("promptkd", steps=4, batch_size=4, micro_batches=2, learning_rate=1e-3),
+        method_stage(
+            "promptkd", steps=4, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3
+        ),
     )
     return config
 

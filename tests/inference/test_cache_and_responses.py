@@ -33,6 +33,7 @@ from promptkd_jax.models.io import identity
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.training.checks import checked
 
 LENGTH = 24
 SAMPLING = Sampling(eos_ids=(0,))
@@ -564,7 +565,7 @@ def test_a_config_without_a_teacher_has_no_cache(tmp_path):
     config = tiny.short_config(tmp_path / "models")
     config.teacher.path = ""
     with pytest.raises(ConfigError, match=r"config\.teacher\.path: is empty"):
-        cache.cache(config, tmp_path / "cache", top_k=3, batch_size=2)
+        cache.cache(checked(config), tmp_path / "cache", top_k=3, batch_size=2)
 
 
 # Buckets, and many processes.
@@ -594,7 +595,7 @@ def test_the_command_refuses_a_bucket_before_it_loads_a_model(tmp_path):
     config = tiny.short_config(tmp_path / "files")
     config.teacher.path = str(tmp_path / "absent")
     with pytest.raises(DataError, match="^gs://pail/cache: .*memory maps"):
-        cache.cache(config, to_path("gs://pail/cache"), top_k=2, batch_size=2)
+        cache.cache(checked(config), to_path("gs://pail/cache"), top_k=2, batch_size=2)
 
 
 def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkeypatch, tmp_path):

@@ -242,7 +242,7 @@ def test_padding_computes_what_the_model_does_and_stays_zero(family):
         )
 
     close(seen(padded, wide), seen(own, config))
-    optimizer = adamw(lambda step: 1e-2, weight_decay=0.1, clip=1.0)
+    optimizer = adamw(lambda step: 1e-2, weight_decay=0.1, max_grad_norm=1.0)
     after = []
     for params, its in ((own, config), (padded, wide)):
         state = optimizer.init(params)

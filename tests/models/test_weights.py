@@ -26,6 +26,7 @@ from promptkd_jax.models.io.safetensors import has_weights, read_card
 from promptkd_jax.models.load import load_model, load_with_tokenizer, load_without_weights
 from promptkd_jax.models.model import keep_layers
 from promptkd_jax.training import prepare
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import as_json
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -452,14 +453,14 @@ def test_a_run_warns_of_rows_beyond_the_trained_positions(tmp_path, capsys):
     write(tmp_path / config.teacher.path, max_position_embeddings=30)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        prepare.prepare(config, to_path(tmp_path), mesh)
+        prepare.prepare(checked(config), to_path(tmp_path), mesh)
         longest = 24 + config.soft_prompt.length
         said = capsys.readouterr().err
         assert f"{config.teacher.path}: rows of up to {longest} tokens" in said
         assert "trained for 30 positions" in said and config.student.path not in said
         config.stages[0].teacher_view = "in_context"
         config.in_context.examples = 2
-        made = prepare.prepare(config, to_path(tmp_path), mesh)
+        made = prepare.prepare(checked(config), to_path(tmp_path), mesh)
     longest = 24 + len(made.stages[0].method.demonstrations)
     assert f"{config.teacher.path}: rows of up to {longest} tokens" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill import losses, optimizer
-from promptkd_jax.distill.method import PRESETS, Method
+from promptkd_jax.distill.method import PRESETS, Execution, Method
 from promptkd_jax.distill.soft_prompt import init_soft_prompt
 from promptkd_jax.distill.state import Optimizers, init_state
 from promptkd_jax.distill.step import train_step
@@ -74,13 +74,13 @@ class Training:
             self.hyper[rate],
             total_steps=self.hyper["total_iters"],
             warmup_steps=self.hyper["warmup_iters"],
-            lr_min=self.hyper["lr_min"],
+            min_lr=self.hyper["lr_min"],
             cosine_ignores_warmup=FAITHFUL.cosine_ignores_warmup,
         )
         return optimizer.adamw(
             rates,
             weight_decay=self.hyper["weight_decay"],
-            clip=self.hyper["clip_grad_norm"],
+            max_grad_norm=self.hyper["clip_grad_norm"],
             decay_mask=mask,
         )
 
@@ -104,9 +104,9 @@ class Training:
             vocab_size=self.case["batch"]["vocab"],
             teacher_view="prompted",
             prompt_divergence=names[self.hyper["teacher_kld_type"]],
-            prompt_regulariser=names[self.hyper["base_kld_type"]],
-            regularisation=self.hyper["base_coef"],
-            micro_batches=self.parts,
+            prompt_regularizer=names[self.hyper["base_kld_type"]],
+            regularization=self.hyper["base_coef"],
+            execution=Execution(gradient_accumulation_steps=self.parts),
             conventions=FAITHFUL,
         )
 
@@ -167,7 +167,7 @@ def test_training(folder, case):
     }
     named = {
         "teacher_distil_loss": "prompt_kd",
-        "base_distil_loss": "prompt_regulariser",
+        "base_distil_loss": "prompt_regularizer",
         "teacher_loss": "prompt_loss",
         "student_loss": "student_loss",
     }
@@ -265,7 +265,7 @@ def test_lr_schedule(folder, case):
             one["lr"],
             total_steps=one["total_iters"],
             warmup_steps=one["warmup"],
-            lr_min=one["lr_min"],
+            min_lr=one["lr_min"],
             cosine_ignores_warmup=FAITHFUL.cosine_ignores_warmup,
         )
         expected = one["lr_at_optimizer_step"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import bucket, tiny
+from ml_collections import ConfigDict
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
@@ -26,7 +27,7 @@ from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, stored_config
-from promptkd_jax.training import fields
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import load_config
 from promptkd_jax.training.recipes import base_config, method_stage
 
@@ -41,7 +42,7 @@ def small_models(monkeypatch):
     monkeypatch.setattr("promptkd_jax.plan.abstract_run.CONFIGS", table)
 
 
-def small_config(**changes):
+def small_config(**changes) -> ConfigDict:
     """PromptKD of two models that are too small to be worth it."""
     config = base_config()
     config.teacher.update(path="some/small", dtype="bfloat16", param_dtype="bfloat16")
@@ -50,12 +51,11 @@ def small_config(**changes):
     config.data.update(train="none.jsonl", dev="none.jsonl")
     config.data.update(max_prompt_length=128, max_length=256)
     config.stages = (method_stage("promptkd", **(dict(batch_size=8, steps=10) | changes)),)
-    fields.check_recipe(config)
     return config
 
 
 def small_run(**changes):
-    return abstract_run(small_config(**changes))
+    return abstract_run(checked(small_config(**changes)))
 
 
 def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
@@ -91,8 +91,7 @@ def test_known_architectures_have_the_published_number_of_parameters(name, billi
 
 @pytest.mark.parametrize("file", ["gpt2", "opt", "llama", "llama31", "smollm2"])
 def test_every_model_of_the_large_configs_is_known(file):
-    config, _ = load_config([f"--config={ROOT / 'configs' / file}.py"])
-    fields.check_recipe(config)
+    config = checked(load_config([f"--config={ROOT / 'configs' / file}.py"])[0])
     for model in (config.teacher, config.student):
         assert model.path in architectures.CONFIGS
         assert model.remat == "full" and model.dtype == "bfloat16"
@@ -128,10 +127,10 @@ def test_a_model_in_a_bucket_and_one_of_a_run(tmp_path, monkeypatch):
 # Memory
 
 
-def with_auto(**changes):
+def with_auto(student="auto", **changes):
     config = small_config(**changes)
-    config.teacher.remat = config.student.remat = "auto"
-    return config
+    config.teacher.remat, config.student.remat = "auto", student
+    return checked(config)
 
 
 @pytest.mark.parametrize("missing, policy", [(0, "none"), (1, "dots"), (2, "full"), (3, "full")])
@@ -148,10 +147,9 @@ def test_the_remat_policy_is_the_first_that_fits(missing, policy, monkeypatch):
 
 
 def test_a_policy_that_somebody_named_stays():
-    config, mesh = with_auto(), plan.abstract_mesh(sizes(1, 1, 1))
-    config.student.remat = "dots"
+    config, mesh = with_auto(student="dots"), plan.abstract_mesh(sizes(1, 1, 1))
     assert remat.with_remat(config, "none").student.remat == "dots"
-    named = small_config()
+    named = checked(small_config())
     assert remat.with_chosen_remat(named, mesh) is named
 
 
@@ -215,13 +213,13 @@ def test_rows_written_ahead_are_kept_where_the_rows_lie():
     rows = 8 * (256 + 2) * 4
     for shape, devices in (((1, 1, 1), 1), ((2, 2, 2), 4)):
         kept = roofline.kept_bytes(
-            small_run(stale_rollouts=True), plan.abstract_mesh(sizes(*shape))
+            small_run(one_step_off_policy=True), plan.abstract_mesh(sizes(*shape))
         )
         assert kept["rows and the rest"] == (2 * rows + 8 * 2) // devices
 
 
 def test_a_step_that_writes_ahead_compiles_from_shapes():
-    run = small_run(stale_rollouts=True, batch_size=2)
+    run = small_run(one_step_off_policy=True, batch_size=2)
     mesh = sharding.make_mesh(sizes(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         lowered = run.experiment(mesh).jitted_step(run.stage).lower(*run.arguments(mesh))
@@ -282,11 +280,11 @@ def test_phases_follow_the_method():
     assert list(prompted) == list(roofline.PHASES)
     gold = small_config()
     gold.stages = (method_stage("kd", batch_size=8, steps=10),)
-    assert list(roofline.phases(abstract_run(gold), sizes(1, 1, 1))) == ["student update"]
+    assert list(roofline.phases(abstract_run(checked(gold)), sizes(1, 1, 1))) == ["student update"]
     in_buckets = roofline.phases(small_run(length_buckets=2), sizes(1, 1, 1))
     again = roofline.forward_flops(small_run().student.decoder.config, 8, 256)
     assert run_flops(in_buckets) - run_flops(prompted) == again  # it is not shared then
-    without = small_run(regularisation=0.0)
+    without = small_run(regularization=0.0)
     plain = run_flops(prompted) - run_flops(roofline.phases(without, sizes(1, 1, 1)))
     teacher = without.teacher.decoder.config
     heads = roofline.head_flops(teacher, 8, 128)
@@ -457,7 +455,7 @@ def test_a_search_traces_each_padding_of_each_model_once(monkeypatch):
 
     monkeypatch.setattr("promptkd_jax.plan.abstract_run.abstract_params", counted)
     abstract_run_module._params.cache_clear()
-    run = abstract_run(config)
+    run = abstract_run(checked(config))
     plan.search(run, chips.slices("v5e:2x4"))
     plan.search(run, chips.slices("v6e:2x4"))
     assert len(traced) == len(set(traced)) > 2
@@ -573,9 +571,9 @@ def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):
     pasted = shlex.split(line.removeprefix("the first: "))
     config, rest = load_config([f"--config={ROOT}/configs/llama.py", *pasted])
     assert not rest
-    best = plan.search(abstract_run(config), chips.slices("v5e:8x8"))[0][0]
+    best = plan.search(abstract_run(checked(config)), chips.slices("v5e:8x8"))[0][0]
     assert dict(config.mesh) == best.sizes
-    assert config.stages[0].micro_batches == best.micro_batches
+    assert config.stages[0].gradient_accumulation_steps == best.micro_batches
 
 
 def test_what_does_not_fit_has_no_price():
@@ -613,29 +611,33 @@ def test_the_rows_that_were_counted_are_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "a"}\n\n{"instruction": "b"}\n')
     config = small_config(steps=0, epochs=16.0)
-    assert "not counted, none.jsonl is no file here" in abstract_run(config).notes[-1]
-    assert "7 training rows: given" in abstract_run(config, rows=7).notes
+    assert "not counted, none.jsonl is no file here" in abstract_run(checked(config)).notes[-1]
+    assert "7 training rows: given" in abstract_run(checked(config), rows=7).notes
     config.data.train = str(file)
-    assert abstract_run(config).notes[-1].startswith("2 training rows: the lines of")
+    assert abstract_run(checked(config)).notes[-1].startswith("2 training rows: the lines of")
 
 
 # Commands that are about to be launched
 
 
-def checked(*words: str, where=("--devices=4",)) -> None:
+def check_launched(*words: str, where=("--devices=4",)) -> None:
     main(["plan", "--no-compile", *where, "--", "promptkd", *words])
 
 
 def test_a_command_is_checked_for_its_devices(capsys):
     train = ("train", f"--config={ROOT}/configs/llama.py", "--workdir=gs://b/r")
-    checked(*train, "--config.mesh.fsdp=4")
+    check_launched(*train, "--config.mesh.fsdp=4")
     assert "checked for 4 devices: promptkd train" in capsys.readouterr().out
-    checked(*train, "--config.mesh.fsdp=8", "--config.mesh.tensor=8", where=["--topology=v5e-64"])
+    check_launched(
+        *train, "--config.mesh.fsdp=8", "--config.mesh.tensor=8", where=["--topology=v5e-64"]
+    )
     assert "FITS" in capsys.readouterr().out
-    checked("evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,4,1")
-    checked("reproduce", f"--config={ROOT}/configs/gpt2.py:student=base", "--workdir=r")
-    checked("cache", f"--config={ROOT}/configs/gpt2.py:student=base", "--output=r")
-    checked("compare", f"--config={ROOT}/configs/compare.py", "--workdir=r", where=["--devices=1"])
+    check_launched("evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,4,1")
+    check_launched("reproduce", f"--config={ROOT}/configs/gpt2.py:student=base", "--workdir=r")
+    check_launched("cache", f"--config={ROOT}/configs/gpt2.py:student=base", "--output=r")
+    check_launched(
+        "compare", f"--config={ROOT}/configs/compare.py", "--workdir=r", where=["--devices=1"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -648,7 +650,10 @@ def test_a_command_is_checked_for_its_devices(capsys):
         (["train", "--workdir=r", "LLAMA", "--config.sed=1"], "did you mean seed"),
         (["train", "--workdir=r", "LLAMA", "--config.mesh.fsdp=8"], "does not make 4 devices"),
         (["train", "--workdir=r", "LLAMA", "--config.stages[0].batch_size=6"], "dealt out evenly"),
-        (["train", "--workdir=r", "LLAMA", "--config.stages[0].rollout_slots=6"], "rollout_slots"),
+        (
+            ["train", "--workdir=r", "LLAMA", "--config.stages[0].max_concurrent_rollouts=6"],
+            "max_concurrent_rollouts",
+        ),
         (["train", "--workdir=r", "LLAMA", "--config.student.path=tests"], "no such file"),
         (["evaluate", "--model=m", "--data=d", "--output=o", "--mesh=1,8,1"], "4 devices"),
         (["evaluate", "--model=m", "--data=d"], "2"),
@@ -660,32 +665,35 @@ def test_a_command_that_cannot_work_is_refused(words, says, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = [f"--config={ROOT}/configs/llama.py" if word == "LLAMA" else word for word in words]
     with pytest.raises(SystemExit, match=re.escape(says)):
-        checked(*words)
+        check_launched(*words)
 
 
 def test_a_comparison_is_checked_before_it_is_launched():
     compare = ("compare", f"--config={ROOT}/configs/compare.py", "--workdir=r")
     with pytest.raises(SystemExit, match="config.seeds: .* names one of them twice"):
-        checked(*compare, "--config.seeds=(1,1)", where=["--devices=1"])
+        check_launched(*compare, "--config.seeds=(1,1)", where=["--devices=1"])
 
 
 def test_a_command_is_checked_for_a_topology_or_for_devices():
     for where in ([], ["--devices=4", "--topology=v5e:2x2"]):
         with pytest.raises(SystemExit, match="give --topology or --devices"):
-            checked("evaluate", "--model=m", "--data=d", "--output=o", where=where)
+            check_launched("evaluate", "--model=m", "--data=d", "--output=o", where=where)
 
 
 def test_a_run_whose_state_alone_does_not_fit_is_refused():
     train = ("train", f"--config={ROOT}/configs/llama.py", "--workdir=gs://b/r")
     mesh = ("--config.mesh.data=16", "--config.mesh.fsdp=1")
     with pytest.raises(SystemExit, match="not fit into v5e:4x4; this fits by the estimate: --"):
-        checked(*train, *mesh, where=["--topology=v5litepod-16"])
+        check_launched(*train, *mesh, where=["--topology=v5litepod-16"])
 
 
 def test_mistakes_end_with_a_message(capsys):
     for arguments, says in (
         (["--mesh=1,1,32"], "data=1 x fsdp=1 x tensor=32 does not make 64 devices"),
-        (["--mesh=64,1,1", "--config.stages[0].micro_batches=2"], "cannot be dealt out evenly"),
+        (
+            ["--mesh=64,1,1", "--config.stages[0].gradient_accumulation_steps=2"],
+            "cannot be dealt out evenly",
+        ),
         (["--mesh=1,8,8", "--search"], "--mesh 1,8,8: is of one plan"),
         (["--mesh=1,8,8", "--topology=v5e:8x8,v6e"], "--mesh 1,8,8: is of one plan"),
         (["--devices=4"], "--devices: of unknown devices only a command"),

@@ -236,10 +236,10 @@ TEACHER, STUDENT = dict(depth=3, width=96, vocab_size=VOCABULARY + 3), dict(dept
 SGD = pkd.Optimizers(optax.sgd(1.0), optax.sgd(1.0))  # an update is the gradient
 
 
-def step(dtype: str, **changes):
+def step(dtype: str, micro_batches: int = 1, targets: str = "gold"):
     """The train step of PromptKD: of a state and a batch."""
     method = pkd.Method(
-        targets=changes.pop("targets", "gold"),
+        targets=targets,
         student_terms=(("reverse_kl", 1.0),),
         total_steps=4,
         response_capacity=11,
@@ -247,7 +247,7 @@ def step(dtype: str, **changes):
         vocab_size=VOCABULARY,
         teacher_view="prompted",
         sampling=pkd.Sampling(eos_ids=(EOS,)),
-        **changes,
+        execution=pkd.Execution(gradient_accumulation_steps=micro_batches),
     )
     student, teacher = decoder(dtype=dtype, **STUDENT), decoder(dtype=dtype, **TEACHER)
     models = pkd.Models(student, teacher)

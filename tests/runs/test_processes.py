@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.training import run
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.recipes import method_stage
 
 TESTS = pathlib.Path(__file__).parents[1]
@@ -34,9 +35,11 @@ def folder(tmp_path_factory) -> pathlib.Path:
     config.evaluation.update(every=0)
     config.checkpoint.export = "last"
     config.stages = (
-        method_stage("promptkd", steps=STEPS, batch_size=4, micro_batches=2, learning_rate=1e-3),
+        method_stage(
+            "promptkd", steps=STEPS, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3
+        ),
     )
-    run.run(config, folder / "one")
+    run.run(checked(config), folder / "one")
     return folder
 
 

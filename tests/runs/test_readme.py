@@ -10,8 +10,9 @@ from helpers import tiny
 
 from promptkd_jax.cli.main import COMMANDS
 from promptkd_jax.studies.comparison import plan_comparison
+from promptkd_jax.training import field_help
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import load_config
-from promptkd_jax.training.fields import check_recipe
 from promptkd_jax.training.recipes import METHODS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,6 +53,11 @@ def test_the_file_map_is_that_of_the_package():
     assert sorted(mapped) == sorted(f for f in files if "/" not in f or "__init__" not in f)
 
 
+def test_the_page_of_fields_is_the_table():
+    """`fields_markdown()` writes it."""
+    assert PAGES["fields.md"] == field_help.fields_markdown()
+
+
 def test_links_between_pages_lead_somewhere():
     for name, text in PAGES.items():
         folder = ROOT if name == "README.md" else ROOT / "docs"
@@ -66,7 +72,7 @@ def test_every_config_named_is_one(tmp_path):
     for name in named:
         for method in METHODS if "NAME" in name else [""]:
             config, _ = load_config([f"--config={ROOT / name.replace('NAME', method)}"])
-            plan_comparison(config, tmp_path) if "methods" in config else check_recipe(config)
+            plan_comparison(config, tmp_path) if "methods" in config else checked(config)
 
 
 def test_every_method_is_a_row_of_the_table():
@@ -90,11 +96,11 @@ def test_importing_touches_no_device_and_reads_no_flags():
 @pytest.mark.parametrize("student", ["base", "medium", "large"])
 def test_gpt2_recipe_is_the_published_one(student):
     config, _ = load_config([f"--config={ROOT}/configs/gpt2.py:student={student}"])
-    check_recipe(config)
+    checked(config)
     (stage,) = config.stages
     published = {"base": (256, 5e-5, 20), "medium": (64, 1e-5, 20), "large": (64, 5e-6, 15)}
     assert (stage.batch_size, stage.learning_rate, stage.epochs) == published[student]
-    assert (stage.weight_decay, stage.clip, stage.warmup_steps) == (1e-2, 1.0, 100)
+    assert (stage.weight_decay, stage.max_grad_norm, stage.warmup_steps) == (1e-2, 1.0, 100)
     assert config.soft_prompt.length == 7 and config.seed == 10
     assert (config.data.max_prompt_length, config.data.max_length) == (256, 512)
-    assert (stage.teacher_view, stage.targets, stage.regularisation) == ("prompted", "student", 1.0)
+    assert (stage.teacher_view, stage.targets, stage.regularization) == ("prompted", "student", 1.0)

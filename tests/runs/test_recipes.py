@@ -24,8 +24,8 @@ from promptkd_jax.training import build, experiment, loop
 from promptkd_jax.training import prepare as preparation
 from promptkd_jax.training import run as training
 from promptkd_jax.training.build import stage_steps
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import claim, load_config
-from promptkd_jax.training.fields import check_recipe
 from promptkd_jax.training.recipes import METHODS, hidden_term, method_stage, sampling_config
 
 VOCABULARY = len(tiny.tokenizer())
@@ -66,16 +66,14 @@ def stage(method: str, **changes) -> ConfigDict:
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
-    check_recipe(config)
-    return training.run(config, workdir)
+    return training.run(checked(config), workdir)
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> experiment.Experiment:
     """What a run is made of, before its first update."""
-    check_recipe(config)
-    mesh = sharding.make_mesh(config.mesh)
+    made, mesh = checked(config), sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return preparation.prepare(config, workdir, mesh)
+        return preparation.prepare(made, workdir, mesh)
 
 
 def updates(workdir: pathlib.Path) -> list[dict]:
@@ -102,7 +100,7 @@ def differ(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 STATISTICS = {"student_entropy", "response_length", "tokens", "student_grad_norm", "learning_rate"}
 CLOSE = {"agreement", "kl_plain"}
-PROMPT = {"prompt_loss", "prompt_kd", "prompt_regulariser", "kl_prompted", "kl_plain"}
+PROMPT = {"prompt_loss", "prompt_kd", "prompt_regularizer", "kl_prompted", "kl_plain"}
 LOGGED = {
     "sft": set(),
     "kd": {*CLOSE, GOLD, "forward_kl"},
@@ -113,8 +111,8 @@ LOGGED = {
     "opd": {*CLOSE, "eos_rate"},
     "distillm": {*CLOSE, "on_policy_share", "replay_threshold"},
     "abkd": CLOSE,
-    "promptkd": {*PROMPT, "eos_rate", "prompt_norm", "regularisation_weight"},
-    "promptkd_abkd": {*PROMPT, "eos_rate", "prompt_norm", "regularisation_weight"},
+    "promptkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
+    "promptkd_abkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
 }
 
 
@@ -311,7 +309,7 @@ REPLAY = dict(capacity=8, threshold=1.0, tolerance=0.1, step=0.1)
 def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, monkeypatch, capsys):
     """What it needs is all there: replayed rows and those written ahead, the position among them,
     the teacher that learns."""
-    replay = stage("distillm", steps=6, replay=REPLAY, stale_rollouts=True)
+    replay = stage("distillm", steps=6, replay=REPLAY, one_step_off_policy=True)
     minillm = stage("minillm", minibatches=2, passes=2, warmup_steps=8)
     online = stage("kd", teacher_view="online", teacher_learning_rate=2e-3)
     config = short(models, replay, minillm, online)
@@ -347,11 +345,11 @@ def test_rows_written_ahead_are_those_of_their_step(models, tmp_path):
     lines = [f"{other} say {word}" for word in tiny.WORDS for other in tiny.WORDS]
     (tmp_path / "corpus.txt").write_text("\n\n".join(lines))
     for stale in (False, True):
-        some = stage("imitkd", micro_batches=2)
-        rest = stage("gkd", on_policy_share=0.5, corpus_terms=(CE,), stale_rollouts=stale)
+        some = stage("imitkd", gradient_accumulation_steps=2)
+        rest = stage("gkd", on_policy_share=0.5, corpus_terms=(CE,), one_step_off_policy=stale)
         some.learning_rate = rest.learning_rate = 1e-30
         config = short(models, some, rest)
-        config.stages[0].stale_rollouts = stale
+        config.stages[0].one_step_off_policy = stale
         config.data.corpus = str(tmp_path / "corpus.txt")
         run(config, tmp_path / str(stale))
         figures.append(updates(tmp_path / str(stale)))
@@ -397,7 +395,7 @@ def test_a_corpus_is_lines_of_text_or_of_json(models, tmp_path):
     lines = [json.dumps({"text": text}) + "\n" for text in documents]
     (tmp_path / "corpus.jsonl").write_text("".join(lines))
     terms = ((GOLD, 0.5), ("forward_kl", 0.5))
-    config = short(models, stage("sft", corpus_terms=terms, micro_batches=2))
+    config = short(models, stage("sft", corpus_terms=terms, gradient_accumulation_steps=2))
     found = []
     for kind in ("jsonl", "txt"):
         config.data.corpus = str(tmp_path / f"corpus.{kind}")
@@ -459,18 +457,18 @@ def test_a_short_text_is_repeated(models, tmp_path):
 
 @pytest.mark.usefixtures("no_report")
 def test_the_regularisation_stays_or_adapts(models, tmp_path):
-    changes = dict(regularisation=0.5, prompt_learning_rate=2e-3)
+    changes = dict(regularization=0.5, prompt_learning_rate=2e-3)
     stages = [
-        stage("promptkd", name=schedule, regularisation_schedule=schedule, **changes)
+        stage("promptkd", name=schedule, regularization_schedule=schedule, **changes)
         for schedule in ("constant", "adaptive")
     ]
     run(short(models, *stages), tmp_path)
     rows = updates(tmp_path)
-    coefficients = [row["regularisation_weight"] for row in rows]
+    coefficients = [row["regularization_weight"] for row in rows]
     assert coefficients == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.51, 0.5202], rel=1e-5)
     for row in rows:
-        assert row["prompt_regulariser"] > 1.2 * 0.01  # of target_kl: the coefficient has to rise
-        total = row["prompt_kd"] + row["regularisation_weight"] * row["prompt_regulariser"]
+        assert row["prompt_regularizer"] > 1.2 * 0.01  # of target_kl: the coefficient has to rise
+        total = row["prompt_kd"] + row["regularization_weight"] * row["prompt_regularizer"]
         assert row["prompt_loss"] == pytest.approx(total, rel=1e-5)
 
 
@@ -480,7 +478,7 @@ def test_the_regularisation_stays_or_adapts(models, tmp_path):
 @pytest.mark.usefixtures("no_report")
 def test_answers_are_written_once_for_all_runs_of_a_folder(models, tmp_path, capsys):
     config = short(models, stage("seqkd"))
-    config.answers.path = str(tmp_path / "answers")
+    config.teacher_responses.path = str(tmp_path / "answers")
     run(config, tmp_path / "one")
     assert "the teacher writes 12 answers" in capsys.readouterr().out
     file = tmp_path / "answers" / "teacher_answers.jsonl"
@@ -540,7 +538,7 @@ def test_a_student_of_listed_layers(models, tmp_path):
 def test_layers_are_given_on_the_command_line(text, layers):
     source = f"--config={CONFIGS}/quickstart.py"
     config, _ = load_config([source, f"--config.student.layers={text}"])
-    check_recipe(config)
+    checked(config)
     assert config.student.layers == layers
 
 
@@ -578,7 +576,7 @@ def test_a_budget_of_time_ends_a_run(models, tmp_path, capsys):
 
 def refused(config: ConfigDict) -> str:
     with pytest.raises(ConfigError) as error:
-        check_recipe(config)
+        checked(config)
     return str(error.value)
 
 
@@ -625,20 +623,20 @@ IMPOSSIBLE = {
         ["stages[0].token_weighting: 'teacher_confidence' is not for policy_gradient"],
     ),
     "more slots than rows": (
-        stage("gkd", rollout_slots=5),
-        ["stages[0].rollout_slots: 5 are more than a step has rows; expected"],
+        stage("gkd", max_concurrent_rollouts=5),
+        ["stages[0].max_concurrent_rollouts: 5 are more than a step has rows; expected"],
     ),
     "slots, gold rows": (
-        stage("kd", rollout_slots=2),
-        ["stages[0].rollout_slots: 2 rows are to be written at once, but targets = 'gold' has"],
+        stage("kd", max_concurrent_rollouts=2),
+        ["stages[0].max_concurrent_rollouts: 2 rows are to be written at once"],
     ),
     "rows ahead, gold rows": (
-        stage("kd", stale_rollouts=True),
-        ["stages[0].stale_rollouts: rows are written a step ahead, but targets = 'gold' has none"],
+        stage("kd", one_step_off_policy=True),
+        ["stages[0].one_step_off_policy: rows are written a step ahead, but targets = 'gold'"],
     ),
     "rows ahead, policy gradient": (
-        stage("opd", stale_rollouts=True),
-        ["stages[0].stale_rollouts: policy_gradient needs rows that the student wrote as it is"],
+        stage("opd", one_step_off_policy=True),
+        ["stages[0].one_step_off_policy: policy_gradient needs rows that the student wrote"],
     ),
     "teacher's share, gold rows": (
         stage("kd", teacher_share=0.2),
@@ -691,8 +689,8 @@ IMPOSSIBLE = {
         ["stages[0].token_weighting: 'length'"],
     ),
     "unknown schedules": (
-        stage("kd", regularisation_schedule="cosine", schedule="adaptive"),
-        ["stages[0].regularisation_schedule: 'cosine'", "stages[0].schedule: 'adaptive'"],
+        stage("kd", regularization_schedule="cosine", schedule="adaptive"),
+        ["stages[0].regularization_schedule: 'cosine'", "stages[0].schedule: 'adaptive'"],
     ),
     "unknown hidden term": (
         stage("kd", hidden_terms=(ConfigDict(dict(hidden_term("mse")) | dict(kind="attention")),)),
@@ -708,11 +706,11 @@ IMPOSSIBLE = {
     ),
     "heads of a cosine": (
         stage("kd", hidden_terms=(ConfigDict(dict(hidden_term("mse")) | dict(heads=2)),)),
-        ["stages[0].hidden_terms[0]: mse: heads = 2"],
+        ["stages[0].hidden_terms[0]: heads: 2"],
     ),
     "minibatches": (
         stage("minillm", minibatches=3),
-        ["stages[0].micro_batches: 1 in each of 3 minibatches do not divide batch_size = 4"],
+        ["stages[0].gradient_accumulation_steps: 1 in each of 3 minibatches do not divide"],
     ),
 }
 
@@ -770,7 +768,7 @@ def test_without_data_there_are_no_gold_answers(config):
     config.stages = (stage("imitkd", teacher_view="in_context"),)
     assert "config.in_context: demonstrations are gold answers" in refused(config)
     config.stages = (stage("seqkd"), stage("gkd"))  # whose rows are all the student's
-    check_recipe(config)  # the dev set is a file, with gold answers
+    checked(config)  # the dev set is a file, with gold answers
     config.data.dev = "teacher"
     found = refused(config)
     assert "config.evaluation.references: 'gold', and requests that the teacher writes" in found
@@ -790,15 +788,17 @@ def test_a_recipe_that_looks_at_a_teacher_needs_one(config):
         config.stages = (one,)
         assert "config.teacher.path: is empty, but the recipe needs a teacher" in refused(config)
     config.stages = (stage("sft"),)
-    check_recipe(config)
+    checked(config)
 
 
 def test_rows_ahead_have_one_place(config):
-    ahead = stage("gkd", stale_rollouts=True)
-    config.stages = (stage("imitkd", stale_rollouts=True, batch_size=8), ahead)
-    assert "config.stages: batch_size is 4 and 8 in stages with stale_rollouts" in refused(config)
+    ahead = stage("gkd", one_step_off_policy=True)
+    config.stages = (stage("imitkd", one_step_off_policy=True, batch_size=8), ahead)
+    assert "config.stages: batch_size is 4 and 8 in stages with one_step_off_policy" in refused(
+        config
+    )
     config.stages = (stage("imitkd", batch_size=8), ahead)
-    check_recipe(config)
+    checked(config)
 
 
 def test_all_that_contradicts_is_told_at_once(config):
@@ -870,7 +870,7 @@ def recipe(family: str, student: str, method: str) -> ConfigDict:
 def test_a_shipped_recipe_is_one_that_can_run(family, method):
     for student in STUDENTS[family]:
         config = recipe(family, student, method)
-        check_recipe(config)
+        checked(config)
         assert [one.name for one in config.stages] == [method]
         assert config.evaluation.every == EPOCH[config.stages[0].batch_size]
         assert (config.seed, config.checkpoint.export) == (10, "best")
@@ -897,9 +897,9 @@ def test_published_rates_batches_and_epochs(family, student, method):
     assert (found.schedule, found.warmup_steps) == (
         ("constant", 100) if on_policy else ("cosine", 0)
     )
-    assert (found.lr_min, found.weight_decay, found.clip) == (1e-7, 1e-2, 1.0)
+    assert (found.min_lr, found.weight_decay, found.max_grad_norm) == (1e-7, 1e-2, 1.0)
     accumulated = {256: 16, 64: 4 if family == "gpt2" else 1}
-    assert found.micro_batches == accumulated.get(found.batch_size, 1)
+    assert found.gradient_accumulation_steps == accumulated.get(found.batch_size, 1)
     pretrained = recipe(family, student, "sft").student.path
     assert (config.student.path == pretrained) == (method in ("sft", "kd", "seqkd"))
 
@@ -910,8 +910,8 @@ def test_published_promptkd(family, student):
     (found,) = config.stages
     assert (found.targets, found.teacher_view) == ("student", "prompted")
     assert found.student_terms == (("reverse_kl", 1.0),)
-    assert (found.prompt_divergence, found.prompt_regulariser) == ("reverse_kl",) * 2
-    assert (found.regularisation, found.regularisation_schedule) == (1.0, "linear")
+    assert (found.prompt_divergence, found.prompt_regularizer) == ("reverse_kl",) * 2
+    assert (found.regularization, found.regularization_schedule) == (1.0, "linear")
     assert found.prompt_learning_rate in (0.0, found.learning_rate)
     prompt = config.soft_prompt
     assert (prompt.length, prompt.init, prompt.text) == (7, "text", "Suppose you are a student.")
@@ -929,11 +929,11 @@ def test_published_minillm(family, student):
     updates = found.steps * found.minibatches * found.passes
     assert updates in (5000, 4992)  # whole batches of rollouts
     assert found.batch_size // found.minibatches == (256 if student == "base" else 64)
-    assert found.adam_b2 == 0.95
+    assert found.adam_beta2 == 0.95
     assert (found.schedule, found.warmup_steps) == ("constant", 100)
     policy = found.policy_gradient
     assert (policy.gamma, policy.reward_scaling, policy.reward_clip) == (0.95, 0.5, 100.0)
-    assert policy.ratio_clip == 0.2 and policy.length_normalise
+    assert policy.ratio_clip == 0.2 and policy.length_normalize
 
 
 @pytest.mark.parametrize(

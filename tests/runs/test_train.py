@@ -1,5 +1,6 @@
 """Whole runs of tiny models: what comes out, and what happens when something goes wrong."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -31,8 +32,8 @@ from promptkd_jax.models.model import Model
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import experiment, loop, prepare
 from promptkd_jax.training import run as training
+from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import claim
-from promptkd_jax.training.fields import check_recipe
 from promptkd_jax.training.recipes import method_stage, stage_config
 
 CONFIG = """
@@ -47,7 +48,7 @@ def get_config():
 
 def run(config, workdir):
     """A run in this process, as `promptkd train` makes it."""
-    return training.run(config, workdir, with_chosen_remat)
+    return training.run(checked(config), workdir, with_chosen_remat)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_every_update_is_logged_once_with_its_stage(finished):
         "response_length",
     }
     assert all(prompted <= row.keys() for row in updates[3:])
-    assert [row["regularisation_weight"] for row in updates[3:]] == [0.75, 0.5, 0.25, 0.0]
+    assert [row["regularization_weight"] for row in updates[3:]] == [0.75, 0.5, 0.25, 0.0]
     assert [row["step"] for row in rows if "dev/rougeL" in row] == [2, 4, 6, 7]
 
 
@@ -163,7 +164,9 @@ def test_one_run_through_a_signal_and_a_kill_bit_for_bit(models, finished, tmp_p
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 143, output
-    assert "SIGTERM: stopping" in output and "saved; the same command continues" in output
+    assert "SIGTERM: stopping" in output
+    # On a busy machine the signal may come when the stage has just ended, and is saved.
+    assert list((tmp_path / "checkpoints").glob("[1-9]*")), output
     process = start(models, tmp_path)
     wait_for(process, (tmp_path / "checkpoints" / "5").exists)
     process.send_signal(signal.SIGKILL)
@@ -275,15 +278,15 @@ def test_a_folder_belongs_to_one_set_of_inputs(models, finished, tmp_path, path,
     config.stages = config.stages[1:]
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        prepare.prepare(config, run, mesh)
+        prepare.prepare(checked(config), run, mesh)
         file = tmp_path / "models" / path
         file = file / "model.safetensors" if file.is_dir() else file
         content = file.read_bytes()
         file.write_bytes(change(content))
         with pytest.raises(DataError, match=rf"inputs were others.*\n  .*{path} \(config.*there '"):
-            prepare.prepare(config, run, mesh)
+            prepare.prepare(checked(config), run, mesh)
         file.write_bytes(content)
-        prepare.prepare(config, run, mesh)
+        prepare.prepare(checked(config), run, mesh)
 
 
 CLOCK = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }} >"
@@ -298,18 +301,20 @@ def test_a_template_is_shown_the_day_on_which_the_run_began(config, tmp_path, mo
             return cls.fromisoformat(next(days))
 
     monkeypatch.setattr(prepare, "date", Clock)
-    dated = [prepare.with_date(config, tmp_path) for _ in range(2)]
+    dated = [prepare.with_date(checked(config), tmp_path) for _ in range(2)]
     assert [one.data.date for one in dated] == ["2026-11-27"] * 2
     config.data.date = "2020-01-01"
-    assert prepare.with_date(config, tmp_path).data.date == "2020-01-01"
+    assert prepare.with_date(checked(config), tmp_path).data.date == "2020-01-01"
     assert next(days) == "2026-11-28"  # nobody has asked for it
     words = load_model(config.student.path).tokenizer
-    words.chat_template, config.data.template = CLOCK, "chat"
+    words.chat_template = CLOCK
     model = Model("model", None, None, {}, words, (0,))
     rows = prepare.tokenized(dated[1], model, "some", [Record("say red", "", ())])
     assert rows.date == ""  # the template "plain" shows none
-    dated[1].data.template = "chat"
-    rows = prepare.tokenized(dated[1], model, "some", [Record("say red", "", ())])
+    chat = dataclasses.replace(dated[1].data, template="chat")
+    rows = prepare.tokenized(
+        dataclasses.replace(dated[1], data=chat), model, "some", [Record("say red", "", ())]
+    )
     assert (words.decode(rows.tokens[0]), rows.date) == ("27 Nov 2026 say red >", "2026-11-27")
 
 
@@ -352,7 +357,7 @@ def test_what_does_not_change_the_student_may_change(finished, config):
 
 def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
     config.stages[0].learning_rate = 1e30
-    config.stages[0].clip = 1e30
+    config.stages[0].max_grad_norm = 1e30
     config.stop_after_skipped = 2
     config.stages[0].steps = 8
     config.evaluation.every = 0
@@ -366,19 +371,19 @@ def test_all_mistakes_of_a_config_at_once(config):
     config.stages[1].student_terms = (("revers_kl", 1.0),)
     config.preset = "fast"
     with pytest.raises(ConfigError) as error:
-        check_recipe(config)
+        checked(config)
     for part in ("stages[0].batch_size", "revers_kl", "config.preset: 'fast'"):
         assert part in str(error.value), error.value
 
 
 def test_contradictions_of_a_config_at_once(config):
     config.data.max_prompt_length = 24
-    config.stages[0].micro_batches = 3
+    config.stages[0].gradient_accumulation_steps = 3
     config.stages[1].epochs = 1.0
     config.stages[1].name = "warmup"
     config.student.layers = 2
     with pytest.raises(ConfigError) as error:
-        check_recipe(config)
+        checked(config)
     assert len(str(error.value).splitlines()) == 5, error.value
 
 

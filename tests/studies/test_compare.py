@@ -17,9 +17,9 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra.errors import ComparisonError, ConfigError
 from promptkd_jax.studies import compare, comparison, comparison_report
 from promptkd_jax.training import run as training
+from promptkd_jax.training.checks import checked, read_group
 from promptkd_jax.training.config import load_config
 from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
-from promptkd_jax.training.specs import check
 
 ROOT = pathlib.Path(__file__).parents[2]
 VOID = {"meta", "br"}
@@ -105,7 +105,8 @@ def config():
 
 def train_here(run, cache):
     """A training in this process: as `compare.train` but for starting Python again."""
-    training.run(load_config([f"--config={run.folder / 'config.json'}"])[0], run.folder)
+    config, _ = load_config([f"--config={run.folder / 'config.json'}"])
+    training.run(checked(config), run.folder)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_the_teacher_writes_once_for_all_methods_of_a_seed(finished, config, tmp
         "generate_samples",
         lambda *of, seed, **how: seeds.append(seed) or write(*of, seed=seed, **how),
     )
-    compare.measure(config, comparison.plan_comparison(config, workdir), workdir)
+    compare.measure(comparison.plan_comparison(config, workdir), workdir)
     assert sorted(seeds) == [10, 20] and len(kept) == 4
     assert kept == {file: file.read_text() for file in kept}
 
@@ -298,7 +299,7 @@ def test_all_mistakes_at_once(config, tmp_path):
         "batch sizes [4, 8]",
         "config.reference: 'kd' is not one of sft, promptkd",
         "config.seeds: (10, 10) names one of them twice",
-        "pretraining of the student: config.log_every: 0",
+        "pretraining of the student: config.log_every: 0 is not",
         "promptkd, seed 10: config.stages[0].student_terms",
     ):
         assert part in str(error.value), str(error.value)
@@ -316,13 +317,13 @@ def test_all_mistakes_at_once(config, tmp_path):
 def test_a_wrong_field_is_told(config, field, value, message):
     config[field] = value
     with pytest.raises(ConfigError, match=message):
-        check(config, comparison.SCHEMA)
+        read_group(config, comparison.ComparisonConfig)
 
 
 @pytest.mark.parametrize("argument", ["small", "smollm2", "smollm2,data=somewhere"])
 def test_the_shipped_comparisons_are_right(argument, tmp_path):
     config, _ = load_config([f"--config={ROOT}/configs/compare.py:{argument}"])
-    check(config, comparison.SCHEMA)
+    read_group(config, comparison.ComparisonConfig)
     made = comparison.plan_comparison(config, tmp_path)
     assert len(made.runs) == len(config.methods) * len(config.seeds)
     assert {m for m, _ in made.runs} >= {"sft", "kd", "seqkd", "gkd", "distillm", "abkd", "minillm"}

@@ -1,5 +1,6 @@
 """Every mistake in a config is told at once, with its path and what would be right."""
 
+import dataclasses
 import errno
 import json
 import re
@@ -11,9 +12,24 @@ from ml_collections import ConfigDict
 
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.infra.files import write_text
+from promptkd_jax.infra.files import Path, write_text
+from promptkd_jax.infra.specs import (
+    Bool,
+    Choice,
+    Float,
+    Group,
+    Int,
+    ListOf,
+    Optional,
+    Str,
+    declared,
+    field,
+    group,
+)
+from promptkd_jax.infra.specs import mistakes as mistakes_of
+from promptkd_jax.training import field_help, fields, recipes
+from promptkd_jax.training.checks import read_group
 from promptkd_jax.training.config import as_json, claim, fingerprint, load_config
-from promptkd_jax.training.specs import Bool, Choice, Float, Int, ListOf, Optional, Path, Str, check
 
 FILE = """
     from ml_collections import ConfigDict
@@ -246,9 +262,9 @@ def test_a_whole_tuple_of_groups_can_be_given(load):
 
 def test_the_result_has_no_room_for_new_fields(load):
     config = load()
-    for group in (config, config.optimizer, config.stages[0], config.stages[1].loss):
+    for holder in (config, config.optimizer, config.stages[0], config.stages[1].loss):
         with pytest.raises(AttributeError, match="locked"):
-            group.new_field = 1
+            holder.new_field = 1
 
 
 @pytest.mark.parametrize(
@@ -302,17 +318,42 @@ def test_all_wrong_overrides_are_told_at_once(load):
 
 # The fields.
 
-SCHEMA = {
-    "steps": Int(low=1),
-    "name": Str(nonempty=True),
-    "note": Optional(Str()),
-    "debug": Bool(),
-    "loss": Choice("forward_kl", "reverse_kl"),
-    "optimizer": {"decay": Float(low=0.0, high=1.0)},
-    "stages": ListOf({"learning_rate": Float(low=0, open_low=True)}, nonempty=True),
-    "betas": ListOf(Float()),
-    "prompt": Optional({"length": Int(low=1, high=2_000_000)}),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    decay: float = field(0, Float(low=0.0, high=1.0), "of weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    learning_rate: float = field(1, Float(low=0, open_low=True), "of the stage")
+
+    def __post_init__(self):
+        if self.learning_rate == 13:
+            raise ValueError("learning_rate: 13 brings no luck")
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    length: int = field(1, Int(low=1, high=2_000_000), "of the prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    path: str = field("", Path(), "of a file")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = field(1, Int(low=1), "how many")
+    name: str = field("run", Str(nonempty=True), "of the run")
+    note: str | None = field(None, Optional(Str()), "what to know")
+    debug: bool = field(False, Bool(), "whether to say more")
+    loss: str = field("reverse_kl", Choice("forward_kl", "reverse_kl"), "what is minimized")
+    optimizer: Decay = group(Decay, "how")
+    stages: tuple[Rate, ...] = field((), ListOf(Group(Rate), nonempty=True), "in order")
+    betas: tuple[float, ...] = field((0.9, 1), ListOf(Float()), "of Adam")
+    prompt: Length | None = field(None, Optional(Group(Length)), "soft")
 
 
 def make_config() -> ConfigDict:
@@ -335,9 +376,23 @@ def changed(**fields) -> dict:
     return {name: make_config()[name] for name in make_config()} | fields
 
 
-def test_a_right_config_passes():
-    check(make_config(), SCHEMA)
-    check(changed(note="x", prompt={"length": 2_000_000}, betas=()), SCHEMA)
+def read(config) -> Settings:
+    return read_group(config, Settings)
+
+
+def test_a_right_config_becomes_dataclasses():
+    found = read(make_config())
+    assert found == Settings(betas=(0.9, 1), stages=(Rate(1e-4), Rate(1)))
+    assert hash(found)  # lists are tuples
+    found = read(changed(note="x", prompt={"length": 2_000_000}, betas=()))
+    assert found.prompt == Length(2_000_000) and found.betas == ()
+
+
+def test_what_a_dataclass_refuses_is_told_with_its_path():
+    stages = ({"learning_rate": 13}, {"learning_rate": 1}, {"learning_rate": 13})
+    assert mistakes(read, changed(stages=stages)) == [
+        f"config.stages[{index}]: learning_rate: 13 brings no luck" for index in (0, 2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -386,13 +441,13 @@ def test_a_right_config_passes():
     ],
 )
 def test_a_wrong_value_is_told(fields, message):
-    assert mistakes(check, ConfigDict(changed(**fields)), SCHEMA) == [message]
+    assert mistakes(read, ConfigDict(changed(**fields))) == [message]
 
 
 def test_all_wrong_values_are_told_at_once():
     config = changed(steps=-1, debug="yes", extra=1, stages=({"learning_rate": 0}, {}))
     del config["loss"], config["prompt"], config["optimizer"]
-    assert mistakes(check, config, SCHEMA) == [
+    assert mistakes(read, config) == [
         "config.extra: is unknown; there are "
         "betas, debug, loss, name, note, optimizer, prompt, stages, steps",
         "config.steps: -1 is not >= 1",
@@ -414,8 +469,8 @@ def test_the_fingerprint_is_that_of_the_values():
     assert re.fullmatch("[0-9a-f]{12}", fingerprint(config))
     assert fingerprint(config) == fingerprint(backwards) == "d4f88197dbe0"
     assert fingerprint(config) == fingerprint(changed(steps=1.0, betas=(0.9, 1.0)))
-    for fields in ({"steps": 2}, {"stages": ()}, {"betas": (1, 0.9)}, {"debug": None}):
-        assert fingerprint(changed(**fields)) != fingerprint(config)
+    for changes in ({"steps": 2}, {"stages": ()}, {"betas": (1, 0.9)}, {"debug": None}):
+        assert fingerprint(changed(**changes)) != fingerprint(config)
 
 
 def test_the_fingerprint_leaves_out_what_is_ignored():
@@ -516,11 +571,50 @@ def test_a_bucket_without_its_packages_names_them(monkeypatch):
     with pytest.raises(ConfigError, match=f"^config: 'gs://pail/a.py' is not {needed}"):
         load_config(["--config=gs://pail/a.py:7"])
     with pytest.raises(ConfigError, match=f"^config.path: 'gs://pail/a' is not {needed}"):
-        check(ConfigDict(dict(path="gs://pail/a")), {"path": Path()})
-    check(ConfigDict(dict(path="owner/name")), {"path": Path(bucket=False)})
+        read_group(ConfigDict(dict(path="gs://pail/a")), Place)
+    assert read_group(ConfigDict(dict(path="owner/name")), Place) == Place("owner/name")
 
 
 def test_only_the_first_process_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "run_on_primary", lambda compute: None)
     claim(tmp_path / "run", make_config())
     assert not (tmp_path / "run").exists()
+
+
+# Help.
+
+
+def test_every_field_has_help_and_a_default_that_is_right():
+    for entry in fields.entries():
+        assert entry.text, entry.path
+        if entry.default not in ("", ()) and entry.path != "data":  # which a run has to give
+            assert not list(mistakes_of(entry.path, entry.default, entry.spec)), entry
+
+
+def test_help_of_a_group_a_field_and_of_what_is_none():
+    whole = field_help.config_help()
+    assert all(f"\n{name}" in whole or f"  {name}" in whole for name in declared(fields.RunConfig))
+    of_group = field_help.config_help("config.stages[3].sampling")
+    assert (
+        of_group.count("  stages[i].sampling.") == 4
+        and "stages[i].sampling.top_p = 1.0" in of_group
+    )
+    of_field = field_help.config_help("stages[0].targets")
+    assert "student: the student's own" in of_field and "teacher_view" not in of_field
+    for path, says in {
+        "stages[0].micro_batch": r"^config.stages\[i\].micro_batch: is unknown",
+        "evaluation.evry": "^config.evaluation.evry: is unknown; did you mean every",
+        "evry": "^config.evry: is unknown; there are",
+    }.items():
+        with pytest.raises(ConfigError, match=says):
+            field_help.config_help(path)
+
+
+def test_a_name_of_before_is_answered_with_the_new_one():
+    config = recipes.base_config()
+    config.stages = (recipes.stage_config("sft", steps=1, clip=1.0, micro_batches=2),)
+    said = mistakes(read_group, config, fields.RunConfig)
+    assert "config.stages[0].clip: is now called max_grad_norm" in said
+    assert "config.stages[0].micro_batches: is now called gradient_accumulation_steps" in said
+    known = {name.rpartition(".")[2] for name, *_ in fields.entries()}
+    assert set(fields.RENAMED.values()) <= known and not known & set(fields.RENAMED)

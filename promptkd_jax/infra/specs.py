@@ -1,0 +1,227 @@
+"""Fields of dataclasses that say what they may be: default, range and one sentence of help.
+
+    @dataclasses.dataclass(frozen=True)
+    class Clock:
+        hour: int = field(0, Int(low=0, high=23), "hour of the day")
+
+The same declaration checks a `Clock` that is made in Python (`validate`), a group of the config of
+a run (`mistakes`), and a flag (`cli.flags.of`), and is what `--help-config` shows. Of a spec,
+`str(spec)` says all that would be right, and `spec.fault(value)` what a value is not, or "".
+"""
+
+import dataclasses
+import difflib
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+def field(default: Any, spec: Any, text: str) -> Any:
+    """Declares a field of a dataclass: its default, what it may be, and one sentence of help."""
+    return dataclasses.field(default=default, metadata={"spec": spec, "help": text})
+
+
+def declared(cls: type) -> dict[str, dataclasses.Field]:
+    """Returns the fields of a dataclass that `field` declared, by name."""
+    return {f.name: f for f in dataclasses.fields(cls) if "spec" in f.metadata}
+
+
+def group(cls: type, text: str, **changes: Any) -> Any:
+    """Declares a field that is a group of fields, those of the dataclass `cls`."""
+    return field(cls(**changes), Group(cls), text)
+
+
+def build(cls: type, values: Mapping[str, Any], path: str, faults: list[str]) -> Any:
+    """Makes a dataclass of nested mappings that `mistakes` found nothing wrong with.
+
+    Args:
+      path: of `values`, for messages.
+      faults: gets what the dataclasses themselves refuse; then the result means nothing.
+    """
+
+    def made(spec: Any, value: Any, path: str) -> Any:
+        if isinstance(spec, Optional):
+            return None if value is None else made(spec.spec, value, path)
+        if isinstance(spec, Group):
+            return build(spec.cls, value, path, faults)
+        if isinstance(spec, ListOf):
+            return tuple(made(spec.spec, x, f"{path}[{i}]") for i, x in enumerate(value))
+        return _tuples(value) if isinstance(value, list | tuple) else value
+
+    named = {
+        name: made(f.metadata["spec"], values[name], f"{path}.{name}")
+        for name, f in declared(cls).items()
+    }
+    try:
+        return cls(**named)
+    except ValueError as error:
+        faults.append(f"{path}: {error}")
+        return None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def validate(value: Any) -> None:
+    """Checks the declared fields of a dataclass instance; for `__post_init__`.
+
+    Raises:
+      ValueError: every field that is not what it may be.
+    """
+    if wrong := list(mistakes("", value, Group(type(value)))):
+        raise ValueError("; ".join(line.removeprefix(".") for line in wrong))
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """A number, also a whole one, from `low` (from above it, where that is open) to `high`."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    kind, types = "a number", (int, float)
+
+    def _limits(self) -> list[tuple[str, float]]:
+        limits = ((">" if self.open_low else ">=", self.low), ("<=", self.high))
+        return [(sign, limit) for sign, limit in limits if limit is not None]
+
+    def __str__(self) -> str:
+        limits = " and ".join(f"{sign} {limit:.12g}" for sign, limit in self._limits())
+        return f"{self.kind} {limits}".rstrip()
+
+    def fault(self, value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, self.types):
+            return str(self)
+        compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+        broken = [pair for pair in self._limits() if not compare[pair[0]](value, pair[1])]
+        if not broken and isinstance(value, float) and not math.isfinite(value):
+            return "finite"
+        return " and ".join(f"{sign} {limit:.12g}" for sign, limit in broken)
+
+
+class Int(Float):
+    """A whole number: neither True nor 3.0."""
+
+    kind, types = "an int", (int,)
+
+
+SEED = Int(low=0, high=2**32 - 1)  # JAX's keys have as many bits; one more would be another's
+
+
+@dataclasses.dataclass(frozen=True)
+class Str:
+    """A string."""
+
+    nonempty: bool = False
+
+    def __str__(self) -> str:
+        return "a string that is not empty" if self.nonempty else "a string"
+
+    def fault(self, value: Any) -> str:
+        return "" if isinstance(value, str) and (value or not self.nonempty) else str(self)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Choice:
+    """One of a few values; a single mapping also says what each of them means."""
+
+    options: tuple
+    meanings: Mapping[Any, str] | None
+
+    def __init__(self, *options: Any):
+        meanings = options[0] if options and isinstance(options[0], Mapping) else None
+        object.__setattr__(self, "meanings", meanings)
+        object.__setattr__(self, "options", tuple(meanings or options))
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(repr, self.options))}"
+
+    def fault(self, value: Any) -> str:
+        same = [type(value) is type(option) and value == option for option in self.options]
+        return "" if any(same) else str(self)
+
+
+class Bool(Choice):
+    """True or False: neither 1 nor 0."""
+
+    def __init__(self):
+        super().__init__(True, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """None, or what `spec` says."""
+
+    spec: Any
+
+    def __str__(self) -> str:
+        return f"{self.spec}, or None"
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOf:
+    """A list or tuple of what `spec` says."""
+
+    spec: Any
+    nonempty: bool = False
+
+    def __str__(self) -> str:
+        return f"a {'non-empty ' * self.nonempty}tuple, each element {self.spec}"
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and bool(value or not self.nonempty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The declared fields of a dataclass, or a mapping with the same names."""
+
+    cls: type
+
+    def __str__(self) -> str:
+        return f"a group of {', '.join(declared(self.cls))}"
+
+
+def mistakes(
+    path: str, value: Any, spec: Any, renamed: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Walks a value and its spec together, and tells what is missing, unknown or not right.
+
+    Args:
+      renamed: names of fields that there were, with those that took their place.
+    """
+    if isinstance(spec, Optional):
+        if value is not None:
+            yield from mistakes(path, value, spec.spec, renamed)
+    elif isinstance(spec, ListOf) and spec.fits(value):
+        for index, element in enumerate(value):
+            yield from mistakes(f"{path}[{index}]", element, spec.spec, renamed)
+    elif isinstance(spec, Group) and (isinstance(value, (Mapping, spec.cls))):
+        known, given = declared(spec.cls), value if isinstance(value, Mapping) else vars(value)
+        if isinstance(value, Mapping):
+            yield from (
+                unknown_field(path, name, known, renamed) for name in value if name not in known
+            )
+        for name, f in known.items():
+            inner = f.metadata["spec"]
+            if name in given:
+                yield from mistakes(f"{path}.{name}", given[name], inner, renamed)
+            else:
+                yield f"{path}.{name}: is missing, it should be {inner}"
+    else:
+        fault = str(spec) if isinstance(spec, (Group, ListOf)) else spec.fault(value)
+        if fault:
+            yield f"{path}: {value!r} is not {fault}"
+
+
+def unknown_field(
+    path: str, name: str, known: Iterable[str], renamed: Mapping[str, str] | None = None
+) -> str:
+    """Says of an unknown field what may have been meant."""
+    if renamed and (new := renamed.get(name)) in known:
+        return f"{path}.{name}: is now called {new}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+    return f"{path}.{name}: is unknown; {hint}"

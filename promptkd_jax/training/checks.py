@@ -1,0 +1,151 @@
+"""The check of a run's config: ranges, and the facts that need two fields to see."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from promptkd_jax.distill.method import contradictions, needs_teacher, reads_answers
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.specs import Group, build, mistakes
+from promptkd_jax.training.config import as_dict
+from promptkd_jax.training.fields import RENAMED, RunConfig, StageConfig
+
+
+def checked(config: ConfigDict) -> RunConfig:
+    """Reads the config of a run into dataclasses; below this no function sees a `ConfigDict`.
+
+    Raises:
+      ConfigError: every mistake, each with its path and what would be right.
+    """
+    run = read_group(config, RunConfig)
+    if found := list(_contradictions(run)):
+        raise ConfigError("\n".join(found))
+    return run
+
+
+def read_group(config: ConfigDict, cls: type) -> Any:
+    """Reads a `ConfigDict` into the dataclass `cls`, whose fields `specs.field` declares.
+
+    Raises:
+      ConfigError: all fields that are missing, unknown, of a wrong type or out of range.
+    """
+    values = as_dict(config)
+    found = list(mistakes("config", values, Group(cls), RENAMED))
+    made = None if found else build(cls, values, "config", found)
+    if found:
+        raise ConfigError("\n".join(found))
+    return made
+
+
+def _contradictions(config: RunConfig):
+    data = config.data
+    if data.max_prompt_length >= data.max_length:
+        yield (
+            f"config.data.max_prompt_length: {data.max_prompt_length} leaves no room for a "
+            f"response within config.data.max_length = {data.max_length}"
+        )
+    if not config.student.path and not config.student.layers:
+        yield "config.student: give a path, or the number of teacher layers to start from (layers)"
+    if config.student.path and config.student.layers:
+        yield "config.student.layers: is for a student without a path of its own; set it to 0"
+    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+        yield "config.mesh: at most one size may be -1"
+    if 0 in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor):
+        yield "config.mesh: a size is at least 1, or -1 for the rest"
+    if config.checkpoint.export == "best" and not config.evaluation.every:
+        yield "config.checkpoint.export: 'best' needs scores; set config.evaluation.every"
+    for index, stage in enumerate(config.stages):
+        path = f"config.stages[{index}]"
+        yield from _stage_contradictions(path, stage, config)
+        if any(other.name == stage.name for other in config.stages[:index]):
+            yield f"{path}.name: {stage.name!r} is the name of an earlier stage too"
+    if not config.teacher.path and needs_the_teacher(config):
+        yield "config.teacher.path: is empty, but the recipe needs a teacher"
+    sizes = {stage.batch_size for stage in config.stages if stage.one_step_off_policy}
+    if len(sizes) > 1:
+        yield (
+            f"config.stages: batch_size is {' and '.join(map(str, sorted(sizes)))} in stages with "
+            "one_step_off_policy; the rows written ahead have one place in a checkpoint, expected "
+            "one batch_size"
+        )
+    if data.dev == "teacher" and config.evaluation.references == "gold":
+        yield (
+            "config.evaluation.references: 'gold', and requests that the teacher writes have no "
+            "gold answers; expected 'teacher', or a file for config.data.dev"
+        )
+    shown = [one.name for one in config.stages if one.teacher_view == "in_context"]
+    if data.train == "teacher" and (shown or config.soft_prompt.init == "examples"):
+        yield (
+            "config.in_context: demonstrations are gold answers, and requests that the teacher "
+            "writes have none; expected another teacher_view, or another soft_prompt.init"
+        )
+    if data.dev == "teacher" and (data.train != "teacher" or not data.dev_rows):
+        yield (
+            "config.data.dev: 'teacher' takes dev_rows of the requests that the teacher writes; "
+            "expected data.train = 'teacher' and data.dev_rows above 0"
+        )
+
+
+def check_mesh(config: RunConfig, mesh: Any) -> None:
+    """Raises ConfigError where rows of a stage cannot be dealt out evenly to the devices of a mesh,
+    which may be an abstract one."""
+    for index, stage in enumerate(config.stages):
+        path, slots = f"config.stages[{index}]", stage.max_concurrent_rollouts
+        sharding.check_rows(f"{path}.batch_size", stage.batch_size, stage.parts, mesh)
+        sharding.check_rows(f"{path}.max_concurrent_rollouts", slots, 1, mesh)
+
+
+def needs_the_teacher(config: RunConfig) -> bool:
+    """Whether a run looks at the teacher at all, before, during or after training."""
+    return (
+        not config.student.path
+        or config.evaluation.references == "teacher"
+        or config.data.train == "teacher"
+        or any(stage.targets == "teacher" for stage in config.stages)
+        or any(needs_teacher(stage) for stage in config.stages)
+    )
+
+
+def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
+    if (stage.steps > 0) == (stage.epochs > 0):
+        yield f"{path}: give either steps or epochs (the other 0)"
+    if stage.batch_size % stage.parts:
+        yield (
+            f"{path}.gradient_accumulation_steps: {stage.gradient_accumulation_steps} in each of "
+            f"{stage.minibatches} minibatches do not divide batch_size = {stage.batch_size}"
+        )
+    if stage.max_concurrent_rollouts > stage.batch_size:
+        yield (
+            f"{path}.max_concurrent_rollouts: {stage.max_concurrent_rollouts} are more than a step "
+            f"has rows; expected at most batch_size = {stage.batch_size}, or 0 for all of them"
+        )
+    yield from (f"{path}.{mistake}" for mistake in contradictions(stage, stage, stage.sampling))
+    if stage.teacher_view == "cached":
+        if not config.cache.path:
+            yield f"{path}.teacher_view: 'cached' needs config.cache.path (see promptkd cache)"
+        if stage.targets == "teacher":
+            yield (
+                f"{path}.targets: promptkd cache reads the data's own answers, not those that the "
+                "teacher writes; expected 'gold'"
+            )
+        if stage.prompt_learning_rate:
+            yield (
+                f"{path}.prompt_learning_rate: a cached teacher cannot be prompted, its "
+                "log-probabilities were written without a prompt; expected 0, or "
+                "teacher_view = 'prompted'"
+            )
+    if stage.corpus_terms and not config.data.corpus:
+        yield f"{path}.corpus_terms: need config.data.corpus, a file of plain text"
+    if stage.targets == "replay":
+        if stage.replay.capacity < stage.batch_size:
+            yield f"{path}.replay.capacity: {stage.replay.capacity} is less than one batch"
+        if not config.evaluation.every:
+            yield (
+                f"{path}.targets: 'replay' goes by the validation loss; set config.evaluation.every"
+            )
+    if reads_answers(stage) and config.data.train == "teacher":
+        yield (
+            f"{path}.targets: {stage.targets!r} needs gold answers, and requests that the teacher "
+            "writes have none; expected 'teacher' or 'student'"
+        )
