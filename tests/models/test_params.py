@@ -354,7 +354,7 @@ def on_a_mesh(folder: pathlib.Path, configs: dict[str, dict], processes: int, de
         )
         for process in range(processes)
     ]
-    said = [process.communicate(timeout=120)[0] for process in started]
+    said = [process.communicate(timeout=900)[0] for process in started]
     for process, text in zip(started, said):
         assert process.returncode == 0, text[-4000:]
 

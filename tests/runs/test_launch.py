@@ -93,7 +93,7 @@ def stub(stubs: pathlib.Path, name: str, body: str) -> None:
 
 def launch(script: str, *words: str, status: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        ["bash", f"launch/{script}", *words], capture_output=True, text=True, timeout=60
+        ["bash", f"launch/{script}", *words], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == status, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -283,7 +283,7 @@ def signalled(place: pathlib.Path, number: int, *words: str) -> tuple[int, str, 
     shutil.rmtree(place / "promptkd_run", ignore_errors=True)
     (place / "promptkd_run").mkdir()
     status = subprocess.run(
-        ["bash", *words], env=environment, capture_output=True, timeout=60
+        ["bash", *words], env=environment, capture_output=True, timeout=900
     ).returncode
     before = place / "signalled"
     told = (place / "told").read_text() if (place / "told").exists() else ""
@@ -420,7 +420,7 @@ def test_local_processes_pass_a_signal_on(place, asked_by, status):
     while not log.exists() or log.read_text() != "ready\n":
         time.sleep(0.02)
     process.send_signal(asked_by)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=900)
     assert said == "saved 0\n" and "ended with status" not in errors
     assert process.returncode == status
     assert log.read_text() == "ready\nsaved 1\n"
@@ -440,7 +440,7 @@ def test_local_processes_that_a_signal_finds_finishing_or_failing(place, own):
     while not log.exists() or "ready" not in log.read_text():
         time.sleep(0.02)
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=900)
     assert process.returncode == own
 
 
@@ -680,7 +680,7 @@ def test_running_command_is_followed_not_started_again(place):
     while second.stdout.readline() != "ready\n":
         assert second.poll() is None
     launch("tpu_pod.sh", "--name", "my-run", "--zone", "us-west4-a", "--stop")
-    assert "saved gs://bucket/run" in second.communicate(timeout=60)[0]
+    assert "saved gs://bucket/run" in second.communicate(timeout=900)[0]
     assert second.returncode == 143  # not started again: --stop sent the signal
     assert len(recorded(place, "promptkd")) == 1 and verbs(place).count("scp") == 1
 
@@ -810,7 +810,7 @@ def test_restartable_ends_with_42_where_the_run_shall_go_on(place):
     )
     assert process.stdout.readline() == "ready\n"
     process.terminate()
-    assert process.communicate(timeout=60)[0] == "saved train\n"
+    assert process.communicate(timeout=900)[0] == "saved train\n"
     assert process.returncode == 42
 
 
@@ -822,7 +822,7 @@ def test_restartable_after_a_sigterm_at_which_the_run_finished_or_failed(place, 
     )
     assert process.stdout.readline() == "ready\n"
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=900)
     assert process.returncode == status
 
 

@@ -24,6 +24,7 @@ from promptkd_jax.training.recipes import method_stage
 TESTS = pathlib.Path(__file__).parents[1]
 STEPS = 8
 RUNS = ("one", "two")
+HANGS = 900  # seconds that nothing takes, on however busy a machine
 HEARTBEAT = 5  # seconds until a process that was killed is missed
 
 
@@ -88,12 +89,12 @@ def two_processes(*words, each=((), ()), **environment):
             one.wait()
 
 
-def ends(running, timeout=120):
+def ends(running, timeout=HANGS):
     """[(exit status, stdout, stderr)] of all."""
     return [(one.wait(timeout), one.stdout.read(), one.stderr.read()) for one in running]
 
 
-def wait_for(found, what: str, running, timeout=120):
+def wait_for(found, what: str, running, timeout=HANGS):
     end = time.monotonic() + timeout
     while not found():
         gone = [one.stderr.read() for one in running if one.poll() is not None]
@@ -132,7 +133,7 @@ def killed_while_saving(folder, workdir, victim: int, step: int, *arguments):
         wait_for(paused.exists, f"the save of step {step}", running)
         running[victim].send_signal(signal.SIGKILL)
         survivor = running[1 - victim]
-        status, _, stderr = ends([survivor], timeout=HEARTBEAT + 60)[0]
+        status, _, stderr = ends([survivor], timeout=HEARTBEAT + HANGS)[0]
     assert status != 0
     assert "another task died" in stderr or "heartbeat" in stderr.lower(), stderr[-2000:]
     assert saved(folder, workdir)[-1] == step - 1

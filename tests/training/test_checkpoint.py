@@ -357,7 +357,7 @@ def run_python(script: str, folder: Path, prefix=(), **environment) -> subproces
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
 
 
