@@ -28,8 +28,10 @@ def folder(variable: str, default: str) -> pathlib.Path:
 
 
 def devices(number: int) -> str:
-    """The XLA_FLAGS of another process that has so many virtual devices."""
-    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"
+    """The XLA_FLAGS of another process that has so many virtual devices, which wait for each other
+    however busy the machine is: by default XLA ends the process after 40 seconds."""
+    wait = "--xla_cpu_collective_call_terminate_timeout_seconds=900"
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={number} {wait}"
 
 
 # The published implementation's numbers; the variable names another set of the same layout.
