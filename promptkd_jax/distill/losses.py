@@ -16,13 +16,44 @@ V vocabulary.
 
 import ast
 import functools
-import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax.infra.specs import Float
+
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+
+DIVERGENCES: dict[str, Divergence] = {}  # by name, as `declare` puts them there
+PARAMETERS: dict[str, dict[str, Float]] = {}  # of each, with what their values may be
+
+
+class _Share(Float):
+    """A number between 0 and 1."""
+
+    def fault(self, value: Any) -> str:
+        fault = super().fault(value)
+        return fault and f"{fault}: its limits are forward_kl and reverse_kl, by name"
+
+
+SHARE = _Share(low=0.0, high=1.0, open_low=True, open_high=True)
+
+
+def declare(**parameters: Float) -> Callable[[Divergence], Divergence]:
+    """Makes a function a divergence that configs can name, "function" or "function(number, …)".
+
+    Args:
+      parameters: the function's numbers behind its two logits, in order, with their ranges.
+    """
+
+    def declared(function: Divergence) -> Divergence:
+        DIVERGENCES[function.__name__] = function
+        PARAMETERS[function.__name__] = parameters
+        return function
+
+    return declared
 
 
 def log_probs(logits: jax.Array) -> jax.Array:
@@ -71,17 +102,20 @@ def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
     return jnp.where(empty, -jnp.inf, jnp.logaddexp(left, right))
 
 
+@declare()
 def forward_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
     """KL(target || learner): mass-covering. Word-level KD, Kim & Rush 2016 (arXiv 1606.07947)."""
     return _kl(*_pair(target, learner))
 
 
+@declare()
 def reverse_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
     """KL(learner || target): mode-seeking. PromptKD eq. 1 and 4 (arXiv 2402.12842)."""
     log_p, log_q = _pair(target, learner)
     return _kl(log_q, log_p)
 
 
+@declare()
 def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
     """-sum_v target_v log learner_v: `forward_kl` plus the target's entropy, the same gradient.
 
@@ -91,6 +125,7 @@ def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
     return -_expected(jnp.exp(log_p), _finite(log_q))
 
 
+@declare(skew=SHARE)
 def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
     """KL(target || skew * target + (1 - skew) * learner). DistiLLM (arXiv 2402.03898), eq. 3.
 
@@ -100,6 +135,7 @@ def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) ->
     return _kl(log_p, _mixture(log_p, log_q, skew))
 
 
+@declare(skew=SHARE)
 def skew_reverse_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
     """KL(learner || (1 - skew) * target + skew * learner). DistiLLM (arXiv 2402.03898), eq. 5.
 
@@ -109,6 +145,7 @@ def skew_reverse_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) ->
     return _kl(log_q, _mixture(log_p, log_q, 1 - skew))
 
 
+@declare(beta=SHARE)
 def jensen_shannon(target: jax.Array, learner: jax.Array, beta: float = 0.5) -> jax.Array:
     """beta KL(target || m) + (1 - beta) KL(learner || m), m = beta target + (1 - beta) learner.
 
@@ -120,6 +157,7 @@ def jensen_shannon(target: jax.Array, learner: jax.Array, beta: float = 0.5) -> 
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
+@declare(alpha=Float(), beta=Float())
 def alpha_beta(
     target: jax.Array, learner: jax.Array, alpha: float = 0.2, beta: float = 0.7
 ) -> jax.Array:
@@ -146,6 +184,7 @@ def alpha_beta(
     return jnp.sum(terms, axis=-1)
 
 
+@declare()
 def total_variation(target: jax.Array, learner: jax.Array) -> jax.Array:
     """Half the L1 distance of the two distributions, in [0, 1]."""
     p, q = (jnp.exp(x) for x in _pair(target, learner))
@@ -175,21 +214,6 @@ def confidence(logits: jax.Array) -> jax.Array:
     return 1 - entropy(logits) / jnp.log(logits.shape[-1])
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    f.__name__: f
-    for f in (
-        forward_kl,
-        reverse_kl,
-        soft_cross_entropy,
-        skew_forward_kl,
-        skew_reverse_kl,
-        jensen_shannon,
-        alpha_beta,
-        total_variation,
-    )
-}
-
-
 @functools.cache
 def divergence(spec: str) -> Divergence:
     """The divergence that a config names, such as "reverse_kl" or "alpha_beta(0.2, 0.7)".
@@ -207,23 +231,21 @@ def divergence(spec: str) -> Divergence:
     try:
         numbers = ast.literal_eval(bracket + rest)
         numbers = numbers if isinstance(numbers, tuple) else (numbers,)
-        return _with_numbers(DIVERGENCES[name], numbers)
+        return _with_numbers(name, numbers)
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"divergence {spec!r}: expected {name}(number, …): {error}") from error
 
 
-def _with_numbers(function: Divergence, numbers: tuple[float, ...]) -> Divergence:
-    names = function.__code__.co_varnames[2 : function.__code__.co_argcount]
-    if not 0 < len(numbers) <= len(names) or not all(isinstance(x, int | float) for x in numbers):
-        raise TypeError(f"its parameters are ({', '.join(names)}), got {numbers}")
-    if not all(math.isfinite(x) for x in numbers):
-        raise ValueError(f"its parameters are finite numbers, got {numbers}")
-    if function is not alpha_beta and not all(0 < x < 1 for x in numbers):
-        raise ValueError(
-            f"{names[0]} is a share between 0 and 1, got {numbers[0]}; its limits are forward_kl "
-            "and reverse_kl, by name"
-        )
-    return functools.partial(function, **dict(zip(names, numbers)))
+def _with_numbers(name: str, numbers: tuple[float, ...]) -> Divergence:
+    """The divergence of that name at these parameters, the first of those it has."""
+    parameters = PARAMETERS[name]
+    if not 0 < len(numbers) <= len(parameters):
+        raise TypeError(f"its parameters are ({', '.join(parameters)}), got {numbers}")
+    chosen = dict(zip(parameters, numbers))
+    for parameter, number in chosen.items():
+        if fault := parameters[parameter].fault(number):
+            raise ValueError(f"{parameter}: {number!r} is not {fault}")
+    return functools.partial(DIVERGENCES[name], **chosen)
 
 
 # How much a position counts, from (target, learner); a constant, no gradient goes through it.

@@ -76,15 +76,17 @@ def validate(value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Float:
-    """A number, also a whole one, from `low` (from above it, where that is open) to `high`."""
+    """A number, also a whole one, from `low` to `high`; open ends do not count."""
 
     low: float | None = None
     high: float | None = None
     open_low: bool = False
+    open_high: bool = False
     kind, types = "a number", (int, float)
 
     def _limits(self) -> list[tuple[str, float]]:
-        limits = ((">" if self.open_low else ">=", self.low), ("<=", self.high))
+        signs = ">" if self.open_low else ">=", "<" if self.open_high else "<="
+        limits = zip(signs, (self.low, self.high))
         return [(sign, limit) for sign, limit in limits if limit is not None]
 
     def __str__(self) -> str:
@@ -94,7 +96,7 @@ class Float:
     def fault(self, value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, self.types):
             return str(self)
-        compare = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+        compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
         broken = [pair for pair in self._limits() if not compare[pair[0]](value, pair[1])]
         if not broken and isinstance(value, float) and not math.isfinite(value):
             return "finite"
