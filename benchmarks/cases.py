@@ -110,7 +110,9 @@ def gpt2(width: int, depth: int, heads: int, *, vocab_size: int = 50257, columns
     }
 
 
-def llama(width: int, depth: int, heads: int, kv_heads: int, mlp: int, *, vocab_size: int = 128256):
+def llama(
+    width: int, depth: int, heads: int, num_kv_heads: int, mlp: int, *, vocab_size: int = 128256
+):
     """The config.json of a Llama 3."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -119,7 +121,7 @@ def llama(width: int, depth: int, heads: int, kv_heads: int, mlp: int, *, vocab_
         "hidden_size": width,
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": num_kv_heads,
         "intermediate_size": mlp,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,

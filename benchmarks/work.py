@@ -111,7 +111,7 @@ def decode_bytes(case: Case) -> float:
     """That a rollout to the limit reads at least: for each token the student's matrices, once for
     all rows, and the keys and values so far."""
     config, size = from_hugging_face(case.student), _size(case)
-    column = 2 * config.depth * case.rows * config.kv_heads * config.head_width
+    column = 2 * config.num_layers * case.rows * config.num_kv_heads * config.head_dim
     cached = column * (case.request + case.response / 2)
     return case.response * size * (_matrix_elements(config) + cached)
 
@@ -132,7 +132,7 @@ def update_bytes(case: Case) -> dict[str, float]:
     size, behind = _size(case), case.columns + case.soft_prompt
 
     def passes(config: DecoderConfig, columns: int, forwards: int, backwards: int) -> float:
-        hidden = 2 * config.depth * case.rows * columns * config.width
+        hidden = 2 * config.num_layers * case.rows * columns * config.width
         one = size * (_matrix_elements(config) + hidden)
         logits = 4 * case.rows * case.response * config.vocab_size
         return (forwards + backwards) * one + forwards * logits

@@ -58,7 +58,7 @@ def init(
     """
     _check_empty(output)
     whole = load_model(teacher, dtype=dtype, param_dtype=dtype)
-    depth = whole.decoder.config.depth
+    depth = whole.decoder.config.num_layers
     kept = chosen_layers(depth, layers)
     student = keep_layers(whole, kept)
     check_writable(output)

@@ -123,9 +123,16 @@ def resolve_term(
 
 
 def _resolve(term: HiddenTerm, student: DecoderConfig, teacher: DecoderConfig) -> HiddenTerm:
-    pairs = layer_map(student.depth, teacher.depth) if term.layers == "uniform" else term.layers
+    pairs = (
+        layer_map(student.num_layers, teacher.num_layers)
+        if term.layers == "uniform"
+        else term.layers
+    )
     layers = tuple(
-        (_layer(term, "student", s, student.depth), _layer(term, "teacher", t, teacher.depth))
+        (
+            _layer(term, "student", s, student.num_layers),
+            _layer(term, "teacher", t, teacher.num_layers),
+        )
         for s, t in pairs
     )
     if term.kind != "relation":
@@ -135,7 +142,7 @@ def _resolve(term: HiddenTerm, student: DecoderConfig, teacher: DecoderConfig) -
                 f"{teacher.width}; set projection to true, or compare relations"
             )
         return dataclasses.replace(term, layers=layers)
-    heads = term.heads or student.heads
+    heads = term.heads or student.num_heads
     for role, config in (("student", student), ("teacher", teacher)):
         _check_heads(heads, role, config)
     return dataclasses.replace(term, layers=layers, heads=heads)
@@ -150,12 +157,12 @@ def _layer(term: HiddenTerm, role: str, layer: int, depth: int) -> int:
 
 
 def _check_heads(heads: int, role: str, config: DecoderConfig) -> None:
-    sizes = {"queries": config.heads, "keys and values": config.kv_heads}
+    sizes = {"queries": config.num_heads, "keys and values": config.num_kv_heads}
     for name, count in sizes.items():
-        if (count * config.head_width) % heads:
+        if (count * config.head_dim) % heads:
             raise ValueError(
                 f"relation: {heads} relation heads do not divide the {role}'s {name}, "
-                f"{count} heads of {config.head_width} = {count * config.head_width}"
+                f"{count} heads of {config.head_dim} = {count * config.head_dim}"
             )
 
 

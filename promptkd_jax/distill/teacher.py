@@ -65,7 +65,7 @@ def lazy_logits_and_states(
     last = gather(last, where)
     states = {}
     for name, layer in taps:
-        if name == "hidden" and layer == decoder.config.depth - 1:
+        if name == "hidden" and layer == decoder.config.num_layers - 1:
             states[name, layer] = last
             continue
         layers = sown["intermediates"]["layers"]

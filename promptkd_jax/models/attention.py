@@ -21,7 +21,7 @@ MAX_PARTS = 4  # of a row, without a kernel: then 5/8 of the scores are computed
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, window: int | None = None
+    query: jax.Array, key: jax.Array, value: jax.Array, *, sliding_window: int | None = None
 ) -> jax.Array:
     """Every column attends to itself and those before it; scores are scaled by H ** -0.5.
 
@@ -35,38 +35,38 @@ def attend(
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
     """
-    rows, columns, heads, head_width = query.shape
-    key, value = (repeat_kv(x, heads) for x in (key, value))
+    rows, columns, num_heads, head_dim = query.shape
+    key, value = (repeat_kv(x, num_heads) for x in (key, value))
     chosen = implementation(
         platform=sharding.platform(),
         dtype=query.dtype.name,
         rows=rows,
         columns=columns,
-        heads=heads,
-        kv_heads=key.shape[2],
-        head_width=head_width,
+        num_heads=num_heads,
+        num_kv_heads=key.shape[2],
+        head_dim=head_dim,
         row_parts=sharding.axis_size(sharding.ROWS),
         head_parts=sharding.axis_size("tensor"),
     )
     if chosen == "splash":
-        return _splash(query, key, value, window)
+        return _splash(query, key, value, sliding_window)
     if chosen == "cudnn":
-        return _cudnn(query, key, value, window)
-    return _in_parts(query, key, value, window)
+        return _cudnn(query, key, value, sliding_window)
+    return _in_parts(query, key, value, sliding_window)
 
 
-def kv_repeats(heads: int, kv_heads: int) -> int:
+def kv_repeats(num_heads: int, num_kv_heads: int) -> int:
     """How often each key/value head stands beside itself, so that the devices of `tensor` share out
     all of them and each has those of its own query heads."""
-    least = math.lcm(kv_heads, sharding.axis_size("tensor"))
-    return least // kv_heads if heads % least == 0 else 1
+    least = math.lcm(num_kv_heads, sharding.axis_size("tensor"))
+    return least // num_kv_heads if num_heads % least == 0 else 1
 
 
-def repeat_kv(x: jax.Array, heads: int) -> jax.Array:
+def repeat_kv(x: jax.Array, num_heads: int) -> jax.Array:
     """Keys or values `[B, T, K, H]` with their `kv_repeats` for `heads` query heads."""
-    if kv_repeats(heads, x.shape[2]) == 1:
+    if kv_repeats(num_heads, x.shape[2]) == 1:
         return x
-    return sharding.constrain(jnp.repeat(x, kv_repeats(heads, x.shape[2]), axis=2), *BTNH_SPEC)
+    return sharding.constrain(jnp.repeat(x, kv_repeats(num_heads, x.shape[2]), axis=2), *BTNH_SPEC)
 
 
 def attend_to_cache(
@@ -75,7 +75,7 @@ def attend_to_cache(
     value: jax.Array,
     columns: jax.Array,
     *,
-    window: int | None = None,
+    sliding_window: int | None = None,
 ) -> jax.Array:
     """One query a row against the cache: `[B, 1, N, H]`.
 
@@ -85,10 +85,10 @@ def attend_to_cache(
       columns: `[B, 1]`, where each query stands; it sees the columns up to its own.
       window: as for `attend`.
     """
-    rows, _, heads, head_width = query.shape
-    seen = _seen(columns, jnp.arange(key.shape[2]), window)  # [B, 1, S]
-    query = query.reshape(rows, key.shape[1], -1, head_width)  # [B, K, N / K, H]
-    return _weigh(query, key, value, seen[:, None]).reshape(rows, 1, heads, head_width)
+    rows, _, num_heads, head_dim = query.shape
+    seen = _seen(columns, jnp.arange(key.shape[2]), sliding_window)  # [B, 1, S]
+    query = query.reshape(rows, key.shape[1], -1, head_dim)  # [B, K, N / K, H]
+    return _weigh(query, key, value, seen[:, None]).reshape(rows, 1, num_heads, head_dim)
 
 
 def implementation(
@@ -97,9 +97,9 @@ def implementation(
     dtype: str,
     rows: int,
     columns: int,
-    heads: int,
-    kv_heads: int,
-    head_width: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
     row_parts: int,
     head_parts: int,
 ) -> str:
@@ -115,17 +115,17 @@ def implementation(
     Args:
       platform: of the devices, as `sharding.platform` says it.
       dtype: of query, key and value.
-      rows, columns, heads, kv_heads, head_width: B, T, N, K, H, of all devices together.
+      rows, columns, num_heads, num_kv_heads, head_dim: B, T, N, K, H, of all devices together.
       row_parts: over how many devices the rows are dealt out (`data` times `fsdp`).
       head_parts: over how many the heads are (`tensor`).
     """
     if platform == "tpu":
-        divides = rows % row_parts == 0 and heads % head_parts == 0
+        divides = rows % row_parts == 0 and num_heads % head_parts == 0
         fits = dtype in ("bfloat16", "float32") and columns >= LANES
         return "splash" if divides and fits else "xla"
     if platform == "gpu":
-        fits = dtype in ("bfloat16", "float16") and head_width % 8 == 0 and head_width <= 128
-        return "cudnn" if fits and kv_heads % head_parts == 0 else "xla"
+        fits = dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
+        return "cudnn" if fits and num_kv_heads % head_parts == 0 else "xla"
     return "xla"
 
 
@@ -139,7 +139,7 @@ def implementation(
 #               # # # #
 
 
-def _in_parts(query, key, value, window: int | None) -> jax.Array:
+def _in_parts(query, key, value, sliding_window: int | None) -> jax.Array:
     """A few columns of queries at a time, against no keys but those that one of them sees."""
     columns = query.shape[1]
     query = _grouped(query, key.shape[2])
@@ -148,17 +148,17 @@ def _in_parts(query, key, value, window: int | None) -> jax.Array:
     parts = []  # [B, K, N / K, size, H] each
     for begin in range(0, columns, size):
         end = min(begin + size, columns)
-        first = 0 if window is None else max(0, begin + 1 - window)
-        seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), window)
+        first = 0 if sliding_window is None else max(0, begin + 1 - sliding_window)
+        seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), sliding_window)
         seen_keys = key[:, :, first:end], value[:, :, first:end]
         parts.append(_weigh(query[:, :, :, begin:end], *seen_keys, seen))
     return _ungrouped(jnp.concatenate(parts, axis=3))
 
 
-def _grouped(query, kv_heads: int) -> jax.Array:
+def _grouped(query, num_kv_heads: int) -> jax.Array:
     """`[B, T, N, H]` by the key/value head that is read: `[B, K, N / K, T, H]`."""
-    rows, columns, _, head_width = query.shape
-    return jnp.moveaxis(query.reshape(rows, columns, kv_heads, -1, head_width), 1, 3)
+    rows, columns, _, head_dim = query.shape
+    return jnp.moveaxis(query.reshape(rows, columns, num_kv_heads, -1, head_dim), 1, 3)
 
 
 def _ungrouped(x) -> jax.Array:
@@ -167,10 +167,10 @@ def _ungrouped(x) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _seen(columns, others, window: int | None) -> jax.Array:
+def _seen(columns, others, sliding_window: int | None) -> jax.Array:
     """Which of the `others` `[S]` each of the `columns` `[…, T]` sees: `[…, T, S]`."""
     seen = others <= columns[..., None]
-    return seen if window is None else seen & (others > columns[..., None] - window)
+    return seen if sliding_window is None else seen & (others > columns[..., None] - sliding_window)
 
 
 def _weigh(query, key, value, seen) -> jax.Array:
@@ -183,7 +183,7 @@ def _weigh(query, key, value, seen) -> jax.Array:
     return jnp.einsum("bk...s,bksh->bk...h", shares, value)
 
 
-def _cudnn(query, key, value, window: int | None) -> jax.Array:
+def _cudnn(query, key, value, sliding_window: int | None) -> jax.Array:
     """JAX refuses cuDNN's gradient of an odd number of columns, and wants all three cut alike."""
     columns = query.shape[1]
     query, key, value = (
@@ -194,7 +194,7 @@ def _cudnn(query, key, value, window: int | None) -> jax.Array:
         key,
         value,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
         implementation="cudnn",
     )
     return attended[:, :columns]
@@ -205,9 +205,9 @@ def _pad(x: jax.Array, columns: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, columns), (0, 0), (0, 0)))
 
 
-def _splash(query, key, value, window: int | None) -> jax.Array:
+def _splash(query, key, value, sliding_window: int | None) -> jax.Array:
     """The kernel on each device's own rows and heads."""
-    kernel = functools.partial(_splash_on_device, window=window)
+    kernel = functools.partial(_splash_on_device, sliding_window=sliding_window)
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(query, key, value)
     # check_vma: the kernel does not say along which axes its outputs vary.
@@ -217,14 +217,14 @@ def _splash(query, key, value, window: int | None) -> jax.Array:
     return cut(query, key, value)
 
 
-def _splash_on_device(query, key, value, *, window: int | None) -> jax.Array:
+def _splash_on_device(query, key, value, *, sliding_window: int | None) -> jax.Array:
     """The kernel wants `[N, T, H]`, scaled queries, and columns that are whole blocks."""
-    _, columns, heads, head_width = query.shape
+    _, columns, num_heads, head_dim = query.shape
     block = _block(columns)
     padded = block * math.ceil(columns / block)
-    query = (query * head_width**-0.5).astype(query.dtype)
+    query = (query * head_dim**-0.5).astype(query.dtype)
     query, key, value = (_pad(x, padded - columns).swapaxes(1, 2) for x in (query, key, value))
-    kernel = _kernel(padded, heads, block, window)
+    kernel = _kernel(padded, num_heads, block, sliding_window)
     return jax.vmap(kernel)(query, key, value).swapaxes(1, 2)[:, :columns]
 
 
@@ -234,18 +234,18 @@ def _block(columns: int) -> int:
     return LANES * math.ceil(columns / blocks / LANES)
 
 
-def _kernel(columns: int, heads: int, block: int, window: int | None):
+def _kernel(columns: int, num_heads: int, block: int, sliding_window: int | None):
     """The kernel for `[N, T, H]`; on CPU, where only tests run it, interpreted."""
     # Here, since only a TPU needs it and it is a tenth of a second to import.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     shape = (columns, columns)
-    if window is None:
+    if sliding_window is None:
         mask = splash_attention.CausalMask(shape)
     else:
-        mask = splash_attention.LocalMask(shape, (window - 1, 0), offset=0)
+        mask = splash_attention.LocalMask(shape, (sliding_window - 1, 0), offset=0)
     return splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask([mask] * heads),
+        splash_attention.MultiHeadMask([mask] * num_heads),
         block_sizes=splash_attention.BlockSizes(
             block_q=block,
             block_kv=block,

@@ -23,17 +23,17 @@ class RopeScaling:
 class DecoderConfig:
     """Everything that distinguishes one decoder-only language model from another.
 
-    Sizes: `width` D, `heads` N, `kv_heads` K, `head_width` H, `mlp_width` F, `vocab_size` V,
-    `depth` L. Hashable, so that it can be a static argument of `jax.jit`.
+    Sizes: `width` D, `num_heads` N, `num_kv_heads` K, `head_dim` H, `mlp_width` F, `vocab_size` V,
+    `num_layers` L. Hashable, so that it can be a static argument of `jax.jit`.
     """
 
     family: str  # key of families.FAMILIES
     vocab_size: int
     width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    head_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     mlp_width: int
     max_positions: int
     norm: str  # "layer" | "rms"
@@ -49,7 +49,7 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
-    window: int | None = None  # sliding window: a position sees itself and window - 1 before it
+    sliding_window: int | None = None  # positions that one sees, itself included; None: all before
     # How it is run; not part of what the model is.
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -67,16 +67,16 @@ class DecoderConfig:
         whose value and gradients are 0. Key/value heads are padded with all query heads that read
         them; fewer than `tensor_parts` are not cut at all and need not divide.
         """
-        parts, group = self.tensor_parts, self.heads // self.kv_heads
-        kv_heads = next(
+        parts, group = self.tensor_parts, self.num_heads // self.num_kv_heads
+        num_kv_heads = next(
             count
-            for count in itertools.count(self.kv_heads)
+            for count in itertools.count(self.num_kv_heads)
             if count * group % parts == 0 and (count % parts == 0 or count < parts)
         )
         return self.replace(
             vocab_size=_multiple(self.vocab_size, parts),
-            heads=kv_heads * group,
-            kv_heads=kv_heads,
+            num_heads=num_kv_heads * group,
+            num_kv_heads=num_kv_heads,
             mlp_width=_multiple(self.mlp_width, parts),
         )
 
@@ -86,7 +86,7 @@ class DecoderConfig:
         padded = self.padded
         sizes = {
             name: (getattr(self, name), getattr(padded, name))
-            for name in ("vocab_size", "heads", "kv_heads", "mlp_width")
+            for name in ("vocab_size", "num_heads", "num_kv_heads", "mlp_width")
         }
         return ", ".join(f"{name} {x} to {y}" for name, (x, y) in sizes.items() if x != y)
 
@@ -160,7 +160,7 @@ def _gpt2(c: Mapping[str, Any], source: str) -> DecoderConfig:
         c["n_head"],
         family="gpt2",
         vocab_size=c["vocab_size"],
-        depth=c["n_layer"],
+        num_layers=c["n_layer"],
         mlp_width=c.get("n_inner") or 4 * c["n_embd"],
         max_positions=c["n_positions"],
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
@@ -184,7 +184,7 @@ def _opt(c: Mapping[str, Any], source: str) -> DecoderConfig:
         c["num_attention_heads"],
         family="opt",
         vocab_size=c["vocab_size"],
-        depth=c["num_hidden_layers"],
+        num_layers=c["num_hidden_layers"],
         mlp_width=c["ffn_dim"],
         max_positions=c["max_position_embeddings"],
         norm_eps=1e-5,
@@ -194,13 +194,13 @@ def _opt(c: Mapping[str, Any], source: str) -> DecoderConfig:
     )
 
 
-def _learned_positions_decoder(width: int, heads: int, **more: Any) -> DecoderConfig:
+def _learned_positions_decoder(width: int, num_heads: int, **more: Any) -> DecoderConfig:
     """Layer norms, a bias everywhere, a plain feed-forward, a table of positions."""
     return DecoderConfig(
         width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_width=width // heads,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=width // num_heads,
         norm="layer",
         gated=False,
         qkv_bias=True,
@@ -220,15 +220,15 @@ def _llama_like(
     **more: Any,
 ) -> DecoderConfig:
     theta, scaling = _rope(c, source)
-    heads = c["num_attention_heads"]
+    num_heads = c["num_attention_heads"]
     return DecoderConfig(
         family=c["model_type"],
         vocab_size=c["vocab_size"],
         width=c["hidden_size"],
-        depth=c["num_hidden_layers"],
-        heads=heads,
-        kv_heads=c.get("num_key_value_heads") or heads,
-        head_width=c.get("head_dim") or c["hidden_size"] // heads,
+        num_layers=c["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=c.get("num_key_value_heads") or num_heads,
+        head_dim=c.get("head_dim") or c["hidden_size"] // num_heads,
         mlp_width=c["intermediate_size"],
         max_positions=c["max_position_embeddings"],
         norm="rms",
@@ -251,17 +251,19 @@ def _llama(c: Mapping[str, Any], source: str) -> DecoderConfig:
 
 
 def _mistral(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    return _llama_like(c, source, window=c.get("sliding_window", 4096))
+    return _llama_like(c, source, sliding_window=c.get("sliding_window", 4096))
 
 
 def _qwen2(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    return _llama_like(c, source, qkv_bias=True, window=_qwen_window(c, source))
+    return _llama_like(c, source, qkv_bias=True, sliding_window=_qwen_window(c, source))
 
 
 def _qwen3(c: Mapping[str, Any], source: str) -> DecoderConfig:
     bias = c.get("attention_bias", False)
-    window = _qwen_window(c, source)
-    return _llama_like(c, source, qkv_bias=bias, out_bias=bias, qk_norm=True, window=window)
+    sliding_window = _qwen_window(c, source)
+    return _llama_like(
+        c, source, qkv_bias=bias, out_bias=bias, qk_norm=True, sliding_window=sliding_window
+    )
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], DecoderConfig]] = {
@@ -276,8 +278,8 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], DecoderConfig]] = {
 
 def _qwen_window(c: Mapping[str, Any], source: str) -> int | None:
     """Qwen's window is for the layers that `layer_types` names, or from `max_window_layers` on."""
-    window = c.get("sliding_window", 4096)
-    if not c.get("use_sliding_window", False) or window is None:
+    sliding_window = c.get("sliding_window", 4096)
+    if not c.get("use_sliding_window", False) or sliding_window is None:
         return None
     full = c.get("max_window_layers", 28)
     kinds = c.get("layer_types") or [
@@ -290,7 +292,7 @@ def _qwen_window(c: Mapping[str, Any], source: str) -> int | None:
             f"window (layer_types, or max_window_layers = {full}); only all or none is supported "
             "(set use_sliding_window to false for none)"
         )
-    return window if kinds[0] == "sliding_attention" else None
+    return sliding_window if kinds[0] == "sliding_attention" else None
 
 
 def _rope(c: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:

@@ -58,8 +58,8 @@ class Cache(NamedTuple):
 def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
     """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
     padded = config.padded
-    heads = padded.kv_heads * kv_repeats(padded.heads, padded.kv_heads)
-    shape = (config.depth, rows, heads, columns, config.head_width)
+    heads = padded.num_kv_heads * kv_repeats(padded.num_heads, padded.num_kv_heads)
+    shape = (config.num_layers, rows, heads, columns, config.head_dim)
     return place_cache(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
 
 
@@ -130,7 +130,9 @@ class Decoder(nn.Module):
             x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
         x = constrain(x, ROWS, None, None)
         decode = column is not None
-        (x, cache), _ = _layers(config)((x, cache), jnp.arange(config.depth), positions, decode)
+        (x, cache), _ = _layers(config)(
+            (x, cache), jnp.arange(config.num_layers), positions, decode
+        )
         x = _norm(config, "final_norm")(x)
         if not config.tied:
             shape = (vocab_size, config.width)
@@ -183,28 +185,32 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, index, positions, decode):
         config, padded = self.config, self.config.padded
-        query = _project(config, (padded.heads, config.head_width), config.qkv_bias, "query")(x)
-        key = _project(config, (padded.kv_heads, config.head_width), config.qkv_bias, "key")(x)
-        value = _project(config, (padded.kv_heads, config.head_width), config.qkv_bias, "value")(x)
+        query = _project(config, (padded.num_heads, config.head_dim), config.qkv_bias, "query")(x)
+        key = _project(config, (padded.num_kv_heads, config.head_dim), config.qkv_bias, "key")(x)
+        value = _project(config, (padded.num_kv_heads, config.head_dim), config.qkv_bias, "value")(
+            x
+        )
         if config.qk_norm:
             query = _norm(config, "query_norm")(query)
             key = _norm(config, "key_norm")(key)
         query, key, value = (constrain(x, *BTNH_SPEC) for x in (query, key, value))
         # Without rotary positions, so that their products say what tokens mean to one another and
         # not how far apart they stand, whatever the positions of the other model are.
-        self.sow("intermediates", "queries", query[:, :, : config.heads])
-        self.sow("intermediates", "keys", key[:, :, : config.kv_heads])
-        self.sow("intermediates", "values", value[:, :, : config.kv_heads])
+        self.sow("intermediates", "queries", query[:, :, : config.num_heads])
+        self.sow("intermediates", "keys", key[:, :, : config.num_kv_heads])
+        self.sow("intermediates", "values", value[:, :, : config.num_kv_heads])
         if not config.learned_positions:
             query, key = (rotate(config, a, positions) for a in (query, key))
-        key, value = (repeat_kv(a, padded.heads) for a in (key, value))
+        key, value = (repeat_kv(a, padded.num_heads) for a in (key, value))
         if cache is not None:
             cache = _write(cache, index, key, value, positions if decode else None)
         if decode:
             key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
-            out = attend_to_cache(query, key, value, positions, window=config.window)
+            out = attend_to_cache(
+                query, key, value, positions, sliding_window=config.sliding_window
+            )
         else:
-            out = attend(query, key, value, window=config.window)
+            out = attend(query, key, value, sliding_window=config.sliding_window)
         return _project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
 
 
@@ -247,7 +253,7 @@ def rotate(config: DecoderConfig, x: jax.Array, positions: jax.Array) -> jax.Arr
 
 def _frequencies(config: DecoderConfig) -> jax.Array:
     """Radians per position, `[H/2]`, scaled as Llama 3.1 or linearly where the config says so."""
-    exponent = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = config.rope_theta**-exponent
     scaling = config.rope_scaling
     if scaling is None:
@@ -288,7 +294,7 @@ def _layers(config: DecoderConfig) -> nn.Module:
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
-        length=config.depth,
+        length=config.num_layers,
     )
     return scanned(config, name="layers")
 

@@ -218,9 +218,9 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
         "V": config.vocab_size,
         "P": config.max_positions + config.position_offset,
         "D": config.width,
-        "N": config.heads,
-        "K": config.kv_heads,
-        "H": config.head_width,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
         "F": config.mlp_width,
         "C": 3,
     }

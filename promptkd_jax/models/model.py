@@ -52,8 +52,10 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
       ModelError: a layer that the model does not have.
     """
     config = model.decoder.config
-    if not layers or not set(layers) <= set(range(config.depth)):
-        raise ModelError(f"layers {layers}: {model.name} has the layers 0 to {config.depth - 1}")
+    if not layers or not set(layers) <= set(range(config.num_layers)):
+        raise ModelError(
+            f"layers {layers}: {model.name} has the layers 0 to {config.num_layers - 1}"
+        )
     index = np.asarray(layers)
 
     def keep(params):
@@ -66,7 +68,7 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     hf_config = {**model.hf_config, depth_field: len(layers)}
     if "layer_types" in hf_config:
         hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
-    decoder = Decoder(config.replace(depth=len(layers)))
+    decoder = Decoder(config.replace(num_layers=len(layers)))
     return model.replace(decoder=decoder, params=params, hf_config=hf_config)
 
 

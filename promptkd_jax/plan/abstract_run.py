@@ -224,7 +224,7 @@ def _models(config: RunConfig, notes: list[str]) -> tuple[Model | None, Model]:
     if config.student.path:
         student = _model(config.student.path, config.student, notes, "student")
     else:
-        depth = teacher.decoder.config.depth
+        depth = teacher.decoder.config.num_layers
         kept = chosen_layers(depth, config.student.layers)
         student = _model(config.teacher.path, config.student, notes, "student", len(kept))
     eos_ids = end_ids(teacher, student)
@@ -237,7 +237,7 @@ def _model(path: str, how: ModelConfig, notes: list[str], role: str, depth: int 
     decoder = from_hugging_face(hf_config, f"{path}: config").replace(
         dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
     )
-    decoder = decoder.replace(depth=depth or decoder.depth)
+    decoder = decoder.replace(num_layers=depth or decoder.num_layers)
     params = _params(decoder)
     size = sum(x.size for x in jax.tree.leaves(params))
     notes.append(f"{role}: {path}, {size / 1e9:.3g} B parameters, shapes from {source}")

@@ -48,7 +48,7 @@ def _llama(
     width: int,
     layers: int,
     heads: int,
-    kv_heads: int,
+    num_kv_heads: int,
     feed_forward: int,
     **more: Any,
 ) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _llama(
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": num_kv_heads,
         "intermediate_size": feed_forward,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,

@@ -342,7 +342,7 @@ def search(
     """
     found, dropped = [], {"rows do not divide": 0, "a parameter does not divide": 0}
     models = [model.decoder.config for model in (run.student, run.teacher) if model]
-    heads = min(config.heads for config in models)
+    heads = min(config.num_heads for config in models)
     for sizes in _factorisations(slices.devices, slices.number):
         for number in _divisors(run.batch_size // run.stage.method.minibatches):
             its_run = run.with_micro_batches(number)

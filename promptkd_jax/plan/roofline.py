@@ -66,15 +66,15 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Work))
 
 def matrix_parameters(config: DecoderConfig) -> int:
     """Of all layers, that every token is multiplied with: L (2 D N H + 2 D K H + 2 or 3 D F)."""
-    attention = 2 * config.width * (config.heads + config.kv_heads) * config.head_width
+    attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
     feed_forward = (3 if config.gated else 2) * config.width * config.mlp_width
-    return config.depth * (attention + feed_forward)
+    return config.num_layers * (attention + feed_forward)
 
 
 def forward_flops(config: DecoderConfig, rows: int, columns: int, keys: int | None = None) -> int:
     """Of the layers: 2 B T matrix_parameters + 4 L B T S N H, S keys to a column (T)."""
     pairs = rows * columns * (columns if keys is None else keys)
-    attention = 4 * config.depth * pairs * config.heads * config.head_width
+    attention = 4 * config.num_layers * pairs * config.num_heads * config.head_dim
     return 2 * rows * columns * matrix_parameters(config) + attention
 
 
@@ -179,10 +179,10 @@ class _Counter:
 
     def _activations(self, config: DecoderConfig) -> float:
         """Bytes of the inputs and outputs of all products, for one token."""
-        heads = (2 * config.heads + 2 * config.kv_heads) * config.head_width
+        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         cut = heads + (4 if config.gated else 2) * config.mlp_width
         each = 4 * config.width + cut / self.mesh["tensor"]
-        return config.depth * each * _BYTES[config.dtype]
+        return config.num_layers * each * _BYTES[config.dtype]
 
     def _gather(self, size: float) -> float:
         return size * (self.mesh["fsdp"] - 1) / self.mesh["fsdp"]
@@ -192,7 +192,7 @@ class _Counter:
         return 2 * size * (self.mesh["tensor"] - 1) / self.mesh["tensor"]
 
     def _reduce_hidden(self, config: DecoderConfig, tokens: float) -> float:
-        return 2 * config.depth * self._around(tokens * config.width * _BYTES[config.dtype])
+        return 2 * config.num_layers * self._around(tokens * config.width * _BYTES[config.dtype])
 
     def _look_up(self, config: DecoderConfig, tokens: float) -> float:
         """Embeddings: the table gathered along `fsdp`, what is found added up along `tensor`."""
@@ -209,8 +209,8 @@ class _Counter:
 def cache_bytes(config: DecoderConfig, rows: int, columns: int, mesh: Mapping[str, int]) -> float:
     """Keys and values: 2 L B S K H, rows along `data` and `fsdp`, heads along `tensor`, each as
     often as makes their number divide."""
-    heads = math.lcm(config.kv_heads, mesh["tensor"]) / mesh["tensor"]
-    elements = 2 * config.depth * rows * columns * heads * config.head_width
+    heads = math.lcm(config.num_kv_heads, mesh["tensor"]) / mesh["tensor"]
+    elements = 2 * config.num_layers * rows * columns * heads * config.head_dim
     return elements * _BYTES[config.dtype] / (mesh["data"] * mesh["fsdp"])
 
 
@@ -371,7 +371,7 @@ def temporary_bytes(
     if method.prompted or method.teacher_view == "online":
         saved += _saved(count, run.teacher.decoder.config.padded, rows, before + columns, platform)
     models = [model.decoder.config.padded for model in (run.student, run.teacher) if model]
-    gathered = max(2 * count._layer_bytes(config) / config.depth for config in models)
+    gathered = max(2 * count._layer_bytes(config) / config.num_layers for config in models)
     heads = sum(count._head_bytes(config) for config in models) + 2 * count._head_bytes(student)
     logits = (
         6
@@ -392,22 +392,22 @@ def _saved(count: _Counter, config: DecoderConfig, rows: int, columns: int, plat
     as much again for norms, rotations and activation functions."""
     tokens, size = rows * columns / count.row_parts, _BYTES[config.dtype]
     if config.remat == "none":
-        scores = 3 * 4 * config.depth * config.heads / count.mesh["tensor"] * columns
+        scores = 3 * 4 * config.num_layers * config.num_heads / count.mesh["tensor"] * columns
         flash = implementation(
             platform=platform,
             dtype=config.dtype,
             rows=rows,
             columns=columns,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_width=config.head_width,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             row_parts=count.row_parts,
             head_parts=count.mesh["tensor"],
         )
         return tokens * (1.5 * count._activations(config) + (scores if flash == "xla" else 0))
     kept = config.width
     if config.remat == "dots":
-        cut = (config.heads + 2 * config.kv_heads) * config.head_width
+        cut = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         cut += (2 if config.gated else 1) * config.mlp_width
         kept += config.width + cut / count.mesh["tensor"]
-    return config.depth * tokens * kept * size
+    return config.num_layers * tokens * kept * size

@@ -369,7 +369,7 @@ def _from_teacher_layers(config: RunConfig, teacher: Model, load) -> Model:
     else:
         how = dict(dtype=config.student.dtype, remat=build.remat(config.student))
         whole = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
-    return keep_layers(whole, chosen_layers(whole.decoder.config.depth, config.student.layers))
+    return keep_layers(whole, chosen_layers(whole.decoder.config.num_layers, config.student.layers))
 
 
 def _stage(

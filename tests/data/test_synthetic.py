@@ -113,7 +113,7 @@ def test_rows_fit_the_shipped_comparison():
 def test_a_model_is_named_by_its_sizes_and_seed():
     model = load_model("synthetic:llama-D32-L2")
     config = model.decoder.config
-    assert (config.width, config.depth, config.vocab_size) == (32, 2, model.vocab_size)
+    assert (config.width, config.num_layers, config.vocab_size) == (32, 2, model.vocab_size)
     assert model.eos_ids == (0,)
     same, other = load_model("synthetic:llama-D32-L2-S0"), load_model("synthetic:llama-D32-L2-S1")
     embeddings = [m.params["embed"]["embedding"] for m in (model, same, other)]

@@ -348,7 +348,7 @@ def test_a_row_without_response_counts_nothing():
 
 
 def all_taps(decoder: Decoder):
-    layers = range(decoder.config.depth)
+    layers = range(decoder.config.num_layers)
     return tuple((name, layer) for name in ("hidden", *RELATIONS) for layer in layers)
 
 
@@ -513,7 +513,7 @@ def test_terms_that_do_not_fit_the_models(terms, message):
 
 
 def test_relation_heads_must_divide_grouped_keys_too():
-    grouped = TEACHER.config.replace(kv_heads=1)
+    grouped = TEACHER.config.replace(num_kv_heads=1)
     message = "16 relation heads do not divide the teacher's keys and values, 1 heads of 8 = 8"
     with pytest.raises(ValueError, match=message):
         resolve_term([HiddenTerm("relation", heads=16)], TEACHER.config, grouped)

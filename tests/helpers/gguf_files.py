@@ -28,13 +28,13 @@ NAMES = {  # Hugging Face -> GGUF
 }
 
 
-SIZES = {"width": 64, "heads": 4, "kv_heads": 2, "inner": 96, "layers": 2, "vocabulary": 40}
+SIZES = {"width": 64, "heads": 4, "num_kv_heads": 2, "inner": 96, "layers": 2, "vocabulary": 40}
 
 
 def weights(sizes: dict, tied: bool = True) -> dict[str, np.ndarray]:
     """A random Llama under Hugging Face names, [out, in]."""
     d, f, v = sizes["width"], sizes["inner"], sizes["vocabulary"]
-    kv = d // sizes["heads"] * sizes["kv_heads"]
+    kv = d // sizes["heads"] * sizes["num_kv_heads"]
     layer = {
         "input_layernorm": (d,),
         "self_attn.q_proj": (d, d),
@@ -77,7 +77,7 @@ def gguf_tensors(hf: dict[str, np.ndarray], sizes: dict, kind: str = "F32") -> d
     out = {}
     for name, w in hf.items():
         if "q_proj" in name or "k_proj" in name:
-            w = permute(w, sizes["heads" if "q_proj" in name else "kv_heads"])
+            w = permute(w, sizes["heads" if "q_proj" in name else "num_kv_heads"])
         matrix = w.ndim == 2
         out[gguf_name(name)] = (gguf.quantize(w, kind), kind) if matrix else (w, full)
     return out
@@ -90,7 +90,7 @@ def metadata(sizes: dict) -> dict:
         "llama.embedding_length": sizes["width"],
         "llama.feed_forward_length": sizes["inner"],
         "llama.attention.head_count": sizes["heads"],
-        "llama.attention.head_count_kv": sizes["kv_heads"],
+        "llama.attention.head_count_kv": sizes["num_kv_heads"],
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.rope.freq_base": 500000.0,
         "llama.rope.dimension_count": sizes["width"] // sizes["heads"],

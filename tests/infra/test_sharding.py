@@ -211,8 +211,8 @@ def test_padding_computes_what_the_model_does_and_stays_zero(family):
     assert config.padded == config and config.padding == ""
     wide = config.replace(tensor_parts=4)
     found = wide.padded
-    assert (found.vocab_size, found.heads, found.kv_heads, found.mlp_width) == sizes
-    assert f"heads {config.heads} to {sizes[1]}" in wide.padding
+    assert (found.vocab_size, found.num_heads, found.num_kv_heads, found.mlp_width) == sizes
+    assert f"heads {config.num_heads} to {sizes[1]}" in wide.padding
     assert shardings(abstract_params(wide), mesh(1, 1, 4))
     rng = np.random.default_rng(0)
     own = jax.tree.map(

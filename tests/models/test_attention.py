@@ -31,51 +31,53 @@ def random(*shapes) -> list:
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
-def output_and_gradients(inputs, window):
+def output_and_gradients(inputs, sliding_window):
     """What attention gives and what it hands back, compiled afresh."""
 
     def run(query, key, value, cotangent):
-        out, back = jax.vjp(lambda *a: attend(*a, window=window), query, key, value)
+        out, back = jax.vjp(lambda *a: attend(*a, sliding_window=sliding_window), query, key, value)
         return out, *back(cotangent)
 
     return jax.jit(run)(*inputs)
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_width", "columns", "window"),
+    ("num_heads", "num_kv_heads", "head_dim", "columns", "sliding_window"),
     [
         (4, 2, 64, 263, None),  # three blocks and 121 columns of padding
         (2, 2, 128, 128, None),  # one block, no padding
         (3, 1, 80, 300, 40),  # a window shorter than a block
     ],
 )
-def test_splash_agrees_with_xla(monkeypatch, heads, kv_heads, head_width, columns, window):
+def test_splash_agrees_with_xla(
+    monkeypatch, num_heads, num_kv_heads, head_dim, columns, sliding_window
+):
     """In value and in all three gradients."""
     monkeypatch.setattr(attention, "MAX_BLOCK", 128)
-    one, few = (2, columns, heads, head_width), (2, columns, kv_heads, head_width)
+    one, few = (2, columns, num_heads, head_dim), (2, columns, num_kv_heads, head_dim)
     inputs = random(one, few, few, one)
-    expected = output_and_gradients(inputs, window)
+    expected = output_and_gradients(inputs, sliding_window)
     force(monkeypatch, "splash")
-    for ours, theirs in zip(output_and_gradients(inputs, window), expected):
+    for ours, theirs in zip(output_and_gradients(inputs, sliding_window), expected):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 128, 131, 600])  # one part, one, two, four
-@pytest.mark.parametrize("window", [None, 40])
-def test_parts_of_a_row_agree_with_whole_rows(columns, window):
+@pytest.mark.parametrize("sliding_window", [None, 40])
+def test_parts_of_a_row_agree_with_whole_rows(columns, sliding_window):
     """Without a kernel; in value and in all three gradients, against JAX's own."""
     one, few = (1, columns, 4, 8), (1, columns, 2, 8)
     *inputs, cotangent = random(one, few, few, one)
 
     def whole(query, key, value):
-        local = None if window is None else (window - 1, 0)
+        local = None if sliding_window is None else (sliding_window - 1, 0)
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, local_window_size=local, implementation="xla"
         )
 
     expected, back = jax.vjp(jax.jit(whole), *inputs)
     for ours, theirs in zip(
-        output_and_gradients([*inputs, cotangent], window), (expected, *back(cotangent))
+        output_and_gradients([*inputs, cotangent], sliding_window), (expected, *back(cotangent))
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -90,9 +92,9 @@ FITS = {
     "dtype": "bfloat16",
     "rows": 8,
     "columns": 263,
-    "heads": 8,
-    "kv_heads": 2,
-    "head_width": 64,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_dim": 64,
     "row_parts": 4,
     "head_parts": 2,
 }
@@ -109,11 +111,11 @@ FITS = {
         ({"columns": 127}, "xla", "cudnn"),
         ({"rows": 6}, "xla", "cudnn"),
         ({"head_parts": 8}, "splash", "xla"),  # fewer key/value heads than devices
-        ({"heads": 25, "kv_heads": 25}, "xla", "xla"),
-        ({"heads": 25, "kv_heads": 25, "head_parts": 1}, "splash", "cudnn"),
-        ({"head_width": 36}, "splash", "xla"),
-        ({"head_width": 128}, "splash", "cudnn"),
-        ({"head_width": 256}, "splash", "xla"),
+        ({"num_heads": 25, "num_kv_heads": 25}, "xla", "xla"),
+        ({"num_heads": 25, "num_kv_heads": 25, "head_parts": 1}, "splash", "cudnn"),
+        ({"head_dim": 36}, "splash", "xla"),
+        ({"head_dim": 128}, "splash", "cudnn"),
+        ({"head_dim": 256}, "splash", "xla"),
     ],
 )
 def test_which_implementation_is_taken(changes, tpu, gpu):
@@ -130,22 +132,24 @@ def test_attention_asks_for_what_it_has(monkeypatch):
     with jax.set_mesh(sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})):
         one, few = (jax.ShapeDtypeStruct((3, 5, n, 8), jnp.bfloat16) for n in (4, 2))
         assert jax.eval_shape(attend, one, few, few).shape == one.shape
-    expected = {"platform": "gpu", "rows": 3, "columns": 5, "heads": 4, "kv_heads": 2}
-    expected |= {"dtype": "bfloat16", "head_width": 8, "row_parts": 1, "head_parts": 1}
+    expected = {"platform": "gpu", "rows": 3, "columns": 5, "num_heads": 4, "num_kv_heads": 2}
+    expected |= {"dtype": "bfloat16", "head_dim": 8, "row_parts": 1, "head_parts": 1}
     assert asked == expected
 
 
 @pytest.mark.parametrize("columns", [46, 47])
-@pytest.mark.parametrize("window", [None, 9])
-def test_jax_takes_cudnn_in_training(monkeypatch, columns, window):
+@pytest.mark.parametrize("sliding_window", [None, 9])
+def test_jax_takes_cudnn_in_training(monkeypatch, columns, sliding_window):
     """JAX checks shapes when it lowers, which needs no GPU; odd columns it would refuse."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
     monkeypatch.setattr(cudnn, lambda: 91000)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    one, few = (jax.ShapeDtypeStruct((2, columns, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    one, few = (
+        jax.ShapeDtypeStruct((2, columns, num_heads, 64), jnp.bfloat16) for num_heads in (4, 2)
+    )
 
     def run(query, key, value, cotangent):
-        out, back = jax.vjp(lambda *a: attend(*a, window=window), query, key, value)
+        out, back = jax.vjp(lambda *a: attend(*a, sliding_window=sliding_window), query, key, value)
         assert out.shape == query.shape
         return back(cotangent)
 
@@ -252,12 +256,12 @@ def run(query, key, value):
     out, back = jax.vjp(lambda *a: attend(*a, window=200), query, key, value)
     return back(out)
 
-for topology, sizes, head_width in (("v5e:2x4", (2, 2, 2), 64), ("v6e:2x4", (1, 1, 8), 128)):
+for topology, sizes, head_dim in (("v5e:2x4", (2, 2, 2), 64), ("v6e:2x4", (1, 1, 8), 128)):
     devices = get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices).reshape(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     one, few = (
         jax.ShapeDtypeStruct(
-            (8, 263, heads, head_width),
+            (8, 263, heads, head_dim),
             jnp.bfloat16,
             sharding=NamedSharding(mesh, P(("data", "fsdp"), None, cut, None)),
         )

@@ -100,7 +100,7 @@ def test_every_type_that_gguf_can_write_reads_back(tmp_path, kind):
             np.testing.assert_array_equal(got, stored)
 
 
-WIDE = {"width": 256, "heads": 4, "kv_heads": 2, "inner": 256, "layers": 1, "vocabulary": 8}
+WIDE = {"width": 256, "heads": 4, "num_kv_heads": 2, "inner": 256, "layers": 1, "vocabulary": 8}
 
 
 def random_blocks(shape: tuple[int, int], kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -155,7 +155,7 @@ def test_k_quants_read_as_ggml_defines_them(tmp_path, kind):
         assert model.shape(name) == hf[name].shape
         got, stored = model.read(name), gguf.dequantize(packed[gguf_name(name)], enum)
         if "q_proj" in name or "k_proj" in name:
-            got = permute(got, WIDE["heads" if "q_proj" in name else "kv_heads"])
+            got = permute(got, WIDE["heads" if "q_proj" in name else "num_kv_heads"])
         assert got.dtype == np.float32 and np.isfinite(got).all() and got.std() > 0
         np.testing.assert_array_equal(got, stored)
     if kind in ("Q4_K", "Q6_K"):
@@ -206,7 +206,7 @@ def test_config_says_what_a_config_json_says(plain):
     }
     assert json.loads(json.dumps(config)) == config
     decoder = from_hugging_face(config)
-    assert (decoder.kv_heads, decoder.rope_theta, decoder.rope_scaling) == (2, 500000.0, None)
+    assert (decoder.num_kv_heads, decoder.rope_theta, decoder.rope_scaling) == (2, 500000.0, None)
 
 
 def test_what_the_file_leaves_out_has_llama_cpps_defaults(plain):

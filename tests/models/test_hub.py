@@ -107,7 +107,7 @@ def test_a_revision_is_another_model(there, tmp_path, revision):
     there.repositories["owner/name", revision] = pathlib.Path(other)
     name = f"owner/name@{revision}"
     assert_same_params(load_model(name), load_model(other))
-    assert load_model("owner/name").decoder.config.depth == 2
+    assert load_model("owner/name").decoder.config.num_layers == 2
     assert stored_config(name)[0]["num_hidden_layers"] == 1
     with pytest.raises(ModelError, match="'owner/name@absent'.*revision 'absent': 404"):
         load_model("owner/name@absent")
@@ -166,7 +166,7 @@ def test_a_folder_comes_before_the_hub(there, repository, monkeypatch):
     monkeypatch.chdir(repository.parent)
     for name in ("gpt2", "owner/name@v1"):
         shutil.copytree(repository, repository.parent / name)
-        assert load_model(name).decoder.config.depth == 2
+        assert load_model(name).decoder.config.num_layers == 2
     assert not there.fetched
 
 

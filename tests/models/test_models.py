@@ -489,7 +489,7 @@ def test_qwen_windows_are_those_of_transformers(changes, window):
     import transformers
 
     config = {**_LLAMA, **changes}
-    assert from_hugging_face({**config, "model_type": "qwen2"}).window == window
+    assert from_hugging_face({**config, "model_type": "qwen2"}).sliding_window == window
     theirs = transformers.Qwen2Config(**config)
     windows = {theirs.sliding_window if "sliding" in x else None for x in theirs.layer_types}
     assert windows == {window}
@@ -500,7 +500,7 @@ def test_mistral_window_is_that_of_transformers():
 
     for config in (_LLAMA, {**_LLAMA, "sliding_window": None}, {**_LLAMA, "sliding_window": 9}):
         expected = transformers.MistralConfig(**config).sliding_window
-        assert from_hugging_face({**config, "model_type": "mistral"}).window == expected
+        assert from_hugging_face({**config, "model_type": "mistral"}).sliding_window == expected
 
 
 REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said

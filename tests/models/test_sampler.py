@@ -368,7 +368,7 @@ class Constant:
 
 def test_logits_of_half_precision_are_not_rounded_to_it(llama):
     """1 and 1 + 2**-9 are one number in bfloat16."""
-    decoder = Constant(llama.decoder.config.replace(dtype="bfloat16", width=2, depth=1))
+    decoder = Constant(llama.decoder.config.replace(dtype="bfloat16", width=2, num_layers=1))
     embedding = np.array([[1, 0], [1, 2**-9], [1, -1]], jnp.bfloat16)
     params = {"embed": {"embedding": embedding}}
     out = sample(decoder, params, REQUESTS, LENGTHS, KEYS, max_new_tokens=1, sampling=GREEDY)

@@ -242,7 +242,7 @@ def test_the_cache_counts_both_keys_and_values_of_every_column():
 def test_operations_are_those_that_xla_counts(family):
     """One layer, which XLA counts once as it does a loop. It also counts norms and softmax."""
     gpt2 = architectures._gpt2(256, 1, 4) | {"vocab_size": 512}
-    config = from_hugging_face({"llama": SMALLER, "gpt2": gpt2}[family]).replace(depth=1)
+    config = from_hugging_face({"llama": SMALLER, "gpt2": gpt2}[family]).replace(num_layers=1)
     decoder, params = Decoder(config), abstract_params(config)
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
 
@@ -271,7 +271,13 @@ def test_decode_reads_all_weights_and_the_cache_for_every_token():
     assert decode.moved == 128 * (weights + roofline.cache_bytes(student, 8, 256, one))
     assert decode.sent == 0
     assert roofline.phases(run, sizes(1, 1, 2))["decode"].sent == (
-        128 * (2 * student.depth + 1) * 2 * 8 * 256 * 2 / 2  # all-reduces of [8, 256], 2 a layer
+        128
+        * (2 * student.num_layers + 1)
+        * 2
+        * 8
+        * 256
+        * 2
+        / 2  # all-reduces of [8, 256], 2 a layer
     )
 
 

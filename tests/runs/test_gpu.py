@@ -87,20 +87,22 @@ def assert_close(found, right, allowed: float, what: str) -> None:
 
 @pytest.mark.parametrize("chosen", [pytest.param("cudnn", marks=needs_gpu), "xla"])
 @pytest.mark.parametrize(
-    ("columns", "heads", "kv_heads", "head_width", "window"),
+    ("columns", "heads", "num_kv_heads", "head_dim", "window"),
     [(519, 4, 2, 64, None), (128, 3, 3, 128, None), (47, 4, 1, 64, 9)],
 )
 def test_attention_in_bfloat16_is_that_of_float32(
-    monkeypatch, chosen, columns, heads, kv_heads, head_width, window
+    monkeypatch, chosen, columns, heads, num_kv_heads, head_dim, window
 ):
     """Of an odd number of columns too, as a soft prompt makes it."""
     rng = np.random.default_rng(columns)
-    shapes = [(2, columns, number, head_width) for number in (heads, kv_heads, kv_heads, heads)]
+    shapes = [
+        (2, columns, number, head_dim) for number in (heads, num_kv_heads, num_kv_heads, heads)
+    ]
     rounded = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
 
     def attended(query, key, value, cotangent):
         """And the gradients of all three."""
-        attend = functools.partial(attention.attend, window=window)
+        attend = functools.partial(attention.attend, sliding_window=window)
         found, pull = jax.vjp(attend, query, key, value)
         return found, *pull(cotangent)
 
@@ -124,7 +126,7 @@ def loss_and_gradient(model, tokens, prefix, params):
     return compiled(params, prefix), "__cudnn$fmhaSoftmaxBackward" in compiled.as_text()
 
 
-@pytest.mark.parametrize("changes", [{"window": 9}, {"remat": "full"}])
+@pytest.mark.parametrize("changes", [{"sliding_window": 9}, {"remat": "full"}])
 def test_a_decoder_in_bfloat16_takes_cudnn_and_agrees_with_xla_on_a_mesh(monkeypatch, changes):
     """Of all GPUs here; with two or more, heads are dealt out too."""
     tensor = 2 if jax.device_count() % 2 == 0 else 1

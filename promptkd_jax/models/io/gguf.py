@@ -181,7 +181,7 @@ def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
 def _config(path: str, metadata: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict:
     width = _setting(path, metadata, "embedding_length")
     heads = _setting(path, metadata, "attention.head_count")
-    head_width = _setting(path, metadata, "attention.key_length", width // heads)
+    head_dim = _setting(path, metadata, "attention.key_length", width // heads)
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -189,7 +189,7 @@ def _config(path: str, metadata: dict[str, Any], tensors: dict[str, ReaderTensor
         "num_hidden_layers": _setting(path, metadata, "block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": _setting(path, metadata, "attention.head_count_kv", heads),
-        "head_dim": head_width,
+        "head_dim": head_dim,
         "intermediate_size": _setting(path, metadata, "feed_forward_length"),
         "max_position_embeddings": _setting(path, metadata, "context_length"),
         "rms_norm_eps": _setting(path, metadata, "attention.layer_norm_rms_epsilon"),
@@ -200,7 +200,7 @@ def _config(path: str, metadata: dict[str, Any], tensors: dict[str, ReaderTensor
         "attention_bias": False,
         "mlp_bias": False,
     }
-    _check_head_width(path, metadata, head_width)
+    _check_head_width(path, metadata, head_dim)
     scaling = _rope_scaling(path, metadata, tensors.pop("rope_freqs.weight", None), config)
     return config | scaling | _special_ids(path, metadata, config["vocab_size"])
 
@@ -281,9 +281,9 @@ def _llama3_scaling(path: str, freqs: ReaderTensor, config: dict, length: int) -
     return scaling
 
 
-def _llama3_factors(theta: float, head_width: int, scaling: dict) -> np.ndarray:
+def _llama3_factors(theta: float, head_dim: int, scaling: dict) -> np.ndarray:
     """By what Llama 3.1 divides each rotary frequency, [H / 2]."""
-    waves = 2 * np.pi * theta ** (np.arange(0, head_width, 2) / head_width)
+    waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / waves
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -162,7 +162,7 @@ def stored_name(row: families.Tensor, prefix: str, layer: int | None = None) -> 
 
 def stored_names(row: families.Tensor, config: DecoderConfig, prefix: str) -> Iterator[str]:
     """The names of a row's tensors, layer by layer."""
-    layers = range(config.depth) if row.per_layer else [None]
+    layers = range(config.num_layers) if row.per_layer else [None]
     return (stored_name(row, prefix, layer) for layer in layers)
 
 
@@ -274,7 +274,7 @@ def _check_names(source: TensorSource, config: DecoderConfig, prefix: str) -> No
     if left:
         raise ModelError(
             f"{source.path}: {len(left)} tensors belong to nothing in a {config.family} of "
-            f"{config.depth} layers: {_some(sorted(left))}"
+            f"{config.num_layers} layers: {_some(sorted(left))}"
         )
 
 
