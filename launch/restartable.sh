@@ -8,6 +8,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+case ${1-} in
+  '' | -h | --help) usage && exit "$((!$#))" ;;
+esac
 status=0
 run_beside "$@" || status=$?
 if ((status == STOPPED)) || { [[ $told_to_stop ]] && ((status)); }; then exit 42; fi
