@@ -229,6 +229,7 @@ def hidden_loss(
     Raises:
       ValueError: states of other rows or positions than `where`.
     """
+    # The student learns from the teacher, never the other way round.
     teacher = jax.lax.stop_gradient(teacher)
     _check_rows(student, teacher, where)
     counts = where.mask > 0
@@ -236,6 +237,7 @@ def hidden_loss(
     for term in terms:
         for (of_student, of_teacher), name in _names(term).items():
             if term.kind == "relation":
+                # Where nothing counts column 0 is looked at, and its value dropped below.
                 positions = jnp.where(counts, where.positions, 0)
                 learner = _relation_heads(student, of_student, term.heads, positions)
                 target = _relation_heads(teacher, of_teacher, term.heads, positions)
@@ -243,9 +245,11 @@ def hidden_loss(
             else:
                 learner = _select(counts, student["hidden", of_student])
                 if term.projection:
+                    # [B, R, D_student] -> [B, R, D_teacher]
                     learner = learner @ projections[name]
                 target = _select(counts, teacher["hidden", of_teacher])
                 values = _POINTWISE[term.kind](learner, target)
+            # Twice masked: the select keeps NaN out of the gradient, the mask weighs.
             sums[name] = jnp.sum(where.mask * jnp.where(counts, values, 0))
             loss = loss + term.weight * sums[name]
     return loss, jax.lax.stop_gradient(sums)
@@ -294,6 +298,7 @@ def _relation_heads(
     last = jnp.max(positions, axis=1, keepdims=True)
 
     def cut(x):  # in float32, in which the gradients of all chunks are summed
+        # [B, T, N, H] -> [B, T, N * H] -> [A, B, T, N * H / A]
         x = x.reshape(*x.shape[:2], -1)
         x = _select(jnp.arange(x.shape[1]) <= last, x)
         return jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 0)
@@ -312,6 +317,7 @@ def _relation_kl(
     """
     heads, rows, columns, _ = learner[0].shape
 
+    # Scores are computed again in the backward pass: kept, they would be [R, A, B, T].
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_query(positions):  # [B]
         seen = jnp.arange(columns) <= positions[:, None]
@@ -329,6 +335,7 @@ def _relation_kl(
 
 def _scores(x: jax.Array, positions: jax.Array, seen: jax.Array) -> jax.Array:
     """Scaled products of one column a row, `positions` `[B]`, with those it sees, `[A, B, T]`."""
+    # x [A, B, T, H]; the query of each row, [A, B, H].
     query = jnp.take_along_axis(x, positions[None, :, None, None], axis=2)[:, :, 0]
     scores = jnp.einsum("abh,abth->abt", query, x) / math.sqrt(x.shape[-1])
     return jnp.where(seen, scores, -jnp.inf)

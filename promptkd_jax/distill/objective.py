@@ -93,6 +93,7 @@ def loss_and_grad(
       every term, unweighted, and observation.
     """
 
+    # One pass over V for all terms: the head is multiplied once per chunk, whatever is summed.
     def loss(at):
         return linear_loss(
             [term.function for term in terms.values()],
@@ -103,6 +104,7 @@ def loss_and_grad(
             observe=tuple(observations.values()),
         )
 
+    # `found` has the shape of `at`: hidden [B, R, D], or hidden and head [V, D].
     (total, sums), found = jax.value_and_grad(loss, has_aux=True)(at)
     return found, total, dict(zip([*terms, *observations], sums))
 
@@ -120,6 +122,7 @@ def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gr
       Gradients with `loss` and `sums` stacked, `[G]`.
     """
     first = jax.tree.map(lambda x: x[0], micro_batches)
+    # G = 1: no loop, so that XLA may fuse the backward pass with the update.
     if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
         found = gradients_of(*first)
         return found._replace(**jax.tree.map(lambda x: x[None], _measured(found)))
@@ -128,6 +131,7 @@ def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gr
         found = gradients_of(*micro_batch)
         return jax.tree.map(jnp.add, total, found.by_group), _measured(found)
 
+    # float32 zeros: 256 + 1 is 256 in bfloat16, and many small gradients would be lost.
     shapes = jax.eval_shape(gradients_of, *first).by_group
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     total, measured = jax.lax.scan(body, zeros, micro_batches)
@@ -167,11 +171,14 @@ def prompt_gradients(
         teacher, _ = models.teacher(params, rows, soft_prompt)
         return teacher.hidden, teacher.head
 
+    # The teacher is frozen: its backward pass carries gradients to P alone, none to weights.
     hidden, pullback, head = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
     (student, _), _ = student_forward or models.student_vjp(params["student"], rows)
+    # The plain teacher is a constant of L_reg; without L_reg its forward pass is not made.
     plain = models.teacher(params, rows)[0] if models.method.regularization else None
     terms, observations = prompt_terms(models.method, student, plain, scale, coefficient)
     mask = models.where(rows).mask
+    # dL/dh [B, R, D] of the prompted teacher's hidden states, then (dh/dP)^T dL/dh.
     d_hidden, loss, sums = loss_and_grad(
         terms, observations, mask, lambda h: LazyLogits(h, head), hidden
     )
@@ -195,6 +202,7 @@ def teacher_gradients(
     def teacher(teacher_params):
         return models.teacher({"teacher": teacher_params}, rows)[0]
 
+    # Unlike the prompt's, this pullback reaches all of the teacher, its head included.
     learner, pullback = jax.vjp(teacher, params["teacher"])
     (student, _), _ = student_forward or models.student_vjp(params["student"], rows)
     terms = {
@@ -223,6 +231,7 @@ def student_gradients(
     method, rows = models.method, micro_batch.rows
     where = models.where(rows)
     (student, states), pullback = student_forward or models.student_vjp(params["student"], rows)
+    # Nothing looks at the teacher where only tokens or plain text are learned from.
     teacher, teacher_states = None, {}
     if method.needs_view:
         teacher, teacher_states = models.teacher(params, rows, micro_batch.soft_prompt)
@@ -234,6 +243,7 @@ def student_gradients(
     d_student, loss, sums = loss_and_grad(
         terms, observations, where.mask, lambda x: x, student, teacher
     )
+    # Hidden states have a gradient of their own, and join the logits' in one backward pass.
     by_group, d_states = {}, jax.tree.map(jnp.zeros_like, states)
     if models.hidden_terms:
         d_states, by_group, hidden_total, hidden_sums = hidden_gradient(
@@ -241,10 +251,12 @@ def student_gradients(
         )
         loss, sums = loss + hidden_total, sums | hidden_sums
     by_group["student"] = pullback((d_student, d_states))[0]
+    # Plain text is another forward: rows of another shape, without a teacher as a rule.
     if micro_batch.corpus is not None:
         gradient, corpus_total = corpus_gradient(params, micro_batch.corpus, corpus_scale, models)
         by_group["student"] = jax.tree.map(jnp.add, by_group["student"], gradient)
         loss, sums = loss + corpus_total, sums | {"corpus_loss": corpus_total / scale}
+    # The caller's scale made it a share of the mean; what is reported is a sum over tokens.
     return Gradients(by_group, loss / scale, sums)
 
 
@@ -283,6 +295,7 @@ def _cross_entropy_term(weight: jax.Array, micro_batch: MicroBatch, models: Step
     labels = models.where(micro_batch.rows).labels
     if models.method.targets not in ON_POLICY:
         return Term(losses.cross_entropy, labels, weight)
+    # [B] -> [B, R]: cross-entropy counts only rows that the student did not write itself.
     written_by_others = jnp.broadcast_to(~micro_batch.is_student[:, None], labels.shape)
     return Term(_cross_entropy_of_others, (labels, written_by_others), weight)
 
@@ -311,6 +324,7 @@ def _learner_to_teacher(targets, student):
 def _agreement(targets, student):
     teacher = targets[-1]
     if isinstance(teacher, TopK):  # the largest is kept, and kept first
+        # [B, R]: the student's logit of the teacher's likeliest token, against its own largest.
         there = jnp.take_along_axis(student, teacher.ids[..., :1], axis=-1)[..., 0]
         return (there == jnp.max(student, axis=-1)).astype(jnp.float32)
     return losses.agreement(teacher, student)
@@ -407,6 +421,7 @@ def corpus_gradient(
       (gradient for the student's parameters, the loss times `weight`).
     """
     method = models.method
+    # Rows of text have a "prompt" of one token: each of the others is predicted.
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
     def student(params):

@@ -99,6 +99,7 @@ def importance_weights(
     `teacher_share` is a, 0 <= a < 1. The log-probabilities must be those that were mixed, with the
     sampling temperature and whatever tokens were forbidden.
     """
+    # log((1 - a) q + a p), without leaving the logarithm.
     mixed = jnp.logaddexp(
         jnp.log1p(-teacher_share) + student_log_prob, jnp.log(teacher_share) + teacher_log_prob
     )
@@ -116,9 +117,11 @@ def advantages(reward: jax.Array, mask: jax.Array, settings: PolicyGradient) -> 
         total = now + settings.gamma * later
         return total, total
 
+    # Over R from the end: A_t = r_t + gamma A_{t+1}; [R, B] for the scan.
     _, advantage = jax.lax.scan(backwards, jnp.zeros(reward.shape[0]), reward.T, reverse=True)
     advantage = advantage.T
     if settings.length_normalize:
+        # [B, R]: response tokens from t on, t included.
         remaining = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
         advantage = advantage / jnp.maximum(remaining, 1)
     if settings.whiten == "none":
@@ -157,6 +160,7 @@ def policy_target(
       teacher_share: a of the sampling policy (1 - a) q + a p; 0 if the student sampled alone.
       settings: see `PolicyGradient`.
     """
+    # A select, not a product: behind a row's end there may be NaN, and 0 * NaN is NaN.
     student_log_prob = jnp.where(mask > 0, student_log_prob, 0.0)
     teacher_log_prob = jnp.where(mask > 0, teacher_log_prob, 0.0)
     reward = rewards(student_log_prob, teacher_log_prob, mask, settings)
@@ -185,10 +189,12 @@ def clipped_policy_gradient(
       ratio_clip: c; None: no clipping.
     """
     log_prob = -losses.cross_entropy(target.labels, learner)
+    # [B, R]: 1 in the first update of a rollout, up to the importance of a mixture.
     ratio = jnp.exp(log_prob - target.log_prob) * target.importance
     gain = target.advantage * ratio
     if ratio_clip is not None:
         clipped = jnp.clip(ratio, 1 - ratio_clip, 1 + ratio_clip)
+        # The smaller of both: no gain for moving further than the bound, all of the loss.
         gain = jnp.minimum(gain, target.advantage * clipped)
     return -gain
 

@@ -48,6 +48,7 @@ def push(replay: Replay, rows: Batch) -> Replay:
     number = rows.tokens.shape[0]
     if number > capacity:
         raise ValueError(f"a replay buffer of {capacity} rows cannot take {number} at once")
+    # A ring: the oldest rows are those behind the last that was written.
     places = (replay.count + jnp.arange(number)) % capacity
     rows = pad_to(rows, columns)
     kept = jax.tree.map(lambda old, new: old.at[places].set(new), replay.rows, rows)
@@ -57,6 +58,7 @@ def push(replay: Replay, rows: Batch) -> Replay:
 def draw(replay: Replay, key: jax.Array, number: int) -> Batch:
     """`number` different rows of a full buffer, each equally likely."""
     capacity = replay.rows.lengths.shape[0]
+    # Without replacement; an empty place is never drawn, since only a full buffer is asked.
     chosen = jax.random.choice(key, capacity, (number,), replace=False)
     return jax.tree.map(lambda x: x[chosen], replay.rows)
 
@@ -69,6 +71,7 @@ def adapt(
     The loss to compare with is that of the last rise, at first that of the first call.
     """
     loss = jnp.asarray(validation_loss, jnp.float32)
+    # inf: no validation loss was seen yet, and the first one is what others compare with.
     first = jnp.isinf(replay.validation_loss)
     rose = ~first & (loss >= replay.validation_loss + tolerance)
     return replay.replace(

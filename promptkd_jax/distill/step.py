@@ -85,11 +85,14 @@ def train_step(
     else:
         targets, replay = _write(state, batch, step_models, state.step)
         new = state.replace(replay=replay)
+    # [B, T] -> [N, B / N, T]; everything below maps or scans over N.
     micro_batches = _split(targets, corpus, method)
     metrics = _measure_rows(targets, micro_batches, new, method)
+    # Where the student's forward serves both updates, it is made once, here.
     forward = _shared_forward(state, micro_batches, step_models)
     if method.prompted:
         new, metrics = _update_prompt(new, micro_batches, metrics, step_models, optimizers, forward)
+        # [N, M, D]: the student learns from the prompt that was just updated.
         soft_prompt = _prompt_of_student_loss(state, new, method)
         micro_batches = micro_batches._replace(soft_prompt=soft_prompt)
     elif method.teacher_view == "online":
@@ -121,8 +124,10 @@ def _skip_if_not_finite(
     state: TrainState, new: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
     """The new state, or the old one with its clock and counters moved on."""
+    # A NaN in any gradient makes its norm NaN, so that the norms tell of all of them.
     norms = jnp.stack(list(metrics.grad_norms.values()))
     finite = jnp.all(jnp.isfinite(metrics.losses["student"])) & jnp.all(jnp.isfinite(norms))
+    # A select, not a branch: both states exist already, and a branch would wait for the host.
     kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     kept = kept.replace(
@@ -141,6 +146,7 @@ def _split(targets: TargetBatch, corpus: Batch | None, method: Method) -> MicroB
         return jnp.swapaxes(x.reshape(-1, method.parts, *x.shape[1:]), 0, 1)
 
     rows, is_student = targets.rows, targets.is_student
+    # Rows of like length together, so that a short micro-batch takes a small bucket.
     if method.sorts_rows:
         rows, is_student = _sort_by_length(rows, is_student, method.parts)
     corpus = corpus if method.corpus_terms else None
@@ -189,6 +195,7 @@ def _measure_rows(
 ) -> Metrics:
     """Counts the response tokens of each micro-batch that losses see, and all that they do not."""
     capacity = method.response_capacity
+    # mask [N, B / N, R]; counts [N]: response tokens of each micro-batch.
     where = jax.vmap(lambda rows: responses(rows, capacity))(micro_batches.rows)
     scalars = row_statistics(method, targets, state.replay)
     scalars["tokens_beyond"] = jnp.sum(where.beyond)
@@ -197,6 +204,7 @@ def _measure_rows(
 
 def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
     """The factor of each micro-batch's sum, `[G]`, with which all of them add up to the mean."""
+    # As published, each micro-batch has its own mean; else all tokens count the same.
     if conventions.mean_of_means:
         return 1 / (counts * counts.shape[0])
     return jnp.broadcast_to(1 / jnp.sum(counts), counts.shape)
@@ -246,6 +254,7 @@ def _coefficients(state: TrainState, method: Method) -> jax.Array:
         return jnp.broadcast_to(state.regularization, (number,))
     if method.regularization_schedule == "constant":
         return jnp.full(number, method.regularization)
+    # k of K, counted from 1: in the last update alpha_K = 0.
     k = jnp.broadcast_to(state.step + 1, (number,))
     if method.conventions.early_clock and number > 1:
         k = k + (jnp.arange(number) == number - 1)
@@ -310,6 +319,7 @@ def _policy_targets(
 
     method = models.method
     found = jax.lax.map(_bucketed(log_probs, method), micro_batches)
+    # Whitening needs the mean and variance of all rows of the step, not of a micro-batch.
     whole = [x.reshape(-1, x.shape[-1]) for x in found]  # [B, R]
     target = policy_gradient.policy_target(*whole, method.teacher_share, method.policy_gradient)
     return jax.tree.map(lambda x: x.reshape(found[0].shape), target)
@@ -357,6 +367,7 @@ def _update_student(
     if method.updates == 1:
         state, (loss, sums, norm) = update(state, (micro_batches, metrics.counts))
     else:
+        # [passes, minibatches, …]: later passes are off-policy by the updates before them.
         state, measured = jax.lax.scan(one_pass, state, None, length=method.passes)
         loss, sums, norm = jax.tree.map(lambda x: x.mean(axis=0), measured)
         loss, sums = jax.tree.map(lambda x: x.reshape(-1), (loss, sums))  # [N]

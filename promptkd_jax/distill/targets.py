@@ -48,6 +48,7 @@ def rollout(
     Returns:
       The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
     """
+    # Responses that the data has are cut off: what is sampled begins behind the prompt.
     requests = batch.tokens[:, :prompt_capacity]
     keys = row_keys(key, jnp.arange(requests.shape[0]))
     out = sample(
@@ -67,6 +68,7 @@ def rollout(
     )
     tokens = out.tokens
     if force_eos:
+        # [B, T]: the last token of each row.
         last = jnp.arange(tokens.shape[1]) == out.lengths[:, None] - 1
         tokens = jnp.where(last & ~out.ended[:, None], sampling.eos_ids[0], tokens)
     return Batch(tokens, batch.prompt_lengths, out.lengths), out.ended
@@ -110,6 +112,7 @@ def target_rows(
     """
     number = batch.lengths.shape[0]
     nobody = jnp.zeros(number, bool)
+    # Rows of the data, or that the teacher wrote before training, are the batch itself.
     if method.targets not in ON_POLICY:
         return TargetBatch(batch, nobody, nobody), replay
 
@@ -131,6 +134,7 @@ def target_rows(
         slots=method.execution.max_concurrent_rollouts,
         request_lengths=method.execution.length_buckets,
     )
+    # The rollout's keys are those of its rows; coins are drawn from a stream of their own.
     coin = jax.random.fold_in(key, _COIN)
     if method.targets == "replay":
         if replay is None:
@@ -139,6 +143,7 @@ def target_rows(
         rows, own, replay = _replayed(replay, batch, lambda: write()[0], coin, done)
         return TargetBatch(rows, own, nobody), replay
     if method.targets == "mixed":
+        # GKD's lambda, row by row; rows of the data are not sampled at all.
         own = jax.random.uniform(coin, (number,)) < method.on_policy_share
         rows, ended = write(active=own)
         return TargetBatch(choose_rows(own, rows, batch), own, ended), replay
@@ -165,8 +170,10 @@ def row_statistics(
 def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, done: jax.Array):
     """DistiLLM's choice for a whole batch: the data, the buffer, or new rows, which go into it."""
     columns, number = replay.rows.tokens.shape[1], batch.lengths.shape[0]
+    # One coin for the whole batch, as published.
     luck = jax.random.uniform(coin)
     fading = replay.threshold * jnp.maximum(1 - done, 0.0)
+    # On-policy with probability `threshold`; of these ever more come from the buffer.
     new = (luck < fading) | ((luck < replay.threshold) & ~replay.full)
     old = ~new & (luck < replay.threshold)
 
@@ -180,6 +187,7 @@ def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, do
         rows = pad_to(write(), columns)
         return rows, push(replay, rows)
 
+    # A switch, so that only what was chosen is computed.
     case = jnp.where(new, 2, jnp.where(old, 1, 0))
     rows, replay = jax.lax.switch(case, [of_data, of_buffer, written_now])
     return rows, jnp.broadcast_to(case > 0, (number,)), replay

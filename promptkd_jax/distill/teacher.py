@@ -60,16 +60,20 @@ def lazy_logits_and_states(
       The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,
       or at all columns, "queries", "keys" and "values" `[B, T, heads, H]`, before rotary positions.
     """
+    # flax keeps what layers `sow` only if the collection is mutable.
     collections = ["intermediates"] if taps else []
     last, sown = decoder.apply({"params": params}, batch.tokens, prefix=prefix, mutable=collections)
+    # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
     last = gather(last, where)
     states = {}
     for name, layer in taps:
+        # The last layer's are those behind the final norm, which the head sees.
         if name == "hidden" and layer == decoder.config.num_layers - 1:
             states[name, layer] = last
             continue
         layers = sown["intermediates"]["layers"]
         (stacked,) = layers["hidden"] if name == "hidden" else layers["attention"][name]
+        # Layers are stacked [L, B, M + T, …]; the M columns of a prefix are cut off.
         state = stacked[layer, :, -batch.tokens.shape[1] :]
         states[name, layer] = gather(state, where) if name == "hidden" else state
     return LazyLogits(last, head(params)[:vocab_size]), states
@@ -107,6 +111,7 @@ class StepModels:
         self, params: Mapping[str, Any], rows: Batch, soft_prompt: jax.Array | None = None
     ) -> tuple[LazyLogits | TopK, hidden_loss.States]:
         """The teacher's distributions, and the hidden states that the method's terms look at."""
+        # Top-k log-probabilities that were read from disk travel in the batch.
         if self.method.teacher_view == "cached":
             if rows.cached is None:
                 raise ValueError("teacher_view = 'cached' needs batches with their `cached` field")
@@ -114,6 +119,7 @@ class StepModels:
         teacher = self.teacher_params(params)
         prefix = soft_prompt
         if self.method.teacher_view == "in_context":
+            # [M, D]: demonstrations are a prefix like the soft prompt, but not trained.
             prefix = embed(teacher, np.asarray(self.method.demonstrations, np.int32))
         return self._see(self.decoders.teacher, teacher, rows, prefix, self._taps[1])
 
