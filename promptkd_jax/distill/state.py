@@ -100,6 +100,7 @@ def init_state(
       pending: a place for what `write_ahead` will write, where states of several methods shall
         have one structure.
     """
+    # A group that nothing trains is not there at all: no optimizer state, no checkpoint of it.
     params = {name: group for name, group in params.items() if group is not None}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -117,6 +118,7 @@ def init_state(
 def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:
     """Means over response tokens (or of micro-batch means) and the scalars, as Python floats."""
     metrics = jax.device_get(metrics)
+    # [N] sums over tokens; the one division of a step's metrics comes last, on the host.
     sums = metrics.sums | {f"{name}_loss": total for name, total in metrics.losses.items()}
     if conventions.mean_of_means:
         means = {name: (total / metrics.counts).mean() for name, total in sums.items()}

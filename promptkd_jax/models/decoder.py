@@ -123,20 +123,25 @@ class Decoder(nn.Module):
         if prefix is not None:
             rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
+        # [1, M + T] for whole rows, which all begin at column 0; [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
         if config.learned_positions:
             _check_columns(config, x.shape[1] if cache is None else cache.key.shape[3])
             table = config.max_positions + config.position_offset
             x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
+        # Said at every layer's edge: left to itself, the partitioner may gather rows instead.
         x = constrain(x, ROWS, None, None)
         decode = column is not None
+        # One scan over L stacked layers: compiled once, whatever the depth.
         (x, cache), _ = _layers(config)(
             (x, cache), jnp.arange(config.num_layers), positions, decode
         )
         x = _norm(config, "final_norm")(x)
+        # Declared here, multiplied by the losses: no [B, T, V] array leaves the model.
         if not config.tied:
             shape = (vocab_size, config.width)
             self.param("lm_head", nn.initializers.normal(0.02), shape, config.param_dtype)
+        # Hidden states are aligned with the tokens, with a prefix and without.
         if prefix is not None:
             x = x[:, prefix.shape[0] :]
         return x if cache is None else (x, cache)
@@ -185,11 +190,13 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, index, positions, decode):
         config, padded = self.config, self.config.padded
+        # [B, T, D] -> [B, T, N, H] and [B, T, K, H]
         query = _project(config, (padded.num_heads, config.head_dim), config.qkv_bias, "query")(x)
         key = _project(config, (padded.num_kv_heads, config.head_dim), config.qkv_bias, "key")(x)
         value = _project(config, (padded.num_kv_heads, config.head_dim), config.qkv_bias, "value")(
             x
         )
+        # Over H, head by head (Qwen3).
         if config.qk_norm:
             query = _norm(config, "query_norm")(query)
             key = _norm(config, "key_norm")(key)
@@ -201,10 +208,12 @@ class Attention(nn.Module):
         self.sow("intermediates", "values", value[:, :, : config.num_kv_heads])
         if not config.learned_positions:
             query, key = (rotate(config, a, positions) for a in (query, key))
+        # Where a mesh cuts heads more finely than there are K of them, each device has its own.
         key, value = (repeat_kv(a, padded.num_heads) for a in (key, value))
         if cache is not None:
             cache = _write(cache, index, key, value, positions if decode else None)
         if decode:
+            # [L, B, K, S, H] -> [B, K, S, H], the row's new column included.
             key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
             out = attend_to_cache(
                 query, key, value, positions, sliding_window=config.sliding_window
@@ -229,6 +238,7 @@ class FeedForward(nn.Module):
             hidden = activation(gate) * up
         else:
             hidden = activation(up)
+        # Units are dealt out to devices; the product with `down` adds up their shares.
         hidden = constrain(hidden, ROWS, None, "tensor")
         return _project(config, config.width, config.mlp_bias, "down")(hidden)
 
@@ -244,8 +254,10 @@ def _check_columns(config: DecoderConfig, columns: int) -> None:
 
 def rotate(config: DecoderConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary embedding of `[B, T, heads, H]` at `positions` `[B or 1, T]`, halves layout."""
+    # In float32: at position 8,000 bfloat16 would be off by whole turns.
     angles = positions[..., None] * _frequencies(config)  # [B, T, H/2]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    # Hugging Face's layout: pairs are (i, i + H/2), not neighbours.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -260,6 +272,7 @@ def _frequencies(config: DecoderConfig) -> jax.Array:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
+    # Llama 3.1: slow frequencies are stretched, fast ones kept, those between interpolated.
     turns = scaling.original_max_position * frequency / (2 * jnp.pi)
     smooth = (turns - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -275,6 +288,7 @@ def _write(cache: Cache, index, key, value, positions) -> Cache:
         def write(c, x):
             return jax.lax.dynamic_update_slice(c, x.swapaxes(1, 2)[None], (index, 0, 0, 0, 0))
     else:
+        # [B, 2]: (layer, column) of each row's write; a column beyond the cache is dropped.
         places = jnp.stack([jnp.full_like(positions[:, 0], index), positions[:, 0]], axis=1)
 
         def write(c, x):
@@ -320,6 +334,7 @@ def _norm(config: DecoderConfig, name: str) -> nn.Module:
             param_dtype=config.param_dtype,
             name=name,
         )
+    # E[x²] - E[x]² in float32 loses what large means leave.
     return nn.LayerNorm(
         epsilon=config.norm_eps,
         use_fast_variance=False,

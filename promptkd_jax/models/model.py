@@ -56,16 +56,19 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
         raise ModelError(
             f"layers {layers}: {model.name} has the layers 0 to {config.num_layers - 1}"
         )
+    # Layers are stacked along the first axis of every array, so that keeping some is an index.
     index = np.asarray(layers)
 
     def keep(params):
         stack = jax.tree.map(lambda x: x[index], params["layers"])
         return jax.tree.map(jnp.copy, params | {"layers": stack})
 
+    # The copies lie where the originals do, cut as they are.
     where = jax.tree.map(_committed_to, model.params)
     params = jax.jit(keep, out_shardings=where)(model.params)
     depth_field = families.family(config).depth_field
     hf_config = {**model.hf_config, depth_field: len(layers)}
+    # Of models whose layers differ, the list has to name those that are left.
     if "layer_types" in hf_config:
         hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
     decoder = Decoder(config.replace(num_layers=len(layers)))

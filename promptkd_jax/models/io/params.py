@@ -58,6 +58,7 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
     placed = traverse_util.flatten_dict(shardings(abstract), sep="/") if shardings else {}
     prefix = _prefix(source, config)
     rows = families.family(config).rows
+    # All that is wrong is told before the first gigabyte is read.
     _check_names(source, config, prefix)
     for row in rows:
         _check_stored(source, config, row, prefix)
@@ -98,8 +99,10 @@ def _parameter(
     """The array of which `read` gives parts; a large one is put together layer by layer."""
     if not per_layer or _bytes_here(shape, sharding) <= PIECE_BYTES:
         return _place(read, shape.shape, sharding)
+    # On the devices at once; the host holds one layer at a time.
     stack = jnp.zeros(shape.shape, shape.dtype, device=sharding)
     if sharding is not None:
+        # That of a layer: without the axis of layers, which is not cut.
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     for layer in range(shape.shape[0]):
         part = functools.partial(_read_layer, read, layer)
@@ -122,6 +125,7 @@ def _place(
     """The array of which `read` gives parts; devices that hold the same part share one reading."""
     if sharding is None:
         return jax.device_put(read(tuple((0, size) for size in shape)))
+    # Devices along `data` hold the same part, and ask for it one after the other.
     once = functools.cache(read)
 
     def part(index):
@@ -171,12 +175,14 @@ def _read(
 ) -> np.ndarray:
     """The part of a row's parameter within `bounds`, in the dtype of the parameters; zeros where
     it is padded."""
+    # In our order of axes; `as_stored` below is a view of it in the file's.
     part = np.zeros([stop - start for start, stop in bounds], jnp.dtype(config.param_dtype))
     layers, targets = [None], part[None]
     if row.per_layer:
         layers, targets, bounds = range(*bounds[0]), part, bounds[1:]
     sizes = families.sizes(config)
     bounds = [(start, min(stop, sizes[x])) for (start, stop), x in zip(bounds, row.ours)]
+    # All of it is padding: nothing of the file belongs here.
     if any(start >= stop for start, stop in bounds):
         return part
     targets = targets[:, *(slice(stop - start) for start, stop in bounds)]
@@ -199,6 +205,7 @@ def all_finite(x: np.ndarray) -> bool:
 
     By their bits, at the speed of memory: NumPy's own test is five times slower for bfloat16.
     """
+    # An exponent of all ones is an infinity or NaN: compared as unsigned, without the sign.
     bits = x.reshape(-1).view(f"u{x.itemsize}")
     infinity = np.asarray(np.inf, x.dtype).view(bits.dtype)  # NaN has the same exponent, and more
     unsigned = np.asarray(2 ** (8 * x.itemsize - 1) - 1, bits.dtype)
@@ -264,6 +271,7 @@ def _check_names(source: TensorSource, config: DecoderConfig, prefix: str) -> No
     found = set(source.names())
     if missing := sorted(wanted - found):
         raise ModelError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}")
+    # Buffers that some exports keep: masks, rotary tables.
     harmless = re.compile("|".join((*table.ignored, "$^")))
     left = {
         name
