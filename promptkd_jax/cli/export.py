@@ -15,7 +15,7 @@ from etils import epath
 from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import CheckpointError
-from promptkd_jax.infra.files import check_writable
+from promptkd_jax.infra.files import check_writable, of_another_machine
 from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import load_config
 from promptkd_jax.training.fields import RunConfig
@@ -53,7 +53,9 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
     with flags.naming("--workdir", workdir):
         if not distributed.run_on_primary(file.exists):
             raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
-        config = with_date(checked(load_config([f"--config={file}"])[0]), workdir)
+        with of_another_machine():  # the run's models and data may be gone, or out of reach
+            run = checked(load_config([f"--config={file}"])[0])
+        config = with_date(run, workdir)
     with flags.naming("--output", output):
         check_writable(output)
     with flags.naming("--workdir", workdir):

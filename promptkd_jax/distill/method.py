@@ -1,5 +1,5 @@
 """A distillation method as data: where target rows come from, how the teacher is seen, what is
-minimised. SFT, KD, SeqKD, GKD, MiniLLM, DistiLLM, ABKD and PromptKD are values of `Method`.
+minimized. SFT, KD, SeqKD, GKD, MiniLLM, DistiLLM, ABKD and PromptKD are values of `Method`.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ CROSS_ENTROPY = "cross_entropy"  # the student term that looks at the tokens ins
 POLICY_GRADIENT = "policy_gradient"  # the one that looks at both
 
 TARGETS = {
-    "gold": "the data's own answers",
-    "teacher": "answers that the teacher wrote before training",
-    "student": "the student's own answers, written for each update",
+    "gold": "the data's own responses",
+    "teacher": "responses that the teacher wrote before training",
+    "student": "the student's own responses, written for each update",
     "mixed": "a row is the student's with probability on_policy_share, else the data's",
     "replay": "the data's, the student's, or what it wrote before, by DistiLLM's schedule",
 }
@@ -25,7 +25,7 @@ ON_POLICY = ("student", "mixed", "replay")
 VIEWS = {
     "plain": "as it is",
     "prompted": "behind the soft prompt, which is trained as well",
-    "in_context": "with demonstrations before the request, which the student does not see",
+    "in_context": "with demonstrations before the prompt, which the student does not see",
     "cached": "its k largest log-probabilities, written down beforehand",
     "online": "as it is, and it learns from the student in turn",
 }
@@ -165,7 +165,8 @@ class Objective:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """How a step is computed: its speed and memory. What is computed is the same, up to rounding,
-    but for `one_step_off_policy`; and with published conventions for micro-batches.
+    but for `one_step_off_policy`; and with published conventions for micro-batches. `Method` checks
+    its values.
     """
 
     gradient_accumulation_steps: int = field(
@@ -219,6 +220,9 @@ class Method(Objective):
     conventions: Conventions = Conventions()
 
     def __post_init__(self):
+        for name, cls in (("sampling", Sampling), ("execution", Execution)):
+            if not isinstance(getattr(self, name), cls):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not a {cls.__name__}")
         validate(self)
         validate(self.execution)
         mistakes = contradictions(self, self.execution, self.sampling)

@@ -28,7 +28,7 @@ from promptkd_jax.infra.specs import Bool, Choice, Float, Optional, field, valid
 
 WHITEN = {
     "response": "response tokens",
-    "none": "none: advantages stay as they are",
+    "none": "advantages stay as they are",
     "padded": "all B * R entries, as published",
 }
 

@@ -95,8 +95,8 @@ class DataFree:
     )
     temperature: float = field(
         1.0,
-        Float(low=0.0),
-        "at which prompts are written, 0 is greedy; their responses are sampled at 1",
+        Float(low=0.0, open_low=True),
+        "at which prompts are written; their responses are sampled at 1",
     )
     seed: int = field(10, SEED, "of topics, prompts and responses")
     bank: str = field(

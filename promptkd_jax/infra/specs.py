@@ -12,6 +12,7 @@ a run (`mistakes`), and a flag (`cli.flags.of`), and is what `--help-config` sho
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -67,9 +68,17 @@ def _tuples(value: Any) -> Any:
 def validate(value: Any) -> None:
     """Checks the declared fields of a dataclass instance; for `__post_init__`.
 
+    Lists become tuples, so that what is frozen can be hashed.
+
     Raises:
       ValueError: every field that is not what it may be.
     """
+    for name, f in declared(type(value)).items():
+        given, spec = getattr(value, name), f.metadata["spec"]
+        if isinstance(given, list):
+            object.__setattr__(value, name, _tuples(given))
+        if isinstance(spec, Group) and not isinstance(given, spec.cls):
+            raise ValueError(f"{name}: {given!r} is not a {spec.cls.__name__}")
     if wrong := list(mistakes("", value, Group(type(value)))):
         raise ValueError("; ".join(line.removeprefix(".") for line in wrong))
 
@@ -82,7 +91,7 @@ class Float:
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
-    kind, types = "a number", (int, float)
+    kind, types = "a number", numbers.Real
 
     def _limits(self) -> list[tuple[str, float]]:
         signs = ">" if self.open_low else ">=", "<" if self.open_high else "<="
@@ -98,7 +107,7 @@ class Float:
             return str(self)
         compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
         broken = [pair for pair in self._limits() if not compare[pair[0]](value, pair[1])]
-        if not broken and isinstance(value, float) and not math.isfinite(value):
+        if not broken and not -math.inf < value < math.inf:
             return "finite"
         return " and ".join(f"{sign} {limit:.12g}" for sign, limit in broken)
 
@@ -106,7 +115,7 @@ class Float:
 class Int(Float):
     """A whole number: neither True nor 3.0."""
 
-    kind, types = "an int", (int,)
+    kind, types = "an int", numbers.Integral
 
 
 SEED = Int(low=0, high=2**32 - 1)  # JAX's keys have as many bits; one more would be another's
@@ -210,7 +219,7 @@ def mistakes(
             inner = f.metadata["spec"]
             if name in given:
                 yield from mistakes(f"{path}.{name}", given[name], inner, renamed)
-            else:
+            elif name not in [(renamed or {}).get(other) for other in given]:
                 yield f"{path}.{name}: is missing, it should be {inner}"
     else:
         fault = str(spec) if isinstance(spec, (Group, ListOf)) else spec.fault(value)
@@ -222,6 +231,7 @@ def unknown_field(
     path: str, name: str, known: Iterable[str], renamed: Mapping[str, str] | None = None
 ) -> str:
     """Says of an unknown field what may have been meant."""
+    name = str(name)
     if renamed and (new := renamed.get(name)) in known:
         return f"{path}.{name}: is now called {new}"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)

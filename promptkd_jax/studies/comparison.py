@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,11 +10,24 @@ from ml_collections import ConfigDict
 
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import Path
-from promptkd_jax.infra.specs import SEED, Choice, Float, Int, ListOf, Str, field, group
+from promptkd_jax.infra.specs import (
+    SEED,
+    Choice,
+    Float,
+    Group,
+    Int,
+    ListOf,
+    Str,
+    declared,
+    field,
+    group,
+    mistakes,
+)
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import recipes
 from promptkd_jax.training.checks import checked, read_group
-from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RunConfig
+from promptkd_jax.training.config import as_dict
+from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RENAMED, RunConfig, StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +50,10 @@ def _is_group(value: Any) -> bool:
 
 def _are_changes(value: Any) -> bool:
     return _is_group(value) and all(
-        name in ("all", *recipes.METHODS) and _is_group(value[name]) for name in value
+        name in ("all", *recipes.METHODS)
+        and _is_group(value[name])
+        and set(value[name]) <= {*declared(StageConfig), *RENAMED}
+        for name in value
     )
 
 
@@ -160,6 +177,7 @@ def plan_comparison(config: ConfigDict, workdir: pathlib.Path) -> Plan:
       ConfigError: all mistakes, each with the training that it is in.
     """
     settings = read_group(config, ComparisonConfig)
+    _check_bases(settings)
     base = _copied(config.run)
     pretraining, faults = {}, []
 
@@ -192,9 +210,26 @@ def plan_comparison(config: ConfigDict, workdir: pathlib.Path) -> Plan:
     }
     made = Plan(settings, pretraining, runs, base.teacher.path, base.student.path)
     rows = {config.stages[0].batch_size for config in configs.values()}
-    if mistakes := [*_contradictions(made, rows), *faults]:
-        raise ConfigError("\n".join(mistakes))
+    if wrong := [*_contradictions(made, rows), *faults]:
+        raise ConfigError("\n".join(wrong))
     return made
+
+
+def _check_bases(settings: ComparisonConfig) -> None:
+    """Raises ConfigError where what runs are made of lacks a field, or has one that is none."""
+    bases = {"run": settings.run}
+    for name in ("teacher", "student"):
+        bases[f"pretraining.{name}"] = getattr(settings.pretraining, name)
+    wrong = [
+        line
+        for name, base in bases.items()
+        if base is not None
+        for line in mistakes(f"config.{name}", as_dict(base), Group(RunConfig), RENAMED)
+        # Values are checked with the whole configs of the trainings, to which these are parts.
+        if re.search(": is (missing|unknown|now called)|is not a group", line)
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
 
 
 def _copied(config: ConfigDict) -> ConfigDict:
@@ -229,7 +264,7 @@ def _contradictions(made: Plan, rows: set[int]) -> Iterator[str]:
         yield f"config.reference: {settings.reference!r} is not one of {known}"
     if budget.kind == "seconds" and not budget.seconds:
         yield "config.budget.seconds: 0 seconds to train in; give the seconds of each run"
-    if budget.kind == "steps" and len(rows) > 1:
+    if budget.kind == "steps" and len(rows) > 1 and all(type(x) is int for x in rows):
         yield (
             f"config.changes: batch sizes {sorted(rows)}: equal steps are an equal budget only "
             "with equal batches"

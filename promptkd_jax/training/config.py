@@ -224,7 +224,7 @@ def _read_json(file: str, argument: str) -> ConfigDict:
             f'config: {file} is not the config of a run; expected {{"config": {{…}}}} as a run '
             "writes it into its folder"
         )
-    return ConfigDict(_tuples(content["config"]))
+    return ConfigDict(_renamed(_tuples(content["config"])))
 
 
 def _content(file: str, kind: str) -> bytes:
@@ -246,6 +246,16 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+def _renamed(value: Any) -> Any:
+    """A config that a run wrote, with the names that its fields have now."""
+    if isinstance(value, dict):
+        return {
+            RENAMED.get(name, name): child if name == "sets" else _renamed(child)
+            for name, child in value.items()
+        }
+    return tuple(map(_renamed, value)) if isinstance(value, tuple) else value
+
+
 def _import(file: str, argument: str) -> ConfigDict:
     module = types.ModuleType("config")
     module.__file__ = file if is_remote(file) else os.path.abspath(file)
@@ -259,6 +269,11 @@ def _import(file: str, argument: str) -> ConfigDict:
         config = module.get_config(*arguments)
     except ValueError as error:
         raise ConfigError(f"config: {':'.join([file, *arguments])}: {error}") from error
+    except AttributeError as error:  # as a ConfigDict raises it for a field that it has not
+        name = re.sub(r"\W", "", str(error).partition("\n")[0])
+        if name not in RENAMED:
+            raise
+        raise ConfigError(f"config: {file}: {name} is now called {RENAMED[name]}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"config: get_config of {file} returned {config!r}, not a ConfigDict")
     return config

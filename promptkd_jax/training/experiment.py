@@ -149,7 +149,7 @@ class Experiment:
             threshold = config.stages[stage.index].replay.threshold
             replay = empty_replay(capacity, config.data.max_length, threshold)
         ahead = [s.batch_size for s in config.stages if s.one_step_off_policy]
-        if ahead:  # all alike, see `fields`
+        if ahead:  # all alike, see `checks`
             pending = empty_target_batch(ahead[0], config.data.max_length)
         return init_state(
             params,

@@ -5,7 +5,7 @@ from typing import Any
 
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Choice, Group, ListOf, unknown_field
-from promptkd_jax.training.fields import Entry, entries
+from promptkd_jax.training.fields import RENAMED, Entry, entries
 
 WIDTH = 96
 HEAD = """# Fields of a run's config
@@ -26,13 +26,11 @@ def config_help(path: str = "") -> str:
       ConfigError: there is no such field.
     """
     name = _general(path)
+    name = "" if name == "config" else name
     inside = (f"{name}.", f"{name}[")
     chosen = [e for e in entries() if not name or e.path == name or e.path.startswith(inside)]
     if not chosen:
-        parent, _, last = name.rpartition(".")
-        places = [e.path.rpartition(".") for e in entries()]
-        known = [member for place, _, member in places if place == parent]
-        raise ConfigError(unknown_field(f"config.{parent}".rstrip("."), last, known))
+        raise ConfigError(_unknown(name))
     return "\n".join(map(_lines, chosen))
 
 
@@ -63,6 +61,19 @@ def fields_markdown() -> str:
             )
         )
     return "\n".join(parts)
+
+
+def _unknown(name: str) -> str:
+    """Says which part of a path is none, and what there is in its place."""
+    places, parent = [e.path.rpartition(".") for e in entries()], ""
+    for part in name.split("."):
+        known = [member for place, _, member in places if place == parent]
+        if not known:
+            return f"config.{name}: {parent} has no field {part}; a tuple's are those of stages[0]"
+        if part.removesuffix("[i]") not in known:
+            return unknown_field(f"config.{parent}".rstrip("."), part, known, RENAMED)
+        parent = f"{parent}.{part}".removeprefix(".")
+    return f"config.{name}: is unknown; elements of a tuple are such as stages[0]"
 
 
 def _general(path: str) -> str:

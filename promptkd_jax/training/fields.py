@@ -114,7 +114,11 @@ class CacheConfig:
     """What `promptkd cache` wrote, for the view 'cached'."""
 
     path: str = field("", Path(bucket=False), "its folder")
-    top_k: int = field(64, Int(low=1), "log-probabilities of a token that are kept")
+    top_k: int = field(
+        64,
+        Int(low=1),
+        "log-probabilities of a token that it has, as promptkd cache --top-k wrote it",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,9 @@ class DataConfig:
     date: str = field(
         "", _Date(), "that a chat template may show; '': that of the run's first start"
     )
-    max_prompt_length: int = field(256, Int(low=1), "tokens of a prompt; longer ones are cut")
+    max_prompt_length: int = field(
+        256, Int(low=1), "tokens of a prompt; records with longer ones are dropped"
+    )
     max_length: int = field(512, Int(low=2), "tokens of a row; longer responses are cut")
 
 
@@ -195,7 +201,12 @@ class StageConfig(Execution, Objective):
 class TeacherResponsesConfig:
     """What the teacher writes before training, for targets = 'teacher'."""
 
-    path: str = field("", Path(), "JSON lines that exist or get written; '': in the run's folder")
+    path: str = field(
+        "",
+        Path(),
+        "folder of teacher_answers.jsonl and dev_answers.jsonl, which are read or get written; '': "
+        "that of the run",
+    )
     batch_size: int = field(8, Int(low=1), "rows that are written at once")
     sampling: Sampling = group(Sampling, "how they are sampled")
 

@@ -19,7 +19,7 @@ from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 DOLLY_ROWS = 11_435  # that the published experiments train on
 
 
-def _defaults(cls: type, **changes: Any) -> ConfigDict:
+def _defaults(cls: type, /, **changes: Any) -> ConfigDict:
     """The fields of a group with their defaults, but for `changes`."""
     return ConfigDict(as_dict(cls()) | changes)
 

@@ -185,7 +185,7 @@ def test_duplicates_are_dropped_counted_and_the_end_of_patience_is_told(
     teacher, student, settings, tmp_path
 ):
     """A greedy teacher has one request per topic, and no more."""
-    greedy = dataclasses.replace(settings, temperature=0.0, round_size=8, seed=3)
+    greedy = dataclasses.replace(settings, temperature=1e-6, round_size=8, seed=3)
     file = tmp_path / "requests.jsonl"
     with pytest.raises(DataError, match=r"dropped: \d+ duplicate.*; 18 are wanted, but the last 5"):
         generate_prompts(teacher, student, file, greedy, **HOW)

@@ -427,7 +427,11 @@ def test_the_folder_of_a_run_is_a_model(finished, config, tmp_path, capsys):
     np.testing.assert_array_equal(first, student(finished)[name])
 
 
-def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path):
+def raise_import_error(scheme: str):
+    raise ImportError(scheme)
+
+
+def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path, monkeypatch):
     """Neither data, nor teacher, nor the initial student are there any more; the teacher has
     learned, and the student is made of its layers."""
     began = tmp_path / "began"
@@ -455,6 +459,13 @@ def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path):
     exported, there = (load_model(str(path)) for path in (tmp_path / "out" / "student", moved))
     assert exported.eos_ids == there.eos_ids
     assert exported.tokenizer("say red").input_ids == there.tokenizer("say red").input_ids
+    saved = json.loads((moved / "config.json").read_text())
+    saved["config"]["data"]["train"] = "gs://pail/train.jsonl"
+    (moved / "config.json").write_text(json.dumps(saved))
+    with monkeypatch.context() as patch:  # a machine without the packages for buckets
+        patch.setattr("promptkd_jax.infra.files.fsspec.get_filesystem_class", raise_import_error)
+        main(["export", f"--workdir={moved}", f"--output={tmp_path / 'again'}"])
+    assert_same_student(tmp_path / "again", tmp_path / "out")
     shutil.rmtree(moved / "configs")
     with pytest.raises(SystemExit, match="configs/student: no such folder; the command that began"):
         main(["export", f"--workdir={moved}", f"--output={tmp_path / 'out'}"])

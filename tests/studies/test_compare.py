@@ -385,3 +385,28 @@ def test_a_comparison_that_is_stopped_lets_its_training_save(number):
     output, errors = process.communicate()
     assert (process.returncode, output) == (128 + number, "saved\n")
     assert f"{number.name}: stopping after this training has saved" in errors
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda c: c.run.__delattr__("teacher"), "config.run.teacher: is missing"),
+        (
+            lambda c: c.pretraining.student.__delattr__("mesh"),
+            "config.pretraining.student.mesh: is missing",
+        ),
+        (
+            lambda c: c.changes.update(promptkd=ConfigDict(dict(batch_size="4"))),
+            r"promptkd, seed 10: config.stages\[0\].batch_size: '4' is not an int",
+        ),
+        (lambda c: c.changes.update(sft=ConfigDict(dict(method="kd"))), "not a group of groups"),
+    ],
+)
+def test_what_runs_are_made_of_is_checked_before_it_is_used(config, tmp_path, change, says):
+    config.unlock()
+    config.run, config.pretraining.student = (
+        ConfigDict(dict(one)).unlock() for one in (config.run, config.pretraining.student)
+    )
+    change(config)
+    with pytest.raises(ConfigError, match=says):
+        comparison.plan_comparison(config, tmp_path)

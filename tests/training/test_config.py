@@ -1,5 +1,6 @@
 """Every mistake in a config is told at once, with its path and what would be right."""
 
+import copy
 import dataclasses
 import errno
 import json
@@ -10,6 +11,7 @@ import pytest
 from helpers import bucket
 from ml_collections import ConfigDict
 
+from promptkd_jax.distill.method import Method
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import Path, write_text
@@ -605,6 +607,9 @@ def test_help_of_a_group_a_field_and_of_what_is_none():
         "stages[0].micro_batch": r"^config.stages\[i\].micro_batch: is unknown",
         "evaluation.evry": "^config.evaluation.evry: is unknown; did you mean every",
         "evry": "^config.evry: is unknown; there are",
+        "answers.path": "^config.answers: is now called teacher_responses",
+        "stages[0].clip": r"^config.stages\[i\].clip: is now called max_grad_norm",
+        "seed.x": "^config.seed.x: seed has no field x",
     }.items():
         with pytest.raises(ConfigError, match=says):
             field_help.config_help(path)
@@ -618,3 +623,39 @@ def test_a_name_of_before_is_answered_with_the_new_one():
     assert "config.stages[0].micro_batches: is now called gradient_accumulation_steps" in said
     known = {name.rpartition(".")[2] for name, *_ in fields.entries()}
     assert set(fields.RENAMED.values()) <= known and not known & set(fields.RENAMED)
+
+
+def test_a_config_that_an_earlier_version_wrote_is_read_with_the_names_of_now(tmp_path):
+    config = as_json(recipes.base_config())
+    config["stages"] = [as_json(recipes.stage_config("sft", steps=1))]
+    config["data"] |= {"train": "a.jsonl", "dev": "b.jsonl"}
+    config["teacher"]["path"], config["student"]["path"] = "teacher", "student"
+    before = copy.deepcopy(config)
+    before["answers"] = before.pop("teacher_responses")
+    before["stages"][0]["clip"] = before["stages"][0].pop("max_grad_norm")
+    for name, content in (("before", before), ("now", config)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"config": content}))
+    found = [load_config([f"--config={tmp_path / name}.json"])[0] for name in ("before", "now")]
+    assert read_group(found[0], fields.RunConfig) == read_group(found[1], fields.RunConfig)
+
+
+def test_a_python_config_that_names_a_group_of_before_is_told_the_new_one(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from promptkd_jax.training.recipes import base_config\n"
+        "def get_config():\n"
+        "    config = base_config()\n"
+        "    config.answers.batch_size = 4\n"
+    )
+    with pytest.raises(ConfigError, match="answers is now called teacher_responses"):
+        load_config([f"--config={file}"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(policy_gradient={}), dict(execution={}), dict(sampling=None), dict(passes=True)]
+)
+def test_a_method_is_made_of_what_it_says(wrong):
+    sizes = dict(total_steps=1, response_capacity=3, prompt_capacity=3, vocab_size=9)
+    assert hash(Method(student_terms=[["reverse_kl", 1.0]], **sizes))  # lists become tuples
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: "):
+        Method(**wrong, **sizes)
