@@ -9,7 +9,13 @@ import numpy as np
 
 from promptkd_jax.models.decoder import embed
 
-INITS = ("text", "pad", "vocabulary", "random", "examples")
+INITS = {
+    "text": "at the embeddings of `text`, repeated and cut",
+    "pad": "at that of PAD, or of EOS where there is none, in all places",
+    "vocabulary": "at those of tokens that are drawn",
+    "random": "at normal numbers",
+    "examples": "at means over demonstrations, see in_context",
+}
 
 
 def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.Array:

@@ -130,7 +130,8 @@ def _compare_or_write(folder: epath.Path, config: Any, ignore: tuple[str, ...]) 
     file = folder / "config.json"
     ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
     theirs = json.loads(read_text(file)) if file.exists() else None
-    used = folder.exists() and any(other != file for other in folder.iterdir())
+    begun = folder.exists() and {other.name for other in folder.iterdir()}
+    used = begun and begun - {file.name, "started.json"}  # which stand there before all else
     if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
         found, wanted = (_flat(one["config"], "config", ignore) for one in (theirs, ours))
         different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
@@ -316,6 +317,8 @@ def _child(where: str, holder: Any, name: str, index: str) -> Any:
         if name in holder:
             return holder[name]
         raise ConfigError(unknown_field(where, name, holder, RENAMED))
+    if isinstance(holder, (list, tuple)):
+        raise ConfigError(f"{where}: is a tuple; its elements are {where}[0], …")
     raise ConfigError(f"{where}: {holder!r} has no {'elements' if index else 'fields'}")
 
 

@@ -10,7 +10,7 @@ from promptkd_jax.training.fields import RENAMED, Entry, entries
 WIDTH = 96
 HEAD = """# Fields of a run's config
 
-`promptkd train --help-config` prints the same, `--help-config stages[0].sampling` one group. In a
+`promptkd train --help-config` prints the same, `--help-config 'stages[0].sampling'` one group. In a
 config file they are attributes (`config.data.max_length = 256`), on the command line flags
 (`--config.data.max_length=256`). `[i]` stands for an element of a tuple, such as `stages[0]`.
 """

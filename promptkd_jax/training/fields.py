@@ -96,8 +96,8 @@ class StudentConfig(ModelConfig):
 class SoftPromptConfig:
     """The soft prompt, for the view 'prompted'."""
 
-    length: int = field(7, Int(low=1), "vectors (M)")
-    init: str = field("text", Choice(*INITS), "where the vectors start")
+    length: int = field(7, Int(low=1), "number of vectors (M)")
+    init: str = field("text", Choice(INITS), "where the vectors start")
     text: str = field("Suppose you are a student.", Str(nonempty=True), "for init = 'text'")
     add_special_tokens: bool = field(False, Bool(), "whether the text gets a BOS")
 
@@ -113,7 +113,7 @@ class InContextConfig:
 class CacheConfig:
     """What `promptkd cache` wrote, for the view 'cached'."""
 
-    path: str = field("", Path(bucket=False), "its folder")
+    path: str = field("", Path(bucket=False), "folder that promptkd cache wrote")
     top_k: int = field(
         64,
         Int(low=1),
@@ -243,7 +243,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis, -1 on one of them: all that are left."""
+    """Devices by axis."""
 
     data: int = field(-1, Int(low=-1), "parts of a batch, parameters repeated")
     fsdp: int = field(1, Int(low=-1), "parts of a batch and of all parameters")
@@ -281,7 +281,7 @@ class RunConfig:
     )
     evaluation: EvaluationConfig = group(EvaluationConfig, "scores on data.dev")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "what a run saves")
-    mesh: MeshConfig = group(MeshConfig, "devices by axis")
+    mesh: MeshConfig = group(MeshConfig, "devices by axis; -1 for one of them: all that are left")
     log_every: int = field(1, Int(low=1), "steps between lines of metrics")
     stop_after_skipped: int = field(
         10, Int(low=1), "updates in a row without a finite gradient that end the run"

@@ -302,6 +302,7 @@ def test_the_result_has_no_room_for_new_fields(load):
         ("betas[0]=0.8", "config.betas[0]: set the whole tuple, now (0.9, 0.99)"),
         ("width.x=3", "config.width: 8 has no fields"),
         ("width[0]=3", "config.width: 8 has no elements"),
+        ("stages.0.steps=3", "config.stages: is a tuple; its elements are config.stages[0], …"),
         ("stages[-1].steps=3", "config.stages[-1].steps: is no path such as config.a.b[0].c"),
     ],
 )
@@ -659,3 +660,16 @@ def test_a_method_is_made_of_what_it_says(wrong):
     assert hash(Method(student_terms=[["reverse_kl", 1.0]], **sizes))  # lists become tuples
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: "):
         Method(**wrong, **sizes)
+
+
+def test_a_folder_in_which_nothing_was_begun_is_the_next_configs(tmp_path):
+    """As when a path was wrong: the day stands there, but neither models nor data were found."""
+    config = make_config()
+    claim(tmp_path / "run", config)
+    (tmp_path / "run" / "started.json").write_text("{}")
+    config.steps = 7
+    claim(tmp_path / "run", config)
+    (tmp_path / "run" / "configs").mkdir()
+    config.steps = 8
+    with pytest.raises(ConfigError, match="config.steps: there 7, now 8"):
+        claim(tmp_path / "run", config)
