@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"tokens (default: that of the training, else {default})"
         flag, limit = f"--{name.replace('_', '-')}", flags.of(_SPECS[name])
         parser.add_argument(flag, type=limit, help=text)
-    parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16)
+    text = "rows that are answered at once (default: 16)"
+    parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16, help=text)
     flags.add_processes(parser)
 
 

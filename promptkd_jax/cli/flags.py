@@ -70,7 +70,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --mesh: what `models.load.load_with_tokenizer` loads, and onto what."""
     text = "folder (also that of a run), .gguf file, or hub id"
     parser.add_argument("--model", required=True, type=source, help=text)
-    parser.add_argument("--dtype", default="float32", choices=DTYPE.options)
+    text = "what is computed in (default: float32)"
+    parser.add_argument("--dtype", default="float32", choices=DTYPE.options, help=text)
     add_mesh(parser)
 
 

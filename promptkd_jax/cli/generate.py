@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_template(parser)
     flags.add_sampling(parser, temperature=0.0, no_repeat_ngram_size=0)
     count = flags.of(Int(low=1))
-    parser.add_argument("--max-prompt-length", type=count, default=256)
-    parser.add_argument("--max-new-tokens", type=count, default=128)
-    parser.add_argument("--seed", type=flags.of(SEED), default=10)
+    lengths = {"--max-prompt-length": 256, "--max-new-tokens": 128}
+    for flag, default in lengths.items():
+        parser.add_argument(flag, type=count, default=default, help=f"tokens (default: {default})")
+    text = "of what is sampled (default: 10)"
+    parser.add_argument("--seed", type=flags.of(SEED), default=10, help=text)
     flags.add_processes(parser)
 
 
