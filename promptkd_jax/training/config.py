@@ -17,6 +17,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -152,14 +153,17 @@ def _compare_or_write(folder: epath.Path, config: Any, ignore: tuple[str, ...]) 
 
 
 def as_dict(value: Any) -> Any:
-    """Returns dicts in place of ConfigDicts and of dataclasses, of which the declared fields."""
+    """Returns dicts in place of ConfigDicts and of dataclasses, of which the declared fields, and
+    Python's numbers in place of NumPy's."""
     if dataclasses.is_dataclass(value):
         return {name: as_dict(getattr(value, name)) for name in declared(type(value))}
     if isinstance(value, (Mapping, ConfigDict)):
         return {name: as_dict(child) for name, child in value.items()}
     if isinstance(value, list):
         return [as_dict(element) for element in value]
-    return tuple(map(as_dict, value)) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return tuple(map(as_dict, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def as_json(config: Any) -> dict[str, Any]:

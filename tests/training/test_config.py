@@ -7,6 +7,7 @@ import json
 import re
 import textwrap
 
+import numpy as np
 import pytest
 from helpers import bucket
 from ml_collections import ConfigDict
@@ -673,3 +674,12 @@ def test_a_folder_in_which_nothing_was_begun_is_the_next_configs(tmp_path):
     config.steps = 8
     with pytest.raises(ConfigError, match="config.steps: there 7, now 8"):
         claim(tmp_path / "run", config)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = make_config()
+    with config.ignore_type():
+        config.steps, config.betas = np.int64(1), (np.float32(0.5), 1)
+    assert read(config) == Settings(betas=(0.5, 1), stages=(Rate(1e-4), Rate(1)))
+    claim(tmp_path / "run", read(config))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["betas"] == [0.5, 1]
