@@ -846,3 +846,11 @@ def test_commands_of_the_page_are_accepted(place, monkeypatch):
     for words in [check[1:] for check in checks(place)] + by_hand:
         main(["plan", *words])  # the real one
     assert len(checks(place)) == 3 and len(by_hand) == 2
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), ([], 1)])
+def test_restartable_says_what_it_is_and_needs_a_command(words, status):
+    command = ["bash", ROOT / "launch" / "restartable.sh", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stdout.startswith("A command in a pod that may be taken away: restartable.sh")
