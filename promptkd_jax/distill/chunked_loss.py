@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from promptkd_jax.data.top_k import TopK
+from promptkd_jax.data.top_k import TopK, log_sum_of_others
 from promptkd_jax.distill.loss_inputs import LazyLogits, check_inputs, check_values, shape_error
-from promptkd_jax.distill.losses import Divergence, needs_whole
+from promptkd_jax.distill.losses import Divergence, log_probs, needs_whole
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
 
@@ -148,6 +148,31 @@ def linear_values(
 
     _, values = jax.lax.scan(body, None, _blocks((learner.hidden, parts), chunk))
     return tuple(_unblocked(value, shape[1]) for value in values)
+
+
+def top_k(model: LazyLogits, k: int) -> TopK:
+    """The k most likely tokens at every position `[B, T, k]`, the likeliest first: a teacher's
+    distributions as they are kept on disk, or sent.
+
+    Log-probabilities are computed in float32 over all V tokens, and that of the tail is summed
+    before anything is rounded to 1, a few positions at a time: no `[B, T, V]` array exists.
+
+    Raises:
+      ValueError: k is not in [1, V].
+    """
+    check_inputs(model, [])
+    rows, vocab_size = model.hidden.shape[0], model.head.shape[0]
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"k: {k}; expected 1 to {vocab_size}, the model's vocabulary")
+
+    def at(hidden: jax.Array) -> TopK:  # [B, D]
+        everything = log_probs(LazyLogits(hidden[:, None], model.head).logits()[:, 0])  # [B, V]
+        values, ids = jax.lax.top_k(everything, k)
+        return TopK(ids, values, log_sum_of_others(everything, ids))
+
+    chunk = max(chunk_elements(sharding.platform()) // (rows * vocab_size), 1)
+    found = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:

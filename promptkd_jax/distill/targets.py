@@ -16,6 +16,7 @@ from promptkd_jax.data.batch import Batch, choose_rows, pad_to
 from promptkd_jax.distill.method import ON_POLICY, POLICY_GRADIENT, Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample
 
 # Folded into a step's key for its coins; its rows use 0, 1, …
@@ -23,7 +24,7 @@ _COIN = np.uint32(2**32 - 1)
 
 
 def rollout(
-    decoder: Decoder,
+    model: Decoder | LanguageModel,
     params: Any,
     batch: Batch,
     key: jax.Array,
@@ -52,7 +53,7 @@ def rollout(
     requests = batch.tokens[:, :prompt_capacity]
     keys = row_keys(key, jnp.arange(requests.shape[0]))
     out = sample(
-        decoder,
+        model,
         params,
         requests,
         batch.prompt_lengths,
@@ -91,7 +92,7 @@ def empty_target_batch(number: int, columns: int) -> TargetBatch:
 
 def target_rows(
     method: Method,
-    student: Decoder,
+    student: Decoder | LanguageModel,
     params: Any,
     batch: Batch,
     replay: Replay | None,

@@ -13,12 +13,13 @@ from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.method import Method
-from promptkd_jax.models.decoder import Decoder, embed, head
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampler import SamplingModel
 
 
 def lazy_logits(
-    decoder: Decoder,
+    model: Decoder | LanguageModel,
     params: Any,
     batch: Batch,
     where: Responses,
@@ -36,11 +37,13 @@ def lazy_logits(
     Returns:
       LazyLogits of hidden `[B, R, D]` and head `[vocab_size, D]`.
     """
-    return lazy_logits_and_states(decoder, params, batch, where, vocab_size, prefix)[0]
+    # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
+    hidden = gather(model.hidden_states(params, batch.tokens, prefix), where)
+    return LazyLogits(hidden, model.output_head(params)[:vocab_size])
 
 
 def lazy_logits_and_states(
-    decoder: Decoder,
+    model: Decoder | LanguageModel,
     params: Any,
     batch: Batch,
     where: Responses,
@@ -48,7 +51,7 @@ def lazy_logits_and_states(
     prefix: jax.Array | None = None,
     taps: Sequence[hidden_loss.Tap] = (),
 ) -> tuple[LazyLogits, hidden_loss.States]:
-    """As `lazy_logits`, and on the same forward what the model computed on the way there.
+    """As `lazy_logits`, and on the same forward what a `Decoder` computed on the way there.
 
     A gradient flows through both. Each kind of state that is tapped costs the memory of that state
     in all layers, however few are wanted.
@@ -60,31 +63,31 @@ def lazy_logits_and_states(
       The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,
       or at all columns, "queries", "keys" and "values" `[B, T, heads, H]`, before rotary positions.
     """
+    if not taps:
+        return lazy_logits(model, params, batch, where, vocab_size, prefix), {}
     # flax keeps what layers `sow` only if the collection is mutable.
-    collections = ["intermediates"] if taps else []
-    last, sown = decoder.apply({"params": params}, batch.tokens, prefix=prefix, mutable=collections)
-    # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
-    last = gather(last, where)
-    states = {}
+    last, sown = model.apply(
+        {"params": params}, batch.tokens, prefix=prefix, mutable=["intermediates"]
+    )
+    last, layers, states = gather(last, where), sown["intermediates"]["layers"], {}
     for name, layer in taps:
         # The last layer's are those behind the final norm, which the head sees.
-        if name == "hidden" and layer == decoder.config.num_layers - 1:
+        if name == "hidden" and layer == model.config.num_layers - 1:
             states[name, layer] = last
             continue
-        layers = sown["intermediates"]["layers"]
         (stacked,) = layers["hidden"] if name == "hidden" else layers["attention"][name]
         # Layers are stacked [L, B, M + T, …]; the M columns of a prefix are cut off.
         state = stacked[layer, :, -batch.tokens.shape[1] :]
         states[name, layer] = gather(state, where) if name == "hidden" else state
-    return LazyLogits(last, head(params)[:vocab_size]), states
+    return LazyLogits(last, model.output_head(params)[:vocab_size]), states
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The two decoders; `teacher` is None where no teacher is looked at."""
+    """The two models; `teacher` is None where no teacher is looked at."""
 
-    student: Decoder
-    teacher: Decoder | None = None
+    student: Decoder | LanguageModel
+    teacher: Decoder | LanguageModel | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,13 @@ class StepModels:
         prefix = soft_prompt
         if self.method.teacher_view == "in_context":
             # [M, D]: demonstrations are a prefix like the soft prompt, but not trained.
-            prefix = embed(teacher, np.asarray(self.method.demonstrations, np.int32))
+            if self.decoders.teacher.input_embeddings is None:
+                raise ValueError(
+                    "teacher_view = 'in_context' needs LanguageModel(…, input_embeddings=…) as the "
+                    "teacher, for the demonstrations in front of its rows"
+                )
+            demonstrations = np.asarray(self.method.demonstrations, np.int32)
+            prefix = self.decoders.teacher.input_embeddings(teacher, demonstrations)
         return self._see(self.decoders.teacher, teacher, rows, prefix, self._taps[1])
 
     def student_vjp(self, student: Any, rows: Batch):
@@ -140,13 +149,20 @@ class StepModels:
         """The method's terms on hidden states, for these two models."""
         if not self.method.hidden_terms:
             return ()
-        student, teacher = self.decoders.student.config, self.decoders.teacher.config
-        return hidden_loss.resolve_term(self.method.hidden_terms, student, teacher)
+        pair = {"student": self.decoders.student, "teacher": self.decoders.teacher}
+        for role, model in pair.items():
+            if not isinstance(model, Decoder):
+                raise ValueError(
+                    f"hidden_terms: the {role} is a {type(model).__name__}, of which no inner "
+                    "layer can be seen; expected a Decoder, or no hidden_terms"
+                )
+        configs = (model.config for model in pair.values())
+        return hidden_loss.resolve_term(self.method.hidden_terms, *configs)
 
     @property
     def _taps(self):
         return hidden_loss.taps(self.hidden_terms)
 
-    def _see(self, decoder, params, rows, prefix, taps):
+    def _see(self, model, params, rows, prefix, taps):
         where, vocab_size = self.where(rows), self.method.vocab_size
-        return lazy_logits_and_states(decoder, params, rows, where, vocab_size, prefix, taps)
+        return lazy_logits_and_states(model, params, rows, where, vocab_size, prefix, taps)

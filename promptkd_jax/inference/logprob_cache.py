@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from rich.progress import Progress
@@ -27,10 +26,8 @@ from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.logprobs import ARRAYS, Cached, on_a_file_system, open_array
 from promptkd_jax.data.rows import Rows
-from promptkd_jax.data.top_k import TopK, log_sum_of_others
-from promptkd_jax.distill.chunked_loss import chunk_elements
-from promptkd_jax.distill.loss_inputs import LazyLogits
-from promptkd_jax.distill.losses import log_probs
+from promptkd_jax.data.top_k import TopK
+from promptkd_jax.distill.chunked_loss import top_k as most_likely
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError
@@ -197,29 +194,10 @@ def _write_entries(file: pathlib.Path, entries: np.ndarray, first: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _largest(decoder: Decoder, capacity: int, vocab_size: int, top_k: int):
+def _largest(decoder: Decoder, capacity: int, vocab_size: int, k: int):
     @jax.jit
     def compute(params, batch: Batch) -> TopK:
         where = responses(batch, capacity)
-        return largest(lazy_logits(decoder, params, batch, where, vocab_size), top_k)
+        return most_likely(lazy_logits(decoder, params, batch, where, vocab_size), k)
 
     return compute
-
-
-def largest(model: LazyLogits, top_k: int) -> TopK:
-    """The k largest log-probabilities at every position, `[B, R, k]`, the largest first, and that
-    of the tail, which is summed before anything is rounded to 1.
-
-    Computed in float32 over all V tokens, a few positions at a time: no `[B, R, V]` array exists.
-    """
-
-    def at(hidden: jax.Array) -> TopK:  # [B, D]
-        logits = LazyLogits(hidden[:, None], model.head).logits()[:, 0]
-        everything = log_probs(logits)
-        values, ids = jax.lax.top_k(everything, top_k)
-        return TopK(ids, values, log_sum_of_others(everything, ids))
-
-    most = chunk_elements(sharding.platform())
-    chunk = max(most // (model.hidden.shape[0] * model.head.shape[0]), 1)
-    found = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.infra.sharding import ROWS, constrain
+from promptkd_jax.infra.sharding import ROWS, constrain, unshard_fsdp
 from promptkd_jax.models.attention import BTNH_SPEC, attend, attend_to_cache, kv_repeats, repeat_kv
 from promptkd_jax.models.config import DecoderConfig
 
@@ -145,6 +145,57 @@ class Decoder(nn.Module):
         if prefix is not None:
             x = x[:, prefix.shape[0] :]
         return x if cache is None else (x, cache)
+
+    # What losses, steps and the sampler ask of a model, see `language_model.LanguageModel`.
+
+    @nn.nowrap
+    def hidden_states(
+        self, params: Any, tokens: jax.Array, prefix: jax.Array | None = None
+    ) -> jax.Array:
+        """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none."""
+        return self.apply({"params": params}, tokens, prefix=prefix)
+
+    @nn.nowrap
+    def output_head(self, params: Any) -> jax.Array:
+        """The head `[V, D]`, without padding."""
+        return head(params)[: self.config.vocab_size]
+
+    @nn.nowrap
+    def input_embeddings(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Embeddings `[..., D]` of token ids `[...]`."""
+        return embed(params, tokens)
+
+    @nn.nowrap
+    def for_sampling(self, params: Any) -> Any:
+        """The parameters as every step of a rollout reads them: in the dtype of computation, not
+        cut along `fsdp`. Else each written token would gather and round all of them."""
+        return unshard_fsdp(jax.tree.map(lambda x: x.astype(self.config.dtype), params))
+
+    @nn.nowrap
+    def prefill(
+        self, params: Any, tokens: jax.Array, prefix: jax.Array | None, columns: int
+    ) -> tuple[jax.Array, Cache]:
+        """The hidden states `[B, P, D]` of prompts `[B, P]`, and a cache of M + `columns`."""
+        before = 0 if prefix is None else prefix.shape[0]
+        cache = empty_cache(self.config, tokens.shape[0], before + columns)
+        return self.apply({"params": params}, tokens, prefix=prefix, cache=cache)
+
+    @nn.nowrap
+    def decode(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        prefix: jax.Array | None,
+        column: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """The hidden states `[B, D]` of tokens `[B]` in each row's `column` `[B]`, M not counted,
+        and the cache with their keys and values."""
+        before = 0 if prefix is None else prefix.shape[0]
+        hidden, cache = self.apply(
+            {"params": params}, tokens[:, None], cache=cache, column=before + column
+        )
+        return hidden[:, 0], cache
 
 
 class Embedding(nn.Module):

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.infra.sharding import ROWS, axis_size, constrain, unshard_fsdp
+from promptkd_jax.infra.sharding import ROWS, axis_size, constrain
 from promptkd_jax.infra.specs import Float, Int, field, validate
-from promptkd_jax.models.decoder import Cache, Decoder, empty_cache, head, place_cache
+from promptkd_jax.models.decoder import Cache, Decoder, place_cache
+from promptkd_jax.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +59,9 @@ class Rollout(NamedTuple):
 class SamplingModel(NamedTuple):
     """A model that writes: what it is, and the soft prompt `[M, D]` in front of its rows."""
 
-    decoder: Decoder
+    model: Decoder | LanguageModel
     params: Any
     prefix: jax.Array | None = None
-
-    @property
-    def shift(self) -> int:
-        """M: how many columns its rows stand further to the right than their tokens."""
-        return 0 if self.prefix is None else self.prefix.shape[0]
-
-    def resident(self) -> "SamplingModel":
-        """With parameters as every step reads them: in the dtype of computation, not cut along
-        `fsdp`. Else each written token would gather and round all of them."""
-        dtype = self.decoder.config.dtype
-        return self._replace(
-            params=unshard_fsdp(jax.tree.map(lambda x: x.astype(dtype), self.params))
-        )
 
 
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
@@ -82,7 +70,7 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def sample(
-    decoder: Decoder,
+    model: Decoder | LanguageModel,
     params: Any,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -101,7 +89,7 @@ def sample(
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
     Args:
-      decoder, params: the model.
+      model, params: what writes.
       tokens: `[B, P]` requests, each from column 0 on; lengths: `[B]`, each at least 1.
       keys: `[B]` typed PRNG keys, see `row_keys`.
       prefix: `[M, D]` soft prompt in front of every row.
@@ -123,11 +111,11 @@ def sample(
     Raises:
       ValueError: the mesh does not divide the slots.
     """
-    voices = [SamplingModel(decoder, params, prefix), *([second] if second_share else [])]
-    voices = [voice.resident() for voice in voices]
+    models = [SamplingModel(model, params, prefix), *([second] if second_share else [])]
+    models = [x._replace(params=x.model.for_sampling(x.params)) for x in models]
     writer = _Writer(
-        voices=voices,
-        heads=[head(v.params)[: vocab_size or v.decoder.config.vocab_size] for v in voices],
+        models=models,
+        heads=[x.model.output_head(x.params)[:vocab_size] for x in models],
         share=second_share,
         sampling=sampling,
         limit=max_new_tokens,
@@ -151,7 +139,7 @@ class _Slots(NamedTuple):
     left: jax.Array  # tokens that may still be written
     ended: jax.Array  # by an EOS
     logits: jax.Array  # [S, V] for the token to be written next
-    caches: list[Cache]
+    caches: list[Any]  # of each model: a Cache [L, S, …], or the tokens [1, S, T] themselves
 
     @property
     def running(self) -> jax.Array:
@@ -166,7 +154,7 @@ class _Slots(NamedTuple):
 class _Writer:
     """Who writes, what, and how."""
 
-    voices: list[SamplingModel]
+    models: list[SamplingModel]
     heads: list[jax.Array]
     share: float
     sampling: Sampling
@@ -184,7 +172,7 @@ class _Writer:
         asked = lengths if active is None else jnp.where(active, lengths, 1)
 
         def read_in(width: int):
-            return [_prefill(v, requests[:, :width], asked, columns) for v in self.voices]
+            return [_prefill(x, requests[:, :width], asked, columns) for x in self.models]
 
         read = run_in_smallest_bucket(read_in, asked, requests.shape[1], self.request_lengths)
         return _Slots(
@@ -213,8 +201,8 @@ class _Writer:
         running = slots.running
         here = (jnp.arange(slots.tokens.shape[1]) == slots.lengths[:, None]) & running[:, None]
         seen = [
-            _decode(voice, chosen, slots.lengths, cache)
-            for voice, cache in zip(self.voices, slots.caches)
+            x.model.decode(x.params, chosen, x.prefix, slots.lengths, cache)
+            for x, cache in zip(self.models, slots.caches)
         ]
         is_end = jnp.isin(chosen, jnp.array(self.sampling.eos_ids, jnp.int32))
         return slots._replace(
@@ -227,7 +215,7 @@ class _Writer:
         )
 
     def _logits(self, hidden: list[jax.Array]) -> jax.Array:
-        """`[S, V]` from the hidden states `[S, D]` of each voice."""
+        """`[S, V]` from the hidden states `[S, D]` of each model."""
         # Rounded to half precision, logits would tie, and top-k keeps ties.
         each = [
             constrain(
@@ -323,24 +311,13 @@ def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
 
     caches = jax.tree.map(functools.partial(put, axis=1), slots.caches, new.caches)
     slots = jax.tree.map(put, slots._replace(caches=[]), new._replace(caches=[]))
-    return slots._replace(caches=[place_cache(cache) for cache in caches])
+    return slots._replace(caches=[place_cache(x) if isinstance(x, Cache) else x for x in caches])
 
 
-def _prefill(voice: SamplingModel, tokens, lengths, columns: int) -> tuple[jax.Array, Cache]:
+def _prefill(writing: SamplingModel, tokens, lengths, columns: int) -> tuple[jax.Array, Any]:
     """The hidden state `[B, D]` at the end of every request, and the cache of all of them."""
-    cache = empty_cache(voice.decoder.config, tokens.shape[0], voice.shift + columns)
-    hidden, cache = voice.decoder.apply(
-        {"params": voice.params}, tokens, prefix=voice.prefix, cache=cache
-    )
+    hidden, cache = writing.model.prefill(writing.params, tokens, writing.prefix, columns)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
-
-
-def _decode(voice: SamplingModel, chosen, column, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The hidden state `[B, D]` of the tokens just written into `column` `[B]`."""
-    hidden, cache = voice.decoder.apply(
-        {"params": voice.params}, chosen[:, None], cache=cache, column=voice.shift + column
-    )
-    return hidden[:, 0], cache
 
 
 def _mixed(first: jax.Array, second: jax.Array, share: float) -> jax.Array:

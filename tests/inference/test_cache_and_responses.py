@@ -20,7 +20,7 @@ from promptkd_jax.data.batch import responses
 from promptkd_jax.data.batches import collate, stream, train_batches
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows, tokenize
-from promptkd_jax.distill import losses
+from promptkd_jax.distill import chunked_loss, losses
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.inference import logprob_cache, teacher_responses
@@ -167,7 +167,7 @@ def test_the_kept_are_the_largest(teacher, rows, small):
 def test_the_tail_of_a_sure_teacher_is_kept_though_it_rounds_to_0():
     """Logits 0, -30, -31, then -40: all but the first add up to less than float32 tells from 1."""
     logits = jnp.full((1, 1, 200), -40.0).at[0, 0, :3].set(jnp.array([0.0, -30.0, -31.0]))
-    found = logprob_cache.largest(LazyLogits(jnp.ones((1, 1, 1)), logits[0, 0, :, None]), 3)
+    found = chunked_loss.top_k(LazyLogits(jnp.ones((1, 1, 1)), logits[0, 0, :, None]), 3)
     np.testing.assert_allclose(found.tail, -40 + np.log(197), rtol=1e-6)
     assert 1 - np.exp(found.log_probs, dtype=np.float32).sum() <= 0
 
@@ -189,12 +189,12 @@ def test_positions_are_computed_in_blocks(monkeypatch):
         jax.random.normal(jax.random.key(i), s) for i, s in ((0, (2, 7, 5)), (1, (50, 5)))
     )
     model = LazyLogits(hidden, kernel)
-    monkeypatch.setattr(logprob_cache, "chunk_elements", lambda _: 3 * 2 * 50)
+    monkeypatch.setattr(chunked_loss, "chunk_elements", lambda _: 3 * 2 * 50)
     values, ids = jax.lax.top_k(losses.log_probs(model.logits()), 3)
-    found = logprob_cache.largest(model, 3)
+    found = chunked_loss.top_k(model, 3)
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_allclose(found.log_probs, values, rtol=1e-6)
-    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(logprob_cache.largest, 1)(model, 3)))
+    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(chunked_loss.top_k, 1)(model, 3)))
     assert max(np.prod(list(map(int, shape.split(",")))) for shape in shapes) == 3 * 2 * 50
 
 

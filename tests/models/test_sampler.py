@@ -9,7 +9,8 @@ import pytest
 from helpers.models import VOCAB, logits, make_pair, random_model
 
 from promptkd_jax.models import sampler
-from promptkd_jax.models.decoder import embed
+from promptkd_jax.models.decoder import Decoder, embed
+from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampler import Rollout, Sampling, choose, row_keys, sample
 
 PLAIN, GREEDY = Sampling(), Sampling(temperature=0.0)
@@ -156,26 +157,18 @@ def test_a_rollout_is_the_request_the_new_tokens_and_zeros(endless):
 # Ends.
 
 
-class Counted:
-    """A decoder that counts how often it runs."""
-
-    def __init__(self, decoder):
-        self.config, self.decoder, self.calls = decoder.config, decoder, 0
-
-    def _count(self):
-        self.calls += 1
-
-    def apply(self, *args, **kwargs):
-        jax.debug.callback(self._count)
-        return self.decoder.apply(*args, **kwargs)
-
-
 def run_to_eos(model, *eos_ids: int) -> tuple[Rollout, int]:
-    """The same as without an EOS up to there, and how often the decoder ran."""
-    counted = Counted(model.decoder)
+    """The same as without an EOS up to there, and how often the model ran."""
+    calls = []
+
+    def hidden_states(params, tokens, prefix):
+        jax.debug.callback(lambda: calls.append(1))
+        return model.decoder.hidden_states(params, tokens, prefix)
+
+    counted = LanguageModel(hidden_states, model.decoder.output_head)
     out = run(model.replace(decoder=counted), sampling=Sampling(eos_ids=eos_ids))
     jax.effects_barrier()
-    return out, counted.calls
+    return out, len(calls)
 
 
 def cut(row: list[int], eos_ids: tuple[int, ...]) -> list[int]:
@@ -356,22 +349,13 @@ def test_a_padded_vocabulary_is_cut(llama):
         assert (full[row, columns].argmax(axis=-1) >= 20).any()
 
 
-class Constant:
-    """A decoder whose hidden states are all ones."""
-
-    def __init__(self, config):
-        self.config = config
-
-    def apply(self, params, tokens, *, cache, **_):
-        return jnp.ones((*tokens.shape, self.config.width), self.config.dtype), cache
-
-
-def test_logits_of_half_precision_are_not_rounded_to_it(llama):
+def test_logits_of_half_precision_are_not_rounded_to_it():
     """1 and 1 + 2**-9 are one number in bfloat16."""
-    decoder = Constant(llama.decoder.config.replace(dtype="bfloat16", width=2, num_layers=1))
-    embedding = np.array([[1, 0], [1, 2**-9], [1, -1]], jnp.bfloat16)
-    params = {"embed": {"embedding": embedding}}
-    out = sample(decoder, params, REQUESTS, LENGTHS, KEYS, max_new_tokens=1, sampling=GREEDY)
+    head = jnp.array([[1, 0], [1, 2**-9], [1, -1]], jnp.bfloat16)
+    ones = LanguageModel(
+        lambda _, tokens, prefix: jnp.ones((*tokens.shape, 2), head.dtype), lambda _: head
+    )
+    out = sample(ones, {}, REQUESTS, LENGTHS, KEYS, max_new_tokens=1, sampling=GREEDY)
     assert np.asarray(out.tokens)[range(4), LENGTHS].tolist() == [1, 1, 1, 1]
 
 
@@ -442,13 +426,13 @@ def test_two_models_write_in_slots(llama):
 
 def test_a_long_row_holds_up_no_other(llama, monkeypatch):
     """In steps: at least all tokens over the slots, and less than the longest of each four rows."""
-    steps, decode = [], sampler._decode
+    steps, decode = [], Decoder.decode
 
     def counted(*arguments):
         jax.debug.callback(lambda: steps.append(1))
         return decode(*arguments)
 
-    monkeypatch.setattr(sampler, "_decode", counted)
+    monkeypatch.setattr(Decoder, "decode", counted)
     out = write_many(llama, slots=4)
     jax.effects_barrier()
     new = out.lengths - many_rows()[1]
@@ -461,9 +445,9 @@ def test_requests_are_read_in_the_least_of_the_compiled_lengths(llama, monkeypat
     """Requests of at most 8 columns, in 3, 6 or 8."""
     taken, prefill = [], sampler._prefill
 
-    def counted(voice, tokens, lengths, columns):
+    def counted(writing, tokens, lengths, columns):
         jax.debug.callback(lambda: taken.append(tokens.shape[1]))
-        return prefill(voice, tokens, lengths, columns)
+        return prefill(writing, tokens, lengths, columns)
 
     def write(number):
         function = functools.partial(sample, llama.decoder, max_new_tokens=4)

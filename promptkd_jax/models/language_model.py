@@ -1,0 +1,68 @@
+"""A language model as functions of its parameters, for models that are no `Decoder`.
+
+Losses, train steps and the sampler ask a model for hidden states and its head, not for logits, and
+never how it is made. `Decoder` has these methods; `LanguageModel` makes them of functions from any
+library: plain JAX, flax.linen, Equinox, …
+
+B rows, T columns, M prefix columns, P prompt columns, S columns of a rollout, D width,
+V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, made of functions; hashable, a static argument of `jax.jit`.
+
+    `params` is any pytree of arrays. A position must not see the positions behind it: rows begin at
+    column 0, and what stands behind a row's end has no meaning.
+
+    Rollouts run all columns through `hidden_states` for every new token, since a function of tokens
+    has no key/value cache. `Decoder` has one. Losses on hidden states of inner layers need
+    `Decoder`.
+
+    Attributes:
+      hidden_states: `(params, tokens [B, T], prefix [M, D] or None) -> [B, T, D]`, the states that
+        the head is multiplied with, without the columns of the prefix, which is a soft prompt, or
+        demonstrations, in front of every row. A model that is never seen behind a prefix may
+        ignore it.
+      output_head: `(params) -> [V, D]`; tied embeddings are one.
+      input_embeddings: `(params, tokens [...]) -> [..., D]`; needed where a teacher is seen
+        "in_context".
+    """
+
+    hidden_states: Callable[[Any, jax.Array, jax.Array | None], jax.Array]
+    output_head: Callable[[Any], jax.Array]
+    input_embeddings: Callable[[Any, jax.Array], jax.Array] | None = None
+
+    def for_sampling(self, params: Any) -> Any:
+        """The parameters as a rollout reads them: as they are."""
+        return params
+
+    def prefill(
+        self, params: Any, tokens: jax.Array, prefix: jax.Array | None, columns: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The hidden states of prompts `[B, P]`, and what `decode` needs of them."""
+        written = jnp.pad(tokens, ((0, 0), (0, columns - tokens.shape[1])))
+        # In place of a cache, the tokens themselves: [1, B, S], rows behind an axis of layers.
+        return self.hidden_states(params, tokens, prefix), written[None]
+
+    def decode(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        prefix: jax.Array | None,
+        column: jax.Array,
+        written: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The hidden states `[B, D]` of tokens `[B]` in each row's `column` `[B]`, M not counted,
+        and `written` with these tokens in it."""
+        rows = jnp.arange(tokens.shape[0])
+        written = written.at[0, rows, column].set(tokens, mode="drop")
+        return self.hidden_states(params, written[0], prefix)[rows, column], written
