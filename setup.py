@@ -56,6 +56,7 @@ setup(
         "parity": ["torch>=2.13", "peft>=0.18"],  # for the tests against PyTorch and PEFT
         "dev": [
             "gguf>=0.17",
+            "jaxtyping>=0.3",  # evaluates annotations in the tests; the package runs without it
             "pytest>=8.3",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

@@ -5,12 +5,17 @@ Which positions count follows from lengths alone, never from token values: paddi
 B rows, T columns, R response positions, D width, k kept tokens of a cached teacher.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.top_k import TopK
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 class Batch(NamedTuple):
@@ -18,9 +23,9 @@ class Batch(NamedTuple):
     `[B]`: where the response begins and where the row ends. `cached` `[B, R, k]`: what the teacher
     said of every response position, where it was written down beforehand."""
 
-    tokens: jax.Array
-    prompt_lengths: jax.Array
-    lengths: jax.Array
+    tokens: Int[Array, "B T"]
+    prompt_lengths: Int[Array, " B"]
+    lengths: Int[Array, " B"]
     cached: TopK | None = None
 
 
@@ -32,10 +37,10 @@ class Responses(NamedTuple):
     `[B]` counts each row's response tokens that have no position here.
     """
 
-    positions: jax.Array
-    labels: jax.Array
-    mask: jax.Array
-    beyond: jax.Array | None = None
+    positions: Int[Array, "B R"]
+    labels: Int[Array, "B R"]
+    mask: Float[Array, "B R"]
+    beyond: Int[Array, " B"] | None = None
 
 
 def responses(batch: Batch, capacity: int) -> Responses:
@@ -65,7 +70,7 @@ def responses(batch: Batch, capacity: int) -> Responses:
     return Responses(positions, labels, mask.astype(jnp.float32), beyond)
 
 
-def gather(hidden: jax.Array, where: Responses) -> jax.Array:
+def gather(hidden: Float[Array, "B T D"], where: Responses) -> Float[Array, "B R D"]:
     """The hidden states `[B, T, D]` at the supervised positions, `[B, R, D]`."""
     return jnp.take_along_axis(hidden, where.positions[:, :, None], axis=1)
 

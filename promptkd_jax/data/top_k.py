@@ -1,9 +1,14 @@
 """A teacher's distributions by their most likely tokens."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 class TopK(NamedTuple):
@@ -23,11 +28,11 @@ class TopK(NamedTuple):
     token that stands nowhere else is one of the tail or, with k = V, has probability 0.
     """
 
-    ids: jax.Array
-    log_probs: jax.Array
-    tail: jax.Array | None = None
+    ids: Int[Array, "B T k"]
+    log_probs: Float[Array, "B T k"]
+    tail: Float[Array, "B T"] | None = None
 
-    def logits(self, learner: jax.Array) -> jax.Array:
+    def logits(self, learner: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
         """This distribution as logits `[..., V]`, compared with a learner of logits `[..., V]`. A
         constant, also where it comes from the learner."""
         whole, vocab_size = jax.lax.stop_gradient(learner.astype(jnp.float32)), learner.shape[-1]
@@ -45,7 +50,7 @@ class TopK(NamedTuple):
             whole = self.tail_below(vocab_size)[..., None] + shares
         return jnp.put_along_axis(whole, ids, log_probs, axis=-1, inplace=False, mode="drop")
 
-    def tail_below(self, vocab_size: int) -> jax.Array:
+    def tail_below(self, vocab_size: int) -> Float[Array, "B T"]:
         """The log-probability of the tokens of `vocab_size` > k that are not kept, `[B, T]`."""
         kept = self.log_probs.astype(jnp.float32)
         least = jnp.finfo(self.log_probs.dtype).eps

@@ -7,9 +7,11 @@ definition.
 B batch, T positions, D width, V vocabulary, k kept tokens of a cached teacher.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,9 @@ from promptkd_jax.distill.loss_inputs import LazyLogits, check_inputs, check_val
 from promptkd_jax.distill.losses import Divergence, log_probs, needs_whole
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, Float, Num
 
 Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
@@ -52,12 +57,12 @@ def linear_loss(
     terms: Sequence[Divergence],
     learner: LazyLogits,
     targets: Sequence[Any],
-    mask: jax.typing.ArrayLike | Sequence[Sequence[float]],
-    weights: jax.Array | Sequence[float] | None = None,
+    mask: Num[ArrayLike, "B T"] | Sequence[Sequence[float]],
+    weights: Float[Array, " terms"] | Sequence[float] | None = None,
     *,
     observe: Sequence[Observation] = (),
     chunk: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, ""], Float[Array, " sums"]]:
     """Weighted sum of per-position losses over the masked positions, `chunk` positions at a time.
 
     Equals `sum_i weights[i] * (mask * terms[i](targets[i], learner.logits())).sum()` in value and
@@ -119,7 +124,7 @@ def linear_values(
     targets: Sequence[Any],
     *,
     chunk: int | None = None,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Float[Array, "B T"], ...]:
     """Each function's value at every position, `[B, T]`, a block of positions at a time.
 
     Args:

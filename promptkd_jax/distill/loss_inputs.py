@@ -6,8 +6,10 @@ come out; here it is said which argument has which shape, and what was expected.
 B rows, T positions, D width, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,17 @@ from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill.losses import Divergence, cross_entropy
 from promptkd_jax.infra.sharding import ROWS, constrain
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 class LazyLogits(NamedTuple):
     """Logits not yet multiplied out: hidden `[B, T, D]` and head `[V, D]`."""
 
-    hidden: jax.Array
-    head: jax.Array
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "V D"]
 
-    def logits(self) -> jax.Array:
+    def logits(self) -> Float[Array, "B T V"]:
         """hidden @ head^T, `[B, T, V]`."""
         head = self.head.astype(self.hidden.dtype)
         # Rounded to half precision, logits would be off by more than a soft prompt moves them.

@@ -14,23 +14,31 @@ probability counts as 0, in values and gradients, as in the published implementa
 V vocabulary.
 """
 
+from __future__ import annotations
+
 import ast
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.infra.specs import Float
+from promptkd_jax.infra import specs
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+    Logits = Float[Array, "*B V"]
+    PerPosition = Float[Array, "*B"]
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 DIVERGENCES: dict[str, Divergence] = {}  # by name, as `declare` puts them there
-PARAMETERS: dict[str, dict[str, Float]] = {}  # of each, with what their values may be
+PARAMETERS: dict[str, dict[str, specs.Float]] = {}  # of each, with what their values may be
 
 
-class _Share(Float):
+class _Share(specs.Float):
     """A number between 0 and 1."""
 
     def fault(self, value: Any) -> str:
@@ -41,7 +49,7 @@ class _Share(Float):
 SHARE = _Share(low=0.0, high=1.0, open_low=True, open_high=True)
 
 
-def declare(**parameters: Float) -> Callable[[Divergence], Divergence]:
+def declare(**parameters: specs.Float) -> Callable[[Divergence], Divergence]:
     """Makes a function a divergence that configs can name, "function" or "function(number, …)".
 
     Args:
@@ -56,12 +64,12 @@ def declare(**parameters: Float) -> Callable[[Divergence], Divergence]:
     return declared
 
 
-def log_probs(logits: jax.Array) -> jax.Array:
+def log_probs(logits: Logits) -> Logits:
     """Log-softmax in float32 over the last axis."""
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
 
 
-def _pair(target: jax.Array, learner: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pair(target: Logits, learner: Logits) -> tuple[jax.Array, jax.Array]:
     """The log-probabilities of both. Raises ValueError for different vocabularies."""
     if target.shape[-1] != learner.shape[-1]:
         raise ValueError(
@@ -103,20 +111,20 @@ def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
 
 
 @declare()
-def forward_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
+def forward_kl(target: Logits, learner: Logits) -> PerPosition:
     """KL(target || learner): mass-covering. Word-level KD, Kim & Rush 2016 (arXiv 1606.07947)."""
     return _kl(*_pair(target, learner))
 
 
 @declare()
-def reverse_kl(target: jax.Array, learner: jax.Array) -> jax.Array:
+def reverse_kl(target: Logits, learner: Logits) -> PerPosition:
     """KL(learner || target): mode-seeking. PromptKD eq. 1 and 4 (arXiv 2402.12842)."""
     log_p, log_q = _pair(target, learner)
     return _kl(log_q, log_p)
 
 
 @declare()
-def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
+def soft_cross_entropy(target: Logits, learner: Logits) -> PerPosition:
     """-sum_v target_v log learner_v: `forward_kl` plus the target's entropy, the same gradient.
 
     The published PromptKD code reports this number for its "forward" losses.
@@ -126,7 +134,7 @@ def soft_cross_entropy(target: jax.Array, learner: jax.Array) -> jax.Array:
 
 
 @declare(skew=SHARE)
-def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
+def skew_forward_kl(target: Logits, learner: Logits, skew: float = 0.1) -> PerPosition:
     """KL(target || skew * target + (1 - skew) * learner). DistiLLM (arXiv 2402.03898), eq. 3.
 
     skew -> 0 gives `forward_kl`; at most log(1 / skew).
@@ -136,7 +144,7 @@ def skew_forward_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) ->
 
 
 @declare(skew=SHARE)
-def skew_reverse_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) -> jax.Array:
+def skew_reverse_kl(target: Logits, learner: Logits, skew: float = 0.1) -> PerPosition:
     """KL(learner || (1 - skew) * target + skew * learner). DistiLLM (arXiv 2402.03898), eq. 5.
 
     skew -> 0 gives `reverse_kl`; at most log(1 / skew).
@@ -146,7 +154,7 @@ def skew_reverse_kl(target: jax.Array, learner: jax.Array, skew: float = 0.1) ->
 
 
 @declare(beta=SHARE)
-def jensen_shannon(target: jax.Array, learner: jax.Array, beta: float = 0.5) -> jax.Array:
+def jensen_shannon(target: Logits, learner: Logits, beta: float = 0.5) -> PerPosition:
     """beta KL(target || m) + (1 - beta) KL(learner || m), m = beta target + (1 - beta) learner.
 
     GKD (arXiv 2306.13649), eq. 1, with its beta: divided by beta it tends to `forward_kl` for
@@ -157,10 +165,10 @@ def jensen_shannon(target: jax.Array, learner: jax.Array, beta: float = 0.5) -> 
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
-@declare(alpha=Float(), beta=Float())
+@declare(alpha=specs.Float(), beta=specs.Float())
 def alpha_beta(
-    target: jax.Array, learner: jax.Array, alpha: float = 0.2, beta: float = 0.7
-) -> jax.Array:
+    target: Logits, learner: Logits, alpha: float = 0.2, beta: float = 0.7
+) -> PerPosition:
     """The alpha-beta divergence of target from learner. ABKD (arXiv 2505.04560), eq. 6.
 
     (1, 0) is `forward_kl`, (0, 1) is `reverse_kl`. The limits at alpha = 0, beta = 0 and
@@ -185,31 +193,31 @@ def alpha_beta(
 
 
 @declare()
-def total_variation(target: jax.Array, learner: jax.Array) -> jax.Array:
+def total_variation(target: Logits, learner: Logits) -> PerPosition:
     """Half the L1 distance of the two distributions, in [0, 1]."""
     p, q = (jnp.exp(x) for x in _pair(target, learner))
     return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
 
 
-def cross_entropy(labels: jax.Array, learner: jax.Array) -> jax.Array:
+def cross_entropy(labels: Int[Array, "*B"], learner: Logits) -> PerPosition:
     """-log learner[label]: labels `[...]` integers, learner `[..., V]` logits."""
     return -jnp.take_along_axis(log_probs(learner), labels[..., None], axis=-1)[..., 0]
 
 
-def agreement(target: jax.Array, learner: jax.Array) -> jax.Array:
+def agreement(target: Logits, learner: Logits) -> PerPosition:
     """1 where some token has the largest probability of both, else 0. No gradient."""
     # The maxima are there for the softmax already; an argmax takes a CPU as long as a product.
     largest = [x == jnp.max(x, axis=-1, keepdims=True) for x in (target, learner)]
     return jnp.any(largest[0] & largest[1], axis=-1).astype(jnp.float32)
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: Logits) -> PerPosition:
     """Of the distribution itself, in nats."""
     log_p = log_probs(logits)
     return -_expected(jnp.exp(log_p), _finite(log_p))
 
 
-def confidence(logits: jax.Array) -> jax.Array:
+def confidence(logits: Logits) -> PerPosition:
     """1 - entropy / log V: 0 for the uniform distribution, 1 where one token has all mass."""
     return 1 - entropy(logits) / jnp.log(logits.shape[-1])
 

@@ -17,14 +17,19 @@ where there is a response token, V vocabulary. Rewards, weights and advantages a
 loss; only `clipped_policy_gradient` has a gradient.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from promptkd_jax.distill import losses
-from promptkd_jax.infra.specs import Bool, Choice, Float, Optional, field, validate
+from promptkd_jax.infra import specs
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 WHITEN = {
     "response": "response tokens",
@@ -45,27 +50,31 @@ class PolicyGradient:
       ValueError: a value out of its range.
     """
 
-    gamma: float = field(
-        0.95, Float(low=0.0, high=1.0), "discount of later rewards; 0 looks at the token alone"
+    gamma: float = specs.field(
+        0.95,
+        specs.Float(low=0.0, high=1.0),
+        "discount of later rewards; 0: the token alone",
     )
-    reward_scaling: float = field(
-        0.5, Float(low=0.0, open_low=True), "divides rewards, before they are clipped"
+    reward_scaling: float = specs.field(
+        0.5, specs.Float(low=0.0, open_low=True), "divides rewards, before they are clipped"
     )
-    reward_clip: float = field(100.0, Float(low=0.0, open_low=True), "bound of a reward's size")
-    ratio_clip: float | None = field(
+    reward_clip: float = specs.field(
+        100.0, specs.Float(low=0.0, open_low=True), "bound of a reward's size"
+    )
+    ratio_clip: float | None = specs.field(
         0.2,
-        Optional(Float(low=0.0, open_low=True)),
+        specs.Optional(specs.Float(low=0.0, open_low=True)),
         "c of PPO: beyond 1 - c and 1 + c a ratio pushes no further; None: no clipping",
     )
-    length_normalize: bool = field(
-        True, Bool(), "divide what is to come by the number of tokens that are to come"
+    length_normalize: bool = specs.field(
+        True, specs.Bool(), "divide what is to come by the number of tokens that are to come"
     )
-    whiten: str = field(
-        "response", Choice(WHITEN), "entries over which advantages get mean 0 and variance 1"
+    whiten: str = specs.field(
+        "response", specs.Choice(WHITEN), "entries over which advantages get mean 0 and variance 1"
     )
 
     def __post_init__(self):
-        validate(self)
+        specs.validate(self)
 
 
 class PolicyTarget(NamedTuple):
@@ -73,10 +82,10 @@ class PolicyTarget(NamedTuple):
     `log_prob` under the student that was sampled from, their `advantage`, and `importance`, that
     student's probability over the sampling policy's (1 where it sampled alone)."""
 
-    labels: jax.Array
-    log_prob: jax.Array
-    advantage: jax.Array
-    importance: jax.Array
+    labels: Int[Array, "B R"]
+    log_prob: Float[Array, "B R"]
+    advantage: Float[Array, "B R"]
+    importance: Float[Array, "B R"]
 
 
 def rewards(

@@ -1,13 +1,18 @@
 """How the soft prompt starts: M embeddings `[M, D]` in front of the frozen teacher."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.models.decoder import embed
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 INITS = {
     "text": "at the embeddings of `text`, repeated and cut",
@@ -18,7 +23,7 @@ INITS = {
 }
 
 
-def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.Array:
+def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> Float[Array, "M D"]:
     """The embeddings of `token_ids`, repeated and cut to `length`, `[M, D]` float32.
 
     PromptKD starts from "Suppose you are a student." (7 GPT-2 tokens); a random start collapses
@@ -33,7 +38,7 @@ def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.
     return embed(params, repeated).astype(jnp.float32)
 
 
-def pooled_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> jax.Array:
+def pooled_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> Float[Array, "M D"]:
     """A text of any length in `length` vectors: means of its embeddings, `[M, D]` float32.
 
     The text is cut into M stretches of equal size; one that is shorter than M is repeated first.
@@ -46,6 +51,6 @@ def pooled_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> ja
     return jnp.stack([jnp.mean(part, axis=0) for part in jnp.array_split(embeddings, length)])
 
 
-def random_soft_prompt(key: jax.Array, length: int, width: int) -> jax.Array:
+def random_soft_prompt(key: jax.Array, length: int, width: int) -> Float[Array, "M D"]:
     """Standard normal numbers, `[M, D]` float32: PEFT's RANDOM. Far larger than embeddings are."""
     return jax.random.normal(key, (length, width), jnp.float32)

@@ -1,9 +1,11 @@
 """How a model is seen: as it is, behind a prefix (the soft prompt, or demonstrations), or as it was
 written down beforehand; its distributions, and what it computed on the way there."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,6 +19,9 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampler import SamplingModel
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 def lazy_logits(
     model: Decoder | LanguageModel,
@@ -24,7 +29,7 @@ def lazy_logits(
     batch: Batch,
     where: Responses,
     vocab_size: int,
-    prefix: jax.Array | None = None,
+    prefix: Float[Array, "M D"] | None = None,
 ) -> LazyLogits:
     """A model's next-token distributions at the response positions, not yet multiplied out.
 
@@ -48,7 +53,7 @@ def lazy_logits_and_states(
     batch: Batch,
     where: Responses,
     vocab_size: int,
-    prefix: jax.Array | None = None,
+    prefix: Float[Array, "M D"] | None = None,
     taps: Sequence[hidden_loss.Tap] = (),
 ) -> tuple[LazyLogits, hidden_loss.States]:
     """As `lazy_logits`, and on the same forward what a `Decoder` computed on the way there.
@@ -111,7 +116,7 @@ class StepModels:
         return params["teacher"] if self.method.teacher_view == "online" else self.frozen_teacher
 
     def teacher(
-        self, params: Mapping[str, Any], rows: Batch, soft_prompt: jax.Array | None = None
+        self, params: Mapping[str, Any], rows: Batch, soft_prompt: Float[Array, "M D"] | None = None
     ) -> tuple[LazyLogits | TopK, hidden_loss.States]:
         """The teacher's distributions, and the hidden states that the method's terms look at."""
         # Top-k log-probabilities that were read from disk travel in the batch.

@@ -5,8 +5,10 @@ F feed-forward width, V vocabulary, L layers, S columns of the key/value cache. 
 sizes of `DecoderConfig.padded`; what comes out has those of the model.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,9 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain, unshard_fsdp
 from promptkd_jax.models.attention import BTNH_SPEC, attend, attend_to_cache, kv_repeats, repeat_kv
 from promptkd_jax.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -68,12 +73,12 @@ def place_cache(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: constrain(x, None, ROWS, "tensor", None, None), cache)
 
 
-def head(params: Mapping[str, Any]) -> jax.Array:
+def head(params: Mapping[str, Any]) -> Float[Array, "V D"]:
     """The output head `[V, D]`, padding included; with tied embeddings, the embedding itself."""
     return params["lm_head"] if "lm_head" in params else params["embed"]["embedding"]
 
 
-def embed(params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+def embed(params: Mapping[str, Any], tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Input embeddings `[..., D]` of token ids `[...]`, in the dtype of the parameters."""
     return params["embed"]["embedding"][tokens]
 
@@ -150,18 +155,18 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def hidden_states(
-        self, params: Any, tokens: jax.Array, prefix: jax.Array | None = None
-    ) -> jax.Array:
+        self, params: Any, tokens: Int[Array, "B T"], prefix: Float[Array, "M D"] | None = None
+    ) -> Float[Array, "B T D"]:
         """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none."""
         return self.apply({"params": params}, tokens, prefix=prefix)
 
     @nn.nowrap
-    def output_head(self, params: Any) -> jax.Array:
+    def output_head(self, params: Any) -> Float[Array, "V D"]:
         """The head `[V, D]`, without padding."""
         return head(params)[: self.config.vocab_size]
 
     @nn.nowrap
-    def input_embeddings(self, params: Any, tokens: jax.Array) -> jax.Array:
+    def input_embeddings(self, params: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Embeddings `[..., D]` of token ids `[...]`."""
         return embed(params, tokens)
 

@@ -8,12 +8,17 @@ B rows, T columns, M prefix columns, P prompt columns, S columns of a rollout, D
 V vocabulary.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +42,11 @@ class LanguageModel:
         "in_context".
     """
 
-    hidden_states: Callable[[Any, jax.Array, jax.Array | None], jax.Array]
-    output_head: Callable[[Any], jax.Array]
-    input_embeddings: Callable[[Any, jax.Array], jax.Array] | None = None
+    hidden_states: Callable[
+        [Any, Int[Array, "B T"], Float[Array, "M D"] | None], Float[Array, "B T D"]
+    ]
+    output_head: Callable[[Any], Float[Array, "V D"]]
+    input_embeddings: Callable[[Any, Int[Array, "*B"]], Float[Array, "*B D"]] | None = None
 
     def for_sampling(self, params: Any) -> Any:
         """The parameters as a rollout reads them: as they are."""

@@ -6,18 +6,23 @@ is a training batch. Every row has its own key: its tokens do not depend on the 
 B batch, T columns, M soft-prompt tokens, V vocabulary.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax.infra import specs
 from promptkd_jax.infra.sharding import ROWS, axis_size, constrain
-from promptkd_jax.infra.specs import Float, Int, field, validate
 from promptkd_jax.models.decoder import Cache, Decoder, place_cache
 from promptkd_jax.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,30 +35,30 @@ class Sampling:
       ValueError: a value out of its range.
     """
 
-    temperature: float = field(1.0, Float(low=0.0), "divides logits; 0 is greedy")
-    top_k: int = field(0, Int(low=0), "only the k likeliest tokens; 0: all")
-    top_p: float = field(
+    temperature: float = specs.field(1.0, specs.Float(low=0.0), "divides logits; 0 is greedy")
+    top_k: int = specs.field(0, specs.Int(low=0), "only the k likeliest tokens; 0: all")
+    top_p: float = specs.field(
         1.0,
-        Float(low=0.0, high=1.0, open_low=True),
+        specs.Float(low=0.0, high=1.0, open_low=True),
         "only the likeliest tokens that together have this probability; 1: all",
     )
-    no_repeat_ngram_size: int = field(
+    no_repeat_ngram_size: int = specs.field(
         0,
-        Int(low=0),
+        specs.Int(low=0),
         "no row writes an n-gram of this size that it, prompt included, already contains; 0: any",
     )
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        validate(self)
+        specs.validate(self)
 
 
 class Rollout(NamedTuple):
     """`tokens` `[B, T]` and `lengths` `[B]`; `ended` `[B]`: by an EOS rather than by the limit."""
 
-    tokens: jax.Array
-    lengths: jax.Array
-    ended: jax.Array
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    ended: Bool[Array, " B"]
 
 
 class SamplingModel(NamedTuple):
@@ -61,10 +66,10 @@ class SamplingModel(NamedTuple):
 
     model: Decoder | LanguageModel
     params: Any
-    prefix: jax.Array | None = None
+    prefix: Float[Array, "M D"] | None = None
 
 
-def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
     """One key for each of the row numbers `rows` `[B]`, whatever the others are."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
@@ -72,15 +77,15 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 def sample(
     model: Decoder | LanguageModel,
     params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    keys: jax.Array,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    keys: Key[Array, " B"],
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
-    prefix: jax.Array | None = None,
+    prefix: Float[Array, "M D"] | None = None,
     vocab_size: int | None = None,
-    active: jax.Array | None = None,
+    active: Bool[Array, " B"] | None = None,
     second: SamplingModel | None = None,
     second_share: float = 0.0,
     slots: int = 0,

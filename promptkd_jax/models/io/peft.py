@@ -1,8 +1,9 @@
 """Soft prompts as PEFT stores them."""
 
-from typing import Any
+from __future__ import annotations
 
-import jax
+from typing import TYPE_CHECKING, Any
+
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -16,6 +17,9 @@ from promptkd_jax.models.io.export import write_tensors
 from promptkd_jax.models.io.hub import pretrained_name
 from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.io.safetensors import read_json, refuse_pointer
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 _CARD = """\
 ---
@@ -39,7 +43,11 @@ generate other text; `model.generate(..., use_cache=False)` is right there too.
 
 
 def save_soft_prompt(
-    folder: epath.PathLike, soft_prompt: jax.Array, *, teacher: str, hf_config: dict[str, Any]
+    folder: epath.PathLike,
+    soft_prompt: Float[Array, "M D"],
+    *,
+    teacher: str,
+    hf_config: dict[str, Any],
 ) -> None:
     """Writes a PEFT prompt-tuning adapter that `peft.PeftModel.from_pretrained` loads.
 
@@ -77,7 +85,7 @@ def save_soft_prompt(
         write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
-def load_soft_prompt(folder: epath.PathLike) -> jax.Array:
+def load_soft_prompt(folder: epath.PathLike) -> Float[Array, "M D"]:
     """Reads a PEFT prompt-tuning adapter, `[M, D]` float32.
 
     Raises:
