@@ -14,14 +14,48 @@ from promptkd_jax.models.sampler import Sampling
 CROSS_ENTROPY = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
 POLICY_GRADIENT = "policy_gradient"  # the one that looks at both
 
+
+@dataclasses.dataclass(frozen=True)
+class TargetSource:
+    """Where target rows come from: what the checks, the loop and the plan have to know of it. How
+    the rows are made is a function of `targets.WRITERS`.
+
+    Attributes:
+      help: a sentence, for the page of fields.
+      on_policy: the student writes rows during training.
+      reads_responses: rows may be the data's own responses.
+      teacher_writes: the teacher writes the responses before training.
+      keeps_replay: rows go into a replay buffer, and come out of it.
+    """
+
+    help: str
+    on_policy: bool = False
+    reads_responses: bool = False
+    teacher_writes: bool = False
+    keeps_replay: bool = False
+
+    def __str__(self) -> str:
+        return self.help
+
+
 TARGETS = {
-    "gold": "the data's own responses",
-    "teacher": "responses that the teacher wrote before training",
-    "student": "the student's own responses, written for each update",
-    "mixed": "a row is the student's with probability on_policy_share, else the data's",
-    "replay": "the data's, the student's, or what it wrote before, by DistiLLM's schedule",
+    "gold": TargetSource("the data's own responses", reads_responses=True),
+    "teacher": TargetSource(
+        "responses that the teacher wrote before training", teacher_writes=True
+    ),
+    "student": TargetSource("the student's own responses, written for each update", on_policy=True),
+    "mixed": TargetSource(
+        "a row is the student's with probability on_policy_share, else the data's",
+        on_policy=True,
+        reads_responses=True,
+    ),
+    "replay": TargetSource(
+        "the data's, the student's, or what it wrote before, by DistiLLM's schedule",
+        on_policy=True,
+        reads_responses=True,
+        keeps_replay=True,
+    ),
 }
-ON_POLICY = ("student", "mixed", "replay")
 VIEWS = {
     "plain": "as it is",
     "prompted": "behind the soft prompt, which is trained as well",
@@ -161,6 +195,11 @@ class Objective:
         1, Int(low=1), "times that the rows of a step are gone through (MiniLLM: 4)"
     )
 
+    @property
+    def source(self) -> TargetSource:
+        """Where the rows come from."""
+        return TARGETS[self.targets]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -274,8 +313,8 @@ class Method(Objective):
 
 def reads_answers(method: Objective) -> bool:
     """Whether rows may be the data's own responses."""
-    mixed = method.targets == "mixed" and method.on_policy_share < 1
-    return mixed or method.targets in ("gold", "replay")
+    never = method.targets == "mixed" and method.on_policy_share == 1
+    return method.source.reads_responses and not never
 
 
 def needs_teacher(method: Objective) -> bool:
@@ -297,7 +336,7 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
     found = []
     if len(set(names)) < len(names):
         found.append(f"student_terms: {', '.join(names)}: expected each name once")
-    if CROSS_ENTROPY in names and method.targets in ON_POLICY and not reads_answers(method):
+    if CROSS_ENTROPY in names and method.source.on_policy and not reads_answers(method):
         found.append(
             f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write, and "
             f"targets = {method.targets!r} has none; name a divergence instead, or other targets"
@@ -319,7 +358,7 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
             f"teacher_view: {method.teacher_view!r} is of no use where no term of student_terms "
             "looks at the teacher; name a divergence there"
         )
-    if method.targets not in ON_POLICY:
+    if not method.source.on_policy:
         found += _without_rollouts(method, execution)
     if POLICY_GRADIENT in names:
         found += _about_policy(method, execution, sampling)
@@ -342,10 +381,11 @@ def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
             f"targets = {method.targets!r} has none; expected targets = 'student'"
         )
     if execution.one_step_off_policy:
+        written = [name for name, source in TARGETS.items() if source.on_policy]
         found.append(
             f"one_step_off_policy: rows are written a step ahead, but targets = "
             f"{method.targets!r} has none that are written during training; expected False, or one "
-            f"of {', '.join(ON_POLICY)}"
+            f"of {', '.join(written)}"
         )
     return found
 
@@ -381,7 +421,7 @@ def _about_policy(method: Objective, execution: Execution, sampling: Sampling) -
 
 def _about_cache(method: Objective, names: list[str]) -> list[str]:
     found = []
-    if method.targets in ON_POLICY:
+    if method.source.on_policy:
         found.append(
             f"targets: {method.targets!r} makes rows during training, but a cached teacher knows "
             "only the rows that it was written for; expected 'gold' or 'teacher'"

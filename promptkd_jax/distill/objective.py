@@ -27,7 +27,7 @@ from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses, policy_gradient
 from promptkd_jax.distill.chunked_loss import Observation, apply_divergence, linear_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
-from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT, Method
+from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT, Method
 from promptkd_jax.distill.policy_gradient import PolicyTarget
 from promptkd_jax.distill.teacher import StepModels, lazy_logits
 
@@ -293,7 +293,7 @@ def teacher_term(
 
 def _cross_entropy_term(weight: jax.Array, micro_batch: MicroBatch, models: StepModels) -> Term:
     labels = models.where(micro_batch.rows).labels
-    if models.method.targets not in ON_POLICY:
+    if not models.method.source.on_policy:
         return Term(losses.cross_entropy, labels, weight)
     # [B] -> [B, R]: cross-entropy counts only rows that the student did not write itself.
     written_by_others = jnp.broadcast_to(~micro_batch.is_student[:, None], labels.shape)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.batch import Batch, choose_rows, pad_to
-from promptkd_jax.distill.method import ON_POLICY, POLICY_GRADIENT, Method
+from promptkd_jax.distill.method import POLICY_GRADIENT, Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
@@ -111,12 +111,10 @@ def target_rows(
       replay: the buffer of "replay" targets.
       step: of the stage, from 0.
     """
-    number = batch.lengths.shape[0]
-    nobody = jnp.zeros(number, bool)
     # Rows of the data, or that the teacher wrote before training, are the batch itself.
-    if method.targets not in ON_POLICY:
+    if not method.source.on_policy:
+        nobody = jnp.zeros(batch.lengths.shape[0], bool)
         return TargetBatch(batch, nobody, nobody), replay
-
     values_samples = any(name == POLICY_GRADIENT for name, _ in method.student_terms)
     write = functools.partial(
         rollout,
@@ -137,19 +135,7 @@ def target_rows(
     )
     # The rollout's keys are those of its rows; coins are drawn from a stream of their own.
     coin = jax.random.fold_in(key, _COIN)
-    if method.targets == "replay":
-        if replay is None:
-            raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
-        done = step / method.total_steps
-        rows, own, replay = _replayed(replay, batch, lambda: write()[0], coin, done)
-        return TargetBatch(rows, own, nobody), replay
-    if method.targets == "mixed":
-        # GKD's lambda, row by row; rows of the data are not sampled at all.
-        own = jax.random.uniform(coin, (number,)) < method.on_policy_share
-        rows, ended = write(active=own)
-        return TargetBatch(choose_rows(own, rows, batch), own, ended), replay
-    rows, ended = write()
-    return TargetBatch(rows, ~nobody, ended), replay
+    return WRITERS[method.targets](method, write, batch, replay, coin, step)
 
 
 def row_statistics(
@@ -159,21 +145,39 @@ def row_statistics(
     rows, is_student, hit_eos = written
     lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
     found = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
-    if method.targets in ("mixed", "replay"):
+    if method.source.on_policy and method.source.reads_responses:
         found["on_policy_share"] = is_student.mean()
-    if method.targets in ("student", "mixed"):
+    if method.source.on_policy and not method.source.keeps_replay:
         found["eos_rate"] = jnp.sum(hit_eos) / jnp.maximum(jnp.sum(is_student), 1)
-    if method.targets == "replay":
+    if method.source.keeps_replay:
         found["replay_threshold"] = replay.threshold
     return found
 
 
-def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, done: jax.Array):
+# How each source makes its rows: (method, write, batch, replay buffer, key of its coins, step of
+# the stage) -> (rows, replay buffer). `write(active=…)` is a `rollout` of the batch.
+
+
+def _student_rows(method: Method, write: Callable, batch: Batch, replay, coin, step):
+    rows, ended = write()
+    return TargetBatch(rows, jnp.ones_like(ended), ended), replay
+
+
+def _mixed_rows(method: Method, write: Callable, batch: Batch, replay, coin, step):
+    """GKD's lambda, row by row; rows of the data are not sampled at all."""
+    own = jax.random.uniform(coin, batch.lengths.shape) < method.on_policy_share
+    rows, ended = write(active=own)
+    return TargetBatch(choose_rows(own, rows, batch), own, ended), replay
+
+
+def _replayed_rows(method: Method, write: Callable, batch: Batch, replay, coin, step):
     """DistiLLM's choice for a whole batch: the data, the buffer, or new rows, which go into it."""
+    if replay is None:
+        raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
     columns, number = replay.rows.tokens.shape[1], batch.lengths.shape[0]
     # One coin for the whole batch, as published.
     luck = jax.random.uniform(coin)
-    fading = replay.threshold * jnp.maximum(1 - done, 0.0)
+    fading = replay.threshold * jnp.maximum(1 - step / method.total_steps, 0.0)
     # On-policy with probability `threshold`; of these ever more come from the buffer.
     new = (luck < fading) | ((luck < replay.threshold) & ~replay.full)
     old = ~new & (luck < replay.threshold)
@@ -185,10 +189,14 @@ def _replayed(replay: Replay, batch: Batch, write: Callable, coin: jax.Array, do
         return draw(replay, jax.random.fold_in(coin, 1), number), replay
 
     def written_now():
-        rows = pad_to(write(), columns)
+        rows = pad_to(write()[0], columns)
         return rows, push(replay, rows)
 
     # A switch, so that only what was chosen is computed.
     case = jnp.where(new, 2, jnp.where(old, 1, 0))
     rows, replay = jax.lax.switch(case, [of_data, of_buffer, written_now])
-    return rows, jnp.broadcast_to(case > 0, (number,)), replay
+    is_student = jnp.broadcast_to(case > 0, (number,))
+    return TargetBatch(rows, is_student, jnp.zeros(number, bool)), replay
+
+
+WRITERS = {"student": _student_rows, "mixed": _mixed_rows, "replay": _replayed_rows}

@@ -136,15 +136,24 @@ class Str:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Choice:
-    """One of a few values; a single mapping also says what each of them means."""
+    """One of a few values, or of the keys of a mapping, whose values say what each of them means.
 
-    options: tuple
-    meanings: Mapping[Any, str] | None
+    A mapping is looked at when a value is checked: what is registered later is a choice too.
+    """
+
+    allowed: tuple | Mapping[Any, Any]
 
     def __init__(self, *options: Any):
-        meanings = options[0] if options and isinstance(options[0], Mapping) else None
-        object.__setattr__(self, "meanings", meanings)
-        object.__setattr__(self, "options", tuple(meanings or options))
+        mapping = len(options) == 1 and isinstance(options[0], Mapping)
+        object.__setattr__(self, "allowed", options[0] if mapping else options)
+
+    @property
+    def options(self) -> tuple:
+        return tuple(self.allowed)
+
+    @property
+    def meanings(self) -> Mapping[Any, Any] | None:
+        return self.allowed if isinstance(self.allowed, Mapping) else None
 
     def __str__(self) -> str:
         return f"one of {', '.join(map(repr, self.options))}"

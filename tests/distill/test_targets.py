@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import steps
 
-from promptkd_jax.data.batch import Batch, gather, responses
+from promptkd_jax.data.batch import Batch, choose_rows, gather, responses
+from promptkd_jax.distill import targets
+from promptkd_jax.distill.method import TARGETS, Method, TargetSource
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.distill.teacher import lazy_logits
+from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.io.params import abstract_params
@@ -230,3 +234,39 @@ def test_without_an_eos_every_row_is_full():
     assert not ended.any()
     np.testing.assert_array_equal(rows.lengths, requests().prompt_lengths + NEW)
     assert responses(rows, NEW).mask.all()
+
+
+# A source of one's own, by CONTRIBUTING's recipe
+
+
+def test_a_new_source_is_an_entry_and_a_function(monkeypatch):
+    """Every second row is written by the student, the others are the data's."""
+
+    def every_second(method, write, batch, replay, coin, step):
+        own = jnp.arange(batch.lengths.shape[0]) % 2 == 1
+        rows, ended = write(active=own)
+        return targets.TargetBatch(choose_rows(own, rows, batch), own, ended), replay
+
+    with pytest.raises(ValueError, match="targets: 'every_second' is not one of 'gold'"):
+        steps.method(targets="every_second")
+    source = TargetSource("every second row is the student's", on_policy=True, reads_responses=True)
+    monkeypatch.setitem(TARGETS, "every_second", source)
+    monkeypatch.setitem(targets.WRITERS, "every_second", every_second)
+    method = steps.method(
+        targets="every_second", response_capacity=8, sampling=Sampling(eos_ids=(EOS,))
+    )
+    rows = steps.batch()
+    written, replay = jit(functools.partial(targets.target_rows, method, steps.STUDENT))(
+        steps.random_params(steps.STUDENT.config, 1),
+        jax.tree.map(jnp.asarray, rows),
+        None,
+        jax.random.key(0),
+        step=jnp.zeros((), jnp.int32),
+        teacher=None,
+    )
+    assert written.is_student.tolist() == [False, True, False, True] and replay is None
+    for row in (0, 2):
+        assert written.rows.tokens[row, :12].tolist() == rows.tokens[row].tolist()
+    assert written.rows.prompt_lengths.tolist() == rows.prompt_lengths.tolist()
+    assert "on_policy_share" in targets.row_statistics(method, written, None)
+    assert "'every_second'" in str(declared(Method)["targets"].metadata["spec"])
