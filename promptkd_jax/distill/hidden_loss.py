@@ -191,6 +191,7 @@ def init_projections(
     Between equal widths the identity, so that training begins at the loss without a projection;
     else random with orthonormal rows (or columns), which keeps lengths and angles.
     """
+    # Sorted, so that a matrix's key does not depend on the order in which terms are listed.
     names = sorted(name for term in terms if term.projection for name in _names(term).values())
     shape = (student_width, teacher_width)
     if student_width == teacher_width:
@@ -279,6 +280,7 @@ def _cosine(learner: jax.Array, target: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     """Of length 1; where x is 0, 0 with a finite gradient."""
+    # The maximum is inside of the root: the gradient of a norm is NaN at 0, that of this is 0.
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
 
@@ -295,7 +297,8 @@ def _relation_heads(
 ) -> list[jax.Array]:
     """Queries, keys and values, their heads put together and cut anew: `[A, B, T, N * H / A]`; 0 in
     the columns behind the last of `positions` `[B, R]`, which none of them sees."""
-    last = jnp.max(positions, axis=1, keepdims=True)
+    # Behind a row's last position there may be NaN, which 0 in a softmax times NaN would spread.
+    last = jnp.max(positions, axis=1, keepdims=True)  # [B, 1]
 
     def cut(x):  # in float32, in which the gradients of all chunks are summed
         # [B, T, N, H] -> [B, T, N * H] -> [A, B, T, N * H / A]
@@ -304,6 +307,15 @@ def _relation_heads(
         return jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 0)
 
     return [cut(states[name, layer]) for name in RELATIONS]
+
+
+# A relation of MiniLMv2, here causal. Of one kind x (queries, keys or values), cut into A heads of
+# width H, position t compares itself with the positions u <= t:
+#
+#     r_t(u) = softmax_u(x_t · x_u / sqrt(H))      loss_t = mean over A, kinds of KL(r^p_t || r^q_t)
+#
+# H may differ between the two models, A may not. Of the R supervised positions, a chunk at a time
+# has its scores [A, B, chunk, T] computed, forwards and again backwards.
 
 
 def _relation_kl(
@@ -327,6 +339,7 @@ def _relation_kl(
         ]
         return jnp.mean(jnp.stack(values), axis=(0, 1))
 
+    # [B, R] -> R calls of one position a row, `chunk` of them at once -> [R, B] -> [B, R].
     if chunk is None:
         chunk = max(CHUNK_ELEMENTS // (heads * rows * columns), 1)
     chunk = min(chunk, positions.shape[1])

@@ -107,6 +107,7 @@ def check_values(
 ) -> None:
     """Raises ValueError for a TopK of logits and for tokens that are not in the vocabulary, where
     values can be seen: not those that are traced."""
+    # Within a jit shapes are known and values are not; a `Tracer` is looked at no further.
     for number, target in enumerate(targets):
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((target, mask))):
             continue

@@ -104,6 +104,7 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
     """log(weight_p * p + (1 - weight_p) * q)."""
+    # In logarithms throughout: p and q themselves are 0 in float32 from log-probability -104 on.
     left, right = log_p + jnp.log(weight_p), log_q + jnp.log1p(-weight_p)
     empty = jnp.isneginf(left) & jnp.isneginf(right)  # where the gradient of logaddexp is NaN
     left, right = jnp.where(empty, 0.0, left), jnp.where(empty, 0.0, right)
@@ -174,6 +175,9 @@ def alpha_beta(
     (1, 0) is `forward_kl`, (0, 1) is `reverse_kl`. The limits at alpha = 0, beta = 0 and
     alpha + beta = 0 are those of Cichocki, Cruces & Amari 2011.
     """
+    # With a = alpha and b = beta, of one token:
+    #     D = (a / (a + b) p^(a+b) + b / (a + b) q^(a+b) - p^a q^b) / (a b)
+    # Each limit below is the Taylor expansion of this where its denominator goes to 0.
     log_p, log_q = _pair(target, learner)
     ratio = _finite(log_p) - _finite(log_q)  # log(p / q)
     p_a, q_b = _power(log_p, alpha), _power(log_q, beta)
@@ -265,6 +269,7 @@ WEIGHTINGS: dict[str, Divergence] = {
 
 def weighted(function: Divergence, weighting: str) -> Divergence:
     """`function` times a weight per position in [0, 1], one of `WEIGHTINGS`, or "uniform"."""
+    # The function itself: what is static in a jitted step must be the identical object each time.
     if weighting == "uniform":
         return function
     weight = WEIGHTINGS[weighting]

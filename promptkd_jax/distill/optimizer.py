@@ -40,6 +40,8 @@ def schedule(
         warmup = 1.0 if cosine_ignores_warmup else ramp(step)
         return warmup * (min_lr + span * 0.5 * (1 + jnp.cos(math.pi * step / total_steps)))
 
+    # Of "noam" only the warm-up is Vaswani et al.'s; the published code takes the root of what is
+    # left of the run in place of the inverse root of the step.
     def noam(step):
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         decayed = min_lr + span * jnp.sqrt(jnp.clip(1 - done, 0.0, 1.0))
@@ -69,6 +71,8 @@ def adamw(
       decay_mask: tree of bools as the parameters, True where they decay; None: all of them.
       seed: of the stochastic rounding.
     """
+    # The order matters: gradients are clipped before Adam sees them, and the decay is multiplied by
+    # the learning rate but not divided by the second moment (decoupled, arXiv 1711.05101).
     return optax.chain(
         optax.stateless(lambda gradients, _: optax.tree.cast(gradients, jnp.float32)),
         optax.clip_by_global_norm(max_grad_norm),
@@ -160,7 +164,8 @@ def decay_mask(params: Any, *, decay_norms: bool = False) -> Any:
     """
 
     def decayed(path, _):
-        name = path[-1].key
+        # A dict's key, or the attribute of a module that is a pytree itself.
+        name = getattr(path[-1], "key", getattr(path[-1], "name", None))
         return name != "bias" and (decay_norms or name != "scale")
 
     return jax.tree_util.tree_map_with_path(decayed, params)

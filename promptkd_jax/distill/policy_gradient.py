@@ -122,6 +122,9 @@ def advantages(reward: jax.Array, mask: jax.Array, settings: PolicyGradient) -> 
     give it all rows of an update, not those of one micro-batch.
     """
 
+    # With n_t the tokens from t to the row's end, t included:
+    #     A_t = (r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...) / n_t,   then (A - mean) / std
+    # The division keeps early tokens, which have more rewards to come, from weighing more.
     def backwards(later, now):
         total = now + settings.gamma * later
         return total, total

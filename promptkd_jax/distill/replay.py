@@ -73,6 +73,7 @@ def adapt(
     loss = jnp.asarray(validation_loss, jnp.float32)
     # inf: no validation loss was seen yet, and the first one is what others compare with.
     first = jnp.isinf(replay.validation_loss)
+    # Compared with the loss of the last rise, not of the last call: a slow climb counts too.
     rose = ~first & (loss >= replay.validation_loss + tolerance)
     return replay.replace(
         threshold=jnp.where(rose, jnp.minimum(replay.threshold + step, 1.0), replay.threshold),

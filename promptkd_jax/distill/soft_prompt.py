@@ -46,6 +46,7 @@ def pooled_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> Fl
     Raises:
       ValueError: no token ids.
     """
+    # "abc" for 2 vectors: means of "ab" and "c"; for 7: of "a", "b", "c", "a", … one by one.
     repeated = max(length, len(token_ids))
     embeddings = init_soft_prompt(params, token_ids, repeated)
     return jnp.stack([jnp.mean(part, axis=0) for part in jnp.array_split(embeddings, length)])

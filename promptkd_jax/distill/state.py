@@ -26,6 +26,11 @@ class Optimizers(NamedTuple):
     projection: optax.GradientTransformation | None = None
 
 
+# Every leaf has a fixed shape and dtype from the first step on: a jitted step takes the state over
+# (donation) and gives one back into the same memory, and a checkpoint is restored by its structure.
+# Counters are arrays for that reason, and None stands for what a method does not have.
+
+
 @flax.struct.dataclass
 class TrainState:
     """Everything that changes; a frozen teacher is not in it.

@@ -143,6 +143,7 @@ def row_statistics(
 ) -> dict[str, jax.Array]:
     """What there is to say of the rows that a step trains on; of the buffer, as it is now."""
     rows, is_student, hit_eos = written
+    # [B]; what a step says of them are means over rows, and counts.
     lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
     found = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
     if method.source.on_policy and method.source.reads_responses:
@@ -175,6 +176,9 @@ def _replayed_rows(method: Method, write: Callable, batch: Batch, replay, coin, 
     if replay is None:
         raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
     columns, number = replay.rows.tokens.shape[1], batch.lengths.shape[0]
+    # luck in [0, threshold · (1 - step / K)): new rows   the share of new rows fades, since those
+    #         up to threshold: from the buffer            that are there grow better as well
+    #         beyond: the data's
     # One coin for the whole batch, as published.
     luck = jax.random.uniform(coin)
     fading = replay.threshold * jnp.maximum(1 - step / method.total_steps, 0.0)

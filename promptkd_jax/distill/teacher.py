@@ -95,6 +95,16 @@ class Models:
     teacher: Decoder | LanguageModel | None = None
 
 
+# What a step asks of the teacher, by view:
+#
+#     plain, online    hidden states of the rows [B, T]
+#     prompted         of [P; row], P the soft prompt [M, D], with the M columns cut off again
+#     in_context       the same with the embeddings of demonstrations as P
+#     cached           nothing: its top-k log-probabilities came with the batch
+#
+# A view gives `LazyLogits` or a `TopK`; whatever is made of these does not know which view it was.
+
+
 @dataclasses.dataclass(frozen=True)
 class StepModels:
     """The models of one step at the response positions of its rows, as `method` sees them.
