@@ -101,22 +101,26 @@ def run_on_primary(compute: Callable[[], Any]) -> Any:
     return json.loads(_store().blocking_key_value_get_bytes(key, _FOREVER))
 
 
+def all_gather(value: Any) -> list[Any]:
+    """Gathers a JSON value of every process, in their order, on all of them."""
+    if is_single_process():
+        return [value]
+    key = f"promptkd_jax/gather/{next(_numbers)}"
+    _store().key_value_set_bytes(f"{key}/{jax.process_index()}", json.dumps(value).encode())
+    return [
+        json.loads(_store().blocking_key_value_get_bytes(f"{key}/{process}", _FOREVER))
+        for process in range(jax.process_count())
+    ]
+
+
 def assert_same(what: str, text: str) -> None:
     """Checks that all processes hold the same `text`; they wait for one another.
 
     Raises:
       HostsError: on every process, where one holds another; says which.
     """
-    if is_single_process():
-        return
-    key = f"promptkd_jax/agree/{next(_numbers)}"
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    _store().key_value_set(f"{key}/{jax.process_index()}", digest)
-    digests = [
-        _store().blocking_key_value_get(f"{key}/{process}", _FOREVER)
-        for process in range(jax.process_count())
-    ]
-    others = [process for process, found in enumerate(digests) if found != digests[0]]
+    digests = all_gather(hashlib.sha256(text.encode()).hexdigest())
+    others = [process for process, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise HostsError(
             f"{what} of process {', '.join(map(str, others))} is not that of process 0 (this is "

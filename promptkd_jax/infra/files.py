@@ -23,9 +23,7 @@ from typing import Any
 
 import fsspec
 import fsspec.config
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from promptkd_jax.infra import distributed, errors
 from promptkd_jax.infra.specs import Str
@@ -34,7 +32,6 @@ BUCKET_SECONDS = 10.0  # from one writing of a growing object to the next
 SHARED_SECONDS = 30.0  # that a file of one machine may need until others see it
 GCS_EXTRA = "pip install 'promptkd_jax[gcs]'"  # for what is in a bucket
 _POLL_SECONDS = 0.5
-_NAME_BYTES = 64
 _COPY_BYTES = 16 * 2**20
 
 
@@ -258,16 +255,14 @@ def check_shared(folder: epath.Path) -> None:
     file = folder / name
     write_text(file, name)
     distributed.run_on_primary(lambda: None)  # it is written before anybody looks
-    host = b"" if _appears(file, name) else platform.node().encode()[:_NAME_BYTES] or b"?"
-    ours = np.frombuffer(host.ljust(_NAME_BYTES, b"\0"), np.uint8)
-    blind = [row.tobytes().rstrip(b"\0") for row in multihost_utils.process_allgather(ours)]
+    hosts = distributed.all_gather("" if _appears(file, name) else platform.node() or "?")
     if distributed.is_primary():
         file.unlink()
-    if any(blind):
-        who = ", ".join(f"{i} on {host.decode()}" for i, host in enumerate(blind) if host)
+    if any(hosts):
+        who = ", ".join(f"{i} on {host}" for i, host in enumerate(hosts) if host)
         raise errors.HostsError(
             f"{folder}: process {who} does not see there what process 0 wrote, within "
-            f"{SHARED_SECONDS:.0f} s; all {len(blind)} processes need one folder: of a file system "
+            f"{SHARED_SECONDS:.0f} s; all {len(hosts)} processes need one folder: of a file system "
             "that their machines share, or of a bucket (gs://bucket/run)"
         )
 

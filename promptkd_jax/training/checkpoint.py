@@ -4,7 +4,11 @@ Orbax writes the arrays in the background, sharded, and restores them onto any m
 
 * A checksum of every file. Neither Orbax nor TensorStore notices a flipped byte in array data, and
   a lost file raises a bare `Exception`; here damage is found before anything is restored, and told
-  apart from a state that does not fit.
+  apart from a state that does not fit. Every process hashes the arrays that it wrote, read back
+  right after its own writing, since TensorStore hands out no bytes on their way; process 0 hashes
+  the small rest, which is complete when it has merged the stores of all. At a restore each process
+  verifies an even share of the files, as which of them TensorStore will read where depends on the
+  mesh; all learn of a failure.
 * The shape and dtype of every leaf. Orbax casts to whatever dtype it is asked for, and does not
   name the leaf that has a wrong shape.
 * One error, `CheckpointError`, that says which checkpoint is still good.
@@ -17,31 +21,30 @@ it evaluates should be safe before it begins.
 """
 
 import json
-import math
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import io_errors, is_remote, read_text, to_path, write_json
 from promptkd_jax.training.checkpoint_files import (
-    CHECKSUMS,
+    HashingHandler,
+    HashingRestore,
+    HashingSave,
     LatestAndBest,
     arrays_to_numpy_scalars,
-    checksums,
     describe_leaves,
     find_damage,
     leaf_differences,
     numpy_scalars_to_arrays,
     shape_of,
+    write_checksums,
 )
 
 _SCORES = "scores.json"
@@ -88,9 +91,8 @@ class Checkpoints:
         directory = to_path(directory)
         self._directory = directory if is_remote(directory) else directory.absolute()
         self._every = every
-        self._best_metric = best_metric
-        self._policy = LatestAndBest(keep, scores={})
-        self._noted: dict[str, dict[str, float]] = {}  # by step, as JSON has it
+        self._policy = LatestAndBest(keep, best_metric, scores={})
+        self._handler = HashingHandler()
         self._at: int | None = None  # the step last saved or restored here
         self._pending: int | None = None  # the step being written
         self._cleaned = False
@@ -149,7 +151,7 @@ class Checkpoints:
         self._forget(step)
         self._pending = step
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(numpy_scalars_to_arrays(state)),
+            state=HashingSave(numpy_scalars_to_arrays(state)),
             meta=ocp.args.JsonSave(record),
         )
         self._manager.save(step, args=items, force=True)
@@ -167,14 +169,15 @@ class Checkpoints:
         Raises:
           ValueError: `scores` lacks `best_metric`.
         """
-        if self._best_metric is not None and self._best_metric not in scores:
-            raise ValueError(f"no best_metric {self._best_metric!r} in scores {sorted(scores)}")
-        self._noted[str(step)] = {name: float(value) for name, value in scores.items()}
+        metric = self._policy.metric
+        if metric is not None and metric not in scores:
+            raise ValueError(f"no best_metric {metric!r} in scores {sorted(scores)}")
+        self._policy.scores[str(step)] = {name: float(value) for name, value in scores.items()}
         self._write_scores()
 
     def noted(self, step: int) -> dict[str, float] | None:
         """The scores of checkpoint `step`; None where none were noted."""
-        return self._noted.get(str(step))
+        return self._policy.scores.get(str(step))
 
     def due(self, step: int) -> bool:
         """Whether `save` saves at this step unasked."""
@@ -205,11 +208,11 @@ class Checkpoints:
         whole, damaged = self._find_whole(steps)
         if whole is None:
             listing = "".join(f"\n  {step}: {problem}" for step, problem in damaged.items())
-            listing = listing or " see the message of process 0"
             raise CheckpointError(f"every checkpoint in {self._directory} is damaged:{listing}")
         for step, problem in damaged.items():
             self.damage.append(f"checkpoint {step} is damaged ({problem}): continuing from {whole}")
-            logging.warning(self.damage[-1])
+            if distributed.is_primary():
+                logging.warning(self.damage[-1])
         self._set_aside([step for step in steps if step > whole])
         self._forget(whole + 1)
         return whole, *self._read(whole, abstract_state, unpadded)
@@ -315,16 +318,13 @@ class Checkpoints:
         self.close()
 
     def _open(self) -> ocp.CheckpointManager:
-        checksums = ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)
+        finish = ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)
         return ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy, async_options=checksums
+                preservation_policy=self._policy, async_options=finish
             ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers={"state": self._handler, "meta": ocp.JsonCheckpointHandler()},
         )
 
     def _listed(self) -> list[int]:
@@ -344,28 +344,21 @@ class Checkpoints:
 
     def _read_scores(self) -> None:
         file = self._directory / _SCORES
-        found = distributed.run_on_primary(lambda: read_text(file) if file.exists() else "{}")
+        text = distributed.run_on_primary(lambda: read_text(file) if file.exists() else "{}")
         try:
-            self._noted = json.loads(found)
+            self._policy.scores = json.loads(text)
         except ValueError as error:
             raise CheckpointError(f"{file}: damaged: {error}; remove it") from error
-        self._choose_from_scores()
 
     def _write_scores(self) -> None:
-        write_json(self._directory / _SCORES, self._noted)
-        self._choose_from_scores()
-
-    def _choose_from_scores(self) -> None:
-        scores = {
-            int(step): one.get(self._best_metric, math.nan) for step, one in self._noted.items()
-        }
-        self._policy.scores = {step: one for step, one in scores.items() if not math.isnan(one)}
+        write_json(self._directory / _SCORES, self._policy.scores)
 
     def _forget(self, first: int) -> None:
         """Drops the scores from step `first` on: those states are made, or written, anew."""
-        kept = {step: scores for step, scores in self._noted.items() if int(step) < first}
-        if kept != self._noted:
-            self._noted = kept
+        scores = self._policy.scores
+        earlier = {step: values for step, values in scores.items() if int(step) < first}
+        if earlier != scores:
+            self._policy.scores = earlier
             self._write_scores()
 
     def _read_record(self, step: int) -> dict:
@@ -382,22 +375,20 @@ class Checkpoints:
             listing = "".join(f"\n  {line}" for line in differences)
             raise CheckpointError(f"checkpoint {step} is whole, but of another state:{listing}")
         # Beyond these shapes there is padding alone, of which Orbax drops or appends what it takes.
-        target = ocp.args.StandardRestore(numpy_scalars_to_arrays(abstract_state), strict=False)
+        target = HashingRestore(numpy_scalars_to_arrays(abstract_state), strict=False)
         state = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._at = step
         return arrays_to_numpy_scalars(state, like=abstract_state), record["meta"]
 
     def _find_whole(self, steps: list[int]) -> tuple[int | None, dict[int, str]]:
-        """The newest undamaged step; and {step: damage} of newer ones on process 0, which looks."""
-        whole, damaged = -1, {}
-        for step in reversed(steps) if jax.process_index() == 0 else ():
+        """The newest undamaged step, and {step: damage} of newer ones."""
+        damaged = {}
+        for step in reversed(steps):
             problem = find_damage(self._directory / str(step))
             if not problem:
-                whole = step
-                break
+                return step, damaged
             damaged[step] = problem
-        whole = int(multihost_utils.broadcast_one_to_all(np.int32(whole)))
-        return (None if whole < 0 else whole), damaged
+        return None, damaged
 
     def _check_whole(self, step: int) -> None:
         """Raises CheckpointError where there is no such checkpoint, or it is damaged."""
@@ -405,21 +396,22 @@ class Checkpoints:
         steps = self.all_steps()
         if step not in steps:
             raise CheckpointError(f"{self._directory} holds checkpoints {steps}, not {step}")
-        whole, damaged = self._find_whole([step])
-        if whole is None:
+        if problem := find_damage(self._directory / str(step)):
             steps.remove(step)
-            problem = damaged.get(step, "see the message of process 0")
             raise CheckpointError(f"checkpoint {step} is damaged ({problem}); others: {steps}")
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints, because the run will come by these steps again."""
         if not steps:
             return
-        for step in steps if jax.process_index() == 0 else ():
-            target = self._directory / f"{step}.damaged"
-            target.rmtree(missing_ok=True)
-            (self._directory / str(step)).rename(target)
-        multihost_utils.sync_global_devices("promptkd_jax:set_aside")
+
+        def rename():
+            for step in steps:
+                target = self._directory / f"{step}.damaged"
+                target.rmtree(missing_ok=True)
+                (self._directory / str(step)).rename(target)
+
+        distributed.run_on_primary(rename)
         self._manager.reload()
 
     def _remove_unfinished(self) -> None:
@@ -432,9 +424,4 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         """Orbax calls this on process 0 when all files are written, before the folder gets its name
         or, in a bucket, its `commit_success.txt`."""
-        (folder,) = [
-            unfinished.get()
-            for unfinished in ocp.utils.tmp_checkpoints(self._directory)
-            if unfinished.get_final().name == str(self._pending)
-        ]
-        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1))
+        write_checksums(self._handler.folder)

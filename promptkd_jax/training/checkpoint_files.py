@@ -1,55 +1,119 @@
 """What is in a checkpoint: files by their checksums, arrays by their shapes; what is kept."""
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.future import ChainedFuture
+
+from promptkd_jax.infra import distributed
 
 CHECKSUMS = "checksums.json"
 
 
-def checksums(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of the files of both items; Orbax's own notes beside them change later."""
-    paths = [path for item in ("state", "meta") for path in _all_files(folder / item)]
+class HashingHandler(ocp.StandardCheckpointHandler):
+    """Orbax's handler of a state, and then every process hashes the arrays that it has written.
+
+    A process writes its parts of the arrays into an OCDBT store of its own, `ocdbt.process_N`. Its
+    checksums wait in `checksums.process_N.json` until `write_checksums` joins them.
+    """
+
+    folder: epath.Path  # of the checkpoint that is being written, with its temporary name
+
+    async def async_save(self, directory: epath.Path, *args, **kwargs) -> list[ChainedFuture]:
+        self.folder = directory.parent
+        writes = await super().async_save(directory, *args, **kwargs)
+        return [ChainedFuture(writes, functools.partial(_write_own_checksums, directory))]
+
+
+# Orbax finds the handler of an item by the exact class of its arguments.
+@ocp.args.register_with_handler(HashingHandler, for_save=True)
+class HashingSave(ocp.args.StandardSave):
+    """Arguments of a save by `HashingHandler`."""
+
+
+@ocp.args.register_with_handler(HashingHandler, for_restore=True)
+class HashingRestore(ocp.args.StandardRestore):
+    """Arguments of a restore by `HashingHandler`."""
+
+
+def _write_own_checksums(directory: epath.Path) -> None:
+    """Runs on every process when its arrays are written, and before the stores are merged."""
+    process = jax.process_index()
+    own = checksums(directory, _all_files(directory, f"ocdbt.process_{process}"))
+    _part(directory.parent, process).write_text(json.dumps(own))
+
+
+def write_checksums(folder: epath.Path) -> None:
+    """Joins the checksums of all processes, and hashes what is in no store of theirs: the index
+    into which process 0 merges the stores, the tree, and the meta data, which are small."""
+    parts = [_part(folder, process) for process in range(jax.process_count())]
+    own = [json.loads(part.read_text()) for part in parts]
+    joined = {f"state/{name}": checksum for part in own for name, checksum in part.items()}
+    # Not Orbax's own notes beside the two items: they change later.
+    names = _all_files(folder, "state") + _all_files(folder, "meta")
+    joined |= checksums(folder, [name for name in names if name not in joined])
+    (folder / CHECKSUMS).write_text(json.dumps(joined, indent=1))
+    for part in parts:
+        part.unlink()
+
+
+def _part(folder: epath.Path, process: int) -> epath.Path:
+    return folder / f"checksums.process_{process}.json"
+
+
+def checksums(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of these files of a folder, by name; "" for one that is not there."""
+
+    def sha256(name: str) -> str:
+        try:
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return ""
+
     with ThreadPoolExecutor() as pool:
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        return dict(zip(names, pool.map(_sha256, paths)))
+        return dict(zip(names, pool.map(sha256, names)))
 
 
-def _all_files(folder: epath.Path) -> list[epath.Path]:
-    parents = list(folder.walk())  # in a bucket, whose names lack the "gs://"
+def _all_files(folder: epath.Path, part: str) -> list[str]:
+    """The names in `folder` of all files below `folder / part`."""
+    parents = list((folder / part).walk())  # in a bucket, whose names lack the "gs://"
     return [
-        folder / parent.relative_to(parents[0][0]) / file
+        (part / parent.relative_to(parents[0][0]) / file).as_posix()
         for parent, _, files in parents
         for file in files
     ]
 
 
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def find_damage(folder: epath.Path) -> str:
-    """What is wrong with the files of a checkpoint; empty where all are as they were written."""
-    if not (folder / CHECKSUMS).exists():
-        return f"{CHECKSUMS} is missing"
+    """What is wrong with the files of a checkpoint; empty if all are as they were written.
+
+    The processes of a run share the files out among themselves, and all learn what each has found.
+    """
     try:
         written = json.loads((folder / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
     except ValueError as error:
         return f"{CHECKSUMS} is unreadable: {error}"
-    found = checksums(folder)
+    share = sorted(written)[jax.process_index() :: jax.process_count()]
     problems = [
-        f"{name} is not as it was written" if name in found else f"{name} is missing"
-        for name in sorted(written)
-        if found.get(name) != written[name]
+        f"{name} is not as it was written" if found else f"{name} is missing"
+        for name, found in checksums(folder, share).items()
+        if found != written[name]
     ]
+    problems = sorted(itertools.chain.from_iterable(distributed.all_gather(problems)))
     more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
     return ", ".join(problems[:3] + more)
 
@@ -89,14 +153,20 @@ def arrays_to_numpy_scalars(tree: Any, like: Any) -> Any:
 
 @dataclasses.dataclass
 class LatestAndBest:
-    """Orbax preservation policy: the last `keep` checkpoints and the one with the highest score."""
+    """Orbax preservation policy: the last `keep` checkpoints and the one with the highest score.
+
+    Orbax's own policies know the scores that a checkpoint is saved with; these come later.
+    """
 
     keep: int
-    scores: dict[int, float]
+    metric: str | None
+    scores: dict[str, dict[str, float]]  # of checkpoints, by step, as JSON has it
 
     def best(self, steps: Sequence[int]) -> int | None:
-        scored = [step for step in steps if step in self.scores]
-        return max(scored, key=lambda step: (self.scores[step], step), default=None)
+        """The step with the highest score, the later of equals; None if none has any."""
+        values = {step: self.scores.get(str(step), {}).get(self.metric, math.nan) for step in steps}
+        scored = [step for step in steps if not math.isnan(values[step])]
+        return max(scored, key=lambda step: (values[step], step), default=None)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context

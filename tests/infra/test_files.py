@@ -5,11 +5,9 @@ import os
 import pathlib
 
 import fsspec.config
-import numpy as np
 import pytest
 from etils import epath
 from helpers import bucket
-from jax.experimental import multihost_utils
 
 from promptkd_jax.infra import distributed, errors, files
 
@@ -129,10 +127,7 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(distributed, "run_on_primary", lambda compute: compute())
     told = {}
 
-    def allgather(ours):
-        return np.stack([ours, told.get("other", ours)])
-
-    monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
+    monkeypatch.setattr(distributed, "all_gather", lambda x: [x, told.get("other", x)])
     return told
 
 
@@ -149,7 +144,7 @@ def test_a_shared_folder_is_left_as_it_was(folder, two_processes):
 
 def test_a_process_with_another_folder_is_named(folder, two_processes):
     files.write_text(folder / "a.txt", "a")
-    two_processes["other"] = np.frombuffer(b"host-b".ljust(64, b"\0"), np.uint8)
+    two_processes["other"] = "host-b"
     with pytest.raises(errors.HostsError) as raised:
         files.check_shared(folder)
     assert f"{folder}: process 1 on host-b does not see there" in str(raised.value)

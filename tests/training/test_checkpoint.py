@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -349,11 +351,13 @@ PRELUDE = """
 """
 
 
-def run_python(script: str, folder: Path, prefix=(), **environment) -> subprocess.CompletedProcess:
+def run_python(
+    script: str, folder: Path, prefix=(), arguments=(), **environment
+) -> subprocess.CompletedProcess:
     source = textwrap.dedent(PRELUDE) + textwrap.dedent(script)
     root = str(Path(__file__).parents[2])
     return subprocess.run(
-        [*prefix, sys.executable, "-c", source, str(folder)],
+        [*prefix, sys.executable, "-c", source, str(folder), *arguments],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root, **environment},
         capture_output=True,
         text=True,
@@ -386,6 +390,61 @@ def test_restores_onto_another_mesh(tmp_path):
     """
     result = run_python(script, tmp_path, XLA_FLAGS=devices(8))
     assert result.returncode == 0, result.stderr
+
+
+TWO_PROCESSES = """
+    from promptkd_jax.infra import distributed
+    from promptkd_jax.training import checkpoint_files
+    me = int(sys.argv[3])
+    jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, me)
+    names, checksums = [], checkpoint_files.checksums
+    def listed(folder, files):
+        names.extend(files)
+        return checksums(folder, files)
+    checkpoint_files.checksums = listed
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    place, values = NamedSharding(mesh, P("fsdp")), np.random.default_rng(0).normal(size=20_000)
+    x = jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+    shape = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)}
+    with Checkpoints(folder, keep=1, every=1) as checkpoints:
+        checkpoints.save(1, {"x": x}, {})
+        checkpoints.wait()
+        stores = [any(f"ocdbt.process_{i}/" in name for name in names) for i in (0, 1)]
+        assert stores == [me == 0, me == 1], names
+        names.clear()
+        (restored, _) = checkpoints.restore(1, shape)
+        assert (restored["x"].addressable_data(0) == x.addressable_data(0)).all()
+        written = checkpoint_files.json.loads((folder / "1" / "checksums.json").read_text())
+        shares = distributed.all_gather(names)
+        assert sorted(shares[0] + shares[1]) == sorted(written) and min(map(len, shares)) > 1
+        own = max((folder / "1" / "state" / f"ocdbt.process_{me}" / "d").iterdir(),
+            key=os.path.getsize)
+        data = bytearray(own.read_bytes())
+        data[len(data) // 2] ^= 1
+        own.write_bytes(data)
+        damaged = distributed.all_gather(own.relative_to(folder / "1").as_posix())
+        try:
+            checkpoints.restore(1, shape)
+        except CheckpointError as error:
+            for name in damaged:
+                assert f"{name} is not as it was written" in str(error), error
+        else:
+            raise AssertionError("nothing was found")
+"""
+
+
+def test_each_of_two_processes_hashes_what_it_wrote(tmp_path):
+    """And verifies its share; both name what either finds damaged."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        port = one.getsockname()[1]
+
+    def run(process):
+        return run_python(TWO_PROCESSES, tmp_path, arguments=(str(port), process))
+
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(run, ("0", "1")):
+            assert result.returncode == 0, result.stderr
 
 
 FILL_DISK = """
@@ -444,7 +503,7 @@ def test_a_kill_in_the_middle_leaves_the_checkpoint_before(tmp_path, moment):
     checkpoints = Checkpoints(folder, keep=1, every=1)
     checkpoints.save(10, {"x": jnp.arange(8.0)}, {})
     checkpoints.wait()
-    checkpoint.checksums = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.write_checksums = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
     checkpoints.save(20, {"x": jax.random.normal(jax.random.key(0), (8_000_000,))}, {})
     """
     assert run_python(script + moment, tmp_path).returncode == -9
