@@ -99,8 +99,11 @@ def stream(dataset: grain.MapDataset, start: int) -> Iterator[Batch]:
     return batches
 
 
-def eval_batches(rows: Rows, *, batch_size: int, length: int) -> Iterator[tuple[Batch, int]]:
-    """Yields all rows in order, in batches of one shape, each with how many of its rows are real.
+def eval_batches(
+    rows: Rows, *, batch_size: int, length: int, first: int = 0
+) -> Iterator[tuple[Batch, int]]:
+    """Yields all rows from row `first` on, in batches of one shape, each with how many of its rows
+    are real.
 
     The last batch is filled up by repeating the last row.
 
@@ -108,6 +111,6 @@ def eval_batches(rows: Rows, *, batch_size: int, length: int) -> Iterator[tuple[
       DataError: a row is longer than `length`.
     """
     count = len(rows.tokens)
-    for start in range(0, count, batch_size):
+    for start in range(first, count, batch_size):
         indices = np.minimum(np.arange(start, start + batch_size), count - 1)
         yield collate(rows, indices, length=length), min(batch_size, count - start)

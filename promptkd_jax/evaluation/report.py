@@ -20,6 +20,7 @@ from rich.text import Text
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.files import to_path, write_text
 from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.infra.terminal import short_number, shows_control_codes
 
 REPORT_FILE = "report.html"
 
@@ -198,17 +199,6 @@ class _Comparison(NamedTuple):
             verdict = "better" if improved else "worse"
         change = _change(before, after, spec)
         return cls(name, short_number(before, spec), short_number(after, spec), change, verdict)
-
-
-def shows_control_codes(console: Console) -> bool:
-    # rich alone would also colour a log file where the environment has FORCE_COLOR.
-    return console.is_interactive and console.file.isatty()
-
-
-def short_number(value: float | None, spec: str = "") -> str:
-    if value is None:
-        return "n/a"
-    return format(value, spec or (",.0f" if abs(value) >= 1000 else ".4g"))
 
 
 def _change(before: float | None, after: float | None, spec: str = "") -> str:

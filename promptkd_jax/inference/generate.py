@@ -28,24 +28,22 @@ def generate_responses(
     first: int = 0,
     soft_prompt: jax.Array | None = None,
 ) -> Iterator[np.ndarray]:
-    """The model's answer to every row's request from row `first` on, in order.
+    """The model's response to every row's prompt from row `first` on, in order.
 
     Yields:
-      Response tokens, an EOS included where the answer ended with one. Row i's answer depends on
-      `key`, i and its request only.
+      Response tokens, an EOS included where the response ended with one. Row i's response depends
+      on `key`, i and its prompt only.
     """
     prefix = 0 if soft_prompt is None else len(soft_prompt)
     check_positions(model, prefix + prompt_capacity + max_new_tokens)
     batch_size = round_up_to_devices(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
-    rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
-    length = max(map(len, rows.tokens))
-    for index, (batch, real) in enumerate(
-        eval_batches(rest, batch_size=batch_size, length=max(length, prompt_capacity))
-    ):
+    length = max(prompt_capacity, *map(len, rows.tokens))
+    batches = eval_batches(rows, batch_size=batch_size, length=length, first=first)
+    for index, (batch, real) in enumerate(batches):
         numbers = np.arange(batch_size, dtype=np.int32) + first + index * batch_size
-        requests = batch.tokens[:, :prompt_capacity], batch.prompt_lengths, numbers
-        out = compiled(model.params, *sharding.place_rows(requests), key, soft_prompt)
+        prompts = batch.tokens[:, :prompt_capacity], batch.prompt_lengths, numbers
+        out = compiled(model.params, *sharding.place_rows(prompts), key, soft_prompt)
         tokens, lengths = sharding.to_host((out.tokens, out.lengths))
         for row in range(real):
             yield tokens[row, batch.prompt_lengths[row] : lengths[row]]
@@ -56,11 +54,11 @@ def _sampler(decoder: Decoder, sampling: Sampling, max_new_tokens: int, vocab_si
     """One compilation for all sets and seeds."""
 
     @jax.jit
-    def compiled(params, requests, lengths, numbers, key, prefix):
+    def compiled(params, prompts, lengths, numbers, key, prefix):
         return sample(
             decoder,
             params,
-            requests,
+            prompts,
             lengths,
             row_keys(key, numbers),
             max_new_tokens=max_new_tokens,
@@ -73,11 +71,11 @@ def _sampler(decoder: Decoder, sampling: Sampling, max_new_tokens: int, vocab_si
 
 
 def round_up_to_devices(batch_size: int) -> int:
-    """So many rows, or a few more, that each device has as many."""
+    """Rounds a number of rows up so that each device has as many."""
     devices = sharding.axis_size(sharding.ROWS)
     return -(-batch_size // devices) * devices
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of an answer, without special tokens and outer white space."""
+    """The text of a response, without special tokens and outer white space."""
     return tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True).strip()

@@ -11,7 +11,7 @@ from etils import epath
 
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import make_folder, read_text, write_json
+from promptkd_jax.infra.files import make_folder, read_text, write_json, write_text
 
 FORMAT = 1
 
@@ -36,19 +36,62 @@ def verify_or_write(
     Raises:
       DataError: as `verify`; or there is `file` alone.
     """
-    distributed.run_on_primary(lambda: _compare_or_write(manifest, made_from, made_by, file, state))
+
+    def compare_or_write():
+        if manifest.exists():
+            verify(manifest, made_from)
+        elif file is not None and file.exists():
+            raise DataError(
+                f"{file}: {manifest.name}, which says what made it, is missing; remove it"
+            )
+        else:
+            make_folder(manifest.parent)
+            # For the reader: a teacher may move, and a newer package reads what an older one wrote.
+            producer = {"made_by": made_by, "promptkd_jax": version("promptkd_jax")}
+            write_json(manifest, made_from | dict(state or {}) | producer)
+
+    distributed.run_on_primary(compare_or_write)
 
 
-def _compare_or_write(manifest, made_from, made_by, file, state) -> None:
-    if manifest.exists():
-        verify(manifest, made_from)
-    elif file is not None and file.exists():
-        raise DataError(f"{file}: {manifest.name}, which says what made it, is missing; remove it")
-    else:
-        make_folder(manifest.parent)
-        # For the reader: a teacher may move, and a newer package reads what an older one wrote.
-        producer = {"made_by": made_by, "promptkd_jax": version("promptkd_jax")}
-        write_json(manifest, made_from | dict(state or {}) | producer)
+def resume_lines(
+    file: epath.Path, made_from: dict[str, Any], made_by: str, *, batch_size: int, total: int
+) -> list[Any]:
+    """Reads JSON lines that are written in batches, as far as the writing has come.
+
+    What made the file stands beside it in `NAME.manifest.json`. The end of a stopped writing is cut
+    off down to a whole batch, so that what is still to be written is computed in the same batches
+    as if it had never been stopped. All processes of a run get the lines of the first.
+
+    Args:
+      made_by: the name of the teacher.
+      batch_size: lines that are written together; all but the last batch have as many.
+      total: lines of a finished file, of which none is cut off; -1 where all batches are whole.
+
+    Raises:
+      DataError: something else made `file`, or a line of it is no JSON.
+    """
+    manifest = file.with_suffix(".manifest.json")
+    verify_or_write(manifest, made_from, made_by, file=file)
+
+    def read_whole_batches():
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        count = sum(line.endswith(b"\n") for line in lines)  # all but a torn last one
+        if count != total:
+            count -= count % batch_size
+        if count < len(lines):
+            write_text(file, b"".join(lines[:count]).decode())
+        return [_parse(f"{file}:{i}", line) for i, line in enumerate(lines[:count], start=1)]
+
+    return distributed.run_on_primary(read_whole_batches)
+
+
+def _parse(where: str, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: damaged: {error}; remove this line and those after it, they are written anew"
+        ) from error
 
 
 def verify(manifest: epath.Path, made_from: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.metrics import MetricWriter, read_metrics, truncate_metrics
+from promptkd_jax.infra.terminal import ProgressBar
 from promptkd_jax.training.progress import TrainingProgress
 
 SUMMARY = {
@@ -229,6 +230,15 @@ def test_progress_off_a_terminal_is_one_plain_line_an_update():
     assert "step 20/100  KL prompted 0.25  tokens/s 5,432" in second
     assert re.fullmatch(r"PromptKD  step 30/100  \d+:\d\d:\d\d left", third)
     assert re.fullmatch(r"[ -~\n]*", file.getvalue()), "control characters in a log file"
+
+
+def test_frequent_updates_are_not_all_told():
+    file = io.StringIO()
+    bar = ProgressBar(3, "batches", unit="batch", plain_seconds=900, console=Console(file=file))
+    for done in (1, 2, 3):
+        bar.update(done)
+    first, last = file.getvalue().splitlines()
+    assert first == "batches  batch 1/3" and last.startswith("batches  batch 3/3")
 
 
 def test_progress_on_a_terminal_is_a_bar():

@@ -443,6 +443,20 @@ def test_stopped_answers_go_on_to_the_same_bytes(teacher, rows, answered, tmp_pa
     assert len(found.tokens) == 7
 
 
+def test_progress_is_told_in_batches(teacher, rows, answered, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(teacher_responses, "PLAIN_SECONDS", 0.0)
+    file = tmp_path / "answers.jsonl"
+    shutil.copy(answered.with_suffix(".manifest.json"), file.with_suffix(".manifest.json"))
+    file.write_bytes(b"".join(answered.read_bytes().splitlines(keepends=True)[:2]))
+    answer(teacher, rows, file)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"the teacher writes 5 responses into {file}"
+    told = [line.split("  ")[:2] for line in lines]
+    assert told == [["teacher responses", f"batch {number}/4"] for number in (2, 3, 4)]
+    answer(teacher, rows, file)
+    assert capsys.readouterr().out == ""
+
+
 def test_answers_before_the_stop_are_not_asked_for_again(
     teacher, rows, answered, tmp_path, monkeypatch
 ):
@@ -497,8 +511,8 @@ def test_a_cache_is_no_file_of_answers(teacher, rows, answered, small, tmp_path)
     "line, message",
     [
         ("{", r"answers\.jsonl:2: damaged"),
-        ("[1]", r"answers\.jsonl:2: damaged"),
-        ('{"request": [1], "answer": [2]}', r"jsonl:2: answers another request than row 1"),
+        ("[1]", r"answers\.jsonl:2: is no answer to the prompt of row 1"),
+        ('{"request": [1], "answer": [2]}', r"jsonl:2: is no answer to the prompt of row 1"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(teacher, rows, answered, tmp_path, line, message):
@@ -600,7 +614,7 @@ def test_the_command_refuses_a_bucket_before_it_loads_a_model(tmp_path):
 
 def test_other_processes_take_what_the_first_has(teacher, rows, answered, monkeypatch, tmp_path):
     """Their own disk stays empty, and they answer what the first one lacks."""
-    kept = [json.loads(line)["answer"] for line in answered.read_text().splitlines()][:4]
+    kept = [json.loads(line) for line in answered.read_text().splitlines()][:4]
     told = iter([identity.model_identity(teacher)["teacher"], None, kept])
     monkeypatch.setattr(distributed, "run_on_primary", lambda compute: next(told))
     monkeypatch.setattr(distributed, "is_primary", lambda: False)
