@@ -1,8 +1,8 @@
-"""Distillation without data: the teacher writes the requests itself, steered by a topic policy.
+"""Distillation without data: the teacher writes the prompts itself, steered by a topic policy.
 
 A policy over a bank of topic prompts ("write one short question about …"; see `topic_policy`) draws
-topics, the teacher writes a request to each, and the policy is reinforced towards topics whose
-requests are fluent, new, and answered by the student least like the teacher. What comes out are
+topics, the teacher writes a prompt to each, and the policy is reinforced towards topics whose
+prompts are fluent, new, and answered by the student least like the teacher. What comes out are
 records without outputs, on which any method then trains.
 
 Published (PromptDFD; Ma, Wang, Fang, Shen, Lu; IJCAI 2022; for text classifiers): a pre-trained
@@ -10,22 +10,22 @@ language model is the prior that keeps synthetic text fluent, a topic prompter c
 prompts that steer it and is reinforced towards text that is on topic and difficult, and the student
 is trained on that text. Its code was never found, and its reward is not reproduced here.
 
-Ours: the port to decoders (generator and teacher are one model, and what it writes are requests),
+Ours: the port to decoders (generator and teacher are one model, and what it writes are prompts),
 the reward below, the novelty term, the entropy bonus, and the bank. Their weights are not tuned.
 It takes a teacher that follows instructions: a weak one (135M parameters) often answers a topic
-prompt instead of asking, and its requests are then mere statements on the topic.
+prompt instead of asking, and its prompts are then mere statements on the topic.
 
-The reward of request x, in nats:
+The reward of prompt x, in nats:
 
-    mean_t KL(p || q) over the teacher's own answer to x, y ~ p(.|x)
-    - novelty_weight * (largest share of word pairs that x has in common with an earlier request)
+    mean_t KL(p || q) over the teacher's own response to x, y ~ p(.|x)
+    - novelty_weight * (largest share of word pairs that x has in common with an earlier prompt)
     - fluency_weight * (-log p(x | its topic prompt) / number of tokens of x)
 
-A request that is empty, a single word, longer than a prompt may be, or written before is dropped
+A prompt that is empty, a single word, longer than a prompt may be, or written before is dropped
 and counted. Its reward is the least that any of its round could have got: no disagreement, nothing
 new, as unlikely as the least fluent one.
 
-N requests of a round, B batch, R response positions.
+N prompts of a round, B batch, R response positions.
 """
 
 import collections
@@ -51,22 +51,23 @@ from promptkd_jax.distill.losses import Divergence, cross_entropy, forward_kl
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.inference import topic_policy
 from promptkd_jax.inference.generate import decode, generate_responses
-from promptkd_jax.inference.topic_policy import Policy
-from promptkd_jax.infra import distributed, provenance, sharding
+from promptkd_jax.infra import provenance, sharding
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import AppendOnlyFile, Path, read_text, write_text
+from promptkd_jax.infra.files import AppendOnlyFile, Path
 from promptkd_jax.infra.specs import SEED, Float, Int, field, validate
+from promptkd_jax.infra.terminal import ProgressBar
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, check_positions
 from promptkd_jax.models.sampler import Sampling
 
-PATIENCE = 5  # rounds in a row without a single new request
+PATIENCE = 5  # rounds in a row without a single new prompt
+_FORMAT = 2  # of the file; the first one had the policy after every round
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFree:
-    """How requests are written and the policy is reinforced.
+    """How prompts are written and the policy is reinforced.
 
     `entropy_weight`: where the policy's objective is largest, a topic's probability is proportional
     to exp(its mean normalized reward / entropy_weight).
@@ -109,6 +110,31 @@ class DataFree:
         validate(self)
 
 
+class _Task(NamedTuple):
+    """The two models, what a row of theirs looks like, and how prompts are written."""
+
+    teacher: Model
+    student: Model
+    settings: DataFree
+    template: str
+    prompt_capacity: int
+    batch_size: int
+    vocab_size: int
+    date: str = ""
+
+
+class _Candidate(NamedTuple):
+    """A line of the file; the parts of the reward are None if it was dropped for its `fault`."""
+
+    topic: str
+    prompt: str
+    fault: str
+    kl: float | None
+    similarity: float | None
+    surprise: float | None
+    reward: float
+
+
 def generate_prompts(
     teacher: Model,
     student: Model,
@@ -121,18 +147,18 @@ def generate_prompts(
     vocab_size: int,
     date: str = "",
 ) -> list[Record]:
-    """Requests for the student to learn on, in the teacher's own words.
+    """Prompts for the student to learn on, in the teacher's own words.
 
-    Every round is appended to `file`: a line per request with the parts of its reward (what was
-    dropped says why in "fault"), then a line with the policy. A call that was stopped continues
-    after the last whole round and gives the same requests; more `requests` continue as well. What
-    made the file stands beside it in `<name>.manifest.json`. All processes of a run take part; the
-    first one reads and writes the file.
+    Every round is appended to `file`: a line per prompt with the parts of its reward (what was
+    dropped says why in "fault"). A call that was stopped continues after the last whole round and
+    gives the same prompts; more `requests` continue as well. What made the file stands beside it in
+    `<name>.manifest.json`. All processes of a run take part; the first one reads and writes the
+    file.
 
     Args:
       teacher, student: with one tokenizer; generation ends at any of the teacher's `eos_ids`.
-      template, date: of topic prompts and of requests; see `templates.render_prompt`.
-      prompt_capacity: the most tokens of a rendered topic prompt or request.
+      template, date: of topic prompts and of prompts; see `templates.render_prompt`.
+      prompt_capacity: the most tokens of a rendered topic prompt or prompt.
       batch_size: rows per forward; part of what decides the result to the last bit.
       vocab_size: what teacher and student share.
 
@@ -143,100 +169,119 @@ def generate_prompts(
       DataError: the bank cannot be used, the file is of other models or settings, or the teacher
         writes nothing new any more, or a log-probability is not finite.
     """
-    pair = _Pair(teacher, student, template, prompt_capacity, batch_size, vocab_size, date)
+    task = _Task(
+        teacher, student, settings, template, prompt_capacity, batch_size, vocab_size, date
+    )
     check_positions(student, prompt_capacity + settings.max_new_tokens)
-    bank = _bank_rows(pair, settings.bank)
-    manifest = file.with_suffix(".manifest.json")
-    provenance.verify_or_write(manifest, _made_from(pair, settings, bank), teacher.name, file=file)
+    bank = _bank_rows(task)
+    size, wanted = settings.round_size, settings.requests
+    lines = provenance.resume_lines(file, _made_from(task, bank), teacher.name, batch_size=size)
+    candidates = [_Candidate(**line) for line in lines]
     policy = topic_policy.init_policy(len(bank.tokens), settings.learning_rate)
-    rounds, policy = _read_rounds(file, policy)
-    found = _kept(rounds)
-    with AppendOnlyFile(file) as out:
-        while len(found) < settings.requests:
-            _check_patience(rounds, file, settings)
-            key = jax.random.fold_in(jax.random.key(settings.seed), len(rounds))
-            drawn, requests = _write_round(pair, settings, bank, policy, found, key)
-            rewards = [request.reward for request in requests]
-            policy = topic_policy.reinforce(
-                policy, drawn, rewards, settings.learning_rate, settings.entropy_weight
-            )
-            out.append(_round_lines(len(rounds), requests, policy))
-            rounds.append(requests)
-            found = _kept(rounds)
-    print(_account(file, rounds))
-    return [Record(text, "", ()) for text in found[: settings.requests]]
+    for start in range(0, len(candidates), size):
+        policy = _reinforced(policy, task, bank, candidates[start : start + size])
+    prompts = _kept(candidates)
+    bar = ProgressBar(wanted, "prompts by the teacher", unit="prompt", first=len(prompts))
+    with AppendOnlyFile(file) as out, bar:
+        while len(prompts) < wanted:
+            rounds = len(candidates) // size
+            if rounds >= PATIENCE and not _kept(candidates[-PATIENCE * size :]):
+                raise DataError(
+                    f"{_account(file, candidates, rounds)}; {wanted} are wanted, but the last "
+                    f"{PATIENCE} rounds brought none: take a higher temperature, a larger bank or "
+                    "fewer requests"
+                )
+            key = jax.random.fold_in(jax.random.key(settings.seed), rounds)
+            written = _write_round(task, bank, policy, prompts, key)
+            policy = _reinforced(policy, task, bank, written)
+            out.append("".join(json.dumps(one._asdict()) + "\n" for one in written))
+            candidates += written
+            prompts += _kept(written)
+            bar.update(min(len(prompts), wanted))
+    print(_account(file, candidates, len(candidates) // size))
+    return [Record(text, "", ()) for text in prompts[:wanted]]
+
+
+def _kept(candidates: Sequence[_Candidate]) -> list[str]:
+    return [one.prompt for one in candidates if not one.fault]
+
+
+def _account(file: epath.Path, candidates: Sequence[_Candidate], rounds: int) -> str:
+    """Says how many were kept, and dropped for what."""
+    faults = collections.Counter(one.fault for one in candidates)
+    kept = faults.pop("", 0)
+    dropped = ", ".join(f"{count} {why}" for why, count in sorted(faults.items())) or "none"
+    return f"{file}: {kept} prompts in {rounds} rounds, dropped: {dropped}"
+
+
+def _reinforced(
+    policy: topic_policy.Policy, task: _Task, bank: Rows, candidates: Sequence[_Candidate]
+) -> topic_policy.Policy:
+    """The policy after a round, whose lines have all that decides it."""
+    numbers = {record.instruction: number for number, record in enumerate(bank.records)}
+    return topic_policy.reinforce(
+        policy,
+        jnp.array([numbers[one.topic] for one in candidates]),
+        [one.reward for one in candidates],
+        task.settings.learning_rate,
+        task.settings.entropy_weight,
+    )
 
 
 # A round
 
 
-class _Pair(NamedTuple):
-    """The two models, and what a row of theirs looks like."""
-
-    teacher: Model
-    student: Model
-    template: str
-    prompt_capacity: int
-    batch_size: int
-    vocab_size: int
-    date: str = ""
-
-
-class _Request(NamedTuple):
-    """A line of the file; the parts of the reward are None where it was dropped for its `fault`."""
-
-    topic: str
-    request: str
-    fault: str
-    kl: float | None
-    similarity: float | None
-    surprise: float | None
-    reward: float
-
-
-def _bank_rows(pair: _Pair, source: str) -> Rows:
-    rows = _rows(pair, topic_policy.read_bank(source))
+def _bank_rows(task: _Task) -> Rows:
+    source = task.settings.bank
+    rows = _rows(task, topic_policy.read_bank(source))
     if rows.dropped:
         raise DataError(
-            f"{source}: {rows.dropped} topic prompts are longer than the {pair.prompt_capacity} "
+            f"{source}: {rows.dropped} topic prompts are longer than the {task.prompt_capacity} "
             "tokens of a prompt; make them shorter or max_prompt_length larger"
         )
     return rows
 
 
-def _rows(pair: _Pair, records: Sequence[Record]) -> Rows:
+def _rows(task: _Task, records: Sequence[Record]) -> Rows:
     return tokenize(
         records,
-        pair.teacher.tokenizer,
-        template=pair.template,
-        max_prompt_length=pair.prompt_capacity,
-        max_length=pair.prompt_capacity,
-        eos_id=pair.teacher.eos_ids[0],
-        date=pair.date,
+        task.teacher.tokenizer,
+        template=task.template,
+        max_prompt_length=task.prompt_capacity,
+        max_length=task.prompt_capacity,
+        eos_id=task.teacher.eos_ids[0],
+        date=task.date,
     )
 
 
 def _write_round(
-    pair: _Pair, settings: DataFree, bank: Rows, policy: Policy, earlier: list[str], key: jax.Array
-) -> tuple[jax.Array, list[_Request]]:
-    """The topics drawn `[N]` and the requests written to them, with their rewards."""
+    task: _Task, bank: Rows, policy: topic_policy.Policy, earlier: list[str], key: jax.Array
+) -> list[_Candidate]:
+    """N prompts, each to a topic that the policy draws, with their rewards."""
+    settings, tokenizer = task.settings, task.teacher.tokenizer
     drawing, writing, answering = jax.random.split(key, 3)
     drawn = jax.random.categorical(drawing, policy.logits, shape=(settings.round_size,))
-    prompts = select_rows(bank, np.asarray(drawn))
-    texts = _write(pair, settings, prompts, writing)
-    faults = topic_policy.faults(texts, earlier, functools.partial(_fits, pair))
-    kept = [i for i, found in enumerate(faults) if not found]
-    requests = [texts[i] for i in kept]
+    topics = select_rows(bank, np.asarray(drawn))
+    written = _responses(task, topics, settings.max_request_tokens, settings.temperature, writing)
+    texts = [topic_policy.clean_prompt(decode(tokenizer, tokens)) for tokens in written]
+
+    def fits(text: str) -> bool:
+        tokens = render_prompt(Record(text, "", ()), task.template, tokenizer, task.date)
+        return len(tokens) <= task.prompt_capacity
+
+    faults = topic_policy.faults(texts, earlier, fits)
+    kept = [i for i, fault in enumerate(faults) if not fault]
+    prompts = [texts[i] for i in kept]
     parts = zip(
-        _disagreements(pair, settings, requests, answering),
-        topic_policy.similarities(requests, earlier),
-        _surprises(pair, settings, select_rows(prompts, kept), requests),
+        _disagreements(task, prompts, answering),
+        topic_policy.similarities(prompts, earlier),
+        _surprises(task, select_rows(topics, kept), prompts),
     )
     scored = dict(zip(kept, parts))
     floor = reward(settings, 0.0, 1.0, max((part[2] for part in scored.values()), default=0.0))
-    return drawn, [
-        _Request(
-            prompts.records[i].instruction,
+    return [
+        _Candidate(
+            topics.records[i].instruction,
             texts[i],
             faults[i],
             *scored.get(i, (None, None, None)),
@@ -247,74 +292,58 @@ def _write_round(
 
 
 def reward(settings: DataFree, kl: float, similarity: float, surprise: float) -> float:
-    """Of a request, in nats; see the module."""
+    """The reward of a prompt, in nats; see the module."""
     return kl - settings.novelty_weight * similarity - settings.fluency_weight * surprise
 
 
-def _write(pair: _Pair, settings: DataFree, prompts: Rows, key: jax.Array) -> list[str]:
-    """What the teacher writes to each topic prompt, cleaned."""
-    written = _answers(pair, prompts, settings.max_request_tokens, settings.temperature, key)
-    return [
-        topic_policy.clean_request(decode(pair.teacher.tokenizer, tokens)) for tokens in written
-    ]
-
-
-def _answers(pair: _Pair, rows: Rows, most: int, temperature: float, key: jax.Array):
+def _responses(task: _Task, rows: Rows, most: int, temperature: float, key: jax.Array):
     return generate_responses(
-        pair.teacher,
+        task.teacher,
         rows,
-        sampling=Sampling(temperature=temperature, eos_ids=pair.teacher.eos_ids),
-        prompt_capacity=pair.prompt_capacity,
+        sampling=Sampling(temperature=temperature, eos_ids=task.teacher.eos_ids),
+        prompt_capacity=task.prompt_capacity,
         max_new_tokens=most,
-        batch_size=pair.batch_size,
+        batch_size=task.batch_size,
         key=key,
-        vocab_size=pair.vocab_size,
+        vocab_size=task.vocab_size,
     )
 
 
-def _fits(pair: _Pair, text: str) -> bool:
-    record = Record(text, "", ())
-    tokens = render_prompt(record, pair.template, pair.teacher.tokenizer, pair.date)
-    return len(tokens) <= pair.prompt_capacity
-
-
-def _disagreements(
-    pair: _Pair, settings: DataFree, requests: list[str], key: jax.Array
-) -> list[float]:
-    """KL(teacher || student) in nats per token of the teacher's own answer to each request."""
-    if not requests:
+def _disagreements(task: _Task, prompts: list[str], key: jax.Array) -> list[float]:
+    """KL(teacher || student) in nats per token of the teacher's own response to each prompt."""
+    if not prompts:
         return []
-    rows = _rows(pair, [Record(text, "", ()) for text in requests])
-    answers = _answers(pair, rows, settings.max_new_tokens, 1.0, key)
-    rows = with_responses(rows, answers)
-    return _means(pair, forward_kl, (pair.teacher, pair.student), rows, settings.max_new_tokens)
+    rows = _rows(task, [Record(text, "", ()) for text in prompts])
+    most = task.settings.max_new_tokens
+    rows = with_responses(rows, _responses(task, rows, most, 1.0, key))
+    return _means(task, forward_kl, (task.teacher, task.student), rows, most)
 
 
-def _surprises(pair: _Pair, settings: DataFree, prompts: Rows, requests: list[str]) -> list[float]:
-    """-log p(request | its topic prompt) under the teacher, in nats per token (of the first
+def _surprises(task: _Task, topics: Rows, prompts: list[str]) -> list[float]:
+    """-log p(prompt | its topic prompt) under the teacher, in nats per token (of the first
     `max_request_tokens`, should the cleaned text encode into more)."""
-    if not requests:
+    if not prompts:
         return []
-    most = settings.max_request_tokens
-    encoded = pair.teacher.tokenizer(requests, add_special_tokens=False)["input_ids"]
-    rows = with_responses(prompts, [ids[:most] for ids in encoded])
-    return _means(pair, cross_entropy, (pair.teacher,), rows, most)
+    most = task.settings.max_request_tokens
+    encoded = task.teacher.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    rows = with_responses(topics, [ids[:most] for ids in encoded])
+    return _means(task, cross_entropy, (task.teacher,), rows, most)
 
 
 def _means(
-    pair: _Pair, function: Divergence, models: tuple[Model, ...], rows: Rows, most: int
+    task: _Task, function: Divergence, models: tuple[Model, ...], rows: Rows, most: int
 ) -> list[float]:
     """Means over the responses, of at most `most` tokens: of the last model compared with the one
     before it, or with the tokens themselves."""
-    measure = _measure(function, tuple(m.decoder for m in models), most, pair.vocab_size)
+    measure = _measure(function, tuple(m.decoder for m in models), most, task.vocab_size)
     params = [model.params for model in models]
-    values, length = [], pair.prompt_capacity + most
-    for batch, real in eval_batches(rows, batch_size=pair.batch_size, length=length):
-        found = sharding.to_host(measure(params, sharding.place_rows(batch)))
-        values += found[:real].tolist()
+    values, length = [], task.prompt_capacity + most
+    for batch, real in eval_batches(rows, batch_size=task.batch_size, length=length):
+        means = sharding.to_host(measure(params, sharding.place_rows(batch)))
+        values += means[:real].tolist()
     if not np.isfinite(values).all():
         raise DataError(
-            f"teacher {pair.teacher.name} or student {pair.student.name}: a log-probability of "
+            f"teacher {task.teacher.name} or student {task.student.name}: a log-probability of "
             "what the teacher wrote is not finite; try dtype float32"
         )
     return values
@@ -339,22 +368,22 @@ def _measure(function: Divergence, decoders: tuple[Decoder, ...], capacity: int,
 # The file
 
 
-def _made_from(pair: _Pair, settings: DataFree, bank: Rows) -> dict[str, Any]:
-    """What decides the requests; how many are wanted does not."""
-    chosen = dataclasses.asdict(settings)
+def _made_from(task: _Task, bank: Rows) -> dict[str, Any]:
+    """What decides the prompts; how many are wanted does not."""
+    chosen = dataclasses.asdict(task.settings)
     del chosen["requests"]
     return {
-        "format": provenance.FORMAT,
+        "format": _FORMAT,
         "what": "requests",
-        **identity.model_identity(pair.teacher),
-        "student": _parameters(pair.student),
-        "tokenizer": identity.tokenizer_digest(pair.teacher.tokenizer),
+        **identity.model_identity(task.teacher),
+        "student": _parameters(task.student),
+        "tokenizer": identity.tokenizer_digest(task.teacher.tokenizer),
         "topics": provenance.fingerprint_rows(bank.tokens),
         **chosen,
-        "template": pair.template,
-        "prompt_capacity": pair.prompt_capacity,
-        "batch_size": pair.batch_size,
-        "vocab_size": pair.vocab_size,
+        "template": task.template,
+        "prompt_capacity": task.prompt_capacity,
+        "batch_size": task.batch_size,
+        "vocab_size": task.vocab_size,
     }
 
 
@@ -364,60 +393,3 @@ def _parameters(model: Model) -> str:
     for leaf in jax.tree.leaves(model.params):
         whole.update(sharding.to_host(leaf).tobytes())
     return f"sha256 {whole.hexdigest()}"
-
-
-def _read_rounds(file: epath.Path, policy: Policy) -> tuple[list[list[_Request]], Policy]:
-    """The whole rounds of the file and the policy after them (`policy` where there is none)."""
-    rounds, pending = [], []
-    for fields in distributed.run_on_primary(lambda: _whole_rounds(file)):
-        if "logits" in fields:
-            policy = topic_policy.restored_policy(fields, policy)
-            rounds.append(pending)
-            pending = []
-        else:
-            pending.append(_Request(**fields))
-    return rounds, policy
-
-
-def _whole_rounds(file: epath.Path) -> list[dict[str, Any]]:
-    """Their lines. What a stopped run left of the round after them is cut off."""
-    lines = read_text(file).splitlines(keepends=True) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    fields = [_parse(line, f"{file}:{number}") for number, line in enumerate(whole, start=1)]
-    end = max((number for number, one in enumerate(fields, start=1) if "logits" in one), default=0)
-    if end < len(lines):
-        write_text(file, "".join(lines[:end]))
-    return fields[:end]
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON ({error.msg}); take another file") from error
-
-
-def _round_lines(number: int, requests: list[_Request], policy: Policy) -> str:
-    lines = [request._asdict() for request in requests]
-    lines.append({"round": number, **topic_policy.policy_fields(policy)})
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def _kept(rounds: list[list[_Request]]) -> list[str]:
-    return [one.request for requests in rounds for one in requests if not one.fault]
-
-
-def _check_patience(rounds: list[list[_Request]], file: epath.Path, settings: DataFree) -> None:
-    if len(rounds) >= PATIENCE and not _kept(rounds[-PATIENCE:]):
-        raise DataError(
-            f"{_account(file, rounds)}; {settings.requests} are wanted, but the last {PATIENCE} "
-            "rounds brought none: take a higher temperature, a larger bank or fewer requests"
-        )
-
-
-def _account(file: epath.Path, rounds: list[list[_Request]]) -> str:
-    """How many were kept, and dropped for what."""
-    faults = collections.Counter(one.fault for requests in rounds for one in requests)
-    kept = faults.pop("", 0)
-    dropped = ", ".join(f"{count} {why}" for why, count in sorted(faults.items())) or "none"
-    return f"{file}: {kept} requests in {len(rounds)} rounds, dropped: {dropped}"

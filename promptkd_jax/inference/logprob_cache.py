@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from rich.progress import Progress
 
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.batches import eval_batches
@@ -32,14 +31,10 @@ from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import make_folder, write_json
+from promptkd_jax.infra.terminal import ProgressBar
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model
-
-# Answers
-
-
-# Log-probabilities
 
 
 def write_cache(
@@ -71,19 +66,39 @@ def write_cache(
     folder = on_a_file_system(folder)
     if not 0 < top_k <= vocab_size:
         raise DataError(f"top_k {top_k}: expected 1 to {vocab_size}, the size of the vocabulary")
-    counts = _response_counts(rows)
+    counts = np.array([len(row) for row in rows.tokens]) - rows.prompt_lengths
     if not counts.any():
         raise DataError(f"none of the {len(counts)} rows has a response; the cache is of responses")
-    made_from = _cache_made_from(
-        identity.model_identity(teacher), teacher.tokenizer, rows, vocab_size
-    )
-    made_from |= {"top_k": top_k}
-    manifest = folder / "manifest.json"
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    manifest, offsets = folder / "manifest.json", np.concatenate([[0], np.cumsum(counts)])
+    made_from = _made_from(identity.model_identity(teacher), teacher.tokenizer, rows, vocab_size)
     if distributed.is_primary() and not manifest.exists():
         _create_arrays(folder, offsets, top_k, vocab_size)
-    provenance.verify_or_write(manifest, made_from, teacher.name, state={"rows_written": 0})
-    _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size)
+    provenance.verify_or_write(
+        manifest, made_from | {"top_k": top_k}, teacher.name, state={"rows_written": 0}
+    )
+    state = distributed.run_on_primary(lambda: provenance.read_manifest(manifest))
+    if state["rows_written"] == len(counts):
+        return Cached(folder, offsets, vocab_size)
+    # In the same batches as if it had not been stopped.
+    first = state["rows_written"] // batch_size * batch_size
+    compute = _largest(teacher.decoder, int(counts.max()), vocab_size, top_k)
+    batches = eval_batches(rows, batch_size=batch_size, length=length, first=first)
+    with ProgressBar(len(counts), "rows read by the teacher", unit="row", first=first) as bar:
+        for batch, real in batches:
+            kept = sharding.to_host(compute(teacher.params, sharding.place_rows(batch)))
+            ends = np.where(np.arange(batch_size) < real, batch.lengths - batch.prompt_lengths, 0)
+            mask = np.arange(kept.ids.shape[1]) < ends[:, None]
+            if not np.isfinite(kept.log_probs[mask]).all():
+                raise DataError(
+                    f"{teacher.name}: a log-probability in rows {first} to {first + real - 1} is "
+                    "not finite; such a teacher cannot be distilled (try dtype float32)"
+                )
+            # First the entries, then how far the writing has come.
+            for name, array in zip(ARRAYS, kept if distributed.is_primary() else ()):
+                _write_entries(folder / name, array[mask], offsets[first])
+            first += real
+            write_json(manifest, state | {"rows_written": first})
+            bar.update(first)
     return Cached(folder, offsets, vocab_size)
 
 
@@ -112,7 +127,7 @@ def open_cache(
             f"{folder}: holds no cache (no {manifest.name}); `promptkd cache --output {folder} "
             "--config …` writes one"
         )
-    made_from = _cache_made_from(teacher, tokenizer, rows, vocab_size)
+    made_from = _made_from(teacher, tokenizer, rows, vocab_size)
     if top_k is not None:
         made_from |= {"top_k": top_k}
     provenance.verify(manifest, made_from)
@@ -125,7 +140,9 @@ def open_cache(
     return Cached(folder, np.array(open_array(folder / "offsets.npy")), vocab_size)
 
 
-def _cache_made_from(teacher, tokenizer, rows: Rows, vocab_size: int) -> dict[str, Any]:
+def _made_from(
+    teacher: Mapping[str, str], tokenizer: Any, rows: Rows, vocab_size: int
+) -> dict[str, Any]:
     return {
         "format": provenance.FORMAT,
         "what": "log_probs",
@@ -140,10 +157,6 @@ def _cache_made_from(teacher, tokenizer, rows: Rows, vocab_size: int) -> dict[st
     }
 
 
-def _response_counts(rows: Rows) -> np.ndarray:
-    return np.array([len(row) for row in rows.tokens]) - rows.prompt_lengths
-
-
 def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_size: int) -> None:
     """Files of their final size, with nothing in them yet."""
     make_folder(folder)
@@ -153,34 +166,6 @@ def _create_arrays(folder: pathlib.Path, offsets: np.ndarray, top_k: int, vocab_
     shapes = (tokens, top_k), (tokens, top_k), (tokens,)
     for name, shape, dtype in zip(ARRAYS, shapes, (ids, np.float32, np.float32)):
         np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape)
-
-
-def _write_rows(teacher, rows, folder, offsets, top_k, batch_size, length, vocab_size) -> None:
-    """Batch by batch: first the entries, then how far it has come."""
-    manifest, total = folder / "manifest.json", len(rows.tokens)
-    state = distributed.run_on_primary(lambda: provenance.read_manifest(manifest))
-    first = state["rows_written"]
-    if first == total:
-        return
-    first = first // batch_size * batch_size  # the same batches as if it had not been stopped
-    compute = _largest(teacher.decoder, int(np.diff(offsets).max()), vocab_size, top_k)
-    rest = rows._replace(tokens=rows.tokens[first:], prompt_lengths=rows.prompt_lengths[first:])
-    with Progress() as progress:
-        task = progress.add_task("rows read by the teacher", total=total, completed=first)
-        for batch, real in eval_batches(rest, batch_size=batch_size, length=length):
-            found = sharding.to_host(compute(teacher.params, sharding.place_rows(batch)))
-            counts = np.where(np.arange(batch_size) < real, batch.lengths - batch.prompt_lengths, 0)
-            mask = np.arange(found.ids.shape[1]) < counts[:, None]
-            if not np.isfinite(found.log_probs[mask]).all():
-                raise DataError(
-                    f"{teacher.name}: a log-probability in rows {first} to {first + real - 1} is "
-                    "not finite; such a teacher cannot be distilled (try dtype float32)"
-                )
-            for name, array in zip(ARRAYS, found if distributed.is_primary() else ()):
-                _write_entries(folder / name, array[mask], offsets[first])
-            first += real
-            write_json(manifest, state | {"rows_written": first})
-            progress.update(task, completed=first)
 
 
 def _write_entries(file: pathlib.Path, entries: np.ndarray, first: int) -> None:

@@ -25,8 +25,6 @@ from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 
-PLAIN_SECONDS = 10.0  # from one line of progress to the next, where there is no terminal
-
 
 def teacher_responses(
     teacher: Model,
@@ -57,17 +55,7 @@ def teacher_responses(
       DataError: `file` was made by something else, or is damaged.
     """
     prompts = [row[:end].tolist() for row, end in zip(rows.tokens, rows.prompt_lengths)]
-    made_from = {
-        "format": provenance.FORMAT,
-        "what": "answers",
-        **identity.model_identity(teacher),
-        "tokenizer": identity.tokenizer_digest(teacher.tokenizer),
-        "requests": provenance.fingerprint_rows(prompts),
-        "sampling": dataclasses.asdict(sampling),
-        "seed": seed if sampling.temperature else None,
-        "max_new_tokens": max_new_tokens,
-        "vocab_size": vocab_size,
-    }
+    made_from = _made_from(teacher, prompts, sampling, seed, max_new_tokens, vocab_size)
     batch_size, total = round_up_to_devices(batch_size), len(prompts)
     lines = provenance.resume_lines(
         file, made_from, teacher.name, batch_size=batch_size, total=total
@@ -91,7 +79,6 @@ def teacher_responses(
             "teacher responses",
             unit="batch",
             first=len(responses) // batch_size,
-            plain_seconds=PLAIN_SECONDS,
         )
         with AppendOnlyFile(file) as out, bar:
             for response in missing:
@@ -106,6 +93,27 @@ def teacher_responses(
     ]
     cut = sum(not response or response[-1] not in sampling.eos_ids for response in responses)
     return with_responses(rows, responses)._replace(records=records, cut=cut)
+
+
+def _made_from(
+    teacher: Model,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    seed: int,
+    max_new_tokens: int,
+    vocab_size: int,
+) -> dict[str, Any]:
+    return {
+        "format": provenance.FORMAT,
+        "what": "answers",
+        **identity.model_identity(teacher),
+        "tokenizer": identity.tokenizer_digest(teacher.tokenizer),
+        "requests": provenance.fingerprint_rows(prompts),
+        "sampling": dataclasses.asdict(sampling),
+        "seed": seed if sampling.temperature else None,
+        "max_new_tokens": max_new_tokens,
+        "vocab_size": vocab_size,
+    }
 
 
 def _response(file: epath.Path, prompts: list[list[int]], number: int, line: Any) -> list[int]:

@@ -1,15 +1,15 @@
-"""What the teacher is asked to write about, and what a request looks like.
+"""The topics that the teacher is asked to write about, and what a written prompt looks like.
 
 A bank of topic prompts is a bandit: a softmax policy with one logit per topic draws topics, and is
-reinforced towards those whose requests were rewarded. What the teacher writes to a topic prompt is
-cleaned to one request, and compared with those before it. `data_free` is the process around this.
+reinforced towards those whose prompts were rewarded. What the teacher writes to a topic prompt is
+cleaned to one prompt, and compared with those before it. `data_free` is the process around this.
 
 K topics, N draws of a round.
 """
 
 import collections
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -93,24 +93,11 @@ def normalised(rewards: Sequence[float]) -> np.ndarray:
     return ((rewards - rewards.mean()) / spread).astype(np.float32)
 
 
-def policy_fields(policy: Policy) -> dict[str, list]:
-    """The policy for a line of JSON; `restored_policy` reads it back to the last bit."""
-    logits, *optimizer = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(policy)]
-    return {"logits": logits, "optimizer": optimizer}
-
-
-def restored_policy(fields: Mapping[str, list], like: Policy) -> Policy:
-    """What `policy_fields` gave, of the shapes of another policy over the same bank."""
-    leaves, structure = jax.tree.flatten(like)
-    stored = [fields["logits"], *fields["optimizer"]]
-    return structure.unflatten(jnp.asarray(x, y.dtype) for x, y in zip(stored, leaves, strict=True))
-
-
 # The bank
 
 
 def read_bank(source: str) -> list[Record]:
-    """Topic prompts: JSON lines whose "instruction" has one request written, as `data` reads them.
+    """Topic prompts: JSON lines whose "instruction" has one prompt written, as `data` reads them.
 
     Raises:
       DataError: a line cannot be read, there is only one, or two are the same.
@@ -133,8 +120,8 @@ _LABEL = re.compile(rf"({_NUMBER}|{_NAME}|\*\*{_NAME}\*\*)\s*", re.IGNORECASE)
 _MARKS = (("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"))
 
 
-def clean_request(text: str) -> str:
-    """The request within what the teacher wrote: its first line that says anything.
+def clean_prompt(text: str) -> str:
+    """The prompt within what the teacher wrote: its first line that says anything.
 
     A line that only announces it ("Here is a question:") is passed over; list markers, numbers,
     labels ("Question:") and quotation or emphasis marks around the whole line are removed.
@@ -159,7 +146,7 @@ def _unquoted(line: str) -> str:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Runs of letters and digits, lower-cased: requests with the same words are the same."""
+    """Runs of letters and digits, lower-cased: prompts with the same words are the same."""
     return tuple(re.findall(r"\w+", text.lower()))
 
 
@@ -170,11 +157,11 @@ def similarity(text: str, earlier: Collection[frozenset]) -> float:
     return max((len(pairs & other) / len(pairs | other) for other in earlier), default=0.0)
 
 
-def similarities(requests: Sequence[str], earlier: Sequence[str]) -> list[float]:
-    """`similarity` of each request, the ones before it counted as earlier ones."""
-    pairs = [word_pairs(text) for text in [*earlier, *requests]]
+def similarities(prompts: Sequence[str], earlier: Sequence[str]) -> list[float]:
+    """`similarity` of each prompt, the ones before it counted as earlier ones."""
+    pairs = [word_pairs(text) for text in [*earlier, *prompts]]
     first = len(earlier)
-    return [similarity(text, pairs[: first + i]) for i, text in enumerate(requests)]
+    return [similarity(text, pairs[: first + i]) for i, text in enumerate(prompts)]
 
 
 def word_pairs(text: str) -> frozenset[tuple[str, str]]:
@@ -184,7 +171,7 @@ def word_pairs(text: str) -> frozenset[tuple[str, str]]:
 
 
 def fault(text: str, earlier: Collection[tuple[str, ...]]) -> str:
-    """Why a text is no new request, "" where it is one; `earlier` holds the words of others."""
+    """Why a text is no new prompt, "" if it is one; `earlier` holds the words of others."""
     found = words(text)
     if len(found) < 2:
         return "one word" if found else "empty"
@@ -192,8 +179,8 @@ def fault(text: str, earlier: Collection[tuple[str, ...]]) -> str:
 
 
 def faults(texts: Sequence[str], earlier: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
-    """`fault` of each text, the ones before it counted as earlier ones; "too long" where it would
-    be a request but for `fits`."""
+    """`fault` of each text, the ones before it counted as earlier ones; "too long" if it would
+    be a prompt but for `fits`."""
     known, found = set(map(words, earlier)), []
     for text in texts:
         found.append(fault(text, known) or ("" if fits(text) else "too long"))

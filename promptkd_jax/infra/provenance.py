@@ -54,7 +54,12 @@ def verify_or_write(
 
 
 def resume_lines(
-    file: epath.Path, made_from: dict[str, Any], made_by: str, *, batch_size: int, total: int
+    file: epath.Path,
+    made_from: dict[str, Any],
+    made_by: str,
+    *,
+    batch_size: int,
+    total: int | None = None,
 ) -> list[Any]:
     """Reads JSON lines that are written in batches, as far as the writing has come.
 
@@ -64,8 +69,8 @@ def resume_lines(
 
     Args:
       made_by: the name of the teacher.
-      batch_size: lines that are written together; all but the last batch have as many.
-      total: lines of a finished file, of which none is cut off; -1 where all batches are whole.
+      batch_size: lines that are written together.
+      total: lines of a finished file, whose last batch may be smaller; None if all are alike.
 
     Raises:
       DataError: something else made `file`, or a line of it is no JSON.

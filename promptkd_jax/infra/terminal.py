@@ -55,7 +55,7 @@ class ProgressBar:
         *,
         unit: str,
         first: int = 0,
-        plain_seconds: float = 0.0,
+        plain_seconds: float = 10.0,
         console: Console | None = None,
     ):
         self._console, self._unit = console or Console(), unit

@@ -25,7 +25,14 @@ class TrainingProgress(ProgressBar):
         first_step: int = 0,
         console: Console | None = None,
     ):
-        super().__init__(total_steps, description, unit="step", first=first_step, console=console)
+        super().__init__(
+            total_steps,
+            description,
+            unit="step",
+            first=first_step,
+            plain_seconds=0.0,
+            console=console,
+        )
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows that `step` steps are done, with the metrics of the last one."""

@@ -80,7 +80,7 @@ def test_requests_are_records_without_answers(whole, teacher):
     assert all(record.input == "" and record.outputs == () for record in records)
     assert len({topic_policy.words(record.instruction) for record in records}) == 18
     assert not any("<end>" in record.instruction for record in records)
-    kept = [line["request"] for line in lines(file) if line.get("fault") == ""]
+    kept = [line["prompt"] for line in lines(file) if line.get("fault") == ""]
     assert [record.instruction for record in records] == kept[:18]
 
 
@@ -92,7 +92,7 @@ def test_the_parts_of_a_reward_are_what_they_are_said_to_be(whole, teacher, sett
         assert line["reward"] == parts[0] - parts[1] - 0.2 * parts[2]
     first = requests[0]
     prompt = teacher.tokenizer(first["topic"] + "\n")["input_ids"]
-    text = teacher.tokenizer(first["request"])["input_ids"]
+    text = teacher.tokenizer(first["prompt"])["input_ids"]
     text = text[: settings.max_request_tokens]
     tokens = jnp.array([prompt + text])
     log_p = jax.nn.log_softmax(logits_of(teacher, tokens)[0, len(prompt) - 1 : -1])
@@ -103,8 +103,8 @@ def test_the_parts_of_a_reward_are_what_they_are_said_to_be(whole, teacher, sett
 def test_disagreement_is_the_mean_kl_over_the_answer(teacher, student, settings, monkeypatch):
     requests, answers = ["say red sky", "name two"], [np.array([70, 271, 0]), np.array([300])]
     monkeypatch.setattr(data_free, "generate_responses", lambda *rest, **named: iter(answers))
-    pair = data_free._Pair(teacher, student, **HOW)
-    found = data_free._disagreements(pair, settings, requests, jax.random.key(0))
+    task = data_free._Task(teacher, student, settings, **HOW)
+    found = data_free._disagreements(task, requests, jax.random.key(0))
     for value, request, answer in zip(found, requests, answers):
         prompt = teacher.tokenizer(request + "\n")["input_ids"]
         tokens = jnp.array([[*prompt, *answer]])
@@ -189,8 +189,8 @@ def test_duplicates_are_dropped_counted_and_the_end_of_patience_is_told(
     file = tmp_path / "requests.jsonl"
     with pytest.raises(DataError, match=r"dropped: \d+ duplicate.*; 18 are wanted, but the last 5"):
         generate_prompts(teacher, student, file, greedy, **HOW)
-    requests = [line for line in lines(file) if "request" in line]
-    kept = [line["request"] for line in requests if not line["fault"]]
+    requests = [line for line in lines(file) if "prompt" in line]
+    kept = [line["prompt"] for line in requests if not line["fault"]]
     assert 0 < len(kept) <= 6 and len(set(kept)) == len(kept)
     dropped = [line for line in requests if line["fault"]]
     assert all(line["kl"] is None for line in dropped)
@@ -220,7 +220,7 @@ def test_a_damaged_line_is_named(whole, teacher, student, settings, tmp_path):
     manifest = whole[1].with_suffix(".manifest.json").read_text()
     copy.with_suffix(".manifest.json").write_text(manifest)
     copy.write_text(whole[1].read_text().replace('{"topic"', '{"top', 1))
-    with pytest.raises(DataError, match="requests.jsonl:1: broken JSON"):
+    with pytest.raises(DataError, match="requests.jsonl:1: damaged"):
         generate_prompts(teacher, student, copy, settings, **HOW)
 
 
@@ -244,7 +244,7 @@ def test_other_processes_take_the_rounds_of_the_first(
 ):
     """They go on with the same policy and the same requests, and write nothing."""
     records, file = whole
-    told = iter([identity.model_identity(teacher)["teacher"], None, lines(file)[:7]])
+    told = iter([identity.model_identity(teacher)["teacher"], None, lines(file)[:6]])
     monkeypatch.setattr(distributed, "run_on_primary", lambda compute: next(told))
     monkeypatch.setattr(distributed, "is_primary", lambda: False)
     assert generate_prompts(teacher, student, tmp_path / "none.jsonl", settings, **HOW) == records

@@ -82,20 +82,6 @@ def test_rewards_are_normalised_within_the_round():
     np.testing.assert_array_equal(topic_policy.normalised([0.1] * 3), 0)
 
 
-def test_a_policy_is_read_back_to_the_last_bit():
-    policy, drawn = topic_policy.init_policy(3, RATE), jnp.array([0, 1, 1])
-    for rewards in ([0.1, 0.7, -0.3], [1.0, 0.3, 0.2]):
-        policy = topic_policy.reinforce(policy, drawn, rewards, RATE, 0.5)
-    found = topic_policy.restored_policy(
-        json.loads(json.dumps(topic_policy.policy_fields(policy))),
-        topic_policy.init_policy(3, RATE),
-    )
-    assert jax.tree.structure(found) == jax.tree.structure(policy)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(policy)):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-
-
 # The texts
 
 
@@ -122,7 +108,7 @@ def test_a_policy_is_read_back_to_the_last_bit():
     ],
 )
 def test_the_request_is_the_first_line_without_its_trimmings(written, request_):
-    assert topic_policy.clean_request(written) == request_
+    assert topic_policy.clean_prompt(written) == request_
 
 
 def test_what_is_no_new_request():
