@@ -66,14 +66,29 @@ LABELS = {
     "tokens_per_second": "tokens/s",
     "rougeL": "ROUGE-L",
 }
-CURVE_COLOURS = 6
-
-# Placeholder colours of the drawings. The page gets CSS variables in their place, so that one
-# drawing suits its light and its dark scheme.
-_CSS_COLOURS = {"#000001": "var(--muted)", "#000002": "var(--line)"} | {
-    f"#00001{index}": f"var(--curve-{index})" for index in range(CURVE_COLOURS)
+# Of a middle lightness, and the background shines through: a plot stands on a light or a dark page.
+CURVE_COLOURS = ("#3b82c4", "#d0691f", "#2f9c8a", "#9170c0", "#b08f1a", "#858b93")
+_MUTED, _LINE = "#7d858e", "#80808050"
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.labelsize": 8.5,
+    "axes.edgecolor": _LINE,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "grid.color": _LINE,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
 }
-_MUTED, _LINE, *_CURVES = _CSS_COLOURS
+_MARK = dict(color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
 _MOST_POINTS = 120
 
 
@@ -88,22 +103,11 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """Curves that share an axis, and their drawing: an <svg> element to put into a page.
-
-    The drawing uses the CSS variables --muted, --line and --curve-0 to --curve-5.
-    """
+    """Curves that share an axis, and their drawing: an <svg> element to put into a page."""
 
     group: str
     curves: list[Curve]
     svg: markupsafe.Markup
-
-
-class _Frame(NamedTuple):
-    """What all plots of a run share: its stages [(first step, name)] and its range of steps."""
-
-    stages: list[tuple[int, str]]
-    first: int
-    last: int
 
 
 def metric_plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
@@ -118,19 +122,61 @@ def metric_plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
       The plots of the metrics that begin with `EVALUATION_PREFIXES`, and of all others. A metric
       that no row has makes no plot.
     """
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str):
+                points.setdefault(name, []).append((row["step"], value))
+    named = (row for row in rows if "stage" in row)
+    stretches = itertools.groupby(named, key=lambda row: row["stage"])
+    stages = [(next(stretch)["step"], stage) for stage, stretch in stretches]
     steps = [row["step"] for row in rows]
-    frame = _Frame(_stages(rows), min(steps, default=0), max(steps, default=0))
-    curves = _curves(rows)
-    evaluation = [name for name in curves if name.startswith(EVALUATION_PREFIXES)]
-    training = [name for name in curves if name not in evaluation]
-    return _plots(evaluation, curves, frame), _plots(training, curves, frame)
+
+    def plots(names: Sequence[str]) -> list[Plot]:
+        return [
+            line_plot(
+                group, [curve(_label(name), points[name]) for name in members], steps, stages=stages
+            )
+            for group, members in _grouped(names)
+        ]
+
+    evaluation = [name for name in points if name.startswith(EVALUATION_PREFIXES)]
+    return plots(evaluation), plots([name for name in points if name not in evaluation])
 
 
-def line_plot(group: str, curves: Sequence[Curve], *, x_label: str = "step") -> Plot:
-    """Curves on common axes, each in its own colour, dashed where the colours come round again."""
-    steps = [step for curve in curves for step in curve.steps]
-    frame = _Frame([], min(steps, default=0), max(steps, default=0))
-    return Plot(group, list(curves), _svg(group, curves, frame, x_label))
+def line_plot(
+    group: str,
+    curves: Sequence[Curve],
+    steps: Sequence[int] | None = None,
+    *,
+    stages: Sequence[tuple[int, str]] = (),
+    x_label: str = "step",
+) -> Plot:
+    """Curves on common axes, each in its own colour, dashed where the colours come round again.
+
+    Args:
+      steps: between the first and the last of which the axis reaches; None: those of the curves.
+      stages: (first step, name) of each; a dashed line stands between two.
+    """
+    if steps is None:
+        steps = [step for curve in curves for step in curve.steps]
+    first, last = min(steps, default=0), max(steps, default=0)
+
+    def draw(axes: Axes) -> None:
+        looks = itertools.cycle(itertools.product(("-", (0, (4, 2))), CURVE_COLOURS))
+        for curve, (dashes, colour) in zip(curves, looks):
+            if len(curve.steps):
+                _draw_curve(axes, curve, color=colour, linestyle=dashes)
+        margin = 0.02 * (last - first) or 0.5
+        axes.set_xlim(first - margin, last + margin)
+        _draw_stages(axes, stages, last - first)
+        _scale(axes, axes.yaxis)
+        axes.set_xlabel(x_label, loc="right")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+    names = ", ".join(curve.label for curve in curves)
+    return Plot(group, list(curves), _drawing(f"{group}: {names}", draw, height=2.5))
 
 
 def dot_plot(
@@ -147,34 +193,28 @@ def dot_plot(
     """
 
     def draw(axes: Axes) -> None:
-        for line, (name, colour) in enumerate(zip(values, itertools.cycle(_CURVES))):
+        for line, (name, colour) in enumerate(zip(values, itertools.cycle(CURVE_COLOURS))):
             mean, deviation = spreads[name]
             places = [line] * len(values[name])
             axes.scatter(values[name], places, color=colour, s=14, alpha=0.35, linewidths=0)
             axes.errorbar(mean, line, xerr=deviation, color=colour, marker="o", markersize=5)
         for row, (name, value) in enumerate(references.items()):
-            _draw_mark(axes, value, name, row)
-        _dress(axes, "x")
+            axes.axvline(value, **_MARK)
+            axes.annotate(  # a little above the axes, whatever their height
+                name,
+                (value, 1.0),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(0, 3 + 11 * row),
+                textcoords="offset points",
+                size=8.5,
+                horizontalalignment="center",
+            )
+        _scale(axes, axes.xaxis)
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.5, -0.5)
 
     label = f"{group}: {', '.join(values)}"
     return Plot(group, [], _drawing(label, draw, height=0.7 + 0.24 * len(values)))
-
-
-def _stages(rows: Iterable[Mapping]) -> list[tuple[int, str]]:
-    named = (row for row in rows if "stage" in row)
-    stretches = itertools.groupby(named, key=lambda row: row["stage"])
-    return [(next(stretch)["step"], stage) for stage, stretch in stretches]
-
-
-def _curves(rows: Iterable[Mapping]) -> dict[str, Curve]:
-    points: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name != "step" and not isinstance(value, str):
-                points.setdefault(name, []).append((row["step"], value))
-    return {name: curve(_label(name), pairs) for name, pairs in points.items()}
 
 
 def curve(label: str, points: Sequence[tuple[int, float]]) -> Curve:
@@ -194,12 +234,7 @@ def _label(name: str) -> str:
     return ": ".join([*prefix, LABELS.get(metric, metric.replace("_", " "))])
 
 
-def _plots(names: Sequence[str], curves: Mapping[str, Curve], frame: _Frame) -> list[Plot]:
-    grouped = [(group, [curves[name] for name in members]) for group, members in _grouped(names)]
-    return [Plot(group, members, _svg(group, members, frame)) for group, members in grouped]
-
-
-def _grouped(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _grouped(names: Iterable[str]) -> list[tuple[str, list[str]]]:
     """(group, metrics of one plot) in the order of PLOTS; unknown metrics follow, one by one."""
     groups, left = [], list(names)
     for group, pattern in PLOTS:
@@ -210,108 +245,43 @@ def _grouped(names: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups + [("Other", [name]) for name in left]
 
 
-def _svg(
-    group: str, curves: Sequence[Curve], frame: _Frame, x_label: str = "step"
-) -> markupsafe.Markup:
-    label = f"{group}: {', '.join(curve.label for curve in curves)}"
-    return _drawing(label, lambda axes: _draw(axes, curves, frame, x_label), height=2.5)
-
-
 def _drawing(label: str, draw: Callable[[Axes], None], *, height: float) -> markupsafe.Markup:
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": label,
-        "text.parse_math": False,
-        "font.family": "sans-serif",
-        "font.size": 9.5,
-    }
-    with matplotlib.rc_context(style):
+    # The salt makes names of parts that other drawings of the page do not have.
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": label}):
         figure = Figure(figsize=(5.0, height), facecolor="none", layout="constrained")
         draw(figure.add_subplot(facecolor="none"))
         file = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(file)
-    return _inline(file.getvalue(), label)
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    return markupsafe.Markup(file.getvalue()[file.getvalue().index("<svg") :])
 
 
-def _draw(axes: Axes, curves: Sequence[Curve], frame: _Frame, x_label: str) -> None:
-    looks = itertools.cycle(itertools.product(("-", (0, (4, 2))), _CURVES))
-    for curve, (dashes, colour) in zip(curves, looks):
-        if len(curve.steps):
-            steps, mean, low, high = _thinned(curve.steps, curve.values)
-            if len(steps) < len(curve.steps):
-                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-            marker = "o" if len(steps) <= 30 else ""
-            look = dict(linestyle=dashes, linewidth=1.5, marker=marker, markersize=3.5)
-            axes.plot(steps, mean, color=colour, **look)
-    margin = 0.02 * (frame.last - frame.first) or 0.5
-    axes.set_xlim(frame.first - margin, frame.last + margin)
-    _draw_stages(axes, frame)
-    _dress(axes, "y")
-    axes.set_xlabel(x_label, color=_MUTED, size=8.5, loc="right")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+def _draw_curve(axes: Axes, curve: Curve, **look) -> None:
+    """A line through at most `_MOST_POINTS` means of stretches, in a band of their ranges."""
+    count = min(_MOST_POINTS, len(curve.steps))
+    steps = [np.mean(part) for part in np.array_split(curve.steps, count)]
+    stretches = np.array_split(curve.values, count)
+    if count < len(curve.steps):
+        low, high = map(np.min, stretches), map(np.max, stretches)
+        band = dict(color=look["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(steps, list(low), list(high), **band)
+    marker = "o" if count <= 30 else ""
+    means = [np.mean(part) for part in stretches]
+    axes.plot(steps, means, linewidth=1.5, marker=marker, markersize=3.5, **look)
 
 
-def _draw_stages(axes: Axes, frame: _Frame) -> None:
-    starts = [step for step, _ in frame.stages]
-    for step in starts[1:]:
-        axes.axvline(step, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+def _draw_stages(axes: Axes, stages: Sequence[tuple[int, str]], width: int) -> None:
     taken, row = -math.inf, 0
-    for step, name in frame.stages:
+    for number, (step, name) in enumerate(stages):
+        if number:
+            axes.axvline(step, **_MARK)
         # A name that would run into the one before it goes to the other of two rows.
         row = 1 - row if step < taken else 0
-        height = 1.02 + 0.09 * row
-        axes.text(step, height, name, transform=axes.get_xaxis_transform(), color=_MUTED, size=8.5)
-        taken = step + 0.02 * (len(name) + 1) * (frame.last - frame.first)
+        axes.text(step, 1.02 + 0.09 * row, name, transform=axes.get_xaxis_transform(), size=8.5)
+        taken = step + 0.02 * (len(name) + 1) * width
 
 
-def _draw_mark(axes: Axes, value: float, name: str, row: int) -> None:
-    """A dashed line with its name above the plot, in one of several rows."""
-    axes.axvline(value, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    # A little above the axes, whatever their height.
-    axes.annotate(
-        name,
-        (value, 1.0),
-        xycoords=axes.get_xaxis_transform(),
-        xytext=(0, 3 + 11 * row),
-        textcoords="offset points",
-        color=_MUTED,
-        size=8.5,
-        horizontalalignment="center",
-    )
-
-
-def _dress(axes: Axes, numbers: str) -> None:
-    """Grid, spines and ticks of the axis that shows the numbers, "x" or "y"."""
-    axes.grid(axis=numbers, color=_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_LINE)
-    axes.tick_params(colors=_MUTED, length=0)
-    axis = axes.xaxis if numbers == "x" else axes.yaxis
+def _scale(axes: Axes, axis: matplotlib.axis.Axis) -> None:
+    """Ticks and grid of the axis that shows the numbers."""
+    axes.grid(axis=axis.axis_name, linewidth=0.8)
     axis.set_major_locator(MaxNLocator(5, min_n_ticks=3, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-
-
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
-    """A curve in at most _MOST_POINTS stretches: mean step, and mean, lowest and highest value."""
-    count = min(_MOST_POINTS, len(steps))
-    stretches = np.array_split(values, count)
-    mean, low, high = (np.array([f(s) for s in stretches]) for f in (np.mean, np.min, np.max))
-    return np.array([np.mean(part) for part in np.array_split(steps, count)]), mean, low, high
-
-
-def _inline(file: str, label: str) -> markupsafe.Markup:
-    """The content of an SVG file as an element that can stand in a page next to others."""
-    (view_box,) = re.findall(r'<svg[^>]* viewBox="([^"]*)"', file)
-    body = file[file.index(">", file.index("<svg")) + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    # The page has its own font, and the names of a figure's parts repeat in every file: only what
-    # is referred to keeps its name.
-    body = re.sub(r"font-family: [^;]*; ", "", body)
-    used = set(re.findall(r"#([\w-]+)", body))
-    body = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", body)
-    for colour, variable in _CSS_COLOURS.items():
-        body = body.replace(colour, variable)
-    head = markupsafe.Markup('<svg viewBox="{}" role="img" aria-label="{}">')
-    return head.format(view_box, label) + markupsafe.Markup(body.strip())
