@@ -12,21 +12,17 @@ N requests, S samples of each, T columns, R response positions, M soft-prompt to
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from promptkd_jax.data.batch import Batch, responses
-from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.rows import Rows, with_responses
-from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.losses import forward_kl
-from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.inference.generate import generate_responses
-from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.inference.response_values import response_values
 from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.models.sampler import Sampling
 
@@ -183,30 +179,19 @@ def position_errors(
     Returns:
       `[2, R]`: the sum of the errors in nats, and how many rows reach the position.
     """
-    compare = _comparison(teacher.decoder, student.decoder, capacity, vocab_size)
+    batches = response_values(
+        forward_kl,
+        (teacher, student),
+        rows,
+        batch_size=batch_size,
+        length=length,
+        capacity=capacity,
+        vocab_size=vocab_size,
+    )
     total = np.zeros((2, capacity))
-    for batch, real in eval_batches(rows, batch_size=batch_size, length=length):
-        counted = (np.arange(batch_size) < real).astype(np.float32)
-        total += jax.device_get(compare(teacher.params, student.params, batch, counted))
+    for values in batches:
+        total += values.sum(axis=0, dtype=np.float64).filled(0), values.count(axis=0)
     return total
-
-
-@functools.lru_cache(maxsize=8)
-def _comparison(
-    teacher: Decoder, student: Decoder, capacity: int, vocab_size: int
-) -> Callable[..., jax.Array]:
-    """One compilation for both models' texts."""
-
-    @jax.jit
-    def compare(teacher_params: Any, student_params: Any, batch: Batch, counted: jax.Array):
-        where = responses(batch, capacity)
-        mask = where.mask * counted[:, None]
-        target = lazy_logits(teacher, teacher_params, batch, where, vocab_size)
-        learner = lazy_logits(student, student_params, batch, where, vocab_size)
-        (error,) = linear_values((forward_kl,), learner, (target,))
-        return jnp.stack([jnp.where(mask > 0, error, 0).sum(axis=0), mask.sum(axis=0)])
-
-    return compare
 
 
 def published_curve(

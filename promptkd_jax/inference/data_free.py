@@ -25,12 +25,11 @@ A prompt that is empty, a single word, longer than a prompt may be, or written b
 and counted. Its reward is the least that any of its round could have got: no disagreement, nothing
 new, as unlikely as the least fluent one.
 
-N prompts of a round, B batch, R response positions.
+N prompts of a round.
 """
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -41,22 +40,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from promptkd_jax.data.batch import Batch, responses
-from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows, select_rows, tokenize, with_responses
 from promptkd_jax.data.templates import render_prompt
-from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.losses import Divergence, cross_entropy, forward_kl
-from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.inference import topic_policy
 from promptkd_jax.inference.generate import decode, generate_responses
+from promptkd_jax.inference.response_values import response_values
 from promptkd_jax.infra import provenance, sharding
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import AppendOnlyFile, Path
 from promptkd_jax.infra.specs import SEED, Float, Int, field, validate
 from promptkd_jax.infra.terminal import ProgressBar
-from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, check_positions
 from promptkd_jax.models.sampler import Sampling
@@ -335,34 +330,22 @@ def _means(
 ) -> list[float]:
     """Means over the responses, of at most `most` tokens: of the last model compared with the one
     before it, or with the tokens themselves."""
-    measure = _measure(function, tuple(m.decoder for m in models), most, task.vocab_size)
-    params = [model.params for model in models]
-    values, length = [], task.prompt_capacity + most
-    for batch, real in eval_batches(rows, batch_size=task.batch_size, length=length):
-        means = sharding.to_host(measure(params, sharding.place_rows(batch)))
-        values += means[:real].tolist()
+    batches = response_values(
+        function,
+        models,
+        rows,
+        batch_size=task.batch_size,
+        length=task.prompt_capacity + most,
+        capacity=most,
+        vocab_size=task.vocab_size,
+    )
+    values = [mean for values in batches for mean in values.mean(axis=1).filled(np.nan).tolist()]
     if not np.isfinite(values).all():
         raise DataError(
             f"teacher {task.teacher.name} or student {task.student.name}: a log-probability of "
             "what the teacher wrote is not finite; try dtype float32"
         )
     return values
-
-
-@functools.lru_cache(maxsize=8)
-def _measure(function: Divergence, decoders: tuple[Decoder, ...], capacity: int, vocab_size: int):
-    @jax.jit
-    def measure(params, batch: Batch):
-        where = responses(batch, capacity)
-        *other, learner = (
-            lazy_logits(decoder, its_params, batch, where, vocab_size)
-            for decoder, its_params in zip(decoders, params)
-        )
-        (values,) = linear_values((function,), learner, other or (where.labels,))
-        counted = jnp.where(where.mask > 0, values, 0)
-        return jnp.sum(counted, axis=1) / jnp.sum(where.mask, axis=1)
-
-    return measure
 
 
 # The file

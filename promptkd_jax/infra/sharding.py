@@ -280,12 +280,4 @@ def platform() -> str:
 
 
 def _name(path: Sequence[Any]) -> str:
-    return "/".join(str(_key(part)) for part in path)
-
-
-def _key(part: Any) -> Any:
-    """The name in one step of a tree path."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(part, attribute):
-            return getattr(part, attribute)
-    raise TypeError(f"unknown step {part!r} in a tree path")
+    return jax.tree_util.keystr(path, simple=True, separator="/")
