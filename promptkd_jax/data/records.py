@@ -21,8 +21,6 @@ class Record(NamedTuple):
     outputs: tuple[str, ...]  # () where no answer is given
 
 
-# Records
-
 ASSETS = {"package:": "data/assets", "synthetic:": "data/assets/synthetic"}
 _DOCUMENT = '{"text": "…"}'
 _EXAMPLE = '{"instruction": "…", "input": "…", "output": "…"}'
@@ -186,15 +184,6 @@ def _missing(fields: dict, name: str, where: str) -> str:
 
 def _shown(value: object) -> str:
     return f"{type(value).__name__} {repr(value)[:60]}"
-
-
-# Templates
-
-
-# Token rows
-
-
-# Batches
 
 
 def read_corpus(source: str, *, split: str = "train") -> list[str]:

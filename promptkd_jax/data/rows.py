@@ -13,9 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from promptkd_jax.data.records import (
-    Record,
-)
+from promptkd_jax.data.records import Record
 from promptkd_jax.data.templates import encode, prompt_tokens, shows_date
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.provenance import fingerprint_rows

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from promptkd_jax.data.records import Record, plain_prompt
 from promptkd_jax.infra.errors import DataError
 
+_CLOCK = "strftime_now"
+
 
 def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
     """The prompt of Stanford Alpaca, ending in a newline as in the MiniLLM experiments."""
@@ -69,9 +71,6 @@ def _plain(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str
 def shows_date(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether prompts depend on the day on which they are rendered."""
     return template == "chat" and _CLOCK in str(tokenizer.chat_template)
-
-
-_CLOCK = "strftime_now"
 
 
 TEMPLATES: dict[str, Callable[[Record, PreTrainedTokenizerBase, str], str]] = {

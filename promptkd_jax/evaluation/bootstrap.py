@@ -68,25 +68,17 @@ def paired_difference(
     order = np.lexsort(np.concatenate(differences, axis=1).T)
     differences = [one[order] for one in differences]
     random = np.random.default_rng(seed)
-    means = _draw(differences, draws, random)
+
+    def shares(count: int) -> np.ndarray:  # of each in a draw of `count` out of `count`
+        return random.multinomial(count, np.full(count, 1 / count), size=draws) / count
+
+    seeds, total = shares(len(order)), np.zeros(draws)  # [draws, S], the same in all sets
+    for one in differences:
+        total += np.sum((seeds @ one) * shares(one.shape[1]), axis=1)
+    means = total / len(differences)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     mean = np.mean([one.mean() for one in differences])
     return Difference(float(mean), float(low), float(high))
-
-
-def _draw(differences: Sequence[np.ndarray], draws: int, random: np.random.Generator) -> np.ndarray:
-    """The mean over sets of each draw, `[draws]`; the seeds drawn are the same in all sets."""
-    seeds = _shares(len(differences[0]), draws, random)
-    total = np.zeros(draws)
-    for one in differences:
-        rows = _shares(one.shape[1], draws, random)
-        total += np.sum((seeds @ one) * rows, axis=1)
-    return total / len(differences)
-
-
-def _shares(count: int, draws: int, random: np.random.Generator) -> np.ndarray:
-    """How large a share of each draw of `count` out of `count` each one is, `[draws, count]`."""
-    return random.multinomial(count, np.full(count, 1 / count), size=draws) / count
 
 
 def _check_pairs(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> None:

@@ -12,7 +12,7 @@ from promptkd_jax.data.rows import Rows
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.teacher import lazy_logits
-from promptkd_jax.evaluation.text_metrics import answer_statistics, text_scores
+from promptkd_jax.evaluation.text_metrics import response_statistics, text_scores
 from promptkd_jax.inference.generate import decode, generate_responses, round_up_to_devices
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
@@ -30,10 +30,10 @@ def teacher_metrics(
     vocab_size: int,
     soft_prompt: jax.Array | None = None,
 ) -> dict[str, float]:
-    """How far the student is from the rows' answers, and from its teacher on them, per token.
+    """How far the student is from the rows' responses, and from its teacher on them, per token.
 
     Returns:
-      `loss`: the cross-entropy of the answers, in nats; with a teacher also `kl`: KL(teacher ||
+      `loss`: the cross-entropy of the responses, in nats; with a teacher also `kl`: KL(teacher ||
       student) in nats, and `agreement`: the share of positions at which both put their largest
       probability on the same token; with a soft prompt also `kl_prompted`: KL(prompted teacher ||
       student).
@@ -86,25 +86,26 @@ def generation_metrics(
     vocab_size: int | None = None,
     soft_prompt: jax.Array | None = None,
 ) -> tuple[dict[str, float], list[str]]:
-    """ROUGE-L and exact match (in percent) of one answer to every row, and the answers.
+    """ROUGE-L and exact match (in percent) of one response to every row, and the responses' text.
 
-    Beside them what the answers are like: see `text_metrics.answer_statistics`.
+    Beside them what the responses are like: see `text_metrics.response_statistics`.
 
     Raises:
-      DataError: a row without reference answers (see `read_records(need_output=True)`).
+      DataError: a row without references (see `read_records(need_output=True)`).
     """
-    answers = generate_responses(
-        model,
-        rows,
-        sampling=sampling,
-        prompt_capacity=prompt_capacity,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        key=jax.random.key(seed),
-        vocab_size=vocab_size,
-        soft_prompt=soft_prompt,
+    written = list(
+        generate_responses(
+            model,
+            rows,
+            sampling=sampling,
+            prompt_capacity=prompt_capacity,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            key=jax.random.key(seed),
+            vocab_size=vocab_size,
+            soft_prompt=soft_prompt,
+        )
     )
-    answers = list(answers)
-    texts = [decode(model.tokenizer, answer) for answer in answers]
+    texts = [decode(model.tokenizer, tokens) for tokens in written]
     scores = text_scores(texts, [record.outputs for record in rows.records])
-    return scores | answer_statistics(answers, sampling.eos_ids), texts
+    return scores | response_statistics(written, sampling.eos_ids), texts

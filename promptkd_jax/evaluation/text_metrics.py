@@ -67,21 +67,23 @@ def text_scores(
     }
 
 
-def answer_statistics(answers: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
-    """What answers are like, whatever they say.
+def response_statistics(
+    responses: Sequence[Sequence[int]], eos_ids: Sequence[int]
+) -> dict[str, float]:
+    """What responses are like, whatever they say.
 
     Args:
-      answers: token ids, an EOS included where the answer ended with one.
+      responses: token ids, an EOS included where the response ended with one.
 
     Returns:
       `response_length`: mean tokens; `eos_rate`: the share that ended by an EOS rather than by the
-      limit; `repetition`: the mean share of an answer's 4-grams that it has written before.
+      limit; `repetition`: the mean share of a response's 4-grams that it has written before.
     """
-    ended = [bool(len(answer)) and int(answer[-1]) in eos_ids for answer in answers]
+    ended = [bool(len(response)) and int(response[-1]) in eos_ids for response in responses]
     return {
-        "response_length": sum(map(len, answers)) / len(answers),
-        "eos_rate": sum(ended) / len(answers),
-        "repetition": sum(map(_repetition, answers)) / len(answers),
+        "response_length": sum(map(len, responses)) / len(responses),
+        "eos_rate": sum(ended) / len(responses),
+        "repetition": sum(map(_repetition, responses)) / len(responses),
     }
 
 

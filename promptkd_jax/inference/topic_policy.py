@@ -8,8 +8,9 @@ K topics, N draws of a round.
 """
 
 import collections
+import itertools
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -150,40 +151,36 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
-def similarity(text: str, earlier: Collection[frozenset]) -> float:
-    """The largest overlap (intersection over union) of its word pairs with those of another, in
-    [0, 1]; `earlier` are theirs, as `word_pairs` gives them."""
-    pairs = word_pairs(text)
-    return max((len(pairs & other) / len(pairs | other) for other in earlier), default=0.0)
-
-
 def similarities(prompts: Sequence[str], earlier: Sequence[str]) -> list[float]:
-    """`similarity` of each prompt, the ones before it counted as earlier ones."""
-    pairs = [word_pairs(text) for text in [*earlier, *prompts]]
-    first = len(earlier)
-    return [similarity(text, pairs[: first + i]) for i, text in enumerate(prompts)]
+    """The largest overlap (intersection over union) of each prompt's pairs of neighbouring words
+    with those of an earlier one, in [0, 1]; the prompts before it count as earlier ones."""
+    overlaps, known = [], [_word_pairs(text) for text in earlier]
+    for pairs in map(_word_pairs, prompts):
+        overlaps.append(max((len(pairs & x) / len(pairs | x) for x in known), default=0.0))
+        known.append(pairs)
+    return overlaps
 
 
-def word_pairs(text: str) -> frozenset[tuple[str, str]]:
-    """Every two neighbouring words of a text of at least two."""
-    found = words(text)
-    return frozenset(zip(found, found[1:]))
-
-
-def fault(text: str, earlier: Collection[tuple[str, ...]]) -> str:
-    """Why a text is no new prompt, "" if it is one; `earlier` holds the words of others."""
-    found = words(text)
-    if len(found) < 2:
-        return "one word" if found else "empty"
-    return "duplicate" if found in earlier else ""
+def _word_pairs(text: str) -> frozenset[tuple[str, str]]:
+    return frozenset(itertools.pairwise(words(text)))
 
 
 def faults(texts: Sequence[str], earlier: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
-    """`fault` of each text, the ones before it counted as earlier ones; "too long" if it would
-    be a prompt but for `fits`."""
+    """Why each text is no new prompt, "" if it is one; the texts before it count as earlier ones.
+
+    Args:
+      fits: whether a text that would be a prompt is short enough to be one.
+    """
     known, found = set(map(words, earlier)), []
     for text in texts:
-        found.append(fault(text, known) or ("" if fits(text) else "too long"))
-        if not found[-1]:
-            known.add(words(text))
+        its_words = words(text)
+        if len(its_words) < 2:
+            found.append("one word" if its_words else "empty")
+        elif its_words in known:
+            found.append("duplicate")
+        elif not fits(text):
+            found.append("too long")
+        else:
+            found.append("")
+            known.add(its_words)
     return found

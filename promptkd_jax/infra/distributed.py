@@ -2,6 +2,15 @@
 
 Every process runs the same program on the same global arrays (JAX's multi-controller runtime). What
 is on the host is computed by all of them alike; the first writes files and speaks for all.
+
+They talk through the key-value store of JAX's coordinator. Within a `session`, a failure ends all:
+
+1. The process that fails writes its exit status and message to the store, and ends (`_end_all`).
+2. A thread of every other one polls the store, says the message, and ends the process with that
+   status, also in the middle of a collective operation (`_watch`).
+3. The first one ends last, since the store is gone with it (`_leave`).
+
+A process that dies without a word is missed by JAX's heartbeat, which aborts the others.
 """
 
 import argparse
@@ -152,8 +161,12 @@ def _start(options: argparse.Namespace) -> None:
         raise HostsError(
             "--coordinator, --processes and --process belong together: give all three or none"
         )
-    if options.coordinator:
-        _check_flags(options)
+    if options.coordinator and not re.fullmatch(r".+:\d+", options.coordinator):
+        raise HostsError(f"--coordinator: {options.coordinator!r} is not HOST:PORT")
+    if options.coordinator and not 0 <= options.process < options.processes:
+        raise HostsError(
+            f"--process: {options.process} is none of {options.processes}, counted from 0"
+        )
     if options.processes == 1 or jax.distributed.is_initialized():
         return
     if not options.coordinator and os.environ.get("SLURM_NTASKS") == "1":
@@ -191,15 +204,6 @@ def _start(options: argparse.Namespace) -> None:
 def _give_up(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def _check_flags(options: argparse.Namespace) -> None:
-    if not re.fullmatch(r".+:\d+", options.coordinator):
-        raise HostsError(f"--coordinator: {options.coordinator!r} is not HOST:PORT")
-    if not 0 <= options.process < options.processes:
-        raise HostsError(
-            f"--process: {options.process} is none of {options.processes}, counted from 0"
-        )
 
 
 def _await_coordinator(address: str, seconds: int) -> None:

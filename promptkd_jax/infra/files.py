@@ -147,7 +147,8 @@ def local_copy(source: epath.Path, suffixes: Collection[str]) -> pathlib.Path:
 
     single = source.is_file()
     found = [source] if single else [f for f in source.iterdir() if f.suffix in suffixes]
-    facts = sorted((file.name, *_size_and_time(file)) for file in found)
+    stats = [(file.name, file.stat()) for file in found]
+    facts = sorted((name, stat.length, stat.mtime) for name, stat in stats)
     digest = hashlib.sha256(json.dumps([os.fspath(source), facts]).encode()).hexdigest()
     folder = pathlib.Path(HF_HOME) / "promptkd_jax" / digest
     if not folder.exists():
@@ -162,11 +163,6 @@ def local_copy(source: epath.Path, suffixes: Collection[str]) -> pathlib.Path:
                 if not folder.exists():  # where another process was not faster
                     raise
     return folder / source.name if single else folder
-
-
-def _size_and_time(file: epath.Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.length, found.mtime
 
 
 def write_text(file: epath.Path, text: str) -> None:

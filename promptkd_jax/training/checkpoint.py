@@ -97,7 +97,16 @@ class Checkpoints:
         self._pending: int | None = None  # the step being written
         self._cleaned = False
         try:
-            self._manager = self._open()
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._policy,
+                    async_options=ocp.options.AsyncOptions(
+                        post_finalization_callback=self._write_checksums
+                    ),
+                ),
+                item_handlers={"state": self._handler, "meta": ocp.JsonCheckpointHandler()},
+            )
             self._read_scores()
         except io_errors(self._directory) as error:
             wanted = "; Orbax wants also the right storage.buckets.get, of the bucket itself"
@@ -205,15 +214,19 @@ class Checkpoints:
         steps = self.all_steps()
         if not steps:
             return None
-        whole, damaged = self._find_whole(steps)
-        if whole is None:
+        damaged = {}
+        for whole in reversed(steps):
+            if not (problem := find_damage(self._directory / str(whole))):
+                break
+            damaged[whole] = problem
+        else:
             listing = "".join(f"\n  {step}: {problem}" for step, problem in damaged.items())
             raise CheckpointError(f"every checkpoint in {self._directory} is damaged:{listing}")
         for step, problem in damaged.items():
             self.damage.append(f"checkpoint {step} is damaged ({problem}): continuing from {whole}")
             if distributed.is_primary():
                 logging.warning(self.damage[-1])
-        self._set_aside([step for step in steps if step > whole])
+        self._set_aside(list(damaged))
         self._forget(whole + 1)
         return whole, *self._read(whole, abstract_state, unpadded)
 
@@ -317,16 +330,6 @@ class Checkpoints:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    def _open(self) -> ocp.CheckpointManager:
-        finish = ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)
-        return ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy, async_options=finish
-            ),
-            item_handlers={"state": self._handler, "meta": ocp.JsonCheckpointHandler()},
-        )
-
     def _listed(self) -> list[int]:
         return sorted(ocp.utils.checkpoint_steps(self._directory))
 
@@ -379,16 +382,6 @@ class Checkpoints:
         state = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._at = step
         return arrays_to_numpy_scalars(state, like=abstract_state), record["meta"]
-
-    def _find_whole(self, steps: list[int]) -> tuple[int | None, dict[int, str]]:
-        """The newest undamaged step, and {step: damage} of newer ones."""
-        damaged = {}
-        for step in reversed(steps):
-            problem = find_damage(self._directory / str(step))
-            if not problem:
-                return step, damaged
-            damaged[step] = problem
-        return None, damaged
 
     def _check_whole(self, step: int) -> None:
         """Raises CheckpointError where there is no such checkpoint, or it is damaged."""
