@@ -480,7 +480,7 @@ def test_answers_are_written_once_for_all_runs_of_a_folder(models, tmp_path, cap
     config = short(models, stage("seqkd"))
     config.teacher_responses.path = str(tmp_path / "answers")
     run(config, tmp_path / "one")
-    assert "the teacher writes 12 answers" in capsys.readouterr().out
+    assert "the teacher writes 12 responses" in capsys.readouterr().out
     file = tmp_path / "answers" / "teacher_answers.jsonl"
     written = file.read_bytes()
     config.stages = (stage("seqkd", student_terms=(("forward_kl", 1.0),)),)
