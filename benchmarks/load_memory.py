@@ -27,8 +27,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from promptkd_jax.infra import sharding
-from promptkd_jax.models import families
 from promptkd_jax.models.config import DecoderConfig, from_hugging_face
+from promptkd_jax.models.families import base as families
 from promptkd_jax.models.io.params import load_params, stored_names
 from promptkd_jax.models.io.safetensors import SafetensorsFolder
 

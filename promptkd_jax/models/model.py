@@ -10,8 +10,8 @@ import numpy as np
 
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models import families
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families import base as families
 
 
 @dataclasses.dataclass(frozen=True)

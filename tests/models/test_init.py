@@ -12,7 +12,7 @@ from helpers.models import CONFIGS, assert_same_params, logits, random_model
 from safetensors.numpy import load_file
 
 from promptkd_jax.cli.main import main
-from promptkd_jax.models import families
+from promptkd_jax.models.families import base as families
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model, load_with_tokenizer
 from promptkd_jax.models.model import Model

@@ -29,9 +29,9 @@ from helpers.models import (
 from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models import families
 from promptkd_jax.models.config import RopeScaling, from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
+from promptkd_jax.models.families import base as families
 from promptkd_jax.models.io import export
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.load import load_model

@@ -20,9 +20,9 @@ from flax import traverse_util
 from helpers.families import FAMILIES
 from helpers.models import assert_same_params, random_model
 
-from promptkd_jax.models import families
 from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families import base as families
 from promptkd_jax.models.io import export, params
 from promptkd_jax.models.io.export import save_model, to_hugging_face, write_tensors
 from promptkd_jax.models.io.params import abstract_params, load_params

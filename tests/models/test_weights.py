@@ -17,8 +17,8 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
-from promptkd_jax.models import families
 from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.families import base as families
 from promptkd_jax.models.io import export, params
 from promptkd_jax.models.io.export import save_model, save_without_weights
 from promptkd_jax.models.io.params import all_finite

@@ -26,8 +26,8 @@ from safetensors.numpy import save_file
 
 from promptkd_jax.infra import distributed, files, sharding
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models import families
 from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.families import base as families
 from promptkd_jax.models.io.params import PIECE_BYTES, stored_names
 from promptkd_jax.models.model import Model
 

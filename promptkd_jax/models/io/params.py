@@ -19,9 +19,9 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models import families
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families import base as families
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
