@@ -27,8 +27,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from promptkd_jax.infra import sharding
-from promptkd_jax.models.config import DecoderConfig, from_hugging_face
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.families.base import sizes
+from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
 from promptkd_jax.models.io.params import load_params, stored_names
 from promptkd_jax.models.io.safetensors import SafetensorsFolder
 
@@ -92,11 +93,11 @@ def _config(depth: int) -> DecoderConfig:
 
 
 def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    table, sizes = families.family(config), families.sizes(config)
+    family, letters = FAMILIES[config.family], sizes(config)
     return {
-        name: row.stored_shape(sizes)
-        for row in table.rows
-        for name in stored_names(row, config, table.prefix)
+        name: row.stored_shape(letters)
+        for row in family.tensors(config)
+        for name in stored_names(row, config, family.prefix)
     }
 
 

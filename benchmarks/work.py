@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from cases import Case
 
-from promptkd_jax.models.config import DecoderConfig, from_hugging_face
+from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.model import Model

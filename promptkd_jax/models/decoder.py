@@ -39,8 +39,11 @@ REMAT = {
 }
 
 
-# Writes `[B, K, H]` at (layer, column) `[B, 2]` of a cache: b's into row b, which so stays where it
-# is on a mesh; `cache.at[layer, rows, :, columns]` would gather what is written from all devices.
+# The cache is [L, B, K, S, H], and one token a row is written: x[b], [K, H], to c[l, b, :, s_b].
+# This is a scatter of [B, K, H] at the indices (l, s_b), [B, 2]: K and H are the window that is
+# written whole, L and S are indexed (0 and 3), and B is a batching dimension of both, b's into row
+# b. That keeps rows where they are on a mesh; `cache.at[layer, rows, :, columns]`, with rows as one
+# more index, would gather what is written from all devices.
 BY_ROW = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(1, 2),
     inserted_window_dims=(0, 3),
@@ -131,13 +134,22 @@ class Decoder(nn.Module):
         # [1, M + T] for whole rows, which all begin at column 0; [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
         if config.learned_positions:
-            _check_columns(config, x.shape[1] if cache is None else cache.key.shape[3])
+            # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
+            columns = x.shape[1] if cache is None else cache.key.shape[3]
+            if columns > config.max_positions:
+                raise ModelError(
+                    f"{columns} columns (soft prompt and new tokens included) in a {config.family} "
+                    f"model of {config.max_positions} positions; shorten the rows or the soft "
+                    "prompt"
+                )
             table = config.max_positions + config.position_offset
             x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
         # Said at every layer's edge: left to itself, the partitioner may gather rows instead.
         x = constrain(x, ROWS, None, None)
         decode = column is not None
-        # One scan over L stacked layers: compiled once, whatever the depth.
+        # One scan over L stacked layers: compiled once, whatever the depth. The whole cache goes
+        # along as a carry, of which each layer writes its own part in place; as one of the scan's
+        # stacked outputs it would be written anew for every token.
         (x, cache), _ = _layers(config)(
             (x, cache), jnp.arange(config.num_layers), positions, decode
         )
@@ -246,12 +258,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, index, positions, decode):
         config, padded = self.config, self.config.padded
+
+        def heads(number: int, name: str):
+            return _project(config, (number, config.head_dim), config.qkv_bias, name)
+
         # [B, T, D] -> [B, T, N, H] and [B, T, K, H]
-        query = _project(config, (padded.num_heads, config.head_dim), config.qkv_bias, "query")(x)
-        key = _project(config, (padded.num_kv_heads, config.head_dim), config.qkv_bias, "key")(x)
-        value = _project(config, (padded.num_kv_heads, config.head_dim), config.qkv_bias, "value")(
-            x
-        )
+        query = heads(padded.num_heads, "query")(x)
+        key = heads(padded.num_kv_heads, "key")(x)
+        value = heads(padded.num_kv_heads, "value")(x)
         # Over H, head by head (Qwen3).
         if config.qk_norm:
             query = _norm(config, "query_norm")(query)
@@ -299,19 +313,12 @@ class FeedForward(nn.Module):
         return _project(config, config.width, config.mlp_bias, "down")(hidden)
 
 
-def _check_columns(config: DecoderConfig, columns: int) -> None:
-    """Beyond the table a position would be NaN, and NaN behind a row's end spoils the row."""
-    if columns > config.max_positions:
-        raise ModelError(
-            f"{columns} columns (soft prompt and new tokens included) in a {config.family} model "
-            f"of {config.max_positions} positions; shorten the rows or the soft prompt"
-        )
-
-
 def rotate(config: DecoderConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary embedding of `[B, T, heads, H]` at `positions` `[B or 1, T]`, halves layout."""
+    # The pair (x_i, x_{i + H/2}) of a head is a point of the plane, turned by position times
+    # frequency i: the product of a query and a key then depends on how far apart they stand alone.
     # In float32: at position 8,000 bfloat16 would be off by whole turns.
-    angles = positions[..., None] * _frequencies(config)  # [B, T, H/2]
+    angles = positions[..., None] * rotary_frequencies(config)  # [B, T, H/2]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     # Hugging Face's layout: pairs are (i, i + H/2), not neighbours.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -319,7 +326,7 @@ def rotate(config: DecoderConfig, x: jax.Array, positions: jax.Array) -> jax.Arr
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def _frequencies(config: DecoderConfig) -> jax.Array:
+def rotary_frequencies(config: DecoderConfig) -> jax.Array:
     """Radians per position, `[H/2]`, scaled as Llama 3.1 or linearly where the config says so."""
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = config.rope_theta**-exponent
@@ -328,7 +335,8 @@ def _frequencies(config: DecoderConfig) -> jax.Array:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
-    # Llama 3.1: slow frequencies are stretched, fast ones kept, those between interpolated.
+    # Llama 3.1: what turns fewer than low_freq_factor times within the original length is stretched
+    # by the factor, what turns more than high_freq_factor times is kept, between them interpolated.
     turns = scaling.original_max_position * frequency / (2 * jnp.pi)
     smooth = (turns - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -372,29 +380,13 @@ def _layers(config: DecoderConfig) -> nn.Module:
 def _project(
     config: DecoderConfig, features, use_bias: bool, name: str, axis: int | tuple[int, ...] = -1
 ) -> nn.DenseGeneral:
-    return nn.DenseGeneral(
-        features,
-        axis=axis,
-        use_bias=use_bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        name=name,
-    )
+    dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    return nn.DenseGeneral(features, axis=axis, use_bias=use_bias, name=name, **dtypes)
 
 
 def _norm(config: DecoderConfig, name: str) -> nn.Module:
+    how = {"epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
     if config.norm == "rms":
-        return nn.RMSNorm(
-            epsilon=config.norm_eps,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            name=name,
-        )
+        return nn.RMSNorm(name=name, **how)
     # E[x²] - E[x]² in float32 loses what large means leave.
-    return nn.LayerNorm(
-        epsilon=config.norm_eps,
-        use_fast_variance=False,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        name=name,
-    )
+    return nn.LayerNorm(use_fast_variance=False, name=name, **how)

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.families.base import HEAD
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.hub import pretrained_name, repository_of, resolve_model
 from promptkd_jax.models.io.params import has_head_of_its_own, load_params
 from promptkd_jax.models.io.safetensors import (
@@ -88,7 +88,7 @@ def load_model(
         # As transformers 5 does; the config says so from here on, for whoever reads an export.
         config, hf_config = config.replace(tied=False), {**hf_config, "tie_word_embeddings": False}
         distributed.warn(
-            f"{path}: its config ties the head to the embedding, but {families.HEAD} is another "
+            f"{path}: its config ties the head to the embedding, but {HEAD} is another "
             "matrix than the embedding; it is used"
         )
     parts = 1 if mesh is None else mesh.shape["tensor"]

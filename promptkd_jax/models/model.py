@@ -11,7 +11,7 @@ import numpy as np
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.families.registry import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +64,17 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
         return jax.tree.map(jnp.copy, params | {"layers": stack})
 
     # The copies lie where the originals do, cut as they are.
-    where = jax.tree.map(_committed_to, model.params)
+    where = jax.tree.map(
+        lambda x: x.sharding if isinstance(x, jax.Array) and x.committed else None, model.params
+    )
     params = jax.jit(keep, out_shardings=where)(model.params)
-    depth_field = families.family(config).depth_field
+    depth_field = FAMILIES[config.family].depth_field
     hf_config = {**model.hf_config, depth_field: len(layers)}
     # Of models whose layers differ, the list has to name those that are left.
     if "layer_types" in hf_config:
         hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
     decoder = Decoder(config.replace(num_layers=len(layers)))
     return model.replace(decoder=decoder, params=params, hf_config=hf_config)
-
-
-def _committed_to(x: Any) -> Any:
-    return x.sharding if isinstance(x, jax.Array) and x.committed else None
 
 
 def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:

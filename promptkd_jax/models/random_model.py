@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import pad
 from promptkd_jax.models.model import Model
 

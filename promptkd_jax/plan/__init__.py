@@ -6,6 +6,5 @@ ahead, hlo    compiled for chips that nobody has; what such a program sends
 roofline      memory, work and traffic, counted
 remat         what the backward pass may keep, by the memory of the devices that are here
 chips         what a chip has and costs, which slices there are
-architectures the shapes of well-known models
 tables        for the terminal
 """

@@ -19,14 +19,14 @@ from promptkd_jax.data.top_k import TopK
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import io_errors, is_remote, to_path
-from promptkd_jax.models.config import DecoderConfig, from_hugging_face
+from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io.hub import download, hub_id, resolve_model, student_of_run
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.model import Model, chosen_layers, end_ids
 from promptkd_jax.models.random_model import PREFIX, synthetic_config
-from promptkd_jax.plan.architectures import CONFIGS
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import needs_the_teacher
 from promptkd_jax.training.experiment import Experiment, Stage
@@ -187,7 +187,7 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
 
 def stored_config(path: str) -> tuple[dict[str, Any], str]:
     """The `config.json` of a model, and where it is from: its folder or file, the built-in table
-    (see `architectures`), or the hub.
+    (see `families.registry.PUBLISHED`), or the hub.
 
     Raises:
       ModelError: it is nowhere, or no JSON.
@@ -211,8 +211,8 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
     if is_remote(path):
         raise ModelError(f"model {path!r}: no such folder or file in the bucket")
     repository, _ = hub_id(path)
-    if repository in CONFIGS:
-        return CONFIGS[repository], "the built-in table of architectures"
+    if repository in PUBLISHED:
+        return PUBLISHED[repository], "the built-in table of architectures"
     return read_json(download(path, ["config.json"]) / "config.json"), "the hub"
 
 

@@ -16,7 +16,7 @@ from promptkd_jax.distill.optimizer import (
     round_stochastically,
     schedule,
 )
-from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.training import build
 from promptkd_jax.training.recipes import stage_config

@@ -14,8 +14,8 @@ from promptkd_jax.distill.method import TARGETS, Method, TargetSource
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra.specs import declared
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder, embed, head
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.sampler import Sampling
 

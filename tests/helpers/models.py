@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder, head
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model

@@ -23,8 +23,8 @@ from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.specs import declared
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.sampler import Sampling
 

@@ -12,8 +12,9 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill.method import Execution, Method
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.infra.specs import declared
-from promptkd_jax.models.config import DecoderConfig, from_hugging_face
+from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder, head
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.sampler import Sampling
 

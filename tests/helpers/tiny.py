@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.model import Model
 from promptkd_jax.training.recipes import base_config, method_stage, sampling_config, stage_config

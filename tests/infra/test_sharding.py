@@ -34,8 +34,8 @@ from promptkd_jax.infra.sharding import (
     shardings,
     spec,
 )
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.sampler import Sampling, row_keys, sample

@@ -176,7 +176,7 @@ from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
-from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.params import abstract_params
 

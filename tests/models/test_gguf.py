@@ -21,8 +21,9 @@ from helpers.gguf_files import (
 )
 
 from promptkd_jax.infra.errors import GGUFError, ModelError
-from promptkd_jax.models.config import RopeScaling, from_hugging_face
+from promptkd_jax.models.config import RopeScaling
 from promptkd_jax.models.decoder import head
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.gguf import open_gguf
 from promptkd_jax.models.io.params import load_params
 from promptkd_jax.models.load import load_model
@@ -328,7 +329,7 @@ def test_another_architecture_is_refused(plain):
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count = 8; only the head width, 16"),
         ({"llama.attention.value_length": 32}, "value_length = 32; only"),
         ({"llama.attention.key_length": 32}, "dimension_count = 16; only the head width, 32"),
-        ({"llama.expert_count": 8}, "expert_count = 8 is not supported.*not a plain Llama"),
+        ({"llama.expert_count": 8}, "expert_count = 8 is not supported.*not a plain llama"),
         ({"llama.attention.sliding_window": 4096}, "sliding_window = 4096 is not supported"),
         ({"split.count": 3}, "one of 3 parts; join them"),
         ({"tokenizer.ggml.eos_token_id": 40}, "eos_token_id = 40, but there are only 40 tokens"),
@@ -358,7 +359,7 @@ def test_a_file_of_the_vocabulary_alone_is_refused(plain):
 def test_a_tensor_that_no_llama_has_is_named(plain, name):
     keys, tensors, path = plain
     tensors[name] = tensors["blk.0.attn_norm.weight"]
-    with pytest.raises(GGUFError, match=rf"1 tensors that a plain Llama .*{re.escape(name)}$"):
+    with pytest.raises(GGUFError, match=rf"1 tensors that a plain llama .*{re.escape(name)}$"):
         open_gguf(write(path, keys, tensors))
 
 

@@ -29,9 +29,10 @@ from helpers.models import (
 from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import RopeScaling, from_hugging_face
+from promptkd_jax.models.config import RopeScaling
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.families.base import HEAD
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.load import load_model
@@ -368,7 +369,7 @@ def _hub_gpt2(tensors):
 
 
 def _with_head(embedding: str):
-    return lambda tensors: tensors | {families.HEAD: tensors[embedding].copy()}
+    return lambda tensors: tensors | {HEAD: tensors[embedding].copy()}
 
 
 OLDER_FILES = {

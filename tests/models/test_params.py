@@ -20,9 +20,9 @@ from flax import traverse_util
 from helpers.families import FAMILIES
 from helpers.models import assert_same_params, random_model
 
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.families import registry
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export, params
 from promptkd_jax.models.io.export import save_model, to_hugging_face, write_tensors
 from promptkd_jax.models.io.params import abstract_params, load_params
@@ -102,8 +102,8 @@ def test_a_part_reads_its_elements_once_and_no_others(family):
     config = from_hugging_face(source.config)
     whole = flat(load_params(source, config))
     assert all((times == 1).all() for times in source.times.values()), "whole"
-    prefix = families.family(config).prefix
-    for row in families.family(config).rows:
+    table = registry.FAMILIES[config.family]
+    for row in table.tensors(config):
         shape = whole[row.path].shape
         halves = [(n // 2, n) for n in shape]
         cuts = [
@@ -112,7 +112,7 @@ def test_a_part_reads_its_elements_once_and_no_others(family):
         ]
         for cut in (*cuts, halves):
             before = source.elements
-            part = params._read(source, config, row, prefix, tuple(cut))
+            part = params._read(source, config, row, table.prefix, tuple(cut))
             expected = whole[row.path][tuple(slice(*bounds) for bounds in cut)]
             np.testing.assert_array_equal(part, expected, err_msg=f"{row.path} {cut}")
             assert source.elements - before == part.size, (row.path, cut)
@@ -249,7 +249,7 @@ from promptkd_jax.models.random_model import synthetic_model
 from promptkd_jax.models.io import export
 from promptkd_jax.models import load
 from promptkd_jax.models.io import params as streaming
-from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.model import Model, keep_layers

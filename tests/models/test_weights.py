@@ -17,8 +17,8 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
-from promptkd_jax.models.config import from_hugging_face
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.families.base import HEAD
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export, params
 from promptkd_jax.models.io.export import save_model, save_without_weights
 from promptkd_jax.models.io.params import all_finite
@@ -89,7 +89,7 @@ def test_a_head_of_its_own_is_used_as_by_transformers(name, embedding, tmp_path,
 
     def add_head(tensors):
         noise = np.random.default_rng(5).normal(0, 0.5, tensors[embedding].shape)
-        tensors[families.HEAD] = tensors[embedding] + noise.astype(np.float32)
+        tensors[HEAD] = tensors[embedding] + noise.astype(np.float32)
 
     store(tmp_path, add_head)
     with jax.default_matmul_precision("highest"):
@@ -107,21 +107,21 @@ def test_a_head_of_its_own_is_used_as_by_transformers(name, embedding, tmp_path,
 
 def test_a_head_that_differs_in_its_last_element_alone(folder, monkeypatch):
     def add_head(tensors):
-        tensors[families.HEAD] = tensors[EMBEDDING].copy()
+        tensors[HEAD] = tensors[EMBEDDING].copy()
 
     assert load_model(str(store(folder, add_head))).decoder.config.tied
     monkeypatch.setattr(params, "PIECE_BYTES", 1000)  # in many pieces
     assert load_model(str(folder)).decoder.config.tied
 
     def change(tensors):
-        tensors[families.HEAD][-1, -1] += 1
+        tensors[HEAD][-1, -1] += 1
 
     assert not load_model(str(store(folder, change))).decoder.config.tied
 
 
 def test_a_head_of_another_shape_is_refused(folder):
     def add_head(tensors):
-        tensors[families.HEAD] = tensors[EMBEDDING][:-1].copy()
+        tensors[HEAD] = tensors[EMBEDDING][:-1].copy()
 
     refused(store(folder, add_head), "tensor lm_head.weight has shape .* the config asks for")
 
@@ -213,7 +213,7 @@ def test_every_command_ends_with_the_name_of_the_tensor(command, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool", "float8_e4m3fn"])
-@pytest.mark.parametrize("name", [UP, families.HEAD])
+@pytest.mark.parametrize("name", [UP, HEAD])
 def test_weights_stored_as_something_else_are_refused(folder, dtype, name):
     def quantise(tensors):
         tensors[name] = np.clip(100 * tensors.get(name, tensors[EMBEDDING]), -100, 100)

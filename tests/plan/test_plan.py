@@ -20,11 +20,12 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import write_json
-from promptkd_jax.models.config import from_hugging_face
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
+from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
+from promptkd_jax.models.io.hub import hub_id
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.plan import abstract_run as abstract_run_module
-from promptkd_jax.plan import ahead, architectures, chips, hlo, remat, roofline, tables
+from promptkd_jax.plan import ahead, chips, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, stored_config
 from promptkd_jax.training.checks import checked
@@ -32,14 +33,27 @@ from promptkd_jax.training.config import load_config
 from promptkd_jax.training.recipes import base_config, method_stage
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = architectures._llama(512, 3, 4, 4, 1024, vocab_size=1024)
-SMALLER = architectures._llama(256, 2, 4, 2, 512, vocab_size=1024)
+
+
+def llama(width: int, layers: int, num_kv_heads: int, feed_forward: int, vocab_size: int) -> dict:
+    return PUBLISHED["huggyllama/llama-7b"] | {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": num_kv_heads,
+        "intermediate_size": feed_forward,
+        "vocab_size": vocab_size,
+    }
+
+
+SMALL = llama(512, 3, 4, 1024, vocab_size=1024)
+SMALLER = llama(256, 2, 2, 512, vocab_size=1024)
 
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
-    table = architectures.CONFIGS | {"some/small": SMALL, "some/smaller": SMALLER}
-    monkeypatch.setattr("promptkd_jax.plan.abstract_run.CONFIGS", table)
+    table = PUBLISHED | {"some/small": SMALL, "some/smaller": SMALLER}
+    monkeypatch.setattr("promptkd_jax.plan.abstract_run.PUBLISHED", table)
 
 
 def small_config(**changes) -> ConfigDict:
@@ -85,7 +99,7 @@ def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
     ],
 )
 def test_known_architectures_have_the_published_number_of_parameters(name, billions):
-    params = abstract_params(from_hugging_face(architectures.CONFIGS[name], name))
+    params = abstract_params(from_hugging_face(PUBLISHED[name], name))
     assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
@@ -93,7 +107,7 @@ def test_known_architectures_have_the_published_number_of_parameters(name, billi
 def test_every_model_of_the_large_configs_is_known(file):
     config = checked(load_config([f"--config={ROOT / 'configs' / file}.py"])[0])
     for model in (config.teacher, config.student):
-        assert model.path in architectures.CONFIGS
+        assert hub_id(model.path)[0] in PUBLISHED
         assert model.remat == "full" and model.dtype == "bfloat16"
     assert config.student.param_dtype == "float32"
 
@@ -167,7 +181,7 @@ def test_more_devices_have_room_for_more():
 def test_what_layers_keep_is_what_xla_keeps():
     """Of a deep decoder alone, by the compiler's own account of one gradient."""
     tokens, found, expected = jnp.zeros((32, 64), jnp.int32), {}, {}
-    deep = architectures._llama(256, 24, 4, 2, 512, vocab_size=64)
+    deep = llama(256, 24, 2, 512, vocab_size=64)
 
     def loss(params, decoder):
         return jnp.sum(decoder.apply({"params": params}, tokens) ** 2)
@@ -241,7 +255,7 @@ def test_the_cache_counts_both_keys_and_values_of_every_column():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_operations_are_those_that_xla_counts(family):
     """One layer, which XLA counts once as it does a loop. It also counts norms and softmax."""
-    gpt2 = architectures._gpt2(256, 1, 4) | {"vocab_size": 512}
+    gpt2 = PUBLISHED["openai-community/gpt2"] | {"n_embd": 256, "n_head": 4, "vocab_size": 512}
     config = from_hugging_face({"llama": SMALLER, "gpt2": gpt2}[family]).replace(num_layers=1)
     decoder, params = Decoder(config), abstract_params(config)
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)

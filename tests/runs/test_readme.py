@@ -40,18 +40,20 @@ def test_a_first_page_is_read_in_a_sitting():
 
 
 def test_the_file_map_is_that_of_the_package():
-    """One line a file, but for small ones of a kind; `io/` is a folder of `models`."""
+    """One line a file, or one for small files of a kind; `io/` is a folder of `models`."""
     lines = README[README.index("```text\npromptkd_jax/\n") :].splitlines()[2:]
-    folder, mapped = pathlib.Path(), []
+    package, folder, mapped = ROOT / "promptkd_jax", pathlib.Path(), []
     for line in itertools.takewhile(lambda line: line != "```", lines):
-        names, said = re.fullmatch(r" +(\S+(?: \S+)*) {2,}(\S.*)|$", line).groups()
+        names, said = re.fullmatch(r" +(\S+(?: \S+)*) {2,}(\S.*)", line).groups()
         assert said, line
-        if names.endswith("/"):
+        of_root = line[2:3] != " "
+        if names.endswith("/") and of_root:
             folder = pathlib.Path(names)
+        elif names.endswith("/"):
+            files = (package / folder / names).glob("[!_]*.py")
+            mapped += [str(file.relative_to(package)) for file in files]
         else:
-            of_root = line[2:3] != " "
             mapped += [name if of_root else str(folder / name) for name in names.split(" ")]
-    package = ROOT / "promptkd_jax"
     files = [str(file.relative_to(package)) for file in package.rglob("*.py")]
     assert sorted(mapped) == sorted(f for f in files if "/" not in f or "__init__" not in f)
 

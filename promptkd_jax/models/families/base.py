@@ -1,33 +1,46 @@
-"""Which Hugging Face tensor is which parameter: one table per family, used in both directions.
+"""What a family of models is, and the pieces that tables and readers of several share.
 
-A row is (Hugging Face name, path in our parameter tree, pattern). The pattern is einops notation
-from the stored layout to ours and at the same time the shape: V vocabulary, P rows of the position
-table, D width, N heads, K key/value heads, H head width, F feed-forward width. `{}` in a name is
-the layer; such parameters are stacked along a leading L. `C` joins tensors that are stored fused:
-the row's `part` says which slice along C is meant. Letters that are stored as one dimension stand
-together and in the same order in ours.
+A family is a file of this folder: it reads the family's `config.json` into a `DecoderConfig`, says
+which Hugging Face tensor is which parameter (one table, used in both directions), how llama.cpp
+stores it if GGUF files of it are read, and which shapes are published.
+
+A row of a table is (Hugging Face name, path in our parameter tree, pattern). The pattern is einops
+notation from the stored layout to ours and at the same time the shape: V vocabulary, P rows of the
+position table, D width, N heads, K key/value heads, H head width, F feed-forward width. `{}` in a
+name is the layer; such parameters are stacked along a leading L. Letters that are stored as one
+dimension stand together and in the same order in ours.
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.config import DecoderConfig, RopeScaling
 
 HEAD = "lm_head.weight"  # the one name that stands outside of the prefix
+_DIMENSION = re.compile(r"\([^)]*\)|[A-Z]")  # of a pattern: "(N H)" or "D"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One row of a table."""
+    """One row of a table.
+
+    Some tensors are stored fused, end to end along one dimension: `fused` has the letters of that
+    dimension for each of them, ("N H", "K H", "K H") for query, key and value, and `part` says
+    which one the row is. The pattern is that of the part alone.
+    """
 
     name: str
     path: str
     pattern: str
-    part: int | None = None
+    fused: tuple[str, ...] = ()
+    part: int = 0
 
     @property
     def per_layer(self) -> bool:
@@ -37,24 +50,43 @@ class Tensor:
     @property
     def stored(self) -> tuple[tuple[str, ...], ...]:
         """The letters of each stored dimension: (("N", "H"), ("D",)) for "(N H) D"."""
-        groups = re.findall(r"\([^)]*\)|[A-Z]", self.pattern.split(" -> ")[0])
+        groups = _DIMENSION.findall(self.pattern.split(" -> ")[0])
         return tuple(tuple(group.strip("()").split()) for group in groups)
 
     @property
     def ours(self) -> tuple[str, ...]:
-        """The letters of our dimensions, without L, and without the C of a `part`."""
-        letters = tuple(self.pattern.split(" -> ")[1].split())
-        return letters if self.part is None else letters[1:]
+        """The letters of our dimensions, without L."""
+        return tuple(self.pattern.split(" -> ")[1].split())
 
     @property
     def to_stored(self) -> str:
-        """einops notation from ours, without L, to the stored layout, both without C."""
-        groups = (" ".join(x for x in group if x in self.ours) for group in self.stored)
-        return f"{' '.join(self.ours)} -> {' '.join(f'({group})' for group in groups)}"
+        """einops notation from ours, without L, to the stored layout."""
+        return " -> ".join(reversed(self.pattern.split(" -> ")))
+
+    @property
+    def fused_axis(self) -> int:
+        """The stored dimension along which parts lie end to end."""
+        return self.stored.index(tuple(self.fused[self.part].split()))
+
+    @property
+    def layout(self) -> str:
+        """The stored dimensions, those of all parts: "D (N H + K H + K H)"."""
+        groups = [" ".join(group) for group in self.stored]
+        if self.fused:
+            groups[self.fused_axis] = " + ".join(self.fused)
+        return " ".join(f"({group})" if " " in group else group for group in groups)
 
     def stored_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in a file."""
-        return tuple(math.prod(sizes[x] for x in group) for group in self.stored)
+        """The shape in a file, all parts together."""
+        shape = [math.prod(sizes[x] for x in group) for group in self.stored]
+        if self.fused:
+            shape[self.fused_axis] = self._ends(sizes)[-1]
+        return tuple(shape)
+
+    def _ends(self, sizes: Mapping[str, int]) -> list[int]:
+        """Where each part ends along `fused_axis`."""
+        extents = (math.prod(sizes[x] for x in letters.split()) for letters in self.fused)
+        return list(itertools.accumulate(extents))
 
     def stretches(
         self, sizes: Mapping[str, int], bounds: Mapping[str, tuple[int, int]]
@@ -69,147 +101,69 @@ class Tensor:
           For each stored dimension the (start, stop) of its stretches, as few as there can be, in
           the order in which their elements come in the part.
         """
-        if self.part is not None:
-            bounds = {**bounds, "C": (self.part, self.part + 1)}
-        found = []
-        for group in self.stored:
-            shape = [sizes[x] for x in group]
-            chosen = tuple(slice(*bounds[x]) for x in group)
-            indices = np.arange(math.prod(shape)).reshape(shape)[chosen].ravel()
-            pieces = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
-            found.append([(int(piece[0]), int(piece[-1]) + 1) for piece in pieces])
-        return found
+        # One stored dimension is a box of its letters, row by row: of "(N H)" with N=4 and H=2, the
+        # first half of every head, H 0:1, is the elements 0, 2, 4, 6: four stretches of one. All of
+        # heads 1 and 2 is one stretch, 2:6.
+        stretches = []
+        for axis, group in enumerate(self.stored):
+            box = [sizes[x] for x in group]
+            inside = tuple(slice(*bounds[x]) for x in group)
+            indices = np.arange(math.prod(box)).reshape(box)[inside].ravel()
+            if self.part and axis == self.fused_axis:
+                indices += self._ends(sizes)[self.part - 1]
+            runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+            stretches.append([(int(run[0]), int(run[-1]) + 1) for run in runs])
+        return stretches
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFLayout:
+    """How llama.cpp stores a family.
+
+    Attributes:
+      architecture: `general.architecture` of the file, and the prefix of its settings.
+      names: GGUF name -> Hugging Face name; `{}` is the layer in both.
+      fields: setting -> field of `config.json`, of those beyond `gguf.FIELDS`; a file must have
+        them.
+      constants: the fields of `config.json` that are the same in all files.
+      rotary_pairs: ending of a Hugging Face name -> field that has its number of heads, of the
+        tensors whose rows llama.cpp's converter permutes.
+    """
+
+    architecture: str
+    names: Mapping[str, str]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rotary_pairs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The table of a family, the prefixes its files come with, and tensors that carry nothing."""
+    """How the files of one `model_type` are read and written.
 
+    Attributes:
+      model_type: what `config.json` calls it; `DecoderConfig.family`.
+      architecture: the class of `transformers`.
+      read: (config.json, its place for messages) -> DecoderConfig; a KeyError is a missing field.
+      tensors: the table for a model of that config.
+      prefix: of all names but `HEAD`, as `transformers` writes them today.
+      other_prefixes: those that older files have instead.
+      ignored: regular expressions, below the prefix, of tensors that carry nothing.
+      depth_field: of `config.json`, the number of layers.
+      gguf: None where no GGUF file of it is read.
+      published: `config.json` by hub id, so that a run can be planned without its files.
+    """
+
+    model_type: str
     architecture: str
-    depth_field: str
-    prefix: str  # as transformers writes it today
-    other_prefixes: tuple[str, ...]
-    rows: tuple[Tensor, ...]
-    ignored: tuple[str, ...] = ()  # regular expressions
-
-
-def _attention(layer: str, *, bias: bool, out: str) -> list[Tensor]:
-    """Separate query, key, value and output projections, stored [out, in]."""
-    rows = [Tensor(f"{layer}.self_attn.{out}.weight", _at("out/kernel"), "D (N H) -> N H D")]
-    if bias:
-        rows.append(Tensor(f"{layer}.self_attn.{out}.bias", _at("out/bias"), "D -> D"))
-    for name, letter in (("query", "N"), ("key", "K"), ("value", "K")):
-        stem = f"{layer}.self_attn.{name[0]}_proj"
-        rows.append(
-            Tensor(f"{stem}.weight", _at(f"{name}/kernel"), f"({letter} H) D -> D {letter} H")
-        )
-        if bias:
-            rows.append(Tensor(f"{stem}.bias", _at(f"{name}/bias"), f"({letter} H) -> {letter} H"))
-    return rows
-
-
-def _at(path: str) -> str:
-    return f"layers/attention/{path}"
-
-
-def _dense(stem: str, path: str, sizes: str, *, bias: bool) -> list[Tensor]:
-    """A projection stored [out, in]; `sizes` is "IN OUT"."""
-    fan_in, fan_out = sizes.split()
-    rows = [Tensor(f"{stem}.weight", f"{path}/kernel", f"{fan_out} {fan_in} -> {sizes}")]
-    if bias:
-        rows.append(Tensor(f"{stem}.bias", f"{path}/bias", f"{fan_out} -> {fan_out}"))
-    return rows
-
-
-def _layer_norm(stem: str, path: str) -> list[Tensor]:
-    return [
-        Tensor(f"{stem}.weight", f"{path}/scale", "D -> D"),
-        Tensor(f"{stem}.bias", f"{path}/bias", "D -> D"),
-    ]
-
-
-def _embedding(name: str, config: DecoderConfig) -> list[Tensor]:
-    """The embedding, and the head where it is another matrix."""
-    rows = [Tensor(name, "embed/embedding", "V D -> V D")]
-    return rows if config.tied else [*rows, Tensor(HEAD, "lm_head", "V D -> V D")]
-
-
-def _gpt2(config: DecoderConfig) -> Family:
-    layer = "h.{}"
-    rows = [
-        *_embedding("wte.weight", config),
-        Tensor("wpe.weight", "positions/embedding", "P D -> P D"),
-        *_layer_norm("ln_f", "final_norm"),
-        *_layer_norm(f"{layer}.ln_1", "layers/attention_norm"),
-        *_layer_norm(f"{layer}.ln_2", "layers/mlp_norm"),
-        Tensor(f"{layer}.attn.c_proj.weight", _at("out/kernel"), "(N H) D -> N H D"),
-        Tensor(f"{layer}.attn.c_proj.bias", _at("out/bias"), "D -> D"),
-        Tensor(f"{layer}.mlp.c_fc.weight", "layers/mlp/up/kernel", "D F -> D F"),
-        Tensor(f"{layer}.mlp.c_fc.bias", "layers/mlp/up/bias", "F -> F"),
-        Tensor(f"{layer}.mlp.c_proj.weight", "layers/mlp/down/kernel", "F D -> F D"),
-        Tensor(f"{layer}.mlp.c_proj.bias", "layers/mlp/down/bias", "D -> D"),
-    ]
-    for kind, pattern in (("weight", "D (C N H) -> C D N H"), ("bias", "(C N H) -> C N H")):
-        for part, name in enumerate(("query", "key", "value")):
-            path = _at(f"{name}/{'kernel' if kind == 'weight' else 'bias'}")
-            rows.append(Tensor(f"{layer}.attn.c_attn.{kind}", path, pattern, part))
-    buffers = (r"h\.\d+\.attn\.(bias|masked_bias)",)
-    return Family("GPT2LMHeadModel", "n_layer", "transformer.", ("",), tuple(rows), buffers)
-
-
-def _opt(config: DecoderConfig) -> Family:
-    layer = "layers.{}"
-    rows = [
-        *_embedding("embed_tokens.weight", config),
-        Tensor("embed_positions.weight", "positions/embedding", "P D -> P D"),
-        *_layer_norm("final_layer_norm", "final_norm"),
-        *_layer_norm(f"{layer}.self_attn_layer_norm", "layers/attention_norm"),
-        *_layer_norm(f"{layer}.final_layer_norm", "layers/mlp_norm"),
-        *_attention(layer, bias=True, out="out_proj"),
-        *_dense(f"{layer}.fc1", "layers/mlp/up", "D F", bias=True),
-        *_dense(f"{layer}.fc2", "layers/mlp/down", "F D", bias=True),
-    ]
-    return Family(
-        "OPTForCausalLM", "num_hidden_layers", "model.decoder.", ("decoder.", ""), tuple(rows)
-    )
-
-
-def _llama_like(config: DecoderConfig, architecture: str) -> Family:
-    layer = "layers.{}"
-    attention = _attention(layer, bias=config.qkv_bias, out="o_proj")
-    rows = [
-        *_embedding("embed_tokens.weight", config),
-        Tensor("norm.weight", "final_norm/scale", "D -> D"),
-        Tensor(f"{layer}.input_layernorm.weight", "layers/attention_norm/scale", "D -> D"),
-        Tensor(f"{layer}.post_attention_layernorm.weight", "layers/mlp_norm/scale", "D -> D"),
-        *(row for row in attention if config.out_bias or row.path != _at("out/bias")),
-        *_dense(f"{layer}.mlp.gate_proj", "layers/mlp/gate", "D F", bias=config.mlp_bias),
-        *_dense(f"{layer}.mlp.up_proj", "layers/mlp/up", "D F", bias=config.mlp_bias),
-        *_dense(f"{layer}.mlp.down_proj", "layers/mlp/down", "F D", bias=config.mlp_bias),
-    ]
-    if config.qk_norm:
-        for name in ("query", "key"):
-            stored = f"{layer}.self_attn.{name[0]}_norm.weight"
-            rows.append(Tensor(stored, _at(f"{name}_norm/scale"), "H -> H"))
-    buffers = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-    return Family(architecture, "num_hidden_layers", "model.", ("",), tuple(rows), buffers)
-
-
-_LLAMA_LIKE = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-
-def family(config: DecoderConfig) -> Family:
-    """The table for a model of `config`."""
-    if config.family == "gpt2":
-        return _gpt2(config)
-    if config.family == "opt":
-        return _opt(config)
-    return _llama_like(config, _LLAMA_LIKE[config.family])
+    read: Callable[[Mapping[str, Any], str], DecoderConfig]
+    tensors: Callable[[DecoderConfig], tuple[Tensor, ...]]
+    prefix: str = "model."
+    other_prefixes: tuple[str, ...] = ("",)
+    ignored: tuple[str, ...] = ()
+    depth_field: str = "num_hidden_layers"
+    gguf: GGUFLayout | None = None
+    published: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
@@ -222,5 +176,105 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
         "K": config.num_kv_heads,
         "H": config.head_dim,
         "F": config.mlp_width,
-        "C": 3,
+    }
+
+
+# Pieces of tables.
+
+
+def linear_rows(
+    stem: str,
+    path: str,
+    pattern: str,
+    *,
+    bias: bool,
+    in_out: bool = False,
+    fused: tuple[str, ...] = (),
+    part: int = 0,
+) -> list[Tensor]:
+    """The kernel of a projection and, with `bias`, its bias: of the letters of the output, which
+    are stored first, or last where a kernel is stored `in_out`."""
+    rows = [Tensor(f"{stem}.weight", f"{path}/kernel", pattern, fused, part)]
+    if bias:
+        out = _DIMENSION.findall(pattern.split(" -> ")[0])[-1 if in_out else 0]
+        out = f"{out} -> {out.strip('()')}"
+        rows.append(Tensor(f"{stem}.bias", f"{path}/bias", out, fused, part))
+    return rows
+
+
+def norm_rows(stem: str, path: str, *, bias: bool = False, letter: str = "D") -> list[Tensor]:
+    """The scale of a norm over `letter` and, with `bias`, its bias."""
+    pattern = f"{letter} -> {letter}"
+    rows = [Tensor(f"{stem}.weight", f"{path}/scale", pattern)]
+    return [*rows, Tensor(f"{stem}.bias", f"{path}/bias", pattern)] if bias else rows
+
+
+def embedding_rows(name: str, config: DecoderConfig) -> list[Tensor]:
+    """The embedding, and the head where it is another matrix."""
+    rows = [Tensor(name, "embed/embedding", "V D -> V D")]
+    return rows if config.tied else [*rows, Tensor(HEAD, "lm_head", "V D -> V D")]
+
+
+# Pieces of readers.
+
+
+def require(c: Mapping[str, Any], source: str, **expected: Any) -> None:
+    """Raises ModelError for a field that is there and of another value."""
+    for field, right in expected.items():
+        if (found := c.get(field, right)) != right:
+            raise ModelError(f"{source}: {field} = {found!r} is not supported (only {right!r})")
+
+
+def read_rope(c: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from `rope_parameters` (transformers 5) or the older flat fields."""
+    new, old = (c.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
+    if new and old and _without_theta(new) != _without_theta(old):
+        raise ModelError(
+            f"{source}: rope_parameters {new} and rope_scaling {old} contradict one another; "
+            "remove the wrong one"
+        )
+    rope = new or old
+    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
+    if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise ModelError(
+        f"{source}: rope_type {kind!r} is not supported; supported: default, linear, llama3"
+    )
+
+
+def _without_theta(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling alone; theta may stand beside it."""
+    scaling = {key: x for key, x in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    return scaling | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+
+
+# Published shapes.
+
+
+def published(
+    fields: tuple[str, ...], *models: tuple[Mapping[str, Any], tuple[int, ...], *tuple[str, ...]]
+) -> dict[str, dict[str, Any]]:
+    """`config.json` by hub id.
+
+    Args:
+      fields: the names of the sizes that differ from model to model.
+      models: (what they have in common, sizes, hub ids of models of these sizes).
+    """
+    return {
+        name: common | dict(zip(fields, model_sizes, strict=True))
+        for common, model_sizes, *names in models
+        for name in names
     }

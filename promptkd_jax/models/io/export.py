@@ -4,6 +4,7 @@ Stored tensors are brought to the host one after another and written shard by sh
 parameters lie. All processes take part; the first one writes.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -16,18 +17,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import einops
-import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from promptkd_jax.infra import distributed, files, sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.families.base import Tensor, sizes
+from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.params import PIECE_BYTES, stored_names
 from promptkd_jax.models.model import Model
 
@@ -43,36 +43,34 @@ def to_hugging_face(params: Any, config: DecoderConfig) -> dict[str, np.ndarray]
 def stored_tensors(params: Any, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yields what `to_hugging_face` gives, one by one. All processes must take them in step."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    letters = families.sizes(config)
-    for rows in _rows_of_tensors(config):
-        stored, ours = rows[0].pattern.split(" -> ")
-        used = {letter: size for letter, size in letters.items() if letter in stored}
+    letters = sizes(config)
+    for names, rows in _rows_by_tensor(config):
         arrays = zip(*(_on_host(flat[row.path], row.per_layer) for row in rows), strict=True)
-        own = tuple(slice(letters[letter]) for letter in rows[0].ours)
-        for name, parts in zip(_names(rows, config), arrays, strict=True):
-            parts = [part[own] for part in parts]
-            array = parts[0] if rows[0].part is None else np.stack(parts)
-            array = einops.rearrange(array, f"{ours} -> {stored}", **used)
-            yield name, np.ascontiguousarray(array)
+        for name, parts in zip(names, arrays, strict=True):
+            # Each without padding, in the layout of the file; fused ones end to end.
+            parts = [
+                einops.rearrange(part[tuple(slice(letters[x]) for x in row.ours)], row.to_stored)
+                for row, part in zip(rows, parts, strict=True)
+            ]
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, rows[0].fused_axis)
+            yield name, np.ascontiguousarray(whole)
 
 
 def _stored_bytes(params: Any, config: DecoderConfig) -> Iterator[tuple[str, int]]:
     """Name and size of each of `stored_tensors`, in its order."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    for rows in _rows_of_tensors(config):
-        size = math.prod(rows[0].stored_shape(families.sizes(config)))
-        for name in _names(rows, config):
-            yield name, size * flat[rows[0].path].dtype.itemsize
+    for names, (row, *_) in _rows_by_tensor(config):
+        size = math.prod(row.stored_shape(sizes(config))) * flat[row.path].dtype.itemsize
+        yield from ((name, size) for name in names)
 
 
-def _rows_of_tensors(config: DecoderConfig) -> Iterator[list[families.Tensor]]:
-    """The rows of each stored tensor: GPT-2's fused query, key and value stand together."""
-    rows = families.family(config).rows
-    return (list(group) for _, group in itertools.groupby(rows, key=lambda row: row.name))
-
-
-def _names(rows: list[families.Tensor], config: DecoderConfig) -> Iterator[str]:
-    return stored_names(rows[0], config, families.family(config).prefix)
+def _rows_by_tensor(config: DecoderConfig) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """Yields the names of a tensor, of all layers, and its rows: several where it is fused."""
+    family, rows = FAMILIES[config.family], collections.defaultdict(list)
+    for row in family.tensors(config):
+        rows[row.name].append(row)
+    for parts in rows.values():
+        yield list(stored_names(parts[0], config, family.prefix)), parts
 
 
 def _on_host(x: Any, per_layer: bool) -> Iterator[np.ndarray]:
@@ -82,20 +80,8 @@ def _on_host(x: Any, per_layer: bool) -> Iterator[np.ndarray]:
     elif x.nbytes <= PIECE_BYTES:
         yield from sharding.to_host(x)
     else:
-        yield from (_layer_on_host(x, layer) for layer in range(x.shape[0]))
-
-
-def _layer_on_host(x: Any, layer: int) -> np.ndarray:
-    if not isinstance(x, jax.Array):
-        return x[layer]
-    everywhere = None
-    if not x.is_fully_addressable:
-        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-    return np.asarray(jax.jit(_take_layer, out_shardings=everywhere)(x, layer))
-
-
-def _take_layer(x: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        # An index by a number is a dynamic slice: compiled once for all layers.
+        yield from (sharding.to_host(x[layer]) for layer in range(x.shape[0]))
 
 
 def save_model(folder: str | os.PathLike, model: Model, *, card: str | None = None) -> None:
@@ -113,9 +99,8 @@ def save_model(folder: str | os.PathLike, model: Model, *, card: str | None = No
       ModelError: a file of weights cannot be written.
     """
     folder = files.to_path(folder)
-    distributed.run_on_primary(functools.partial(_save_configs, folder, model))
+    distributed.run_on_primary(functools.partial(_save_all_but_weights, folder, model, card))
     _save_tensors(folder, model)
-    distributed.run_on_primary(functools.partial(_save_texts, folder, model, card))
 
 
 def save_without_weights(folder: str | os.PathLike, model: Model) -> None:
@@ -123,19 +108,15 @@ def save_without_weights(folder: str | os.PathLike, model: Model) -> None:
 
     All processes must call it, and go on when the first has written everything.
     """
-    folder = files.to_path(folder)
-    distributed.run_on_primary(functools.partial(_save_configs, folder, model))
     known = "".join(f"{key}: {value}\n" for key, value in sorted(model.card.items()))
-    distributed.run_on_primary(functools.partial(_save_texts, folder, model, f"---\n{known}---\n"))
+    card, folder = f"---\n{known}---\n", files.to_path(folder)
+    distributed.run_on_primary(functools.partial(_save_all_but_weights, folder, model, card))
 
 
-def _save_configs(folder: epath.Path, model: Model) -> None:
+def _save_all_but_weights(folder: epath.Path, model: Model, card: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", _config_json(model))
-    _write_json(folder / "generation_config.json", _generation_json(model))
-
-
-def _save_texts(folder: epath.Path, model: Model, card: str | None) -> None:
+    files.write_json(folder / "config.json", _config_json(model))
+    files.write_json(folder / "generation_config.json", _generation_json(model))
     if model.tokenizer is not None:
         with _local(folder) as local:
             model.tokenizer.save_pretrained(local)
@@ -154,14 +135,14 @@ def _make_readable_by_transformers_4(file: pathlib.Path) -> None:
     if isinstance(extra := config.get("extra_special_tokens"), list):  # 4 has an object there
         config["additional_special_tokens"] = extra
         del config["extra_special_tokens"]
-    _write_json(file, config)
+    files.write_json(file, config)
 
 
 def _config_json(model: Model) -> dict[str, Any]:
     config = model.decoder.config
     dropped = ("torch_dtype", "_name_or_path")
     kept = {key: value for key, value in model.hf_config.items() if key not in dropped}
-    architecture = families.family(config).architecture
+    architecture = FAMILIES[config.family].architecture
     kept |= _flat_rope(kept)
     return {**kept, "architectures": [architecture], "dtype": config.param_dtype}
 
@@ -192,9 +173,12 @@ def _generation_json(model: Model) -> dict[str, Any]:
 
 
 def _save_tensors(folder: epath.Path, model: Model) -> None:
+    # Which file a tensor belongs to, and how many files there are, which their names say, follows
+    # from shapes alone. Tensors then come one by one, in the order of the files. To bring one to
+    # the host is a collective of all processes; the first alone keeps it.
     config = model.decoder.config
-    sizes = dict(_stored_bytes(model.params, config))
-    shards = _shards(sizes)
+    tensor_bytes = dict(_stored_bytes(model.params, config))
+    shards = _shards(tensor_bytes)
     written = ["model.safetensors"]
     if len(shards) > 1:
         written = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -202,7 +186,7 @@ def _save_tensors(folder: epath.Path, model: Model) -> None:
     for file, names in zip(written, shards):
         _save_shard(folder / file, itertools.islice(tensors, len(names)))
     distributed.run_on_primary(
-        functools.partial(_save_index, folder, dict(zip(written, shards)), sizes)
+        functools.partial(_save_index, folder, dict(zip(written, shards)), tensor_bytes)
     )
 
 
@@ -233,7 +217,7 @@ def _save_index(
     if len(shards) > 1:
         index = {name: file for file, names in shards.items() for name in names}
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        _write_json(folder / "model.safetensors.index.json", content)
+        files.write_json(folder / "model.safetensors.index.json", content)
 
 
 def write_tensors(file: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
@@ -270,7 +254,3 @@ def _local(folder: epath.Path) -> Iterator[pathlib.Path]:
                 target.mkdir(parents=True, exist_ok=True)
             else:
                 epath.Path(file).copy(target, overwrite=True)
-
-
-def _write_json(file: epath.Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,13 +1,15 @@
-"""Read a llama.cpp GGUF file of the Llama family as if it were a Hugging Face folder.
+"""Read a llama.cpp GGUF file as if it were a Hugging Face folder.
 
 A GGUF file holds the configuration, the tokenizer and the weights, mostly quantised, of one model.
 `open_gguf` reads its header into a `GGUFModel`, whose tensors carry Hugging Face names and layout
 and are dequantised one at a time; the tokenizer is rebuilt in `gguf_tokenizer`. No torch. The
 optional package `gguf` does the parsing and the dequantisation: `pip install promptkd_jax[gguf]`.
 
-What could be misread is refused: a tensor or a `llama.*` key that is not understood may change
-what the model computes, so each is an error. That leaves out mixtures of experts (Mixtral also
-calls itself "llama"), attention biases, sliding windows, YaRN, and models in several parts.
+Which architectures are read, and what their tensors are called, the families say: `Family.gguf`.
+What could be misread is refused: a tensor or a setting of the architecture that is not understood
+may change what the model computes, so each is an error. That leaves out mixtures of experts
+(Mixtral also calls itself "llama"), attention biases, sliding windows, YaRN, and models in several
+parts.
 
 Sources: the GGUF specification (ggml, docs/gguf.md); for what the keys mean, llama.cpp's
 convert_hf_to_gguf.py.
@@ -25,6 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from promptkd_jax.infra.errors import GGUFError
+from promptkd_jax.models.decoder import rotary_frequencies
+from promptkd_jax.models.families.base import Family
+from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
 from promptkd_jax.models.io.safetensors import refuse_pointer
 
 if TYPE_CHECKING:
@@ -34,31 +39,20 @@ if TYPE_CHECKING:
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
 TYPES += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
-GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+# Settings that the file of every decoder has, by the field of config.json that says the same.
+FIELDS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-LAYER_NAMES = {  # below blk.{i}. and model.layers.{i}.
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-
-# The keys under "llama." that are read below, and the three that change nothing.
-KEYS = frozenset(
-    ("block_count", "context_length", "embedding_length", "feed_forward_length")
-    + ("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
-    + ("attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base")
-    + ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
-    + ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
-)
+# Those that have a default, and the three that change nothing.
+OPTIONAL = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
+OPTIONAL += ("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor")
+OPTIONAL += ("rope.scaling.original_context_length",)
+OPTIONAL += ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +71,7 @@ class GGUFModel:
     config: dict
     metadata: dict[str, Any] = field(repr=False)
     _tensors: dict[str, ReaderTensor] = field(repr=False)  # by Hugging Face name
+    _num_heads: dict[str, int] = field(repr=False)  # by the ending of names with permuted rows
 
     def names(self) -> list[str]:
         """Hugging Face names of all tensors; `lm_head.weight` only where the head is untied."""
@@ -100,36 +95,40 @@ class GGUFModel:
           index: which part; the rows that it cuts off are not dequantised.
         """
         tensor = self._tensors[name]
+        # [out, bytes of a row]: blocks of quantised numbers lie along the inputs, never across
+        # rows, so that rows can be put in order and left out before anything is dequantised.
         rows = np.asarray(tensor.data)
-        if name.endswith("self_attn.q_proj.weight"):
-            rows = _unpermute(rows, self.config["num_attention_heads"])
-        elif name.endswith("self_attn.k_proj.weight"):
-            rows = _unpermute(rows, self.config["num_key_value_heads"])
+        for ending, num_heads in self._num_heads.items():
+            if name.endswith(ending):
+                rows = _unpermute(rows, num_heads)
         if index is None or rows.ndim == 1:
             return _gguf().dequantize(rows, tensor.tensor_type)[index or ...]
         return _gguf().dequantize(rows[index[0]], tensor.tensor_type)[:, *index[1:]]
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
-    """Opens a GGUF file of architecture "llama"; reads its header, no weights.
+    """Opens a GGUF file of an architecture that one of the families has; reads its header, no
+    weights.
 
     Parsing takes seconds where the vocabulary is large. That all tensors are there, in the shapes
     that `config` asks for, is for `params.load_params` to check, as it does for every source.
 
     Raises:
       ModelError: a pointer of Git LFS in place of the file.
-      GGUFError: not a whole GGUF file, not a plain Llama, or a tensor that a Llama does not have or
-        that is of none of the `TYPES`.
+      GGUFError: not a whole GGUF file, of an architecture that is not read, or a setting or tensor
+        that it does not have or that is of none of the `TYPES`.
       ImportError: the package gguf is not installed.
       OSError: no such file, or not readable.
     """
     path = os.fspath(path)
     refuse_pointer(pathlib.Path(path))
     reader, metadata = _parse(path)
-    _check_metadata(path, metadata)
+    family = _family(path, metadata)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(path, metadata, tensors)
-    return GGUFModel(path, config, metadata, _by_hugging_face_name(path, tensors))
+    config = _config(path, family, metadata, tensors)
+    num_heads = {ending: config[field] for ending, field in family.gguf.rotary_pairs.items()}
+    tensors = _by_hugging_face_name(path, family, tensors)
+    return GGUFModel(path, config, metadata, tensors, num_heads)
 
 
 def _gguf() -> ModuleType:
@@ -157,74 +156,87 @@ def _parse(path: str) -> tuple[GGUFReader, dict[str, Any]]:
     return reader, metadata
 
 
-def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
-    """Refuses what is not one whole file of a plain Llama."""
+def _family(path: str, metadata: dict[str, Any]) -> Family:
+    """The family whose file it is; refuses what is not one whole file of a plain one."""
     if (kind := metadata.get("general.type", "model")) != "model":
         raise GGUFError(
             f"{path}: general.type is {kind!r}, not 'model'; an adapter is merged into its base "
             "model by llama-export-lora"
         )
+    families = {f.gguf.architecture: f for f in FAMILIES.values() if f.gguf}
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise GGUFError(f"{path}: general.architecture is {architecture!r}; only 'llama' is read")
+    if architecture not in families:
+        raise GGUFError(
+            f"{path}: general.architecture is {architecture!r}; only "
+            f"{', '.join(map(repr, families))} is read"
+        )
     if (parts := metadata.get("split.count", 1)) > 1:
         raise GGUFError(f"{path}: one of {parts} parts; join them: llama-gguf-split --merge")
+    family, prefix = families[architecture], f"{architecture}."
+    understood = {*FIELDS, *OPTIONAL, *family.gguf.fields}
     for key, value in metadata.items():
         # An unknown setting that is 0 or false is switched off.
-        if key.startswith("llama.") and key.removeprefix("llama.") not in KEYS and value:
+        if key.startswith(prefix) and key.removeprefix(prefix) not in understood and value:
             raise GGUFError(
-                f"{path}: {key} = {value!r} is not supported: the model is not a plain Llama, or "
-                f"the key is new; understood are llama.* with {', '.join(sorted(KEYS))}"
+                f"{path}: {key} = {value!r} is not supported: the model is not a plain "
+                f"{family.model_type}, or the key is new; understood are {prefix}* with "
+                f"{', '.join(sorted(understood))}"
             )
+    return family
 
 
-def _config(path: str, metadata: dict[str, Any], tensors: dict[str, ReaderTensor]) -> dict:
-    width = _setting(path, metadata, "embedding_length")
-    heads = _setting(path, metadata, "attention.head_count")
-    head_dim = _setting(path, metadata, "attention.key_length", width // heads)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": width,
-        "num_hidden_layers": _setting(path, metadata, "block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _setting(path, metadata, "attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "intermediate_size": _setting(path, metadata, "feed_forward_length"),
-        "max_position_embeddings": _setting(path, metadata, "context_length"),
-        "rms_norm_eps": _setting(path, metadata, "attention.layer_norm_rms_epsilon"),
-        "rope_theta": _setting(path, metadata, "rope.freq_base", 10000.0),
-        "vocab_size": _vocabulary_size(path, tensors),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    _check_head_width(path, metadata, head_dim)
-    scaling = _rope_scaling(path, metadata, tensors.pop("rope_freqs.weight", None), config)
-    return config | scaling | _special_ids(path, metadata, config["vocab_size"])
+def _config(
+    path: str, family: Family, metadata: dict[str, Any], tensors: dict[str, ReaderTensor]
+) -> dict[str, Any]:
+    """The `config.json` of the model; takes `rope_freqs.weight`, which says a part of it, out of
+    the tensors."""
+    architecture = family.gguf.architecture
 
-
-def _setting(path: str, metadata: dict[str, Any], key: str, default: Any = None) -> Any:
-    value = metadata.get(f"llama.{key}", default)
-    if value is None:
-        raise GGUFError(f"{path}: no metadata llama.{key}, which a Llama needs")
-    # Floats are stored as float32: 1e-5 would come out as 9.999999747378752e-06.
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _check_head_width(path: str, metadata: dict[str, Any], width: int) -> None:
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (found := _setting(path, metadata, key, width)) != width:
+    def setting(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{architecture}.{key}", default)
+        if value is None:
             raise GGUFError(
-                f"{path}: llama.{key} = {found}; only the head width, {width}, is supported"
+                f"{path}: no metadata {architecture}.{key}, which a {family.model_type} needs"
             )
+        # Floats are stored as float32: 1e-5 would come out as 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
-
-def _vocabulary_size(path: str, tensors: dict[str, ReaderTensor]) -> int:
     if "token_embd.weight" not in tensors:
         raise GGUFError(f"{path}: tensor token_embd.weight is missing")
-    return _shape(tensors["token_embd.weight"])[0]
+    fields = FIELDS | family.gguf.fields
+    config = {field: setting(key) for key, field in fields.items()}
+    num_heads = config["num_attention_heads"]
+    head_dim = setting("attention.key_length", config["hidden_size"] // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (found := setting(key, head_dim)) != head_dim:
+            raise GGUFError(
+                f"{path}: {architecture}.{key} = {found}; only the head width, {head_dim}, is "
+                "supported"
+            )
+    config |= {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "num_key_value_heads": setting("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "rope_theta": setting("rope.freq_base", 10000.0),
+        "vocab_size": _shape(tensors["token_embd.weight"])[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **family.gguf.constants,
+    }
+    freqs = tensors.pop("rope_freqs.weight", None)
+    kind, factor = setting("rope.scaling.type", "none"), setting("rope.scaling.factor", 1.0)
+    if freqs is not None and kind == "none":
+        length = setting("rope.scaling.original_context_length", 8192)
+        config["rope_scaling"] = _llama3_scaling(path, freqs, config, length)
+    elif freqs is not None or kind not in ("none", "linear"):
+        raise GGUFError(
+            f"{path}: {architecture}.rope.scaling.type = {kind!r}"
+            f"{' with rope_freqs.weight' if freqs is not None else ''}; supported are 'none', "
+            "'linear', and Llama 3's frequency factors in rope_freqs.weight without a type"
+        )
+    elif factor != 1.0:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    return config | _special_ids(path, metadata, config["vocab_size"])
 
 
 def _special_ids(path: str, metadata: dict[str, Any], size: int) -> dict:
@@ -245,23 +257,6 @@ def _special_ids(path: str, metadata: dict[str, Any], size: int) -> dict:
     }
 
 
-def _rope_scaling(
-    path: str, metadata: dict[str, Any], freqs: ReaderTensor | None, config: dict
-) -> dict:
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    factor = _setting(path, metadata, "rope.scaling.factor", 1.0)
-    if freqs is not None and kind == "none":
-        length = _setting(path, metadata, "rope.scaling.original_context_length", 8192)
-        return {"rope_scaling": _llama3_scaling(path, freqs, config, length)}
-    if freqs is not None or kind not in ("none", "linear"):
-        raise GGUFError(
-            f"{path}: llama.rope.scaling.type = {kind!r}"
-            f"{' with rope_freqs.weight' if freqs is not None else ''}; supported are 'none', "
-            "'linear', and Llama 3's frequency factors in rope_freqs.weight without a type"
-        )
-    return {} if factor == 1.0 else {"rope_scaling": {"rope_type": "linear", "factor": factor}}
-
-
 def _llama3_scaling(path: str, freqs: ReaderTensor, config: dict, length: int) -> dict:
     """Frequency factors back to the four numbers they were computed from, all but one known."""
     stored = np.asarray(freqs.data)
@@ -272,7 +267,10 @@ def _llama3_scaling(path: str, freqs: ReaderTensor, config: dict, length: int) -
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": length,
     }
-    expected = _llama3_factors(config["rope_theta"], config["head_dim"], scaling)
+    # By what each frequency, [H / 2], is divided.
+    stretched = from_hugging_face(config | {"rope_scaling": scaling}, path)
+    plain = stretched.replace(rope_scaling=None)
+    expected = np.asarray(rotary_frequencies(plain) / rotary_frequencies(stretched))
     if not np.allclose(stored, expected, rtol=1e-3):
         raise GGUFError(
             f"{path}: rope_freqs.weight does not follow from {scaling} with rope_theta "
@@ -281,34 +279,25 @@ def _llama3_scaling(path: str, freqs: ReaderTensor, config: dict, length: int) -
     return scaling
 
 
-def _llama3_factors(theta: float, head_dim: int, scaling: dict) -> np.ndarray:
-    """By what Llama 3.1 divides each rotary frequency, [H / 2]."""
-    waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / waves
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - kept) / scaling["factor"] + kept)
-
-
-def _by_hugging_face_name(path: str, tensors: dict[str, ReaderTensor]) -> dict[str, ReaderTensor]:
-    names = {name: _hugging_face_name(name) for name in tensors}
-    if unknown := [name for name, ours in names.items() if ours is None]:
-        raise GGUFError(
-            f"{path}: {len(unknown)} tensors that a plain Llama does not have: "
-            f"{', '.join(unknown[:8])}"
-        )
+def _by_hugging_face_name(
+    path: str, family: Family, tensors: dict[str, ReaderTensor]
+) -> dict[str, ReaderTensor]:
+    renamed, unknown = {}, []
     for name, tensor in tensors.items():
+        layer = re.match(r"blk\.(\d+)\.", name)
+        pattern = name.replace(layer[0], "blk.{}.", 1) if layer else name
+        if theirs := family.gguf.names.get(pattern):
+            renamed[theirs.format(layer and layer[1])] = tensor
+        else:
+            unknown.append(name)
         if (kind := tensor.tensor_type.name) not in TYPES:
             raise GGUFError(f"{path}: {name} is of type {kind}; supported are {', '.join(TYPES)}")
-    return {names[name]: tensor for name, tensor in tensors.items()}
-
-
-def _hugging_face_name(name: str) -> str | None:
-    layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if layer is None:
-        return GLOBAL_NAMES.get(name)
-    below = LAYER_NAMES.get(layer[2])
-    return f"model.layers.{layer[1]}.{below}" if below else None
+    if unknown:
+        raise GGUFError(
+            f"{path}: {len(unknown)} tensors that a plain {family.model_type} does not have: "
+            f"{', '.join(unknown[:8])}"
+        )
+    return renamed
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
@@ -317,5 +306,7 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """From llama.cpp's rotary pairs (2i, 2i+1) to Hugging Face's (i, i + H/2); rows stay whole."""
+    # [N H, …] as [N, H/2, 2, …], a pair beside itself, to [N, 2, H/2, …], all firsts before all
+    # seconds.
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.families import base as families
+from promptkd_jax.models.families.base import HEAD, Tensor, sizes
+from promptkd_jax.models.families.registry import FAMILIES
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -57,13 +58,9 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
     shapes = traverse_util.flatten_dict(abstract, sep="/")
     placed = traverse_util.flatten_dict(shardings(abstract), sep="/") if shardings else {}
     prefix = _prefix(source, config)
-    rows = families.family(config).rows
-    # All that is wrong is told before the first gigabyte is read.
-    _check_names(source, config, prefix)
-    for row in rows:
-        _check_stored(source, config, row, prefix)
+    _check(source, config, prefix)  # all that is wrong is told before the first gigabyte is read
     params = {}
-    for row in rows:
+    for row in FAMILIES[config.family].tensors(config):
         read = functools.partial(_read, source, config, row, prefix)
         params[row.path] = _parameter(read, shapes[row.path], placed.get(row.path), row.per_layer)
     assert params.keys() == shapes.keys(), params.keys() ^ shapes.keys()
@@ -76,17 +73,17 @@ def has_head_of_its_own(source: TensorSource, config: DecoderConfig) -> bool:
     Both are read, piece by piece, up to the first difference. What cannot be compared, since shape
     or dtype are wrong, counts as different: `load_params` then says what is wrong.
     """
-    if families.HEAD not in source.names():
+    if HEAD not in source.names():
         return False
-    embedding = stored_name(families.family(config).rows[0], _prefix(source, config))
+    embedding = stored_name(FAMILIES[config.family].tensors(config)[0], _prefix(source, config))
     shape = source.shape(embedding)
-    alike = source.shape(families.HEAD) == shape and len(shape) == 2
-    if not alike or not {source.dtype(embedding), source.dtype(families.HEAD)} <= {*STORED_DTYPES}:
+    alike = source.shape(HEAD) == shape and len(shape) == 2
+    if not alike or not {source.dtype(embedding), source.dtype(HEAD)} <= {*STORED_DTYPES}:
         return True
     rows, width = shape
     step = max(1, PIECE_BYTES // (4 * width))
     pieces = ((slice(i, min(i + step, rows)), slice(0, width)) for i in range(0, rows, step))
-    names = embedding, families.HEAD
+    names = embedding, HEAD
     return not all(np.array_equal(*(source.read(x, piece) for x in names)) for piece in pieces)
 
 
@@ -105,8 +102,11 @@ def _parameter(
         # That of a layer: without the axis of layers, which is not cut.
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     for layer in range(shape.shape[0]):
-        part = functools.partial(_read_layer, read, layer)
-        stack = _put(stack, _place(part, shape.shape[1:], sharding), layer)
+
+        def read_layer(bounds: Bounds, layer: int = layer) -> np.ndarray:
+            return read(((layer, layer + 1), *bounds))[0]
+
+        stack = _put(stack, _place(read_layer, shape.shape[1:], sharding), layer)
         stack.block_until_ready()  # or the host would hold several layers
     return stack
 
@@ -134,10 +134,6 @@ def _place(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _read_layer(read: Callable[[Bounds], np.ndarray], layer: int, bounds: Bounds) -> np.ndarray:
-    return read(((layer, layer + 1), *bounds))[0]
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
@@ -158,35 +154,47 @@ def pad(params: Any, config: DecoderConfig) -> Any:
     return jax.tree.map(fill, params, abstract_params(config))
 
 
-def stored_name(row: families.Tensor, prefix: str, layer: int | None = None) -> str:
+def stored_name(row: Tensor, prefix: str, layer: int | None = None) -> str:
     """The full name of a row's tensor in a file."""
-    name = row.name if row.name == families.HEAD else prefix + row.name
+    name = row.name if row.name == HEAD else prefix + row.name
     return name if layer is None else name.format(layer)
 
 
-def stored_names(row: families.Tensor, config: DecoderConfig, prefix: str) -> Iterator[str]:
+def stored_names(row: Tensor, config: DecoderConfig, prefix: str) -> Iterator[str]:
     """The names of a row's tensors, layer by layer."""
     layers = range(config.num_layers) if row.per_layer else [None]
     return (stored_name(row, prefix, layer) for layer in layers)
 
 
+# From a part of a parameter to parts of a file, for a query kernel [L, D, N, H] of which a device
+# holds heads 2 and 3 of 4, H = 8, in a Llama that stores "(N H) D":
+#
+#     bounds      (0, L), (0, D), (2, 4), (0, 8)     of the parameter, from its sharding
+#     layers      0 … L-1, one stored tensor each    the first axis, if the row has one per layer
+#     letters     D 0:D, N 2:4, H 0:8                by the names of our dimensions
+#     stretches   [16:32], [0:D]                     of each stored dimension, `Tensor.stretches`
+#     pieces      [16:24], [24:32] × [0:D]           of at most PIECE_BYTES, read one by one
+#
+# `target` is where a layer goes, in our order of axes; `as_stored` is the same memory in the order
+# of the file, so that a piece is copied into place and nothing is transposed on the way.
+
+
 def _read(
-    source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str, bounds: Bounds
+    source: TensorSource, config: DecoderConfig, row: Tensor, prefix: str, bounds: Bounds
 ) -> np.ndarray:
     """The part of a row's parameter within `bounds`, in the dtype of the parameters; zeros where
     it is padded."""
-    # In our order of axes; `as_stored` below is a view of it in the file's.
     part = np.zeros([stop - start for start, stop in bounds], jnp.dtype(config.param_dtype))
     layers, targets = [None], part[None]
     if row.per_layer:
         layers, targets, bounds = range(*bounds[0]), part, bounds[1:]
-    sizes = families.sizes(config)
-    bounds = [(start, min(stop, sizes[x])) for (start, stop), x in zip(bounds, row.ours)]
+    letters = sizes(config)
+    bounds = [(start, min(stop, letters[x])) for (start, stop), x in zip(bounds, row.ours)]
     # All of it is padding: nothing of the file belongs here.
     if any(start >= stop for start, stop in bounds):
         return part
     targets = targets[:, *(slice(stop - start) for start, stop in bounds)]
-    stretches = row.stretches(sizes, dict(zip(row.ours, bounds, strict=True)))
+    stretches = row.stretches(letters, dict(zip(row.ours, bounds, strict=True)))
     for layer, target in zip(layers, targets, strict=True):
         as_stored = einops.rearrange(target, row.to_stored)
         assert np.may_share_memory(as_stored, target), row
@@ -234,18 +242,42 @@ def _pieces(stretches: list[tuple[int, int]], step: int) -> Iterator[tuple[slice
             end += size
 
 
-def _check_stored(
-    source: TensorSource, config: DecoderConfig, row: families.Tensor, prefix: str
-) -> None:
-    sizes = families.sizes(config)
-    stored = row.pattern.split(" -> ")[0]
-    used = ", ".join(f"{letter}={size}" for letter, size in sizes.items() if letter in stored)
-    expected = row.stored_shape(sizes)
-    for name in stored_names(row, config, prefix):
-        if (found := source.shape(name)) != expected:
+def _prefix(source: TensorSource, config: DecoderConfig) -> str:
+    family, names = FAMILIES[config.family], set(source.names())
+    first = family.tensors(config)[0].name
+    for prefix in (family.prefix, *family.other_prefixes):
+        if prefix + first in names:
+            return prefix
+    raise ModelError(f"{source.path}: tensor {family.prefix + first} is missing")
+
+
+def _check(source: TensorSource, config: DecoderConfig, prefix: str) -> None:
+    """Every tensor of the table is there, of its shape and of floating point, and no other."""
+    family, letters = FAMILIES[config.family], sizes(config)
+    rows = {
+        name: row for row in family.tensors(config) for name in stored_names(row, config, prefix)
+    }
+    found = set(source.names())
+    if missing := sorted(rows.keys() - found):
+        raise ModelError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}")
+    # Buffers that some exports keep: masks, rotary tables.
+    harmless = re.compile("|".join((*family.ignored, "$^")))
+    left = {
+        name
+        for name in found - rows.keys()
+        if not harmless.fullmatch(name.removeprefix(prefix)) and not (name == HEAD and config.tied)
+    }
+    if left:
+        raise ModelError(
+            f"{source.path}: {len(left)} tensors belong to nothing in a {config.family} of "
+            f"{config.num_layers} layers: {_some(sorted(left))}"
+        )
+    for name, row in rows.items():
+        if (shape := source.shape(name)) != (expected := row.stored_shape(letters)):
+            used = ", ".join(f"{x}={size}" for x, size in letters.items() if x in row.layout)
             raise ModelError(
-                f"{source.path}: tensor {name} has shape {found}; the config asks for {expected} "
-                f"({stored} with {used})"
+                f"{source.path}: tensor {name} has shape {shape}; the config asks for {expected} "
+                f"({row.layout} with {used})"
             )
         if (dtype := source.dtype(name)) not in STORED_DTYPES:
             raise ModelError(
@@ -253,37 +285,6 @@ def _check_stored(
                 f"{', '.join(STORED_DTYPES)}: take the model that these quantised ones were made "
                 "from"
             )
-
-
-def _prefix(source: TensorSource, config: DecoderConfig) -> str:
-    table = families.family(config)
-    names = set(source.names())
-    first = table.rows[0].name
-    for prefix in (table.prefix, *table.other_prefixes):
-        if prefix + first in names:
-            return prefix
-    raise ModelError(f"{source.path}: tensor {table.prefix + first} is missing")
-
-
-def _check_names(source: TensorSource, config: DecoderConfig, prefix: str) -> None:
-    table = families.family(config)
-    wanted = {name for row in table.rows for name in stored_names(row, config, prefix)}
-    found = set(source.names())
-    if missing := sorted(wanted - found):
-        raise ModelError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}")
-    # Buffers that some exports keep: masks, rotary tables.
-    harmless = re.compile("|".join((*table.ignored, "$^")))
-    left = {
-        name
-        for name in found - wanted
-        if not harmless.fullmatch(name.removeprefix(prefix))
-        and not (name == families.HEAD and config.tied)
-    }
-    if left:
-        raise ModelError(
-            f"{source.path}: {len(left)} tensors belong to nothing in a {config.family} of "
-            f"{config.num_layers} layers: {_some(sorted(left))}"
-        )
 
 
 def _some(names: list[str]) -> str:

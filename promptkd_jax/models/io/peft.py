@@ -13,6 +13,7 @@ from safetensors.numpy import load
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import make_folder, to_path, write_json, write_text
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import write_tensors
 from promptkd_jax.models.io.hub import pretrained_name
 from promptkd_jax.models.io.params import all_finite
@@ -64,6 +65,7 @@ def save_soft_prompt(
     make_folder(folder)
     length, width = soft_prompt.shape
     name, revision = pretrained_name(teacher)
+    decoder = from_hugging_face(hf_config, f"{teacher}: config")
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "CAUSAL_LM",
@@ -73,8 +75,8 @@ def save_soft_prompt(
         "num_virtual_tokens": length,
         "token_dim": width,
         "num_transformer_submodules": 1,
-        "num_attention_heads": hf_config.get("num_attention_heads", hf_config.get("n_head")),
-        "num_layers": hf_config.get("num_hidden_layers", hf_config.get("n_layer")),
+        "num_attention_heads": decoder.num_heads,
+        "num_layers": decoder.num_layers,
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
     }

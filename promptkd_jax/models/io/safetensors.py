@@ -13,7 +13,7 @@ import safetensors
 from etils import epath
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import from_hugging_face
+from promptkd_jax.models.families.registry import from_hugging_face
 
 # Configs, tokenizers, templates and card; which files hold the weights is seen from these.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
@@ -52,6 +52,8 @@ class SafetensorsFolder:
         self._files, where = {}, {}
         files = weight_files(folder)
         self.config = read_json(folder / "config.json")
+        # Only headers are read here: a file is mapped into memory, and of it a slice of a tensor is
+        # read when `read` asks for it.
         for file in files:
             opened = _open(folder / file, pretrained or (str(folder), None))
             for name in opened.keys():  # noqa: SIM118
@@ -95,29 +97,26 @@ def weight_files(folder: pathlib.Path) -> list[str]:
     _refuse_adapter(folder)
     file = folder / "config.json"
     from_hugging_face(read_json(file), f"{folder}: config")
-    index = folder / _INDEX
-    if (folder / SINGLE).exists() or not index.exists():
-        return [SINGLE]
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(map(_is_file_name, found.values())):
-        raise ModelError(
-            f"{index}: has no weight_map, an object of tensor names and the files that they are "
-            "in; get the file again, or write the folder anew with save_pretrained"
-        )
-    return sorted(set(found.values()))
+    return _listed_files(folder)
 
 
 def has_weights(folder: epath.Path) -> bool:
     """Whether a folder holds every file of weights that it should."""
-    if (folder / SINGLE).exists():
-        return True
+    return all((folder / file).exists() for file in _listed_files(folder))
+
+
+def _listed_files(folder: pathlib.Path) -> list[str]:
     index = folder / _INDEX
-    files = set(read_json(index)["weight_map"].values()) if index.exists() else {SINGLE}
-    return all((folder / file).exists() for file in files)
-
-
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.-]+\.safetensors", value) is not None
+    if (folder / SINGLE).exists() or not index.exists():
+        return [SINGLE]
+    found = read_json(index).get("weight_map")
+    names = found.values() if isinstance(found, dict) else ()
+    if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(name)) for name in names):
+        raise ModelError(
+            f"{index}: has no weight_map, an object of tensor names and the files that they are "
+            "in; get the file again, or write the folder anew with save_pretrained"
+        )
+    return sorted(set(names))
 
 
 def read_json(file: pathlib.Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

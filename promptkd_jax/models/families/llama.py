@@ -1,0 +1,175 @@
+"""Llama and Mistral, and what those that descend from Llama take over."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.families import base
+
+ROTARY_TABLES = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in files of transformers 4
+
+
+def read_llama(c: Mapping[str, Any], source: str, **differing: Any) -> DecoderConfig:
+    """Reads the `config.json` of a Llama, or of a family that differs from it in some fields of
+    `DecoderConfig`."""
+    theta, scaling = base.read_rope(c, source)
+    num_heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
+    fields = {
+        "family": c["model_type"],
+        "vocab_size": c["vocab_size"],
+        "width": c["hidden_size"],
+        "num_layers": c["num_hidden_layers"],
+        "num_heads": num_heads,
+        "num_kv_heads": c.get("num_key_value_heads") or num_heads,
+        "head_dim": c.get("head_dim") or c["hidden_size"] // num_heads,
+        "mlp_width": c["intermediate_size"],
+        "max_positions": c["max_position_embeddings"],
+        "norm": "rms",
+        "norm_eps": c.get("rms_norm_eps", 1e-6),
+        "activation": c.get("hidden_act", "silu"),
+        "gated": True,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": c.get("mlp_bias", False),
+        "tied": c.get("tie_word_embeddings", False),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+    }
+    return DecoderConfig(**(fields | differing))
+
+
+def _read_mistral(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    window = c.get("sliding_window", 4096)
+    return read_llama(c, source, qkv_bias=False, out_bias=False, sliding_window=window)
+
+
+def llama_tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
+    """The table of a Llama, with the biases and the norms of query and key that `config` has."""
+    layer, attention, mlp = "layers.{}", "layers/attention", "layers/mlp"
+    stem, bias, mlp_bias = f"{layer}.self_attn", config.qkv_bias, config.mlp_bias
+    rows = [
+        *base.embedding_rows("embed_tokens.weight", config),
+        *base.norm_rows("norm", "final_norm"),
+        *base.norm_rows(f"{layer}.input_layernorm", "layers/attention_norm"),
+        *base.norm_rows(f"{layer}.post_attention_layernorm", "layers/mlp_norm"),
+        *base.linear_rows(f"{stem}.q_proj", f"{attention}/query", "(N H) D -> D N H", bias=bias),
+        *base.linear_rows(f"{stem}.k_proj", f"{attention}/key", "(K H) D -> D K H", bias=bias),
+        *base.linear_rows(f"{stem}.v_proj", f"{attention}/value", "(K H) D -> D K H", bias=bias),
+        *base.linear_rows(
+            f"{stem}.o_proj", f"{attention}/out", "D (N H) -> N H D", bias=config.out_bias
+        ),
+        *base.linear_rows(f"{layer}.mlp.gate_proj", f"{mlp}/gate", "F D -> D F", bias=mlp_bias),
+        *base.linear_rows(f"{layer}.mlp.up_proj", f"{mlp}/up", "F D -> D F", bias=mlp_bias),
+        *base.linear_rows(f"{layer}.mlp.down_proj", f"{mlp}/down", "D F -> F D", bias=mlp_bias),
+    ]
+    if config.qk_norm:
+        rows += base.norm_rows(f"{stem}.q_norm", f"{attention}/query_norm", letter="H")
+        rows += base.norm_rows(f"{stem}.k_norm", f"{attention}/key_norm", letter="H")
+    return tuple(rows)
+
+
+GGUF_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blk.{}.attn_q.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blk.{}.attn_k.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blk.{}.attn_v.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
+}
+
+_LLAMA_1 = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+_LLAMA_3 = _LLAMA_1 | {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "eos_token_id": 128001,
+}
+_STRETCHED = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA_31 = _LLAMA_3 | {"rope_scaling": _STRETCHED | {"factor": 8.0}}
+_LLAMA_32 = _LLAMA_3 | {
+    "rope_scaling": _STRETCHED | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
+_SMOLLM2 = _LLAMA_1 | {
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
+_SMOLLM2_LARGE = _SMOLLM2 | {"rope_theta": 130000.0}
+
+
+def _and_instruct(name: str) -> tuple[str, str]:
+    return name, f"{name}-Instruct"
+
+
+FAMILIES = (
+    base.Family(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        read=read_llama,
+        tensors=llama_tensors,
+        ignored=ROTARY_TABLES,
+        gguf=base.GGUFLayout(
+            architecture="llama",
+            names=GGUF_NAMES,
+            constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+            rotary_pairs={
+                "self_attn.q_proj.weight": "num_attention_heads",
+                "self_attn.k_proj.weight": "num_key_value_heads",
+            },
+        ),
+        published=base.published(
+            ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+            + ("intermediate_size",),
+            (_LLAMA_1, (4096, 32, 32, 32, 11008), "huggyllama/llama-7b", "MiniLLM/init-Llama-7B"),
+            (
+                _LLAMA_1,
+                (5120, 40, 40, 40, 13824),
+                "huggyllama/llama-13b",
+                "MiniLLM/teacher-Llama-13B",
+            ),
+            (_LLAMA_31, (4096, 32, 32, 8, 14336), *_and_instruct("meta-llama/Llama-3.1-8B")),
+            (_LLAMA_31, (8192, 80, 64, 8, 28672), *_and_instruct("meta-llama/Llama-3.1-70B")),
+            (_LLAMA_32, (2048, 16, 32, 8, 8192), *_and_instruct("meta-llama/Llama-3.2-1B")),
+            (_LLAMA_32, (3072, 28, 24, 8, 8192), *_and_instruct("meta-llama/Llama-3.2-3B")),
+            (_SMOLLM2, (576, 30, 9, 3, 1536), *_and_instruct("HuggingFaceTB/SmolLM2-135M")),
+            (_SMOLLM2, (960, 32, 15, 5, 2560), *_and_instruct("HuggingFaceTB/SmolLM2-360M")),
+            (
+                _SMOLLM2_LARGE,
+                (2048, 24, 32, 32, 8192),
+                *_and_instruct("HuggingFaceTB/SmolLM2-1.7B"),
+            ),
+        ),
+    ),
+    base.Family(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        read=_read_mistral,
+        tensors=llama_tensors,
+        ignored=ROTARY_TABLES,
+    ),
+)
