@@ -36,7 +36,7 @@ def attend(
       `[B, T, N, H]` in the dtype of `query`.
     """
     rows, columns, num_heads, head_dim = query.shape
-    key, value = (repeat_kv(x, num_heads) for x in (key, value))
+    key, value = (repeat_kv(x, num_heads) for x in (key, value))  # [B, T, K, H], K may have grown
     chosen = implementation(
         platform=sharding.platform(),
         dtype=query.dtype.name,
@@ -53,6 +53,16 @@ def attend(
     if chosen == "cudnn":
         return _cudnn(query, key, value, sliding_window)
     return _in_parts(query, key, value, sliding_window)
+
+
+# Devices along `tensor` share out query heads. Query head n reads key/value head n * K // N, so a
+# device with N / t of the queries needs K / t of the keys, if t divides K. Where it does not, each
+# key/value head is repeated, beside itself, until t does: with N = 8, K = 2 and t = 4,
+#
+#     queries     0 1 | 2 3 | 4 5 | 6 7
+#     key/value    0  |  0  |  1  |  1       kv_repeats = 2, and n * 4 // 8 finds the same head
+#
+# Repeating all of them N / K times would do as well, but the cache would be that much larger.
 
 
 def kv_repeats(num_heads: int, num_kv_heads: int) -> int:
@@ -85,6 +95,7 @@ def attend_to_cache(
       columns: `[B, 1]`, where each query stands; it sees the columns up to its own.
       window: as for `attend`.
     """
+    # Behind the query's own column the cache has zeros, or what stood behind the prompt's end.
     rows, _, num_heads, head_dim = query.shape
     seen = _seen(columns, jnp.arange(key.shape[2]), sliding_window)  # [B, 1, S]
     query = query.reshape(rows, key.shape[1], -1, head_dim)  # [B, K, N / K, H]
@@ -141,8 +152,9 @@ def implementation(
 
 def _in_parts(query, key, value, sliding_window: int | None) -> jax.Array:
     """A few columns of queries at a time, against no keys but those that one of them sees."""
-    columns = query.shape[1]
-    query = _grouped(query, key.shape[2])
+    rows, columns, num_heads, head_dim = query.shape
+    # By the key/value head that is read: [B, T, K, N / K, H] as [B, K, N / K, T, H].
+    query = jnp.moveaxis(query.reshape(rows, columns, key.shape[2], -1, head_dim), 1, 3)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
     size = math.ceil(columns / min(MAX_PARTS, math.ceil(columns / LANES)))
     parts = []  # [B, K, N / K, size, H] each
@@ -152,23 +164,13 @@ def _in_parts(query, key, value, sliding_window: int | None) -> jax.Array:
         seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), sliding_window)
         seen_keys = key[:, :, first:end], value[:, :, first:end]
         parts.append(_weigh(query[:, :, :, begin:end], *seen_keys, seen))
-    return _ungrouped(jnp.concatenate(parts, axis=3))
-
-
-def _grouped(query, num_kv_heads: int) -> jax.Array:
-    """`[B, T, N, H]` by the key/value head that is read: `[B, K, N / K, T, H]`."""
-    rows, columns, _, head_dim = query.shape
-    return jnp.moveaxis(query.reshape(rows, columns, num_kv_heads, -1, head_dim), 1, 3)
-
-
-def _ungrouped(x) -> jax.Array:
-    """The inverse of `_grouped`."""
-    x = jnp.moveaxis(x, 3, 1)
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    attended = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)  # [B, T, K, N / K, H]
+    return attended.reshape(rows, columns, num_heads, head_dim)
 
 
 def _seen(columns, others, sliding_window: int | None) -> jax.Array:
     """Which of the `others` `[S]` each of the `columns` `[…, T]` sees: `[…, T, S]`."""
+    # A query sees itself, so that no row of scores is -inf throughout, whose softmax would be NaN.
     seen = others <= columns[..., None]
     return seen if sliding_window is None else seen & (others > columns[..., None] - sliding_window)
 
@@ -219,6 +221,8 @@ def _splash(query, key, value, sliding_window: int | None) -> jax.Array:
 
 def _splash_on_device(query, key, value, *, sliding_window: int | None) -> jax.Array:
     """The kernel wants `[N, T, H]`, scaled queries, and columns that are whole blocks."""
+    # Padded columns come behind all others: as keys no query of the row sees them, as queries they
+    # are cut off, and with that their gradients are zero.
     _, columns, num_heads, head_dim = query.shape
     block = _block(columns)
     padded = block * math.ceil(columns / block)
@@ -244,15 +248,10 @@ def _kernel(columns: int, num_heads: int, block: int, sliding_window: int | None
         mask = splash_attention.CausalMask(shape)
     else:
         mask = splash_attention.LocalMask(shape, (sliding_window - 1, 0), offset=0)
+    # Of the forward pass, of the gradients of keys and values, and of that of queries.
+    sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     return splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([mask] * num_heads),
-        block_sizes=splash_attention.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
+        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(sizes, block)),
         interpret=sharding.platform() == "cpu",
     )

@@ -199,6 +199,18 @@ class _Writer:
 
         return jax.lax.while_loop(unfinished, self._write_one, slots)
 
+    # One turn of the loop. `logits` [S, V] belong to the column that is to be written next, which
+    # is the row's length, since columns count from 0:
+    #
+    #     column   0  1  2  3  4  5        a row of length 4, of which 2 were its prompt
+    #     tokens   p  p  a  b  .  .        logits: after b, so for column 4
+    #
+    # The token c is chosen from them, written into column 4, and read by the decoder at position 4
+    # (a soft prompt shifts that by M), which gives the logits for column 5. Every row does this in
+    # every turn, for shapes are static; of one that no longer runs, tokens and length are kept, and
+    # what its cache is given lies at a column that is not part of it. The key of a token depends on
+    # the row and on how many it has written alone: neither rows beside it nor slots change it.
+
     def _write_one(self, slots: _Slots) -> _Slots:
         allowed = _forbid_repeats(slots, self.sampling.no_repeat_ngram_size)
         keys = jax.vmap(jax.random.fold_in)(slots.keys, self.limit - slots.left)
@@ -354,6 +366,9 @@ def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
     """-inf outside of the smallest set of tokens whose probability reaches p; what is equally
     probable stays together."""
+    # The set is {probability >= t} for the largest t whose sum reaches p. Sorting [B, V] would find
+    # it; bisecting for t does in a few passes. The bits of a positive float32, read as an integer,
+    # are in the order of the floats, so that 31 halvings of an interval of integers are exact.
     probability = jax.nn.softmax(logits, axis=-1)
     rank = jax.lax.bitcast_convert_type(probability, jnp.int32)  # in the same order
 
@@ -377,6 +392,10 @@ def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
     width = slots.tokens.shape[1]
     if width < n:
         return slots.logits
+    # Of every n-gram of the row: if its first n - 1 tokens are the row's last n - 1, its nth must
+    # not be next. With n = 3 and the row  a b c d a b:
+    #
+    #     at column 0: a b | c   is the tail a b, so c is banned;   at 3: d a | b   is not
     starts = jnp.arange(width - n + 1)
     tail = slots.lengths[:, None] - (n - 1) + jnp.arange(n - 1)  # columns of the last n - 1 tokens
     tail = jnp.take_along_axis(slots.tokens, jnp.maximum(tail, 0), axis=1)  # [B, n - 1]

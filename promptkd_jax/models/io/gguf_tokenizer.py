@@ -54,15 +54,14 @@ def tokenizer_from_gguf(model: GGUFModel) -> PreTrainedTokenizerFast:
         )
     tokens, types = _per_token(model, "tokens"), _per_token(model, "token_type")
     backend = builders[kind](model, tokens, types)
-    _add_whole_tokens(backend, tokens, types)
-    return _wrap(model, backend, tokens)
-
-
-def _wrap(model: GGUFModel, backend: Tokenizer, tokens: list[str]) -> PreTrainedTokenizerFast:
-    add_bos = _is_llama3(model) or _value(model, "model") == "llama"
-    add_bos = _value(model, "add_bos_token", add_bos)
-    add_eos = _value(model, "add_eos_token", False)
+    # Control and user-defined tokens match as a whole, before any other splitting.
+    for kinds, special in (((UNKNOWN, CONTROL), True), ((USER_DEFINED,), False)):
+        whole = [token for token, type_ in zip(tokens, types) if type_ in kinds]
+        whole = [AddedToken(token, special=special, normalized=False) for token in whole]
+        (backend.add_special_tokens if special else backend.add_tokens)(whole)
     special = {name: _special(model, tokens, name) for name in ("bos", "eos", "unknown", "padding")}
+    add_bos = _value(model, "add_bos_token", _value(model, "pre") in LLAMA3 or kind == "llama")
+    add_eos = _value(model, "add_eos_token", False)
     for name, added in (("bos", add_bos), ("eos", add_eos)):
         if added and special[name] is None:  # transformers would silently add nothing
             raise GGUFError(
@@ -88,10 +87,6 @@ def _value(model: GGUFModel, name: str, default: Any = None) -> Any:
 def _special(model: GGUFModel, tokens: list[str], name: str) -> str | None:
     found = _value(model, f"{name}_token_id")
     return None if found is None else tokens[found]
-
-
-def _is_llama3(model: GGUFModel) -> bool:
-    return _value(model, "pre") in LLAMA3
 
 
 def _per_token(model: GGUFModel, name: str) -> list:
@@ -120,32 +115,7 @@ def _vocabulary(model: GGUFModel, tokens: list[str]) -> dict[str, int]:
     return vocabulary
 
 
-def _add_whole_tokens(backend: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Makes control and user-defined tokens match as a whole, before any other splitting."""
-
-    def added(kinds: tuple[int, ...], special: bool) -> list[AddedToken]:
-        chosen = [token for token, kind in zip(tokens, types) if kind in kinds]
-        return [AddedToken(token, special=special, normalized=False) for token in chosen]
-
-    backend.add_special_tokens(added((UNKNOWN, CONTROL), True))
-    backend.add_tokens(added((USER_DEFINED,), False))
-
-
 def _byte_level_bpe(model: GGUFModel, tokens: list[str], types: list[int]) -> Tokenizer:
-    pre = _pre_tokenizer(model)
-    vocabulary = _vocabulary(model, tokens)
-    merges = _file_merges(model, vocabulary)
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=_is_llama3(model)))
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(words), "isolated") for words in WORDS[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _pre_tokenizer(model: GGUFModel) -> str:
     pre = _value(model, "pre")
     if pre not in WORDS:
         raise GGUFError(
@@ -157,10 +127,7 @@ def _pre_tokenizer(model: GGUFModel) -> str:
             f"{model.path}: tokenizer.ggml.add_space_prefix = True is not supported for a "
             "byte-level BPE"
         )
-    return pre
-
-
-def _file_merges(model: GGUFModel, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    vocabulary = _vocabulary(model, tokens)
     merges = [tuple(merge.split(" ")) for merge in _array(model, "merges")]
     for i, merge in enumerate(merges):
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():  # or Rust panics
@@ -168,7 +135,14 @@ def _file_merges(model: GGUFModel, vocabulary: dict[str, int]) -> list[tuple[str
                 f"{model.path}: tokenizer.ggml.merges[{i}] is {' '.join(merge)!r}; it must be two "
                 "tokens of the vocabulary whose union is one too"
             )
-    return merges
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in LLAMA3))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(words), "isolated") for words in WORDS[pre]]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def _sentencepiece_bpe(model: GGUFModel, tokens: list[str], types: list[int]) -> Tokenizer:

@@ -35,7 +35,8 @@ def _digest(path: str) -> str:
         return f"{repository}@{commit}"  # the hub's cache names folders so
     files = _files(path)
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda file: _file_digest(file, *_version_of(file)), files)
+        versions = (file.stat() for file in files)
+        digests = pool.map(_file_digest, files, ((x.st_size, x.st_mtime_ns) for x in versions))
         return "sha256 " + hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -68,15 +69,10 @@ def model_identity(teacher: Model) -> dict[str, str]:
     return teacher_identity(teacher.name, config.dtype, config.param_dtype)
 
 
-def _version_of(file: pathlib.Path) -> tuple[int, int]:
-    """What changes when the file does."""
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
-
-
 @functools.lru_cache(maxsize=64)
-def _file_digest(file: pathlib.Path, size: int, changed: int) -> bytes:
-    """Read once, though a run compares several manifests with the same gigabytes."""
+def _file_digest(file: pathlib.Path, size_and_time: tuple[int, int]) -> bytes:
+    """Read once, though a run compares several manifests with the same gigabytes, unless its size
+    or time changes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").digest()
 
