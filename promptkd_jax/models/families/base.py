@@ -145,7 +145,7 @@ class Family:
       model_type: what `config.json` calls it; `DecoderConfig.family`.
       architecture: the class of `transformers`.
       read: (config.json, its place for messages) -> DecoderConfig; a KeyError is a missing field.
-      tensors: the table for a model of that config.
+      tensors: the table for a model of that config, the embedding first.
       prefix: of all names but `HEAD`, as `transformers` writes them today.
       other_prefixes: those that older files have instead.
       ignored: regular expressions, below the prefix, of tensors that carry nothing.

@@ -101,12 +101,13 @@ def _parameter(
     if sharding is not None:
         # That of a layer: without the axis of layers, which is not cut.
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+    def read_layer(layer: int, bounds: Bounds) -> np.ndarray:
+        return read(((layer, layer + 1), *bounds))[0]
+
     for layer in range(shape.shape[0]):
-
-        def read_layer(bounds: Bounds, layer: int = layer) -> np.ndarray:
-            return read(((layer, layer + 1), *bounds))[0]
-
-        stack = _put(stack, _place(read_layer, shape.shape[1:], sharding), layer)
+        part = functools.partial(read_layer, layer)
+        stack = _put(stack, _place(part, shape.shape[1:], sharding), layer)
         stack.block_until_ready()  # or the host would hold several layers
     return stack
 
