@@ -98,12 +98,12 @@ def _fastest(pair: str, topology: str, options: argparse.Namespace) -> dict[str,
     except ConfigError as error:
         return {"impossible": str(error)}
     tried = []
-    candidates.sort(key=lambda one: not one.plan["memory"]["fits"])
-    if not candidates[0].plan["memory"]["fits"]:  # by the estimate nothing does: the smallest
-        candidates.sort(key=lambda one: one.plan["memory"]["needed"])
+    candidates.sort(key=lambda one: not one["memory"]["fits"])
+    if not candidates[0]["memory"]["fits"]:  # by the estimate nothing does: the smallest
+        candidates.sort(key=lambda one: one["memory"]["needed"])
     for candidate in candidates[: options.compile]:
-        its_run = run.with_micro_batches(candidate.micro_batches)
-        tried.append(_compiled(its_run, slices, candidate.sizes))
+        its_run = run.with_micro_batches(candidate["micro_batches"])
+        tried.append(_compiled(its_run, slices, candidate["mesh"]))
         if tried[-1].get("memory", {}).get("fits"):
             return tried[-1]
     return min(tried, key=lambda one: one.get("memory", {}).get("needed") or float("inf"))
@@ -115,10 +115,9 @@ def _estimated(pair: str, topology: str) -> dict[str, Any]:
         candidates, _ = plan.search(_run(pair), chips.slices(topology))
     except ConfigError as error:
         return {"impossible": str(error)}
-    best = candidates[0].plan
-    if best["memory"]["fits"]:
-        return best
-    return min((one.plan for one in candidates), key=lambda one: one["memory"]["needed"])
+    if candidates[0]["memory"]["fits"]:
+        return candidates[0]
+    return min(candidates, key=lambda one: one["memory"]["needed"])
 
 
 def _guess(pair: str, topology: str, mesh: str) -> dict[str, Any]:
@@ -190,7 +189,7 @@ def scaling_table(results: dict[str, Any]) -> str:
         if found is None or "phases" not in found:
             continue
         memory, phases = found["memory"], found["phases"].values()
-        sent = sum(phase["sent"] + phase["sent_between_slices"] for phase in phases)
+        sent = sum(phase["ici_bytes"] + phase["dcn_bytes"] for phase in phases)
         cells = [
             str(found["chips"]),
             _by(found),
@@ -199,7 +198,7 @@ def scaling_table(results: dict[str, Any]) -> str:
             _gib(memory["temporaries"]),
             _gib(memory["needed"]),
             f"{sent / 1e9:.1f}",
-            f"{sum(phase['moved'] for phase in phases) / 1e9:.0f}",
+            f"{sum(phase['hbm_bytes'] for phase in phases) / 1e9:.0f}",
             f"{found['tokens_per_second']:,.0f}",
             f"{found['tokens_per_second'] / found['chips']:,.0f}",
         ]

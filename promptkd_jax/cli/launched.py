@@ -44,7 +44,7 @@ def check_command(words: Sequence[str], devices: int, number: int = 1) -> RunCon
         config = checked(read_config(rest))
         sizes = _check_rows(config, devices, number)
         for stage in config.stages:
-            abstract_run(config, stage.name).arguments(abstract_mesh(sizes))
+            abstract_run(config, stage.name).on(abstract_mesh(sizes)).arguments()
         return config
     if name == "cache":
         config = checked(read_config(rest))

@@ -1,8 +1,4 @@
-"""A run of which nothing is loaded: shapes, dtypes and, on a mesh, shardings of all that it keeps.
-
-The state is that of `experiment.Experiment`, made by the same functions from models that have
-shapes instead of parameters.
-"""
+"""A run of which nothing is loaded: the experiment that `prepare.prepare` makes, made of shapes."""
 
 import dataclasses
 import functools
@@ -11,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.records import read_records
@@ -25,34 +21,28 @@ from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io.hub import download, hub_id, resolve_model, student_of_run
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.io.safetensors import read_json
-from promptkd_jax.models.model import Model, chosen_layers, end_ids
+from promptkd_jax.models.model import Model
 from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.training import build
-from promptkd_jax.training.checks import needs_the_teacher
-from promptkd_jax.training.experiment import Experiment, Stage
+from promptkd_jax.training.checks import check_mesh
+from promptkd_jax.training.experiment import Experiment, Stage, sharded_shapes
 from promptkd_jax.training.fields import ModelConfig, RunConfig
-from promptkd_jax.training.prepare import projections, stage_optimizers
+from promptkd_jax.training.prepare import choose_models, init_learned
 from promptkd_jax.training.recipes import DOLLY_ROWS
 
 UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how many rows there are
 
 
 @dataclasses.dataclass(frozen=True)
-class AbstractRun:
-    """The parts of a run, its `index`-th stage the one that is looked at.
+class AbstractRun(Experiment):
+    """An experiment of shapes, its `index`-th stage the one that is looked at.
 
-    `params` of teacher and student are shapes. `learned`: as in `Experiment`. `steps` of the stage
-    is None where the number of rows is unknown. `notes` say what was assumed.
+    `num_steps` of that stage is None where the number of rows is unknown. `notes` say what was
+    assumed.
     """
 
-    config: RunConfig
     index: int
-    teacher: Model | None
-    student: Model
-    learned: dict[str, Any]
-    vocab_size: int
-    steps: int | None
-    stages: tuple[Stage, ...]
+    num_steps: int | None
     notes: tuple[str, ...]
 
     @property
@@ -66,63 +56,52 @@ class AbstractRun:
         return self.config.stages[self.index].batch_size
 
     def with_micro_batches(self, number: int) -> "AbstractRun":
-        """The same run, its rows dealt out to so many micro-batches."""
-        execution = self.stage.method.execution
-        execution = dataclasses.replace(execution, gradient_accumulation_steps=number)
+        """The same run, the rows of its stage dealt out to so many micro-batches."""
+        change = {"gradient_accumulation_steps": number}
+        configs, stages = list(self.config.stages), list(self.stages)
+        configs[self.index] = dataclasses.replace(configs[self.index], **change)
+        execution = dataclasses.replace(self.stage.method.execution, **change)
         method = dataclasses.replace(self.stage.method, execution=execution)
-        stages = list(self.stages)
         stages[self.index] = dataclasses.replace(self.stage, method=method)
-        return dataclasses.replace(self, stages=tuple(stages))
+        config = dataclasses.replace(self.config, stages=tuple(configs))
+        return dataclasses.replace(self, config=config, stages=tuple(stages))
 
-    def on(self, mesh: Mapping[str, int]) -> "AbstractRun":
-        """The same run with its models padded for a mesh of these sizes."""
-        teacher, student = (
-            model and _with_config(model, model.decoder.config.replace(tensor_parts=mesh["tensor"]))
-            for model in (self.teacher, self.student)
-        )
-        learned = dict(self.learned)
-        if "teacher" in learned:
-            learned["teacher"] = _in_float32(teacher.params)
-        return dataclasses.replace(self, teacher=teacher, student=student, learned=learned)
+    def on(self, mesh: Mesh | AbstractMesh) -> "AbstractRun":
+        """The same run on another mesh, its models padded for that."""
 
-    def experiment(self, mesh: Any) -> Experiment:
-        """The one that `prepare.prepare` makes, but of shapes. The mesh may be abstract."""
-        padded = self.on(mesh.shape)
-        return Experiment(
-            config=self.config,
-            teacher=padded.teacher,
-            student=padded.student,
-            learned=padded.learned,
-            vocab_size=self.vocab_size,
-            dev=None,
-            stages=self.stages,
+        def padded(model):
+            config = model.decoder.config.replace(tensor_parts=mesh.shape["tensor"])
+            return _with_config(model, config)
+
+        student, teacher = padded(self.student), self.teacher and padded(self.teacher)
+        return dataclasses.replace(
+            self,
+            teacher=teacher,
+            student=student,
+            learned=_learned(self.config, teacher, student),
             mesh=mesh,
         )
 
-    def arguments(self, mesh: Any) -> tuple[Any, Any, Batch, Batch | None]:
+    def arguments(self) -> tuple[Any, Any, Batch, Batch | None]:
         """State, teacher, rows and corpus of a train step, each array a ShapeDtypeStruct with the
         sharding that it has in the run.
 
         Raises:
           ConfigError: an axis of the mesh does not divide a parameter, or the rows.
         """
-        check_mesh_rows(self, mesh)
-        experiment = self.experiment(mesh)
-        state, teacher = experiment.abstract_state(), None
-        if experiment.teacher is not None:
-            params = experiment.teacher.params
-            teacher = jax.tree.map(_struct, params, sharding.shardings(params, mesh))
-        where = sharding.rows_sharding(mesh, self.batch_size)
-        rows = functools.partial(self._rows, where=where)
+        check_mesh(self.config, self.mesh, [self.index])
+        state = self.abstract_state()
+        teacher = self.teacher and sharded_shapes(self.teacher.params, self.mesh)
         method = self.stage.method
         cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
-        return state, teacher, rows(cached), rows(0) if method.corpus_terms else None
+        return state, teacher, self._rows(cached), self._rows(0) if method.corpus_terms else None
 
-    def _rows(self, cached: int, where: Any) -> Batch:
+    def _rows(self, cached: int) -> Batch:
         rows, columns = self.batch_size, self.config.data.max_length
+        place = sharding.rows_sharding(self.mesh, rows)
 
         def struct(*shape, dtype=jnp.int32):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
         top_k = None
         if cached:
@@ -138,16 +117,8 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes[axis] for axis in axes), axes, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_mesh_rows(run: AbstractRun, mesh: Any) -> None:
-    """Raises ConfigError where rows cannot be dealt out evenly to the devices."""
-    where = f"config.stages[{run.index}]"
-    slots = run.config.stages[run.index].max_concurrent_rollouts
-    sharding.check_rows(f"{where}.batch_size", run.batch_size, run.stage.method.parts, mesh)
-    sharding.check_rows(f"{where}.max_concurrent_rollouts", slots, 1, mesh)
-
-
 def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> AbstractRun:
-    """The run of a checked config.
+    """The run of a checked config, on one device.
 
     Args:
       stage: the name of the one that is looked at; by default the last.
@@ -156,31 +127,46 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
     Raises:
       ConfigError: no such stage. ModelError: a model of unknown or unsupported shape.
     """
-    index, notes = _stage_index(config, stage), []
-    teacher, student = _models(config, notes)
-    vocab_size = student.vocab_size
-    if teacher is not None:
-        vocab_size = min(vocab_size, teacher.vocab_size)
+    index = _stage_index(config, stage)
+    sources: dict[str, str] = {}  # of the shapes, by the path of a model
+    teacher, student = choose_models(config, functools.partial(_load, sources), _keep_layers)
+    notes = []
+    for role, model in (("teacher", teacher), ("student", student)):
+        if model:
+            size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e9
+            source = f"shapes from {sources[model.name]}"
+            notes.append(f"{role}: {model.name}, {size:.3g} B parameters, {source}")
     rows, source = (rows, "given") if rows else _training_rows(config)
     notes.append(f"{rows:,} training rows: {source}" if rows else f"training rows: {source}")
-    stages, steps = [], None
-    for number, chosen in enumerate(config.stages):
-        its_steps = build.stage_steps(chosen, rows) if chosen.steps or rows else None
-        if number == index:
-            steps = its_steps
-        made = _stage(config, number, its_steps or UNKNOWN_STEPS, (teacher, student), vocab_size)
-        stages.append(made)
     if any(chosen.teacher_view == "in_context" for chosen in config.stages):
         notes.append("a demonstration is taken to be half as long as the longest row")
+    vocab_size = min(model.vocab_size for model in (teacher, student) if model)
+    stages: list[Stage] = []
+    for number, chosen in enumerate(config.stages):
+        steps = build.stage_steps(chosen, rows) if chosen.steps or rows else UNKNOWN_STEPS
+        made = build.make_stage(
+            config,
+            number,
+            teacher,
+            student,
+            first=sum(before.steps for before in stages),
+            steps=steps,
+            longest_response=config.data.max_length - config.data.max_prompt_length,
+            vocab_size=vocab_size,
+            demonstrations=(0,) * (config.in_context.examples * (config.data.max_length // 2)),
+        )
+        stages.append(made)
     return AbstractRun(
         config=config,
-        index=index,
         teacher=teacher,
         student=student,
         learned=_learned(config, teacher, student),
         vocab_size=vocab_size,
-        steps=steps,
+        dev=None,
         stages=tuple(stages),
+        mesh=abstract_mesh(dict.fromkeys(sharding.AXES, 1)),
+        index=index,
+        num_steps=stages[index].steps if rows or config.stages[index].steps else None,
         notes=tuple(notes),
     )
 
@@ -216,34 +202,19 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
     return read_json(download(path, ["config.json"]) / "config.json"), "the hub"
 
 
-def _models(config: RunConfig, notes: list[str]) -> tuple[Model | None, Model]:
-    """(teacher, student), as `prepare.load_models` chooses them."""
-    teacher, measured = None, config.evaluation.teacher and config.teacher.path
-    if needs_the_teacher(config) or measured:
-        teacher = _model(config.teacher.path, config.teacher, notes, "teacher")
-    if config.student.path:
-        student = _model(config.student.path, config.student, notes, "student")
-    else:
-        depth = teacher.decoder.config.num_layers
-        kept = chosen_layers(depth, config.student.layers)
-        student = _model(config.teacher.path, config.student, notes, "student", len(kept))
-    eos_ids = end_ids(teacher, student)
-    teacher = teacher and teacher.replace(eos_ids=eos_ids)
-    return teacher, student.replace(eos_ids=eos_ids)
-
-
-def _model(path: str, how: ModelConfig, notes: list[str], role: str, depth: int = 0) -> Model:
-    hf_config, source = stored_config(path)
-    decoder = from_hugging_face(hf_config, f"{path}: config").replace(
+def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
+    """The model at a path, of shapes; `sources` is told where these are from."""
+    hf_config, sources[path] = stored_config(path)
+    config = from_hugging_face(hf_config, f"{path}: config").replace(
         dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
     )
-    decoder = decoder.replace(num_layers=depth or decoder.num_layers)
-    params = _params(decoder)
-    size = sum(x.size for x in jax.tree.leaves(params))
-    notes.append(f"{role}: {path}, {size / 1e9:.3g} B parameters, shapes from {source}")
-    found = hf_config.get("eos_token_id")
-    eos_ids = tuple(found) if isinstance(found, list) else (found or 0,)
-    return Model(path, Decoder(decoder), params, dict(hf_config), None, eos_ids)
+    end = hf_config.get("eos_token_id")
+    eos_ids = tuple(end) if isinstance(end, list) else (end or 0,)
+    return Model(path, Decoder(config), _params(config), dict(hf_config), None, eos_ids)
+
+
+def _keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
+    return _with_config(model, model.decoder.config.replace(num_layers=len(layers)))
 
 
 def _with_config(model: Model, config: DecoderConfig) -> Model:
@@ -254,6 +225,18 @@ def _with_config(model: Model, config: DecoderConfig) -> Model:
 def _params(config: DecoderConfig) -> Any:
     """Shapes of a decoder's parameters, traced once: a search asks for each micro-batch."""
     return abstract_params(config)
+
+
+def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[str, Any]:
+    """Shapes of what is trained beside the student."""
+    # There is no tokenizer here; the shape of a soft prompt does not depend on how it starts.
+    soft_prompt = dataclasses.replace(config.soft_prompt, init="random")
+    config = dataclasses.replace(config, soft_prompt=soft_prompt)
+
+    def init(params):
+        return init_learned(config, teacher and teacher.replace(params=params), student, 0, ())
+
+    return jax.eval_shape(init, teacher and teacher.params)
 
 
 def _stage_index(config: RunConfig, name: str | None) -> int:
@@ -279,53 +262,3 @@ def _training_rows(config: RunConfig) -> tuple[int, str]:
             count = sum(1 for line in lines if line.strip())
         return count, f"the lines of {train} that are not blank, too long ones included"
     return 0, f"not counted, {train} is no file here; --rows gives their number"
-
-
-def _stage(config: RunConfig, index: int, steps: int, models, vocab_size: int) -> Stage:
-    """The stage that `prepare.prepare` makes, every row as long as the config allows."""
-    stage, (_, student) = config.stages[index], models
-    room = config.data.max_length - config.data.max_prompt_length
-    shown = config.in_context.examples * (config.data.max_length // 2)
-    method = build.make_method(
-        config,
-        stage,
-        steps=steps,
-        longest_response=room,
-        vocab_size=vocab_size,
-        eos_ids=student.eos_ids,
-        demonstrations=(0,) * shown,
-    )
-    return Stage(
-        name=stage.name,
-        index=index,
-        first=0,
-        steps=steps,
-        method=method,
-        optimizers=stage_optimizers(config, stage, models, method),
-        learning_rate=build.learning_rate(
-            stage, stage.learning_rate, steps * method.updates, method.conventions
-        ),
-        batches=None,
-        corpus=None,
-    )
-
-
-def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[str, Any]:
-    """Shapes of what is trained beside the student."""
-    learned, views = {}, {stage.teacher_view for stage in config.stages}
-    if "prompted" in views:
-        shape = (config.soft_prompt.length, teacher.decoder.config.width)
-        learned["soft_prompt"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if "online" in views:
-        learned["teacher"] = _in_float32(teacher.params)
-    if made := jax.eval_shape(lambda: projections(config, teacher, student, jax.random.key(0))):
-        learned["projection"] = made
-    return learned
-
-
-def _in_float32(params: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
-
-
-def _struct(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

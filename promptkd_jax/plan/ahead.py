@@ -6,9 +6,12 @@ Needs libtpu (`pip install 'jax[tpu]'`), on any Linux machine. See `jax.experime
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra import sharding
@@ -16,7 +19,7 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.sampler import SamplingModel
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun
-from promptkd_jax.plan.chips import EXAMPLES, GIB, Slices
+from promptkd_jax.plan.chips import EXAMPLES, GIB, SliceTopology
 from promptkd_jax.plan.hlo import Collective
 
 # libtpu asks the machine that it runs on what TPU it has, and lets one process at a time use it.
@@ -54,12 +57,13 @@ class Program(NamedTuple):
         return self.arguments + self.new_outputs + self.temporaries + self.code
 
 
-class TooLarge(RuntimeError):
-    """The compiler found that a program does not fit; `needed` and `usable` bytes on one device."""
+class TooLarge(NamedTuple):
+    """What the compiler says of a program that does not fit; bytes on one device, None where it
+    does not say how many."""
 
-    def __init__(self, needed: int | None, usable: int | None, message: str):
-        super().__init__(message)
-        self.needed, self.usable = needed, usable
+    needed: int | None
+    usable: int | None
+    message: str
 
 
 def has_compiler() -> bool:
@@ -67,14 +71,13 @@ def has_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def described_devices(slices: Slices) -> list[Any]:
-    """Devices that can be compiled for, not computed on.
+def described_mesh(sizes: Mapping[str, int], slices: SliceTopology) -> Mesh:
+    """A mesh of devices that can be compiled for, not computed on, laid out as
+    `sharding.make_mesh` lays out real ones.
 
     Raises:
       ConfigError: a shape that the compiler does not know.
     """
-    from jax.experimental import topologies
-
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"chip_config_name": slices.chip.compiler}
@@ -83,31 +86,29 @@ def described_devices(slices: Slices) -> list[Any]:
     if slices.chips // slices.number == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=slices.name, **options
-        ).devices
+        described = topologies.get_topology_desc(slices.name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f"--topology: the compiler does not know {slices.name} ({error}); there are, for "
             f"example, {EXAMPLES}"
         ) from error
-    assert len(found) == slices.devices, (slices, len(found))
-    return list(found)
+    devices = list(described.devices)
+    assert len(devices) == slices.devices, (slices, len(devices))
+    return sharding.make_mesh(sizes, devices)
 
 
-def compile_step(run: AbstractRun, mesh: Any) -> Program:
-    """The train step, as a run jits it.
+def compile_step(run: AbstractRun) -> Program | TooLarge:
+    """Compiles the train step, as the run jits it, for the described mesh that it is on.
 
     Raises:
-      TooLarge: it does not fit. ConfigError: the mesh does not divide the parameters or rows.
+      ConfigError: the mesh does not divide the parameters or rows.
     """
-    jitted = run.experiment(mesh).jitted_step(run.stage)
-    return _compile(jitted, run, mesh, run.arguments(mesh))
+    return _compile(run.jitted_step(run.stage), run, run.arguments())
 
 
-def compile_rollout(run: AbstractRun, mesh: Any) -> Program:
+def compile_rollout(run: AbstractRun) -> Program | TooLarge:
     """Compiles a step's beginning: the student writes its answers. Raises as `compile_step`."""
-    method, models = run.stage.method, run.experiment(mesh).models
+    method, models = run.stage.method, run.models
 
     def write(params, teacher, batch, replay, key, step):
         voice = SamplingModel(models.teacher, teacher) if method.teacher_share else None
@@ -115,34 +116,34 @@ def compile_rollout(run: AbstractRun, mesh: Any) -> Program:
             method, models.student, params, batch, replay, key, step=step, teacher=voice
         )[0]
 
-    state, teacher, batch, _ = run.arguments(mesh)
+    state, teacher, batch, _ = run.arguments()
     if not method.teacher_share:
         teacher = None
     inputs = (state.params["student"], teacher, batch, state.replay, state.key, state.step)
-    return _compile(jax.jit(write), run, mesh, inputs)
+    return _compile(jax.jit(write), run, inputs)
 
 
-def _compile(jitted: Any, run: AbstractRun, mesh: Any, inputs: tuple) -> Program:
+def _compile(jitted: Any, run: AbstractRun, inputs: tuple) -> Program | TooLarge:
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(run.mesh):
             compiled = jitted.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _too_large(str(error)) from error
+        return _too_large(str(error))
     used = compiled.memory_analysis()
-    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
-    found = hlo.collectives(
+    slices = len({getattr(device, "slice_index", 0) for device in run.mesh.devices.flat})
+    collectives = hlo.collectives(
         compiled.as_text(),
         unknown_trips=run.stage.method.rollout_length,
-        slice_devices=mesh.size // slices if slices > 1 else 0,
+        slice_devices=run.mesh.size // slices if slices > 1 else 0,
     )
     return Program(
         arguments=used.argument_size_in_bytes,
         new_outputs=used.output_size_in_bytes - used.alias_size_in_bytes,
         temporaries=used.temp_size_in_bytes,
         code=used.generated_code_size_in_bytes,
-        collectives=tuple(found),
+        collectives=tuple(collectives),
     )
 
 
@@ -154,8 +155,3 @@ def _too_large(message: str) -> TooLarge:
     units = {"K": 2**10, "M": 2**20, "G": GIB}
     needed, usable = (int(float(found[i]) * units[found[i + 1]]) for i in (1, 3))
     return TooLarge(needed, usable, message.splitlines()[0])
-
-
-def described_mesh(sizes: dict[str, int], slices: Slices) -> Any:
-    """A mesh of described devices, laid out as `sharding.make_mesh` lays out real ones."""
-    return sharding.make_mesh(sizes, described_devices(slices))

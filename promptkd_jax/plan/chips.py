@@ -75,7 +75,7 @@ _LONGEST = 256  # chips along one dimension
 
 
 @dataclasses.dataclass(frozen=True)
-class Slices:
+class SliceTopology:
     """`number` slices of chips, each a torus of `shape`, joined by the data-centre network."""
 
     chip: Chip
@@ -107,7 +107,7 @@ class Slices:
         return self.chips * self.chip.cores
 
 
-def slices(topology: str, number: int = 1) -> Slices:
+def slices(topology: str, number: int = 1) -> SliceTopology:
     """Reads the name of a slice: "v5e:8x8", or Google's, v5litepod-64.
 
     Raises:
@@ -119,15 +119,15 @@ def slices(topology: str, number: int = 1) -> Slices:
     prefix, _, count = topology.rpartition("-")
     for chip in CHIPS.values():
         if name == chip.name and shape:
-            return Slices(chip, _read_shape(chip, topology, shape), number)
+            return SliceTopology(chip, _read_shape(chip, topology, shape), number)
         if prefix in (chip.google, chip.name) and re.fullmatch(r"[1-9]\d*", count):
-            return Slices(chip, _read_count(chip, topology, int(count)), number)
+            return SliceTopology(chip, _read_count(chip, topology, int(count)), number)
     raise ConfigError(
         f"--topology: {topology!r} names no slice; there are {', '.join(CHIPS)}, such as {EXAMPLES}"
     )
 
 
-def every(names: str, number: int = 1, most: int = 256) -> list[Slices]:
+def every(names: str, number: int = 1, most: int = 256) -> list[SliceTopology]:
     """The slices that a list such as "v5e:8x8,v6e" names: of a chip alone all that Google has a
     name for, of at most `most` chips each. Raises as `slices`."""
     found = []

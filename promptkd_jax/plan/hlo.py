@@ -12,15 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-_WIDTHS = {
-    0.5: "s4 u4",
-    1: "pred s8 u8 f8e4m3 f8e4m3fn f8e4m3b11fnuz f8e5m2",
-    2: "s16 u16 bf16 f16",
-    4: "s32 u32 f32",
-    8: "s64 u64 f64 c64",
-    16: "c128",
-}
-BYTES = {name: width for width, names in _WIDTHS.items() for name in names.split()}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _ONE_TO_ONE = ("collective-permute", "send")
 
@@ -44,7 +35,7 @@ class Collective(NamedTuple):
     name: str
 
     @property
-    def sent(self) -> float:
+    def ici_bytes(self) -> float:
         """Bytes that a device sends to others of its slice, in all trips.
 
         The least that a ring can do: of n devices, each sends (n - 1) / n of the array, twice for
@@ -53,7 +44,7 @@ class Collective(NamedTuple):
         return self.trips * self._share(self.group // self.slices) * self.size
 
     @property
-    def sent_between_slices(self) -> float:
+    def dcn_bytes(self) -> float:
         """Bytes that a device sends to another slice: the same for its part of the array."""
         inside = self.group // self.slices
         part = self.size if self.kind in _ONE_TO_ONE else self.size / inside
@@ -197,39 +188,28 @@ def _collective(
         kind = "reduce-scatter"  # of an all-reduce only this device's part is made
     elif kind == "reduce-scatter":
         size *= _groups(instruction.rest).shape[1]
+    members, slices = _groups(instruction.rest), 1
+    if slice_devices:
+        slices = max(len(set((group // slice_devices).tolist())) for group in members)
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    if kind == "collective-permute":
-        group, slices = 2, _crossed_pairs(instruction.rest, slice_devices)
-    else:
-        members = _groups(instruction.rest)
-        group, slices = members.shape[1], _crossed(members, slice_devices)
-    return Collective(kind, int(size), group, slices, trips, name.group(1) if name else "")
+    name = name.group(1) if name else ""
+    return Collective(kind, int(size), members.shape[1], slices, trips, name)
 
 
 def _sizes(kind: str) -> list[float]:
-    """Bytes of every array of a type."""
+    """Bytes of every array of a type, such as "(f32[4]{0}, bf16[2,8]{1,0}, u32[], token[])"."""
+    arrays = re.findall(r"\b(pred|(?:bf|[sufc])(\d+)\w*)\[([\d,]*)\]", kind)
     return [
-        BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
-        for dtype, shape in re.findall(r"([a-z]\w*)\[([\d,]*)\]", kind)
-        if dtype in BYTES
+        int(bits or 8) / 8 * math.prod(int(size) for size in shape.split(",") if size)
+        for _, bits, shape in arrays
     ]
 
 
-def _crossed(members: np.ndarray, slice_devices: int) -> int:
-    """Among how many slices the devices of a group are."""
-    if not slice_devices:
-        return 1
-    return max(len(set((group // slice_devices).tolist())) for group in members)
-
-
-def _crossed_pairs(rest: str, slice_devices: int) -> int:
-    pairs = re.findall(r"\{(\d+),(\d+)\}", rest.partition("source_target_pairs=")[2])
-    pairs = np.array(pairs or [(0, 0)], int)
-    return _crossed(pairs, slice_devices)
-
-
 def _groups(rest: str) -> np.ndarray:
-    """The devices of each group, `[groups, members]`, in any of the notations for them."""
+    """The devices of each group, `[groups, members]`, in any of the notations for them; of a
+    permutation those of each pair."""
+    if pairs := rest.partition("source_target_pairs=")[2]:
+        return np.array(re.findall(r"\{(\d+),(\d+)\}", pairs) or [(0, 0)], int)
     text = rest.partition("replica_groups=")[2]
     if listed := re.match(r"\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", text):
         return np.array(

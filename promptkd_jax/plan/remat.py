@@ -8,7 +8,7 @@ import jax
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import REMAT
 from promptkd_jax.plan import roofline
-from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
+from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.training.fields import RunConfig
 
 SHARE = 0.75  # of a device's memory: an estimate does not know all
@@ -39,13 +39,13 @@ def with_remat(config: RunConfig, policy: str) -> RunConfig:
 
 def needed_bytes(config: RunConfig, mesh: jax.sharding.Mesh) -> float:
     """Bytes that a device of `mesh` needs in the stage that needs most, an estimate."""
-    return max(_needed_bytes(abstract_run(config, stage.name), mesh) for stage in config.stages)
-
-
-def _needed_bytes(run: AbstractRun, mesh: jax.sharding.Mesh) -> float:
-    temporary = roofline.temporary_bytes(run, mesh.shape, sharding.platform())
-    kept = sum(roofline.kept_bytes(run, mesh).values())
-    return kept + temporary["rollout"] + temporary["update"]
+    needed = []
+    for stage in config.stages:
+        run = abstract_run(config, stage.name).on(mesh)
+        temporary = roofline.temporary_bytes(run, sharding.platform())
+        kept = sum(roofline.kept_bytes(run).values())
+        needed.append(kept + temporary["rollout"] + temporary["update"])
+    return max(needed)
 
 
 def device_bytes() -> float:

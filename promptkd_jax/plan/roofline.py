@@ -9,59 +9,52 @@ H head width, F feed-forward width, V vocabulary, L layers; d, f, t devices alon
 `tensor`. Bytes are those of one device. Models are taken as they are padded for the mesh.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from promptkd_jax.distill import chunked_loss
-from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT
+from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT, Method
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.plan.chips import Slices
-
-if TYPE_CHECKING:
-    from promptkd_jax.plan.abstract_run import AbstractRun
+from promptkd_jax.models.model import Model
+from promptkd_jax.plan.abstract_run import AbstractRun
+from promptkd_jax.plan.chips import SliceTopology
 
 PHASES = ("prefill", "decode", "prompt update", "student update")
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """`flops` of all devices together; `moved` bytes to and from HBM, `sent` to chips of the same
-    slice, `sent_between_slices`, of one device."""
+class Cost:
+    """`flops` of all devices together; bytes of one device: to and from HBM, sent to chips of the
+    same slice (ICI), and sent to other slices (DCN)."""
 
     flops: float = 0.0
-    moved: float = 0.0
-    sent: float = 0.0
-    sent_between_slices: float = 0.0
+    hbm_bytes: float = 0.0
+    ici_bytes: float = 0.0
+    dcn_bytes: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, n) + getattr(other, n) for n in _FIELDS))
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
-    def __mul__(self, times: float) -> Work:
-        return Work(*(times * getattr(self, n) for n in _FIELDS))
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(*(times * part for part in dataclasses.astuple(self)))
 
-    def seconds(self, slices: Slices) -> dict[str, float]:
+    def seconds(self, slices: SliceTopology) -> dict[str, float]:
         """Seconds of each of matrix units, HBM, network and slow network, would it work alone."""
         chip = slices.chip
         each = {
             "compute": self.flops / (slices.chips * chip.tflops * 1e12),
-            "HBM": self.moved / (chip.per_device(chip.hbm_gbps) * 1e9),
-            "network": self.sent / (chip.per_device(chip.ici_gbps) * 1e9),
+            "HBM": self.hbm_bytes / (chip.per_device(chip.hbm_gbps) * 1e9),
+            "network": self.ici_bytes / (chip.per_device(chip.ici_gbps) * 1e9),
         }
         if slices.number > 1:
-            slow = chip.per_device(chip.dcn_gbps) * 1e9
-            each["between slices"] = self.sent_between_slices / slow
+            each["between slices"] = self.dcn_bytes / (chip.per_device(chip.dcn_gbps) * 1e9)
         return each
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Work))
 
 
 def matrix_parameters(config: DecoderConfig) -> int:
@@ -95,114 +88,127 @@ def head_flops(config: DecoderConfig, rows: int, positions: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Counter:
-    """Work of the pieces of a step on a mesh."""
+    """Costs of the pieces of a step for one model, of padded sizes, on a mesh."""
 
+    config: DecoderConfig
     mesh: Mapping[str, int]
-    slices: int
+    slices: int = 1
 
     @property
     def row_parts(self) -> int:
         return self.mesh["data"] * self.mesh["fsdp"]
 
-    def forward(self, config: DecoderConfig, rows: int, columns: int) -> Work:
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the dtype of computation."""
+        return jnp.dtype(self.config.dtype).itemsize
+
+    @property
+    def layer_bytes(self) -> float:
+        """Of the matrices of all layers, gathered along `fsdp`."""
+        return matrix_parameters(self.config) * self.itemsize / self.mesh["tensor"]
+
+    @property
+    def head_bytes(self) -> float:
+        """Of the head, gathered along `fsdp`; the embedding is as large."""
+        return self.config.vocab_size * self.config.width * self.itemsize / self.mesh["tensor"]
+
+    @property
+    def activation_bytes(self) -> float:
+        """Of the inputs and outputs of all products, for one token."""
+        config = self.config
+        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        cut = heads + (4 if config.gated else 2) * config.mlp_width
+        each = 4 * config.width + cut / self.mesh["tensor"]
+        return config.num_layers * each * self.itemsize
+
+    def forward(self, rows: int, columns: int) -> Cost:
         """Reads all layers once, after gathering them and the embedding along `fsdp`; 2 all-reduces
         of the hidden states a layer along `tensor`, and one of the embeddings; inputs and outputs
         of all products pass through HBM."""
         tokens = rows * columns / self.row_parts
-        return Work(
-            forward_flops(config, rows, columns),
-            self._layer_bytes(config) + tokens * self._activations(config),
-            self._gather(self._layer_bytes(config))
-            + self._reduce_hidden(config, tokens)
-            + self._look_up(config, tokens),
+        look_up = self._allgather_bytes(self.head_bytes) + self._allreduce_hidden_bytes(tokens)
+        return Cost(
+            forward_flops(self.config, rows, columns),
+            self.layer_bytes + tokens * self.activation_bytes,
+            self._allgather_bytes(self.layer_bytes)
+            + self._allreduce_layers_bytes(tokens)
+            + look_up,
         )
 
-    def backward(self, config: DecoderConfig, rows: int, columns: int, *, weights: bool) -> Work:
+    def backward(self, rows: int, columns: int, *, weights: bool) -> Cost:
         """Work as of the forward, and the gradients of the layers, once read and once written."""
-        tokens, gradient = rows * columns / self.row_parts, self._layer_bytes(config)
-        passes = 1 if config.remat == "none" else 2
-        moved = passes * (gradient + tokens * self._activations(config))
-        moved += (1 + weights) * tokens * self._activations(config)
-        sent = self._gather(gradient) + passes * self._reduce_hidden(config, tokens)
-        found = Work(backward_flops(config, rows, columns, weights=weights), moved, sent)
+        tokens, gradient = rows * columns / self.row_parts, self.layer_bytes
+        passes = 1 if self.config.remat == "none" else 2
+        moved = passes * (gradient + tokens * self.activation_bytes)
+        moved += (1 + weights) * tokens * self.activation_bytes
+        sent = self._allgather_bytes(gradient) + passes * self._allreduce_layers_bytes(tokens)
+        cost = Cost(backward_flops(self.config, rows, columns, weights=weights), moved, sent)
         if weights:
-            gradient += self._head_bytes(config)  # as large as the embedding
-            found += Work(0, 2 * gradient, *self._reduce_gradient(gradient))
-        return found
+            gradient += self.head_bytes  # as large as the embedding
+            cost += Cost(0, 2 * gradient, *self._reduce_gradient_bytes(gradient))
+        return cost
 
-    def head(self, config: DecoderConfig, rows: int, positions: int, products: int) -> Work:
+    def head(self, rows: int, positions: int, products: int) -> Cost:
         """`products` with the head (logits: 1; hidden states' gradient, head's gradient: 1 more
         each), which is gathered once and read for every block of positions."""
-        size = config.vocab_size * config.width * _BYTES[config.dtype] / self.mesh["tensor"]
-        on_device = max(rows * config.vocab_size // math.prod(self.mesh.values()), 1)
+        vocab_size, width = self.config.vocab_size, self.config.width
+        devices = math.prod(self.mesh.values())
+        on_device = max(rows * vocab_size // devices, 1)
         block = max(chunked_loss.chunk_elements("tpu") // on_device, 1)
-        logits = rows * positions * config.vocab_size * 4 / math.prod(self.mesh.values())
-        found = Work(
-            products * head_flops(config, rows, positions),
-            products * (-(-positions // block) * size + logits),
-            self._gather(size),
+        logits = rows * positions * vocab_size * 4 / devices
+        cost = Cost(
+            products * head_flops(self.config, rows, positions),
+            products * (-(-positions // block) * self.head_bytes + logits),
+            self._allgather_bytes(self.head_bytes),
         )
         if products > 1:
-            found += Work(sent=self._around(rows * positions / self.row_parts * config.width * 4))
+            hidden = rows * positions / self.row_parts * width * 4
+            cost += Cost(ici_bytes=self._allreduce_bytes(hidden))
         if products > 2:
-            in_float32 = config.vocab_size * config.width * 4 / self.mesh["tensor"]
-            found += Work(0, 0, *self._reduce_gradient(in_float32))
-        return found
+            in_float32 = vocab_size * width * 4 / self.mesh["tensor"]
+            cost += Cost(0, 0, *self._reduce_gradient_bytes(in_float32))
+        return cost
 
-    def resident(self, config: DecoderConfig) -> Work:
+    def gathered_copy(self) -> Cost:
         """A rollout gathers what writes once."""
-        size = self._layer_bytes(config) + self._head_bytes(config)
-        return Work(0, 2 * size, self._gather(size))
+        size = self.layer_bytes + self.head_bytes
+        return Cost(0, 2 * size, self._allgather_bytes(size))
 
-    def decode(self, config: DecoderConfig, rows: int, columns: int, steps: int) -> Work:
+    def decode(self, rows: int, columns: int, steps: int) -> Cost:
         """Each token reads layers, head and the whole cache."""
         tokens = rows / self.row_parts
-        step = Work(
-            forward_flops(config, rows, 1, keys=columns) + head_flops(config, rows, 1),
-            self._layer_bytes(config)
-            + self._head_bytes(config)
-            + cache_bytes(config, rows, columns, self.mesh),
-            self._reduce_hidden(config, tokens)
-            + self._around(tokens * config.width * _BYTES[config.dtype]),
+        cache = cache_bytes(self.config, rows, columns, self.mesh)
+        step = Cost(
+            forward_flops(self.config, rows, 1, keys=columns) + head_flops(self.config, rows, 1),
+            self.layer_bytes + self.head_bytes + cache,
+            self._allreduce_layers_bytes(tokens) + self._allreduce_hidden_bytes(tokens),
         )
         return step * steps
 
-    def optimizer(self, parameters: float) -> Work:
+    def optimizer(self, parameters: float) -> Cost:
         """AdamW in float32: parameter, gradient and two moments read, all but one written."""
-        return Work(moved=7 * 4 * parameters / (self.mesh["fsdp"] * self.mesh["tensor"]))
+        return Cost(hbm_bytes=7 * 4 * parameters / (self.mesh["fsdp"] * self.mesh["tensor"]))
 
-    def _layer_bytes(self, config: DecoderConfig) -> float:
-        return matrix_parameters(config) * _BYTES[config.dtype] / self.mesh["tensor"]
-
-    def _head_bytes(self, config: DecoderConfig) -> float:
-        return config.vocab_size * config.width * _BYTES[config.dtype] / self.mesh["tensor"]
-
-    def _activations(self, config: DecoderConfig) -> float:
-        """Bytes of the inputs and outputs of all products, for one token."""
-        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        cut = heads + (4 if config.gated else 2) * config.mlp_width
-        each = 4 * config.width + cut / self.mesh["tensor"]
-        return config.num_layers * each * _BYTES[config.dtype]
-
-    def _gather(self, size: float) -> float:
+    def _allgather_bytes(self, size: float) -> float:
+        """Along `fsdp`."""
         return size * (self.mesh["fsdp"] - 1) / self.mesh["fsdp"]
 
-    def _around(self, size: float) -> float:
-        """An all-reduce along `tensor`."""
+    def _allreduce_bytes(self, size: float) -> float:
+        """Along `tensor`."""
         return 2 * size * (self.mesh["tensor"] - 1) / self.mesh["tensor"]
 
-    def _reduce_hidden(self, config: DecoderConfig, tokens: float) -> float:
-        return 2 * config.num_layers * self._around(tokens * config.width * _BYTES[config.dtype])
+    def _allreduce_hidden_bytes(self, tokens: float) -> float:
+        """Of one hidden state, or embedding, of so many tokens."""
+        return self._allreduce_bytes(tokens * self.config.width * self.itemsize)
 
-    def _look_up(self, config: DecoderConfig, tokens: float) -> float:
-        """Embeddings: the table gathered along `fsdp`, what is found added up along `tensor`."""
-        found = self._around(tokens * config.width * _BYTES[config.dtype])
-        return self._gather(self._head_bytes(config)) + found
+    def _allreduce_layers_bytes(self, tokens: float) -> float:
+        return 2 * self.config.num_layers * self._allreduce_hidden_bytes(tokens)
 
-    def _reduce_gradient(self, size: float) -> tuple[float, float]:
+    def _reduce_gradient_bytes(self, size: float) -> tuple[float, float]:
         """Scattered along `fsdp`, then all-reduced along `data`: in a slice, and between them."""
         part, inside = size / self.mesh["fsdp"], self.mesh["data"] // self.slices
-        sent = self._gather(size) + 2 * part * (inside - 1) / inside
+        sent = self._allgather_bytes(size) + 2 * part * (inside - 1) / inside
         return sent, 2 * part / inside * (self.slices - 1) / self.slices
 
 
@@ -211,34 +217,43 @@ def cache_bytes(config: DecoderConfig, rows: int, columns: int, mesh: Mapping[st
     often as makes their number divide."""
     heads = math.lcm(config.num_kv_heads, mesh["tensor"]) / mesh["tensor"]
     elements = 2 * config.num_layers * rows * columns * heads * config.head_dim
-    return elements * _BYTES[config.dtype] / (mesh["data"] * mesh["fsdp"])
+    return elements * jnp.dtype(config.dtype).itemsize / (mesh["data"] * mesh["fsdp"])
 
 
-def phases(run: AbstractRun, mesh: Mapping[str, int], slices: int = 1) -> dict[str, Work]:
-    """The work of a train step, by phase.
+def phases(run: AbstractRun, slices: int = 1) -> dict[str, Cost]:
+    """The cost of a train step on the run's mesh, by phase.
 
     Args:
-      mesh: sizes of `data`, `fsdp`, `tensor`; slices: that `data` goes across.
+      slices: that `data` goes across.
     """
-    run, count = run.on(mesh), _Counter(mesh, slices)
-    found = dict(zip(PHASES, (*_rollout(run, count), _teacher(run, count), _student(run, count))))
-    return {name: work for name, work in found.items() if work != Work()}
+    student = _counter(run, run.student, slices)
+    teacher = _counter(run, run.teacher, slices) if run.teacher else None
+    costs = (
+        *_rollout(run, student, teacher),
+        _teacher(run, student, teacher),
+        _student(run, student, teacher),
+    )
+    return {name: cost for name, cost in zip(PHASES, costs) if cost != Cost()}
 
 
-def _rollout(run: AbstractRun, count: _Counter) -> tuple[Work, Work]:
-    method = run.stage.method
-    if method.targets not in ON_POLICY:
-        return Work(), Work()
-    voices = [run.student.decoder.config.padded]
-    if method.teacher_share:
-        voices.append(run.teacher.decoder.config.padded)
-    prefill, decode = Work(), Work()
-    slots, asked, steps = _slots(run), method.prompt_capacity, method.rollout_length
-    turns = run.batch_size / slots
-    for voice in voices:
-        prefill += count.resident(voice) + count.forward(voice, run.batch_size, asked)
-        decode += count.decode(voice, slots, asked + steps, steps) * turns
+def _counter(run: AbstractRun, model: Model, slices: int = 1) -> _Counter:
+    return _Counter(model.decoder.config.padded, run.mesh.shape, slices)
+
+
+def _rollout(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> tuple[Cost, Cost]:
+    method, slots, prefill, decode = run.stage.method, _slots(run), Cost(), Cost()
+    asked, steps = method.prompt_capacity, method.rollout_length
+    for voice in _voices(method, student, teacher):
+        prefill += voice.gathered_copy() + voice.forward(run.batch_size, asked)
+        decode += voice.decode(slots, asked + steps, steps) * (run.batch_size / slots)
     return prefill, decode
+
+
+def _voices(method: Method, student: _Counter, teacher: _Counter | None) -> list[_Counter]:
+    """The models that write the rows of a rollout."""
+    if method.targets not in ON_POLICY:
+        return []
+    return [student, teacher] if method.teacher_share else [student]
 
 
 def _slots(run: AbstractRun) -> int:
@@ -257,80 +272,68 @@ def _sizes(run: AbstractRun) -> tuple[int, int, int, int, int]:
     return run.batch_size // method.parts, method.parts, columns, method.response_capacity, before
 
 
-def _teacher(run: AbstractRun, count: _Counter) -> Work:
+def _teacher(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> Cost:
     """The soft prompt's update: plain and prompted forward, backward to the prompt; or that of a
     teacher that learns. The student is seen beside it."""
     method = run.stage.method
-    if not (method.prompted or method.teacher_view == "online"):
-        return Work()
-    rows, parts, columns, positions, before = _sizes(run)
-    teacher, student = run.teacher.decoder.config.padded, run.student.decoder.config.padded
     online = method.teacher_view == "online"
-    one = count.forward(teacher, rows, before + columns)
-    one += count.backward(teacher, rows, before + columns, weights=online)
-    one += count.head(teacher, rows, positions, 2 + online)
-    one += count.head(student, rows, positions, 1)
+    if not (method.prompted or online):
+        return Cost()
+    rows, parts, columns, positions, before = _sizes(run)
+    part = teacher.forward(rows, before + columns)
+    part += teacher.backward(rows, before + columns, weights=online)
+    part += teacher.head(rows, positions, 2 + online)
+    part += student.head(rows, positions, 1)
     if method.prompted and method.regularization:
-        one += count.forward(teacher, rows, columns) + count.head(teacher, rows, positions, 1)
-    if not _shared(run):
-        one += count.forward(student, rows, columns)
-    update = count.optimizer(_parameters(run.teacher)) if online else Work()
-    return one * parts + update
+        part += teacher.forward(rows, columns) + teacher.head(rows, positions, 1)
+    # One forward of the student may serve both updates; then it counts in the student's.
+    if not method.parts * method.passes == method.execution.length_buckets == 1:
+        part += student.forward(rows, columns)
+    update = teacher.optimizer(_parameters(run.teacher)) if online else Cost()
+    return part * parts + update
 
 
-def _student(run: AbstractRun, count: _Counter) -> Work:
+def _student(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> Cost:
     """Forward and backward of the student, the teacher as it is seen now, and all other terms."""
     method = run.stage.method
     rows, parts, columns, positions, before = _sizes(run)
-    student = run.student.decoder.config.padded
-    one = count.forward(student, rows, columns)
-    one += count.backward(student, rows, columns, weights=True)
-    one += count.head(student, rows, positions, 3)
+    part = student.forward(rows, columns)
+    part += student.backward(rows, columns, weights=True)
+    part += student.head(rows, positions, 3)
     if method.needs_view and method.teacher_view != "cached":
-        teacher = run.teacher.decoder.config.padded
-        one += count.forward(teacher, rows, before + columns)
-        one += count.head(teacher, rows, positions, 1)
+        part += teacher.forward(rows, before + columns)
+        part += teacher.head(rows, positions, 1)
     if method.corpus_terms:
-        one += count.forward(student, rows, columns)
-        one += count.backward(student, rows, columns, weights=True)
-        one += count.head(student, rows, columns - 1, 3)
+        part += student.forward(rows, columns)
+        part += student.backward(rows, columns, weights=True)
+        part += student.head(rows, columns - 1, 3)
         if any(name != CROSS_ENTROPY for name, _ in method.corpus_terms):
-            one += count.forward(run.teacher.decoder.config.padded, rows, columns)
-            one += count.head(run.teacher.decoder.config.padded, rows, columns - 1, 1)
-    found = one * (parts * method.passes)
+            part += teacher.forward(rows, columns)
+            part += teacher.head(rows, columns - 1, 1)
+    cost = part * (parts * method.passes)
     if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
-        for model in (run.student, run.teacher):
-            config = model.decoder.config.padded
-            valued = count.forward(config, rows, columns) + count.head(config, rows, positions, 1)
-            found += valued * parts
-    return found + count.optimizer(_parameters(run.student)) * method.updates
+        for model in (student, teacher):
+            cost += (model.forward(rows, columns) + model.head(rows, positions, 1)) * parts
+    return cost + student.optimizer(_parameters(run.student)) * method.updates
 
 
-def _shared(run: AbstractRun) -> bool:
-    """Whether one forward of the student serves both updates; it counts in the student's."""
-    method = run.stage.method
-    return method.parts * method.passes == method.execution.length_buckets == 1
-
-
-def _parameters(model: Any) -> int:
+def _parameters(model: Model) -> int:
     return sum(x.size for x in jax.tree.leaves(model.params))
 
 
-def kept_bytes(run: AbstractRun, mesh: Any) -> dict[str, int]:
-    """Bytes that a device holds between steps, by part, exactly: its shards of all arrays.
-
-    Args:
-      mesh: also an abstract one.
+def kept_bytes(run: AbstractRun) -> dict[str, int]:
+    """Bytes that a device of the run's mesh holds between steps, by part, exactly: its shards of
+    all arrays.
 
     Raises:
       ConfigError: an axis does not divide a parameter.
     """
-    state, teacher, rows, corpus = run.arguments(mesh)
-    named = {"student": state.params["student"], "soft prompt": state.soft_prompt}
+    state, teacher, rows, corpus = run.arguments()
     written = (state.replay, state.pending)
     parts = {
         "teacher": (teacher, state.params.get("teacher")),
-        **named,
+        "student": state.params["student"],
+        "soft prompt": state.soft_prompt,
         "optimizers": state.optimizers,
         "rows and the rest": (state.params.get("projection"), written, rows, corpus),
     }
@@ -338,13 +341,10 @@ def kept_bytes(run: AbstractRun, mesh: Any) -> dict[str, int]:
 
 
 def _on_device(leaf: Any) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def temporary_bytes(
-    run: AbstractRun, mesh: Mapping[str, int], platform: str = "tpu"
-) -> dict[str, float]:
+def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]:
     """Bytes that a device needs beside that, an estimate: "rollout" and "update", together, as the
     compiler was seen to do; "cache" is part of the rollout's.
 
@@ -353,46 +353,36 @@ def temporary_bytes(
     layer's gathered parameters, heads, and logits of a block.
 
     Args:
-      mesh: sizes of `data`, `fsdp`, `tensor`.
       platform: of the devices.
     """
-    run, method, count = run.on(mesh), run.stage.method, _Counter(mesh, 1)
+    method, mesh, student = run.stage.method, run.mesh.shape, _counter(run, run.student)
+    teacher = _counter(run, run.teacher) if run.teacher else None
+    models, voices = [student, *filter(None, [teacher])], _voices(method, student, teacher)
     rows, _, columns, positions, before = _sizes(run)
-    student = run.student.decoder.config.padded
-    voices = [student] if method.targets in ON_POLICY else []
-    if voices and method.teacher_share:
-        voices.append(run.teacher.decoder.config.padded)
     length = method.prompt_capacity + method.rollout_length
-    cache = sum(cache_bytes(voice, _slots(run), length, mesh) for voice in voices)
-    copies = sum(count._layer_bytes(voice) + 2 * count._head_bytes(voice) for voice in voices)
+    cache = sum(cache_bytes(voice.config, _slots(run), length, mesh) for voice in voices)
+    copies = sum(voice.layer_bytes + 2 * voice.head_bytes for voice in voices)
     devices = mesh["fsdp"] * mesh["tensor"]
     gradients = 4 * _parameters(run.student) / devices * (2 if method.parts > 1 else 1)
-    saved = _saved(count, student, rows, columns, platform)
+    saved = _saved(student, rows, columns, platform)
     if method.prompted or method.teacher_view == "online":
-        saved += _saved(count, run.teacher.decoder.config.padded, rows, before + columns, platform)
-    models = [model.decoder.config.padded for model in (run.student, run.teacher) if model]
-    gathered = max(2 * count._layer_bytes(config) / config.num_layers for config in models)
-    heads = sum(count._head_bytes(config) for config in models) + 2 * count._head_bytes(student)
-    logits = (
-        6
-        * 4
-        * min(
-            chunked_loss.chunk_elements(platform),
-            rows * positions * run.vocab_size / math.prod(mesh.values()),
-        )
-    )
+        saved += _saved(teacher, rows, before + columns, platform)
+    gathered = max(2 * model.layer_bytes / model.config.num_layers for model in models)
+    heads = sum(model.head_bytes for model in models) + 2 * student.head_bytes
+    all_logits = rows * positions * run.vocab_size / math.prod(mesh.values())
+    logits = 6 * 4 * min(chunked_loss.chunk_elements(platform), all_logits)
     update = gradients + saved + gathered + heads + logits
     return {"cache": cache, "rollout": cache + 2 * copies, "update": update}
 
 
-def _saved(count: _Counter, config: DecoderConfig, rows: int, columns: int, platform: str) -> float:
+def _saved(count: _Counter, rows: int, columns: int, platform: str) -> float:
     """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots"
     also what its matrices give, which the backward pass reads; with "none" the inputs and outputs
     of all products, attention's weights among them where no flash kernel leaves them out, and half
     as much again for norms, rotations and activation functions."""
-    tokens, size = rows * columns / count.row_parts, _BYTES[config.dtype]
+    config, tensor, tokens = count.config, count.mesh["tensor"], rows * columns / count.row_parts
     if config.remat == "none":
-        scores = 3 * 4 * config.num_layers * config.num_heads / count.mesh["tensor"] * columns
+        scores = 3 * 4 * config.num_layers * config.num_heads / tensor * columns
         flash = implementation(
             platform=platform,
             dtype=config.dtype,
@@ -402,12 +392,12 @@ def _saved(count: _Counter, config: DecoderConfig, rows: int, columns: int, plat
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             row_parts=count.row_parts,
-            head_parts=count.mesh["tensor"],
+            head_parts=tensor,
         )
-        return tokens * (1.5 * count._activations(config) + (scores if flash == "xla" else 0))
+        return tokens * (1.5 * count.activation_bytes + (scores if flash == "xla" else 0))
     kept = config.width
     if config.remat == "dots":
         cut = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         cut += (2 if config.gated else 1) * config.mlp_width
-        kept += config.width + cut / count.mesh["tensor"]
-    return config.num_layers * tokens * kept * size
+        kept += config.width + cut / tensor
+    return config.num_layers * tokens * kept * count.itemsize

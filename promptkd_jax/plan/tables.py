@@ -148,10 +148,10 @@ def _phases_table(plan: Mapping[str, Any]) -> Table:
     table = Table("a step, by phase")
     for name in phases:
         table.add_column(name, justify="right")
-    sent = {name: one["sent"] + one["sent_between_slices"] for name, one in phases.items()}
+    sent = {name: one["ici_bytes"] + one["dcn_bytes"] for name, one in phases.items()}
     rows = {
         "PFLOP, all chips": [one["flops"] / 1e15 for one in phases.values()],
-        "GB of HBM moved": [one["moved"] / 1e9 for one in phases.values()],
+        "GB of HBM moved": [one["hbm_bytes"] / 1e9 for one in phases.values()],
         f"GB sent ({plan['traffic_by']})": [size / 1e9 for size in sent.values()],
     }
     for limit in next(iter(phases.values()))["seconds"]:

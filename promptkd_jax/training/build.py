@@ -1,13 +1,11 @@
-"""What the fields of a checked config become: methods, optimizers, schedules, sampling."""
+"""What the fields of a checked config become: stages, their methods, optimizers and schedules."""
 
 import dataclasses
 import re
-from typing import Any
 
 import optax
 
-from promptkd_jax.distill import hidden_loss, optimizer
-from promptkd_jax.distill.hidden_loss import HiddenTerm
+from promptkd_jax.distill import optimizer
 from promptkd_jax.distill.method import (
     PRESETS,
     Conventions,
@@ -17,8 +15,9 @@ from promptkd_jax.distill.method import (
     needs_teacher,
 )
 from promptkd_jax.distill.state import Optimizers
-from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import declared
+from promptkd_jax.models.model import Model, end_ids
+from promptkd_jax.training.experiment import Stage
 from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 
 
@@ -73,27 +72,33 @@ def stage_steps(stage: StageConfig, rows: int) -> int:
     return stage.steps or max(1, int(stage.epochs * (rows // stage.batch_size)))
 
 
-def make_method(
+def make_stage(
     config: RunConfig,
-    stage: StageConfig,
+    index: int,
+    teacher: Model | None,
+    student: Model,
     *,
+    first: int,
     steps: int,
     longest_response: int,
     vocab_size: int,
-    eos_ids: tuple[int, ...],
     demonstrations: tuple[int, ...] = (),
-) -> Method:
-    """The Method of a stage of `steps` steps.
+) -> Stage:
+    """Builds stage `index` of a run, still without data: `steps` steps after the `first` of the
+    stages before it.
 
     Args:
+      teacher, student: models, whose parameters may be shapes.
       longest_response: the most response tokens of a row of its data.
+      vocab_size: what teacher and student share.
       demonstrations: token ids, for "in_context".
     """
+    stage, conventions = config.stages[index], PRESETS[config.preset]
     room = config.data.max_length - config.data.max_prompt_length
     capacity = {"student": room, "gold": longest_response, "teacher": longest_response}
     objective = {name: getattr(stage, name) for name in declared(Objective)}
     execution = Execution(**{name: getattr(stage, name) for name in declared(Execution)})
-    return Method(
+    method = Method(
         **objective,
         execution=execution,
         total_steps=steps,
@@ -102,8 +107,47 @@ def make_method(
         prompt_capacity=config.data.max_prompt_length,
         vocab_size=vocab_size,
         demonstrations=demonstrations if stage.teacher_view == "in_context" else (),
-        sampling=dataclasses.replace(stage.sampling, eos_ids=eos_ids),
-        conventions=PRESETS[config.preset],
+        sampling=dataclasses.replace(stage.sampling, eos_ids=end_ids(teacher, student)),
+        conventions=conventions,
+    )
+    return Stage(
+        name=stage.name,
+        index=index,
+        first=first,
+        steps=steps,
+        method=method,
+        optimizers=_optimizers(config, stage, method, teacher, student),
+        learning_rate=learning_rate(
+            stage, stage.learning_rate, steps * method.updates, conventions
+        ),
+    )
+
+
+def _optimizers(
+    config: RunConfig, stage: StageConfig, method: Method, teacher: Model | None, student: Model
+) -> Optimizers:
+    """AdamW for each group of parameters, each with its own clip and schedule."""
+    steps, conventions = method.total_steps, method.conventions
+    updates = steps * method.updates  # the student's; soft prompt and teacher have one a step
+    decay_norms = conventions.decay_norms and student.decoder.config.family != "gpt2"
+
+    def adamw(peak, updates, model=None):
+        mask = model and optimizer.decay_mask(model.params, decay_norms=decay_norms)
+        return optimizer.adamw(
+            learning_rate(stage, peak, updates, conventions),
+            weight_decay=stage.weight_decay,
+            max_grad_norm=stage.max_grad_norm,
+            b2=stage.adam_beta2,
+            decay_mask=mask,
+            seed=config.seed,
+        )
+
+    teacher_rate = stage.teacher_learning_rate or stage.learning_rate
+    return Optimizers(
+        student=adamw(stage.learning_rate, updates, student),
+        soft_prompt=adamw(stage.prompt_learning_rate or stage.learning_rate, steps),
+        teacher=teacher and adamw(teacher_rate, steps, teacher),
+        projection=adamw(stage.learning_rate, updates),
     )
 
 
@@ -119,53 +163,3 @@ def learning_rate(
         min_lr=stage.min_lr,
         cosine_ignores_warmup=conventions.cosine_ignores_warmup,
     )
-
-
-def make_optimizers(
-    stage: StageConfig,
-    student: Any,
-    teacher: Any,
-    *,
-    steps: int,
-    updates: int,
-    conventions: Conventions,
-    decay_norms: bool,
-    seed: int,
-) -> Optimizers:
-    """AdamW for each group of parameters, each with its own clip and schedule.
-
-    Args:
-      steps: how often the stage updates soft prompt and teacher; updates: how often the student.
-      decay_norms: whether scales of norms decay; seed: of the rounding of half precision.
-    """
-
-    def adamw(peak, params=None, updates=steps):
-        mask = None if params is None else optimizer.decay_mask(params, decay_norms=decay_norms)
-        return optimizer.adamw(
-            learning_rate(stage, peak, updates, conventions),
-            weight_decay=stage.weight_decay,
-            max_grad_norm=stage.max_grad_norm,
-            b2=stage.adam_beta2,
-            decay_mask=mask,
-            seed=seed,
-        )
-
-    teacher_rate = stage.teacher_learning_rate or stage.learning_rate
-    return Optimizers(
-        student=adamw(stage.learning_rate, student, updates),
-        soft_prompt=adamw(stage.prompt_learning_rate or stage.learning_rate),
-        teacher=None if teacher is None else adamw(teacher_rate, teacher),
-        projection=adamw(stage.learning_rate, updates=updates),
-    )
-
-
-def resolved_hidden_terms(stage: StageConfig, student: Any, teacher: Any) -> tuple[HiddenTerm, ...]:
-    """A stage's terms on hidden states for two decoder configs.
-
-    Raises:
-      ConfigError: layers, widths or heads that do not fit these models.
-    """
-    try:
-        return hidden_loss.resolve_term(stage.hidden_terms, student, teacher)
-    except ValueError as error:
-        raise ConfigError(f"config.stages: {stage.name}.hidden_terms: {error}") from error

@@ -1,5 +1,6 @@
 """The check of a run's config: ranges, and the facts that need two fields to see."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -87,11 +88,12 @@ def _contradictions(config: RunConfig):
         )
 
 
-def check_mesh(config: RunConfig, mesh: Any) -> None:
-    """Raises ConfigError where rows of a stage cannot be dealt out evenly to the devices of a mesh,
-    which may be an abstract one."""
-    for index, stage in enumerate(config.stages):
-        path, slots = f"config.stages[{index}]", stage.max_concurrent_rollouts
+def check_mesh(config: RunConfig, mesh: Any, stages: Iterable[int] | None = None) -> None:
+    """Raises ConfigError where rows of a stage, of all or of those with the indices `stages`,
+    cannot be dealt out evenly to the devices of a mesh, which may be an abstract one."""
+    for index in range(len(config.stages)) if stages is None else stages:
+        path, stage = f"config.stages[{index}]", config.stages[index]
+        slots = stage.max_concurrent_rollouts
         sharding.check_rows(f"{path}.batch_size", stage.batch_size, stage.parts, mesh)
         sharding.check_rows(f"{path}.max_concurrent_rollouts", slots, 1, mesh)
 

@@ -20,16 +20,15 @@ from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.model import (
-    Model,
-)
+from promptkd_jax.models.model import Model
 from promptkd_jax.training.fields import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """Steps `first` + 1 to `first` + `steps` of the run, with one method. `learning_rate` is that
-    of the student's updates, of which a step may make several."""
+    of the student's updates, of which a step may make several. Where nothing is trained it has no
+    `batches`."""
 
     name: str
     index: int
@@ -38,8 +37,8 @@ class Stage:
     method: Method
     optimizers: Optimizers
     learning_rate: optax.Schedule
-    batches: grain.MapDataset
-    corpus: grain.MapDataset | None
+    batches: grain.MapDataset | None = None
+    corpus: grain.MapDataset | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Experiment:
 
     `student` is the one that the run starts from, `learned` what is trained beside it, by its group
     in the train state, `vocab_size` what teacher and student share, `dev` the held-out rows with
-    their reference answers.
+    their reference answers. An experiment that is planned has shapes for arrays, no rows, and a
+    mesh that may be abstract.
     """
 
     config: RunConfig
@@ -56,9 +56,9 @@ class Experiment:
     student: Model
     learned: dict[str, Any]
     vocab_size: int
-    dev: Rows
+    dev: Rows | None
     stages: tuple[Stage, ...]
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 
     @property
     def total_steps(self) -> int:
@@ -111,11 +111,7 @@ class Experiment:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state; they are the same in every stage."""
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            self._shapes(),
-            self.placed(),
-        )
+        return sharded_shapes(self._shapes(self._params()), self.mesh)
 
     def unpadded_state(self) -> TrainState:
         """Shapes and dtypes of a state on one device, the same for every mesh."""
@@ -130,12 +126,11 @@ class Experiment:
 
     def placed(self) -> Any:
         """Where every leaf of a state lies on the mesh."""
-        return sharding.shardings(self._shapes(), self.mesh)
+        return sharding.shardings(self._shapes(self._params()), self.mesh)
 
-    def _shapes(self, params: dict[str, Any] | None = None) -> TrainState:
+    def _shapes(self, params: dict[str, Any]) -> TrainState:
         return jax.eval_shape(
-            lambda params: self._init(self.stages[0], params, jax.random.key(0)),
-            self._params() if params is None else params,
+            lambda params: self._init(self.stages[0], params, jax.random.key(0)), params
         )
 
     def _params(self) -> dict[str, Any]:
@@ -159,3 +154,12 @@ class Experiment:
             replay=replay,
             pending=pending,
         )
+
+
+def sharded_shapes(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:
+    """Shapes and dtypes of a tree of parameters, or of a state, with their shardings on a mesh."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        tree,
+        sharding.shardings(tree, mesh),
+    )

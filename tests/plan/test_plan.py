@@ -68,8 +68,10 @@ def small_config(**changes) -> ConfigDict:
     return config
 
 
-def small_run(**changes):
-    return abstract_run(checked(small_config(**changes)))
+def small_run(*shape: int, **changes):
+    """Of these sizes along data, fsdp and tensor; else on one device."""
+    run = abstract_run(checked(small_config(**changes)))
+    return run.on(plan.abstract_mesh(sizes(*shape))) if shape else run
 
 
 def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
@@ -191,8 +193,8 @@ def test_what_layers_keep_is_what_xla_keeps():
         gradient = jax.jit(jax.grad(loss), static_argnums=1)
         compiled = gradient.lower(abstract_params(config), Decoder(config)).compile()
         found[policy] = compiled.memory_analysis().temp_size_in_bytes
-        count = roofline._Counter(sizes(1, 1, 1), 1)
-        expected[policy] = roofline._saved(count, config, 32, 64, "cpu")
+        count = roofline._Counter(config, sizes(1, 1, 1))
+        expected[policy] = roofline._saved(count, 32, 64, "cpu")
     for more, less in (("dots", "full"), ("none", "dots")):
         saved = found[more] - found[less]
         assert 0.8 < (expected[more] - expected[less]) / saved < 1.25, (found, expected)
@@ -201,7 +203,7 @@ def test_what_layers_keep_is_what_xla_keeps():
 def test_memory_is_that_of_the_real_arrays():
     """On one device every shard is whole; on many the shards are what the sharding rules say."""
     run = small_run()
-    kept = roofline.kept_bytes(run, plan.abstract_mesh(sizes(1, 1, 1)))
+    kept = roofline.kept_bytes(run)
     params = {m: abstract_params(from_hugging_face(c)) for m, c in (("p", SMALL), ("q", SMALLER))}
     real = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params["q"])
     moments = run.stage.optimizers.student.init(real)
@@ -216,7 +218,7 @@ def test_memory_is_that_of_the_real_arrays():
         "rows and the rest": 8 * (256 + 2) * 4,
     }
     assert kept == expected
-    cut = roofline.kept_bytes(run, plan.abstract_mesh(sizes(2, 2, 2)))
+    cut = roofline.kept_bytes(small_run(2, 2, 2))
     scales = 256 * 4 * (2 * 2 + 1)  # norms of 2 layers and the last: on every device
     assert cut["student"] == (student - scales) // 4 + scales
     assert cut["rows and the rest"] == kept["rows and the rest"] // 4
@@ -226,17 +228,15 @@ def test_rows_written_ahead_are_kept_where_the_rows_lie():
     """Of each: tokens, two lengths, whose it is and whether it ended."""
     rows = 8 * (256 + 2) * 4
     for shape, devices in (((1, 1, 1), 1), ((2, 2, 2), 4)):
-        kept = roofline.kept_bytes(
-            small_run(one_step_off_policy=True), plan.abstract_mesh(sizes(*shape))
-        )
+        kept = roofline.kept_bytes(small_run(*shape, one_step_off_policy=True))
         assert kept["rows and the rest"] == (2 * rows + 8 * 2) // devices
 
 
 def test_a_step_that_writes_ahead_compiles_from_shapes():
-    run = small_run(one_step_off_policy=True, batch_size=2)
     mesh = sharding.make_mesh(sizes(1, 1, 1), jax.devices()[:1])
+    run = small_run(one_step_off_policy=True, batch_size=2).on(mesh)
     with jax.set_mesh(mesh):
-        lowered = run.experiment(mesh).jitted_step(run.stage).lower(*run.arguments(mesh))
+        lowered = run.jitted_step(run.stage).lower(*run.arguments())
     state, _ = lowered.out_info
     assert state.pending.rows.tokens.shape == (2, 256)
 
@@ -279,12 +279,12 @@ def test_operations_are_those_that_xla_counts(family):
 
 def test_decode_reads_all_weights_and_the_cache_for_every_token():
     run, one = small_run(), sizes(1, 1, 1)
-    decode = roofline.phases(run, one)["decode"]
+    decode = roofline.phases(run)["decode"]
     student = run.student.decoder.config
     weights = 2 * (roofline.matrix_parameters(student) + 1024 * 256)
-    assert decode.moved == 128 * (weights + roofline.cache_bytes(student, 8, 256, one))
-    assert decode.sent == 0
-    assert roofline.phases(run, sizes(1, 1, 2))["decode"].sent == (
+    assert decode.hbm_bytes == 128 * (weights + roofline.cache_bytes(student, 8, 256, one))
+    assert decode.ici_bytes == 0
+    assert roofline.phases(small_run(1, 1, 2))["decode"].ici_bytes == (
         128
         * (2 * student.num_layers + 1)
         * 2
@@ -296,16 +296,16 @@ def test_decode_reads_all_weights_and_the_cache_for_every_token():
 
 
 def test_phases_follow_the_method():
-    prompted = roofline.phases(small_run(), sizes(1, 1, 1))
+    prompted = roofline.phases(small_run())
     assert list(prompted) == list(roofline.PHASES)
     gold = small_config()
     gold.stages = (method_stage("kd", batch_size=8, steps=10),)
-    assert list(roofline.phases(abstract_run(checked(gold)), sizes(1, 1, 1))) == ["student update"]
-    in_buckets = roofline.phases(small_run(length_buckets=2), sizes(1, 1, 1))
+    assert list(roofline.phases(abstract_run(checked(gold)))) == ["student update"]
+    in_buckets = roofline.phases(small_run(length_buckets=2))
     again = roofline.forward_flops(small_run().student.decoder.config, 8, 256)
     assert run_flops(in_buckets) - run_flops(prompted) == again  # it is not shared then
     without = small_run(regularization=0.0)
-    plain = run_flops(prompted) - run_flops(roofline.phases(without, sizes(1, 1, 1)))
+    plain = run_flops(prompted) - run_flops(roofline.phases(without))
     teacher = without.teacher.decoder.config
     heads = roofline.head_flops(teacher, 8, 128)
     assert plain == roofline.forward_flops(teacher, 8, 256) + heads
@@ -346,14 +346,14 @@ def test_collectives_in_a_loop_count_as_often_as_it_turns():
     assert set(found) == {"all-reduce", "all-gather"}
     reduce, gather = found["all-reduce"], found["all-gather"]
     assert (reduce.size, reduce.group, reduce.trips) == (16 * 4, 4, 5)
-    assert reduce.sent == 5 * 64 * 2 * 3 / 4
+    assert reduce.ici_bytes == 5 * 64 * 2 * 3 / 4
     assert (gather.size, gather.group, gather.trips) == (32 * 4, 2, 1)
-    assert gather.sent == 128 / 2
+    assert gather.ici_bytes == 128 / 2
     # Two slices of four devices: "a" goes between them, "b" does not.
     between = {one.kind: one for one in hlo.collectives(text, slice_devices=4)}
-    assert between["all-reduce"].sent_between_slices == 0
-    assert between["all-gather"].sent == 0
-    assert between["all-gather"].sent_between_slices == 128 / 2
+    assert between["all-reduce"].dcn_bytes == 0
+    assert between["all-gather"].ici_bytes == 0
+    assert between["all-gather"].dcn_bytes == 128 / 2
 
 
 TPU_TEXT = """\
@@ -407,8 +407,8 @@ def test_the_tpu_compilers_ways_of_writing():
         "collective-permute": (32, 11),
         "send": (16, 1),
     }
-    assert (found["send"].sent, found["send"].sent_between_slices) == (0, 16)
-    assert found["reduce-scatter"].sent == 7 * 16 / 2
+    assert (found["send"].ici_bytes, found["send"].dcn_bytes) == (0, 16)
+    assert found["reduce-scatter"].ici_bytes == 7 * 16 / 2
 
 
 @pytest.mark.parametrize(
@@ -443,9 +443,9 @@ def test_a_plan_from_shapes_alone():
 
 
 def test_more_chips_hold_less_each():
-    run, before = small_run(batch_size=64), None
+    before = None
     for chips_along in (1, 2, 4, 8):
-        kept = roofline.kept_bytes(run, plan.abstract_mesh(sizes(1, chips_along, 4)))
+        kept = roofline.kept_bytes(small_run(1, chips_along, 4, batch_size=64))
         total = kept["teacher"] + kept["student"] + kept["optimizers"]
         assert before is None or 0.5 * before <= total < 0.52 * before
         before = total
@@ -455,14 +455,14 @@ def test_the_search_leaves_out_what_does_not_divide_and_ranks_the_rest():
     found, dropped = plan.search(small_run(), chips.slices("v5e:4x4"))
     assert dropped["rows do not divide"] and dropped["a parameter does not divide"]
     for one in found:
-        rows = 8 // one.micro_batches
-        assert rows % (one.sizes["data"] * one.sizes["fsdp"]) == 0
-        assert one.sizes["tensor"] in (1, 2, 4)  # 4 heads
-        assert np.prod(list(one.sizes.values())) == 16
-    pace = [one.plan["seconds_per_step"] for one in found]
+        rows, mesh = 8 // one["micro_batches"], one["mesh"]
+        assert rows % (mesh["data"] * mesh["fsdp"]) == 0
+        assert mesh["tensor"] in (1, 2, 4)  # 4 heads
+        assert np.prod(list(mesh.values())) == 16
+    pace = [one["seconds_per_step"] for one in found]
     assert all(after > 0.97 * before for before, after in zip(pace, pace[1:]))
     across, _ = plan.search(small_run(), chips.slices("v5e:2x2", 4))
-    assert across and all(one.sizes["data"] % 4 == 0 for one in across)
+    assert across and all(one["mesh"]["data"] % 4 == 0 for one in across)
 
 
 def test_a_search_traces_each_padding_of_each_model_once(monkeypatch):
@@ -592,13 +592,13 @@ def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):
     config, rest = load_config([f"--config={ROOT}/configs/llama.py", *pasted])
     assert not rest
     best = plan.search(abstract_run(checked(config)), chips.slices("v5e:8x8"))[0][0]
-    assert dict(config.mesh) == best.sizes
-    assert config.stages[0].gradient_accumulation_steps == best.micro_batches
+    assert dict(config.mesh) == best["mesh"]
+    assert config.stages[0].gradient_accumulation_steps == best["micro_batches"]
 
 
 def test_what_does_not_fit_has_no_price():
     tight = dataclasses.replace(chips.CHIPS["v5e"], usable_gib=1e-3)
-    slices = chips.Slices(tight, (2, 2))
+    slices = chips.SliceTopology(tight, (2, 2))
     found = plan.estimate(small_run(), slices, sizes(1, 2, 2), price=2.0)
     assert not found["memory"]["fits"]
     assert found["usd"] is found["usd_per_hour"] is found["usd_per_million_tokens"] is None
@@ -749,4 +749,4 @@ def test_the_compiler_agrees_with_what_is_counted():
 
 
 def sent(found) -> float:
-    return sum(phase["sent"] for phase in found["phases"].values())
+    return sum(phase["ici_bytes"] for phase in found["phases"].values())
