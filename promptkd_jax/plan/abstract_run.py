@@ -127,7 +127,10 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
     Raises:
       ConfigError: no such stage. ModelError: a model of unknown or unsupported shape.
     """
-    index = _stage_index(config, stage)
+    names = [chosen.name for chosen in config.stages]
+    if stage not in (None, *names):
+        raise ConfigError(f"--stage: {stage!r} is no stage; there are {', '.join(names)}")
+    index = names.index(stage or names[-1])
     sources: dict[str, str] = {}  # of the shapes, by the path of a model
     teacher, student = choose_models(config, functools.partial(_load, sources), _keep_layers)
     notes = []
@@ -237,15 +240,6 @@ def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[s
         return init_learned(config, teacher and teacher.replace(params=params), student, 0, ())
 
     return jax.eval_shape(init, teacher and teacher.params)
-
-
-def _stage_index(config: RunConfig, name: str | None) -> int:
-    names = [stage.name for stage in config.stages]
-    if name is None:
-        return len(names) - 1
-    if name not in names:
-        raise ConfigError(f"--stage: {name!r} is no stage; there are {', '.join(names)}")
-    return names.index(name)
 
 
 def _training_rows(config: RunConfig) -> tuple[int, str]:

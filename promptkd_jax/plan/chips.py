@@ -8,9 +8,9 @@ spot and committed use cost less, and none is published for TPU7x.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Iterator
 
 from promptkd_jax.infra.errors import ConfigError
 
@@ -85,7 +85,7 @@ class SliceTopology:
     @property
     def name(self) -> str:
         """The compiler's name of one slice."""
-        return f"{self.chip.name}:{_text(self.shape)}"
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def google(self) -> str | None:
@@ -94,7 +94,7 @@ class SliceTopology:
         shape."""
         if self.shape != _most_compact(self.chip, math.prod(self.shape)):
             return None
-        return _google(self.chip, self.shape)
+        return f"{self.chip.google}-{math.prod(self.shape) * self.chip.tensor_cores}"
 
     @property
     def chips(self) -> int:
@@ -134,7 +134,7 @@ def every(names: str, number: int = 1, most: int = 256) -> list[SliceTopology]:
     for name in names.split(","):
         if name in CHIPS:
             shapes = [_most_compact(CHIPS[name], size) for size in range(1, most + 1)]
-            found += [slices(f"{name}:{_text(shape)}", number) for shape in shapes if shape]
+            found += [SliceTopology(CHIPS[name], shape, number) for shape in shapes if shape]
         else:
             found.append(slices(name, number))
     return found
@@ -147,7 +147,7 @@ def _read_shape(chip: Chip, topology: str, text: str) -> tuple[int, ...]:
             f"slice has; such as {EXAMPLES}"
         )
     shape = tuple(map(int, text.split("x")))
-    if shape in _shapes(chip, math.prod(shape)):
+    if shape in _shapes(chip):
         return shape
     if math.prod(shape) > chip.largest:
         raise ConfigError(
@@ -170,45 +170,35 @@ def _read_count(chip: Chip, topology: str, count: int) -> tuple[int, ...]:
 
 def _kinds(chip: Chip) -> str:
     """All slices of a chip, or how they are made."""
+
+    def named(shapes):
+        both = (SliceTopology(chip, shape) for shape in shapes)
+        return ", ".join(f"{one.name} ({one.google})" for one in both)
+
     if chip.dimensions == 2:
-        return ", ".join(_both_names(chip, shape) for shape in _FLAT)
-    small = ", ".join(_both_names(chip, shape) for shape in _BELOW_A_CUBE)
+        return named(_FLAT)
     return (
-        f"{small}, and AxBxC with A <= B <= C, all multiples of 4, of at most {chip.largest} "
-        f"chips, such as {_both_names(chip, (4, 4, 4))}"
+        f"{named(_BELOW_A_CUBE)}, and AxBxC with A <= B <= C, all multiples of 4, of at most "
+        f"{chip.largest} chips, such as {named([(4, 4, 4)])}"
     )
 
 
-def _both_names(chip: Chip, shape: tuple[int, ...]) -> str:
-    return f"{chip.name}:{_text(shape)} ({_google(chip, shape)})"
-
-
-def _google(chip: Chip, shape: tuple[int, ...]) -> str:
-    return f"{chip.google}-{math.prod(shape) * chip.tensor_cores}"
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _shapes(chip: Chip, chips: int) -> Iterator[tuple[int, ...]]:
-    """Every shape of a slice of so many chips."""
-    known = _FLAT if chip.dimensions == 2 else _BELOW_A_CUBE
-    yield from (shape for shape in known if math.prod(shape) == chips)
-    if chip.dimensions == 3 and chips <= chip.largest and chips % 64 == 0:
-        cubes = chips // 64
-        for a in range(1, cubes + 1):
-            for b in range(a, cubes // a + 1):
-                c = cubes // (a * b)
-                if a * b * c == cubes and b <= c <= _LONGEST // 4:
-                    yield 4 * a, 4 * b, 4 * c
+@functools.cache
+def _shapes(chip: Chip) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all slices of a chip."""
+    if chip.dimensions == 2:
+        return _FLAT
+    sides = range(4, _LONGEST + 1, 4)
+    of_cubes = itertools.combinations_with_replacement(sides, 3)
+    return (*_BELOW_A_CUBE, *(shape for shape in of_cubes if math.prod(shape) <= chip.largest))
 
 
 @functools.cache
 def _most_compact(chip: Chip, chips: int) -> tuple[int, ...] | None:
-    """Of these shapes the one with the least surface; None where there is none."""
+    """The shape of so many chips with the least surface; None where there is none."""
 
     def surface(shape):
         return sum(1 / length for length in shape)
 
-    return min(_shapes(chip, chips), key=surface, default=None)
+    shapes = (shape for shape in _shapes(chip) if math.prod(shape) == chips)
+    return min(shapes, key=surface, default=None)

@@ -59,11 +59,12 @@ class Collective(NamedTuple):
 
 
 class _Instruction(NamedTuple):
+    """A line "%name = type opcode(operands), attributes"."""
+
     name: str
     type: str
     opcode: str
-    operands: str
-    rest: str
+    rest: str  # operands and attributes
 
 
 def collectives(text: str, *, unknown_trips: int = 1, slice_devices: int = 0) -> list[Collective]:
@@ -98,36 +99,13 @@ def _once(same: list[tuple[str, Collective]]) -> list[Collective]:
 
 def _computations(text: str) -> dict[str, list[_Instruction]]:
     # What a kernel carries along may have lines of its own, also such as "}".
-    found, current = {}, []
+    computations, current = {}, []
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line):
-            current = found.setdefault(header.group(1), [])
-        elif line.startswith("  ") and " = " in line and (instruction := _instruction(line)):
-            current.append(instruction)
-    return found
-
-
-def _instruction(line: str) -> _Instruction | None:
-    left, _, right = line.strip().removeprefix("ROOT ").partition(" = ")
-    end = _closing(right) + 1 if right.startswith("(") else right.find(" ")
-    kind, rest = right[:end], right[end:].lstrip()
-    opcode, bracket, _ = rest.partition("(")
-    if not bracket:
-        return None
-    close = _closing(rest, len(opcode))
-    return _Instruction(
-        left.lstrip("%"), kind, opcode, rest[len(opcode) + 1 : close], rest[close + 1 :]
-    )
-
-
-def _closing(text: str, start: int = 0) -> int:
-    """Where the bracket that opens at `start` closes."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
-        if depth == 0:
-            return place
-    return len(text) - 1
+            current = computations.setdefault(header.group(1), [])
+        elif parts := re.match(r" +(?:ROOT )?%?(\S+) = (.*?) ([a-z][\w-]*)\((.*)", line):
+            current.append(_Instruction(*parts.groups()))
+    return computations
 
 
 def _walk(
@@ -164,12 +142,11 @@ def _turns(loop: _Instruction, computations, unknown_trips: int) -> int:
     condition = re.search(r"condition=%?([\w.-]+)", loop.rest).group(1)
     constants, limits = {}, []
     for one in computations[condition]:
-        if one.opcode == "constant" and re.fullmatch(r"\d+", one.operands):
-            constants[one.name] = int(one.operands)
-        if one.opcode == "compare" and "direction=LT" in one.rest:
-            name = one.operands.split(",")[-1].split()[-1].lstrip("%")
-            limits += [constants[name]] if name in constants else []
-    return max(limits) if limits else unknown_trips
+        if one.opcode == "constant" and (value := re.match(r"(\d+)\)", one.rest)):
+            constants[one.name] = int(value.group(1))
+        if one.opcode == "compare" and (limit := re.search(r"([\w.-]+)\), direction=LT", one.rest)):
+            limits += [constants[limit.group(1)]] if limit.group(1) in constants else []
+    return max(limits, default=unknown_trips)
 
 
 def _collective(

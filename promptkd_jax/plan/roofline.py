@@ -12,7 +12,7 @@ H head width, F feed-forward width, V vocabulary, L layers; d, f, t devices alon
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -220,66 +220,76 @@ def cache_bytes(config: DecoderConfig, rows: int, columns: int, mesh: Mapping[st
     return elements * jnp.dtype(config.dtype).itemsize / (mesh["data"] * mesh["fsdp"])
 
 
+class _Step(NamedTuple):
+    """Sizes of a step, and the counters of its models."""
+
+    method: Method
+    student: _Counter
+    teacher: _Counter | None
+    rows: int  # of a micro-batch
+    columns: int
+    positions: int  # of a response
+    before: int  # columns before every row that the teacher sees
+    slots: int  # rows that are written at once
+
+    @property
+    def writers(self) -> list[_Counter]:
+        """The models that write the rows of a rollout."""
+        if self.method.targets not in ON_POLICY:
+            return []
+        return [self.student, self.teacher] if self.method.teacher_share else [self.student]
+
+
+def _step(run: AbstractRun, slices: int = 1) -> _Step:
+    method, before = run.stage.method, 0
+    if method.prompted:
+        before = run.config.soft_prompt.length
+    elif method.teacher_view == "in_context":
+        before = len(method.demonstrations)
+
+    def counter(model):
+        return _Counter(model.decoder.config.padded, run.mesh.shape, slices)
+
+    return _Step(
+        method=method,
+        student=counter(run.student),
+        teacher=run.teacher and counter(run.teacher),
+        rows=run.batch_size // method.parts,
+        columns=run.config.data.max_length,
+        positions=method.response_capacity,
+        before=before,
+        slots=min(method.execution.max_concurrent_rollouts or run.batch_size, run.batch_size),
+    )
+
+
 def phases(run: AbstractRun, slices: int = 1) -> dict[str, Cost]:
     """The cost of a train step on the run's mesh, by phase.
 
     Args:
       slices: that `data` goes across.
     """
-    student = _counter(run, run.student, slices)
-    teacher = _counter(run, run.teacher, slices) if run.teacher else None
-    costs = (
-        *_rollout(run, student, teacher),
-        _teacher(run, student, teacher),
-        _student(run, student, teacher),
-    )
+    step = _step(run, slices)
+    costs = *_rollout(run, step), _teacher(run, step), _student(run, step)
     return {name: cost for name, cost in zip(PHASES, costs) if cost != Cost()}
 
 
-def _counter(run: AbstractRun, model: Model, slices: int = 1) -> _Counter:
-    return _Counter(model.decoder.config.padded, run.mesh.shape, slices)
-
-
-def _rollout(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> tuple[Cost, Cost]:
-    method, slots, prefill, decode = run.stage.method, _slots(run), Cost(), Cost()
-    asked, steps = method.prompt_capacity, method.rollout_length
-    for voice in _voices(method, student, teacher):
-        prefill += voice.gathered_copy() + voice.forward(run.batch_size, asked)
-        decode += voice.decode(slots, asked + steps, steps) * (run.batch_size / slots)
+def _rollout(run: AbstractRun, step: _Step) -> tuple[Cost, Cost]:
+    asked, tokens = step.method.prompt_capacity, step.method.rollout_length
+    prefill, decode = Cost(), Cost()
+    for writer in step.writers:
+        prefill += writer.gathered_copy() + writer.forward(run.batch_size, asked)
+        turns = run.batch_size / step.slots
+        decode += writer.decode(step.slots, asked + tokens, tokens) * turns
     return prefill, decode
 
 
-def _voices(method: Method, student: _Counter, teacher: _Counter | None) -> list[_Counter]:
-    """The models that write the rows of a rollout."""
-    if method.targets not in ON_POLICY:
-        return []
-    return [student, teacher] if method.teacher_share else [student]
-
-
-def _slots(run: AbstractRun) -> int:
-    """Rows that are written at once."""
-    return min(run.stage.method.execution.max_concurrent_rollouts or run.batch_size, run.batch_size)
-
-
-def _sizes(run: AbstractRun) -> tuple[int, int, int, int, int]:
-    """Rows of a part, parts, columns, response positions, columns before every row."""
-    method, columns = run.stage.method, run.config.data.max_length
-    before = 0
-    if method.prompted:
-        before = run.config.soft_prompt.length
-    elif method.teacher_view == "in_context":
-        before = len(method.demonstrations)
-    return run.batch_size // method.parts, method.parts, columns, method.response_capacity, before
-
-
-def _teacher(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> Cost:
+def _teacher(run: AbstractRun, step: _Step) -> Cost:
     """The soft prompt's update: plain and prompted forward, backward to the prompt; or that of a
     teacher that learns. The student is seen beside it."""
-    method = run.stage.method
+    method, student, teacher, rows, columns, positions, before, _ = step
     online = method.teacher_view == "online"
     if not (method.prompted or online):
         return Cost()
-    rows, parts, columns, positions, before = _sizes(run)
     part = teacher.forward(rows, before + columns)
     part += teacher.backward(rows, before + columns, weights=online)
     part += teacher.head(rows, positions, 2 + online)
@@ -290,13 +300,12 @@ def _teacher(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> C
     if not method.parts * method.passes == method.execution.length_buckets == 1:
         part += student.forward(rows, columns)
     update = teacher.optimizer(_parameters(run.teacher)) if online else Cost()
-    return part * parts + update
+    return part * method.parts + update
 
 
-def _student(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> Cost:
+def _student(run: AbstractRun, step: _Step) -> Cost:
     """Forward and backward of the student, the teacher as it is seen now, and all other terms."""
-    method = run.stage.method
-    rows, parts, columns, positions, before = _sizes(run)
+    method, student, teacher, rows, columns, positions, before, _ = step
     part = student.forward(rows, columns)
     part += student.backward(rows, columns, weights=True)
     part += student.head(rows, positions, 3)
@@ -310,10 +319,10 @@ def _student(run: AbstractRun, student: _Counter, teacher: _Counter | None) -> C
         if any(name != CROSS_ENTROPY for name, _ in method.corpus_terms):
             part += teacher.forward(rows, columns)
             part += teacher.head(rows, columns - 1, 1)
-    cost = part * (parts * method.passes)
+    cost = part * (method.parts * method.passes)
     if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
         for model in (student, teacher):
-            cost += (model.forward(rows, columns) + model.head(rows, positions, 1)) * parts
+            cost += (model.forward(rows, columns) + model.head(rows, positions, 1)) * method.parts
     return cost + student.optimizer(_parameters(run.student)) * method.updates
 
 
@@ -355,13 +364,11 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     Args:
       platform: of the devices.
     """
-    method, mesh, student = run.stage.method, run.mesh.shape, _counter(run, run.student)
-    teacher = _counter(run, run.teacher) if run.teacher else None
-    models, voices = [student, *filter(None, [teacher])], _voices(method, student, teacher)
-    rows, _, columns, positions, before = _sizes(run)
+    method, student, teacher, rows, columns, positions, before, slots = step = _step(run)
+    models, writers, mesh = [student, *filter(None, [teacher])], step.writers, run.mesh.shape
     length = method.prompt_capacity + method.rollout_length
-    cache = sum(cache_bytes(voice.config, _slots(run), length, mesh) for voice in voices)
-    copies = sum(voice.layer_bytes + 2 * voice.head_bytes for voice in voices)
+    cache = sum(cache_bytes(writer.config, slots, length, mesh) for writer in writers)
+    copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in writers)
     devices = mesh["fsdp"] * mesh["tensor"]
     gradients = 4 * _parameters(run.student) / devices * (2 if method.parts > 1 else 1)
     saved = _saved(student, rows, columns, platform)

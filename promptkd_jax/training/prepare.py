@@ -73,9 +73,6 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     # Load the models.
     teacher, student = load_models(config, mesh)
     vocab_size = shared_vocabulary(teacher, student)
-    eos_ids = end_ids(teacher, student)
-    student = student.replace(eos_ids=eos_ids)
-    teacher = teacher and teacher.replace(eos_ids=eos_ids)
     _agree_on_models(teacher, student)
 
     # Load the data.
@@ -139,7 +136,8 @@ def with_date(config: RunConfig, workdir: epath.Path) -> RunConfig:
 
 
 def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:
-    """(teacher, student) on the mesh; no teacher where nothing looks at one.
+    """(teacher, student) on the mesh, both ended by the tokens that end either; no teacher where
+    nothing looks at one.
 
     Raises:
       ModelError: a model that cannot be used, or has no tokenizer.
@@ -159,10 +157,11 @@ def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | Non
 
     teacher, student = choose_models(config, load)
     check_text(student)
-    if teacher is not None and teacher.tokenizer is None:
-        teacher = teacher.replace(tokenizer=student.tokenizer)
     if teacher is not None:
+        teacher = teacher.replace(tokenizer=teacher.tokenizer or student.tokenizer)
         check_text(teacher)
+        eos_ids = end_ids(teacher, student)
+        teacher, student = teacher.replace(eos_ids=eos_ids), student.replace(eos_ids=eos_ids)
     return teacher, student
 
 
@@ -278,15 +277,8 @@ def _generate(
     if train is None:
         held = names.dev_rows if dev is None else 0
         free = dataclasses.replace(config.data_free, requests=config.data_free.requests + held)
-        records = generate_prompts(
-            teacher,
-            student,
-            workdir / "requests.jsonl",
-            free,
-            template=names.template,
-            date=names.date,
-            **shared,
-        )
+        how = dict(template=names.template, date=names.date, **shared)
+        records = generate_prompts(teacher, student, workdir / "requests.jsonl", free, **how)
         train = tokenized(config, student, names.train, records[held:])
         if dev is None:
             dev = tokenized(config, student, names.dev, records[:held])
@@ -364,13 +356,13 @@ def _shown(config: RunConfig, rows: Rows) -> list[int]:
     )
     if not wanted:
         return []
-    number, found = config.in_context.examples, len(rows.tokens)
-    if number > found or not all(record.outputs for record in rows.records):
+    number, count = config.in_context.examples, len(rows.tokens)
+    if number > count or not all(record.outputs for record in rows.records):
         raise DataError(
-            f"{config.data.train}: {found} rows, of which {number} with an answer are wanted as "
+            f"{config.data.train}: {count} rows, of which {number} with an answer are wanted as "
             "demonstrations (config.in_context.examples)"
         )
-    return np.random.default_rng(config.seed).choice(found, number, replace=False).tolist()
+    return np.random.default_rng(config.seed).choice(count, number, replace=False).tolist()
 
 
 # Stages

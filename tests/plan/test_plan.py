@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
-from promptkd_jax.infra.files import write_json
+from promptkd_jax.infra.files import to_path, write_json
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
 from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io.hub import hub_id
@@ -30,7 +30,8 @@ from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, stored_config
 from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import load_config
-from promptkd_jax.training.recipes import base_config, method_stage
+from promptkd_jax.training.prepare import prepare
+from promptkd_jax.training.recipes import base_config, hidden_term, method_stage
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -138,6 +139,51 @@ def test_a_model_in_a_bucket_and_one_of_a_run(tmp_path, monkeypatch):
         assert stored_config(str(folder)) == (config, "its folder")
     with pytest.raises(ModelError, match="no such folder or file in the bucket"):
         stored_config(str(pail / "absent"))
+
+
+# Runs
+
+
+@pytest.mark.parametrize("layers", [0, (0, 2)])
+def test_the_run_that_is_planned_is_the_one_that_is_prepared(layers, tmp_path):
+    """Of shapes: the same state, steps and schedule, also where the student is cut out of the
+    teacher and every group of parameters learns."""
+    config = tiny.short_config(tmp_path / "files")
+    if layers:
+        config.student.update(path="", layers=layers)
+    stage = {"batch_size": 4, "epochs": 2.0}
+    term = hidden_term("mse", layers=((0, 0),), projection=True)
+    config.stages = (
+        method_stage("promptkd", **stage),
+        method_stage("kd", name="hidden", hidden_terms=(term,), **stage),
+        method_stage("imitkd", teacher_view="online", one_step_off_policy=True, **stage),
+        method_stage("distillm", **stage),
+    )
+    config, mesh = checked(config), sharding.make_mesh(sizes(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        made = prepare(config, to_path(tmp_path), mesh)
+    run = abstract_run(config).on(mesh)
+    assert run.abstract_state() == made.abstract_state()
+    assert set(run.learned) == {"soft_prompt", "teacher", "projection"}
+    for planned, stage in zip(run.stages, made.stages, strict=True):
+        assert (planned.first, planned.steps) == (stage.first, stage.steps)
+        longest = max(planned.method.response_capacity, stage.method.response_capacity)
+        same = {"response_capacity": longest}  # every response is taken to be as long as it may
+        assert dataclasses.replace(planned.method, **same) == dataclasses.replace(
+            stage.method, **same
+        )
+
+
+def test_a_stage_is_planned_on_meshes_that_do_not_divide_another():
+    config = small_config()
+    config.stages = (method_stage("kd", batch_size=6, steps=1), *config.stages)
+    sizes_of_4 = plan.abstract_mesh(sizes(2, 2, 1))
+    abstract_run(checked(config)).on(sizes_of_4).arguments()
+    with pytest.raises(ConfigError, match=r"config.stages\[0\].batch_size: 6 in 1 micro-batches"):
+        abstract_run(checked(config), "kd").on(sizes_of_4).arguments()
+    more = abstract_run(checked(config)).on(sizes_of_4).with_micro_batches(4)
+    with pytest.raises(ConfigError, match=r"config.stages\[1\].batch_size: 8 in 4 micro-batches"):
+        more.arguments()
 
 
 # Memory
