@@ -92,7 +92,7 @@ def _run(pair: str):
 def _fastest(pair: str, topology: str, options: argparse.Namespace) -> dict[str, Any]:
     """The first of the meshes, fastest first by the estimate, that fits as compiled; else the one
     that comes nearest."""
-    run, slices = _run(pair), chips.slices(topology)
+    run, slices = _run(pair), chips.parse_topology(topology)
     try:
         candidates, _ = plan.search(run, slices)
     except ConfigError as error:
@@ -112,7 +112,7 @@ def _fastest(pair: str, topology: str, options: argparse.Namespace) -> dict[str,
 def _estimated(pair: str, topology: str) -> dict[str, Any]:
     """The best mesh by the estimate; where none fits, the one that needs least."""
     try:
-        candidates, _ = plan.search(_run(pair), chips.slices(topology))
+        candidates, _ = plan.search(_run(pair), chips.parse_topology(topology))
     except ConfigError as error:
         return {"impossible": str(error)}
     if candidates[0]["memory"]["fits"]:
@@ -121,12 +121,12 @@ def _estimated(pair: str, topology: str) -> dict[str, Any]:
 
 
 def _guess(pair: str, topology: str, mesh: str) -> dict[str, Any]:
-    run, slices = _run(pair).with_micro_batches(1), chips.slices(topology)
+    run, slices = _run(pair).with_micro_batches(1), chips.parse_topology(topology)
     return plan.estimate(run, slices, plan.mesh_sizes(run, slices, mesh))
 
 
 def _given(pair: str, topology: str, mesh: str) -> dict[str, Any]:
-    run, slices = _run(pair), chips.slices(topology)
+    run, slices = _run(pair), chips.parse_topology(topology)
     run = run.with_micro_batches(1)
     return _compiled(run, slices, plan.mesh_sizes(run, slices, mesh))
 

@@ -67,7 +67,7 @@ def _check(options: argparse.Namespace) -> None:
     """
     if (options.devices is None) == (options.topology is None):
         raise ConfigError("give --topology or --devices: what the command after -- is to run on")
-    slices = options.topology and chips.slices(options.topology, options.slices)
+    slices = options.topology and chips.parse_topology(options.topology, options.slices)
     devices = slices.devices if slices else options.devices
     config = launched.check_command(options.launched, devices, options.slices)
     if config and slices:

@@ -107,7 +107,7 @@ class SliceTopology:
         return self.chips * self.chip.cores
 
 
-def slices(topology: str, number: int = 1) -> SliceTopology:
+def parse_topology(topology: str, number: int = 1) -> SliceTopology:
     """Reads the name of a slice: "v5e:8x8", or Google's, v5litepod-64.
 
     Raises:
@@ -127,16 +127,16 @@ def slices(topology: str, number: int = 1) -> SliceTopology:
     )
 
 
-def every(names: str, number: int = 1, most: int = 256) -> list[SliceTopology]:
+def parse_topologies(names: str, number: int = 1, most: int = 256) -> list[SliceTopology]:
     """The slices that a list such as "v5e:8x8,v6e" names: of a chip alone all that Google has a
-    name for, of at most `most` chips each. Raises as `slices`."""
+    name for, of at most `most` chips each. Raises as `parse_topology`."""
     found = []
     for name in names.split(","):
         if name in CHIPS:
             shapes = [_most_compact(CHIPS[name], size) for size in range(1, most + 1)]
             found += [SliceTopology(CHIPS[name], shape, number) for shape in shapes if shape]
         else:
-            found.append(slices(name, number))
+            found.append(parse_topology(name, number))
     return found
 
 

@@ -31,7 +31,7 @@ def plan_run(config: RunConfig, options: argparse.Namespace) -> Plan:
     """Whichever plan the options ask for: of one mesh, of the best ones, of several slices."""
     if options.devices is not None:
         raise ConfigError("--devices: of unknown devices only a command can be checked, after --")
-    named = chips.every(options.topology or ",".join(chips.CHIPS), options.slices)
+    named = chips.parse_topologies(options.topology or ",".join(chips.CHIPS), options.slices)
     if options.mesh and (options.search or len(named) > 1):
         raise ConfigError(
             f"--mesh {options.mesh}: is of one plan; a search and a comparison try all"

@@ -477,7 +477,7 @@ def test_replica_groups_in_all_notations(text, groups):
 
 
 def test_a_plan_from_shapes_alone():
-    slices = chips.slices("v5e:2x2")
+    slices = chips.parse_topology("v5e:2x2")
     found = plan.estimate(small_run(), slices, sizes(1, 2, 2), price=2.0)
     assert found["memory"]["fits"] and found["memory"]["by"] == "estimate"
     assert found["seconds_per_step"] == sum(one["time"] for one in found["phases"].values())
@@ -498,7 +498,7 @@ def test_more_chips_hold_less_each():
 
 
 def test_the_search_leaves_out_what_does_not_divide_and_ranks_the_rest():
-    found, dropped = plan.search(small_run(), chips.slices("v5e:4x4"))
+    found, dropped = plan.search(small_run(), chips.parse_topology("v5e:4x4"))
     assert dropped["rows do not divide"] and dropped["a parameter does not divide"]
     for one in found:
         rows, mesh = 8 // one["micro_batches"], one["mesh"]
@@ -507,7 +507,7 @@ def test_the_search_leaves_out_what_does_not_divide_and_ranks_the_rest():
         assert np.prod(list(mesh.values())) == 16
     pace = [one["seconds_per_step"] for one in found]
     assert all(after > 0.97 * before for before, after in zip(pace, pace[1:]))
-    across, _ = plan.search(small_run(), chips.slices("v5e:2x2", 4))
+    across, _ = plan.search(small_run(), chips.parse_topology("v5e:2x2", 4))
     assert across and all(one["mesh"]["data"] % 4 == 0 for one in across)
 
 
@@ -522,14 +522,14 @@ def test_a_search_traces_each_padding_of_each_model_once(monkeypatch):
     monkeypatch.setattr("promptkd_jax.plan.abstract_run.abstract_params", counted)
     abstract_run_module._params.cache_clear()
     run = abstract_run(checked(config))
-    plan.search(run, chips.slices("v5e:2x4"))
-    plan.search(run, chips.slices("v6e:2x4"))
+    plan.search(run, chips.parse_topology("v5e:2x4"))
+    plan.search(run, chips.parse_topology("v6e:2x4"))
     assert len(traced) == len(set(traced)) > 2
 
 
 def test_a_search_for_what_cannot_be_says_so():
     with pytest.raises(ConfigError, match=r"--search: no mesh of 4096 devices divides both the 8"):
-        plan.search(small_run(), chips.slices("v5p:16x16x16"))
+        plan.search(small_run(), chips.parse_topology("v5p:16x16x16"))
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ def test_a_search_for_what_cannot_be_says_so():
 )
 def test_topologies_that_there_are_not(topology, number, says):
     with pytest.raises(ConfigError, match=says):
-        chips.slices(topology, number)
+        chips.parse_topology(topology, number)
 
 
 @pytest.mark.parametrize(
@@ -575,22 +575,22 @@ def test_topologies_that_there_are_not(topology, number, says):
 )
 def test_both_names_of_a_slice(name, google, number):
     """Google's counts TensorCores, and means the most compact shape of so many."""
-    found = chips.slices(name)
-    assert found == chips.slices(google)
+    found = chips.parse_topology(name)
+    assert found == chips.parse_topology(google)
     assert (found.name, found.google, found.chips) == (name, google, number)
 
 
 def test_a_slice_that_only_its_shape_names():
-    assert chips.slices("v5p:4x4x16").google is None
-    assert chips.slices("v5p-512").name == "v5p:4x8x8"
-    assert chips.slices("v5e-64").google == "v5litepod-64"
+    assert chips.parse_topology("v5p:4x4x16").google is None
+    assert chips.parse_topology("v5p-512").name == "v5p:4x8x8"
+    assert chips.parse_topology("v5e-64").google == "v5litepod-64"
 
 
 def test_a_chip_stands_for_all_its_slices():
-    found = chips.every("v6e,v5p-128", 2)
+    found = chips.parse_topologies("v6e,v5p-128", 2)
     sizes = [1, 4, 8, 16, 32, 64, 128, 256, 64]
     assert [one.chips for one in found] == [2 * size for size in sizes]
-    assert [one.chips for one in chips.every("v4")] == [4, 8, 16, 32, 64, 128, 192, 256]
+    assert [one.chips for one in chips.parse_topologies("v4")] == [4, 8, 16, 32, 64, 128, 192, 256]
 
 
 @pytest.mark.parametrize(
@@ -605,11 +605,11 @@ def test_a_chip_stands_for_all_its_slices():
 )
 def test_meshes_that_there_are_not(text, number, says):
     with pytest.raises(ConfigError, match=says):
-        plan.mesh_sizes(small_run(), chips.slices("v5e:2x2", number), text)
+        plan.mesh_sizes(small_run(), chips.parse_topology("v5e:2x2", number), text)
 
 
 def test_the_mesh_of_the_config_and_of_the_command_line():
-    slices = chips.slices("tpu7x:2x2x1")  # two devices a chip
+    slices = chips.parse_topology("tpu7x:2x2x1")  # two devices a chip
     assert plan.mesh_sizes(small_run(), slices, None) == sizes(8, 1, 1)
     assert plan.mesh_sizes(small_run(), slices, "2,-1,2") == sizes(2, 2, 2)
 
@@ -637,7 +637,7 @@ def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):
     pasted = shlex.split(line.removeprefix("the first: "))
     config, rest = load_config([f"--config={ROOT}/configs/llama.py", *pasted])
     assert not rest
-    best = plan.search(abstract_run(checked(config)), chips.slices("v5e:8x8"))[0][0]
+    best = plan.search(abstract_run(checked(config)), chips.parse_topology("v5e:8x8"))[0][0]
     assert dict(config.mesh) == best["mesh"]
     assert config.stages[0].gradient_accumulation_steps == best["micro_batches"]
 
@@ -780,7 +780,7 @@ def test_what_the_compiler_says_of_a_program_that_is_too_large():
 
 @pytest.mark.skipif(not ahead.has_compiler(), reason=ahead.MISSING)
 def test_the_compiler_agrees_with_what_is_counted():
-    slices = chips.slices("v5e:2x2")
+    slices = chips.parse_topology("v5e:2x2")
     run = small_run()
     found = plan.compiled(run, slices, sizes(1, 2, 2))
     programs = found["compiled"]["programs"]
