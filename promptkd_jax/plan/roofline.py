@@ -21,7 +21,6 @@ from promptkd_jax.distill import chunked_loss
 from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT, Method
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.model import Model
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import SliceTopology
 
@@ -93,6 +92,7 @@ class _Counter:
     config: DecoderConfig
     mesh: Mapping[str, int]
     slices: int = 1
+    parameters: int = 0
 
     @property
     def row_parts(self) -> int:
@@ -186,9 +186,9 @@ class _Counter:
         )
         return step * steps
 
-    def optimizer(self, parameters: float) -> Cost:
+    def optimizer(self) -> Cost:
         """AdamW in float32: parameter, gradient and two moments read, all but one written."""
-        return Cost(hbm_bytes=7 * 4 * parameters / (self.mesh["fsdp"] * self.mesh["tensor"]))
+        return Cost(hbm_bytes=7 * 4 * self.parameters / (self.mesh["fsdp"] * self.mesh["tensor"]))
 
     def _allgather_bytes(self, size: float) -> float:
         """Along `fsdp`."""
@@ -226,6 +226,7 @@ class _Step(NamedTuple):
     method: Method
     student: _Counter
     teacher: _Counter | None
+    batch_size: int
     rows: int  # of a micro-batch
     columns: int
     positions: int  # of a response
@@ -248,12 +249,14 @@ def _step(run: AbstractRun, slices: int = 1) -> _Step:
         before = len(method.demonstrations)
 
     def counter(model):
-        return _Counter(model.decoder.config.padded, run.mesh.shape, slices)
+        parameters = sum(x.size for x in jax.tree.leaves(model.params))
+        return _Counter(model.decoder.config.padded, run.mesh.shape, slices, parameters)
 
     return _Step(
         method=method,
         student=counter(run.student),
         teacher=run.teacher and counter(run.teacher),
+        batch_size=run.batch_size,
         rows=run.batch_size // method.parts,
         columns=run.config.data.max_length,
         positions=method.response_capacity,
@@ -269,29 +272,30 @@ def phases(run: AbstractRun, slices: int = 1) -> dict[str, Cost]:
       slices: that `data` goes across.
     """
     step = _step(run, slices)
-    costs = *_rollout(run, step), _teacher(run, step), _student(run, step)
+    costs = *_rollout(step), _teacher(step), _student(step)
     return {name: cost for name, cost in zip(PHASES, costs) if cost != Cost()}
 
 
-def _rollout(run: AbstractRun, step: _Step) -> tuple[Cost, Cost]:
+def _rollout(step: _Step) -> tuple[Cost, Cost]:
     asked, tokens = step.method.prompt_capacity, step.method.rollout_length
     prefill, decode = Cost(), Cost()
     for writer in step.writers:
-        prefill += writer.gathered_copy() + writer.forward(run.batch_size, asked)
-        turns = run.batch_size / step.slots
+        prefill += writer.gathered_copy() + writer.forward(step.batch_size, asked)
+        turns = step.batch_size / step.slots
         decode += writer.decode(step.slots, asked + tokens, tokens) * turns
     return prefill, decode
 
 
-def _teacher(run: AbstractRun, step: _Step) -> Cost:
+def _teacher(step: _Step) -> Cost:
     """The soft prompt's update: plain and prompted forward, backward to the prompt; or that of a
     teacher that learns. The student is seen beside it."""
-    method, student, teacher, rows, columns, positions, before, _ = step
+    method, student, teacher = step.method, step.student, step.teacher
+    rows, columns, positions = step.rows, step.columns, step.positions
     online = method.teacher_view == "online"
     if not (method.prompted or online):
         return Cost()
-    part = teacher.forward(rows, before + columns)
-    part += teacher.backward(rows, before + columns, weights=online)
+    part = teacher.forward(rows, step.before + columns)
+    part += teacher.backward(rows, step.before + columns, weights=online)
     part += teacher.head(rows, positions, 2 + online)
     part += student.head(rows, positions, 1)
     if method.prompted and method.regularization:
@@ -299,18 +303,19 @@ def _teacher(run: AbstractRun, step: _Step) -> Cost:
     # One forward of the student may serve both updates; then it counts in the student's.
     if not method.parts * method.passes == method.execution.length_buckets == 1:
         part += student.forward(rows, columns)
-    update = teacher.optimizer(_parameters(run.teacher)) if online else Cost()
+    update = teacher.optimizer() if online else Cost()
     return part * method.parts + update
 
 
-def _student(run: AbstractRun, step: _Step) -> Cost:
+def _student(step: _Step) -> Cost:
     """Forward and backward of the student, the teacher as it is seen now, and all other terms."""
-    method, student, teacher, rows, columns, positions, before, _ = step
+    method, student, teacher = step.method, step.student, step.teacher
+    rows, columns, positions = step.rows, step.columns, step.positions
     part = student.forward(rows, columns)
     part += student.backward(rows, columns, weights=True)
     part += student.head(rows, positions, 3)
     if method.needs_view and method.teacher_view != "cached":
-        part += teacher.forward(rows, before + columns)
+        part += teacher.forward(rows, step.before + columns)
         part += teacher.head(rows, positions, 1)
     if method.corpus_terms:
         part += student.forward(rows, columns)
@@ -323,11 +328,7 @@ def _student(run: AbstractRun, step: _Step) -> Cost:
     if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
         for model in (student, teacher):
             cost += (model.forward(rows, columns) + model.head(rows, positions, 1)) * method.parts
-    return cost + student.optimizer(_parameters(run.student)) * method.updates
-
-
-def _parameters(model: Model) -> int:
-    return sum(x.size for x in jax.tree.leaves(model.params))
+    return cost + student.optimizer() * method.updates
 
 
 def kept_bytes(run: AbstractRun) -> dict[str, int]:
@@ -364,19 +365,20 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     Args:
       platform: of the devices.
     """
-    method, student, teacher, rows, columns, positions, before, slots = step = _step(run)
-    models, writers, mesh = [student, *filter(None, [teacher])], step.writers, run.mesh.shape
+    step, mesh = _step(run), run.mesh.shape
+    method, student, teacher = step.method, step.student, step.teacher
+    models = [student, teacher] if teacher else [student]
     length = method.prompt_capacity + method.rollout_length
-    cache = sum(cache_bytes(writer.config, slots, length, mesh) for writer in writers)
-    copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in writers)
+    cache = sum(cache_bytes(writer.config, step.slots, length, mesh) for writer in step.writers)
+    copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in step.writers)
     devices = mesh["fsdp"] * mesh["tensor"]
-    gradients = 4 * _parameters(run.student) / devices * (2 if method.parts > 1 else 1)
-    saved = _saved(student, rows, columns, platform)
+    gradients = 4 * student.parameters / devices * (2 if method.parts > 1 else 1)
+    saved = _saved(student, step.rows, step.columns, platform)
     if method.prompted or method.teacher_view == "online":
-        saved += _saved(teacher, rows, before + columns, platform)
+        saved += _saved(teacher, step.rows, step.before + step.columns, platform)
     gathered = max(2 * model.layer_bytes / model.config.num_layers for model in models)
     heads = sum(model.head_bytes for model in models) + 2 * student.head_bytes
-    all_logits = rows * positions * run.vocab_size / math.prod(mesh.values())
+    all_logits = step.rows * step.positions * run.vocab_size / math.prod(mesh.values())
     logits = 6 * 4 * min(chunked_loss.chunk_elements(platform), all_logits)
     update = gradients + saved + gathered + heads + logits
     return {"cache": cache, "rollout": cache + 2 * copies, "update": update}
