@@ -209,14 +209,3 @@ def clipped_policy_gradient(
         # The smaller of both: no gain for moving further than the bound, all of the loss.
         gain = jnp.minimum(gain, target.advantage * clipped)
     return -gain
-
-
-def reverse_kl_estimate(
-    student_log_prob: jax.Array, teacher_log_prob: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """e^d - 1 - d with d = log p - log q of tokens sampled from q, `[B, R]`, 0 where masked.
-
-    Never negative, and its mean over y ~ q is KL(q || p) in nats. A metric, not a loss.
-    """
-    d = jnp.where(mask > 0, teacher_log_prob - student_log_prob, 0.0)
-    return jnp.expm1(d) - d

@@ -5,10 +5,7 @@ it is R(l), along text that the teacher wrote eps(l); their relative difference 
 accumulated error ExAccErr(l) of Arora et al. 2022 (arXiv 2204.01171), figure 3 of PromptKD (arXiv
 2402.12842). 0: the student's own mistakes do not lead it astray.
 
-`exposure_bias` measures it. `published_curve` and `published_ex_acc_err` are the conventions of the
-published PromptKD code, for comparison with its numbers.
-
-N requests, S samples of each, T columns, R response positions, M soft-prompt tokens, V vocabulary.
+R response positions.
 """
 
 import functools
@@ -16,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.rows import Rows, with_responses
@@ -41,17 +37,6 @@ class ExposureBias(NamedTuple):
     ex_acc_err: np.ndarray
     student_count: np.ndarray
     teacher_count: np.ndarray
-
-
-class PublishedExposureBias(NamedTuple):
-    """Curves of the published evaluation, each `[R]`; errors in nats, the last two in percent."""
-
-    mean_R: jax.Array
-    mean_eps: jax.Array
-    std_R: jax.Array
-    std_eps: jax.Array
-    ex_acc_err: jax.Array
-    std_err: jax.Array
 
 
 def exposure_bias(
@@ -192,51 +177,3 @@ def position_errors(
     for values in batches:
         total += values.sum(axis=0, dtype=np.float64).filled(0), values.count(axis=0)
     return total
-
-
-def published_curve(
-    teacher_logits: jax.Array,
-    student_logits: jax.Array,
-    sequences: jax.Array,
-    *,
-    query_length: int,
-    eos_id: int,
-) -> jax.Array:
-    """Accumulated error of each request as the published code computes it, in nats.
-
-    Unlike `exposure_bias` it takes the distributions *after* each response token instead of those
-    that predict it, counts tokens other than the EOS, and adds 1e-3 to the number of samples.
-
-    Args:
-      teacher_logits, student_logits: `[S, N, T, V]`, or `[S, N, M + T, V]` of a model behind a soft
-        prompt, whose M positions are passed over.
-      sequences: `[S, N, T]`: `query_length` columns of left-padded query, then the response, the
-        rest EOS.
-
-    Returns:
-      `[N, T - query_length]`.
-    """
-    width = sequences.shape[-1] - query_length
-    error = forward_kl(teacher_logits[:, :, -width:], student_logits[:, :, -width:])
-    counted = sequences[:, :, -width:] != eos_id
-    mean = (error * counted).sum(axis=0) / (counted.sum(axis=0) + 1e-3)
-    return jnp.cumsum(mean, axis=-1)
-
-
-def published_ex_acc_err(
-    student_curves: jax.Array, teacher_curves: jax.Array
-) -> PublishedExposureBias:
-    """The published summary of `published_curve` on the student's and on the teacher's text.
-
-    Args:
-      student_curves, teacher_curves: `[N, R]`, one curve for each of at least two requests.
-
-    Returns:
-      Means and sample standard deviations over the requests, ExAccErr and its published error bar,
-      in which std_eps is divided by itself, where error propagation has mean_eps.
-    """
-    mean_R, mean_eps = student_curves.mean(axis=0), teacher_curves.mean(axis=0)
-    std_R, std_eps = student_curves.std(axis=0, ddof=1), teacher_curves.std(axis=0, ddof=1)
-    excess = (mean_R - mean_eps) / mean_eps * 100
-    std_err = (jnp.abs(std_R / mean_R) + jnp.abs(std_eps / std_eps)) * excess
-    return PublishedExposureBias(mean_R, mean_eps, std_R, std_eps, excess, std_err)

@@ -38,25 +38,24 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
 
 
 def text_scores(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, truncate: bool = False
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
     """Mean ROUGE-L and exact match over requests, both in 0..100, rounded to 4 digits.
 
     Args:
       predictions: one response per request.
       references: the acceptable answers of each request.
-      truncate: cut the longer of the two lists, as the published code does, instead of refusing.
 
     Returns:
       {"rougeL": ..., "exact_match": ...}
 
     Raises:
-      ValueError: if the lists differ in length (unless `truncate`) or nothing is left to score.
+      ValueError: if the lists differ in length or are empty.
     """
-    if len(predictions) != len(references) and not truncate:
+    if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} lists of references: "
-            "give one list of references per prediction, or truncate=True"
+            "give one list of references per prediction"
         )
     pairs = list(zip(predictions, references))
     if not pairs:
@@ -90,35 +89,6 @@ def response_statistics(
 def _repetition(tokens: Sequence[int], n: int = 4) -> float:
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def grouped_text_scores(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[str]
-) -> dict[str, float]:
-    """`text_scores` of each group of requests, under `<metric>_for_<group>`.
-
-    Args:
-      predictions, references: as in `text_scores`.
-      groups: the group of each request; groups appear in the order in which they first occur.
-
-    Raises:
-      ValueError: if the three lists differ in length or are empty.
-    """
-    if not len(predictions) == len(references) == len(groups):
-        raise ValueError(
-            f"{len(predictions)} predictions, {len(references)} lists of references and "
-            f"{len(groups)} groups: give one of each per request"
-        )
-    if not groups:
-        raise ValueError("no pair of prediction and references to score")
-    scores = {}
-    for group in dict.fromkeys(groups):
-        members = [index for index, other in enumerate(groups) if other == group]
-        group_scores = text_scores(
-            [predictions[index] for index in members], [references[index] for index in members]
-        )
-        scores |= {f"{name}_for_{group}": value for name, value in group_scores.items()}
-    return scores
 
 
 @functools.cache

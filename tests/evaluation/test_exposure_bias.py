@@ -1,5 +1,4 @@
-"""The excess accumulated error: its clean form against mathematics, its published form against the
-published numbers (cases in `golden`, as in test_golden.py)."""
+"""The excess accumulated error against mathematics."""
 
 import functools
 
@@ -7,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden_cases
 from helpers import tiny
-from helpers.golden import assert_close
 
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import tokenize
@@ -18,12 +15,9 @@ from promptkd_jax.evaluation.exposure_bias import (
     exposure_bias,
     generate_samples,
     position_errors,
-    published_curve,
-    published_ex_acc_err,
 )
 from promptkd_jax.inference import generate
 from promptkd_jax.models.decoder import head
-from promptkd_jax.models.io.peft import load_soft_prompt
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.models.sampler import Sampling
@@ -169,68 +163,3 @@ def test_padding_and_batches_change_nothing(models, rows):
     again = measured(models, rows, prompt_capacity=21, batch_size=3)
     for name, array in found._asdict().items():
         np.testing.assert_allclose(getattr(again, name), array, 1e-4, 1e-3, err_msg=name)
-
-
-@pytest.mark.parametrize("folder, case", golden_cases("exposure_bias_unit"))
-def test_published_curve(folder, case):
-    arrays = np.load(folder / "calc_batch.npz")
-    for name in case["cases"]:
-        curve = published_curve(
-            arrays[f"{name}_teacher_logits"],
-            arrays[f"{name}_model_logits"],
-            arrays[f"{name}_sequences_padded"],
-            query_length=case["query_len"],
-            eos_id=case["pad_token_id"],
-        )
-        assert_close(curve, arrays[f"{name}_cumulative_error"], 1e-5, name)
-
-
-@pytest.mark.parametrize("folder, case", golden_cases("exposure_bias_models"))
-@pytest.mark.parametrize("view", ["plain", "prompted"])
-def test_published_evaluation(folder, case, view):
-    path = {name: folder / relative for name, relative in case["paths"].items()}
-    arrays = np.load(path["evaluate"])
-    teacher, student = (load_model(str(path[name])) for name in ("teacher", "student"))
-    soft_prompt = load_soft_prompt(path["prompt_adapter"]) if view == "prompted" else None
-    how = dict(query_length=case["max_prompt_length"], eos_id=case["eos_token_id"])
-
-    def curves(writer: str):
-        sequences = np.moveaxis(arrays[f"{view}_{writer}_generated_ids"], 1, 0)  # [S, N, T]
-        logits = functools.partial(left_padded_logits, sequences=sequences, eos_id=how["eos_id"])
-        return published_curve(logits(teacher, soft_prompt), logits(student), sequences, **how)
-
-    found = published_ex_acc_err(curves("student"), curves("teacher"))
-    for name, array in found._asdict().items():
-        expected = arrays[f"{view}_{name}"]
-        tolerance = 1e-4 if name.endswith("err") else 1e-5  # percent, nats
-        assert_close(array, expected, tolerance * max(1, np.abs(expected).max()), name)
-
-
-def left_padded_logits(model: Model, soft_prompt=None, *, sequences, eos_id: int) -> np.ndarray:
-    """Logits `[S, N, T, V]` of the published layout: EOS hidden from attention, wherever it stands.
-
-    Columns that nobody sees may as well stand behind all others, and the decoder has them there.
-    What remains of the layout is the prompted GPT-2, whose positions count the hidden columns: its
-    position table is put in the order in which the tokens want its rows.
-    """
-    config, (samples, rows, width) = model.decoder.config, sequences.shape
-    assert config.learned_positions, "rotary positions behind a prompt cannot be moved this way"
-    flat = sequences.reshape(-1, width)
-    order = np.argsort(flat == eos_id, axis=1, kind="stable")  # [S N, T]
-    counts_hidden = config.family == "gpt2" and soft_prompt is not None
-    wanted = order if counts_hidden else np.broadcast_to(np.arange(width), order.shape)
-    shift = config.position_offset + (0 if soft_prompt is None else len(soft_prompt))
-
-    @jax.jit
-    @jax.vmap
-    def logits(tokens, wanted):
-        table = model.params["positions"]["embedding"]
-        table = table.at[shift : shift + width].set(table[shift + wanted])
-        params = {**model.params, "positions": {"embedding": table}}
-        hidden = model.decoder.apply({"params": params}, tokens[None], prefix=soft_prompt)[0]
-        return hidden @ head(params).T
-
-    found = np.array(logits(np.take_along_axis(flat, order, axis=1), wanted))
-    back = np.argsort(order, axis=1)
-    found = np.take_along_axis(found, back[:, :, None], axis=1)
-    return found.reshape(samples, rows, width, -1)

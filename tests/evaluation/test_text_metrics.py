@@ -5,7 +5,6 @@ from conftest import golden_cases
 
 from promptkd_jax.evaluation.text_metrics import (
     exact_match,
-    grouped_text_scores,
     rouge_l,
     text_scores,
 )
@@ -31,26 +30,6 @@ def test_golden_pairs(folder, golden):
         assert text_scores([prediction], [references]) == pair["compute_metrics"], pair
 
 
-@on_golden_cases
-def test_golden_corpus(folder, golden):
-    predictions, references = lists(golden)
-    assert text_scores(predictions, references) == golden["compute_metrics_all"]
-    groups = golden["groups"]
-    scores = grouped_text_scores(predictions, references, groups)
-    assert scores == golden["compute_grouped_metrics"]
-
-
-@on_golden_cases
-def test_golden_truncation(folder, golden):
-    predictions, references = lists(golden)
-    case = golden["compute_metrics_predictions_shorter"]
-    scores = text_scores(predictions[: case["n_pred"]], references, truncate=True)
-    assert scores == case["result"]
-    case = golden["compute_metrics_references_shorter"]
-    scores = text_scores(predictions, references[: case["n_ref"]], truncate=True)
-    assert scores == case["result"]
-
-
 def test_rouge_l_follows_order_and_counts_both_lengths():
     # Longest common subsequence 2 of 4 predicted and 3 reference tokens: F1 = 2 * 2 / (4 + 3).
     assert rouge_l("red green blue black", ["green red black"]) == pytest.approx(4 / 7)
@@ -73,25 +52,9 @@ def test_text_scores_is_the_mean_in_percent():
     assert scores == {"rougeL": 55.5556, "exact_match": 33.3333}
 
 
-def test_unequal_lengths_are_refused_unless_cut():
+def test_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="2 predictions for 1 lists of references"):
         text_scores(["yes", "no"], [["yes"]])
-    assert text_scores(["yes", "no"], [["yes"]], truncate=True)["exact_match"] == 100.0
-    with pytest.raises(ValueError, match="2 predictions, 2 lists of references and 1 groups"):
-        grouped_text_scores(["yes", "no"], [["yes"], ["no"]], ["a"])
-
-
-def test_groups_are_scored_apart_in_order_of_appearance():
-    scores = grouped_text_scores(
-        ["x", "y", "x"], [["x"], ["x"], ["z"]], ["second", "first", "second"]
-    )
-    assert scores == {
-        "rougeL_for_second": 50.0,
-        "exact_match_for_second": 50.0,
-        "rougeL_for_first": 0.0,
-        "exact_match_for_first": 0.0,
-    }
-    assert list(scores)[0] == "rougeL_for_second"
 
 
 @pytest.mark.parametrize("score", [rouge_l, exact_match])
@@ -102,9 +65,6 @@ def test_references_must_be_a_non_empty_sequence_of_strings(score):
         score("yes", [])
 
 
-@pytest.mark.parametrize("truncate", [False, True])
-def test_nothing_to_score_is_an_error(truncate):
+def test_nothing_to_score_is_an_error():
     with pytest.raises(ValueError, match="no pair"):
-        text_scores([], [], truncate=truncate)
-    with pytest.raises(ValueError, match="no pair"):
-        grouped_text_scores([], [], [])
+        text_scores([], [])
