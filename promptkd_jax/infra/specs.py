@@ -15,7 +15,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def field(default: Any, spec: Any, text: str) -> Any:
@@ -80,7 +80,7 @@ def validate(value: Any) -> None:
         if isinstance(spec, Group) and not isinstance(given, spec.cls):
             raise ValueError(f"{name}: {given!r} is not a {spec.cls.__name__}")
     if wrong := list(mistakes("", value, Group(type(value)))):
-        raise ValueError("; ".join(line.removeprefix(".") for line in wrong))
+        raise ValueError("; ".join(one.message.removeprefix(".") for one in wrong))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +204,17 @@ class Group:
         return f"a group of {', '.join(declared(self.cls))}"
 
 
+class Mistake(NamedTuple):
+    """What is wrong with a field: a "missing" one, an "unknown" one, no "group" where there should
+    be one, or a wrong "value"; and the same in words, with the field's path."""
+
+    kind: str
+    message: str
+
+
 def mistakes(
     path: str, value: Any, spec: Any, renamed: Mapping[str, str] | None = None
-) -> Iterator[str]:
+) -> Iterator[Mistake]:
     """Walks a value and its spec together, and tells what is missing, unknown or not right.
 
     Args:
@@ -221,19 +229,20 @@ def mistakes(
     elif isinstance(spec, Group) and (isinstance(value, (Mapping, spec.cls))):
         known, given = declared(spec.cls), value if isinstance(value, Mapping) else vars(value)
         if isinstance(value, Mapping):
-            yield from (
-                unknown_field(path, name, known, renamed) for name in value if name not in known
-            )
+            for name in value:
+                if name not in known:
+                    yield Mistake("unknown", unknown_field(path, name, known, renamed))
         for name, f in known.items():
             inner = f.metadata["spec"]
             if name in given:
                 yield from mistakes(f"{path}.{name}", given[name], inner, renamed)
             elif name not in [(renamed or {}).get(other) for other in given]:
-                yield f"{path}.{name}: is missing, it should be {inner}"
+                yield Mistake("missing", f"{path}.{name}: is missing, it should be {inner}")
     else:
         fault = str(spec) if isinstance(spec, (Group, ListOf)) else spec.fault(value)
         if fault:
-            yield f"{path}: {value!r} is not {fault}"
+            kind = "group" if isinstance(spec, Group) else "value"
+            yield Mistake(kind, f"{path}: {value!r} is not {fault}")
 
 
 def unknown_field(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -221,12 +220,12 @@ def _check_bases(settings: ComparisonConfig) -> None:
     for name in ("teacher", "student"):
         bases[f"pretraining.{name}"] = getattr(settings.pretraining, name)
     wrong = [
-        line
+        mistake.message
         for name, base in bases.items()
         if base is not None
-        for line in mistakes(f"config.{name}", as_dict(base), Group(RunConfig), RENAMED)
+        for mistake in mistakes(f"config.{name}", as_dict(base), Group(RunConfig), RENAMED)
         # Values are checked with the whole configs of the trainings, to which these are parts.
-        if re.search(": is (missing|unknown|now called)|is not a group", line)
+        if mistake.kind != "value"
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))

@@ -32,7 +32,7 @@ def read_group(config: ConfigDict, cls: type) -> Any:
       ConfigError: all fields that are missing, unknown, of a wrong type or out of range.
     """
     values = as_dict(config)
-    found = list(mistakes("config", values, Group(cls), RENAMED))
+    found = [mistake.message for mistake in mistakes("config", values, Group(cls), RENAMED)]
     made = None if found else build(cls, values, "config", found)
     if found:
         raise ConfigError("\n".join(found))

@@ -683,3 +683,26 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert read(config) == Settings(betas=(0.5, 1), stages=(Rate(1e-4), Rate(1)))
     claim(tmp_path / "run", read(config))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["betas"] == [0.5, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inner:
+    size: int = field(1, Int(low=1), "a size")
+    rate: float = field(0.0, Float(), "a rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outer:
+    inner: _Inner = group(_Inner, "a group")
+    other: _Inner = group(_Inner, "a group")
+
+
+def test_a_mistake_has_a_kind_beside_its_words():
+    value = {"inner": {"size": 0, "rat": 1.0}, "other": 3}
+    found = mistakes_of("config", value, Group(_Outer))
+    assert [(mistake.kind, mistake.message.split(":")[0]) for mistake in found] == [
+        ("unknown", "config.inner.rat"),
+        ("value", "config.inner.size"),
+        ("missing", "config.inner.rate"),
+        ("group", "config.other"),
+    ]
