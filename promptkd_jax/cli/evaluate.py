@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from rich.console import Console
-from rich.table import Table
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.records import read_records
@@ -19,6 +17,7 @@ from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.student_metrics import generation_metrics
+from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
 from promptkd_jax.infra import distributed, provenance
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import check_writable, write_json, write_text
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     with flags.naming("--output", options.output), jax.set_mesh(flags.mesh_of(options)):
         distributed.assert_same_options(options)
         scores = evaluate_sets(options)
-    Console().print(_table(scores))
+    print(markdown(_table(scores, len(options.seeds))))
     print(f"written to {options.output}/evaluation.json, the answers beside it")
 
 
@@ -167,11 +166,13 @@ def _write_samples(file: epath.Path, rows: Rows, texts: Sequence[str]) -> None:
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _table(found: dict[str, Any]) -> Table:
-    table = Table("set", "rows", "ROUGE-L", "exact match")
-    for name, one in found.items():
-        columns = [
-            f"{one[key]['mean']:.2f} ± {one[key]['std']:.2f}" for key in ("rougeL", "exact_match")
-        ]
-        table.add_row(name, str(one["rows"]), *columns)
-    return table
+def _table(found: dict[str, Any], seeds: int) -> Table:
+    rows = [
+        (
+            name,
+            str(scores["rows"]),
+            *(mean_and_deviation(scores[key], seeds) for key in ("rougeL", "exact_match")),
+        )
+        for name, scores in found.items()
+    ]
+    return Table(("set", "rows", "ROUGE-L", "exact match"), rows)

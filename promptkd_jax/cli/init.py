@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from promptkd_jax.cli import flags
+from promptkd_jax.evaluation.report import model_card
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import check_writable
 from promptkd_jax.models.io.export import save_model
@@ -62,13 +63,14 @@ def init(
     kept = chosen_layers(depth, layers)
     student = keep_layers(whole, kept)
     check_writable(output)
-    facts = {
-        "Teacher": f"{teacher} ({depth} layers)",
-        "Its layers that were kept, counted from 0": ", ".join(map(str, kept)),
-        "Parameters": f"{sum(x.size for x in jax.tree.leaves(student.params)):,} in {dtype}",
-    }
-    save_model(output, student, card=_card(facts))
-    print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts.items()), sep="\n")
+    facts = [
+        ("Teacher", f"{teacher} ({depth} layers)"),
+        ("Its layers that were kept, counted from 0", ", ".join(map(str, kept))),
+        ("Parameters", f"{sum(x.size for x in jax.tree.leaves(student.params)):,} in {dtype}"),
+    ]
+    lead = "Some of its teacher's layers, written by promptkd_jax and not trained since."
+    save_model(output, student, card=model_card("A student before distillation", lead, facts))
+    print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts), sep="\n")
 
 
 def _check_empty(folder: epath.Path) -> None:
@@ -81,23 +83,6 @@ def _check_empty(folder: epath.Path) -> None:
             f"{folder}: holds {what} already ({', '.join(found[:5])}{', …' * (len(found) > 5)}); "
             "give a folder that is new or empty"
         )
-
-
-def _card(facts: dict[str, str]) -> str:
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [knowledge-distillation, promptkd]",
-        "---",
-        "# A student before distillation",
-        "",
-        "Some of its teacher's layers, written by promptkd_jax and not trained since.",
-        "",
-        *(f"- {name}: {fact}" for name, fact in facts.items()),
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _layers(text: str) -> int | tuple[int, ...]:

@@ -4,7 +4,6 @@ The curves are drawn from the run's metrics alone: the report can be written aga
 of a run that was killed.
 """
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,50 +12,30 @@ from typing import Any, NamedTuple
 
 import jinja2
 from etils import epath
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from promptkd_jax.evaluation.tables import Table, markdown
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.files import to_path, write_text
 from promptkd_jax.infra.metrics import read_metrics
-from promptkd_jax.infra.terminal import short_number, shows_control_codes
+from promptkd_jax.infra.terminal import short_number
 
 REPORT_FILE = "report.html"
 
 
-def summary_table(
-    rows: Sequence[tuple[str, float | None, float | None]],
-    paths: Mapping[str, str],
-    *,
-    console: Console | None = None,
-) -> str:
+# Name, value before, value after (None: there is none), format specification without sign or width,
+# such as ".2f", and "lower" or "higher", whichever is better.
+Metric = tuple[str, float | None, float | None, str, str]
+
+
+def summary_table(metrics: Sequence[Metric], paths: Mapping[str, str]) -> str:
     """The end of a run as text to print: metric, before, after, change; then where its files lie.
 
     Args:
-      rows: (name, value before, value after); None where there is no such value.
       paths: what lies where, such as {"report": "runs/a/report.html"}; never cut or wrapped.
-      console: whose width and colours to use, those of standard output unless told; off a terminal
-        the text has no control characters.
     """
-    console = console or Console()
-    styled = shows_control_codes(console)
-    text = Console(
-        file=io.StringIO(),
-        width=console.width if styled else 120,
-        force_terminal=styled,
-        no_color=not styled,
-    )
-    table = Table("metric", box=None, padding=(0, 3, 0, 0), header_style="bold")
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
-    for name, before, after in rows:
-        table.add_row(Text(name), short_number(before), short_number(after), _change(before, after))
-    text.print(table)
     width = max(map(len, paths), default=0)
-    for label, path in paths.items():
-        text.print(Text.assemble((label.ljust(width), "dim"), "   ", path), soft_wrap=True)
-    return text.file.getvalue()
+    lines = [f"{label.ljust(width)}   {path}" for label, path in paths.items()]
+    return "\n".join([markdown(_before_and_after(metrics)), "", *lines])
 
 
 def write_report(
@@ -79,10 +58,8 @@ def write_report(
       workdir: folder of the run.
       title: heading of the report.
       config_text: the whole config, shown folded.
-      summary: {"metrics": [(name, before, after, format, better)], "facts": {label: text},
-        "paths": {label: text}}; before and after are numbers or None, format is a format
-        specification without sign or width, such as ".2f", and better is "lower" or "higher".
-        The first four metrics are the headline.
+      summary: {"metrics": [Metric], "facts": {label: text}, "paths": {label: text}}; the first four
+        metrics are the headline.
       samples: one {"request", "teacher", "before", "after"} a request: the text, and the responses
         of the teacher and of the student before and after training.
       reference: who wrote the texts called "teacher".
@@ -100,7 +77,8 @@ def write_report(
     page = render(
         "report.html.jinja",
         title=title,
-        metrics=[_Comparison.of(*metric) for metric in summary["metrics"]],
+        headline=[_Comparison.of(*metric) for metric in summary["metrics"][:4]],
+        before_and_after=_before_and_after(summary["metrics"]),
         facts=summary["facts"],
         paths=summary["paths"],
         plots={"Evaluation": evaluation, "Training": training},
@@ -135,52 +113,44 @@ def render(template: str, **values: Any) -> str:
 
 def model_card(
     title: str,
+    summary: str,
+    facts: Sequence[tuple[str, str]],
     *,
-    known: Mapping[str, str],
-    student: str,
-    teacher: str | None,
-    data: str,
-    stages: Sequence[str],
-    metrics: Sequence[tuple[str, float | None, float | None, str, str]],
+    known: Mapping[str, str] | None = None,
+    metrics: Sequence[Metric] = (),
 ) -> str:
-    """The README.md of an exported student. It says nothing of this machine's folders.
+    """The README.md of an exported student.
 
     Args:
-      known: `Model.card` of the model that it started from.
-      student, teacher, data: names; `student` is "" where it started as layers of its teacher.
-      metrics: as in `write_report`.
+      summary: what it is, in a sentence.
+      facts: (label, text); they should say nothing of this machine's folders.
+      known: `Model.card` of the model that it started from; None: nothing is handed on.
     """
-    rows = [
-        f"| {name} | {short_number(before, spec)} | {short_number(after, spec)} |"
-        for name, before, after, spec, _ in metrics
+    from huggingface_hub import ModelCardData  # and much of the hub's client
+
+    front = ModelCardData(
+        **known or {},
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["knowledge-distillation", "promptkd"],
+    )
+    parts = [
+        f"---\n{front.to_yaml()}\n---\n# {title}",
+        summary,
+        "\n".join(f"- {label}: {text}" for label, text in facts),
     ]
-    lines = [
-        "---",
-        *(f"{key}: {value}" for key, value in sorted(known.items())),
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [knowledge-distillation, promptkd]",
-        "---",
-        f"# {title}",
-        "",
-        "A student distilled with promptkd_jax.",
-        "",
-        f"- Started from: {known.get('base_model') or student or 'layers of its teacher'}",
-        f"- Teacher: {teacher or 'none'}",
-        *(f"- Stage {number}: {stage}" for number, stage in enumerate(stages, start=1)),
-        f"- Training data: {data}",
-        "- Licence: "
-        + known.get("license", "not named by the model that it started from")
-        + ", and what teacher and data demand",
-        "",
-    ]
-    if rows:
-        lines += ["| held-out metric | before | after |", "| --- | --- | --- |", *rows, ""]
-    return "\n".join(lines)
+    if metrics:
+        parts.append(markdown(_before_and_after(metrics)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _before_and_after(metrics: Sequence[Metric]) -> Table:
+    rows = [_Comparison.of(*metric) for metric in metrics]
+    return Table(("metric", "before", "after", "change", ""), rows)
 
 
 class _Comparison(NamedTuple):
-    """One line of the before/after table, as text."""
+    """A metric before and after training, as text."""
 
     name: str
     before: str

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from promptkd_jax.evaluation.tables import Table, markdown
+from promptkd_jax.infra.terminal import short_number
 from promptkd_jax.plan.chips import GIB
 
 
@@ -15,13 +14,10 @@ def show(plan: Mapping[str, Any], *, missing: str | None = None) -> None:
     Args:
       missing: why there is only an estimate, where there should be more.
     """
-    console = Console()
-    console.print("\n".join(_heading(plan)), highlight=False, markup=False)
-    console.print(_memory_table(plan))
-    console.print(_phases_table(plan))
-    console.print("\n".join(_summary(plan)), highlight=False)
+    tables = markdown(_memory_table(plan)), markdown(_phases_table(plan))
+    print(*_heading(plan), "", tables[0], "", tables[1], "", *_summary(plan), sep="\n")
     if missing:
-        console.print(f"ESTIMATE ONLY: {missing}", highlight=False, markup=False)
+        print(f"ESTIMATE ONLY: {missing}")
 
 
 def show_search(
@@ -33,36 +29,36 @@ def show_search(
     most: int = 12,
 ) -> None:
     """Prints the first of the plans side by side."""
-    console = Console()
-    console.print("\n".join(_heading(plans[0], mesh=False)), highlight=False, markup=False)
     left_out = ", ".join(f"{number} where {why}" for why, number in dropped.items() if number)
-    pairs = "pairs of a mesh and a number of micro-batches"
-    console.print(f"{fitting} {pairs} fit by the estimate; left out: {left_out or 'none'}")
-    headings = ("mesh", "micro", "GiB", "fits", "by", "s/step", "tokens/s", "USD/Mtok")
-    table = Table(
-        title=f"data x fsdp x tensor and micro-batches, {min(most, len(plans))} of {len(plans)}: "
-        "the fastest first, in classes of 2 % of the time; in a class the smallest first",
-        title_justify="left",
-    )
-    for name in headings:
-        table.add_column(name, justify="right")
-    for plan in plans[:most]:
-        memory = plan["memory"]
-        table.add_row(
-            " x ".join(map(str, plan["mesh"].values())),
+    rows = [
+        (
+            _mesh(plan),
             str(plan["micro_batches"]),
-            _gib(memory["needed"]),
-            "yes" if memory["fits"] else "NO",
-            memory["by"],
+            _gib(plan["memory"]["needed"]),
+            "yes" if plan["memory"]["fits"] else "NO",
+            plan["memory"]["by"],
             f"{plan['seconds_per_step']:.3g}",
             f"{plan['tokens_per_second']:,.0f}",
-            _optional(plan["usd_per_million_tokens"], ".3g"),
+            short_number(plan["usd_per_million_tokens"], ".3g"),
         )
-    console.print(table)
+        for plan in plans[:most]
+    ]
+    header = ("mesh", "micro", "GiB", "fits", "by", "s/step", "tokens/s", "USD/Mtok")
+    print(
+        *_heading(plans[0], mesh=False),
+        f"{fitting} pairs of a mesh and a number of micro-batches fit by the estimate; left out: "
+        f"{left_out or 'none'}",
+        f"data x fsdp x tensor and micro-batches, {len(rows)} of {len(plans)}: the fastest first, "
+        "in classes of 2 % of the time; in a class the smallest first",
+        "",
+        markdown(Table(header, rows)),
+        "",
+        sep="\n",
+    )
     if plans[0]["memory"]["fits"]:
         print(f"the first: {' '.join(plans[0]['flags'])}")
     if missing:
-        console.print(f"ESTIMATE ONLY: {missing}", highlight=False, markup=False)
+        print(f"ESTIMATE ONLY: {missing}")
 
 
 def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[str]) -> None:
@@ -71,40 +67,42 @@ def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[
     Args:
       impossible: the names of slices that no mesh was found for.
     """
-    console = Console()
-    lines = _heading(plans[0], mesh=False, slices=False)
-    console.print("\n".join(lines), highlight=False, markup=False)
-    headings = ("slice", "named", "chips", "mesh", "micro", "GiB", "of", "s/step", "USD/h")
-    table = Table(
-        title="the best mesh of each slice by the estimate (--search of one compiles): first what "
-        "fits, the cheapest at the top, then what has no list price, then what does not fit",
-        title_justify="left",
-    )
-    for name in (*headings, "USD/Mtok", "stage, USD"):
-        table.add_column(name, justify="right")
-    for plan in plans:
-        memory = plan["memory"]
-        fits = memory["fits"]
-        table.add_row(
+    rows = [
+        (
             _slices(plan),
             plan["google"] or "-",
             str(plan["chips"]),
-            " x ".join(map(str, plan["mesh"].values())),
+            _mesh(plan),
             str(plan["micro_batches"]),
-            _gib(memory["needed"]),
-            _gib(memory["usable"]),
-            f"{plan['seconds_per_step']:.3g}" if fits else "NO FIT",
-            _optional(plan["usd_per_hour"], ",.2f"),
-            _optional(plan["usd_per_million_tokens"], ".3g"),
-            _optional(plan["usd"], ",.0f"),
+            _gib(plan["memory"]["needed"]),
+            _gib(plan["memory"]["usable"]),
+            f"{plan['seconds_per_step']:.3g}" if plan["memory"]["fits"] else "NO FIT",
+            short_number(plan["usd_per_hour"], ",.2f"),
+            short_number(plan["usd_per_million_tokens"], ".3g"),
+            short_number(plan["usd"], ",.0f"),
         )
-    Console(width=max(console.width, 110)).print(table)
+        for plan in plans
+    ]
+    header = ("slice", "named", "chips", "mesh", "micro", "GiB", "of", "s/step", "USD/h")
+    print(
+        *_heading(plans[0], mesh=False, slices=False),
+        "the best mesh of each slice by the estimate (--search of one compiles): first what fits, "
+        "the cheapest at the top, then what has no list price, then what does not fit",
+        "",
+        markdown(Table((*header, "USD/Mtok", "stage, USD"), rows)),
+        "",
+        sep="\n",
+    )
     if impossible:
         print(f"no mesh divides rows and parameters on {', '.join(impossible)}")
     if (first := plans[0])["memory"]["fits"]:
         print(f"the first, {_slices(first)}: {' '.join(first['flags'])}")
     else:
         print("none of them fits")
+
+
+def _mesh(plan: Mapping[str, Any]) -> str:
+    return " x ".join(map(str, plan["mesh"].values()))
 
 
 def _slices(plan: Mapping[str, Any]) -> str:
@@ -130,37 +128,31 @@ def _heading(plan: Mapping[str, Any], *, mesh: bool = True, slices: bool = True)
 def _memory_table(plan: Mapping[str, Any]) -> Table:
     memory = plan["memory"]
     each = "one device (half a chip)" if plan["devices"] > plan["chips"] else "one chip"
-    table = Table("memory of " + each, show_footer=True)
-    table.columns[0].footer = f"needed ({memory['by']}), of {_gib(memory['usable'])} usable"
-    table.add_column("GiB", justify="right", footer=f"{_gib(memory['needed'])}")
-    verdict = "FITS" if memory["fits"] else "DOES NOT FIT"
-    table.add_column("", footer=verdict)
-    for part, size in memory["kept"].items():
-        table.add_row(part, _gib(size), "exact")
-    table.add_row("temporaries", _gib(memory["temporaries"]), memory["by"])
+    rows = [(part, _gib(size), "exact") for part, size in memory["kept"].items()]
+    rows.append(("temporaries", _gib(memory["temporaries"]), memory["by"]))
     if memory["cache"]:
-        table.add_row("  of these the rollout's cache", _gib(memory["cache"]), "exact")
-    return table
+        rows.append(("  of these the rollout's cache", _gib(memory["cache"]), "exact"))
+    needed = f"needed ({memory['by']}), of {_gib(memory['usable'])} usable"
+    verdict = "FITS" if memory["fits"] else "DOES NOT FIT"
+    return Table(
+        (f"memory of {each}", "GiB", ""), [*rows, (needed, _gib(memory["needed"]), verdict)]
+    )
 
 
 def _phases_table(plan: Mapping[str, Any]) -> Table:
     phases = plan["phases"]
-    table = Table("a step, by phase")
-    for name in phases:
-        table.add_column(name, justify="right")
     sent = {name: one["ici_bytes"] + one["dcn_bytes"] for name, one in phases.items()}
-    rows = {
+    figures = {
         "PFLOP, all chips": [one["flops"] / 1e15 for one in phases.values()],
         "GB of HBM moved": [one["hbm_bytes"] / 1e9 for one in phases.values()],
         f"GB sent ({plan['traffic_by']})": [size / 1e9 for size in sent.values()],
     }
     for limit in next(iter(phases.values()))["seconds"]:
-        rows[f"{limit}, s"] = [one["seconds"][limit] for one in phases.values()]
-    rows["at least, s"] = [one["time"] for one in phases.values()]
-    for name, values in rows.items():
-        table.add_row(name, *(f"{value:.3g}" for value in values))
-    table.add_row("bound by", *(one["bound"] for one in phases.values()))
-    return table
+        figures[f"{limit}, s"] = [one["seconds"][limit] for one in phases.values()]
+    figures["at least, s"] = [one["time"] for one in phases.values()]
+    rows = [(name, *(f"{value:.3g}" for value in values)) for name, values in figures.items()]
+    rows.append(("bound by", *(one["bound"] for one in phases.values())))
+    return Table(("a step, by phase", *phases), rows)
 
 
 def _summary(plan: Mapping[str, Any]) -> list[str]:
@@ -193,7 +185,3 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
 
 def _gib(size: float | None) -> str:
     return "?" if size is None else f"{size / GIB:.2f}"
-
-
-def _optional(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)

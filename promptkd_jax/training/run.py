@@ -158,7 +158,7 @@ def finish(
         samples=_samples(experiment, before["texts"], after["texts"]),
         reference="teacher" if config.evaluation.references == "teacher" else "reference",
     )
-    print(summary_table([row[:3] for row in rows], paths))
+    print(summary_table(rows, paths))
     write_json(workdir / "summary.json", summary)
     return summary
 

@@ -78,15 +78,19 @@ def save(
       What lies where.
     """
     teacher, student = models
-    card = model_card(
-        build.title(config),
-        known=student.card,
-        student=build.short_name(student.name) if config.student.path else "",
-        teacher=teacher and teacher.card.get("base_model", build.short_name(teacher.name)),
-        data=build.data_name(config),
-        stages=[build.describe(stage) for stage in config.stages],
-        metrics=metrics,
-    )
+    start = build.short_name(student.name) if config.student.path else "layers of its teacher"
+    licence = student.card.get("license", "not named by the model that it started from")
+    facts = [
+        ("Started from", student.card.get("base_model", start)),
+        ("Teacher", teacher.card.get("base_model", build.short_name(teacher.name)))
+        if teacher
+        else ("Teacher", "none"),
+        *((f"Stage {n}", build.describe(stage)) for n, stage in enumerate(config.stages, start=1)),
+        ("Training data", build.data_name(config)),
+        ("Licence", f"{licence}, and what teacher and data demand"),
+    ]
+    lead = "A student distilled with promptkd_jax."
+    card = model_card(build.title(config), lead, facts, known=student.card, metrics=metrics)
     asked = {name: getattr(config.data, name) for name in RECORDED}
     if not shows_date(config.data.template, student.tokenizer):
         del asked["date"]

@@ -19,7 +19,7 @@ from helpers import bucket
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from promptkd_jax.evaluation.report import summary_table, write_report
+from promptkd_jax.evaluation.report import model_card, summary_table, write_report
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.metrics import MetricWriter, read_metrics, truncate_metrics
 from promptkd_jax.infra.terminal import ProgressBar
@@ -264,23 +264,35 @@ def test_a_narrow_terminal_still_shows_step_and_time():
 
 
 def test_summary_shows_change_and_whole_paths():
-    rows = [("ROUGE-L", 20.0, 25.0), ("[kl]", 2.0, 1.5), ("loss", None, 1.0), ("tokens", 0, 12345)]
-    path = "runs/" + "very/" * 60 + "long"
-    text = summary_table(rows, {"report": path}, console=Console(file=io.StringIO()))
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[1:5] == [
-        ["ROUGE-L", "20", "25", "+5", "(+25.0%)"],
-        ["[kl]", "2", "1.5", "-0.5", "(-25.0%)"],
-        ["loss", "n/a", "1", "n/a"],
-        ["tokens", "0", "12,345", "+12,345"],
+    metrics = [
+        ("ROUGE-L", 20.0, 25.0, ".2f", "higher"),
+        ("[kl]", 2.0, 1.5, ".3f", "lower"),
+        ("loss", None, 1.0, "", "lower"),
+        ("tokens", 0, 12345, "", "higher"),
     ]
-    assert lines[-1] == ["report", path]
+    path = "runs/" + "very/" * 60 + "long"
+    text = summary_table(metrics, {"report": path})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[2:6] == [
+        ["ROUGE-L", "20.00", "25.00", "+5.00 (+25.0%)", "better"],
+        ["[kl]", "2.000", "1.500", "-0.500 (-25.0%)", "better"],
+        ["loss", "n/a", "1", "n/a", ""],
+        ["tokens", "0", "12,345", "+12,345", "better"],
+    ]
+    assert text.splitlines()[-1].split() == ["report", path]
     assert text.isascii() and "\x1b" not in text
 
 
-def test_summary_has_colours_on_a_terminal_only():
-    terminal = Console(file=Terminal(), force_terminal=True, width=80)
-    assert "\x1b[" in summary_table([("loss", 1.0, 2.0)], {}, console=terminal)
+def test_a_card_has_front_matter_that_is_yaml_and_says_what_is_known():
+    metrics = [("KL", 2.0, 1.5, ".3f", "lower")]
+    facts = [("Teacher", "owner/teacher")]
+    card = model_card("A student", "It is small.", facts, known={"license": "mit"}, metrics=metrics)
+    front, text = card.removeprefix("---\n").split("\n---\n")
+    assert "license: mit" in front.splitlines() and "library_name: transformers" in front
+    assert text.startswith("# A student\n\nIt is small.\n\n- Teacher: owner/teacher\n\n| metric |")
+    assert "better" in text and text.endswith("|\n")
+    alone = model_card("A student", "It is small.", facts)
+    assert "license" not in alone and "|" not in alone
 
 
 def test_report_holds_everything_escaped(tmp_path):
@@ -314,6 +326,7 @@ def test_report_compares_before_and_after(tmp_path):
     text = report(tmp_path, summary=SUMMARY | {"metrics": metrics})
     body = text[text.index("<tbody>") : text.index("</tbody>")]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("<tr>")[1:]]
+    assert re.findall(r'class="(\w+)"', body) == ["better", "worse", "worse", "better"]
     assert rows == [
         ["up is good", "20.00", "25.00", "+5.00 (+25.0%)", "better"],
         ["down is good", "2.000", "2.500", "+0.500 (+25.0%)", "worse"],
