@@ -51,14 +51,13 @@ def check_command(words: Sequence[str], devices: int, number: int = 1) -> RunCon
         sharding.mesh_shape(config.mesh.sizes, devices, number)
     elif name == "compare":  # its own config: of several runs
         made = comparison.plan_comparison(read_config(rest), options.workdir)
-        for run in (*made.pretraining.values(), *made.runs.values()):
+        for run in made.trainings:
             _check_rows(run.config, devices, number)
     elif name == "reproduce":  # of models that it makes itself
         how = options.config, options.workdir, options.methods, rest
-        for config in reproduce.plan_reproduction(
-            *how, from_published=options.from_published
-        ).values():
-            _check_rows(config, devices, number)
+        runs = reproduce.plan_reproduction(*how, from_published=options.from_published)
+        for run in runs.values():
+            _check_rows(run.config, devices, number)
     elif "mesh" in options:
         sharding.mesh_shape(sharding.parse_sizes(options.mesh), devices, number)
     return None

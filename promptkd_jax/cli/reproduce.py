@@ -8,9 +8,8 @@ stopped, and one with further methods, sets or seeds adds to it.
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from promptkd_jax.cli import flags
+from promptkd_jax.evaluation.tables import markdown
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.studies import published
 from promptkd_jax.studies.reproduce import SEEDS, reproduce, table
@@ -52,5 +51,5 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         from_published=options.from_published,
         choose_remat=with_chosen_remat,
     )
-    Console().print(table(rows))
+    print(markdown(table(rows, len(options.seeds))))
     print(f"written to {options.workdir}/reproduction.json and reproduction.md")

@@ -23,6 +23,7 @@ from promptkd_jax.infra.specs import (
     mistakes,
 )
 from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.studies.runs import Run
 from promptkd_jax.training import recipes
 from promptkd_jax.training.checks import checked, read_group
 from promptkd_jax.training.config import as_dict
@@ -140,19 +141,6 @@ class ComparisonConfig:
     samples: int = field(6, Int(low=0), "responses that the report shows")
 
 
-class Run(NamedTuple):
-    """One training: what it is called, its config, and where it lies."""
-
-    name: str
-    config: RunConfig
-    folder: pathlib.Path
-
-    @property
-    def student(self) -> str:
-        """The model that comes out."""
-        return str(self.folder / "student")
-
-
 class Plan(NamedTuple):
     """A comparison's settings and all its trainings: `pretraining` in its order, and one run for
     each (method, seed)."""
@@ -162,6 +150,11 @@ class Plan(NamedTuple):
     runs: dict[tuple[str, int], Run]
     teacher: str
     student: str
+
+    @property
+    def trainings(self) -> list[Run]:
+        """All of them, in their order."""
+        return [*self.pretraining.values(), *self.runs.values()]
 
     @property
     def a_run(self) -> RunConfig:

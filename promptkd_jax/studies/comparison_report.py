@@ -6,15 +6,16 @@ All is made of what `comparison.json` holds (see `compare.summarize_comparison`)
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from promptkd_jax.evaluation import plots
 from promptkd_jax.evaluation.report import render
+from promptkd_jax.evaluation.tables import Table, mean_and_deviation, section
 from promptkd_jax.infra.files import write_text
 from promptkd_jax.studies.comparison import ComparisonConfig
+from promptkd_jax.studies.runs import AVERAGE
 from promptkd_jax.training.config import as_json
 
-AVERAGE = "average"
 TEACHER, START = "teacher", "student before"
 
 # Heading, key of a run's summary, format.
@@ -40,15 +41,6 @@ PROMPT = (
 )
 
 
-class Table(NamedTuple):
-    """A heading, a note on how to read it, and cells of text."""
-
-    heading: str
-    note: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ComparisonConfig) -> None:
     """Writes `comparison.md` and `report.html`, one file that needs nothing else."""
     write_text(workdir / "comparison.md", comparison_markdown(found))
@@ -68,31 +60,23 @@ def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ComparisonCon
 
 def comparison_markdown(found: Mapping[str, Any]) -> str:
     """The tables as Markdown, with the budget and the note above them."""
-    lines = [f"# {found['title']}", ""]
-    lines += [found["note"], ""] if found["note"] else []
-    lines += [budget(found), ""]
-    for table in tables(found):
-        lines += [f"## {table.heading}", "", table.note, ""]
-        lines += map(_line, (table.header, ["---"] * len(table.header), *table.rows))
-        lines += [""]
-    return "\n".join(lines)
+    above = filter(None, (f"# {found['title']}", found["note"], budget(found)))
+    return "\n\n".join([*above, *map(section, tables(found))]) + "\n"
 
 
 def budget(found: Mapping[str, Any]) -> str:
     """The budget in a sentence."""
-    kind, steps, seconds, rows = (
-        found["budget"][name] for name in ("kind", "steps", "seconds", "batch_size")
-    )
-    batches = " or ".join(map(str, rows))
-    if kind == "steps":
+    spent = found["budget"]
+    steps, rows = spent["steps"], " or ".join(map(str, spent["batch_size"]))
+    if spent["kind"] == "steps":
         return (
-            f"Budget: equal steps. Every method takes {steps:,} steps of {batches} rows, however "
+            f"Budget: equal steps. Every method takes {steps:,} steps of {rows} rows, however "
             "long they last and whoever writes the rows."
         )
     return (
-        f"Budget: equal wall-clock. Every method trains for {seconds:,.0f} s, however many steps "
-        f"of {batches} rows that makes (at most {steps:,}, for which the schedules are made; "
-        "compilation is not counted)."
+        f"Budget: equal wall-clock. Every method trains for {spent['seconds']:,.0f} s, however "
+        f"many steps of {rows} rows that makes (at most {steps:,}, for which the schedules are "
+        "made; compilation is not counted)."
     )
 
 
@@ -100,23 +84,35 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     """ROUGE-L with differences, cost, behaviour, and what a soft prompt did where there is one."""
     seeds = len(found["seeds"])
     over = f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."
-    made = [_rouge_table(found, over)]
-    cost = (
-        "Time and speed are those of training alone, without compilation, evaluation and the "
-        "writing of teacher's answers; peak memory is that of the whole run, in which every method "
-        f"is measured against the teacher. {over}"
-    )
-    made.append(Table("Cost", cost, *_figures(found, COST)))
-    made.append(_behaviour_table(found, over))
-    if any("kl_prompted_after" in figures for figures in found["figures"].values()):
-        note = f"What the trained prompt does to its teacher, on held-out requests. {over}"
-        made.append(Table("The soft prompt's effect", note, *_figures(found, PROMPT)))
-    return made
+    behaviour = _figures(found, BEHAVIOUR)
+    excess = (f"{found['exposure_bias'][method][-1]:+.1f}" for method, *_ in behaviour.rows)
+    made = [
+        _rouge_table(found, over),
+        _figures(found, COST)._replace(
+            heading="Cost",
+            note="Time and speed are those of training alone, without compilation, evaluation and "
+            "the writing of teacher's answers; peak memory is that of the whole run, in which "
+            f"every method is measured against the teacher. {over}",
+        ),
+        Table(
+            [*behaviour.header, "ExAccErr, %"],
+            [[*row, value] for row, value in zip(behaviour.rows, excess)],
+            "Behaviour",
+            f"Of the trained student, on held-out requests. {over} ExAccErr: how much more it errs "
+            "on its own text than on the teacher's, accumulated up to the last position that a "
+            "tenth of the texts reach; 0 is best, below 0 is no fault.",
+        ),
+        _figures(found, PROMPT)._replace(
+            heading="The soft prompt's effect",
+            note=f"What the trained prompt does to its teacher, on held-out requests. {over}",
+        ),
+    ]
+    return [table for table in made if table.rows]
 
 
 def comparison_plots(found: Mapping[str, Any]) -> dict[str, list[plots.Plot]]:
     """ROUGE-L by method, KL over the steps, ExAccErr over the positions; by heading."""
-    dots = [_dots(found, name) for name in (*found["test_sets"], AVERAGE)]
+    dots = [_dots(found, name) for name in _shown_sets(found)]
     kl = [plots.curve(name, list(zip(c["steps"], c["values"]))) for name, c in found["kl"].items()]
     excess = [
         plots.curve(name, list(enumerate(values, start=1)))
@@ -126,71 +122,46 @@ def comparison_plots(found: Mapping[str, Any]) -> dict[str, list[plots.Plot]]:
         plots.line_plot("Held-out KL(teacher ‖ student), nats", kl),
         plots.line_plot("Excess accumulated error, %", excess, x_label="response token"),
     ]
-    return {"ROUGE-L by method": dots if len(dots) > 2 else dots[:1], "Over time": lines}
+    return {"ROUGE-L by method": dots, "Over time": lines}
 
 
 def _rouge_table(found: Mapping[str, Any], over: str) -> Table:
-    reference = found["reference"]
-    sets = [name for name in (*found["test_sets"], AVERAGE)]
-    sets = sets if len(sets) > 2 else sets[:1]
+    reference, sets = found["reference"], _shown_sets(found)
     teacher = found["rougeL"][TEACHER][AVERAGE]["mean"]
-    header = ["model", *sets, "of the teacher's", f"minus {reference} [95 %]"]
     rows = []
-    for model in _models(found):
+    for model in [name for name in (TEACHER, START) if name in found["rougeL"]] + found["methods"]:
         scores = found["rougeL"][model]
         share = f"{scores[AVERAGE]['mean'] / teacher:.1%}" if teacher else "n/a"
-        cells = [_spread(scores[name], ".2f", found) for name in sets]
-        rows.append([model, *cells, share, _difference(found, model)])
+        cells = [mean_and_deviation(scores[name], len(found["seeds"])) for name in sets]
+        difference = ""
+        if model in found["differences"]:
+            of = found["differences"][model][AVERAGE]
+            difference = f"{of['mean']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]"
+        rows.append([model, *cells, share, difference])
     note = (
         f"{over} Last column: paired differences of the average, seed by seed and request by "
         "request, with a bootstrap interval over seeds and requests; with few seeds it is a rough "
         "one."
     )
-    return Table("ROUGE-L", note, header, rows)
+    header = ["model", *sets, "of the teacher's", f"minus {reference} [95 %]"]
+    return Table(header, rows, "ROUGE-L", note)
 
 
-def _models(found: Mapping[str, Any]) -> list[str]:
-    return [name for name in (TEACHER, START) if name in found["rougeL"]] + found["methods"]
+def _shown_sets(found: Mapping[str, Any]) -> list[str]:
+    """The test sets, and their average where there are several."""
+    sets = list(found["test_sets"])
+    return [*sets, AVERAGE] if len(sets) > 1 else sets
 
 
-def _difference(found: Mapping[str, Any], model: str) -> str:
-    if model not in found["differences"]:
-        return ""
-    one = found["differences"][model][AVERAGE]
-    return f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
-
-
-def _figures(
-    found: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table of figures, for the methods that have them all."""
+def _figures(found: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> Table:
+    """The figures of the methods that have them all."""
+    seeds = len(found["seeds"])
     rows = [
-        [method, *(_spread(figures[key], spec, found) for _, key, spec in columns)]
+        [method, *(mean_and_deviation(figures[key], seeds, spec) for _, key, spec in columns)]
         for method, figures in found["figures"].items()
         if all(key in figures for _, key, _ in columns)
     ]
-    return ["method", *(heading for heading, _, _ in columns)], rows
-
-
-def _behaviour_table(found: Mapping[str, Any], over: str) -> Table:
-    header, rows = _figures(found, BEHAVIOUR)
-    last = [f"{found['exposure_bias'][row[0]][-1]:+.1f}" for row in rows]
-    note = (
-        f"Of the trained student, on held-out requests. {over} ExAccErr: how much more it errs on "
-        "its own text than on the teacher's, accumulated up to the last position that a tenth of "
-        "the texts reach; 0 is best, below 0 is no fault."
-    )
-    rows = [[*row, value] for row, value in zip(rows, last)]
-    return Table("Behaviour", note, [*header, "ExAccErr, %"], rows)
-
-
-def _spread(one: Mapping[str, float], spec: str, found: Mapping[str, Any]) -> str:
-    mean = format(one["mean"], spec)
-    return f"{mean} ± {format(one['std'], spec)}" if len(found["seeds"]) > 1 else mean
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return Table(["method", *(heading for heading, _, _ in columns)], rows)
 
 
 def _dots(found: Mapping[str, Any], name: str) -> plots.Plot:

@@ -7,7 +7,6 @@ in the workdir, so that the same command continues one that was stopped, and one
 methods, sets or seeds adds to it.
 """
 
-import functools
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,43 +16,27 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from promptkd_jax.data.records import Record, read_records
-from promptkd_jax.data.rows import tokenize
-from promptkd_jax.evaluation.bootstrap import mean_and_std
-from promptkd_jax.evaluation.student_metrics import generation_metrics
+from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.infra.files import is_remote, load_or_compute, to_path, write_json, write_text
+from promptkd_jax.infra.files import is_remote, to_path, write_json, write_text
+from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.load import load_with_tokenizer
-from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies import published
+from promptkd_jax.studies.runs import AVERAGE, Contender, Run, answer_sets, over_seeds, train_all
 from promptkd_jax.training import build, recipes, run
 from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import (
-    ConfigError,
-    claim,
-    fingerprint,
-    load_config,
-    split_argument,
-)
+from promptkd_jax.training.config import ConfigError, load_config, split_argument
 from promptkd_jax.training.fields import RunConfig
 
-PROTOCOL = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
+PROTOCOL = Sampling(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
 SEEDS = (10, 20, 30, 40, 50)
 
 # ROUGE-L by test set and seed.
 Scores = dict[str, dict[int, float]]
-
-
-class ReproducedModel(NamedTuple):
-    """A model to evaluate: where it lies, and the config whose `data` says how it is asked."""
-
-    path: str
-    dtype: str
-    config: RunConfig
 
 
 class Row(NamedTuple):
@@ -99,20 +82,20 @@ def reproduce(
     workdir = workdir if is_remote(workdir) else workdir.resolve()
     runs = plan_reproduction(source, workdir, methods, overrides, from_published=from_published)
     models = contenders(runs, workdir)
-    for name, config in runs.items():
-        print(f"{name}: {build.title(config)}")
-        run.run(config, workdir / name, choose_remat)
-    scores = {}
-    for name, model in models.items():
-        with jax.set_mesh(sharding.make_mesh(model.config.mesh.sizes)):
-            scores[name] = evaluate_model(model, records, seeds, workdir / name / "evaluations")
+
+    def train(one: Run) -> None:
+        print(build.title(one.config))
+        run.run(one.config, one.folder, choose_remat)
+
+    train_all([*runs.values()], train)
+    scores = {model.name: evaluate_model(model, records, seeds) for model in models}
     rows = table_rows(scores, theirs)
     found = {
         "config": source,
         "overrides": list(overrides),
         "from_published": from_published,
         "published": published.SOURCE,
-        "sampling": PROTOCOL,
+        "sampling": {name: getattr(PROTOCOL, name) for name in declared(Sampling)},
         "seeds": seeds,
         "missing_sets": missing_sets(records),
         "scores": scores,
@@ -175,26 +158,25 @@ def plan_reproduction(
     overrides: Sequence[str],
     *,
     from_published: bool,
-) -> dict[str, RunConfig]:
+) -> dict[str, Run]:
     """The runs by name, in their order: each starts from models that those before it leave.
 
     Raises:
       ConfigError: a config that cannot be run, or an override of what the pipeline decides.
     """
-    runs = {} if from_published else {"teacher": _config(source, "teacher", overrides)}
-    if not from_published and set(methods) & set(recipes.FROM_SFT):
-        runs["init"] = _config(source, "init", overrides)
-    runs |= {method: _config(source, method, overrides) for method in methods}
+    init = ["init"] if set(methods) & set(recipes.FROM_SFT) else []
+    names = methods if from_published else ["teacher", *init, *methods]
+    configs = {name: _config(source, name, overrides) for name in names}
     if not from_published:
         _refuse_paths(overrides)
-        _connect(runs, workdir)
-    found = {}
-    for name, config in runs.items():
+        _connect(configs, workdir)
+    runs = {}
+    for name, config in configs.items():
         try:
-            found[name] = checked(config)
+            runs[name] = Run(name, checked(config), workdir / name)
         except ConfigError as error:
             raise ConfigError(f"{source} with method={name}: {error}") from error
-    return found
+    return runs
 
 
 def _config(source: str, method: str, overrides: Sequence[str]) -> ConfigDict:
@@ -219,105 +201,52 @@ def _refuse_paths(overrides: Sequence[str]) -> None:
             )
 
 
-def _connect(runs: dict[str, ConfigDict], workdir: epath.Path) -> None:
+def _connect(configs: Mapping[str, ConfigDict], workdir: epath.Path) -> None:
     """Sets teacher and student of each run to what the runs before it export."""
-    for name, config in runs.items():
+    for name, config in configs.items():
         if name != "teacher" and config.teacher.path:
-            config.teacher.path = _export(workdir, "teacher")
+            config.teacher.path = str(workdir / "teacher" / "student")
         if name in recipes.FROM_SFT:
-            config.student.update(path=_export(workdir, "init"), layers=0)
+            config.student.update(path=str(workdir / "init" / "student"), layers=0)
 
 
-def _export(workdir: epath.Path, run: str) -> str:
-    return str(workdir / run / "student")
-
-
-def contenders(runs: Mapping[str, RunConfig], workdir: epath.Path) -> dict[str, ReproducedModel]:
+def contenders(runs: Mapping[str, Run], workdir: epath.Path) -> list[Contender]:
     """What is evaluated: the teacher, of this pipeline or of the config, and every student.
 
     Raises:
       ConfigError: nothing is fine-tuned, and no config names a teacher.
     """
-    found = {}
-    if "teacher" not in runs:
-        named = [config for config in runs.values() if config.teacher.path]
-        if not named:
-            raise ConfigError("config.teacher.path: is empty, so --from-published has no teacher")
-        teacher = named[0].teacher
-        found["teacher"] = ReproducedModel(teacher.path, teacher.dtype, named[0])
-    for name, config in runs.items():
-        if name != "init":
-            found[name] = ReproducedModel(_export(workdir, name), config.student.dtype, config)
-    return found
+    found = [
+        Contender(name, one.student, one.config.student.dtype, one.config, one.folder)
+        for name, one in runs.items()
+        if name != "init"
+    ]
+    if "teacher" in runs:
+        return found
+    for config in (one.config for one in runs.values()):
+        if config.teacher.path:
+            named = config.teacher.path, config.teacher.dtype
+            return [Contender("teacher", *named, config, workdir / "teacher"), *found]
+    raise ConfigError("config.teacher.path: is empty, so --from-published has no teacher")
 
 
 def evaluate_model(
-    contender: ReproducedModel,
-    sets: Mapping[str, Sequence[Record]],
-    seeds: Sequence[int],
-    folder: epath.Path,
+    model: Contender, sets: Mapping[str, Sequence[Record]], seeds: Sequence[int]
 ) -> Scores:
-    """ROUGE-L of every set and seed, kept with the answers in `folder`, one file for each.
-
-    Raises:
-      ConfigError: what is there was made with other settings.
-    """
-    load = functools.cache(
-        functools.partial(load_with_tokenizer, contender.path, dtype=contender.dtype)
-    )
-    found: Scores = {}
-    for name, records in sets.items():
-        claim(folder / name, _settings(contender, records))
-        answer = functools.partial(_answer, load, contender.config, records)
-        kept = {
-            seed: load_or_compute(
-                folder / name / f"seed{seed}.json", functools.partial(answer, seed)
-            )
-            for seed in seeds
-        }
-        found[name] = {seed: one["rougeL"] for seed, one in kept.items()}
-    return found
-
-
-def _settings(contender: ReproducedModel, records: Sequence[Record]) -> dict[str, Any]:
-    """What, with the seed, decides the answers."""
-    data = contender.config.data
-    return dict(
-        model=contender.path,
-        dtype=contender.dtype,
-        records=fingerprint({"records": records}),
-        template=data.template,
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length,
-        sampling=PROTOCOL,
-    )
-
-
-def _answer(
-    load: Callable[[], Model], config: RunConfig, records: Sequence[Record], seed: int
-) -> dict[str, Any]:
-    """Scores of one set with one seed, the answers ("texts"), and how many rows there are."""
-    model, data = load(), config.data
-    rows = tokenize(
-        records,
-        model.tokenizer,
-        template=data.template,
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length,
-        eos_id=model.eos_ids[0],
-    )
-    scores, texts = generation_metrics(
-        model,
-        rows,
-        sampling=Sampling(**PROTOCOL, eos_ids=model.eos_ids),
-        prompt_capacity=data.max_prompt_length,
-        max_new_tokens=data.max_length - data.max_prompt_length,
-        batch_size=config.evaluation.batch_size,
-        seed=seed,
-        vocab_size=model.vocab_size,
-    )
-    print(f"{model.name}, seed {seed}: ROUGE-L {scores['rougeL']:.2f} on {len(texts)} rows")
-    return scores | {"rows": len(texts), "dropped": rows.dropped, "texts": texts}
+    """ROUGE-L of every set and seed (see `answer_sets`)."""
+    with jax.set_mesh(sharding.make_mesh(model.config.mesh.sizes)):
+        answers = answer_sets(
+            model,
+            sets,
+            seeds,
+            sampling=PROTOCOL,
+            batch_size=model.config.evaluation.batch_size,
+            load=load_with_tokenizer,
+        )
+    return {
+        name: {seed: answer["rougeL"] for seed, answer in by_seed.items()}
+        for name, by_seed in answers.items()
+    }
 
 
 def table_rows(
@@ -331,69 +260,51 @@ def table_rows(
     rows = []
     for method, ours in scores.items():
         numbers = theirs.get(method, {})
+        spreads = over_seeds(ours)
         for name in published.SETS:
-            values = list(ours.get(name, {}).values())
-            rows.append(_row(method, name, values, numbers.get(name)))
+            rows.append(_row(method, name, spreads.get(name), numbers.get(name)))
         taken = [name for name in published.SETS if name in ours] or published.SETS
-        title = "average" if len(taken) == len(published.SETS) else f"average of {len(taken)}"
-        values = [fmean(one) for one in zip(*(o.values() for o in ours.values()))]
+        title = AVERAGE if len(taken) == len(published.SETS) else f"{AVERAGE} of {len(taken)}"
         number = fmean(numbers[name] for name in taken) if numbers else None
-        rows.append(_row(method, title, values, number))
+        rows.append(_row(method, title, spreads.get(AVERAGE), number))
     return rows
 
 
-def _row(method: str, test_set: str, values: Sequence[float], number: float | None) -> Row:
-    """A row with the mean over seeds and their sample standard deviation (0 for one seed)."""
-    if not values:
+def _row(method: str, test_set: str, ours: Mapping | None, number: float | None) -> Row:
+    if ours is None:
         return Row(method, test_set, None, None, number, None)
-    mean, std = mean_and_std(values)
-    difference = mean - number if number is not None else None
-    return Row(method, test_set, mean, std, number, difference)
+    difference = None if number is None else ours["mean"] - number
+    return Row(method, test_set, ours["mean"], ours["std"], number, difference)
 
 
-HEADER = ("method", "test set", "ours", "published", "difference")
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """For the terminal."""
-    found = Table(*HEADER)
+def table(rows: Sequence[Row], seeds: int) -> Table:
+    """The rows as text; the paper gives one decimal, two would pretend to more."""
+    cells = []
     for row in rows:
-        found.add_row(*_cells(row), end_section=row.test_set not in published.SETS)
-    return found
+        ours = None if row.mean is None else mean_and_deviation(row._asdict(), seeds)
+        digits = 1 if row.test_set in published.SETS else 2
+        number = None if row.published is None else f"{row.published:.{digits}f}"
+        difference = None if row.difference is None else f"{row.difference:+.2f}"
+        figures = (text or "n/a" for text in (ours, number, difference))
+        cells.append((row.method, row.test_set, *figures))
+    return Table(("method", "test set", "ours", "published", "difference"), cells)
 
 
 def reproduction_markdown(found: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The table as a page, with what it is a table of."""
-    seeds = ", ".join(map(str, found["seeds"]))
-    lines = [
+    seeds = found["seeds"]
+    if len(seeds) > 1:
+        what = f"mean ± standard deviation over the seeds {', '.join(map(str, seeds))}"
+    else:
+        what = f"of the seed {seeds[0]}"
+    parts = [
         f"# Reproduction: {found['config']}",
-        "",
-        f"ROUGE-L, mean ± standard deviation over the seeds {seeds}.",
-        f"Published: {found['published']}.",
+        f"ROUGE-L, {what}.\nPublished: {found['published']}.",
     ]
     if found["overrides"]:
-        lines += ["", "Changed from the config: `" + " ".join(found["overrides"]) + "`."]
+        parts.append("Changed from the config: `" + " ".join(found["overrides"]) + "`.")
     if found["from_published"]:
-        lines += ["", "Teacher and initial student are those of the config, not fine-tuned here."]
+        parts.append("Teacher and initial student are those of the config, not fine-tuned here.")
     if found["missing_sets"]:
-        lines += ["", f"Not evaluated (n/a): {', '.join(found['missing_sets'])}."]
-    lines += [
-        "",
-        _line(HEADER),
-        _line(["---"] * len(HEADER)),
-        *(_line(_cells(row)) for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    """As printed; the paper gives one decimal, two would pretend to more."""
-    ours = None if row.mean is None else f"{row.mean:.2f} ± {row.std:.2f}"
-    digits = 1 if row.test_set in published.SETS else 2
-    number = None if row.published is None else f"{row.published:.{digits}f}"
-    difference = None if row.difference is None else f"{row.difference:+.2f}"
-    return row.method, row.test_set, *(cell or "n/a" for cell in (ours, number, difference))
+        parts.append(f"Not evaluated (n/a): {', '.join(found['missing_sets'])}.")
+    return "\n\n".join([*parts, markdown(table(rows, len(seeds)))]) + "\n"

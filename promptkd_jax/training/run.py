@@ -55,7 +55,7 @@ def run(
     distributed.assert_same("the version of jax, flax, optax or promptkd_jax", _versions())
     claim(workdir, config, NOT_IN_FINGERPRINT)
     check_shared(workdir)
-    if distributed.run_on_primary(lambda: _is_finished(workdir)):
+    if distributed.run_on_primary(lambda: is_finished(workdir)):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
         return distributed.run_on_primary(lambda: json.loads(read_text(workdir / "summary.json")))
     started = time.monotonic()
@@ -99,7 +99,7 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
         )
 
 
-def _is_finished(workdir: epath.Path) -> bool:
+def is_finished(workdir: epath.Path) -> bool:
     """Whether nothing is left to do: a student that was removed is exported once more."""
     return (workdir / "summary.json").exists() and has_weights(workdir / "student")
 

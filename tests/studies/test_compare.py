@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.infra.errors import ComparisonError, ConfigError
-from promptkd_jax.studies import compare, comparison, comparison_report
+from promptkd_jax.studies import compare, comparison, comparison_report, runs
 from promptkd_jax.training import run as training
 from promptkd_jax.training.checks import checked, read_group
 from promptkd_jax.training.config import load_config
@@ -104,7 +104,7 @@ def config():
 
 
 def train_here(run, cache):
-    """A training in this process: as `compare.train` but for starting Python again."""
+    """A training in this process: as `train_apart` but for starting Python again."""
     config, _ = load_config([f"--config={run.folder / 'config.json'}"])
     training.run(checked(config), run.folder)
 
@@ -114,7 +114,7 @@ def finished(tmp_path_factory):
     """(workdir, what `compare` returned) of a comparison that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("comparison")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "train", train_here)
+        patch.setattr(compare, "train_apart", train_here)
         patch.setattr(training, "write_report", lambda *_, **__: None)  # half of the time
         return workdir, compare.compare(tiny_comparison(), workdir)
 
@@ -148,9 +148,8 @@ def test_all_start_from_the_same_student_and_teacher(finished):
     assert {(s["steps"], s["batch_size"]) for c in configs for s in c["stages"]} == {(2, 4)}
 
 
-def test_scores_are_means_over_requests_then_over_sets_and_seeds():
-    sets = {"a": np.array([[1.0, 3.0], [5.0, 7.0]]), "b": np.array([[0.0], [2.0]])}
-    found = compare._over_seeds(sets)
+def test_scores_are_means_over_sets_then_over_seeds():
+    found = runs.over_seeds({"a": {10: 2.0, 20: 6.0}, "b": {10: 0.0, 20: 2.0}})
     assert {name: one["seeds"] for name, one in found.items()} == {
         "a": [2.0, 6.0],
         "b": [0.0, 2.0],
@@ -158,6 +157,17 @@ def test_scores_are_means_over_requests_then_over_sets_and_seeds():
     }
     assert found["average"]["mean"] == 2.5
     assert found["a"]["std"] == pytest.approx(np.sqrt(8.0))
+
+
+def test_scores_are_means_over_requests(finished):
+    workdir, found = finished
+    answers = workdir / "runs" / "sft-seed20" / "evaluations"
+    for name in ("test", "longer"):
+        answer = json.loads((answers / name / "seed20.json").read_text())
+        assert answer["rows"] == len(answer["rougeL_by_row"]) == found["test_sets"][name]["rows"]
+        mean = np.mean(answer["rougeL_by_row"])
+        assert found["rougeL"]["sft"][name]["seeds"][1] == pytest.approx(mean)
+        assert answer["rougeL"] == pytest.approx(mean, abs=1e-4)
 
 
 def test_differences_are_of_the_method_from_the_reference(config):
@@ -169,13 +179,36 @@ def test_differences_are_of_the_method_from_the_reference(config):
 
 
 def test_the_teacher_answers_anew_with_each_seed(finished):
-    folder = finished[0] / "fixed" / "teacher"
-    one, other = (json.loads((folder / f"test-seed{seed}.json").read_text()) for seed in (10, 20))
-    assert one["test"]["texts"] != other["test"]["texts"]
+    folder = finished[0] / "fixed" / "teacher" / "evaluations" / "test"
+    one, other = (json.loads((folder / f"seed{seed}.json").read_text()) for seed in (10, 20))
+    assert one["texts"] != other["texts"]
 
 
-def test_the_teacher_writes_once_for_all_methods_of_a_seed(finished, config, tmp_path, monkeypatch):
-    workdir = shutil.copytree(finished[0], tmp_path / "again")
+def test_answers_of_a_comparison_begun_before_are_kept(finished, config, tmp_path, monkeypatch):
+    """Which had one file for all sets of a seed."""
+    workdir = shutil.copytree(finished[0], tmp_path / "before")
+    plan = comparison.plan_comparison(config, workdir)
+    for file in workdir.glob("*/*/evaluations"):
+        for seed in (10, 20):
+            answers = {
+                one.parent.name: json.loads(one.read_text())
+                for one in file.glob(f"*/seed{seed}.json")
+            }
+            old = {
+                name: {"rougeL": answer["rougeL_by_row"], "texts": answer["texts"]}
+                for name, answer in answers.items()
+            }
+            if old:
+                (file.parent / f"test-seed{seed}.json").write_text(json.dumps(old))
+        shutil.rmtree(file)
+    monkeypatch.setattr(runs, "generation_metrics", None)
+    measured = compare.measure(plan, workdir)
+    found = compare.summarize_comparison(plan, measured)
+    assert found["rougeL"] == finished[1]["rougeL"] and found["samples"] == finished[1]["samples"]
+
+
+def test_the_teacher_writes_once_for_all_methods_of_a_seed(finished, config, monkeypatch):
+    workdir = finished[0].resolve()
     kept = {file: file.read_text() for file in workdir.glob("runs/*/exposure_bias.json")}
     for file in kept:
         file.unlink()
@@ -232,8 +265,12 @@ def test_a_finished_comparison_trains_and_measures_nothing(finished, config, mon
     def never(*arguments):
         raise AssertionError(f"called with {arguments}")
 
-    for name in ("train", "_answer_sets", "_exposure_bias"):
-        monkeypatch.setattr(compare, name, never)
+    for module, name in (
+        (compare, "train_apart"),
+        (runs, "generation_metrics"),
+        (compare, "exposure_bias"),
+    ):
+        monkeypatch.setattr(module, name, never)
     before = {file: file.stat().st_mtime_ns for file in workdir.glob("runs/*/*")}
     assert compare.compare(config, workdir) == found
     assert before == {file: file.stat().st_mtime_ns for file in workdir.glob("runs/*/*")}
@@ -241,7 +278,9 @@ def test_a_finished_comparison_trains_and_measures_nothing(finished, config, mon
 
 def test_a_further_seed_trains_only_that(finished, config, monkeypatch):
     trained = []
-    monkeypatch.setattr(compare, "train", lambda run, cache: trained.append(run.name) or 1 / 0)
+    monkeypatch.setattr(
+        compare, "train_apart", lambda run, cache: trained.append(run.name) or 1 / 0
+    )
     config.seeds = (10, 20, 30)
     with pytest.raises(ZeroDivisionError):
         compare.compare(config, finished[0])
@@ -284,8 +323,8 @@ def test_the_budget_is_said_plainly(finished):
 
 def test_a_budget_in_seconds_stops_the_runs(config, tmp_path):
     config.budget = dict(kind="seconds", steps=1000, seconds=30.0)
-    runs = comparison.plan_comparison(config, tmp_path).runs.values()
-    assert {(r.config.stop_after_seconds, r.config.stages[0].steps) for r in runs} == {(30.0, 1000)}
+    made = comparison.plan_comparison(config, tmp_path).runs.values()
+    assert {(r.config.stop_after_seconds, r.config.stages[0].steps) for r in made} == {(30.0, 1000)}
 
 
 def test_all_mistakes_at_once(config, tmp_path):
@@ -364,10 +403,10 @@ time.sleep(1000)
 COMPARISON = f"""
 import sys
 from promptkd_jax.infra import signals
-from promptkd_jax.studies import compare
+from promptkd_jax.studies import runs
 signals.GRACE_SECONDS = 0.1
 with signals.answered():
-    compare._run([sys.executable, "-c", {TRAINING!r}])
+    runs._exit_status([sys.executable, "-c", {TRAINING!r}])
 print("goes on", flush=True)
 """
 

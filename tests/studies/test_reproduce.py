@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import statistics
 import sys
 
@@ -16,6 +17,7 @@ from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
 from promptkd_jax.studies import published, reproduce
 from promptkd_jax.studies.published import ROUGE_L, SETS
+from promptkd_jax.studies.runs import Contender
 from promptkd_jax.training import recipes
 from promptkd_jax.training.config import load_config
 
@@ -100,7 +102,8 @@ def test_where_each_run_starts(folder, method):
     pretrained = method in ("sft", "kd", "seqkd")
     assert list(runs) == ["teacher", *["init"] * (not pretrained), method]
     raw = f"{folder}/models/student"
-    paths = {name: (run.teacher.path, run.student.path) for name, run in runs.items()}
+    configs = {name: run.config for name, run in runs.items()}
+    paths = {name: (one.teacher.path, one.student.path) for name, one in configs.items()}
     assert paths["teacher"] == ("", f"{folder}/models/teacher")
     assert pretrained or paths["init"] == ("", raw)
     teacher = "" if method == "sft" else f"{workdir}/teacher/student"
@@ -116,7 +119,7 @@ def test_a_workdir_in_a_bucket(folder, monkeypatch, tmp_path):
 
     def run(config, workdir, choose_remat=None):
         assert workdir.parent == pail / "work"
-        (workdir / "config.json").write_text("{}")
+        (workdir / "summary.json").write_text('{"seconds": 1.0, "rougeL_after": 2.0}')
         save_model(workdir / "student", load_model(f"{folder}/models/student"))
 
     monkeypatch.setattr(reproduce.run, "run", run)
@@ -126,7 +129,7 @@ def test_a_workdir_in_a_bucket(folder, monkeypatch, tmp_path):
     runs = reproduce.plan_reproduction(
         f"{pail}/gpt2.py:student=base", pail, ["kd"], (), from_published=False
     )
-    assert runs["kd"].teacher.path == "gs://pail/run/teacher/student"
+    assert runs["kd"].config.teacher.path == "gs://pail/run/teacher/student"
     assert (pail / "work" / "reproduction.md").exists()
     scores = pail / "work" / "kd" / "evaluations" / "dolly" / "seed1.json"
     assert len(json.loads(read_text(scores))["texts"]) == 7
@@ -139,11 +142,11 @@ def test_from_published_fine_tunes_neither(folder):
         source, workdir, ["sft", "promptkd"], (), from_published=True
     )
     assert list(runs) == ["sft", "promptkd"]
-    paths = runs["promptkd"].teacher.path, runs["promptkd"].student.path
-    assert paths == ("hub/teacher", "hub/init")
-    found = reproduce.contenders(runs, workdir)
-    assert found["teacher"].path == "hub/teacher"
-    assert found["sft"].path == f"{workdir}/sft/student"
+    config = runs["promptkd"].config
+    assert (config.teacher.path, config.student.path) == ("hub/teacher", "hub/init")
+    found = {model.name: model.path for model in reproduce.contenders(runs, workdir)}
+    assert found["teacher"] == "hub/teacher"
+    assert found["sft"] == f"{workdir}/sft/student"
     with pytest.raises(ConfigError, match="--from-published has no teacher"):
         reproduce.contenders({"sft": runs["sft"]}, workdir)
 
@@ -152,12 +155,12 @@ def test_distillation_starts_at_the_init(folder, finished, tmp_path):
     """The same model with the same seed gives the same answers to the dev rows."""
     config = reproduce.plan_reproduction(
         f"{folder}/gpt2.py:student=base", finished, ["sft"], (), from_published=False
-    )["sft"]
-    init = reproduce.ReproducedModel(f"{finished}/init/student", "float32", config)
+    )["sft"].config
+    init = Contender("init", f"{finished}/init/student", "float32", config, tmp_path)
     dev = read_records(config.data.dev, need_output=True)
-    reproduce.evaluate_model(init, {"dev": dev}, [config.seed], tmp_path)
+    reproduce.evaluate_model(init, {"dev": dev}, [config.seed])
     start = texts(finished / "promptkd" / "before.json")
-    assert start == texts(tmp_path / "dev" / f"seed{config.seed}.json")
+    assert start == texts(tmp_path / "evaluations" / "dev" / f"seed{config.seed}.json")
     assert texts(finished / "init" / "before.json") != start
     config = json.loads((finished / "promptkd" / "config.json").read_text())["config"]
     assert config["teacher"]["path"] == str(finished / "teacher" / "student")
@@ -170,7 +173,7 @@ def test_a_second_call_trains_and_evaluates_nothing(folder, finished, capsys):
     main(["reproduce", *command(folder, finished)])
     assert kept(finished) == before
     assert (finished / "reproduction.md").read_text() == table
-    assert capsys.readouterr().out.count("is finished, nothing to do") == 3
+    assert capsys.readouterr().out.count(": finished before") == 3
 
 
 def test_what_is_missing_is_added_and_a_seed_repeats_itself(folder, finished):
@@ -208,8 +211,8 @@ def test_scores_are_those_of_promptkd_evaluate(folder, finished, tmp_path):
     theirs = json.loads((tmp_path / "evaluation.json").read_text())["sets"]["dolly"]["seeds"]
     ours = json.loads((finished / "reproduction.json").read_text())["scores"]["promptkd"]["dolly"]
     assert ours == {seed: scores["rougeL"] for seed, scores in theirs.items()}
-    assert reproduce.PROTOCOL["temperature"] == 1 and reproduce.SEEDS == (10, 20, 30, 40, 50)
-    assert reproduce.PROTOCOL["no_repeat_ngram_size"] == 6
+    assert reproduce.PROTOCOL.temperature == 1 and reproduce.SEEDS == (10, 20, 30, 40, 50)
+    assert reproduce.PROTOCOL.no_repeat_ngram_size == 6
 
 
 # The table
@@ -219,6 +222,7 @@ def test_the_table_has_ours_beside_the_published(finished):
     found = json.loads((finished / "reproduction.json").read_text())
     assert found["missing_sets"] == ["self_inst", "s_ni", "unni"]
     lines = (finished / "reproduction.md").read_text().splitlines()
+    lines = [re.sub(" +", " ", line) for line in lines]
     assert "Not evaluated (n/a): self_inst, s_ni, unni." in lines
     assert "| method | test set | ours | published | difference |" in lines
     assert [row["method"] for row in found["table"][::6]] == ["teacher", "promptkd"]
