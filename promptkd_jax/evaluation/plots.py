@@ -15,33 +15,33 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Which curves stand in which group. A line is one plot: the metrics that its regular expression
-# matches share an axis, so they must share a unit. The first match wins; a metric that no line
-# matches gets a plot of its own.
+# Which curves stand in one plot, and its title. The metrics that a regular expression matches share
+# an axis, so they must share a unit. The first match wins; a metric that no line matches gets a
+# plot of its own, with its name as the title.
 PLOTS = (
     ("Losses", r"loss|\w+_loss"),
-    ("Hidden states", r"(cosine|mse|relation)_\d+_\d+"),
-    ("KL divergence", r"kl_plain|kl_prompted"),
-    ("KL divergence", r"prompt_regularizer"),
-    ("KL divergence", r"kl_\w+"),
-    ("Student", r"agreement"),
-    ("Student", r"student_entropy"),
-    ("Soft prompt", r"prompt_norm"),
-    ("Soft prompt", r"regularization_weight"),
-    ("Soft prompt", r"prompt_grad_norm"),
-    ("Responses", r"response_length\w*"),
-    ("Responses", r"eos_rate|repetition"),
-    ("Responses", r"on_policy_share|replay_threshold"),
-    ("Responses", r"response_\w+"),
-    ("Responses", r"tokens_beyond"),
-    ("Optimisation", r"learning_rate|\w+_learning_rate"),
-    ("Optimisation", r"grad_norm|\w+_grad_norm"),
-    ("Text scores", r"rougeL"),
-    ("Text scores", r"exact_match"),
-    ("Optimisation", r"skipped_in_a_row"),
-    ("Speed", r"tokens_per_second|\w+_tokens_per_second"),
-    ("Speed", r"seconds_per_update"),
-    ("Speed", r"tokens"),
+    ("Distances between hidden states", r"(cosine|mse|relation)_\d+_\d+"),
+    ("KL(teacher ‖ student), nats", r"kl|kl_plain|kl_prompted"),
+    ("KL of the prompted from the plain teacher, nats", r"prompt_regularizer"),
+    ("Other KL divergences, nats", r"kl_\w+"),
+    ("Top-1 agreement with the teacher", r"agreement"),
+    ("Entropy of the student, nats", r"student_entropy"),
+    ("Norm of the soft prompt", r"prompt_norm"),
+    ("Weight of the prompt's regularizer", r"regularization_weight"),
+    ("Gradient norm of the soft prompt", r"prompt_grad_norm"),
+    ("Length of responses, tokens", r"response_length\w*"),
+    ("Share of responses ended by EOS, of repeated 4-grams", r"eos_rate|repetition"),
+    ("Share of rows by the student", r"on_policy_share|replay_threshold"),
+    ("Other figures of responses", r"response_\w+"),
+    ("Response tokens that no loss sees", r"tokens_beyond"),
+    ("Learning rates", r"learning_rate|\w+_learning_rate"),
+    ("Gradient norms", r"grad_norm|\w+_grad_norm"),
+    ("ROUGE-L", r"rougeL"),
+    ("Exact match, %", r"exact_match"),
+    ("Updates skipped in a row", r"skipped_in_a_row"),
+    ("Tokens per second", r"tokens_per_second|\w+_tokens_per_second"),
+    ("Seconds per update", r"seconds_per_update"),
+    ("Tokens per update", r"tokens"),
 )
 EVALUATION_PREFIXES = ("dev/", "eval/")
 LABELS = {
@@ -105,7 +105,7 @@ class Curve(NamedTuple):
 class Plot(NamedTuple):
     """Curves that share an axis, and their drawing: an <svg> element to put into a page."""
 
-    group: str
+    title: str
     curves: list[Curve]
     svg: markupsafe.Markup
 
@@ -135,9 +135,9 @@ def metric_plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
     def plots(names: Sequence[str]) -> list[Plot]:
         return [
             line_plot(
-                group, [curve(_label(name), points[name]) for name in members], steps, stages=stages
+                title, [curve(_label(name), points[name]) for name in members], steps, stages=stages
             )
-            for group, members in _grouped(names)
+            for title, members in _grouped(names)
         ]
 
     evaluation = [name for name in points if name.startswith(EVALUATION_PREFIXES)]
@@ -145,7 +145,7 @@ def metric_plots(rows: Sequence[Mapping]) -> tuple[list[Plot], list[Plot]]:
 
 
 def line_plot(
-    group: str,
+    title: str,
     curves: Sequence[Curve],
     steps: Sequence[int] | None = None,
     *,
@@ -176,11 +176,11 @@ def line_plot(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
     names = ", ".join(curve.label for curve in curves)
-    return Plot(group, list(curves), _drawing(f"{group}: {names}", draw, height=2.5))
+    return Plot(title, list(curves), _drawing(f"{title}: {names}", draw, height=2.5))
 
 
 def dot_plot(
-    group: str,
+    title: str,
     values: Mapping[str, Sequence[float]],
     spreads: Mapping[str, tuple[float, float]],
     references: Mapping[str, float],
@@ -213,8 +213,8 @@ def dot_plot(
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.5, -0.5)
 
-    label = f"{group}: {', '.join(values)}"
-    return Plot(group, [], _drawing(label, draw, height=0.7 + 0.24 * len(values)))
+    label = f"{title}: {', '.join(values)}"
+    return Plot(title, [], _drawing(label, draw, height=0.7 + 0.24 * len(values)))
 
 
 def curve(label: str, points: Sequence[tuple[int, float]]) -> Curve:
@@ -235,14 +235,14 @@ def _label(name: str) -> str:
 
 
 def _grouped(names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """(group, metrics of one plot) in the order of PLOTS; unknown metrics follow, one by one."""
+    """(title, metrics of one plot) in the order of PLOTS; unknown metrics follow, one by one."""
     groups, left = [], list(names)
-    for group, pattern in PLOTS:
+    for title, pattern in PLOTS:
         members = [name for name in left if re.fullmatch(pattern, name.rpartition("/")[2])]
         left = [name for name in left if name not in members]
         if members:
-            groups.append((group, members))
-    return groups + [("Other", [name]) for name in left]
+            groups.append((title, members))
+    return groups + [(_label(name), [name]) for name in left]
 
 
 def _drawing(label: str, draw: Callable[[Axes], None], *, height: float) -> markupsafe.Markup:

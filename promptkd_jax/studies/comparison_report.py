@@ -49,6 +49,7 @@ def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ComparisonCon
         title=found["title"],
         note=found["note"],
         budget=budget(found),
+        seeds=len(found["seeds"]),
         facts=_facts(found),
         tables=tables(found),
         plots=comparison_plots(found),

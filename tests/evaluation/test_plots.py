@@ -21,7 +21,7 @@ def rows(steps=(1, 2, 3), **metrics):
 
 
 def members(plots):
-    return [(plot.group, [curve.label for curve in plot.curves]) for plot in plots]
+    return [(plot.title, [curve.label for curve in plot.curves]) for plot in plots]
 
 
 def parse(plot):
@@ -45,17 +45,33 @@ def test_metrics_of_one_unit_share_a_plot_and_others_do_not():
     assert evaluation == []
     assert members(training) == [
         ("Losses", ["student loss", "loss"]),
-        ("KL divergence", ["KL to the prompted teacher", "KL to the plain teacher"]),
-        ("Soft prompt", ["norm"]),
-        ("Optimisation", ["gradient norm"]),
-        ("Other", ["new"]),
+        (
+            "KL(teacher ‖ student), nats",
+            ["KL to the prompted teacher", "KL to the plain teacher"],
+        ),
+        ("Norm of the soft prompt", ["norm"]),
+        ("Gradient norms", ["gradient norm"]),
+        ("new", ["new"]),
     ]
+
+
+def test_titles_name_what_is_plotted():
+    titles = [title for title, _ in plots.PLOTS]
+    assert len(set(titles)) == len(titles)
+    names = ["kl_plain", "prompt_regularizer", "kl_reference", "dev/kl", "dev/rougeL", "dev/new"]
+    evaluation, training = plots.metric_plots(rows(**dict.fromkeys(names, [1.0, 2.0, 3.0])))
+    assert [plot.title for plot in training] == [
+        "KL(teacher ‖ student), nats",
+        "KL of the prompted from the plain teacher, nats",
+        "Other KL divergences, nats",
+    ]
+    assert [plot.title for plot in evaluation] == [training[0].title, "ROUGE-L", "dev: new"]
 
 
 def test_evaluations_are_plots_of_their_own():
     metrics = {"loss": [3.0, 2.0, 1.0], "dev/loss": [3.5, 2.5, 1.5], "eval/rougeL": [20, 21, 22]}
     evaluation, training = plots.metric_plots(rows(**metrics))
-    assert members(evaluation) == [("Losses", ["dev: loss"]), ("Text scores", ["eval: ROUGE-L"])]
+    assert members(evaluation) == [("Losses", ["dev: loss"]), ("ROUGE-L", ["eval: ROUGE-L"])]
     assert members(training) == [("Losses", ["loss"])]
 
 
@@ -126,6 +142,7 @@ def test_text_is_text_and_is_escaped():
     _, training = plots.metric_plots(given)
     for plot in training:
         assert "a<b>&$x_1$" in [text.text for text in parse(plot).iter("text")]
+    assert parse(training[1]).get("aria-label") == '"new" <metric>: "new" <metric>'
 
 
 def test_drawing_is_reproducible_and_leaves_matplotlib_as_it_was():

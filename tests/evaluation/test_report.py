@@ -344,7 +344,7 @@ def test_report_draws_the_groups_that_have_data_and_no_others(tmp_path):
     ]
     text = report(tmp_path, [*rows, {"step": 5, "dev/kl_plain": 0.5, "dev/kl_prompted": 0.4}])
     assert text.count("<svg") == 2
-    assert re.findall(r"<h3>(.*?)</h3>", text) == ["KL divergence", "Losses"]
+    assert re.findall(r"<h3>(.*?)</h3>", text) == ["KL(teacher ‖ student), nats", "Losses"]
     assert text.count("stroke-dasharray") == 2
     assert "Responses</h3>" not in text and "nan" not in text
 
