@@ -45,6 +45,7 @@ PLOTS = (
 )
 EVALUATION_PREFIXES = ("dev/", "eval/")
 LABELS = {
+    "kl": "KL to the teacher",
     "kl_plain": "KL to the plain teacher",
     "kl_prompted": "KL to the prompted teacher",
     "prompt_regularizer": "prompted from plain teacher",

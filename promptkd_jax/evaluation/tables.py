@@ -10,27 +10,26 @@ from rich.cells import cell_len
 
 
 class Table(NamedTuple):
-    """A header and rows of as many cells: the first names the row, the others are figures."""
+    """A header and rows of as many cells: the first name the row, the others are figures."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     heading: str = ""
     note: str = ""  # how to read it
+    names: int = 1  # how many of the cells name a row
 
 
 def markdown(table: Table) -> str:
     """Returns header and rows as Markdown, padded to columns: figures stand to the right."""
     rows = [[cell.replace("|", r"\|") for cell in row] for row in (table.header, *table.rows)]
-    widths = [max(3, *map(cell_len, column)) for column in zip(*rows)]
-    first, *others = widths
-    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
-    lines = [_padded(rows[0], widths), rule, *(_padded(row, widths) for row in rows[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _padded(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    padding = [" " * (width - cell_len(cell)) for cell, width in zip(cells, widths)]
-    return [cells[0] + padding[0], *(pad + cell for cell, pad in zip(cells[1:], padding[1:]))]
+    columns = []
+    for index, cells in enumerate(zip(*rows)):
+        left, width = index < table.names, max(3, *map(cell_len, cells))
+        gaps = [" " * (width - cell_len(cell)) for cell in cells]
+        header, *figures = (c + gap if left else gap + c for c, gap in zip(cells, gaps))
+        rule = "-" * width if left else "-" * (width - 1) + ":"
+        columns.append([header, rule, *figures])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*columns))
 
 
 def section(table: Table) -> str:

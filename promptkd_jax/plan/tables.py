@@ -89,7 +89,7 @@ def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[
         "the best mesh of each slice by the estimate (--search of one compiles): first what fits, "
         "the cheapest at the top, then what has no list price, then what does not fit",
         "",
-        markdown(Table((*header, "USD/Mtok", "stage, USD"), rows)),
+        markdown(Table((*header, "USD/Mtok", "stage, USD"), rows, names=2)),
         "",
         sep="\n",
     )

@@ -34,7 +34,7 @@ from promptkd_jax.studies.comparison import (
     Plan,
     plan_comparison,
 )
-from promptkd_jax.studies.comparison_report import START, TEACHER
+from promptkd_jax.studies.comparison_report import BEHAVIOUR, COST, PROMPT, START, TEACHER
 from promptkd_jax.studies.runs import (
     AVERAGE,
     Contender,
@@ -47,14 +47,6 @@ from promptkd_jax.studies.runs import (
 )
 from promptkd_jax.training.config import claim
 from promptkd_jax.training.prepare import shared_vocabulary, tokenized
-
-# What a run's summary.json says and the comparison shows; the latter only behind a soft prompt.
-FIGURES = (
-    *("updates", "training_seconds", "tokens_per_second", "seconds_per_sample", "peak_memory_gb"),
-    *("kl_after", "agreement_after", "rougeL_after"),
-    *("response_length_after", "eos_rate_after", "repetition_after"),
-)
-PROMPT_FIGURES = ("kl_prompted_after", "teacher_rougeL", "teacher_rougeL_prompted")
 
 
 def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -163,7 +155,8 @@ def _take_over(contender: Contender, seeds: Sequence[int]) -> None:
 def summarize_comparison(made: Plan, measured: Mapping[str, Any]) -> dict[str, Any]:
     """The comparison as plain numbers: scores, differences, figures, curves, samples."""
     config = made.settings
-    reference = config.reference or _default_reference(config.methods)
+    default = "promptkd" if "promptkd" in config.methods else config.methods[0]
+    reference = config.reference or default
     # ROUGE-L of each answer, [seeds, rows], by model and test set.
     scores = {
         model: {
@@ -208,10 +201,6 @@ def summarize_comparison(made: Plan, measured: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _default_reference(methods: Sequence[str]) -> str:
-    return "promptkd" if "promptkd" in methods else methods[0]
-
-
 def _differences(
     config: ComparisonConfig, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, float]]:
@@ -236,7 +225,8 @@ def _summary(run: Run) -> dict[str, float]:
     """The figures in a run's summary. Raises ComparisonError where one is missing."""
     found = run.summary()
     prompted = any(stage.teacher_view == "prompted" for stage in run.config.stages)
-    wanted = FIGURES + (PROMPT_FIGURES if prompted else ())
+    columns = (*COST, *BEHAVIOUR, *(PROMPT if prompted else ()))
+    wanted = dict.fromkeys((*(key for _, key, _ in columns), "rougeL_after"))
     if missing := [key for key in wanted if key not in found]:
         raise ComparisonError(
             f"{run.folder}/summary.json: has no {', '.join(missing)}; was it written by another "

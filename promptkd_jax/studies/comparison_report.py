@@ -18,7 +18,7 @@ from promptkd_jax.training.config import as_json
 
 TEACHER, START = "teacher", "student before"
 
-# Heading, key of a run's summary, format.
+# The figures that are shown: heading, key of a run's summary, format; PROMPT behind a soft prompt.
 COST = (
     ("updates", "updates", ",.0f"),
     ("training, s", "training_seconds", ",.1f"),

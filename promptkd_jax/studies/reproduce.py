@@ -287,7 +287,8 @@ def table(rows: Sequence[Row], seeds: int) -> Table:
         difference = None if row.difference is None else f"{row.difference:+.2f}"
         figures = (text or "n/a" for text in (ours, number, difference))
         cells.append((row.method, row.test_set, *figures))
-    return Table(("method", "test set", "ours", "published", "difference"), cells)
+    header = ("method", "test set", "ours", "published", "difference")
+    return Table(header, cells, names=2)
 
 
 def reproduction_markdown(found: Mapping[str, Any], rows: Sequence[Row]) -> str:

@@ -21,6 +21,11 @@ def test_a_table_is_markdown_in_columns():
     assert {cell_len(line) for line in lines} == {cell_len(lines[0])}
 
 
+def test_the_cells_that_name_a_row_stand_to_the_left():
+    lines = markdown(TABLE._replace(names=2)).splitlines()
+    assert lines[2] == r"| a\|b  | 1.5     | better |"
+
+
 def test_a_section_has_heading_and_note():
     assert section(TABLE).startswith("## Scores\n\nOf 2.\n\n| model |")
 

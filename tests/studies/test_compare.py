@@ -127,8 +127,11 @@ def test_every_method_has_every_figure(finished):
     for scores in found["rougeL"].values():
         assert set(scores) == {"test", "longer", "average"}
         assert all(len(one["seeds"]) == 2 for one in scores.values())
-    assert set(found["figures"]["sft"]) == set(compare.FIGURES)
-    assert set(found["figures"]["promptkd"]) == {*compare.FIGURES, *compare.PROMPT_FIGURES}
+    columns = comparison_report.COST + comparison_report.BEHAVIOUR
+    figures = {"rougeL_after", *(key for _, key, _ in columns)}
+    assert set(found["figures"]["sft"]) == figures
+    prompted = {key for _, key, _ in comparison_report.PROMPT}
+    assert set(found["figures"]["promptkd"]) == figures | prompted
     assert found["figures"]["sft"]["updates"] == {"mean": 2.0, "std": 0.0}
     assert found["kl"]["sft"]["steps"] == [0, 2]
     assert all(0 < len(curve) <= 8 for curve in found["exposure_bias"].values())
