@@ -79,12 +79,13 @@ def save(
     """
     teacher, student = models
     start = build.short_name(student.name) if config.student.path else "layers of its teacher"
+    taught_by = "none"
+    if teacher:
+        taught_by = teacher.card.get("base_model", build.short_name(teacher.name))
     licence = student.card.get("license", "not named by the model that it started from")
     facts = [
         ("Started from", student.card.get("base_model", start)),
-        ("Teacher", teacher.card.get("base_model", build.short_name(teacher.name)))
-        if teacher
-        else ("Teacher", "none"),
+        ("Teacher", taught_by),
         *((f"Stage {n}", build.describe(stage)) for n, stage in enumerate(config.stages, start=1)),
         ("Training data", build.data_name(config)),
         ("Licence", f"{licence}, and what teacher and data demand"),
