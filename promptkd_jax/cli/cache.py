@@ -21,8 +21,8 @@ from promptkd_jax.infra.files import check_shared, make_folder
 from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.model import check_positions
 from promptkd_jax.training import prepare
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import as_json, read_config
+from promptkd_jax.training.checks import read_run
+from promptkd_jax.training.config import as_json
 from promptkd_jax.training.fields import RunConfig
 
 USAGE = "--config FILE[:arg] --output DIR [--top-k 64] [--batch-size 8] [--config.a.b=VALUE …]"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    config = checked(read_config(rest))
+    config = read_run(rest)
     cache(config, options.output, top_k=options.top_k, batch_size=options.batch_size)
 
 

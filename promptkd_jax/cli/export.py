@@ -16,8 +16,7 @@ from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import check_writable, of_another_machine
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import load_config
+from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import with_date
@@ -54,7 +53,7 @@ def export(workdir: epath.Path, step: str, output: epath.Path, mesh: jax.shardin
         if not distributed.run_on_primary(file.exists):
             raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
         with of_another_machine():  # the run's models and data may be gone, or out of reach
-            run = checked(load_config([f"--config={file}"])[0])
+            run = read_run([f"--config={file}"])
         config = with_date(run, workdir)
     with flags.naming("--output", output):
         check_writable(output)

@@ -9,7 +9,7 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import of_another_machine
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.studies import comparison, reproduce
-from promptkd_jax.training.checks import check_mesh, checked
+from promptkd_jax.training.checks import check_mesh, read_run
 from promptkd_jax.training.config import read_config
 from promptkd_jax.training.fields import RunConfig
 
@@ -41,13 +41,13 @@ def check_command(words: Sequence[str], devices: int, number: int = 1) -> RunCon
         raise ConfigError(f"promptkd {name} is one process, and not for {devices} devices")
     options, rest = parse(name, arguments)
     if name == "train":
-        config = checked(read_config(rest))
+        config = read_run(rest)
         sizes = _check_rows(config, devices, number)
         for stage in config.stages:
             abstract_run(config, stage.name).on(abstract_mesh(sizes)).arguments()
         return config
     if name == "cache":
-        config = checked(read_config(rest))
+        config = read_run(rest)
         sharding.mesh_shape(config.mesh.sizes, devices, number)
     elif name == "compare":  # its own config: of several runs
         made = comparison.plan_comparison(read_config(rest), options.workdir)

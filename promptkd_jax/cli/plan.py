@@ -19,8 +19,7 @@ from promptkd_jax.infra.specs import Float, Int
 from promptkd_jax.plan import chips
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.command import best_flags, plan_one, plan_run
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import read_config
+from promptkd_jax.training.checks import read_run
 
 TAKES_COMMAND = True
 USAGE = "--config FILE[:arg] [options] [--config.a.b=VALUE …], or [options] -- promptkd COMMAND …"
@@ -51,7 +50,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             raise ConfigError(f"unknown arguments before --: {' '.join(rest)}")
         _check(options)
         return
-    plan = plan_run(checked(read_config(rest)), options)
+    plan = plan_run(read_run(rest), options)
     if options.output:
         with flags.naming("--output", options.output):
             make_folder(options.output.parent)

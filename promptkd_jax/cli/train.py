@@ -10,8 +10,7 @@ from promptkd_jax.cli import flags
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import read_config
+from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.field_help import config_help
 
 USAGE = "--config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]"
@@ -36,4 +35,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    training.run(checked(read_config(rest)), options.workdir, with_chosen_remat)
+    training.run(read_run(rest), options.workdir, with_chosen_remat)

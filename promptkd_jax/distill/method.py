@@ -128,8 +128,10 @@ class WeightedName:
         if not isinstance(value, list | tuple) or len(value) != 2:
             return str(self)
         name, weight = value
-        known = name in self.others
-        return Float(low=0.0).fault(weight) or (not known and DivergenceName().fault(name)) or ""
+        if fault := Float(low=0.0).fault(weight):
+            return fault
+        fault = "" if name in self.others else DivergenceName().fault(name)
+        return fault and f"{fault}, or {' or '.join(map(repr, self.others))}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,8 +357,8 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
         )
     if set(names) <= {CROSS_ENTROPY} and not method.hidden_terms and method.teacher_view != "plain":
         found.append(
-            f"teacher_view: {method.teacher_view!r} is of no use where no term of student_terms "
-            "looks at the teacher; name a divergence there"
+            f"teacher_view: {method.teacher_view!r} is of no use where neither student_terms nor "
+            "hidden_terms look at the teacher; name a divergence there"
         )
     if not method.source.on_policy:
         found += _without_rollouts(method, execution)

@@ -34,31 +34,35 @@ def group(cls: type, text: str, **changes: Any) -> Any:
 
 
 def build(cls: type, values: Mapping[str, Any], path: str, faults: list[str]) -> Any:
-    """Makes a dataclass of nested mappings that `mistakes` found nothing wrong with.
+    """Makes a dataclass of nested mappings; a value that `mistakes` finds wrong becomes the field's
+    default, so that the others can be judged.
 
     Args:
       path: of `values`, for messages.
-      faults: gets what the dataclasses themselves refuse; then the result means nothing.
+      faults: gets what the dataclasses themselves refuse, each of which is all defaults then.
     """
 
-    def made(spec: Any, value: Any, path: str) -> Any:
+    def made(spec: Any, value: Any, default: Any, path: str) -> Any:
         if isinstance(spec, Optional):
-            return None if value is None else made(spec.spec, value, path)
-        if isinstance(spec, Group):
+            return None if value is None else made(spec.spec, value, default, path)
+        if isinstance(spec, Group) and isinstance(value, Mapping):
             return build(spec.cls, value, path, faults)
-        if isinstance(spec, ListOf):
-            return tuple(made(spec.spec, x, f"{path}[{i}]") for i, x in enumerate(value))
-        return _tuples(value) if isinstance(value, list | tuple) else value
+        if isinstance(spec, ListOf) and isinstance(spec.spec, Group) and spec.fits(value):
+            inner, other = spec.spec, spec.spec.cls()
+            return tuple(made(inner, x, other, f"{path}[{i}]") for i, x in enumerate(value))
+        if any(mistakes(path, value, spec)):
+            return default
+        return float(value) if type(spec) is Float else _tuples(value)
 
     named = {
-        name: made(f.metadata["spec"], values[name], f"{path}.{name}")
+        name: made(f.metadata["spec"], values.get(name, f.default), f.default, f"{path}.{name}")
         for name, f in declared(cls).items()
     }
     try:
         return cls(**named)
     except ValueError as error:
         faults.append(f"{path}: {error}")
-        return None
+        return cls()
 
 
 def _tuples(value: Any) -> Any:

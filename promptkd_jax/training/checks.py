@@ -1,6 +1,7 @@
 """The check of a run's config: ranges, and the facts that need two fields to see."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,18 +10,38 @@ from promptkd_jax.distill.method import contradictions, needs_teacher, reads_ans
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Group, build, mistakes
-from promptkd_jax.training.config import as_dict
+from promptkd_jax.training.config import as_dict, read_config
 from promptkd_jax.training.fields import RENAMED, RunConfig, StageConfig
 
 
-def checked(config: ConfigDict) -> RunConfig:
+def read_run(arguments: Sequence[str]) -> RunConfig:
+    """Reads the config of a command line, `--config=FILE[:arg] --config.a.b=VALUE …`.
+
+    Raises:
+      ConfigError: no such file, an argument that is not about the config; or as `checked`.
+    """
+    faults: list[str] = []
+    return checked(read_config(arguments, faults), faults)
+
+
+def checked(config: ConfigDict, faults: Sequence[str] = ()) -> RunConfig:
     """Reads the config of a run into dataclasses; below this no function sees a `ConfigDict`.
+
+    Args:
+      faults: of the overrides, told with those of the values.
 
     Raises:
       ConfigError: every mistake, each with its path and what would be right.
     """
-    run = read_group(config, RunConfig)
-    if found := list(_contradictions(run)):
+    run, wrong = _read(config, RunConfig)
+    doubtful = set(map(_field_of, wrong))
+    # A contradiction names all fields that it is about: it cannot be judged if one is wrong.
+    judged = [
+        line
+        for line in _contradictions(run)
+        if doubtful.isdisjoint(name for name in re.findall(r"\w+", line))
+    ]
+    if found := [*faults, *wrong, *judged]:
         raise ConfigError("\n".join(found))
     return run
 
@@ -31,12 +52,24 @@ def read_group(config: ConfigDict, cls: type) -> Any:
     Raises:
       ConfigError: all fields that are missing, unknown, of a wrong type or out of range.
     """
-    values = as_dict(config)
-    found = [mistake.message for mistake in mistakes("config", values, Group(cls), RENAMED)]
-    made = None if found else build(cls, values, "config", found)
-    if found:
-        raise ConfigError("\n".join(found))
+    made, wrong = _read(config, cls)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     return made
+
+
+def _read(config: ConfigDict, cls: type) -> tuple[Any, list[str]]:
+    """The dataclass, with defaults for what is wrong, and every mistake."""
+    values = as_dict(config)
+    wrong = [mistake.message for mistake in mistakes("config", values, Group(cls), RENAMED)]
+    return build(cls, values, "config", wrong), wrong
+
+
+def _field_of(mistake: str) -> str:
+    """The name of the field that a mistake is about, or may have been meant for."""
+    meant = re.search(r"(?:did you mean|is now called) (\w+)", mistake)
+    path = re.sub(r"(\[\d+\])+$", "", mistake.partition(": ")[0])
+    return meant[1] if meant else path.rpartition(".")[2]
 
 
 def _contradictions(config: RunConfig):
@@ -50,9 +83,10 @@ def _contradictions(config: RunConfig):
         yield "config.student: give a path, or the number of teacher layers to start from (layers)"
     if config.student.path and config.student.layers:
         yield "config.student.layers: is for a student without a path of its own; set it to 0"
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
-        yield "config.mesh: at most one size may be -1"
-    if 0 in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor):
+    sizes = list(config.mesh.sizes.values())
+    if sizes.count(-1) > 1:
+        yield "config.mesh: at most one of data, fsdp and tensor may be -1"
+    if 0 in sizes:
         yield "config.mesh: a size is at least 1, or -1 for the rest"
     if config.checkpoint.export == "best" and not config.evaluation.every:
         yield "config.checkpoint.export: 'best' needs scores; set config.evaluation.every"
@@ -63,27 +97,27 @@ def _contradictions(config: RunConfig):
             yield f"{path}.name: {stage.name!r} is the name of an earlier stage too"
     if not config.teacher.path and needs_the_teacher(config):
         yield "config.teacher.path: is empty, but the recipe needs a teacher"
-    sizes = {stage.batch_size for stage in config.stages if stage.one_step_off_policy}
-    if len(sizes) > 1:
+    ahead = {stage.batch_size for stage in config.stages if stage.one_step_off_policy}
+    if len(ahead) > 1:
         yield (
-            f"config.stages: batch_size is {' and '.join(map(str, sorted(sizes)))} in stages with "
+            f"config.stages: batch_size is {' and '.join(map(str, sorted(ahead)))} in stages with "
             "one_step_off_policy; the rows written ahead have one place in a checkpoint, expected "
             "one batch_size"
         )
     if data.dev == "teacher" and config.evaluation.references == "gold":
         yield (
-            "config.evaluation.references: 'gold', and requests that the teacher writes have no "
-            "gold answers; expected 'teacher', or a file for config.data.dev"
+            "config.evaluation.references: 'gold', and prompts that the teacher writes have no "
+            "gold responses; expected 'teacher', or a file for config.data.dev"
         )
     shown = [one.name for one in config.stages if one.teacher_view == "in_context"]
     if data.train == "teacher" and (shown or config.soft_prompt.init == "examples"):
         yield (
-            "config.in_context: demonstrations are gold answers, and requests that the teacher "
+            "config.in_context: demonstrations are gold responses, and prompts that the teacher "
             "writes have none; expected another teacher_view, or another soft_prompt.init"
         )
     if data.dev == "teacher" and (data.train != "teacher" or not data.dev_rows):
         yield (
-            "config.data.dev: 'teacher' takes dev_rows of the requests that the teacher writes; "
+            "config.data.dev: 'teacher' takes dev_rows of the prompts that the teacher writes; "
             "expected data.train = 'teacher' and data.dev_rows above 0"
         )
 
@@ -128,8 +162,8 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             yield f"{path}.teacher_view: 'cached' needs config.cache.path (see promptkd cache)"
         if stage.targets == "teacher":
             yield (
-                f"{path}.targets: promptkd cache reads the data's own answers, not those that the "
-                "teacher writes; expected 'gold'"
+                f"{path}.targets: promptkd cache reads the data's own responses, not those that "
+                "the teacher writes; expected 'gold'"
             )
         if stage.prompt_learning_rate:
             yield (
@@ -141,13 +175,16 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
         yield f"{path}.corpus_terms: need config.data.corpus, a file of plain text"
     if stage.targets == "replay":
         if stage.replay.capacity < stage.batch_size:
-            yield f"{path}.replay.capacity: {stage.replay.capacity} is less than one batch"
+            yield (
+                f"{path}.replay.capacity: {stage.replay.capacity} is less than one batch; expected "
+                f"at least batch_size = {stage.batch_size}"
+            )
         if not config.evaluation.every:
             yield (
                 f"{path}.targets: 'replay' goes by the validation loss; set config.evaluation.every"
             )
     if reads_answers(stage) and config.data.train == "teacher":
         yield (
-            f"{path}.targets: {stage.targets!r} needs gold answers, and requests that the teacher "
+            f"{path}.targets: {stage.targets!r} needs gold responses, and prompts that the teacher "
             "writes have none; expected 'teacher' or 'student'"
         )

@@ -1,8 +1,8 @@
 """The config of a run: read from a Python file, overridden from the command line, checked once.
 
 `ml_collections.config_flags` stops at the first wrong override and knows nothing of what a value
-may be. Here the file is imported and the overrides are set on the `ConfigDict` itself, so that all
-mistakes are told at once, each with its path and what would be right.
+may be. Here the file is imported and the overrides are set on the `ConfigDict` itself, right or
+wrong, so that `checks` tells all mistakes at once, each with its path and what would be right.
 """
 
 import ast
@@ -33,36 +33,44 @@ from promptkd_jax.infra.files import (
     to_path,
     write_json,
 )
-from promptkd_jax.infra.specs import declared, unknown_field
-from promptkd_jax.training.fields import RENAMED
+from promptkd_jax.infra.specs import Group, ListOf, declared, mistakes
+from promptkd_jax.training.fields import RENAMED, RunConfig
 
 
-def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+def load_config(
+    argv: Sequence[str], faults: list[str] | None = None
+) -> tuple[ConfigDict, list[str]]:
     """Reads `--config=FILE[:arg]` and applies every `--config.a.b[0].c=VALUE`, in order.
 
     FILE defines `get_config()` or `get_config(arg)`, or is the `config.json` of a run's folder
-    (also of one in a bucket), whose lists are read as tuples. VALUE is read as the type of the
-    value that it replaces, tuples and lists as Python writes them, `None` always as None.
+    (also of one in a bucket), whose lists are read as tuples. VALUE is read as `fields` declares
+    the field, tuples as Python writes them, `None` always as None. Whether there is such a field,
+    and whether it may be this value, is for `checks` to say.
+
+    Args:
+      faults: gets the overrides whose path leads nowhere; None: they are raised.
 
     Returns:
       The config, locked (no new fields), and the arguments that are not about it.
 
     Raises:
-      ConfigError: no such file, no `get_config`, an unknown arg; or all wrong overrides.
+      ConfigError: no such file, no `get_config`, an unknown arg.
     """
     files, overrides, rest = _split_arguments(argv)
     if len(files) != 1:
         raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
     file, argument = split_argument(files[0])
     config = _own(_read_json(file, argument) if file.endswith(".json") else _import(file, argument))
-    mistakes = []
+    lost = []
     for path, text in overrides:
         try:
             _override(config, path, text)
         except ConfigError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
+            lost.append(str(error))
+    if faults is not None:
+        faults += lost
+    elif lost:
+        raise ConfigError("\n".join(lost))
     return config, rest
 
 
@@ -71,15 +79,21 @@ def split_argument(source: str) -> tuple[str, str]:
     return re.fullmatch(r"(\w+://[^:]*|[^:]*):?(.*)", source, re.DOTALL).groups()
 
 
-def read_config(arguments: Sequence[str]) -> ConfigDict:
+def read_config(arguments: Sequence[str], faults: list[str] | None = None) -> ConfigDict:
     """Returns the config of a command line.
+
+    Args:
+      faults: as in `load_config`; gets arguments that are not about the config, too.
 
     Raises:
       ConfigError: as `load_config`; or an argument that is not about the config.
     """
-    config, unknown = load_config(arguments)
+    config, unknown = load_config(arguments, faults)
     if unknown:
-        raise ConfigError(f"unknown arguments: {' '.join(unknown)}")
+        message = f"unknown arguments: {' '.join(unknown)}"
+        if faults is None:
+            raise ConfigError(message)
+        faults.append(message)
     return config
 
 
@@ -291,24 +305,32 @@ def _own(value: Any) -> Any:
         return type(value)([_own(element) for element in value])
     if not isinstance(value, (Mapping, ConfigDict)):
         return value
-    config = ConfigDict(value)
-    for name, child in config.items():
-        if isinstance(child, (ConfigDict, list, tuple)):
-            config[name] = _own(child)
+    config = ConfigDict(type_safe=False)  # a field may hold what its default is not
+    for name, child in ConfigDict(value).items(preserve_field_references=True):
+        config[name] = _own(child)
     return config.lock()
 
 
 def _override(config: ConfigDict, path: str, text: str | None) -> None:
+    """Sets a field, also one that there is not, which is a mistake of the config from then on."""
     if text is None:
         raise ConfigError(f"{path}: has no value, write --{path}=VALUE")
     if not re.fullmatch(r"config(\.\w+|\[\d+\])+", path):
         raise ConfigError(f"{path}: is no path such as config.a.b[0].c")
-    where, value = "config", config
+    where, spec, value = "config", Group(RunConfig), config
     for part, name, index in re.findall(r"(\.(\w+)|\[(\d+)\])", path):
-        where, holder, value = where + part, value, _child(where, value, name, index)
+        holder, value = value, _child(where, value, name, index)
+        where, spec = where + part, _spec_below(spec, name)
     if not name:
         raise ConfigError(f"{path}: set the whole tuple, now {holder!r}")
-    holder[name] = _read(path, text, holder.get_type(name))
+    holder[name] = _read(text, spec, value)
+
+
+def _spec_below(spec: Any, name: str) -> Any:
+    """The spec of a group's field `name`, or of a tuple's element; None where none is declared."""
+    if isinstance(spec, Group) and name in declared(spec.cls):
+        return declared(spec.cls)[name].metadata["spec"]
+    return spec.spec if isinstance(spec, ListOf) and not name else None
 
 
 def _child(where: str, holder: Any, name: str, index: str) -> Any:
@@ -318,36 +340,21 @@ def _child(where: str, holder: Any, name: str, index: str) -> Any:
             return holder[int(index)]
         raise ConfigError(f"{where}[{index}]: is unknown; the last is [{len(holder) - 1}]")
     if name and isinstance(holder, ConfigDict):
-        if name in holder:
-            return holder[name]
-        raise ConfigError(unknown_field(where, name, holder, RENAMED))
+        if name not in holder:
+            with holder.unlocked():
+                holder[name] = ConfigDict(type_safe=False)
+        return holder[name]
     if isinstance(holder, (list, tuple)):
         raise ConfigError(f"{where}: is a tuple; its elements are {where}[0], …")
     raise ConfigError(f"{where}: {holder!r} has no {'elements' if index else 'fields'}")
 
 
-_NAMES = {
-    bool: "true or false",
-    int: "an int",
-    float: "a number",
-    tuple: "a tuple such as (1, 2)",
-    list: "a list such as [1, 2]",
-    ConfigDict: "a group; set its fields one by one",
-}
-
-
-def _read(path: str, text: str, expected: type) -> Any:
-    """Reads the text of an override as the type of the value that it replaces."""
-    if expected is str and text != "None":
+def _read(text: str, spec: Any, old: Any) -> Any:
+    """Reads the text of an override as its field may be, else as the value that it replaces."""
+    is_text = not any(mistakes("", text, spec)) if spec else isinstance(old, str)
+    if is_text and text != "None":
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        return _own(ast.literal_eval({"true": "True", "false": "False"}.get(text, text)))
     except (ValueError, SyntaxError):
-        value = text
-    if isinstance(value, (list, tuple)) and expected in (list, tuple):
-        value = expected(_own(value))
-    if type(value) is int and expected is float:
-        value = float(value)
-    if value is None or expected in (type(value), type(None), object):
-        return value
-    raise ConfigError(f"{path}: {text!r} is not {_NAMES.get(expected, expected.__name__)}")
+        return text

@@ -570,7 +570,7 @@ def test_minibatches_are_updates_one_after_the_other():
         ),
         (
             dict(student_terms=(("cross_entropy", 1.0),), teacher_view="prompted"),
-            "teacher_view: 'prompted' is of no use where no term of student_terms looks at the",
+            "teacher_view: 'prompted' is of no use where neither student_terms nor hidden_ter",
         ),
         (dict(teacher_share=0.2), "teacher_share: 0.2 mixes the teacher into rollouts, but targe"),
         (

@@ -702,7 +702,7 @@ IMPOSSIBLE = {
     ),
     "teacher's rows, cache": (
         stage("seqkd", student_terms=(("forward_kl", 1.0),), **CACHED),
-        ["stages[0].targets: promptkd cache reads the data's own answers"],
+        ["stages[0].targets: promptkd cache reads the data's own responses"],
     ),
     "heads of a cosine": (
         stage("kd", hidden_terms=(ConfigDict(dict(hidden_term("mse")) | dict(heads=2)),)),
@@ -762,16 +762,16 @@ def test_without_data_there_are_no_gold_answers(config):
     config.data.train = "teacher"
     config.stages = (stage("sft"), stage("gkd", on_policy_share=0.9), stage("seqkd"))
     found = refused(config)
-    assert "config.stages[0].targets: 'gold' needs gold answers" in found
-    assert "config.stages[1].targets: 'mixed' needs gold answers" in found
+    assert "config.stages[0].targets: 'gold' needs gold responses" in found
+    assert "config.stages[1].targets: 'mixed' needs gold responses" in found
     assert len(found.splitlines()) == 2
     config.stages = (stage("imitkd", teacher_view="in_context"),)
-    assert "config.in_context: demonstrations are gold answers" in refused(config)
+    assert "config.in_context: demonstrations are gold responses" in refused(config)
     config.stages = (stage("seqkd"), stage("gkd"))  # whose rows are all the student's
     checked(config)  # the dev set is a file, with gold answers
     config.data.dev = "teacher"
     found = refused(config)
-    assert "config.evaluation.references: 'gold', and requests that the teacher writes" in found
+    assert "config.evaluation.references: 'gold', and prompts that the teacher writes" in found
     assert "config.data.dev: 'teacher' takes dev_rows" in found
 
 

@@ -30,7 +30,7 @@ from promptkd_jax.infra.specs import (
     group,
 )
 from promptkd_jax.infra.specs import mistakes as mistakes_of
-from promptkd_jax.training import field_help, fields, recipes
+from promptkd_jax.training import checks, field_help, fields, recipes
 from promptkd_jax.training.checks import read_group
 from promptkd_jax.training.config import as_json, claim, fingerprint, load_config
 
@@ -273,32 +273,7 @@ def test_the_result_has_no_room_for_new_fields(load):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("width=ten", "config.width: 'ten' is not an int"),
-        ("width=1.5", "config.width: '1.5' is not an int"),
-        ("width=True", "config.width: 'True' is not an int"),
-        ("width=", "config.width: '' is not an int"),
         ("width", "config.width: has no value, write --config.width=VALUE"),
-        ("seed=x", "config.seed: 'x' is not an int"),
-        ("impedance=3", "config.impedance: '3' is not complex"),
-        ("debug=1", "config.debug: '1' is not true or false"),
-        ("betas=0.9", "config.betas: '0.9' is not a tuple such as (1, 2)"),
-        ("betas=(0.9", "config.betas: '(0.9' is not a tuple such as (1, 2)"),
-        ("files=b", "config.files: 'b' is not a list such as [1, 2]"),
-        ("optimizer=adam", "config.optimizer: 'adam' is not a group; set its fields one by one"),
-        (
-            "optimizer.learning_rate=fast",
-            "config.optimizer.learning_rate: 'fast' is not a number",
-        ),
-        ("widht=3", "config.widht: is unknown; did you mean width?"),
-        (
-            "optimizer.learning_rat=3",
-            "config.optimizer.learning_rat: is unknown; did you mean learning_rate?",
-        ),
-        (
-            "optimizer.x=3",
-            "config.optimizer.x: is unknown; there are learning_rate, warmup_steps",
-        ),
-        ("stages[0].stepz=3", "config.stages[0].stepz: is unknown; did you mean steps?"),
         ("stages[2].steps=3", "config.stages[2]: is unknown; the last is [1]"),
         ("betas[0]=0.8", "config.betas[0]: set the whole tuple, now (0.9, 0.99)"),
         ("width.x=3", "config.width: 8 has no fields"),
@@ -307,16 +282,155 @@ def test_the_result_has_no_room_for_new_fields(load):
         ("stages[-1].steps=3", "config.stages[-1].steps: is no path such as config.a.b[0].c"),
     ],
 )
-def test_a_wrong_override_is_told(load, override, message):
+def test_an_override_that_leads_nowhere_is_told(load, override, message):
     assert mistakes(load, f"--config.{override}") == [message]
 
 
-def test_all_wrong_overrides_are_told_at_once(load):
-    overrides = ("--config.width=ten", "--config.name=fine", "--config.x=1", "--config.debug=2")
-    assert [line.partition(":")[0] for line in mistakes(load, *overrides)] == [
-        "config.width",
-        "config.x",
-        "config.debug",
+RUN = """
+    from promptkd_jax.training.recipes import base_config, hidden_term, method_stage
+
+    def get_config():
+        config = base_config()
+        config.student.layers = (0, 2)
+        config.teacher.path = "teacher"
+        config.data.update(train="a.jsonl", dev="b.jsonl")
+        terms = (hidden_term("mse"), hidden_term("cosine", layers="uniform"))
+        config.stages = (method_stage("kd", steps=8, hidden_terms=terms),)
+        return config
+"""
+PAIR = "each element a pair (divergence, weight) such as ('reverse_kl', 1.0)"
+
+
+@pytest.fixture
+def read_run_of(tmp_path):
+    """read_run_of(*overrides) reads and checks RUN."""
+    path = tmp_path / "run.py"
+    path.write_text(textwrap.dedent(RUN))
+    return lambda *overrides: checks.read_run(
+        [f"--config={path}", *(f"--config.{override}" for override in overrides)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("student.layers=3", 3),
+        ("student.layers=[1, 3]", (1, 3)),
+        ("stages[0].hidden_terms[0].layers=uniform", "uniform"),
+        ("stages[0].hidden_terms[1].layers=((0, 1), (-1, -1))", ((0, 1), (-1, -1))),
+        ("stages[0].policy_gradient.ratio_clip=None", None),
+        ("stages[0].policy_gradient.ratio_clip=3", 3.0),
+        ("stages[0].learning_rate=1", 1.0),
+        ("stages[0].student_terms=(('reverse_kl', 1),)", (("reverse_kl", 1),)),
+        ("title=(1, 2)", "(1, 2)"),
+        ("title=3", "3"),
+        ("data.date=2026-11-27", "2026-11-27"),
+        ("evaluation.teacher=false", False),
+    ],
+)
+def test_the_field_decides_how_an_override_is_read(read_run_of, override, value):
+    """Whatever its default is: a number where there was a tuple, a tuple where there was a name."""
+    found = read_run_of(override)
+    for name in re.findall(r"\w+", override.partition("=")[0]):
+        found = found[int(name)] if name.isdigit() else getattr(found, name)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_config_file_too_may_set_what_its_default_is_not(tmp_path):
+    source = textwrap.dedent(RUN).replace(
+        "    return config",
+        """\
+    config.stages[0].hidden_terms[0].layers = "uniform"
+    config.seed = "ten"
+    return config""",
+    )
+    (tmp_path / "run.py").write_text(source)
+    assert mistakes(checks.read_run, [f"--config={tmp_path / 'run.py'}"]) == [
+        "config.seed: 'ten' is not an int >= 0 and <= 4294967295"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("log_every=ten", "config.log_every: 'ten' is not an int >= 1"),
+        ("log_every=1.5", "config.log_every: 1.5 is not an int >= 1"),
+        ("log_every=True", "config.log_every: True is not an int >= 1"),
+        ("log_every=", "config.log_every: '' is not an int >= 1"),
+        ("title=None", "config.title: None is not a string"),
+        ("evaluation.teacher=1", "config.evaluation.teacher: 1 is not one of True, False"),
+        ("data.template=5", "config.data.template: 5 is not one of 'alpaca', 'chat', 'plain'"),
+        ("mesh=2", "config.mesh: 2 is not a group of data, fsdp, tensor"),
+        ("evaluation.evry=2", "config.evaluation.evry: is unknown; did you mean every?"),
+        ("mesh.x=3", "config.mesh.x: is unknown; there are data, fsdp, tensor"),
+        ("evaluatoin.every=3", "config.evaluatoin: is unknown; did you mean evaluation?"),
+        ("stages[0].stepz=3", "config.stages[0].stepz: is unknown; did you mean steps?"),
+        ("stages[0].clip=3", "config.stages[0].clip: is now called max_grad_norm"),
+        (
+            "student.layers=some",
+            "config.student.layers: 'some' is not a number of layers, or a tuple of different "
+            "layers such as (0, 2, 4)",
+        ),
+        (
+            "stages[0].student_terms=reverse_kl",
+            f"config.stages[0].student_terms: 'reverse_kl' is not a non-empty tuple, {PAIR}",
+        ),
+        (
+            "stages[0].corpus_terms=('reverse_kl', 1",
+            f"config.stages[0].corpus_terms: \"('reverse_kl', 1\" is not a tuple, {PAIR}",
+        ),
+    ],
+)
+def test_an_override_that_a_field_cannot_be_is_told(read_run_of, override, message):
+    assert mistakes(read_run_of, override) == [message]
+
+
+@pytest.mark.parametrize(("field", "others"), [("student", 2), ("teacher", 1), ("corpus", 1)])
+def test_names_of_terms_are_listed_with_those_that_are_no_divergence(read_run_of, field, others):
+    (line,) = mistakes(read_run_of, f"stages[0].{field}_terms=(('sft', 1.0),)")
+    named = [f"'{name}'" in line for name in ("cross_entropy", "policy_gradient")]
+    assert named == [True, others == 2] and "there are: forward_kl, " in line
+
+
+def test_mistakes_of_all_kinds_are_told_at_once(read_run_of):
+    """Where an override leads, names, types, ranges, and what contradicts what is right."""
+    given = ("stages[3].steps=1", "sead=1", "log_every=ten", "seed=-1", "stages[0].temperature=0")
+    contradictory = ("student.path=own", "data.max_length=100", "mesh.data=-1", "mesh.fsdp=-1")
+    assert [line.partition(": ")[0] for line in mistakes(read_run_of, *given, *contradictory)] == [
+        "config.stages[3]",
+        "config.sead",
+        "config.seed",
+        "config.stages[0].temperature",
+        "config.log_every",
+        "config.data.max_prompt_length",
+        "config.student.layers",
+        "config.mesh",
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("data.max_length=ten", "data.max_prompt_length=600"),
+        ("stages[0].steps=ten",),
+        ("stages[0].stepz=7", "stages[0].steps=0"),
+        ("student.layers=x",),
+        ("mesh.data=x", "mesh.fsdp=-1"),
+        ("stages[0].batch_size=-3", "stages[0].gradient_accumulation_steps=5"),
+        ("stages[0].student_terms=1", "stages[0].hidden_terms=()", "stages[0].teacher_view=online"),
+        ("evaluation.every=x", "checkpoint.export=best"),
+    ],
+)
+def test_what_is_wrong_itself_contradicts_nothing(read_run_of, overrides):
+    assert len(mistakes(read_run_of, *overrides)) == 1
+
+
+def test_an_argument_that_is_no_field_is_told_with_the_rest(tmp_path):
+    (tmp_path / "run.py").write_text(textwrap.dedent(RUN))
+    arguments = [f"--config={tmp_path / 'run.py'}", "--confg.seed=2", "--config.seed=-1"]
+    assert mistakes(checks.read_run, arguments) == [
+        "unknown arguments: --confg.seed=2",
+        "config.seed: -1 is not >= 0",
     ]
 
 
