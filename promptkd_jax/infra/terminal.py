@@ -58,7 +58,7 @@ class ProgressBar:
         plain_seconds: float = 10.0,
         console: Console | None = None,
     ):
-        self._console, self._unit = console or Console(), unit
+        self._console, self._unit, self._title = console or Console(), unit, description
         self._plain_seconds, self._plain_at = plain_seconds, -plain_seconds
         self._live = distributed.is_primary() and shows_control_codes(self._console)
         # The speed is that of the last ten minutes, since one update may take longer than rich's
@@ -76,12 +76,14 @@ class ProgressBar:
         )
         self._task = self._progress.add_task(description, total=total, completed=first, figures="")
 
-    def update(self, done: int, figures: Mapping[str, float] | None = None) -> None:
-        """Shows that so many are done, with figures of the last one by their labels."""
+    def update(self, done: int, figures: Mapping[str, float] | None = None, part: str = "") -> None:
+        """Shows that so many are done, with figures of the last one by their labels, and which part
+        of the whole it belongs to."""
         text = "  ".join(
             f"{label} {short_number(float(x))}" for label, x in (figures or {}).items()
         )
-        self._progress.update(self._task, completed=done, figures=text)
+        what = f"{self._title}  {part}".rstrip()
+        self._progress.update(self._task, description=what, completed=done, figures=text)
         if not self._live and distributed.is_primary():
             (task,) = self._progress.tasks
             now = time.monotonic()

@@ -1,10 +1,12 @@
 """The table of `fields` for readers: `promptkd train --help-config`, and docs/fields.md."""
 
+import re
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.infra.specs import Choice, Group, ListOf, unknown_field
+from promptkd_jax.infra.specs import ListOf, unknown_field
 from promptkd_jax.training.fields import RENAMED, Entry, entries
 
 WIDTH = 96
@@ -12,8 +14,11 @@ HEAD = """# Fields of a run's config
 
 `promptkd train --help-config` prints the same, `--help-config 'stages[0].sampling'` one group. In a
 config file they are attributes (`config.data.max_length = 256`), on the command line flags
-(`--config.data.max_length=256`). `[i]` stands for an element of a tuple, such as `stages[0]`.
+(`--config.data.max_length=256`). `[i]` stands for an element of a tuple, such as `stages[0]`. What
+is required has no default that would do.
 """
+TABLE = ["| field | default | what it may be | |", "|---|---|---|---|"]
+BAR = "\\|"  # within a cell
 
 
 def config_help(path: str = "") -> str:
@@ -25,8 +30,8 @@ def config_help(path: str = "") -> str:
     Raises:
       ConfigError: there is no such field.
     """
-    name = _general(path)
-    name = "" if name == "config" else name
+    name = re.sub(r"\[.*?\]", "[i]", path.removesuffix("."))
+    name = re.sub(r"^config(\.|$)", "", name)
     inside = (f"{name}.", f"{name}[")
     chosen = [e for e in entries() if not name or e.path == name or e.path.startswith(inside)]
     if not chosen:
@@ -36,31 +41,18 @@ def config_help(path: str = "") -> str:
 
 def fields_markdown() -> str:
     """Renders the reference page of fields: a table for each group."""
-    groups: dict[str, list[Entry]] = {"": []}
+    parts = [HEAD, "## The run\n", *TABLE]
     for entry in entries():
-        groups.setdefault(entry.path.rpartition(".")[0], []).append(entry)
-    texts = {e.path: e.text for e in entries()}
-    parts = [HEAD]
-    for name, members in groups.items():
-        title = f"`{name}`: {texts[name.removesuffix('[i]')]}" if name else "The run"
-        rows = [
-            f"| `{e.path.rpartition('.')[2]}` | {_default(e)} | {_cell(str(e.spec))} "
-            f"| {_cell(e.text)}{_meanings(e.spec)} |"
-            for e in members
-            if not _holds_groups(e.spec)
-        ]
-        parts.append(
-            "\n".join(
-                [
-                    f"## {title}\n",
-                    "| field | default | what it may be | |",
-                    "|---" * 4 + "|",
-                    *rows,
-                    "",
-                ]
-            )
-        )
-    return "\n".join(parts)
+        if entry.is_group:
+            element = "[i]" * isinstance(entry.spec, ListOf)
+            needed = " (required)" * entry.required
+            parts += [f"\n## `{entry.path}{element}`: {entry.text}{needed}\n", *TABLE]
+        else:
+            default = "required" if entry.required else f"`{entry.default!r}`"
+            meanings = "".join(f"; `{name}`: {text}" for name, text in _meanings(entry.spec))
+            cells = f"`{entry.path.rpartition('.')[2]}`", default, entry.spec, entry.text + meanings
+            parts.append(f"| {' | '.join(str(cell).replace('|', BAR) for cell in cells)} |")
+    return "\n".join([*parts, ""])
 
 
 def _unknown(name: str) -> str:
@@ -83,29 +75,15 @@ def _general(path: str) -> str:
     return ".".join(head + ("[i]" if bracket else "") for head, bracket, _ in parts)
 
 
-def _holds_groups(spec: Any) -> bool:
-    return isinstance(spec, Group) or (isinstance(spec, ListOf) and isinstance(spec.spec, Group))
+def _meanings(spec: Any) -> Iterable[tuple[str, str]]:
+    return (getattr(spec, "meanings", None) or {}).items()
 
 
 def _lines(entry: Entry) -> str:
-    if _holds_groups(entry.spec):
-        return f"\n{entry.path}: {entry.text}"
-    text = f"{entry.path} = {entry.default!r} ({entry.spec}): {entry.text}"
+    if entry.is_group:
+        return f"\n{entry.path}{' (required)' * entry.required}: {entry.text}"
+    default = ", required" if entry.required else f" = {entry.default!r}"
+    text = f"{entry.path}{default} ({entry.spec}): {entry.text}"
     lines = textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="      ")
-    if isinstance(entry.spec, Choice) and entry.spec.meanings:
-        lines += [f"      {value}: {meaning}" for value, meaning in entry.spec.meanings.items()]
+    lines += [f"      {value}: {meaning}" for value, meaning in _meanings(entry.spec)]
     return "\n".join(lines)
-
-
-def _default(entry: Entry) -> str:
-    return _cell(f"`{entry.default!r}`")
-
-
-def _meanings(spec: Any) -> str:
-    if not (isinstance(spec, Choice) and spec.meanings):
-        return ""
-    return _cell("; " + "; ".join(f"`{value}`: {text}" for value, text in spec.meanings.items()))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -28,6 +28,7 @@ from promptkd_jax.infra.specs import (
     declared,
     field,
     group,
+    mistakes,
 )
 from promptkd_jax.models.sampler import Sampling
 
@@ -319,14 +320,32 @@ class Entry(NamedTuple):
     spec: Any
     text: str
 
+    @property
+    def is_group(self) -> bool:
+        """Whether fields are below it, or below its elements."""
+        return isinstance(getattr(self.spec, "spec", self.spec), Group)
+
+    @property
+    def required(self) -> bool:
+        """Whether a config has to give it, since its default is none that it may be."""
+        single = isinstance(self.spec, Group)
+        return not single and any(mistakes(self.path, self.default, self.spec))
+
 
 def entries(defaults: Any = RunConfig(), path: str = "") -> Iterator[Entry]:
-    """Yields every field below a group, in order; of a list of groups the elements' as `[i]`."""
+    """Yields the plain fields of a group, and then its groups, each with all that is below it; of a
+    list of groups the fields of an element, as `[i]`."""
+    groups = []
     for name, f in declared(type(defaults)).items():
-        spec, at = f.metadata["spec"], f"{path}.{name}".removeprefix(".")
-        default = getattr(defaults, name)
-        yield Entry(at, default, spec, f.metadata["help"])
-        if isinstance(spec, Group):
-            yield from entries(default, at)
-        elif isinstance(spec, ListOf) and isinstance(spec.spec, Group):
-            yield from entries(spec.spec.cls(), f"{at}[i]")
+        at = f"{path}.{name}".removeprefix(".")
+        entry = Entry(at, getattr(defaults, name), f.metadata["spec"], f.metadata["help"])
+        if entry.is_group:
+            groups.append(entry)
+        else:
+            yield entry
+    for entry in groups:
+        yield entry
+        if isinstance(entry.spec, ListOf):
+            yield from entries(entry.spec.spec.cls(), f"{entry.path}[i]")
+        else:
+            yield from entries(entry.default, entry.path)

@@ -255,7 +255,8 @@ class _Loop:
         made = (self.done - stage.first) * stage.method.updates
         values["learning_rate"] = float(stage.learning_rate(made - 1))  # of the latest update
         self.writer.write(self.done, values | {"stage": stage.name})
-        self.progress.update(self.done, values | {"loss": values["student_loss"]})
+        shown = stage.name if len(self.experiment.stages) > 1 else ""
+        self.progress.update(self.done, values | {"loss": values["student_loss"]}, shown)
         skipped, limit = values["skipped_in_a_row"], self.experiment.config.stop_after_skipped
         if skipped >= limit:
             raise TrainingError(

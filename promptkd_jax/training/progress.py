@@ -34,7 +34,9 @@ class TrainingProgress(ProgressBar):
             console=console,
         )
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows that `step` steps are done, with the metrics of the last one."""
+    def update(self, step: int, metrics: Mapping[str, float], stage: str = "") -> None:
+        """Shows that `step` steps are done, with the metrics of the last one, and the name of its
+        stage where there are several."""
         labels = PROGRESS_FIGURES.items()
-        super().update(step, {label: metrics[name] for name, label in labels if name in metrics})
+        figures = {label: metrics[name] for name, label in labels if name in metrics}
+        super().update(step, figures, stage)

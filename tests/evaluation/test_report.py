@@ -225,10 +225,12 @@ def test_progress_off_a_terminal_is_one_plain_line_an_update():
         bar.update(10, {"loss": 1.23456, "kl_plain": 0.5, "stage": "warmup"})
         bar.update(20, {"kl_prompted": 0.25, "tokens_per_second": 5432.1})
         bar.update(30, {})
-    first, second, third = file.getvalue().splitlines()
+        bar.update(40, {"loss": 1.0}, "[warm-up]")
+    first, second, third, fourth = file.getvalue().splitlines()
     assert first == "PromptKD  step 10/100  loss 1.235  KL plain 0.5"
     assert "step 20/100  KL prompted 0.25  tokens/s 5,432" in second
     assert re.fullmatch(r"PromptKD  step 30/100  \d+:\d\d:\d\d left", third)
+    assert fourth.startswith("PromptKD  [warm-up]  step 40/100  loss 1")
     assert re.fullmatch(r"[ -~\n]*", file.getvalue()), "control characters in a log file"
 
 
@@ -245,12 +247,12 @@ def test_progress_on_a_terminal_is_a_bar():
     file = Terminal()
     console = Console(file=file, force_terminal=True, width=120)
     with TrainingProgress(100, "[bold]", first_step=40, console=console) as bar:
-        bar.update(60, {"loss": 1.5, "kl_plain": 0.5})
+        bar.update(60, {"loss": 1.5, "kl_plain": 0.5}, "sft")
     assert "\x1b[" in file.getvalue()
     shown = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", file.getvalue())
     assert "40/100" in shown, "a resumed run starts where it stopped"
     last = shown.splitlines()[-1]
-    assert "[bold]" in last and "60/100" in last and "loss 1.5  KL plain 0.5" in last
+    assert "[bold]  sft" in last and "60/100" in last and "loss 1.5  KL plain 0.5" in last
 
 
 def test_a_narrow_terminal_still_shows_step_and_time():

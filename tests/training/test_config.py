@@ -705,8 +705,23 @@ def test_only_the_first_process_claims(tmp_path, monkeypatch):
 def test_every_field_has_help_and_a_default_that_is_right():
     for entry in fields.entries():
         assert entry.text, entry.path
-        if entry.default not in ("", ()) and entry.path != "data":  # which a run has to give
+        if entry.path != "data" and not entry.required:
             assert not list(mistakes_of(entry.path, entry.default, entry.spec)), entry
+
+
+def test_help_marks_what_is_required_and_has_plain_fields_before_groups():
+    needed = [entry.path for entry in fields.entries() if entry.required]
+    assert needed == ["data.train", "data.dev", "stages", "stages[i].name"]
+    marked = [
+        line.split()[0] for line in field_help.config_help().splitlines() if "required" in line
+    ]
+    assert marked == ["data.train,", "data.dev,", "stages", "stages[i].name,"]
+    # Below a heading nothing stands that is not the group's.
+    heading = ""
+    for entry in fields.entries():
+        parent = entry.path.rpartition(".")[0]
+        assert entry.is_group or parent in (heading, f"{heading}[i]"), entry.path
+        heading = entry.path if entry.is_group else heading
 
 
 def test_help_of_a_group_a_field_and_of_what_is_none():
