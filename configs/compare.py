@@ -51,7 +51,7 @@ def small() -> ConfigDict:
         note="Small models, trained from scratch on text that a small grammar generates: this "
         "shows how a comparison works and ranks nothing. A method that does better here need not "
         "do better on language. PromptKD has it hardest: this teacher has never seen anything in "
-        "front of a request, so that a soft prompt harms it before any training.",
+        "front of a prompt, so that a soft prompt harms it before any training.",
         seeds=(10, 20),
         budget=dict(kind="steps", steps=120, seconds=0.0),
         pretraining=dict(teacher=teacher, student=student),

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct into 24 of its 30 layers, in minutes on two CPU cores.
 
-As in the paper: first a short warm-up on answers that the teacher wrote, then PromptKD on the
-student's own answers.
+As in the paper: first a short warm-up on responses that the teacher wrote, then PromptKD on the
+student's own responses.
 """
 
 from ml_collections import ConfigDict

@@ -31,22 +31,17 @@ SETTINGS = (
     *("model", "data", "split", "template", "seeds", "temperature", "top_k", "top_p"),
     *("no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size", "dtype"),
 )
-_SPECS = {name: f.metadata["spec"] for name, f in declared(DataConfig).items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_model(parser)
-    data = "JSON lines files or hub ids"
-    parser.add_argument("--data", required=True, nargs="+", type=flags.source, help=data)
+    flags.add_asking(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
+    text = "JSON lines files or hub ids"
+    parser.add_argument("--data", required=True, nargs="+", type=flags.source, help=text)
     parser.add_argument("--split", default="test", help="of a hub data set")
     parser.add_argument("--output", required=True, type=flags.path, help="folder for the results")
-    flags.add_template(parser)
     flags.add_seeds(parser, (10, 20, 30, 40, 50))
-    flags.add_sampling(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
-    for name, default in (("max_prompt_length", 256), ("max_length", 512)):
-        text = f"tokens (default: that of the training, else {default})"
-        flag, limit = f"--{name.replace('_', '-')}", flags.of(_SPECS[name])
-        parser.add_argument(flag, type=limit, help=text)
+    text = "tokens of prompt and response (default: that of the training, else 512)"
+    parser.add_argument("--max-length", type=flags.of(Int(low=2)), help=text)
     text = "rows that are answered at once (default: 16)"
     parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16, help=text)
     flags.add_processes(parser)
@@ -57,20 +52,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         distributed.assert_same_options(options)
         scores = evaluate_sets(options)
     print(markdown(_table(scores, len(options.seeds))))
-    print(f"written to {options.output}/evaluation.json, the answers beside it")
+    print(f"written to {options.output}/evaluation.json, the responses beside it")
 
 
 def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     """Scores by set, written to `options.output`. Raises ConfigError, DataError, ModelError."""
     check_writable(options.output)
     record = recorded(options.model)
-    lengths = {"max_prompt_length": 256, "max_length": 512} | record
-    for name in ("max_prompt_length", "max_length"):
-        if getattr(options, name) is None:
-            setattr(options, name, lengths[name])
+    options.max_prompt_length = options.max_prompt_length or record.get("max_prompt_length", 256)
+    options.max_length = options.max_length or record.get("max_length", 512)
     if options.max_length <= options.max_prompt_length:
         raise ConfigError(
-            f"--max-length {options.max_length} leaves no room for an answer beside "
+            f"--max-length {options.max_length} leaves no room for a response beside "
             f"--max-prompt-length {options.max_prompt_length}"
         )
     model = load_with_tokenizer(options.model, dtype=options.dtype)
@@ -108,12 +101,12 @@ def recorded(model: str) -> dict[str, Any]:
     Raises:
       ModelError: it says what cannot be.
     """
-    record = training_record(model)
-    specs = {name: _SPECS[name] for name in RECORDED if name in record}
-    for name, spec in specs.items():
-        if fault := spec.fault(record[name]):
-            raise ModelError(f"{model}: {RECORD}: {name}: {record[name]!r} is not {fault}")
-    return {name: record[name] for name in specs}
+    said, data = training_record(model), declared(DataConfig)
+    record = {name: said[name] for name in RECORDED if name in said}
+    for name, value in record.items():
+        if fault := data[name].metadata["spec"].fault(value):
+            raise ModelError(f"{model}: {RECORD}: {name}: {value!r} is not {fault}")
+    return record
 
 
 def template_for(model: Model, given: str | None, record: dict[str, Any]) -> tuple[str, str]:
@@ -154,15 +147,11 @@ def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float
 
 
 def _write_samples(file: epath.Path, rows: Rows, texts: Sequence[str]) -> None:
-    lines = [
-        {
-            "instruction": record.instruction,
-            "input": record.input,
-            "references": record.outputs,
-            "answer": text,
-        }
-        for record, text in zip(rows.records, texts)
-    ]
+    asked = (
+        {"instruction": one.instruction, "input": one.input, "references": one.outputs}
+        for one in rows.records
+    )
+    lines = (one | {"answer": text} for one, text in zip(asked, texts))
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 

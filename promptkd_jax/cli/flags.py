@@ -66,13 +66,31 @@ def naming(option: str, folder: epath.Path) -> Iterator[None]:
 source = of(Path(nonempty=True))  # the `type` of a flag that names a model or data
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --mesh: what `models.load.load_with_tokenizer` loads, and onto what."""
+def add_asking(
+    parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
+) -> None:
+    """The flags of a model and of how it is asked: --model, --dtype and --mesh, --template and
+    --max-prompt-length, and the fields of `Sampling`, for `sampling_of`, with these defaults."""
     text = "folder (also that of a run), .gguf file, or hub id"
     parser.add_argument("--model", required=True, type=source, help=text)
     text = "what is computed in (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=DTYPE.options, help=text)
     add_mesh(parser)
+    text = "how the model is asked (default: as it was trained, else the tokenizer's chat template)"
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help=text)
+    text = "tokens (default: that of the training, else 256)"
+    parser.add_argument("--max-prompt-length", type=of(Int(low=1)), help=text)
+    chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)
+    for name, f in declared(Sampling).items():
+        default, flag = getattr(chosen, name), f"--{name.replace('_', '-')}"
+        text = f"{f.metadata['help']} (default: {default:g})"
+        parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
+
+
+def sampling_of(options: argparse.Namespace, eos_ids: tuple[int, ...]) -> Sampling:
+    """Reads the fields of `Sampling` from the flags of `add_asking`."""
+    named = {name: getattr(options, name) for name in declared(Sampling)}
+    return Sampling(**named, eos_ids=eos_ids)
 
 
 class _Different(argparse.Action):
@@ -89,12 +107,6 @@ def add_seeds(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
     parser.add_argument("--seeds", default=list(default), help=text, **how)
 
 
-def add_template(parser: argparse.ArgumentParser) -> None:
-    """--template, for `evaluate.template_for`."""
-    text = "how the model is asked (default: as it was trained, else the tokenizer's chat template)"
-    parser.add_argument("--template", choices=sorted(TEMPLATES), help=text)
-
-
 def add_mesh(parser: argparse.ArgumentParser) -> None:
     """--mesh of commands without a config, for `mesh_of`."""
     text = "data,fsdp,tensor; -1 for the rest; such as --mesh=1,-1,1 (default: --mesh=-1,1,1)"
@@ -104,23 +116,6 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 def mesh_of(options: argparse.Namespace) -> jax.sharding.Mesh:
     """The mesh of --mesh, over all devices. Raises ConfigError where they do not make it."""
     return sharding.make_mesh(sharding.parse_sizes(options.mesh), name="--mesh")
-
-
-def add_sampling(
-    parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
-) -> None:
-    """The fields of `Sampling`, for `sampling_of`, with these defaults."""
-    chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)
-    for name, f in declared(Sampling).items():
-        default, flag = getattr(chosen, name), f"--{name.replace('_', '-')}"
-        text = f"{f.metadata['help']} (default: {default:g})"
-        parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
-
-
-def sampling_of(options: argparse.Namespace, eos_ids: tuple[int, ...]) -> Sampling:
-    """Reads the flags of `add_sampling`."""
-    named = {name: getattr(options, name) for name in declared(Sampling)}
-    return Sampling(**named, eos_ids=eos_ids)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

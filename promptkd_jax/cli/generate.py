@@ -1,11 +1,11 @@
 """Talk to an exported student, or any model: `promptkd generate --model FOLDER`.
 
-Answers `--request`, or every line typed until an empty one.
+Responds to `--request`, or to every line typed until an empty one.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -20,62 +20,49 @@ from promptkd_jax.models.load import load_with_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_model(parser)
-    parser.add_argument("--request", help="answer this and stop")
-    flags.add_template(parser)
-    flags.add_sampling(parser, temperature=0.0, no_repeat_ngram_size=0)
-    count = flags.of(Int(low=1))
-    lengths = {"--max-prompt-length": 256, "--max-new-tokens": 128}
-    for flag, default in lengths.items():
-        parser.add_argument(flag, type=count, default=default, help=f"tokens (default: {default})")
-    text = "of what is sampled (default: 10)"
-    parser.add_argument("--seed", type=flags.of(SEED), default=10, help=text)
+    flags.add_asking(parser, temperature=0.0, no_repeat_ngram_size=0)
+    parser.add_argument("--request", help="respond to this prompt and stop")
+    count, seed = flags.of(Int(low=1)), flags.of(SEED)
+    parser.add_argument("--max-new-tokens", type=count, default=128, help="tokens (default: 128)")
+    parser.add_argument("--seed", type=seed, default=10, help="of what is sampled (default: 10)")
     flags.add_processes(parser)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Answers `--request`, or every line typed until an empty one."""
     with jax.set_mesh(flags.mesh_of(options)):
         distributed.assert_same_options(options)
-        _answer_all(options)
+        _respond_to_all(options)
 
 
-def _answer_all(options: argparse.Namespace) -> None:
+def _respond_to_all(options: argparse.Namespace) -> None:
     record = recorded(options.model)
     model = load_with_tokenizer(options.model, dtype=options.dtype)
     template, why = template_for(model, options.template, record)
-    if distributed.is_primary():  # beside the answers, which may go into a file
+    if distributed.is_primary():  # beside the responses, which may go into a file
         print(f"template {template} ({why})", file=sys.stderr, flush=True)
-    chosen = flags.sampling_of(options, model.eos_ids)
-    for number, request in enumerate(_requests(options.request)):
+    capacity = options.max_prompt_length or record.get("max_prompt_length", 256)
+    typed = iter(lambda: distributed.run_on_primary(_typed), "")
+    for number, prompt in enumerate(typed if options.request is None else [options.request]):
         rows = tokenize(
-            [Record(request, "", ())],
+            [Record(prompt, "", ())],
             model.tokenizer,
             template=template,
-            max_prompt_length=options.max_prompt_length,
-            max_length=options.max_prompt_length + options.max_new_tokens,
+            max_prompt_length=capacity,
+            max_length=capacity + options.max_new_tokens,
             eos_id=model.eos_ids[0],
             date=record.get("date", ""),
         )
-        answers = generate_responses(
+        responses = generate_responses(
             model,
             rows,
-            sampling=chosen,
-            prompt_capacity=options.max_prompt_length,
+            sampling=flags.sampling_of(options, model.eos_ids),
+            prompt_capacity=capacity,
             max_new_tokens=options.max_new_tokens,
             batch_size=1,
             vocab_size=model.vocab_size,
             key=jax.random.fold_in(jax.random.key(options.seed), number),
         )
-        print(decode(model.tokenizer, next(answers)), flush=True)
-
-
-def _requests(given: str | None) -> Iterator[str]:
-    if given is not None:
-        yield given
-        return
-    while line := distributed.run_on_primary(_typed):
-        yield line
+        print(decode(model.tokenizer, next(responses)), flush=True)
 
 
 def _typed() -> str:

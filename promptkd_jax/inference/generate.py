@@ -35,7 +35,7 @@ def generate_responses(
       on `key`, i and its prompt only.
     """
     prefix = 0 if soft_prompt is None else len(soft_prompt)
-    check_positions(model, prefix + prompt_capacity + max_new_tokens)
+    check_positions(model, prefix + int(max(rows.prompt_lengths)) + max_new_tokens)
     batch_size = round_up_to_devices(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
     length = max(prompt_capacity, *map(len, rows.tokens))

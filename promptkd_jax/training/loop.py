@@ -32,7 +32,7 @@ SELECTION = "selection"  # the score that chooses the best checkpoint, higher is
 def evaluate_student(
     experiment: Experiment, student: Any = None, soft_prompt: jax.Array | None = None
 ) -> dict[str, Any]:
-    """The student on the dev rows: closeness to the teacher, scores, and its answers ("texts").
+    """The student on the dev rows: closeness to the teacher, scores, and its responses ("texts").
 
     Args:
       student: its parameters; None for those that the run starts from.
@@ -56,7 +56,7 @@ def evaluate_student(
 def dev_generation_metrics(
     experiment: Experiment, model: Model, soft_prompt: jax.Array | None = None
 ):
-    """(scores, answers) of a model's answer to every dev row, see
+    """(scores, texts) of a model's responses to all dev rows, see
     `student_metrics.generation_metrics`."""
     config, data = experiment.config.evaluation, experiment.config.data
     return generation_metrics(

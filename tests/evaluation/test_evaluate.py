@@ -153,6 +153,10 @@ def test_a_model_is_asked_as_it_was_trained(folder, tmp_path, capsys):
     assert "template plain (that of the training)" in printed.err
     main(["generate", *asked, "--template=plain"])
     assert capsys.readouterr().out == printed.out
+    long = "--request=" + "say red and blue " * 4  # 16 words, and what ends a prompt
+    with pytest.raises(SystemExit, match="longer than max_prompt_length 16"):
+        main(["generate", f"--model={model}", long])
+    main(["generate", f"--model={model}", long, "--max-prompt-length=20"])
 
 
 def test_a_flag_wins_over_the_training(folder, tmp_path):

@@ -188,3 +188,16 @@ def test_a_commit_stands_for_the_content(there, repository, monkeypatch):
     assert identity.weights_digest("owner/name").startswith("sha256 ")  # what folder is "main"?
     monkeypatch.setattr(identity, "_file_digest", None)
     assert identity.weights_digest(f"owner/name@{commit}") == f"owner/name@{commit}"
+
+
+def test_a_folder_of_models_names_them(tmp_path):
+    """As `promptkd export` writes one: a student in a folder of its own."""
+    for name in ("student", "teacher"):
+        tiny.write_model(tmp_path / "export" / name, width=16, depth=1, seed=0)
+    (tmp_path / "export" / "soft_prompt").mkdir()
+    student, teacher = (tmp_path / "export" / name for name in ("student", "teacher"))
+    for load in (load_model, stored_config):
+        with pytest.raises(
+            ModelError, match=f"is no model, but has some: give {student} or {teacher}"
+        ):
+            load(str(tmp_path / "export"))

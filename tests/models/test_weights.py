@@ -436,11 +436,14 @@ def test_an_end_in_the_padding_of_the_vocabulary(tmp_path):
 
 
 def test_generate_warns_of_rows_beyond_the_trained_positions(folder, capsys):
+    """By the length of the prompt itself, not by the longest that there may be."""
     write(folder, max_position_embeddings=20)
-    ask = ["--model", str(folder), "--template=plain", "--request=say red", "--max-new-tokens=4"]
-    main(["generate", *ask, "--max-prompt-length=16"])
+    prompt = "--request=say red or blue or green"
+    count = len(tiny.tokenizer()("say red or blue or green\n")["input_ids"])
+    ask = ["--model", str(folder), "--template=plain", prompt]
+    main(["generate", *ask, f"--max-new-tokens={20 - count}"])
     assert "warning" not in capsys.readouterr().err
-    main(["generate", *ask, "--max-prompt-length=17"])
+    main(["generate", *ask, f"--max-new-tokens={21 - count}"])
     said = capsys.readouterr().err
     assert f"warning: {folder}: rows of up to 21 tokens, but it was trained for 20 posit" in said
 

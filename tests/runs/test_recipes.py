@@ -318,7 +318,11 @@ def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, mo
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(config, whole)
     lines = capsys.readouterr().out.splitlines()
-    for line, step in (("distillm  step 1/12", 1), ("minillm  step 7/12", 7), ("kd  step 12/12", 12)):
+    for line, step in (
+        ("distillm  step 1/12", 1),
+        ("minillm  step 7/12", 7),
+        ("kd  step 12/12", 12),
+    ):
         assert sum(f"  {line}  " in shown for shown in lines) == 1, step
     for step in (2, 8, 11):
         die(config, again, step, monkeypatch)

@@ -52,9 +52,12 @@ def student_of_run(folder: epath.Path) -> epath.Path:
     """Returns the folder itself, unless it is one of a run: then that of the run's student.
 
     Raises:
-      ModelError: the run has written no student yet.
+      ModelError: the run has written no student yet, or the folder only has folders of models.
     """
     file = folder / "config.json"
+    within = [] if file.is_file() else sorted(folder.glob("*/config.json"))
+    if models := [str(other.parent) for other in within]:
+        raise ModelError(f"{folder}: is no model, but has some: give {' or '.join(models)}")
     if not file.is_file() or "fingerprint" not in read_json(file):
         return folder
     if not (folder / "student" / "config.json").is_file():
