@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,17 +34,18 @@ def main(argv: Sequence[str] | None = None) -> None:
       SystemExit: always if something is wrong, with the message or the exit status.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name, arguments = (argv[:1] or [""])[0], argv[1:]
-    if name not in COMMANDS:
-        lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
-        print(f"usage: promptkd COMMAND …\n{lines}\n'promptkd COMMAND --help' says more.")
-        sys.exit(0 if name in ("", "-h", "--help") else f"promptkd: no command {name!r}")
     # "PyTorch was not found": it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        _run(name, arguments)
+        try:
+            _run((argv[:1] or [""])[0], argv[1:])
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:  # while modules are imported; after that, see `infra.signals`
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads on, as in `promptkd … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -59,8 +61,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list
         options.launched = None if end == len(arguments) else list(arguments[end + 1 :])
     else:
         rest += arguments[end:]
-    if unknown := [] if takes_config else rest:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest and not takes_config:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options, rest
 
 
@@ -82,6 +84,10 @@ def parser_of(name: str) -> tuple[argparse.ArgumentParser, bool]:
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        lines = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
+        print(f"usage: promptkd COMMAND …\n{lines}\n'promptkd COMMAND --help' says more.")
+        sys.exit(0 if name in ("", "-h", "--help") else f"promptkd: no command {name!r}")
     options, rest = parse(name, arguments)
     from promptkd_jax.infra import distributed, signals  # which `promptkd --help` need not import
     from promptkd_jax.infra.errors import UserError

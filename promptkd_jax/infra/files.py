@@ -30,7 +30,8 @@ from promptkd_jax.infra.specs import Str
 
 BUCKET_SECONDS = 10.0  # from one writing of a growing object to the next
 SHARED_SECONDS = 30.0  # that a file of one machine may need until others see it
-GCS_EXTRA = "pip install 'promptkd_jax[gcs]'"  # for what is in a bucket
+# For what is in a bucket.
+GCS_EXTRA = "pip install -e '.[gcs]' in a clone, or pip install 'promptkd_jax[gcs]'"
 _POLL_SECONDS = 0.5
 _COPY_BYTES = 16 * 2**20
 

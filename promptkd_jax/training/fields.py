@@ -11,6 +11,7 @@ import datetime
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.distill import optimizer
 from promptkd_jax.distill.method import PRESETS, Execution, Objective
 from promptkd_jax.distill.soft_prompt import INITS
@@ -140,9 +141,7 @@ class DataConfig:
     dev_rows: int = field(0, Int(low=0), "rows of dev that are used; 0: all")
     corpus: str = field("", Path(), "plain text for corpus_terms")
     corpus_split: str = field("train", Str(), "as train_split")
-    template: str = field(
-        "alpaca", Choice("alpaca", "chat", "plain"), "how a record becomes the text of a prompt"
-    )
+    template: str = field("alpaca", Choice(*TEMPLATES), "how a record becomes the text of a prompt")
     date: str = field(
         "", _Date(), "that a chat template may show; '': that of the run's first start"
     )

@@ -9,6 +9,7 @@ import tokenizers
 from conftest import DATA, TOKENIZERS
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
+from promptkd_jax.data import templates
 from promptkd_jax.data.batches import collate, eval_batches, stream, train_batches
 from promptkd_jax.data.records import Record, read_records
 from promptkd_jax.data.rows import Rows, tokenize, with_responses
@@ -240,6 +241,21 @@ def test_the_clock_of_a_template_stands_still(tokenizer):
     bare.chat_template = clock.format("%Q")
     with pytest.raises(DataError, match="no such date: %Q"):
         render_prompt(record, "chat", bare, "2026-11-05")
+
+
+def test_a_template_is_a_function_and_its_name(tokenizer, monkeypatch):
+    """As CONTRIBUTING.md says."""
+
+    def shout(record, tokenizer, date):
+        return f"{record.instruction.upper()}!\n"
+
+    monkeypatch.setitem(templates.TEMPLATES, "shout", shout)
+    how = dict(template="shout", max_prompt_length=20, max_length=30, eos_id=0)
+    rows = tokenize([Record("say red", "", ("red",))], tokenizer, **how)
+    prompt = rows.tokens[0][: rows.prompt_lengths[0]]
+    assert tokenizer.decode(prompt) == "SAY RED!\n"
+    with pytest.raises(DataError, match="there are alpaca, chat, plain, shout"):
+        render_prompt(Record("say red", "", ()), "whisper", tokenizer)
 
 
 def test_template_errors(tokenizer):

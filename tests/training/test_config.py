@@ -12,6 +12,7 @@ import pytest
 from helpers import bucket
 from ml_collections import ConfigDict
 
+from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.distill.method import Method
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
@@ -700,6 +701,11 @@ def test_only_the_first_process_claims(tmp_path, monkeypatch):
 
 
 # Help.
+
+
+def test_a_template_of_prompts_is_one_of_a_config():
+    spec = declared(fields.DataConfig)["template"].metadata["spec"]
+    assert spec.options == tuple(TEMPLATES)
 
 
 def test_every_field_has_help_and_a_default_that_is_right():
