@@ -86,7 +86,16 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
         distributed.assert_same(f"the data ({source})", provenance.fingerprint_rows(rows.tokens))
         seeds = {}
         for seed in options.seeds:
-            seeds[str(seed)], texts = _score_set(model, rows, options, seed)
+            seeds[str(seed)], texts = generation_metrics(
+                model,
+                rows,
+                sampling=flags.sampling_of(options, model.eos_ids),
+                prompt_capacity=options.max_prompt_length,
+                max_new_tokens=options.max_length - options.max_prompt_length,
+                batch_size=options.batch_size,
+                seed=seed,
+                vocab_size=model.vocab_size,
+            )
             _write_samples(output / f"{name}-seed{seed}.jsonl", rows, texts)
         counts = {"rows": len(rows.tokens), "dropped": rows.dropped}
         found[name] = counts | {"seeds": seeds} | _over_seeds([*seeds.values()])
@@ -125,19 +134,6 @@ def template_for(model: Model, given: str | None, record: dict[str, Any]) -> tup
     raise ConfigError(
         f"--template: {model.name} does not say which one it was trained with (it has no "
         f"{RECORD}), and its tokenizer has no chat template; give one of {', '.join(TEMPLATES)}"
-    )
-
-
-def _score_set(model: Model, rows: Rows, options: argparse.Namespace, seed: int):
-    return generation_metrics(
-        model,
-        rows,
-        sampling=flags.sampling_of(options, model.eos_ids),
-        prompt_capacity=options.max_prompt_length,
-        max_new_tokens=options.max_length - options.max_prompt_length,
-        batch_size=options.batch_size,
-        seed=seed,
-        vocab_size=model.vocab_size,
     )
 
 

@@ -22,6 +22,17 @@ from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import chosen_layers, keep_layers
 from promptkd_jax.training.fields import DTYPE
 
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [knowledge-distillation, promptkd]
+---
+# A student before distillation
+
+Some of its teacher's layers, written by promptkd_jax and not trained since.
+
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "folder (also that of a run), .gguf file, or hub id"
@@ -37,39 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    with flags.naming("--output", options.output):
-        init(options.teacher, options.layers, options.output, dtype=options.dtype)
-
-
-def init(
-    teacher: str, layers: int | Sequence[int], output: epath.Path, *, dtype: str = "float32"
-) -> None:
-    """Writes the student as a transformers folder with a model card.
-
-    Args:
-      teacher: what `load_model` takes: a folder, a GGUF file, a hub id.
-      layers: how many of its layers, evenly spread, the first and the last among them; or which,
-        counted from 0, in this order.
-      output: a folder that is new or empty.
-      dtype: what the parameters are written in.
-
-    Raises:
-      ModelError: a teacher that cannot be read, layers that it does not have, or an `output` that
-        holds something already.
-    """
-    _check_empty(output)
-    whole = load_model(teacher, dtype=dtype, param_dtype=dtype)
-    depth = whole.decoder.config.num_layers
-    kept = chosen_layers(depth, layers)
-    student = keep_layers(whole, kept)
-    check_writable(output)
-    facts = [
-        ("Teacher", f"{teacher} ({depth} layers)"),
-        ("Its layers that were kept, counted from 0", ", ".join(map(str, kept))),
-        ("Parameters", f"{sum(x.size for x in jax.tree.leaves(student.params)):,} in {dtype}"),
-    ]
-    lead = "Some of its teacher's layers, written by promptkd_jax and not trained since."
-    save_model(output, student, card=model_card("A student before distillation", lead, facts))
+    output, dtype = options.output, options.dtype
+    with flags.naming("--output", output):
+        _check_empty(output)
+        teacher = load_model(options.teacher, dtype=dtype, param_dtype=dtype)
+        depth = teacher.decoder.config.num_layers
+        kept = chosen_layers(depth, options.layers)
+        student = keep_layers(teacher, kept)
+        check_writable(output)
+        facts = [
+            ("Teacher", f"{options.teacher} ({depth} layers)"),
+            ("Its layers that were kept, counted from 0", ", ".join(map(str, kept))),
+            ("Parameters", f"{sum(x.size for x in jax.tree.leaves(student.params)):,} in {dtype}"),
+        ]
+        lead = "Some of its teacher's layers, written by promptkd_jax and not trained since."
+        card = model_card("A student before distillation", lead, facts)
+        save_model(output, student, card=card)
     print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts), sep="\n")
 
 

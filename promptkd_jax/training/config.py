@@ -33,7 +33,7 @@ from promptkd_jax.infra.files import (
     to_path,
     write_json,
 )
-from promptkd_jax.infra.specs import Group, ListOf, declared, mistakes
+from promptkd_jax.infra.specs import Group, declared, mistakes
 from promptkd_jax.training.fields import RENAMED, RunConfig
 
 
@@ -125,8 +125,17 @@ def claim(folder: epath.PathLike, config: Any, ignore: tuple[str, ...] = ()) -> 
 
 
 def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
+    file = folder / "config.json"
+    ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
     try:
-        _compare_or_write(folder, config, ignore)
+        theirs = json.loads(read_text(file)) if file.exists() else None
+        begun = {other.name for other in folder.iterdir()} if folder.exists() else set()
+        used = begun - {file.name, "started.json"}  # which stand there before all else
+        if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
+            raise ConfigError(_another_config(folder, theirs["config"], ours["config"], ignore))
+        if theirs != ours:
+            make_folder(folder)
+            write_json(file, ours)
     except io_errors(folder) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
@@ -141,29 +150,18 @@ def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
         ) from error
 
 
-def _compare_or_write(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
-    file = folder / "config.json"
-    ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
-    theirs = json.loads(read_text(file)) if file.exists() else None
-    begun = folder.exists() and {other.name for other in folder.iterdir()}
-    used = begun and begun - {file.name, "started.json"}  # which stand there before all else
-    if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
-        found, wanted = (_flat(one["config"], "config", ignore) for one in (theirs, ours))
-        different = sorted(k for k in found | wanted if found.get(k) != wanted.get(k))
-        lines = [f"  {k}: there {found.get(k)!r}, now {wanted.get(k)!r}" for k in different]
-        student = folder / "student"
-        further = (
-            f"\nTo train its student further: --config.student.path={student} "
+def _another_config(folder: epath.Path, theirs: Any, ours: Any, ignore: tuple[str, ...]) -> str:
+    there, now = (_flat(_canonical(config, "", ignore), "config") for config in (theirs, ours))
+    lines = [f"{folder} belongs to a run of another config; take another --workdir, or set back"]
+    for name in sorted(there | now):
+        if there.get(name) != now.get(name):
+            lines.append(f"  {name}: there {there.get(name)!r}, now {now.get(name)!r}")
+    if (folder / "student").exists():
+        lines.append(
+            f"To train its student further: --config.student.path={folder / 'student'} "
             "--config.student.layers=0 with another --workdir"
         )
-        raise ConfigError(
-            f"{folder} belongs to a run of another config; take another --workdir, or set back\n"
-            + "\n".join(lines)
-            + (further if student.exists() else "")
-        )
-    if theirs != ours:
-        make_folder(folder)
-        write_json(file, ours)
+    return "\n".join(lines)
 
 
 def as_dict(value: Any) -> Any:
@@ -195,21 +193,15 @@ def _canonical(value: Any, path: str, ignore: tuple[str, ...]) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _flat(value: Any, path: str, ignore: tuple[str, ...]) -> dict[str, Any]:
-    """Every leaf of a JSON value by its path, but for those to ignore."""
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    """Every leaf of a JSON value by its path."""
     if isinstance(value, dict):
         children = ((f"{path}.{key}", child) for key, child in value.items())
     elif isinstance(value, list):
         children = ((f"{path}[{index}]", child) for index, child in enumerate(value))
     else:
         return {path: value}
-    kept = [(at, child) for at, child in children if _without_indices(at) not in ignore]
-    return {name: leaf for at, child in kept for name, leaf in _flat(child, at, ignore).items()}
-
-
-def _without_indices(path: str) -> str:
-    """config.stages[0].steps -> stages.steps"""
-    return re.sub(r"\[\d+\]", "", path).removeprefix("config.")
+    return {name: leaf for at, child in children for name, leaf in _flat(child, at).items()}
 
 
 # Reading.
@@ -243,7 +235,7 @@ def _read_json(file: str, argument: str) -> ConfigDict:
             f'config: {file} is not the config of a run; expected {{"config": {{…}}}} as a run '
             "writes it into its folder"
         )
-    return ConfigDict(_renamed(_tuples(content["config"])))
+    return ConfigDict(_from_json(content["config"]))
 
 
 def _content(file: str, kind: str) -> bytes:
@@ -258,21 +250,14 @@ def _content(file: str, kind: str) -> bytes:
     raise ConfigError(f"config: there is no {kind} file {file!r}")
 
 
-def _tuples(value: Any) -> Any:
-    """JSON has lists only; the sequences of a config are tuples."""
-    if isinstance(value, dict):
-        return {name: _tuples(child) for name, child in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _renamed(value: Any) -> Any:
-    """A config that a run wrote, with the names that its fields have now."""
+def _from_json(value: Any) -> Any:
+    """A config that a run wrote, with tuples for lists and the names that its fields have now."""
     if isinstance(value, dict):
         return {
-            RENAMED.get(name, name): child if name == "sets" else _renamed(child)
+            RENAMED.get(name, name): child if name == "sets" else _from_json(child)
             for name, child in value.items()
         }
-    return tuple(map(_renamed, value)) if isinstance(value, tuple) else value
+    return tuple(map(_from_json, value)) if isinstance(value, list) else value
 
 
 def _import(file: str, argument: str) -> ConfigDict:
@@ -319,18 +304,12 @@ def _override(config: ConfigDict, path: str, text: str | None) -> None:
         raise ConfigError(f"{path}: is no path such as config.a.b[0].c")
     where, spec, value = "config", Group(RunConfig), config
     for part, name, index in re.findall(r"(\.(\w+)|\[(\d+)\])", path):
-        holder, value = value, _child(where, value, name, index)
-        where, spec = where + part, _spec_below(spec, name)
+        holder, value, where = value, _child(where, value, name, index), where + part
+        fields = declared(spec.cls) if isinstance(spec, Group) else {}
+        spec = fields[name].metadata["spec"] if name in fields else getattr(spec, "spec", None)
     if not name:
         raise ConfigError(f"{path}: set the whole tuple, now {holder!r}")
     holder[name] = _read(text, spec, value)
-
-
-def _spec_below(spec: Any, name: str) -> Any:
-    """The spec of a group's field `name`, or of a tuple's element; None where none is declared."""
-    if isinstance(spec, Group) and name in declared(spec.cls):
-        return declared(spec.cls)[name].metadata["spec"]
-    return spec.spec if isinstance(spec, ListOf) and not name else None
 
 
 def _child(where: str, holder: Any, name: str, index: str) -> Any:

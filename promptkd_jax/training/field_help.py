@@ -68,13 +68,6 @@ def _unknown(name: str) -> str:
     return f"config.{name}: is unknown; elements of a tuple are such as stages[0]"
 
 
-def _general(path: str) -> str:
-    """config.stages[0].name -> stages[i].name"""
-    path = path.removeprefix("config.").removesuffix(".")
-    parts = [part.partition("[") for part in path.split(".")]
-    return ".".join(head + ("[i]" if bracket else "") for head, bracket, _ in parts)
-
-
 def _meanings(spec: Any) -> Iterable[tuple[str, str]]:
     return (getattr(spec, "meanings", None) or {}).items()
 

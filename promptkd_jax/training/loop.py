@@ -277,9 +277,8 @@ class _Loop:
         if not steps:
             return {}
         rows = steps * self.experiment.config.stages[stage.index].batch_size
-        seconds = distributed.run_on_primary(
-            lambda: seconds
-        )  # one clock, so that all stop at the same step
+        # One clock, so that all stop at the same step.
+        seconds = distributed.run_on_primary(lambda: seconds)
         spent = {"seconds": seconds, "rows": rows, "tokens": tokens}
         self.spent = {name: self.spent[name] + spent[name] for name in spent}
         return {"tokens_per_second": tokens / seconds, "seconds_per_update": seconds / steps}

@@ -14,7 +14,7 @@ from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.policy_gradient import PolicyGradient
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config import as_dict
-from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
+from promptkd_jax.training.fields import RunConfig, StageConfig
 
 DOLLY_ROWS = 11_435  # that the published experiments train on
 
@@ -27,11 +27,6 @@ def _defaults(cls: type, /, **changes: Any) -> ConfigDict:
 def sampling_config(**changes: Any) -> ConfigDict:
     """Plain sampling at temperature 1: no top-k, no top-p, no n-gram rule."""
     return _defaults(Sampling, **changes)
-
-
-def model_config(**changes: Any) -> ConfigDict:
-    """A folder, GGUF file or hub id, computed in float32 and kept in float32."""
-    return _defaults(ModelConfig, **changes)
 
 
 def stage_config(name: str, **changes: Any) -> ConfigDict:

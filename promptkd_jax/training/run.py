@@ -15,9 +15,7 @@ from etils import epath
 
 from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra.errors import (
-    TrainingError,
-)
+from promptkd_jax.infra.errors import TrainingError
 from promptkd_jax.infra.files import check_shared, load_or_compute, read_text, write_json
 from promptkd_jax.models.io.safetensors import has_weights
 from promptkd_jax.training import build
@@ -130,7 +128,10 @@ def finish(
     print("measuring the student after training …", flush=True)
     after = evaluate_student(experiment, state.student, state.soft_prompt)
     if state.soft_prompt is not None and config.evaluation.prompt_effect:
-        after |= _prompt_effect(experiment, state.soft_prompt)
+        # The teacher's own ROUGE-L, without and with its soft prompt (table 4 of the paper).
+        for name, prompt in zip(PROMPT_EFFECT, (None, state.soft_prompt)):
+            scores, _ = dev_generation_metrics(experiment, experiment.teacher, prompt)
+            after[name] = scores["rougeL"]
     write_json(workdir / "after.json", after)
     rows = [
         (name, before[key], after[key], *rest)
@@ -161,13 +162,6 @@ def finish(
     print(summary_table(rows, paths))
     write_json(workdir / "summary.json", summary)
     return summary
-
-
-def _prompt_effect(experiment: Experiment, soft_prompt: jax.Array) -> dict[str, float]:
-    """The teacher's own ROUGE-L, without and with its soft prompt (table 4 of the paper)."""
-    plain, _ = dev_generation_metrics(experiment, experiment.teacher)
-    prompted, _ = dev_generation_metrics(experiment, experiment.teacher, soft_prompt)
-    return {"teacher_rougeL": plain["rougeL"], "teacher_rougeL_prompted": prompted["rougeL"]}
 
 
 def _summary(trained: Trained, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
