@@ -61,16 +61,14 @@ def load_config(
         raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
     file, argument = split_argument(files[0])
     config = _own(_read_json(file, argument) if file.endswith(".json") else _import(file, argument))
-    lost = []
+    found = [] if faults is None else faults
     for path, text in overrides:
         try:
             _override(config, path, text)
         except ConfigError as error:
-            lost.append(str(error))
-    if faults is not None:
-        faults += lost
-    elif lost:
-        raise ConfigError("\n".join(lost))
+            found.append(str(error))
+    if found and faults is None:
+        raise ConfigError("\n".join(found))
     return config, rest
 
 
@@ -88,12 +86,12 @@ def read_config(arguments: Sequence[str], faults: list[str] | None = None) -> Co
     Raises:
       ConfigError: as `load_config`; or an argument that is not about the config.
     """
-    config, unknown = load_config(arguments, faults)
+    found = [] if faults is None else faults
+    config, unknown = load_config(arguments, found)
     if unknown:
-        message = f"unknown arguments: {' '.join(unknown)}"
-        if faults is None:
-            raise ConfigError(message)
-        faults.append(message)
+        found.append(f"unknown arguments: {' '.join(unknown)}")
+    if found and faults is None:
+        raise ConfigError("\n".join(found))
     return config
 
 

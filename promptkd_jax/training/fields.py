@@ -33,14 +33,15 @@ from promptkd_jax.infra.specs import (
 )
 from promptkd_jax.models.sampler import Sampling
 
-SELECTION_METRICS = ("rougeL", "loss")  # dev scores that can choose the best checkpoint
 DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
-REMAT_MEANINGS = {
-    "auto": "the first of the others that fits into memory, by an estimate",
-    "none": "nothing",
-    "dots": "all but matrix products",
-    "full": "all but the inputs of layers",
-}
+REMAT = Choice(
+    {
+        "auto": "the first of the others that fits into memory, by an estimate",
+        "none": "nothing",
+        "dots": "all but matrix products",
+        "full": "all but the inputs of layers",
+    }
+)
 
 
 class _TeacherLayers:
@@ -50,10 +51,9 @@ class _TeacherLayers:
         return "a number of layers, or a tuple of different layers such as (0, 2, 4)"
 
     def fault(self, value: Any) -> str:
-        if isinstance(value, list | tuple):
-            good = all(type(x) is int and x >= 0 for x in value) and len(set(value)) == len(value)
-            return "" if good and value else str(self)
-        return "" if type(value) is int and value >= 0 else str(self)
+        layers = value if isinstance(value, list | tuple) else [value]
+        counted = all(type(layer) is int and layer >= 0 for layer in layers)
+        return "" if counted and 0 < len(layers) == len(set(layers)) else str(self)
 
 
 class _Date:
@@ -78,11 +78,7 @@ class ModelConfig:
     param_dtype: str = field(
         "float32", DTYPE, "what parameters are kept in; the optimizer works in float32"
     )
-    remat: str = field(
-        "none",
-        Choice(REMAT_MEANINGS),
-        "what the backward pass computes again instead of keeping it",
-    )
+    remat: str = field("none", REMAT, "what the backward pass computes again instead of keeping it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +234,7 @@ class CheckpointConfig:
     minutes: float = field(10.0, Float(low=0.0), "between checkpoints, beside `every`; 0: never")
     keep: int = field(2, Int(low=1), "checkpoints that are kept, beside the best")
     export: str = field("last", Choice("last", "best"), "the student that a run ends with")
-    select: str = field("rougeL", Choice(*SELECTION_METRICS), "what 'best' goes by")
+    select: str = field("rougeL", Choice("rougeL", "loss"), "the dev score that 'best' goes by")
 
 
 @dataclasses.dataclass(frozen=True)

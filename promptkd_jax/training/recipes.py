@@ -34,11 +34,6 @@ def stage_config(name: str, **changes: Any) -> ConfigDict:
     return _defaults(StageConfig, name=name, **changes)
 
 
-def policy_gradient_config(**changes: Any) -> ConfigDict:
-    """MiniLLM's settings, see `policy_gradient.PolicyGradient`."""
-    return _defaults(PolicyGradient, **changes)
-
-
 def hidden_term(kind: str, **changes: Any) -> ConfigDict:
     """A loss on hidden states, see `hidden_loss.HiddenTerm`."""
     return _defaults(HiddenTerm, kind=kind, **changes)
@@ -63,8 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "opd": dict(
         targets="student",
         student_terms=((POLICY_GRADIENT, 1.0),),
-        policy_gradient=policy_gradient_config(
-            gamma=0.0, reward_scaling=1.0, length_normalize=False, whiten="none"
+        policy_gradient=_defaults(
+            PolicyGradient, gamma=0.0, reward_scaling=1.0, length_normalize=False, whiten="none"
         ),
     ),
     "distillm": dict(targets="replay", student_terms=(("skew_reverse_kl(0.1)", 1.0),)),
