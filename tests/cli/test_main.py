@@ -79,7 +79,8 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command):
     """As in `promptkd … | head`: also where all of it waits in a buffer until the end."""
     reader, writer = os.pipe()
     os.close(reader)
-    how = dict(stdout=writer, stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": ""}
+    how = dict(stdout=writer, stderr=subprocess.PIPE, env=environment)
     done = subprocess.run([sys.executable, "-m", "promptkd_jax", *command], **how)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
