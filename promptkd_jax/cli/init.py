@@ -22,17 +22,6 @@ from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import chosen_layers, keep_layers
 from promptkd_jax.training.fields import DTYPE
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [knowledge-distillation, promptkd]
----
-# A student before distillation
-
-Some of its teacher's layers, written by promptkd_jax and not trained since.
-
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "folder (also that of a run), .gguf file, or hub id"

@@ -253,7 +253,9 @@ def _drawing(label: str, draw: Callable[[Axes], None], *, height: float) -> mark
         draw(figure.add_subplot(facecolor="none"))
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return markupsafe.Markup(file.getvalue()[file.getvalue().index("<svg") :])
+    _, _, drawing = file.getvalue().partition("<svg")
+    # What a screen reader says in place of the picture.
+    return markupsafe.Markup(f'<svg role="img" aria-label="{markupsafe.escape(label)}"{drawing}')
 
 
 def _draw_curve(axes: Axes, curve: Curve, **look) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from promptkd_jax.distill.method import ON_POLICY
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.sharding import AXES
@@ -159,7 +158,7 @@ def compiled(
     memory = estimate(run, slices, sizes, price)["memory"]
     run = run.on(ahead.described_mesh(sizes, slices))
     begun, programs = time.monotonic(), {"step": ahead.compile_step(run)}
-    if run.stage.method.targets in ON_POLICY:
+    if run.stage.method.source.on_policy:
         programs["rollout"] = ahead.compile_rollout(run)
     memory |= {"by": "compiler", "fits": False, "temporaries": None}
     if isinstance(step := programs["step"], TooLarge):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.distill import chunked_loss
-from promptkd_jax.distill.method import CROSS_ENTROPY, ON_POLICY, POLICY_GRADIENT, Method
+from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT, Method
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.plan.abstract_run import AbstractRun
@@ -236,7 +236,7 @@ class _Step(NamedTuple):
     @property
     def writers(self) -> list[_Counter]:
         """The models that write the rows of a rollout."""
-        if self.method.targets not in ON_POLICY:
+        if not self.method.source.on_policy:
             return []
         return [self.student, self.teacher] if self.method.teacher_share else [self.student]
 

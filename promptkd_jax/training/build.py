@@ -40,7 +40,7 @@ def title(config: RunConfig) -> str:
         layers = config.student.layers
         student = f"{layers if isinstance(layers, int) else len(layers)} of its layers"
     taught = any(
-        needs_teacher(stage) or stage.teacher_view == "cached" or stage.targets == "teacher"
+        needs_teacher(stage) or stage.teacher_view == "cached" or stage.source.teacher_writes
         for stage in config.stages
     )
     models = f"{teacher} into {student}" if taught or not config.student.path else student

@@ -138,7 +138,7 @@ def needs_the_teacher(config: RunConfig) -> bool:
         not config.student.path
         or config.evaluation.references == "teacher"
         or config.data.train == "teacher"
-        or any(stage.targets == "teacher" for stage in config.stages)
+        or any(stage.source.teacher_writes for stage in config.stages)
         or any(needs_teacher(stage) for stage in config.stages)
     )
 
@@ -160,7 +160,7 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
     if stage.teacher_view == "cached":
         if not config.cache.path:
             yield f"{path}.teacher_view: 'cached' needs config.cache.path (see promptkd cache)"
-        if stage.targets == "teacher":
+        if stage.source.teacher_writes:
             yield (
                 f"{path}.targets: promptkd cache reads the data's own responses, not those that "
                 "the teacher writes; expected 'gold'"
@@ -173,7 +173,7 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             )
     if stage.corpus_terms and not config.data.corpus:
         yield f"{path}.corpus_terms: need config.data.corpus, a file of plain text"
-    if stage.targets == "replay":
+    if stage.source.keeps_replay:
         if stage.replay.capacity < stage.batch_size:
             yield (
                 f"{path}.replay.capacity: {stage.replay.capacity} is less than one batch; expected "

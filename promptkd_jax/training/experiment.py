@@ -139,8 +139,8 @@ class Experiment:
     def _init(self, stage: Stage, params: dict[str, Any], key: jax.Array) -> TrainState:
         """A stage's first state. All have the same structure, whatever each of them trains."""
         replay, pending, config = None, None, self.config
-        if any(s.targets == "replay" for s in config.stages):
-            capacity = max(s.replay.capacity for s in config.stages if s.targets == "replay")
+        if any(s.source.keeps_replay for s in config.stages):
+            capacity = max(s.replay.capacity for s in config.stages if s.source.keeps_replay)
             threshold = config.stages[stage.index].replay.threshold
             replay = empty_replay(capacity, config.data.max_length, threshold)
         ahead = [s.batch_size for s in config.stages if s.one_step_off_policy]

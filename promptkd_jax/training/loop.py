@@ -308,7 +308,7 @@ class _Loop:
 
     def _adapt_replay(self, stage: Stage) -> None:
         """DistiLLM's schedule goes by the validation loss, first by that before the stage."""
-        if stage.method.targets == "replay":
+        if stage.method.source.keeps_replay:
             rule = self.experiment.config.stages[stage.index].replay
             loss, replay = self._validation_loss, self.state.replay
             replay = adapt(replay, loss, tolerance=rule.tolerance, step=rule.step)

@@ -57,7 +57,7 @@ class _Data(NamedTuple):
 
     def of(self, stage: StageConfig) -> Rows:
         """The training rows of a stage."""
-        return self.answered if stage.targets == "teacher" else self.train
+        return self.answered if stage.source.teacher_writes else self.train
 
 
 def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
@@ -93,7 +93,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     stages: list[Stage] = []
     for index, stage in enumerate(config.stages):
         rows = data.of(stage)
-        if stage.teacher_view == "in_context" and stage.targets != "teacher":
+        if stage.teacher_view == "in_context" and not stage.source.teacher_writes:
             # On a demonstration itself the teacher would only read out its answer.
             rows = select_rows(rows, np.setdiff1d(np.arange(len(rows.tokens)), shown))
         longest = max(len(row) - start for row, start in zip(rows.tokens, rows.prompt_lengths))
@@ -290,7 +290,7 @@ def _generate(
         **shared,
     )
     folder = to_path(settings.path or workdir)
-    if any(stage.targets == "teacher" for stage in config.stages):
+    if any(stage.source.teacher_writes for stage in config.stages):
         sampling = dataclasses.replace(settings.sampling, eos_ids=student.eos_ids)
         answered = respond(train, folder / "teacher_answers.jsonl", sampling=sampling)
         _warn_of_cut(config, "the teacher", answered)
@@ -313,7 +313,7 @@ def _inputs(
     found["the tokenizer"] = identity.tokenizer_digest(student.tokenizer)
     found["the tokens that end an answer"] = str(list(student.eos_ids))
     for stage in config.stages:
-        rows = "answers of the teacher" if stage.targets == "teacher" else "rows"
+        rows = "answers of the teacher" if stage.source.teacher_writes else "rows"
         found[f"{names.train} (config.data.train, {rows})"] = fingerprint_records(data.of(stage))
     found[f"{names.dev} (config.data.dev)"] = fingerprint_records(data.dev)
     if data.corpus is not None:
