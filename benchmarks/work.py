@@ -16,7 +16,7 @@ from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.model import Model
-from promptkd_jax.plan import roofline
+from promptkd_jax.plan import costs
 
 
 def write_models(case: Case, folder: pathlib.Path) -> dict[str, str]:
@@ -94,17 +94,17 @@ def operations(case: Case) -> dict[str, float]:
     rows, columns, behind = case.rows, case.columns, case.columns + case.soft_prompt
 
     def head(config):
-        return roofline.head_flops(config, rows, case.response)
+        return costs.head_flops(config, rows, case.response)
 
     middle = case.request + case.response // 2
-    rollout = roofline.forward_flops(student, rows, case.request, case.request // 2)
-    rollout += roofline.forward_flops(student, rows, case.response, middle) + head(student)
-    seen = roofline.forward_flops(teacher, rows, behind) + head(teacher)
-    learns = roofline.forward_flops(student, rows, columns) + 3 * head(student)
-    learns += roofline.backward_flops(student, rows, columns, weights=True)
-    prompt = roofline.forward_flops(teacher, rows, behind) + 3 * head(teacher)
-    prompt += roofline.forward_flops(teacher, rows, columns)
-    prompt += roofline.backward_flops(teacher, rows, behind, weights=False)
+    rollout = costs.forward_flops(student, rows, case.request, case.request // 2)
+    rollout += costs.forward_flops(student, rows, case.response, middle) + head(student)
+    seen = costs.forward_flops(teacher, rows, behind) + head(teacher)
+    learns = costs.forward_flops(student, rows, columns) + 3 * head(student)
+    learns += costs.backward_flops(student, rows, columns, weights=True)
+    prompt = costs.forward_flops(teacher, rows, behind) + 3 * head(teacher)
+    prompt += costs.forward_flops(teacher, rows, columns)
+    prompt += costs.backward_flops(teacher, rows, behind, weights=False)
     return {"rollout": rollout, "update": prompt + seen + learns, "student_update": seen + learns}
 
 
@@ -145,7 +145,7 @@ def update_bytes(case: Case) -> dict[str, float]:
 
 def _matrix_elements(config: DecoderConfig) -> int:
     """Of all layers and the head."""
-    return roofline.matrix_parameters(config) + config.vocab_size * config.width
+    return costs.matrix_parameters(config) + config.vocab_size * config.width
 
 
 def _parameters(config: DecoderConfig) -> int:

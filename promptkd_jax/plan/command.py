@@ -15,8 +15,8 @@ from promptkd_jax.plan import ahead, chips, roofline
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_mesh, abstract_run
 from promptkd_jax.plan.ahead import Program, TooLarge
 from promptkd_jax.plan.chips import SliceTopology
+from promptkd_jax.plan.costs import Cost
 from promptkd_jax.plan.hlo import Collective
-from promptkd_jax.plan.roofline import Cost
 from promptkd_jax.plan.tables import show, show_comparison, show_search
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh

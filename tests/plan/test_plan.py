@@ -25,7 +25,7 @@ from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io.hub import hub_id
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.plan import abstract_run as abstract_run_module
-from promptkd_jax.plan import ahead, chips, hlo, remat, roofline, tables
+from promptkd_jax.plan import ahead, chips, costs, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, stored_config
 from promptkd_jax.training.checks import checked
@@ -239,7 +239,7 @@ def test_what_layers_keep_is_what_xla_keeps():
         gradient = jax.jit(jax.grad(loss), static_argnums=1)
         compiled = gradient.lower(abstract_params(config), Decoder(config)).compile()
         found[policy] = compiled.memory_analysis().temp_size_in_bytes
-        count = roofline._Counter(config, sizes(1, 1, 1))
+        count = costs.Counter(config, sizes(1, 1, 1))
         expected[policy] = roofline._saved(count, 32, 64, "cpu")
     for more, less in (("dots", "full"), ("none", "dots")):
         saved = found[more] - found[less]
@@ -290,9 +290,9 @@ def test_a_step_that_writes_ahead_compiles_from_shapes():
 def test_the_cache_counts_both_keys_and_values_of_every_column():
     config = from_hugging_face(SMALLER).replace(dtype="bfloat16")
     real = sum(x.nbytes for x in empty_cache(config, 8, 30))
-    assert roofline.cache_bytes(config, 8, 30, sizes(1, 1, 1)) == real
-    assert roofline.cache_bytes(config, 8, 30, sizes(2, 2, 2)) == real / 8
-    assert roofline.cache_bytes(config, 8, 30, sizes(1, 2, 4)) == real / 4  # 2 heads, each twice
+    assert costs.cache_bytes(config, 8, 30, sizes(1, 1, 1)) == real
+    assert costs.cache_bytes(config, 8, 30, sizes(2, 2, 2)) == real / 8
+    assert costs.cache_bytes(config, 8, 30, sizes(1, 2, 4)) == real / 4  # 2 heads, each twice
 
 
 # Work
@@ -312,23 +312,23 @@ def test_operations_are_those_that_xla_counts(family):
     def counted(function):
         return jax.jit(function).lower(params, tokens).cost_analysis()["flops"]
 
-    expected = roofline.forward_flops(config, 2, 128)
+    expected = costs.forward_flops(config, 2, 128)
     assert counted(forward) == pytest.approx(expected, rel=0.05)
-    both = expected + roofline.backward_flops(config, 2, 128, weights=True)
+    both = expected + costs.backward_flops(config, 2, 128, weights=True)
     assert counted(jax.grad(forward)) == pytest.approx(both, rel=0.05)
     assert both == 3 * expected
-    again = roofline.backward_flops(config.replace(remat="full"), 2, 128, weights=True)
+    again = costs.backward_flops(config.replace(remat="full"), 2, 128, weights=True)
     assert again == 3 * expected
-    inputs = roofline.backward_flops(config, 2, 128, weights=False)
-    assert inputs == 2 * expected - 2 * 2 * 128 * roofline.matrix_parameters(config)
+    inputs = costs.backward_flops(config, 2, 128, weights=False)
+    assert inputs == 2 * expected - 2 * 2 * 128 * costs.matrix_parameters(config)
 
 
 def test_decode_reads_all_weights_and_the_cache_for_every_token():
     run, one = small_run(), sizes(1, 1, 1)
     decode = roofline.phases(run)["decode"]
     student = run.student.decoder.config
-    weights = 2 * (roofline.matrix_parameters(student) + 1024 * 256)
-    assert decode.hbm_bytes == 128 * (weights + roofline.cache_bytes(student, 8, 256, one))
+    weights = 2 * (costs.matrix_parameters(student) + 1024 * 256)
+    assert decode.hbm_bytes == 128 * (weights + costs.cache_bytes(student, 8, 256, one))
     assert decode.ici_bytes == 0
     assert roofline.phases(small_run(1, 1, 2))["decode"].ici_bytes == (
         128
@@ -348,13 +348,13 @@ def test_phases_follow_the_method():
     gold.stages = (method_stage("kd", batch_size=8, steps=10),)
     assert list(roofline.phases(abstract_run(checked(gold)))) == ["student update"]
     in_buckets = roofline.phases(small_run(length_buckets=2))
-    again = roofline.forward_flops(small_run().student.decoder.config, 8, 256)
+    again = costs.forward_flops(small_run().student.decoder.config, 8, 256)
     assert run_flops(in_buckets) - run_flops(prompted) == again  # it is not shared then
     without = small_run(regularization=0.0)
     plain = run_flops(prompted) - run_flops(roofline.phases(without))
     teacher = without.teacher.decoder.config
-    heads = roofline.head_flops(teacher, 8, 128)
-    assert plain == roofline.forward_flops(teacher, 8, 256) + heads
+    heads = costs.head_flops(teacher, 8, 128)
+    assert plain == costs.forward_flops(teacher, 8, 256) + heads
 
 
 def run_flops(phases) -> float:

@@ -1,0 +1,212 @@
+"""Work and traffic of the parts of a step, counted from shapes alone: layers, heads, caches.
+
+Multiplications count as two operations. Attention counts all pairs of columns, as plain XLA
+computes them; the splash kernel leaves out up to half.
+
+B rows, T columns, D width, N heads, K key/value heads, H head width, F feed-forward width,
+V vocabulary, L layers; d, f, t devices along `data`, `fsdp`, `tensor`. Bytes are those of one
+device. Models are taken as they are padded for the mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from promptkd_jax.distill import chunked_loss
+from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.plan.chips import SliceTopology
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """`flops` of all devices together; bytes of one device: to and from HBM, sent to chips of the
+    same slice (ICI), and sent to other slices (DCN)."""
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    ici_bytes: float = 0.0
+    dcn_bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(*(times * part for part in dataclasses.astuple(self)))
+
+    def seconds(self, slices: SliceTopology) -> dict[str, float]:
+        """Seconds of each of matrix units, HBM, network and slow network, would it work alone."""
+        chip = slices.chip
+        each = {
+            "compute": self.flops / (slices.chips * chip.tflops * 1e12),
+            "HBM": self.hbm_bytes / (chip.per_device(chip.hbm_gbps) * 1e9),
+            "network": self.ici_bytes / (chip.per_device(chip.ici_gbps) * 1e9),
+        }
+        if slices.number > 1:
+            each["between slices"] = self.dcn_bytes / (chip.per_device(chip.dcn_gbps) * 1e9)
+        return each
+
+
+def matrix_parameters(config: DecoderConfig) -> int:
+    """Of all layers, that every token is multiplied with: L (2 D N H + 2 D K H + 2 or 3 D F)."""
+    attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
+    feed_forward = (3 if config.gated else 2) * config.width * config.mlp_width
+    return config.num_layers * (attention + feed_forward)
+
+
+def forward_flops(config: DecoderConfig, rows: int, columns: int, keys: int | None = None) -> int:
+    """Of the layers: 2 B T matrix_parameters + 4 L B T S N H, S keys to a column (T)."""
+    pairs = rows * columns * (columns if keys is None else keys)
+    attention = 4 * config.num_layers * pairs * config.num_heads * config.head_dim
+    return 2 * rows * columns * matrix_parameters(config) + attention
+
+
+def backward_flops(config: DecoderConfig, rows: int, columns: int, *, weights: bool) -> int:
+    """Of the layers: a product for the inputs and, with `weights`, one for the parameters for each
+    of the forward, attention's always both; and the forward again where activations are not kept.
+    """
+    whole = forward_flops(config, rows, columns)
+    matrices = 2 * rows * columns * matrix_parameters(config)
+    again = 0 if config.remat == "none" else whole
+    return again + 2 * whole - (0 if weights else matrices)
+
+
+def head_flops(config: DecoderConfig, rows: int, positions: int) -> int:
+    """Of logits: 2 B R V D."""
+    return 2 * rows * positions * config.vocab_size * config.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """Costs of the pieces of a step for one model, of padded sizes, on a mesh."""
+
+    config: DecoderConfig
+    mesh: Mapping[str, int]
+    slices: int = 1
+    parameters: int = 0
+
+    @property
+    def row_parts(self) -> int:
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the dtype of computation."""
+        return jnp.dtype(self.config.dtype).itemsize
+
+    @property
+    def layer_bytes(self) -> float:
+        """Of the matrices of all layers, gathered along `fsdp`."""
+        return matrix_parameters(self.config) * self.itemsize / self.mesh["tensor"]
+
+    @property
+    def head_bytes(self) -> float:
+        """Of the head, gathered along `fsdp`; the embedding is as large."""
+        return self.config.vocab_size * self.config.width * self.itemsize / self.mesh["tensor"]
+
+    @property
+    def activation_bytes(self) -> float:
+        """Of the inputs and outputs of all products, for one token."""
+        config = self.config
+        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        cut = heads + (4 if config.gated else 2) * config.mlp_width
+        each = 4 * config.width + cut / self.mesh["tensor"]
+        return config.num_layers * each * self.itemsize
+
+    def forward(self, rows: int, columns: int) -> Cost:
+        """Reads all layers once, after gathering them and the embedding along `fsdp`; 2 all-reduces
+        of the hidden states a layer along `tensor`, and one of the embeddings; inputs and outputs
+        of all products pass through HBM."""
+        tokens = rows * columns / self.row_parts
+        look_up = self._allgather_bytes(self.head_bytes) + self._allreduce_hidden_bytes(tokens)
+        return Cost(
+            forward_flops(self.config, rows, columns),
+            self.layer_bytes + tokens * self.activation_bytes,
+            self._allgather_bytes(self.layer_bytes)
+            + self._allreduce_layers_bytes(tokens)
+            + look_up,
+        )
+
+    def backward(self, rows: int, columns: int, *, weights: bool) -> Cost:
+        """Work as of the forward, and the gradients of the layers, once read and once written."""
+        tokens, gradient = rows * columns / self.row_parts, self.layer_bytes
+        passes = 1 if self.config.remat == "none" else 2
+        moved = passes * (gradient + tokens * self.activation_bytes)
+        moved += (1 + weights) * tokens * self.activation_bytes
+        sent = self._allgather_bytes(gradient) + passes * self._allreduce_layers_bytes(tokens)
+        cost = Cost(backward_flops(self.config, rows, columns, weights=weights), moved, sent)
+        if weights:
+            gradient += self.head_bytes  # as large as the embedding
+            cost += Cost(0, 2 * gradient, *self._reduce_gradient_bytes(gradient))
+        return cost
+
+    def head(self, rows: int, positions: int, products: int) -> Cost:
+        """`products` with the head (logits: 1; hidden states' gradient, head's gradient: 1 more
+        each), which is gathered once and read for every block of positions."""
+        vocab_size, width = self.config.vocab_size, self.config.width
+        devices = math.prod(self.mesh.values())
+        on_device = max(rows * vocab_size // devices, 1)
+        block = max(chunked_loss.chunk_elements("tpu") // on_device, 1)
+        logits = rows * positions * vocab_size * 4 / devices
+        cost = Cost(
+            products * head_flops(self.config, rows, positions),
+            products * (-(-positions // block) * self.head_bytes + logits),
+            self._allgather_bytes(self.head_bytes),
+        )
+        if products > 1:
+            hidden = rows * positions / self.row_parts * width * 4
+            cost += Cost(ici_bytes=self._allreduce_bytes(hidden))
+        if products > 2:
+            in_float32 = vocab_size * width * 4 / self.mesh["tensor"]
+            cost += Cost(0, 0, *self._reduce_gradient_bytes(in_float32))
+        return cost
+
+    def gathered_copy(self) -> Cost:
+        """A rollout gathers what writes once."""
+        size = self.layer_bytes + self.head_bytes
+        return Cost(0, 2 * size, self._allgather_bytes(size))
+
+    def decode(self, rows: int, columns: int, steps: int) -> Cost:
+        """Each token reads layers, head and the whole cache."""
+        tokens = rows / self.row_parts
+        cache = cache_bytes(self.config, rows, columns, self.mesh)
+        step = Cost(
+            forward_flops(self.config, rows, 1, keys=columns) + head_flops(self.config, rows, 1),
+            self.layer_bytes + self.head_bytes + cache,
+            self._allreduce_layers_bytes(tokens) + self._allreduce_hidden_bytes(tokens),
+        )
+        return step * steps
+
+    def optimizer(self) -> Cost:
+        """AdamW in float32: parameter, gradient and two moments read, all but one written."""
+        return Cost(hbm_bytes=7 * 4 * self.parameters / (self.mesh["fsdp"] * self.mesh["tensor"]))
+
+    def _allgather_bytes(self, size: float) -> float:
+        """Along `fsdp`."""
+        return size * (self.mesh["fsdp"] - 1) / self.mesh["fsdp"]
+
+    def _allreduce_bytes(self, size: float) -> float:
+        """Along `tensor`."""
+        return 2 * size * (self.mesh["tensor"] - 1) / self.mesh["tensor"]
+
+    def _allreduce_hidden_bytes(self, tokens: float) -> float:
+        """Of one hidden state, or embedding, of so many tokens."""
+        return self._allreduce_bytes(tokens * self.config.width * self.itemsize)
+
+    def _allreduce_layers_bytes(self, tokens: float) -> float:
+        return 2 * self.config.num_layers * self._allreduce_hidden_bytes(tokens)
+
+    def _reduce_gradient_bytes(self, size: float) -> tuple[float, float]:
+        """Scattered along `fsdp`, then all-reduced along `data`: in a slice, and between them."""
+        part, inside = size / self.mesh["fsdp"], self.mesh["data"] // self.slices
+        sent = self._allgather_bytes(size) + 2 * part * (inside - 1) / inside
+        return sent, 2 * part / inside * (self.slices - 1) / self.slices
+
+
+def cache_bytes(config: DecoderConfig, rows: int, columns: int, mesh: Mapping[str, int]) -> float:
+    """Keys and values: 2 L B S K H, rows along `data` and `fsdp`, heads along `tensor`, each as
+    often as makes their number divide."""
+    heads = math.lcm(config.num_kv_heads, mesh["tensor"]) / mesh["tensor"]
+    elements = 2 * config.num_layers * rows * columns * heads * config.head_dim
+    return elements * jnp.dtype(config.dtype).itemsize / (mesh["data"] * mesh["fsdp"])
