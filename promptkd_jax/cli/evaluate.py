@@ -14,7 +14,7 @@ from etils import epath
 from promptkd_jax.cli import flags
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows, tokenize
-from promptkd_jax.data.templates import TEMPLATES
+from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
@@ -26,9 +26,10 @@ from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, trai
 from promptkd_jax.models.model import Model
 from promptkd_jax.training.fields import DataConfig
 
+FORMAT = ("system", "chat_template_kwargs", "add_bos")  # of how a model is asked, beside a template
 # What decides the scores, as it is written beside them.
 SETTINGS = (
-    *("model", "data", "split", "template", "seeds", "temperature", "top_k", "top_p"),
+    *("model", "data", "split", "template", *FORMAT, "seeds", "temperature", "top_k", "top_p"),
     *("no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size", "dtype"),
 )
 
@@ -67,7 +68,8 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
             f"--max-prompt-length {options.max_prompt_length}"
         )
     model = load_with_tokenizer(options.model, dtype=options.dtype)
-    options.template, why = template_for(model, options.template, record)
+    prompt_format, why = prompt_format_for(model, options, record)
+    options.template = prompt_format.template
     print(f"template {options.template} ({why})", flush=True)
     output, found = options.output, {}
     for source in options.data:
@@ -77,11 +79,10 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
         rows = tokenize(
             read_records(source, split=options.split, need_output=True),
             model.tokenizer,
-            template=options.template,
+            prompt_format,
             max_prompt_length=options.max_prompt_length,
             max_length=options.max_length,
             eos_id=model.eos_ids[0],
-            date=record.get("date", ""),
         )
         distributed.assert_same(f"the data ({source})", provenance.fingerprint_rows(rows.tokens))
         seeds = {}
@@ -118,13 +119,23 @@ def recorded(model: str) -> dict[str, Any]:
     return record
 
 
-def template_for(model: Model, given: str | None, record: dict[str, Any]) -> tuple[str, str]:
-    """Chooses the template to ask a model with: what the user gave, else that of its training,
-    else its tokenizer's own. Returns its name, and why this one.
+def prompt_format_for(
+    model: Model, options: argparse.Namespace, record: dict[str, Any]
+) -> tuple[PromptFormat, str]:
+    """Chooses how to ask a model: what the user gave, else as in its training, else by its
+    tokenizer's own chat template. Returns that, and why this template.
 
     Raises:
-      ConfigError: nothing tells which.
+      ConfigError: nothing tells which template.
     """
+    template, why = _template_for(model, options.template, record)
+    given = {name: getattr(options, name) for name in FORMAT if getattr(options, name) is not None}
+    chosen = {name: record[name] for name in (*FORMAT, "date") if name in record} | given
+    chosen["chat_template_kwargs"] = dict(chosen.get("chat_template_kwargs", ()))
+    return PromptFormat(template, **chosen), why
+
+
+def _template_for(model: Model, given: str | None, record: dict[str, Any]) -> tuple[str, str]:
     if given is not None:
         return given, "as given"
     if "template" in record:
@@ -143,10 +154,7 @@ def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float
 
 
 def _write_samples(file: epath.Path, rows: Rows, texts: Sequence[str]) -> None:
-    asked = (
-        {"instruction": one.instruction, "input": one.input, "references": one.outputs}
-        for one in rows.records
-    )
+    asked = ({"messages": one.prompt, "references": one.references} for one in rows.records)
     lines = (one | {"answer": text} for one, text in zip(asked, texts))
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 

@@ -6,6 +6,7 @@ the flag.
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import Path, io_errors, to_path
 from promptkd_jax.infra.specs import SEED, Float, Int, declared
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.fields import DTYPE
+from promptkd_jax.training.fields import DTYPE, DataConfig
 
 _KINDS = {Int: int, Float: float}  # of the values of a spec; those of all others are text
 
@@ -66,6 +67,21 @@ def naming(option: str, folder: epath.Path) -> Iterator[None]:
 source = of(Path(nonempty=True))  # the `type` of a flag that names a model or data
 
 
+def _keywords(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    spec = declared(DataConfig)["chat_template_kwargs"].metadata["spec"]
+    if not isinstance(value, dict) or spec.fault(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an object of named values")
+    return value
+
+
+def _add_bos(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text, text)
+
+
 def add_asking(
     parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
 ) -> None:
@@ -78,6 +94,14 @@ def add_asking(
     add_mesh(parser)
     text = "how the model is asked (default: as it was trained, else the tokenizer's chat template)"
     parser.add_argument("--template", choices=sorted(TEMPLATES), help=text)
+    text = "system turn where a prompt has none (default: as in the training)"
+    parser.add_argument("--system", help=text)
+    text = 'what the chat template is given, such as {"enable_thinking": false}'
+    named = dict(type=_keywords, metavar="JSON")
+    parser.add_argument("--chat-template-kwargs", help=text, **named)
+    text = "whether other templates than 'chat' begin with the BOS (default: as in the training)"
+    choices = dict(type=_add_bos, choices=("auto", True, False))
+    parser.add_argument("--add-bos", help=text, metavar="{auto,true,false}", **choices)
     text = "tokens (default: that of the training, else 256)"
     parser.add_argument("--max-prompt-length", type=of(Int(low=1)), help=text)
     chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)

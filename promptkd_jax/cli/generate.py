@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import jax
 
 from promptkd_jax.cli import flags
-from promptkd_jax.cli.evaluate import recorded, template_for
-from promptkd_jax.data.records import Record
+from promptkd_jax.cli.evaluate import prompt_format_for, recorded
+from promptkd_jax.data.records import user_record
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.infra import distributed
@@ -37,20 +37,19 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _respond_to_all(options: argparse.Namespace) -> None:
     record = recorded(options.model)
     model = load_with_tokenizer(options.model, dtype=options.dtype)
-    template, why = template_for(model, options.template, record)
+    prompt_format, why = prompt_format_for(model, options, record)
     if distributed.is_primary():  # beside the responses, which may go into a file
-        print(f"template {template} ({why})", file=sys.stderr, flush=True)
+        print(f"template {prompt_format.template} ({why})", file=sys.stderr, flush=True)
     capacity = options.max_prompt_length or record.get("max_prompt_length", 256)
     typed = iter(lambda: distributed.run_on_primary(_typed), "")
     for number, prompt in enumerate(typed if options.request is None else [options.request]):
         rows = tokenize(
-            [Record(prompt, "", ())],
+            [user_record(prompt)],
             model.tokenizer,
-            template=template,
+            prompt_format,
             max_prompt_length=capacity,
             max_length=capacity + options.max_new_tokens,
             eos_id=model.eos_ids[0],
-            date=record.get("date", ""),
         )
         responses = generate_responses(
             model,

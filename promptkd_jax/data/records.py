@@ -1,24 +1,54 @@
 """Records: examples of a JSON lines file, of this package, or of the Hugging Face hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import address_fault, io_errors, is_remote, to_path
 
+Message = Mapping[str, Any]  # {"role": "user", "content": "…"}, and what else a template reads
+
 
 class Record(NamedTuple):
-    """One example: what is asked, the text it is asked about, and the reference answers."""
+    """One example: a conversation, and what is right as its last response.
 
-    instruction: str
-    input: str  # "" where there is none
-    outputs: tuple[str, ...]  # () where no answer is given
+    Attributes:
+      messages: the turns, of the roles system, user, assistant and tool, as chat templates take
+        them. Where the last one is an assistant's, it is the gold response.
+      references: texts that are right as that response, the gold one first; () where no response is
+        given.
+      extra: what the data say beside, by their names for it.
+    """
+
+    messages: tuple[Message, ...]
+    references: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = {}
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The conversation up to the response."""
+        answered = self.messages and self.messages[-1]["role"] == "assistant"
+        return self.messages[:-1] if answered else self.messages
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt for people: the text of a single turn as it is, else each turn by its role."""
+        if len(self.prompt) == 1:
+            return self.prompt[0]["content"]
+        return "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in self.prompt)
+
+
+def user_record(text: str, references: tuple[str, ...] = (), **extra: Any) -> Record:
+    """Returns the record of a single turn, answered by the first of the references, if any."""
+    turns = ({"role": "user", "content": text},)
+    gold = tuple({"role": "assistant", "content": text} for text in references[:1])
+    return Record(turns + gold, references, extra)
 
 
 ASSETS = {"package:": "data/assets", "synthetic:": "data/assets/synthetic"}
@@ -127,7 +157,9 @@ def _to_record(fields: object, where: str, need_output: bool) -> Record:
     name, context = _pick(fields, ("input", "context"), where)
     context = "" if context is None else _text(context, name, where)
     context = context if context.strip() else ""  # blanks are no input
-    return Record(instruction, context, _outputs(fields, where, need_output))
+    text = f"{instruction}\n{context}" if context else instruction
+    outputs = _outputs(fields, where, need_output)
+    return user_record(text, outputs, instruction=instruction, input=context)
 
 
 def _outputs(fields: dict, where: str, need_output: bool) -> tuple[str, ...]:
@@ -208,7 +240,3 @@ def _document(fields: object, where: str) -> str:
     if not isinstance(fields, dict) or "text" not in fields:
         raise DataError(f"{where}: found {_shown(fields)}, expected an object like {_DOCUMENT}")
     return _text(fields["text"], "text", where)
-
-
-def plain_prompt(record: Record) -> str:
-    return f"{record.instruction}\n{record.input}" if record.input else record.instruction

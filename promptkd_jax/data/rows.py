@@ -4,6 +4,7 @@ Every row starts at column 0 and ends at its length: nothing is left-padded, and
 derived from the padding token, which is often also the end of sequence.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -14,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from promptkd_jax.data.records import Record
-from promptkd_jax.data.templates import encode, prompt_tokens, shows_date
+from promptkd_jax.data.templates import PromptFormat, encode, prompt_tokens, shows_date
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.provenance import fingerprint_rows
 
@@ -33,21 +34,17 @@ class Rows(NamedTuple):
 def tokenize(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
     *,
-    template: str,
     max_prompt_length: int,
     max_length: int,
     eos_id: int,
-    date: str = "",
 ) -> Rows:
     """Tokenises records into rows: prompt, first output, end of sequence, cut to max_length tokens.
 
     The response is encoded by itself, so that a prompt's tokens do not depend on it. A row that is
     cut has no end of sequence, and is counted; a record without output gives its prompt alone. A
     record whose prompt has more than max_prompt_length tokens is dropped and counted.
-
-    Args:
-      template, date: as `render_prompt` takes them.
 
     Raises:
       DataError: no record is left, a prompt has no tokens, the two lengths contradict each other,
@@ -60,12 +57,15 @@ def tokenize(
         )
     if not records:
         raise DataError("no records to tokenise; expected at least one")
-    today = date or datetime.date.today().isoformat()  # one for all records, also at midnight
-    date = today if shows_date(template, tokenizer) else ""
-    prompts = prompt_tokens(records, template, tokenizer, date)
+    date = ""
+    if shows_date(prompt_format.template, tokenizer):
+        # One for all records, also at midnight.
+        date = prompt_format.date or datetime.date.today().isoformat()
+    prompt_format = dataclasses.replace(prompt_format, date=date)
+    prompts = prompt_tokens(records, prompt_format, tokenizer)
     kept = _short_enough(prompts, max_prompt_length)
-    answers = encode(["".join(records[i].outputs[:1]) for i in kept], tokenizer)
-    ends = [[*answer, eos_id] if records[i].outputs else [] for i, answer in zip(kept, answers)]
+    answers = encode(["".join(records[i].references[:1]) for i in kept], tokenizer)
+    ends = [[*answer, eos_id] if records[i].references else [] for i, answer in zip(kept, answers)]
     rows = [prompts[i] + end for i, end in zip(kept, ends)]
     return Rows(
         tokens=[np.array(row[:max_length], np.int32) for row in rows],
@@ -109,7 +109,7 @@ def pack(
     if not count:
         raise DataError(f"the corpus has {len(stream)} tokens, a row takes {length}")
     tokens = np.array(stream[: count * length], np.int32).reshape(count, length)
-    return Rows(list(tokens), np.ones(count, np.int32), [Record("", "", ())] * count, dropped=0)
+    return Rows(list(tokens), np.ones(count, np.int32), [Record(())] * count, dropped=0)
 
 
 def with_responses(rows: Rows, responses: Iterable[Sequence[int]]) -> Rows:
@@ -133,5 +133,5 @@ def select_rows(rows: Rows, indices: Sequence[int]) -> Rows:
 def fingerprint_records(rows: Rows) -> str:
     """`fingerprint_rows` with where each prompt ends, and all references."""
     tokens = [np.append(start, row) for start, row in zip(rows.prompt_lengths, rows.tokens)]
-    outputs = json.dumps([record.outputs for record in rows.records]).encode()
-    return f"{fingerprint_rows(tokens)}, references {hashlib.sha256(outputs).hexdigest()[:16]}"
+    references = json.dumps([record.references for record in rows.records]).encode()
+    return f"{fingerprint_rows(tokens)}, references {hashlib.sha256(references).hexdigest()[:16]}"

@@ -1,49 +1,116 @@
 """Templates: how a record becomes the text of a prompt, and its tokens."""
 
+import dataclasses
 import datetime
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from promptkd_jax.data.records import Record, plain_prompt
+from promptkd_jax.data.records import Message, Record
 from promptkd_jax.infra.errors import DataError
 
 _CLOCK = "strftime_now"
 
 
-def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How a conversation becomes the tokens of a prompt.
+
+    Attributes:
+      template: key of `TEMPLATES`.
+      system: the system turn of conversations that have none; "": none.
+      chat_template_kwargs: what the chat template is given beside the conversation, such as
+        {"enable_thinking": False}.
+      add_bos: whether a prompt begins with the tokenizer's BOS where the template writes none
+        itself; "auto": where the tokenizer puts one in front of a text.
+      date: such as "2026-11-27", for a chat template that shows one; "": today.
+    """
+
+    template: str
+    system: str = ""
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    add_bos: bool | str = "auto"
+    date: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides a prompt beside its text and the day, to be written down: the template, and
+        what differs from the default."""
+        chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        default = vars(PromptFormat(self.template)) | {"template": None}
+        return {n: x for n, x in chosen.items() if n != "date" and x != default[n]}
+
+
+def _single_turn(record: Record, prompt_format: PromptFormat) -> Message:
+    """The one turn of a prompt. Raises DataError where there are others, which would be lost."""
+    turns = _with_system(record.prompt, prompt_format.system)
+    if [turn["role"] for turn in turns] != ["user"]:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(
+            f"template {prompt_format.template!r} renders a single turn of the user, and the turns "
+            f"of this prompt are: {roles}; use 'chat'"
+        )
+    return turns[0]
+
+
+def _with_system(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    has_one = turns and turns[0]["role"] == "system"
+    return ({"role": "system", "content": system}, *turns) if system and not has_one else turns
+
+
+def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat) -> str:
     """The prompt of Stanford Alpaca, ending in a newline as in the MiniLLM experiments."""
+    instruction, given = _single_turn(record, how)["content"], record.extra.get("input", "")
     task = "Below is an instruction that describes a task"
-    if record.input:
+    if given:
+        instruction = record.extra["instruction"]
         task += ", paired with an input that provides further context"
-    context = f"### Input:\n{record.input}\n\n" if record.input else ""
+    context = f"### Input:\n{given}\n\n" if given else ""
     return (
         f"{task}. Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{record.instruction}\n\n{context}### Response:\n"
+        f"### Instruction:\n{instruction}\n\n{context}### Response:\n"
     )
 
 
-def _chat(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
-    """One user turn and the opening of the answer, in the model's own chat format."""
-    name, clock = tokenizer.name_or_path or type(tokenizer).__name__, _stopped_clock(date)
+def _chat(record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat) -> str:
+    """The conversation and the opening of the answer, in the model's own chat format."""
+    return render_chat(record.prompt, tokenizer, how, add_generation_prompt=True)
+
+
+def render_chat(
+    turns: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    how: PromptFormat,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Renders turns by the tokenizer's chat template.
+
+    Raises:
+      DataError: it has none, or cannot render them.
+    """
+    name, clock = tokenizer.name_or_path or type(tokenizer).__name__, _stopped_clock(how.date)
     if not tokenizer.chat_template:
         raise DataError(
             f"template 'chat': tokenizer {name} has no chat template; use 'alpaca' or 'plain'"
         )
-    turn = {"role": "user", "content": plain_prompt(record)}
     try:
         return tokenizer.apply_chat_template(
-            [turn],
+            [dict(turn) for turn in _with_system(tuple(turns), how.system)],
             chat_template=clock + tokenizer.get_chat_template(),
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             tokenize=False,
+            **how.chat_template_kwargs,
         )
     except (TemplateError, TypeError, ValueError) as error:  # what expressions in it raise, too
         line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        roles = ", ".join(turn["role"] for turn in turns)
+        shown = "one user turn" if roles == "user" else f"the turns {roles}"
         raise DataError(
-            f"template 'chat': that of tokenizer {name} cannot be rendered for one user turn: "
+            f"template 'chat': that of tokenizer {name} cannot be rendered for {shown}: "
             f"{line}{error}; mend its chat template, or use 'alpaca' or 'plain'"
         ) from error
 
@@ -64,8 +131,8 @@ def _stopped_clock(date: str) -> str:
     )
 
 
-def _plain(record: Record, tokenizer: PreTrainedTokenizerBase, date: str) -> str:
-    return plain_prompt(record) + "\n"
+def _plain(record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat) -> str:
+    return _single_turn(record, how)["content"] + "\n"
 
 
 def shows_date(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -73,7 +140,7 @@ def shows_date(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return template == "chat" and _CLOCK in str(tokenizer.chat_template)
 
 
-TEMPLATES: dict[str, Callable[[Record, PreTrainedTokenizerBase, str], str]] = {
+TEMPLATES: dict[str, Callable[[Record, PreTrainedTokenizerBase, PromptFormat], str]] = {
     "alpaca": _alpaca,
     "chat": _chat,
     "plain": _plain,
@@ -81,32 +148,44 @@ TEMPLATES: dict[str, Callable[[Record, PreTrainedTokenizerBase, str], str]] = {
 
 
 def render_prompt(
-    record: Record, template: str, tokenizer: PreTrainedTokenizerBase, date: str = ""
+    record: Record, prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """The tokens of a record's prompt; special tokens only where the template writes them.
+    """The tokens of a record's prompt; special tokens only where the template writes them, and a
+    BOS as `PromptFormat.add_bos` says.
 
-    Args:
-      record: its instruction and input make the prompt.
-      template: "alpaca" (the published Alpaca text, with or without input), "chat" (one user turn
-        and the generation prompt, in the tokenizer's chat template) or "plain" (the instruction,
-        and the input on the next line; the response stands on a line of its own).
-      tokenizer: the model's own.
-      date: such as "2026-11-27", for a chat template that shows one; "": today.
+    Templates are "alpaca" (the published Alpaca text, with or without input), "chat" (the turns and
+    the generation prompt, in the tokenizer's chat template) and "plain" (the text alone; the
+    response stands on a line of its own).
 
     Raises:
       DataError: the template is unknown, or "chat" for a tokenizer without a chat template, or with
         one that cannot be rendered.
     """
-    return prompt_tokens([record], template, tokenizer, date)[0]
+    return prompt_tokens([record], prompt_format, tokenizer)[0]
 
 
 def prompt_tokens(
-    records: Sequence[Record], template: str, tokenizer: PreTrainedTokenizerBase, date: str
+    records: Sequence[Record], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
+    template = prompt_format.template
     if template not in TEMPLATES:
         raise DataError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
-    render = TEMPLATES[template]
-    return encode([render(record, tokenizer, date) for record in records], tokenizer)
+    texts = [TEMPLATES[template](record, tokenizer, prompt_format) for record in records]
+    prompts, bos = encode(texts, tokenizer), _bos(prompt_format, tokenizer)
+    return [ids if ids[:1] == bos else bos + ids for ids in prompts]
+
+
+def _bos(prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that a prompt begins with, or none."""
+    bos, wanted = tokenizer.bos_token_id, prompt_format.add_bos
+    if wanted == "auto":
+        # A chat template says itself how a conversation begins.
+        if bos is None or prompt_format.template == "chat":
+            return []
+        wanted = tokenizer("a")["input_ids"][:1] == [bos]
+    if wanted and bos is None:
+        raise DataError(f"add_bos: tokenizer {tokenizer.name_or_path} has no BOS; expected False")
+    return [bos] if wanted else []
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -107,5 +107,5 @@ def generation_metrics(
         )
     )
     texts = [decode(model.tokenizer, tokens) for tokens in written]
-    scores = text_scores(texts, [record.outputs for record in rows.records])
+    scores = text_scores(texts, [record.references for record in rows.records])
     return scores | response_statistics(written, sampling.eos_ids), texts

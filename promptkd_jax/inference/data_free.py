@@ -40,9 +40,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.records import Record, user_record
 from promptkd_jax.data.rows import Rows, select_rows, tokenize, with_responses
-from promptkd_jax.data.templates import render_prompt
+from promptkd_jax.data.templates import PromptFormat, render_prompt
 from promptkd_jax.distill.losses import Divergence, cross_entropy, forward_kl
 from promptkd_jax.inference import topic_policy
 from promptkd_jax.inference.generate import decode, generate_responses
@@ -111,11 +111,10 @@ class _Task(NamedTuple):
     teacher: Model
     student: Model
     settings: DataFree
-    template: str
+    prompt_format: PromptFormat
     prompt_capacity: int
     batch_size: int
     vocab_size: int
-    date: str = ""
 
 
 class _Candidate(NamedTuple):
@@ -135,12 +134,11 @@ def generate_prompts(
     student: Model,
     file: epath.Path,
     settings: DataFree,
+    prompt_format: PromptFormat,
     *,
-    template: str,
     prompt_capacity: int,
     batch_size: int,
     vocab_size: int,
-    date: str = "",
 ) -> list[Record]:
     """Prompts for the student to learn on, in the teacher's own words.
 
@@ -152,7 +150,7 @@ def generate_prompts(
 
     Args:
       teacher, student: with one tokenizer; generation ends at any of the teacher's `eos_ids`.
-      template, date: of topic prompts and of prompts; see `templates.render_prompt`.
+      prompt_format: of topic prompts and of prompts.
       prompt_capacity: the most tokens of a rendered topic prompt or prompt.
       batch_size: rows per forward; part of what decides the result to the last bit.
       vocab_size: what teacher and student share.
@@ -164,9 +162,7 @@ def generate_prompts(
       DataError: the bank cannot be used, the file is of other models or settings, or the teacher
         writes nothing new any more, or a log-probability is not finite.
     """
-    task = _Task(
-        teacher, student, settings, template, prompt_capacity, batch_size, vocab_size, date
-    )
+    task = _Task(teacher, student, settings, prompt_format, prompt_capacity, batch_size, vocab_size)
     check_positions(student, prompt_capacity + settings.max_new_tokens)
     bank = _bank_rows(task)
     size, wanted = settings.round_size, settings.requests
@@ -194,7 +190,7 @@ def generate_prompts(
             prompts += _kept(written)
             bar.update(min(len(prompts), wanted))
     print(_account(file, candidates, len(candidates) // size))
-    return [Record(text, "", ()) for text in prompts[:wanted]]
+    return [user_record(text) for text in prompts[:wanted]]
 
 
 def _kept(candidates: Sequence[_Candidate]) -> list[str]:
@@ -213,7 +209,7 @@ def _reinforced(
     policy: topic_policy.Policy, task: _Task, bank: Rows, candidates: Sequence[_Candidate]
 ) -> topic_policy.Policy:
     """The policy after a round, whose lines have all that decides it."""
-    numbers = {record.instruction: number for number, record in enumerate(bank.records)}
+    numbers = {record.prompt_text: number for number, record in enumerate(bank.records)}
     return topic_policy.reinforce(
         policy,
         jnp.array([numbers[one.topic] for one in candidates]),
@@ -241,11 +237,10 @@ def _rows(task: _Task, records: Sequence[Record]) -> Rows:
     return tokenize(
         records,
         task.teacher.tokenizer,
-        template=task.template,
+        task.prompt_format,
         max_prompt_length=task.prompt_capacity,
         max_length=task.prompt_capacity,
         eos_id=task.teacher.eos_ids[0],
-        date=task.date,
     )
 
 
@@ -261,7 +256,7 @@ def _write_round(
     texts = [topic_policy.clean_prompt(decode(tokenizer, tokens)) for tokens in written]
 
     def fits(text: str) -> bool:
-        tokens = render_prompt(Record(text, "", ()), task.template, tokenizer, task.date)
+        tokens = render_prompt(user_record(text), task.prompt_format, tokenizer)
         return len(tokens) <= task.prompt_capacity
 
     faults = topic_policy.faults(texts, earlier, fits)
@@ -276,7 +271,7 @@ def _write_round(
     floor = reward(settings, 0.0, 1.0, max((part[2] for part in scored.values()), default=0.0))
     return [
         _Candidate(
-            topics.records[i].instruction,
+            topics.records[i].prompt_text,
             texts[i],
             faults[i],
             *scored.get(i, (None, None, None)),
@@ -308,7 +303,7 @@ def _disagreements(task: _Task, prompts: list[str], key: jax.Array) -> list[floa
     """KL(teacher || student) in nats per token of the teacher's own response to each prompt."""
     if not prompts:
         return []
-    rows = _rows(task, [Record(text, "", ()) for text in prompts])
+    rows = _rows(task, [user_record(text) for text in prompts])
     most = task.settings.max_new_tokens
     rows = with_responses(rows, _responses(task, rows, most, 1.0, key))
     return _means(task, forward_kl, (task.teacher, task.student), rows, most)
@@ -363,7 +358,7 @@ def _made_from(task: _Task, bank: Rows) -> dict[str, Any]:
         "tokenizer": identity.tokenizer_digest(task.teacher.tokenizer),
         "topics": provenance.fingerprint_rows(bank.tokens),
         **chosen,
-        "template": task.template,
+        **task.prompt_format.identity,
         "prompt_capacity": task.prompt_capacity,
         "batch_size": task.batch_size,
         "vocab_size": task.vocab_size,

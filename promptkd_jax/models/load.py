@@ -27,7 +27,10 @@ from promptkd_jax.models.model import Model, check_text
 from promptkd_jax.models.random_model import PREFIX, synthetic_model
 
 RECORD = "promptkd.json"  # beside a student: how it was asked while it was trained
-RECORDED = ("template", "date", "max_prompt_length", "max_length")  # of the fields of its data
+RECORDED = (  # of the fields of its data
+    *("template", "system", "chat_template_kwargs", "add_bos", "date"),
+    *("max_prompt_length", "max_length"),
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Whatever else the tokenizers of transformers read.
 _BESIDE_TOKENIZER = ("*tokens*.json", "vocab.*", "merges.txt", "*.model", "*chat_template*")

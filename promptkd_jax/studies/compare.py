@@ -268,8 +268,8 @@ def _samples(config: ComparisonConfig, measured: Mapping[str, Any]) -> list[dict
             found.append(
                 {
                     "set": name,
-                    "request": "\n".join(filter(None, (record.instruction, record.input))),
-                    "reference": record.outputs[0],
+                    "request": record.prompt_text,
+                    "reference": record.references[0],
                     "answers": {model: answers[row] for model, answers in texts.items()},
                 }
             )

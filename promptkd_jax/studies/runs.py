@@ -158,10 +158,11 @@ def answer_sets(
     """
     load = functools.cache(functools.partial(load, contender.path, dtype=contender.dtype))
     data = contender.config.data
+    asked = data.prompt_format(contender.config.preset)
     decides = dict(
         model=contender.path,
         dtype=contender.dtype,
-        template=data.template,
+        **asked.identity,
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
         sampling={name: getattr(sampling, name) for name in declared(Sampling)},
@@ -172,11 +173,10 @@ def answer_sets(
         rows = tokenize(
             sets[name],
             tokenizer or model.tokenizer,
-            template=data.template,
+            asked,
             max_prompt_length=data.max_prompt_length,
             max_length=data.max_length,
             eos_id=model.eos_ids[0],
-            date=data.date,
         )
         found = _answer(model, rows, data, sampling=sampling, batch_size=batch_size, seed=seed)
         score = f"ROUGE-L {found['rougeL']:.2f} on {found['rows']} rows"
@@ -206,7 +206,7 @@ def _answer(model: Model, rows: Rows, data: DataConfig, *, sampling: Sampling, *
         vocab_size=model.vocab_size,
         **how,
     )
-    by_row = [100 * rouge_l(text, record.outputs) for text, record in zip(texts, rows.records)]
+    by_row = [100 * rouge_l(text, record.references) for text, record in zip(texts, rows.records)]
     counts = {"rows": len(texts), "dropped": rows.dropped}
     return scores | counts | {"rougeL_by_row": by_row, "texts": texts}
 

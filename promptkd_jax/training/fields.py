@@ -8,10 +8,10 @@ stage are declared with the mathematics that they belong to: `distill.method.Obj
 
 import dataclasses
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from promptkd_jax.data.templates import TEMPLATES
+from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.distill import optimizer
 from promptkd_jax.distill.method import PRESETS, Execution, Objective
 from promptkd_jax.distill.soft_prompt import INITS
@@ -67,6 +67,22 @@ class _Date:
             return "" if value == "" or datetime.date.fromisoformat(value) else str(self)
         except (TypeError, ValueError):
             return str(self)
+
+
+class _Keywords:
+    """The spec of named values, as a mapping or as pairs."""
+
+    def __str__(self) -> str:
+        return "named values such as {'enable_thinking': False}"
+
+    def fault(self, value: Any) -> str:
+        pairs = value.items() if isinstance(value, Mapping) else value
+        try:
+            named = dict(pairs)
+        except (TypeError, ValueError):
+            return str(self)
+        plain = all(isinstance(x, str | bool | int | float | None) for x in named.values())
+        return "" if plain and all(isinstance(name, str) for name in named) else str(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +154,16 @@ class DataConfig:
     corpus: str = field("", Path(), "plain text for corpus_terms")
     corpus_split: str = field("train", Str(), "as train_split")
     template: str = field("alpaca", Choice(*TEMPLATES), "how a record becomes the text of a prompt")
+    system: str = field("", Str(), "system turn of conversations that have none; '': none")
+    chat_template_kwargs: tuple[tuple[str, Any], ...] = field(
+        (), _Keywords(), "what the chat template is given beside the conversation"
+    )
+    add_bos: bool | str = field(
+        "auto",
+        Choice("auto", True, False),
+        "whether prompts of other templates than 'chat' begin with the BOS; 'auto': as the "
+        "tokenizer has it, and not with preset 'faithful'",
+    )
     date: str = field(
         "", _Date(), "that a chat template may show; '': that of the run's first start"
     )
@@ -145,6 +171,17 @@ class DataConfig:
         256, Int(low=1), "tokens of a prompt; records with longer ones are dropped"
     )
     max_length: int = field(512, Int(low=2), "tokens of a row; longer responses are cut")
+
+    def __post_init__(self):
+        if isinstance(self.chat_template_kwargs, Mapping):  # as pairs, which can be hashed
+            pairs = tuple(self.chat_template_kwargs.items())
+            object.__setattr__(self, "chat_template_kwargs", pairs)
+
+    def prompt_format(self, preset: str) -> PromptFormat:
+        """Returns how a conversation becomes a prompt, under this preset of conventions."""
+        add_bos = False if self.add_bos == "auto" and preset == "faithful" else self.add_bos
+        keywords = dict(self.chat_template_kwargs)
+        return PromptFormat(self.template, self.system, keywords, add_bos, self.date)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -277,8 +277,9 @@ def _generate(
     if train is None:
         held = names.dev_rows if dev is None else 0
         free = dataclasses.replace(config.data_free, requests=config.data_free.requests + held)
-        how = dict(template=names.template, date=names.date, **shared)
-        records = generate_prompts(teacher, student, workdir / "requests.jsonl", free, **how)
+        asked = names.prompt_format(config.preset)
+        file = workdir / "requests.jsonl"
+        records = generate_prompts(teacher, student, file, free, asked, **shared)
         train = tokenized(config, student, names.train, records[held:])
         if dev is None:
             dev = tokenized(config, student, names.dev, records[:held])
@@ -328,11 +329,10 @@ def tokenized(config: RunConfig, model: Model, source: str, records: Sequence[Re
     rows = tokenize(
         records,
         model.tokenizer,
-        template=config.data.template,
+        config.data.prompt_format(config.preset),
         max_prompt_length=limit,
         max_length=length,
         eos_id=model.eos_ids[0],
-        date=config.data.date,
     )
     print(
         f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "
@@ -357,7 +357,7 @@ def _shown(config: RunConfig, rows: Rows) -> list[int]:
     if not wanted:
         return []
     number, count = config.in_context.examples, len(rows.tokens)
-    if number > count or not all(record.outputs for record in rows.records):
+    if number > count or not all(record.references for record in rows.records):
         raise DataError(
             f"{config.data.train}: {count} rows, of which {number} with an answer are wanted as "
             "demonstrations (config.in_context.examples)"

@@ -200,8 +200,8 @@ def _samples(experiment: Experiment, before: list[str], after: list[str]) -> lis
     records = experiment.dev.records[: experiment.config.evaluation.samples]
     return [
         {
-            "request": "\n".join(filter(None, (record.instruction, record.input))),
-            "teacher": record.outputs[0],
+            "request": record.prompt_text,
+            "teacher": record.references[0],
             "before": first,
             "after": last,
         }

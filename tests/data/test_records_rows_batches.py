@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import tokenizers
 from conftest import DATA, TOKENIZERS
+from helpers.records import example
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from promptkd_jax.data import templates
 from promptkd_jax.data.batches import collate, eval_batches, stream, train_batches
-from promptkd_jax.data.records import Record, read_records
+from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows, tokenize, with_responses
-from promptkd_jax.data.templates import render_prompt
+from promptkd_jax.data.templates import PromptFormat, render_prompt
 from promptkd_jax.infra.errors import DataError
 
 _EOS = "<|end|>"
@@ -45,7 +46,7 @@ def _rows(count, width=6):
     """Rows of distinct content: row i is `i` repeated, with 2 to `width` tokens."""
     lengths = 2 + np.arange(count) % (width - 1)
     tokens = [np.full(length, i, np.int32) for i, length in enumerate(lengths)]
-    records = [Record(str(i), "", ()) for i in range(count)]
+    records = [example(str(i), "", ()) for i in range(count)]
     return Rows(tokens, np.ones(count, np.int32), records, dropped=0)
 
 
@@ -60,7 +61,7 @@ def _tokenize(records, tokenizer, max_prompt_length=50, max_length=100):
     return tokenize(
         records,
         tokenizer,
-        template="plain",
+        prompt_format=PromptFormat("plain", add_bos=False),
         max_prompt_length=max_prompt_length,
         max_length=max_length,
         eos_id=tokenizer.eos_token_id,
@@ -81,11 +82,11 @@ def test_records_of_a_file(tmp_path):
         {"instruction": "l", "context": "\t", "output": "m"},
     )
     assert read_records(path, need_output=True) == [
-        Record("a", "b\u2028", ("c",)),
-        Record(" d ", "", ("e", "f")),
-        Record("g", "h", ("i",)),
-        Record("j", "", ("k",)),
-        Record("l", "", ("m",)),
+        example("a", "b\u2028", ("c",)),
+        example(" d ", "", ("e", "f")),
+        example("g", "h", ("i",)),
+        example("j", "", ("k",)),
+        example("l", "", ("m",)),
     ]
 
 
@@ -94,7 +95,7 @@ def test_records_of_a_file(tmp_path):
 )
 def test_an_answer_may_be_absent_only_where_none_is_needed(tmp_path, nothing):
     path = _write(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "a", **nothing})
-    assert read_records(path, need_output=False)[1].outputs == ()
+    assert read_records(path, need_output=False)[1].references == ()
     with pytest.raises(DataError, match=r"some\.jsonl:2: field 'output' is (missing|.*empty)"):
         read_records(path, need_output=True)
 
@@ -163,7 +164,7 @@ def test_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = read_records(str(folder), split="test", need_output=False)
-    assert records == [Record("a", "b", ("c",)), Record("d", "", ())]
+    assert records == [example("a", "b", ("c",)), example("d", "", ())]
     with pytest.raises(DataError, match=r"dolly \(split 'test'\) row 1: field 'output' is mis"):
         read_records(str(folder), split="test", need_output=True)
     with pytest.raises(DataError, match="reading split 'dev' .*failed: Unknown split"):
@@ -221,50 +222,62 @@ Add {these}.
     ],
 )
 def test_the_text_of_a_template(tokenizer, template, given, text):
-    record = Record("Add {these}.", given, ("3",))
-    assert tokenizer.decode(render_prompt(record, template, tokenizer)) == text
+    """Its tokenizer puts a BOS in front of a text; a chat template says itself how it begins."""
+    record = example("Add {these}.", given, ("3",))
+    bare = PromptFormat(template, add_bos=False)
+    assert tokenizer.decode(render_prompt(record, bare, tokenizer)) == text
+    prompt = render_prompt(record, PromptFormat(template), tokenizer)
+    assert tokenizer.decode(prompt) == ("" if template == "chat" else "<s>") + text
 
 
 def test_chat_tokens_are_those_of_transformers(tokenizer):
     expected = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Ünï\n2"}], add_generation_prompt=True, return_dict=False
     )
-    assert render_prompt(Record("Ünï", "2", ()), "chat", tokenizer) == expected
+    assert render_prompt(example("Ünï", "2", ()), PromptFormat("chat"), tokenizer) == expected
 
 
 def test_the_clock_of_a_template_stands_still(tokenizer):
-    record, clock = Record("a", "", ()), "{{{{ strftime_now('{}') }}}}"
+    record, clock = example("a", "", ()), "{{{{ strftime_now('{}') }}}}"
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     for form, shown in (("%d %b %Y", "05 Nov 2026"), ("%-d %B, %F", "5 November, 2026-11-05")):
         bare.chat_template = clock.format(form)
-        assert bare.decode(render_prompt(record, "chat", bare, "2026-11-05")) == shown
+        assert (
+            bare.decode(render_prompt(record, PromptFormat("chat", date="2026-11-05"), bare))
+            == shown
+        )
     bare.chat_template = clock.format("%Q")
     with pytest.raises(DataError, match="no such date: %Q"):
-        render_prompt(record, "chat", bare, "2026-11-05")
+        render_prompt(record, PromptFormat("chat", date="2026-11-05"), bare)
 
 
 def test_a_template_is_a_function_and_its_name(tokenizer, monkeypatch):
     """As CONTRIBUTING.md says."""
 
-    def shout(record, tokenizer, date):
-        return f"{record.instruction.upper()}!\n"
+    def shout(record, tokenizer, how):
+        return f"{record.prompt_text.upper()}!\n"
 
     monkeypatch.setitem(templates.TEMPLATES, "shout", shout)
-    how = dict(template="shout", max_prompt_length=20, max_length=30, eos_id=0)
-    rows = tokenize([Record("say red", "", ("red",))], tokenizer, **how)
+    how = dict(
+        prompt_format=PromptFormat("shout", add_bos=False),
+        max_prompt_length=20,
+        max_length=30,
+        eos_id=0,
+    )
+    rows = tokenize([example("say red", "", ("red",))], tokenizer, **how)
     prompt = rows.tokens[0][: rows.prompt_lengths[0]]
     assert tokenizer.decode(prompt) == "SAY RED!\n"
     with pytest.raises(DataError, match="there are alpaca, chat, plain, shout"):
-        render_prompt(Record("say red", "", ()), "whisper", tokenizer)
+        render_prompt(example("say red", "", ()), PromptFormat("whisper"), tokenizer)
 
 
 def test_template_errors(tokenizer):
-    record = Record("a", "", ())
+    record = example("a", "", ())
     with pytest.raises(DataError, match="unknown template 'vicuna'; .*alpaca, chat, plain"):
-        render_prompt(record, "vicuna", tokenizer)
+        render_prompt(record, PromptFormat("vicuna"), tokenizer)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match="has no chat template; use 'alpaca' or 'plain'"):
-        render_prompt(record, "chat", bare)
+        render_prompt(record, PromptFormat("chat"), bare)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +296,14 @@ def test_a_template_that_cannot_be_rendered_is_named(tokenizer, template, fault)
     broken.chat_template = template
     message = f"tokenizer owner/broken cannot be rendered for one user turn: .*{fault}.*; mend"
     with pytest.raises(DataError, match=message):
-        render_prompt(Record("a", "", ()), "chat", broken)
+        render_prompt(example("a", "", ()), PromptFormat("chat"), broken)
 
 
 # Token rows
 
 
 def test_a_row_is_prompt_response_and_end(tokenizer):
-    records = [Record("ab", "c", ("de", "other")), Record("f", "", ())]
+    records = [example("ab", "c", ("de", "other")), example("f", "", ())]
     rows = _tokenize(records, tokenizer)
     assert tokenizer.decode(rows.tokens[0]) == "ab\nc\nde" + _EOS
     assert tokenizer.decode(rows.tokens[0][: rows.prompt_lengths[0]]) == "ab\nc\n"
@@ -304,9 +317,9 @@ def test_the_response_does_not_change_the_prompt():
     merges = tokenizers.models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")])
     merging = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(merges))
     rows = tokenize(
-        [Record("aba", "", ("ba",))],
+        [example("aba", "", ("ba",))],
         merging,
-        template="plain",
+        prompt_format=PromptFormat("plain", add_bos=False),
         max_prompt_length=9,
         max_length=9,
         eos_id=7,
@@ -317,7 +330,7 @@ def test_the_response_does_not_change_the_prompt():
 
 def test_long_prompts_are_dropped_and_long_rows_are_cut(tokenizer):
     prompts = ["12345", "123", "1234"]
-    records = [Record(prompt, "", ("abc",)) for prompt in prompts]
+    records = [example(prompt, "", ("abc",)) for prompt in prompts]
     rows = _tokenize(records, tokenizer, max_prompt_length=5, max_length=8)
     assert [tokenizer.decode(row) for row in rows.tokens] == ["123\nabc" + _EOS, "1234\nabc"]
     assert rows.prompt_lengths.tolist() == [4, 5]
@@ -325,7 +338,7 @@ def test_long_prompts_are_dropped_and_long_rows_are_cut(tokenizer):
 
 
 def test_token_row_errors(tokenizer):
-    records = [Record("a" * n, "", ()) for n in (6, 8)]
+    records = [example("a" * n, "", ()) for n in (6, 8)]
     with pytest.raises(DataError) as error:
         _tokenize(records, tokenizer, max_prompt_length=6)
     for words in ("all 2 prompts", "max_prompt_length 6", "shortest has 7", "longest 9"):
@@ -337,7 +350,7 @@ def test_token_row_errors(tokenizer):
     knows_a = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     silent = PreTrainedTokenizerFast(tokenizer_object=knows_a, eos_token="a")
     with pytest.raises(DataError, match="prompt of record 1 .* has no tokens"):
-        _tokenize([Record("a", "", ()), Record("é", "", ())], silent)
+        _tokenize([example("a", "", ()), example("é", "", ())], silent)
 
 
 def test_other_responses_stand_behind_the_same_prompts():
@@ -369,7 +382,7 @@ def test_every_row_of_a_batch_starts_at_column_0_and_ends_at_its_length():
 
 def test_lengths_do_not_depend_on_the_padding_token(tokenizer):
     eos = tokenizer.eos_token_id
-    rows = _tokenize([Record(f"a{_EOS}b", "", (f"c{_EOS}",))], tokenizer)
+    rows = _tokenize([example(f"a{_EOS}b", "", (f"c{_EOS}",))], tokenizer)
     batch = collate(rows, [0], length=8, pad_id=eos)
     assert (batch.tokens[0] == eos).tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
     assert (batch.prompt_lengths.tolist(), batch.lengths.tolist()) == ([4], [7])  # with the end
@@ -484,7 +497,7 @@ def test_the_published_number_of_training_prompts(dolly):
     records, gpt2 = dolly
     assert len(records) == 13_495
     rows = tokenize(
-        records, gpt2, template="alpaca", max_prompt_length=256, max_length=512, eos_id=50256
+        records, gpt2, PromptFormat("alpaca"), max_prompt_length=256, max_length=512, eos_id=50256
     )
     assert (len(rows.tokens), rows.dropped) == (11_500, 1_995)
     assert rows.prompt_lengths.max() == 256
@@ -493,5 +506,5 @@ def test_the_published_number_of_training_prompts(dolly):
         assert row[-1] == 50256 or len(row) == 512
         assert 0 < length < len(row)
     record, row, length = rows.records[0], rows.tokens[0], rows.prompt_lengths[0]
-    assert row[:length].tolist() == render_prompt(record, "alpaca", gpt2)
-    assert gpt2.decode(row[length:]) == record.outputs[0] + "<|endoftext|>"
+    assert row[:length].tolist() == render_prompt(record, PromptFormat("alpaca"), gpt2)
+    assert gpt2.decode(row[length:]) == record.references[0] + "<|endoftext|>"

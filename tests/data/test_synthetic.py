@@ -9,6 +9,7 @@ from helpers.make_synthetic import REFERENCES, SIZES
 
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import tokenize
+from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.infra.errors import DataError, ModelError
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
@@ -19,7 +20,7 @@ EVERYTHING = [record for records in RECORDS.values() for record in records]
 
 
 def requests(name):
-    return [(record.instruction, record.input) for record in RECORDS[name]]
+    return [(record.extra["instruction"], record.extra["input"]) for record in RECORDS[name]]
 
 
 def test_no_request_stands_twice_in_any_split():
@@ -35,7 +36,7 @@ def test_the_files_of_the_package_are_what_the_grammar_makes():
 
 def test_every_task_is_in_every_split():
     kinds = [
-        {" ".join(record.instruction.split()[:2]) for record in RECORDS[name]}
+        {" ".join(record.extra["instruction"].split()[:2]) for record in RECORDS[name]}
         for name in ("train", "dev", "test")
     ]
     assert kinds[0] == kinds[1] == kinds[2]
@@ -44,10 +45,10 @@ def test_every_task_is_in_every_split():
 
 def answered(start, check):
     """Checks every record whose instruction begins so."""
-    found = [record for record in EVERYTHING if record.instruction.startswith(start)]
+    found = [record for record in EVERYTHING if record.extra["instruction"].startswith(start)]
     assert found
     for record in found:
-        assert check(record.input.split(), record.outputs), record
+        assert check(record.extra["input"].split(), record.references), record
 
 
 def test_answers_are_right():
@@ -56,21 +57,24 @@ def test_answers_are_right():
     answered("Sort", lambda words, out: out == (" ".join(sorted(words)),))
     answered("How many", lambda words, out: out == (str(len(words)),))
     for record in EVERYTHING:
-        if record.instruction.startswith("What is") and "plural" not in record.instruction:
-            expression = record.instruction.removeprefix("What is ")
+        if (
+            record.extra["instruction"].startswith("What is")
+            and "plural" not in record.extra["instruction"]
+        ):
+            expression = record.extra["instruction"].removeprefix("What is ")
             result = eval(expression.replace("plus", "+").replace("minus", "-"))
-            assert record.outputs == (f"{expression} is {result}",)
+            assert record.references == (f"{expression} is {result}",)
 
 
 def test_requests_with_several_right_answers_have_several_references():
     for name, most in (("train", 1), ("dev", REFERENCES), ("test", REFERENCES)):
-        counts = [len(record.outputs) for record in RECORDS[name]]
+        counts = [len(record.references) for record in RECORDS[name]]
         assert max(counts) == most
-        assert all(len(set(record.outputs)) == len(record.outputs) for record in EVERYTHING)
+        assert all(len(set(record.references)) == len(record.references) for record in EVERYTHING)
     openings = {
-        record.outputs[0].split()[0]
+        record.references[0].split()[0]
         for record in RECORDS["train"]
-        if record.instruction.startswith("Write a sentence")
+        if record.extra["instruction"].startswith("Write a sentence")
     }
     assert openings == {"A", "The"}
 
@@ -83,7 +87,7 @@ def test_longer_lists_than_any_trained_on():
 def test_the_tokenizer_gives_back_any_text():
     words = synthetic_tokenizer()
     for record in EVERYTHING:
-        for text in (record.instruction, record.input, *record.outputs):
+        for text in (record.extra["instruction"], record.extra["input"], *record.references):
             assert words.decode(words(text)["input_ids"]) == text
     other = "Unknown: naïve café 🦊,  two  spaces\nand <b>"
     assert words.decode(words(other)["input_ids"]) == other
@@ -92,7 +96,7 @@ def test_the_tokenizer_gives_back_any_text():
 def test_every_word_of_the_grammar_is_one_token():
     words = synthetic_tokenizer()
     for record in EVERYTHING:
-        for text in (record.instruction, record.input, *record.outputs):
+        for text in (record.extra["instruction"], record.extra["input"], *record.references):
             assert len(words(text)["input_ids"]) == len(text.split())
     assert words.eos_token_id == words.pad_token_id == 0
 
@@ -102,7 +106,7 @@ def test_rows_fit_the_shipped_comparison():
         rows = tokenize(
             read_records(f"synthetic:{name}", need_output=True),
             synthetic_tokenizer(),
-            template="plain",
+            prompt_format=PromptFormat("plain"),
             max_prompt_length=16,
             max_length=28,
             eos_id=0,

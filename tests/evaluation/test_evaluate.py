@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import bucket, tiny
+from helpers.records import example
 
 from promptkd_jax.cli.main import main
-from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import tokenize
+from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation import student_metrics
 from promptkd_jax.inference import generate
 from promptkd_jax.infra.files import read_text
@@ -37,9 +38,9 @@ def folder(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def rows(folder):
     model = load_model(str(folder / "student"))
-    records = [Record("say red", "", ("the blue sky",)), Record("name two", "", ("a fire",))]
-    records.append(Record("say the colour of grass", "", ("green",)))
-    how = dict(template="plain", max_prompt_length=16, max_length=24, eos_id=0)
+    records = [example("say red", "", ("the blue sky",)), example("name two", "", ("a fire",))]
+    records.append(example("say the colour of grass", "", ("green",)))
+    how = dict(prompt_format=PromptFormat("plain"), max_prompt_length=16, max_length=24, eos_id=0)
     return tokenize(records, model.tokenizer, **how)
 
 
@@ -108,9 +109,7 @@ def test_evaluate_writes_every_set_and_seed(folder, tmp_path, capsys):
         assert one["rougeL"]["mean"] == pytest.approx(np.mean(scores))
         assert one["rougeL"]["std"] == pytest.approx(np.std(scores, ddof=1))
     lines = (tmp_path / "two-seed20.jsonl").read_text().splitlines()
-    assert (
-        len(lines) == 3 and {"instruction", "references", "answer"} <= json.loads(lines[0]).keys()
-    )
+    assert len(lines) == 3 and {"messages", "references", "answer"} <= json.loads(lines[0]).keys()
     assert "ROUGE-L" in capsys.readouterr().out
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.records import example
 
-from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import tokenize
+from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.exposure_bias import (
     ex_acc_err,
     exposure_bias,
@@ -40,8 +41,8 @@ def models(tmp_path_factory) -> tuple[Model, Model]:
 @pytest.fixture(scope="module")
 def rows(models):
     requests = ("say red", "name two", "say the colour of grass")
-    records = [Record(text, "", ("the blue sky",)) for text in requests]
-    how = dict(template="plain", max_prompt_length=16, max_length=24, eos_id=0)
+    records = [example(text, "", ("the blue sky",)) for text in requests]
+    how = dict(prompt_format=PromptFormat("plain"), max_prompt_length=16, max_length=24, eos_id=0)
     return tokenize(records, models[1].tokenizer, **how)
 
 

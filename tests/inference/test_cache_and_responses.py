@@ -20,6 +20,7 @@ from promptkd_jax.data.batch import responses
 from promptkd_jax.data.batches import collate, stream, train_batches
 from promptkd_jax.data.records import read_records
 from promptkd_jax.data.rows import Rows, tokenize
+from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.distill import chunked_loss, losses
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
@@ -57,7 +58,7 @@ def rows(teacher, tmp_path_factory) -> Rows:
     return tokenize(
         read_records(str(file), need_output=False),
         teacher.tokenizer,
-        template="plain",
+        prompt_format=PromptFormat("plain"),
         max_prompt_length=12,
         max_length=LENGTH,
         eos_id=0,
@@ -426,8 +427,8 @@ def test_answers_take_the_place_of_responses(teacher, rows, answered):
         assert found.tokens[number][:length].tolist() == rows.tokens[number][:length].tolist()
         assert found.tokens[number][length:].tolist() == one.tolist()
         text = teacher.tokenizer.decode(one, skip_special_tokens=True).strip()
-        assert found.records[number].outputs == (text,)
-        assert found.records[number].instruction == rows.records[number].instruction
+        assert found.records[number].references == (text,)
+        assert found.records[number].prompt_text == rows.records[number].prompt_text
     assert found.prompt_lengths.tolist() == rows.prompt_lengths.tolist()
 
 
@@ -553,7 +554,7 @@ def test_the_command_writes_what_a_run_opens(tmp_path, capsys):
     rows = tokenize(
         read_records(data.train, need_output=True),
         teacher.tokenizer,
-        template=data.template,
+        PromptFormat(data.template),
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
         eos_id=0,

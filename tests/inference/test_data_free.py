@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import bucket, tiny
 
+from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.inference import data_free, topic_policy
 from promptkd_jax.inference.data_free import DataFree, generate_prompts
 from promptkd_jax.infra import distributed
@@ -24,7 +25,7 @@ from promptkd_jax.models.model import Model
 # So that most of what a random model writes are words, which are a token each.
 SYLLABLES = map("".join, itertools.product("bdgklm", "aeiou", "bdgklmnprst"))
 MORE_WORDS = tuple(f"Ġ{word}" for word in SYLLABLES)
-HOW = dict(template="plain", prompt_capacity=24, batch_size=4, vocab_size=605)
+HOW = dict(prompt_format=PromptFormat("plain"), prompt_capacity=24, batch_size=4, vocab_size=605)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +78,11 @@ def whole(folder, teacher, student, settings):
 def test_requests_are_records_without_answers(whole, teacher):
     records, file = whole
     assert len(records) == 18
-    assert all(record.input == "" and record.outputs == () for record in records)
-    assert len({topic_policy.words(record.instruction) for record in records}) == 18
-    assert not any("<end>" in record.instruction for record in records)
+    assert all(len(record.messages) == 1 and record.references == () for record in records)
+    assert len({topic_policy.words(record.prompt_text) for record in records}) == 18
+    assert not any("<end>" in record.prompt_text for record in records)
     kept = [line["prompt"] for line in lines(file) if line.get("fault") == ""]
-    assert [record.instruction for record in records] == kept[:18]
+    assert [record.prompt_text for record in records] == kept[:18]
 
 
 def test_the_parts_of_a_reward_are_what_they_are_said_to_be(whole, teacher, settings):
@@ -170,7 +171,8 @@ def test_a_student_like_its_teacher_disagrees_nowhere(teacher, settings, tmp_pat
 def test_a_file_of_another_making_is_refused(whole, teacher, student, settings, change):
     models = {"teacher": (student, student), "student": (teacher, teacher)}
     chosen = dataclasses.replace(settings, seed=11) if change == "seed" else settings
-    how = HOW | ({"template": "alpaca", "prompt_capacity": 160} if change == "template" else {})
+    other = {"prompt_format": PromptFormat("alpaca"), "prompt_capacity": 160}
+    how = HOW | (other if change == "template" else {})
     with pytest.raises(DataError, match=f"\n  {change}: there"):
         generate_prompts(*models.get(change, (teacher, student)), whole[1], chosen, **how)
 
@@ -211,7 +213,7 @@ def test_a_request_that_fits_no_prompt_is_dropped(teacher, student, settings, tm
     file = tmp_path / "requests.jsonl"
     few = dataclasses.replace(settings, requests=2)
     for record in generate_prompts(teacher, student, file, few, **tight):
-        assert len(teacher.tokenizer(record.instruction)["input_ids"]) <= 13
+        assert len(teacher.tokenizer(record.prompt_text)["input_ids"]) <= 13
     assert "too long" in {line.get("fault") for line in lines(file)}
 
 

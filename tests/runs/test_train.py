@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.records import example
 from safetensors.numpy import load_file
 
 from promptkd_jax.cli.main import main
-from promptkd_jax.data.records import Record
 from promptkd_jax.infra import errors, sharding, signals
 from promptkd_jax.infra.errors import CheckpointError, ConfigError, DataError, ModelError
 from promptkd_jax.infra.metrics import read_metrics
@@ -309,11 +309,11 @@ def test_a_template_is_shown_the_day_on_which_the_run_began(config, tmp_path, mo
     words = load_model(config.student.path).tokenizer
     words.chat_template = CLOCK
     model = Model("model", None, None, {}, words, (0,))
-    rows = prepare.tokenized(dated[1], model, "some", [Record("say red", "", ())])
+    rows = prepare.tokenized(dated[1], model, "some", [example("say red", "", ())])
     assert rows.date == ""  # the template "plain" shows none
     chat = dataclasses.replace(dated[1].data, template="chat")
     rows = prepare.tokenized(
-        dataclasses.replace(dated[1], data=chat), model, "some", [Record("say red", "", ())]
+        dataclasses.replace(dated[1], data=chat), model, "some", [example("say red", "", ())]
     )
     assert (words.decode(rows.tokens[0]), rows.date) == ("27 Nov 2026 say red >", "2026-11-27")
 

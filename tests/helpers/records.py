@@ -1,0 +1,8 @@
+"""Records as files of instruction, input and output make them."""
+
+from promptkd_jax.data.records import Record, user_record
+
+
+def example(instruction: str, given: str = "", outputs: tuple[str, ...] = ()) -> Record:
+    text = f"{instruction}\n{given}" if given else instruction
+    return user_record(text, outputs, instruction=instruction, input=given)
