@@ -15,18 +15,28 @@ import jax.numpy as jnp
 from promptkd_jax.data.top_k import TopK
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 
 class Batch(NamedTuple):
     """`tokens` `[B, T]` request then response (its EOS included), `prompt_lengths` and `lengths`
     `[B]`: where the response begins and where the row ends. `cached` `[B, R, k]`: what the teacher
-    said of every response position, where it was written down beforehand."""
+    said of every response position, where it was written down beforehand. `supervised` `[B, T]`:
+    the tokens that a student learns from, such as all turns of the assistant in a conversation;
+    None: those of the response."""
 
     tokens: Int[Array, "B T"]
     prompt_lengths: Int[Array, " B"]
     lengths: Int[Array, " B"]
     cached: TopK | None = None
+    supervised: Bool[Array, "B T"] | None = None
+
+    @property
+    def num_supervised(self) -> Int[Array, " B"]:
+        """How many tokens of each row a student learns from."""
+        if self.supervised is None:
+            return self.lengths - self.prompt_lengths
+        return jnp.sum(self.supervised, axis=1)
 
 
 class Responses(NamedTuple):
@@ -44,11 +54,10 @@ class Responses(NamedTuple):
 
 
 def responses(batch: Batch, capacity: int) -> Responses:
-    """The supervised positions of `batch`, R = `capacity` for each row.
+    """The positions of `batch` that predict supervised tokens, R = `capacity` for each row.
 
-    A response token has none, and no loss sees it, where it is beyond the capacity or the columns
-    of the batch, or the first of a row whose prompt is empty. `beyond` counts them, `train_step`
-    as `tokens_beyond`.
+    A supervised token has none, and no loss sees it, where it is beyond the capacity or the columns
+    of the batch, or the first of its row. `beyond` counts them, `train_step` as `tokens_beyond`.
 
     Raises:
       ValueError: arrays of shapes that do not belong together, or no position at all.
@@ -61,12 +70,21 @@ def responses(batch: Batch, capacity: int) -> Responses:
         )
     if capacity < 1:
         raise ValueError(f"capacity: {capacity}; expected at least 1 response token")
-    positions = batch.prompt_lengths[:, None] - 1 + jnp.arange(capacity)
-    ends_at = jnp.minimum(batch.lengths, tokens[1])[:, None] - 1
-    mask = (positions >= 0) & (positions < ends_at)
+    if batch.supervised is None:
+        positions = batch.prompt_lengths[:, None] - 1 + jnp.arange(capacity)
+        ends_at = jnp.minimum(batch.lengths, tokens[1])[:, None] - 1
+        mask = (positions >= 0) & (positions < ends_at)
+    else:
+        columns = jnp.arange(tokens[1])
+        there = batch.supervised & (columns > 0) & (columns < batch.lengths[:, None])
+        # [B, R]: the columns of supervised tokens in their order, then others, which do not count.
+        first = jnp.argsort(~there, axis=1, stable=True)[:, :capacity]
+        first = jnp.pad(first, ((0, 0), (0, max(capacity - tokens[1], 0))))
+        counts = jnp.minimum(jnp.sum(there, axis=1), capacity)
+        positions, mask = first - 1, jnp.arange(capacity) < counts[:, None]
     positions = jnp.clip(positions, 0, tokens[1] - 2)
     labels = jnp.take_along_axis(batch.tokens, positions + 1, axis=1)
-    beyond = jnp.maximum(batch.lengths - batch.prompt_lengths - jnp.sum(mask, axis=1), 0)
+    beyond = jnp.maximum(batch.num_supervised - jnp.sum(mask, axis=1), 0)
     return Responses(positions, labels, mask.astype(jnp.float32), beyond)
 
 
@@ -86,7 +104,8 @@ def choose_rows(chosen: jax.Array, one: Batch, other: Batch) -> Batch:
 
 def truncate(batch: Batch, width: int) -> Batch:
     """The first `width` columns, of rows that are no longer."""
-    return batch._replace(tokens=batch.tokens[..., :width])
+    supervised = None if batch.supervised is None else batch.supervised[..., :width]
+    return batch._replace(tokens=batch.tokens[..., :width], supervised=supervised)
 
 
 def pad_to(batch: Batch, width: int) -> Batch:

@@ -22,6 +22,7 @@ def collate(rows: Rows, indices: Sequence[int], *, length: int, pad_id: int = 0)
       DataError: a row is longer than `length`.
     """
     tokens = np.full((len(indices), length), pad_id, np.int32)
+    supervised = None if rows.supervised is None else np.zeros((len(indices), length), bool)
     lengths = np.array([len(rows.tokens[i]) for i in indices], np.int32)
     for b, i in enumerate(indices):
         if lengths[b] > length:
@@ -30,7 +31,10 @@ def collate(rows: Rows, indices: Sequence[int], *, length: int, pad_id: int = 0)
                 "expected length >= the max_length given to tokenize"
             )
         tokens[b, : lengths[b]] = rows.tokens[i]
-    return Batch(tokens, rows.prompt_lengths[np.asarray(indices)], lengths)
+        if supervised is not None:
+            supervised[b, : lengths[b]] = rows.supervised[i]
+    prompt_lengths = rows.prompt_lengths[np.asarray(indices)]
+    return Batch(tokens, prompt_lengths, lengths, supervised=supervised)
 
 
 def train_batches(
@@ -62,8 +66,8 @@ def train_batches(
             f"batch_size {batch_size} is larger than the {count} rows ({rows.dropped} records "
             f"were dropped for long prompts); expected at most {count}"
         )
-    responses = [len(row) - prompt for row, prompt in zip(rows.tokens, rows.prompt_lengths)]
-    capacity = capacity or max(responses)
+    responses = rows.num_supervised
+    capacity = capacity or int(max(responses))
 
     def make(indices: Sequence[int]) -> Batch:
         batch = collate(rows, indices, length=length)

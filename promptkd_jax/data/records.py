@@ -36,6 +36,11 @@ class Record(NamedTuple):
         answered = self.messages and self.messages[-1]["role"] == "assistant"
         return self.messages[:-1] if answered else self.messages
 
+    def answered(self, text: str) -> "Record":
+        """The same prompt with this text as its response."""
+        turn = {"role": "assistant", "content": text}
+        return self._replace(messages=(*self.prompt, turn), references=(text,))
+
     @property
     def prompt_text(self) -> str:
         """The prompt for people: the text of a single turn as it is, else each turn by its role."""

@@ -29,6 +29,15 @@ class Rows(NamedTuple):
     dropped: int
     cut: int = 0  # responses without their end, and so without an end of sequence
     date: str = ""  # that the prompts were rendered with, "" where the template shows none
+    # bool, for each row which of its tokens a student learns from; None: those of the response.
+    supervised: list[np.ndarray] | None = None
+
+    @property
+    def num_supervised(self) -> np.ndarray:
+        """How many tokens of each row a student learns from."""
+        if self.supervised is not None:
+            return np.array([row.sum() for row in self.supervised], np.int32)
+        return np.array([len(row) for row in self.tokens], np.int32) - self.prompt_lengths
 
 
 def tokenize(
@@ -118,7 +127,7 @@ def with_responses(rows: Rows, responses: Iterable[Sequence[int]]) -> Rows:
         np.concatenate([row[:start], np.asarray(response, np.int32)])
         for row, start, response in zip(rows.tokens, rows.prompt_lengths, responses, strict=True)
     ]
-    return rows._replace(tokens=tokens)
+    return rows._replace(tokens=tokens, supervised=None)
 
 
 def select_rows(rows: Rows, indices: Sequence[int]) -> Rows:
@@ -127,11 +136,20 @@ def select_rows(rows: Rows, indices: Sequence[int]) -> Rows:
         tokens=[rows.tokens[index] for index in indices],
         prompt_lengths=rows.prompt_lengths[np.asarray(indices, np.int32)],
         records=[rows.records[index] for index in indices],
+        supervised=rows.supervised and [rows.supervised[index] for index in indices],
     )
 
 
 def fingerprint_records(rows: Rows) -> str:
-    """`fingerprint_rows` with where each prompt ends, and all references."""
-    tokens = [np.append(start, row) for start, row in zip(rows.prompt_lengths, rows.tokens)]
+    """`fingerprint_supervised`, and all references."""
     references = json.dumps([record.references for record in rows.records]).encode()
-    return f"{fingerprint_rows(tokens)}, references {hashlib.sha256(references).hexdigest()[:16]}"
+    digest = hashlib.sha256(references).hexdigest()[:16]
+    return f"{fingerprint_supervised(rows)}, references {digest}"
+
+
+def fingerprint_supervised(rows: Rows) -> str:
+    """`fingerprint_rows` with where each prompt ends, and which tokens are supervised."""
+    tokens = [np.append(start, row) for start, row in zip(rows.prompt_lengths, rows.tokens)]
+    for number, supervised in enumerate(rows.supervised or []):
+        tokens[number] = np.append(tokens[number], np.flatnonzero(supervised))
+    return fingerprint_rows(tokens)

@@ -144,7 +144,7 @@ def row_statistics(
     """What there is to say of the rows that a step trains on; of the buffer, as it is now."""
     rows, is_student, hit_eos = written
     # [B]; what a step says of them are means over rows, and counts.
-    lengths = (rows.lengths - rows.prompt_lengths).astype(jnp.float32)
+    lengths = rows.num_supervised.astype(jnp.float32)
     found = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
     if method.source.on_policy and method.source.reads_responses:
         found["on_policy_share"] = is_student.mean()

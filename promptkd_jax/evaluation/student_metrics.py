@@ -38,7 +38,7 @@ def teacher_metrics(
       probability on the same token; with a soft prompt also `kl_prompted`: KL(prompted teacher ||
       student).
     """
-    capacity = max(len(t) - p for t, p in zip(rows.tokens, rows.prompt_lengths))
+    capacity = max(rows.num_supervised)
     decoder = teacher and teacher.decoder
     compare = _comparison(decoder, student.decoder, int(capacity), vocab_size)
     total: dict[str, float] = collections.Counter()

@@ -24,7 +24,7 @@ from etils import epath
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.logprobs import ARRAYS, Cached, on_a_file_system, open_array
-from promptkd_jax.data.rows import Rows
+from promptkd_jax.data.rows import Rows, fingerprint_supervised
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill.chunked_loss import top_k as most_likely
 from promptkd_jax.distill.teacher import lazy_logits
@@ -66,7 +66,7 @@ def write_cache(
     folder = on_a_file_system(folder)
     if not 0 < top_k <= vocab_size:
         raise DataError(f"top_k {top_k}: expected 1 to {vocab_size}, the size of the vocabulary")
-    counts = np.array([len(row) for row in rows.tokens]) - rows.prompt_lengths
+    counts = rows.num_supervised
     if not counts.any():
         raise DataError(f"none of the {len(counts)} rows has a response; the cache is of responses")
     manifest, offsets = folder / "manifest.json", np.concatenate([[0], np.cumsum(counts)])
@@ -86,7 +86,7 @@ def write_cache(
     with ProgressBar(len(counts), "rows read by the teacher", unit="row", first=first) as bar:
         for batch, real in batches:
             kept = sharding.to_host(compute(teacher.params, sharding.place_rows(batch)))
-            ends = np.where(np.arange(batch_size) < real, batch.lengths - batch.prompt_lengths, 0)
+            ends = np.where(np.arange(batch_size) < real, batch.num_supervised, 0)
             mask = np.arange(kept.ids.shape[1]) < ends[:, None]
             if not np.isfinite(kept.log_probs[mask]).all():
                 raise DataError(
@@ -148,9 +148,7 @@ def _made_from(
         "what": "log_probs",
         **teacher,
         "tokenizer": identity.tokenizer_digest(tokenizer),
-        "rows": provenance.fingerprint_rows(
-            [np.append(n, row) for n, row in zip(rows.prompt_lengths, rows.tokens)]
-        ),
+        "rows": fingerprint_supervised(rows),
         "config.data.date": rows.date or None,
         "vocab_size": vocab_size,
         "arrays": list(ARRAYS),

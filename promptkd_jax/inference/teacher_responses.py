@@ -88,7 +88,7 @@ def teacher_responses(
                 if len(responses) % batch_size == 0 or len(responses) == total:
                     bar.update(-(-len(responses) // batch_size))
     records = [
-        record._replace(outputs=(decode(teacher.tokenizer, response),))
+        record.answered(decode(teacher.tokenizer, response))
         for record, response in zip(rows.records, responses, strict=True)
     ]
     cut = sum(not response or response[-1] not in sampling.eos_ids for response in responses)

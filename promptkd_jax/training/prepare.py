@@ -96,7 +96,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
         if stage.teacher_view == "in_context" and not stage.source.teacher_writes:
             # On a demonstration itself the teacher would only read out its answer.
             rows = select_rows(rows, np.setdiff1d(np.arange(len(rows.tokens)), shown))
-        longest = max(len(row) - start for row, start in zip(rows.tokens, rows.prompt_lengths))
+        longest = max(rows.num_supervised)
         made = build.make_stage(
             config,
             index,

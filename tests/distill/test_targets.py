@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers import steps
 
-from promptkd_jax.data.batch import Batch, choose_rows, gather, responses
-from promptkd_jax.distill import targets
+from promptkd_jax.data.batch import Batch, choose_rows, gather, responses, truncate
+from promptkd_jax.distill import losses, targets
+from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.method import TARGETS, Method, TargetSource
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.distill.teacher import lazy_logits
@@ -234,6 +235,81 @@ def test_without_an_eos_every_row_is_full():
     assert not ended.any()
     np.testing.assert_array_equal(rows.lengths, requests().prompt_lengths + NEW)
     assert responses(rows, NEW).mask.all()
+
+
+# Rows with several turns that a student learns from
+
+
+def conversation() -> Batch:
+    """Row 0 with responses in columns 3 to 5 and 8 to 11; row 1 with its first token and its last
+    ones, of which 2 stand behind its end; row 2 with none."""
+    rows = steps.batch()
+    supervised = np.zeros((4, 12), bool)
+    supervised[0, [3, 4, 5, 8, 9, 10, 11]] = True
+    supervised[1, [0, 1, 2, 3]] = True
+    supervised[3, 2:7] = True
+    return rows._replace(supervised=supervised)
+
+
+def test_positions_are_those_before_supervised_tokens():
+    rows = conversation()
+    where = responses(rows, 9)
+    assert where.mask.sum(axis=1).tolist() == [7, 1, 0, 5]
+    for row in range(4):
+        columns = np.flatnonzero(rows.supervised[row] & (np.arange(12) < rows.lengths[row]))
+        columns = columns[columns > 0]
+        real = np.asarray(where.mask[row]) == 1
+        assert np.asarray(where.positions[row])[real].tolist() == (columns - 1).tolist()
+        assert where.labels[row][real].tolist() == rows.tokens[row, columns].tolist()
+    assert where.beyond.tolist() == [0, 3, 0, 0]
+    assert responses(rows, 5).beyond.tolist() == [2, 3, 0, 0]
+    assert responses(rows, 20).mask.shape == (4, 20)
+    assert responses(rows, 20).mask.sum() == where.mask.sum()
+
+
+def test_all_supervised_is_the_response():
+    """A mask of the response's tokens gives the positions that its lengths give."""
+    rows = steps.batch()
+    columns = np.arange(12)
+    inside = (columns >= rows.prompt_lengths[:, None]) & (columns < rows.lengths[:, None])
+    found, expected = responses(rows._replace(supervised=inside), 9), responses(rows, 9)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.beyond, expected.beyond)
+    for name in ("positions", "labels"):
+        values = (np.asarray(getattr(x, name)) * np.asarray(x.mask) for x in (found, expected))
+        np.testing.assert_array_equal(*values)
+
+
+def test_a_conversation_has_the_gradient_of_its_turns_one_by_one():
+    """Row 0 is two turns of the assistant; the rows of a single turn end with it."""
+    tokens = steps.batch().tokens[:1]
+    supervised = np.zeros((1, 12), bool)
+    supervised[0, [3, 4, 5, 8, 9, 10, 11]] = True
+    ends, starts = np.array([6, 12], np.int32), np.array([3, 8], np.int32)
+    one = Batch(tokens, starts[:1], ends[1:], supervised=supervised)
+    two = Batch(np.repeat(tokens, 2, axis=0), starts, ends)
+    params, teacher = steps.random_params(steps.STUDENT.config, 1), steps.teacher_params()
+
+    @functools.partial(jit, static_argnums=0)
+    def loss(capacity, params, rows):
+        def total(params):
+            where = responses(rows, capacity)
+            models = ((steps.STUDENT, params), (steps.TEACHER, teacher))
+            q, p = (lazy_logits(*model, rows, where, steps.VOCABULARY) for model in models)
+            terms = [losses.reverse_kl, losses.cross_entropy]
+            return linear_loss(terms, q, [p, where.labels], where.mask)[0]
+
+        return jax.value_and_grad(total)(params)
+
+    (value, found), (expected, by_turn) = loss(7, params, one), loss(4, params, two)
+    steps.assert_close(value, expected)
+    steps.assert_close(found, by_turn)
+
+
+def test_supervised_tokens_are_cut_with_their_rows():
+    rows = truncate(conversation(), 9)
+    assert rows.supervised.shape == rows.tokens.shape == (4, 9)
+    assert conversation().num_supervised.tolist() == [7, 4, 0, 5]
 
 
 # A source of one's own, by CONTRIBUTING's recipe
