@@ -68,7 +68,7 @@ class Side:
                 vocab_size=method.vocab_size,
                 force_eos=False,
                 slots=method.execution.max_concurrent_rollouts,
-                request_lengths=method.execution.length_buckets,
+                prompt_buckets=method.execution.length_buckets,
             )
         )
         prompt = pkd.init_soft_prompt(self._teacher, range(case.soft_prompt), case.soft_prompt)

@@ -13,8 +13,8 @@ from promptkd_jax.distill.loss_inputs import LazyLogits as LazyLogits
 from promptkd_jax.distill.losses import divergence as divergence
 from promptkd_jax.distill.method import PRESETS as PRESETS
 from promptkd_jax.distill.method import Conventions as Conventions
-from promptkd_jax.distill.method import Execution as Execution
 from promptkd_jax.distill.method import Method as Method
+from promptkd_jax.distill.method_fields import Execution as Execution
 from promptkd_jax.distill.optimizer import adamw as adamw
 from promptkd_jax.distill.optimizer import decay_mask as decay_mask
 from promptkd_jax.distill.optimizer import schedule as schedule

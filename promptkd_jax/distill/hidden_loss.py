@@ -1,14 +1,15 @@
-"""Losses on what a model computes on the way: hidden states and the relations between tokens.
+"""Losses on the inner layers of a model: hidden states, and relations between tokens.
 
 A `HiddenTerm` compares layers of the student with layers of the teacher. Layers are counted from 0,
 negative numbers from the end. The hidden states of a model's last layer are those behind its final
 norm, the ones that its head sees; those of the layers before are the residual stream.
 
-The use, in this order: `resolve_term` once for two models, `init_projections`, and in every update
-see each model with its `taps` (`teacher.lazy_logits_and_states`) and take the `hidden_loss` of the
+The use, in this order: `resolve_terms` once for two models, `init_projections`, and in every update
+run each model with its `taps` (`teacher.lazy_logits_and_states`) and take the `hidden_loss` of the
 two.
 
-B rows, T columns, R response positions, D width, A relation heads, H head width.
+B rows, T columns, R response positions, D width, N heads of a model, H their width, A relation
+heads, E their width.
 """
 
 import dataclasses
@@ -106,10 +107,10 @@ def layer_map(student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], 
     )
 
 
-def resolve_term(
+def resolve_terms(
     terms: Sequence[HiddenTerm], student: DecoderConfig, teacher: DecoderConfig
 ) -> tuple[HiddenTerm, ...]:
-    """The terms with every layer and number of heads spelt out for these two models.
+    """Returns the terms with every layer and number of heads spelt out for these two models.
 
     Raises:
       ValueError: a layer that is not there, widths that differ without a projection, heads that
@@ -167,12 +168,12 @@ def _check_heads(heads: int, role: str, config: DecoderConfig) -> None:
 
 
 def _names(term: HiddenTerm) -> dict[tuple[int, int], str]:
-    """What each of a resolved term's pairs is called in metrics and projections."""
+    """The names of a resolved term's pairs of layers, in metrics and projections."""
     return {pair: f"{term.kind}_{pair[0]}_{pair[1]}" for pair in term.layers}
 
 
 def taps(terms: Sequence[HiddenTerm]) -> tuple[tuple[Tap, ...], tuple[Tap, ...]]:
-    """What resolved terms look at: (in the student, in the teacher)."""
+    """The states that resolved terms compare: (of the student, of the teacher)."""
     pairs = {
         (name, pair)
         for term in terms
@@ -256,12 +257,39 @@ def hidden_loss(
     return loss, jax.lax.stop_gradient(sums)
 
 
+def hidden_gradient(
+    terms: Sequence[HiddenTerm],
+    student: States,
+    teacher: States,
+    projections: Projections,
+    where: Responses,
+    weight: jax.Array,
+) -> tuple[States, Projections, jax.Array, dict[str, jax.Array]]:
+    """Returns the gradient and the value of `hidden_loss` times `weight`.
+
+    Args:
+      terms, student, teacher, projections, where: as for `hidden_loss`.
+
+    Returns:
+      (gradient for `student`, gradient for `projections`, the loss times `weight`, the unweighted
+      masked sum of every pair of layers by name).
+    """
+
+    def loss(student, projections):
+        total, sums = hidden_loss(terms, student, teacher, projections, where)
+        return weight * total, sums
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (total, sums), (d_student, d_projections) = gradient(student, projections)
+    return d_student, d_projections, total, sums
+
+
 def _check_rows(student: States, teacher: States, where: Responses) -> None:
     rows, positions = where.mask.shape
     for whose, states in (("student", student), ("teacher", teacher)):
         for (name, layer), state in states.items():
-            found = state.shape[:2] if name == "hidden" else (state.shape[0], positions)
-            if found != (rows, positions):
+            sizes = state.shape[:2] if name == "hidden" else (state.shape[0], positions)
+            if sizes != (rows, positions):
                 raise ValueError(
                     f"{name} of the {whose}'s layer {layer}: {list(state.shape)}, but the mask has "
                     f"{rows} rows and {positions} positions; expected [{rows}, "
@@ -279,7 +307,7 @@ def _cosine(learner: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Of length 1; where x is 0, 0 with a finite gradient."""
+    """`x` scaled to length 1; where x is 0, 0 with a finite gradient."""
     # The maximum is inside of the root: the gradient of a norm is NaN at 0, that of this is 0.
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
@@ -295,13 +323,13 @@ _POINTWISE = {"cosine": _cosine, "mse": _mse}
 def _relation_heads(
     states: States, layer: int, heads: int, positions: jax.Array
 ) -> list[jax.Array]:
-    """Queries, keys and values, their heads put together and cut anew: `[A, B, T, N * H / A]`; 0 in
-    the columns behind the last of `positions` `[B, R]`, which none of them sees."""
+    """Queries, keys and values, their heads put together and cut anew: `[A, B, T, E]`, E = N H / A;
+    0 in the columns behind the last of `positions` `[B, R]`, which none of them sees."""
     # Behind a row's last position there may be NaN, which 0 in a softmax times NaN would spread.
     last = jnp.max(positions, axis=1, keepdims=True)  # [B, 1]
 
     def cut(x):  # in float32, in which the gradients of all chunks are summed
-        # [B, T, N, H] -> [B, T, N * H] -> [A, B, T, N * H / A]
+        # [B, T, N, H] -> [B, T, N H] -> [A, B, T, E]
         x = x.reshape(*x.shape[:2], -1)
         x = _select(jnp.arange(x.shape[1]) <= last, x)
         return jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 0)
@@ -310,11 +338,11 @@ def _relation_heads(
 
 
 # A relation of MiniLMv2, here causal. Of one kind x (queries, keys or values), cut into A heads of
-# width H, position t compares itself with the positions u <= t:
+# width E, position t compares itself with the positions u <= t:
 #
-#     r_t(u) = softmax_u(x_t · x_u / sqrt(H))      loss_t = mean over A, kinds of KL(r^p_t || r^q_t)
+#     r_t(u) = softmax_u(x_t · x_u / sqrt(E))      loss_t = mean over A, kinds of KL(r^p_t || r^q_t)
 #
-# H may differ between the two models, A may not. Of the R supervised positions, a chunk at a time
+# E may differ between the two models, A may not. Of the R supervised positions, a chunk at a time
 # has its scores [A, B, chunk, T] computed, forwards and again backwards.
 
 
@@ -348,7 +376,7 @@ def _relation_kl(
 
 def _scores(x: jax.Array, positions: jax.Array, seen: jax.Array) -> jax.Array:
     """Scaled products of one column a row, `positions` `[B]`, with those it sees, `[A, B, T]`."""
-    # x [A, B, T, H]; the query of each row, [A, B, H].
+    # x [A, B, T, E]; the query of each row, [A, B, E].
     query = jnp.take_along_axis(x, positions[None, :, None, None], axis=2)[:, :, 0]
-    scores = jnp.einsum("abh,abth->abt", query, x) / math.sqrt(x.shape[-1])
+    scores = jnp.einsum("abe,abte->abt", query, x) / math.sqrt(x.shape[-1])
     return jnp.where(seen, scores, -jnp.inf)

@@ -2,8 +2,8 @@
 
 Each of the three is one function, `prompt_gradients`, `student_gradients`, `teacher_gradients`:
 forward, loss at the response positions, and the gradient carried back to the parameters. A loss is
-a weighted sum of terms, which `loss_and_grad` takes in one pass over the vocabulary, together with
-what is only measured.
+a weighted sum of terms, which `grad_and_loss` computes in one pass over the vocabulary, together
+with sums that are only measured.
 
     dL/dθ = (dh/dθ)ᵀ · dL/dh        h: hidden states [B, R, D] and head [V, D] of the learner
 
@@ -22,22 +22,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax.data.batch import Batch, Responses, responses
+from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses, policy_gradient
 from promptkd_jax.distill.chunked_loss import Observation, apply_divergence, linear_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
-from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT, Method
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.policy_gradient import PolicyTarget
-from promptkd_jax.distill.teacher import StepModels, lazy_logits
+from promptkd_jax.distill.teacher import StepModels, StudentForward, lazy_logits
 
 
 class MicroBatch(NamedTuple):
-    """What the losses of one micro-batch are made of.
+    """The inputs of the losses of one micro-batch.
 
     `is_student` `[B]` says which rows the student wrote, `corpus` are rows of plain text,
-    `soft_prompt` `[M, D]` is the one that the student's loss sees, `policy` what sampled tokens are
-    worth.
+    `soft_prompt` `[M, D]` is the one of the student's loss, `policy` the advantages of sampled
+    tokens.
     """
 
     rows: Batch
@@ -60,7 +61,7 @@ Observations = dict[str, Observation]
 
 
 class Gradients(NamedTuple):
-    """Of one micro-batch, or summed over several.
+    """Gradients and sums of one micro-batch, or gradients summed over several.
 
     `by_group` has the gradient of every group of a train state's parameters that is trained; `loss`
     and `sums` are sums over the response tokens of each micro-batch: `[]`, stacked `[G]`.
@@ -71,21 +72,22 @@ class Gradients(NamedTuple):
     sums: dict[str, jax.Array]
 
 
-def loss_and_grad(
+def grad_and_loss(
     terms: Terms,
     observations: Observations,
     mask: jax.Array,
-    learner: Callable[[Any], LazyLogits],
+    logits_of: Callable[[Any], LazyLogits],
     at: Any,
     *observed: Any,
 ) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
-    """Returns a loss and its gradient for what the learner says.
+    """Returns the gradient, the value and the measured sums of a weighted sum of terms.
 
     Args:
-      terms: what is summed, by name.
-      observations: what is measured of (targets, learner logits) beside it, by name.
+      terms: the summands, by name.
+      observations: functions of (targets, learner logits) whose sums are measured, by name.
       mask: `[B, R]`, 1 where a position counts.
-      learner: gives the learner's distributions; the gradient is for its argument, at `at`.
+      logits_of: a function that gives the learner's distributions.
+      at: its argument, for which the gradient is.
       observed: further targets, which only the observations see, behind those of the terms.
 
     Returns:
@@ -97,16 +99,16 @@ def loss_and_grad(
     def loss(at):
         return linear_loss(
             [term.function for term in terms.values()],
-            learner(at),
+            logits_of(at),
             [*(term.target for term in terms.values()), *observed],
             mask,
             jnp.stack([term.weight for term in terms.values()]),
             observe=tuple(observations.values()),
         )
 
-    # `found` has the shape of `at`: hidden [B, R, D], or hidden and head [V, D].
-    (total, sums), found = jax.value_and_grad(loss, has_aux=True)(at)
-    return found, total, dict(zip([*terms, *observations], sums))
+    # The gradient has the shape of `at`: hidden [B, R, D], or hidden and head [V, D].
+    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(at)
+    return gradient, total, dict(zip([*terms, *observations], sums))
 
 
 def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gradients:
@@ -124,12 +126,12 @@ def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gr
     first = jax.tree.map(lambda x: x[0], micro_batches)
     # G = 1: no loop, so that XLA may fuse the backward pass with the update.
     if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
-        found = gradients_of(*first)
-        return found._replace(**jax.tree.map(lambda x: x[None], _measured(found)))
+        gradients = gradients_of(*first)
+        return gradients._replace(**jax.tree.map(lambda x: x[None], _measured(gradients)))
 
     def body(total, micro_batch):
-        found = gradients_of(*micro_batch)
-        return jax.tree.map(jnp.add, total, found.by_group), _measured(found)
+        gradients = gradients_of(*micro_batch)
+        return jax.tree.map(jnp.add, total, gradients.by_group), _measured(gradients)
 
     # float32 zeros: 256 + 1 is 256 in bfloat16, and many small gradients would be lost.
     shapes = jax.eval_shape(gradients_of, *first).by_group
@@ -138,8 +140,8 @@ def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gr
     return Gradients(jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes), **measured)
 
 
-def _measured(found: Gradients) -> dict[str, Any]:
-    return {"loss": found.loss, "sums": found.sums}
+def _measured(gradients: Gradients) -> dict[str, Any]:
+    return {"loss": gradients.loss, "sums": gradients.sums}
 
 
 def norm(gradients: Any) -> jax.Array:
@@ -147,8 +149,8 @@ def norm(gradients: Any) -> jax.Array:
     return optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
 
 
-# The gradients of a micro-batch. `params` are the groups of a train state; a sum over tokens is
-# multiplied by `scale`, so that the losses of all micro-batches add up to the mean.
+# The gradients of a micro-batch. A loss is a sum over tokens times `scale`, so that those of all
+# micro-batches add up to the mean; the loss that is reported is the sum itself.
 
 
 def prompt_gradients(
@@ -156,30 +158,32 @@ def prompt_gradients(
     micro_batch: MicroBatch,
     scale: jax.Array,
     coefficient: jax.Array,
-    models: StepModels,
-    student_forward: Any = None,
+    step_models: StepModels,
+    student_forward: StudentForward | None = None,
 ) -> Gradients:
     """Returns the gradient of L_kd + alpha_k L_reg for the soft prompt (paper, eq. 1 to 3).
 
     Args:
-      coefficient: alpha_k.
-      student_forward: `models.student_vjp` of these rows, if it was computed already.
+      params: the groups of a train state.
+      scale: `[]`, the factor that makes this micro-batch's sum its share of the mean.
+      coefficient: `[]`, alpha_k.
+      student_forward: `step_models.student_vjp` of these rows, if it was computed already.
     """
     rows = micro_batch.rows
 
     def prompted(soft_prompt):  # [M, D] -> hidden [B, R, D]; the head does not depend on it
-        teacher, _ = models.teacher(params, rows, soft_prompt)
+        teacher, _ = step_models.teacher(params, rows, soft_prompt)
         return teacher.hidden, teacher.head
 
     # The teacher is frozen: its backward pass carries gradients to P alone, none to weights.
     hidden, pullback, head = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
-    (student, _), _ = student_forward or models.student_vjp(params["student"], rows)
+    (student, _), _ = student_forward or step_models.student_vjp(params["student"], rows)
     # The plain teacher is a constant of L_reg; without L_reg its forward pass is not made.
-    plain = models.teacher(params, rows)[0] if models.method.regularization else None
-    terms, observations = prompt_terms(models.method, student, plain, scale, coefficient)
-    mask = models.where(rows).mask
+    plain = step_models.teacher(params, rows)[0] if step_models.method.regularization else None
+    terms, observations = prompt_terms(step_models.method, student, plain, scale, coefficient)
+    mask = step_models.where(rows).mask
     # dL/dh [B, R, D] of the prompted teacher's hidden states, then (dh/dP)^T dL/dh.
-    d_hidden, loss, sums = loss_and_grad(
+    d_hidden, loss, sums = grad_and_loss(
         terms, observations, mask, lambda h: LazyLogits(h, head), hidden
     )
     return Gradients({"soft_prompt": pullback(d_hidden)[0]}, loss / scale, sums)
@@ -189,28 +193,30 @@ def teacher_gradients(
     params: Mapping[str, Any],
     micro_batch: MicroBatch,
     scale: jax.Array,
-    models: StepModels,
-    student_forward: Any = None,
+    step_models: StepModels,
+    student_forward: StudentForward | None = None,
 ) -> Gradients:
     """Returns the gradient of an "online" teacher's terms for its parameters.
 
     Args:
-      student_forward: as `prompt_gradients` takes it.
+      params: the groups of a train state.
+      scale: `[]`, the factor that makes this micro-batch's sum its share of the mean.
+      student_forward: as for `prompt_gradients`.
     """
     rows = micro_batch.rows
 
     def teacher(teacher_params):
-        return models.teacher({"teacher": teacher_params}, rows)[0]
+        return step_models.teacher({"teacher": teacher_params}, rows)[0]
 
     # Unlike the prompt's, this pullback reaches all of the teacher, its head included.
     learner, pullback = jax.vjp(teacher, params["teacher"])
-    (student, _), _ = student_forward or models.student_vjp(params["student"], rows)
+    (student, _), _ = student_forward or step_models.student_vjp(params["student"], rows)
     terms = {
-        f"teacher_{name}": teacher_term(name, weight * scale, micro_batch, student, models)
-        for name, weight in models.method.teacher_terms
+        f"teacher_{name}": teacher_term(name, weight * scale, micro_batch, student, step_models)
+        for name, weight in step_models.method.teacher_terms
     }
-    mask = models.where(rows).mask
-    d_learner, loss, sums = loss_and_grad(terms, {}, mask, lambda x: x, learner)
+    mask = step_models.where(rows).mask
+    d_learner, loss, sums = grad_and_loss(terms, {}, mask, lambda x: x, learner)
     return Gradients({"teacher": pullback(d_learner)[0]}, loss / scale, sums)
 
 
@@ -219,44 +225,53 @@ def student_gradients(
     micro_batch: MicroBatch,
     scale: jax.Array,
     corpus_scale: jax.Array,
-    models: StepModels,
-    student_forward: Any = None,
+    step_models: StepModels,
+    student_forward: StudentForward | None = None,
 ) -> Gradients:
-    """Returns the gradient of all that the student minimizes, for it and for its projections.
+    """Returns the gradient of all losses of the student, for it and for its projections.
 
     Args:
-      corpus_scale: as `scale`, of the tokens of plain text.
-      student_forward: as `prompt_gradients` takes it.
+      params: the groups of a train state.
+      scale: `[]`, the factor that makes this micro-batch's sum its share of the mean.
+      corpus_scale: `[]`, the same of the sum over the tokens of plain text.
+      student_forward: as for `prompt_gradients`.
     """
-    method, rows = models.method, micro_batch.rows
-    where = models.where(rows)
-    (student, states), pullback = student_forward or models.student_vjp(params["student"], rows)
+    method, rows = step_models.method, micro_batch.rows
+    where = step_models.where(rows)
+    student_forward = student_forward or step_models.student_vjp(params["student"], rows)
+    (student, states), pullback = student_forward
     # Nothing looks at the teacher where only tokens or plain text are learned from.
     teacher, teacher_states = None, {}
-    if method.needs_view:
-        teacher, teacher_states = models.teacher(params, rows, micro_batch.soft_prompt)
+    if method.student_needs_teacher:
+        teacher, teacher_states = step_models.teacher(params, rows, micro_batch.soft_prompt)
     terms = {
-        name: student_term(name, weight * scale, micro_batch, teacher, models)
+        name: student_term(name, weight * scale, micro_batch, teacher, step_models)
         for name, weight in method.student_terms
     }
     observations = student_observations(method)
-    d_student, loss, sums = loss_and_grad(
+    d_student, loss, sums = grad_and_loss(
         terms, observations, where.mask, lambda x: x, student, teacher
     )
     # Hidden states have a gradient of their own, and join the logits' in one backward pass.
     by_group, d_states = {}, jax.tree.map(jnp.zeros_like, states)
-    if models.hidden_terms:
-        d_states, by_group, hidden_total, hidden_sums = hidden_gradient(
-            states, teacher_states, params.get("projection", {}), where, scale, models
+    if hidden_terms := step_models.hidden_terms:
+        projections = params.get("projection", {})
+        d_states, d_projections, hidden_total, hidden_sums = hidden_loss.hidden_gradient(
+            hidden_terms, states, teacher_states, projections, where, scale
         )
+        if projections:
+            by_group["projection"] = d_projections
         loss, sums = loss + hidden_total, sums | hidden_sums
     by_group["student"] = pullback((d_student, d_states))[0]
     # Plain text is another forward: rows of another shape, without a teacher as a rule.
     if micro_batch.corpus is not None:
-        gradient, corpus_total = corpus_gradient(params, micro_batch.corpus, corpus_scale, models)
+        gradient, corpus_total = corpus_gradient(
+            params, micro_batch.corpus, corpus_scale, step_models
+        )
         by_group["student"] = jax.tree.map(jnp.add, by_group["student"], gradient)
+        # A share of the mean over tokens of text already. Divided by `scale`, it comes out as that
+        # mean where `summarize` divides all sums by the response tokens.
         loss, sums = loss + corpus_total, sums | {"corpus_loss": corpus_total / scale}
-    # The caller's scale made it a share of the mean; what is reported is a sum over tokens.
     return Gradients(by_group, loss / scale, sums)
 
 
@@ -268,12 +283,12 @@ def student_term(
     weight: jax.Array,
     micro_batch: MicroBatch,
     teacher: LazyLogits | TopK | None,
-    models: StepModels,
+    step_models: StepModels,
 ) -> Term:
     """Returns the student's term `name`; its divergences are from `teacher`."""
-    method = models.method
+    method = step_models.method
     if name == CROSS_ENTROPY:
-        return _cross_entropy_term(weight, micro_batch, models)
+        return _cross_entropy_term(weight, micro_batch, step_models)
     if name == POLICY_GRADIENT:
         clip = method.policy_gradient.ratio_clip
         function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
@@ -283,17 +298,23 @@ def student_term(
 
 
 def teacher_term(
-    name: str, weight: jax.Array, micro_batch: MicroBatch, student: LazyLogits, models: StepModels
+    name: str,
+    weight: jax.Array,
+    micro_batch: MicroBatch,
+    student: LazyLogits,
+    step_models: StepModels,
 ) -> Term:
-    """What an online teacher's term `name` compares with."""
+    """Returns an online teacher's term `name`; its divergences are from `student`."""
     if name == CROSS_ENTROPY:
-        return _cross_entropy_term(weight, micro_batch, models)
+        return _cross_entropy_term(weight, micro_batch, step_models)
     return Term(losses.divergence(name), student, weight)
 
 
-def _cross_entropy_term(weight: jax.Array, micro_batch: MicroBatch, models: StepModels) -> Term:
-    labels = models.where(micro_batch.rows).labels
-    if not models.method.source.on_policy:
+def _cross_entropy_term(
+    weight: jax.Array, micro_batch: MicroBatch, step_models: StepModels
+) -> Term:
+    labels = step_models.where(micro_batch.rows).labels
+    if not step_models.method.source.on_policy:
         return Term(losses.cross_entropy, labels, weight)
     # [B] -> [B, R]: cross-entropy counts only rows that the student did not write itself.
     written_by_others = jnp.broadcast_to(~micro_batch.is_student[:, None], labels.shape)
@@ -301,15 +322,17 @@ def _cross_entropy_term(weight: jax.Array, micro_batch: MicroBatch, models: Step
 
 
 def _cross_entropy_of_others(target, logits):
-    """On the student's own rows it would only make it surer of what it says."""
+    """Cross-entropy on rows that the student did not write: on its own, it would only sharpen the
+    student's distributions."""
     labels, counts = target
     return losses.cross_entropy(labels, logits) * counts
 
 
 def student_observations(method: Method) -> Observations:
-    """What is measured beside the student's loss; the last target is the teacher as it is seen."""
+    """Functions that are measured beside the student's loss; the last of their targets is the
+    teacher in the method's view."""
     observations = {"student_entropy": _entropy}
-    if method.needs_view:
+    if method.student_needs_teacher:
         observations["agreement"] = _agreement
         if not method.prompted:
             observations[f"kl_{method.teacher_view}"] = _learner_to_teacher
@@ -323,7 +346,7 @@ def _learner_to_teacher(targets, student):
 
 def _agreement(targets, student):
     teacher = targets[-1]
-    if isinstance(teacher, TopK):  # the largest is kept, and kept first
+    if isinstance(teacher, TopK):  # of which the first token is the likeliest
         # [B, R]: the student's logit of the teacher's likeliest token, against its own largest.
         there = jnp.take_along_axis(student, teacher.ids[..., :1], axis=-1)[..., 0]
         return (there == jnp.max(student, axis=-1)).astype(jnp.float32)
@@ -344,20 +367,22 @@ def prompt_terms(
     weight: jax.Array,
     coefficient: jax.Array,
 ) -> tuple[Terms, Observations]:
-    """L_kd + alpha_k L_reg of the paper, and what is measured beside them.
+    """Returns the terms of L_kd + alpha_k L_reg, and what is measured beside them.
 
     Args:
-      student: what the student says.
-      plain: what the teacher says without the soft prompt; None where there is no L_reg.
+      student: the student's distributions.
+      plain: those of the teacher without the soft prompt; None where there is no L_reg.
       weight: of both terms; coefficient: alpha_k.
     """
-    free = method.conventions.entropy_free
-    divergence = _prompt_divergence(method.prompt_divergence, entropy_free=free)
+    entropy_free = method.conventions.entropy_free
+    divergence = _prompt_divergence(method.prompt_divergence, entropy_free=entropy_free)
     terms = {"prompt_kd": Term(divergence, student, weight)}
     observations = {"kl_prompted": _student_to_learner}
     if plain is not None:
-        free &= method.regularization_schedule != "adaptive"  # that goes by the value
-        divergence = _prompt_divergence(method.prompt_regularizer, entropy_free=free)
+        # The adaptive schedule compares the value of L_reg with its target, a KL divergence: with
+        # the entropy of the plain teacher in it, no coefficient would bring it there.
+        entropy_free &= method.regularization_schedule != "adaptive"
+        divergence = _prompt_divergence(method.prompt_regularizer, entropy_free=entropy_free)
         terms["prompt_regularizer"] = Term(divergence, plain, weight * coefficient)
         observations["kl_plain"] = _student_to_plain
     return terms, observations
@@ -379,40 +404,14 @@ def _student_to_plain(targets, prompted):
     return losses.forward_kl(targets[0], targets[1])
 
 
-# What else the student minimises
-
-
-def hidden_gradient(
-    states: hidden_loss.States,
-    teacher_states: hidden_loss.States,
-    projections: hidden_loss.Projections,
-    where: Responses,
-    weight: jax.Array,
-    models: StepModels,
-) -> tuple[hidden_loss.States, dict[str, Any], jax.Array, dict[str, jax.Array]]:
-    """Of the losses between hidden states, see `hidden_loss.hidden_loss`.
-
-    Returns:
-      (gradient for `states`, {"projection": that for the projections} where there are any, the
-      loss times `weight`, the unweighted masked sum of every term by name).
-    """
-
-    def loss(states, projections):
-        total, sums = hidden_loss.hidden_loss(
-            models.hidden_terms, states, teacher_states, projections, where
-        )
-        return weight * total, sums
-
-    (total, sums), (d_states, d_projections) = jax.value_and_grad(
-        loss, argnums=(0, 1), has_aux=True
-    )(states, projections)
-    return d_states, {"projection": d_projections} if projections else {}, total, sums
+# The student's loss on plain text
 
 
 def corpus_gradient(
-    params: Mapping[str, Any], corpus: Batch, weight: jax.Array, models: StepModels
+    params: Mapping[str, Any], corpus: Batch, weight: jax.Array, step_models: StepModels
 ) -> tuple[Any, jax.Array]:
-    """Of the method's `corpus_terms` on plain text, every token but the first counting.
+    """Returns the gradient of the method's `corpus_terms` on every token of plain text but the
+    first of a row.
 
     Args:
       params: the groups of a train state.
@@ -420,12 +419,12 @@ def corpus_gradient(
     Returns:
       (gradient for the student's parameters, the loss times `weight`).
     """
-    method = models.method
+    method = step_models.method
     # Rows of text have a "prompt" of one token: each of the others is predicted.
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
     def student(params):
-        return lazy_logits(models.decoders.student, params, corpus, where, method.vocab_size)
+        return lazy_logits(step_models.models.student, params, corpus, where, method.vocab_size)
 
     learner, pullback = jax.vjp(student, params["student"])
     terms = {}
@@ -433,8 +432,10 @@ def corpus_gradient(
         if name == CROSS_ENTROPY:
             terms[name] = Term(losses.cross_entropy, where.labels, share * weight)
         else:
-            teacher = models.teacher_params(params)
-            target = lazy_logits(models.decoders.teacher, teacher, corpus, where, method.vocab_size)
+            teacher_params = step_models.teacher_params(params)
+            target = lazy_logits(
+                step_models.models.teacher, teacher_params, corpus, where, method.vocab_size
+            )
             terms[name] = Term(losses.divergence(name), target, share * weight)
-    d_learner, total, _ = loss_and_grad(terms, {}, where.mask, lambda x: x, learner)
+    d_learner, total, _ = grad_and_loss(terms, {}, where.mask, lambda x: x, learner)
     return pullback(d_learner)[0], total

@@ -1,4 +1,8 @@
-"""What a train step changes, and what it measures."""
+"""The state that a train step changes, and the metrics that it measures.
+
+M soft-prompt tokens, D width, G micro-batches of one update, UG of a whole step, which has U
+minibatches.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +18,7 @@ from promptkd_jax.distill.targets import TargetBatch
 
 
 class Optimizers(NamedTuple):
-    """One for each group of parameters that is trained.
+    """An optimizer for each group of parameters that is trained.
 
     `projection` is for the matrices between hidden states of different models, `teacher` for the
     "online" view.
@@ -33,7 +37,7 @@ class Optimizers(NamedTuple):
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes; a frozen teacher is not in it.
+    """All arrays that a step changes; a frozen teacher is not among them.
 
     `params` and `optimizers` have the groups of `Optimizers`: "student", and where they are trained
     "soft_prompt" `[M, D]`, "teacher", "projection". `step` counts the steps of this stage,
@@ -64,11 +68,11 @@ class TrainState:
 
 
 class Metrics(NamedTuple):
-    """What a step measures; `summarize` divides sums by counts.
+    """Sums and counts of one step; `summarize` divides sums by counts.
 
     `losses` by who learns ("student", "prompt", "teacher") and `sums` by name are sums over the
-    response tokens of each micro-batch `[N]`, `counts` `[N]` those tokens; `grad_norms` are by who
-    learns, `scalars` by name.
+    response tokens of each micro-batch `[UG]`, `counts` `[UG]` the number of these tokens;
+    `grad_norms` are by who learns, `scalars` by name.
     """
 
     losses: dict[str, jax.Array]
@@ -78,7 +82,7 @@ class Metrics(NamedTuple):
     scalars: dict[str, jax.Array]
 
     def add(self, learner: str, loss: jax.Array, sums: dict, grad_norm: jax.Array) -> "Metrics":
-        """Adds what the update of one learner measured."""
+        """Adds the loss, sums and gradient norm of one learner's update."""
         return self._replace(
             losses=self.losses | {learner: loss},
             grad_norms=self.grad_norms | {learner: grad_norm},
@@ -100,10 +104,10 @@ def init_state(
     Args:
       params: by group, see `TrainState`; at least {"student": …}.
       optimizers: one for every group in `params`.
-      regularization: where the coefficient of an "adaptive" L_reg starts.
+      regularization: first coefficient of an "adaptive" L_reg.
       replay: `empty_replay(…)` where a method has "replay" targets.
-      pending: a place for what `write_ahead` will write, where states of several methods shall
-        have one structure.
+      pending: an `empty_target_batch` for the rows of `write_ahead`, so that states of several
+        methods have one structure.
     """
     # A group that nothing trains is not there at all: no optimizer state, no checkpoint of it.
     params = {name: group for name, group in params.items() if group is not None}
@@ -123,7 +127,7 @@ def init_state(
 def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:
     """Means over response tokens (or of micro-batch means) and the scalars, as Python floats."""
     metrics = jax.device_get(metrics)
-    # [N] sums over tokens; the one division of a step's metrics comes last, on the host.
+    # [UG] sums over tokens; the one division of a step's metrics comes last, on the CPU.
     sums = metrics.sums | {f"{name}_loss": total for name, total in metrics.losses.items()}
     if conventions.mean_of_means:
         means = {name: (total / metrics.counts).mean() for name, total in sums.items()}

@@ -7,11 +7,12 @@
     theta <- theta - eta d/dtheta KL(q || p_P)                    `_update_student`
 
 Gradients are accumulated over micro-batches, which `objective` computes one at a time. Row i of B
-is in micro-batch i mod N, so that each device keeps its own rows of every micro-batch: `[B, ...]`
-is seen as `[N, B / N, ...]`.
+is in micro-batch i mod UG, so that each device keeps its own rows of every micro-batch:
+`[B, ...]` is seen as `[UG, B / UG, ...]`.
 
 B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabulary,
-G micro-batches of one update, N of a whole step (those of all its minibatches).
+G micro-batches of one update, UG of a whole step: the student has an update for each of U
+minibatches.
 """
 
 from collections.abc import Callable
@@ -24,22 +25,28 @@ import optax
 from promptkd_jax.data.batch import Batch, responses, truncate
 from promptkd_jax.distill import losses, objective, policy_gradient
 from promptkd_jax.distill.chunked_loss import linear_values
-from promptkd_jax.distill.method import POLICY_GRADIENT, Conventions, Method
+from promptkd_jax.distill.method import Conventions, Method
+from promptkd_jax.distill.method_fields import POLICY_GRADIENT
 from promptkd_jax.distill.objective import MicroBatch
 from promptkd_jax.distill.state import Metrics, Optimizers, TrainState
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
-from promptkd_jax.distill.teacher import Models, StepModels
+from promptkd_jax.distill.teacher import Models, StepModels, StudentForward
 from promptkd_jax.infra import sharding
-from promptkd_jax.models.sampler import run_in_smallest_bucket
+from promptkd_jax.infra.buckets import run_in_smallest_bucket
 
 
 def write_ahead(
     state: TrainState, teacher: Any, batch: Batch, *, method: Method, models: Models
 ) -> TrainState:
-    """The state with the rows of its next step in `pending`, written from that step's `batch`.
+    """Begins a stage of a `one_step_off_policy` method; from then on every step writes the rows of
+    the next.
 
-    Where a method is `one_step_off_policy`, this begins a stage; from then on every step writes
-    the rows of the next.
+    Args:
+      state, teacher, method, models: as for `train_step`.
+      batch: the first step's, of which `train_step` gets the second's.
+
+    Returns:
+      The state with the rows of its next step in `pending`.
     """
     step_models = StepModels(method, models, teacher)
     pending, replay = _write(state, batch, step_models, state.step)
@@ -56,23 +63,27 @@ def train_step(
     models: Models,
     optimizers: Optimizers,
 ) -> tuple[TrainState, Metrics]:
-    """One step. Pure: jit it with the keyword arguments bound and the state donated.
+    """Makes one step. Pure: jit it with the keyword arguments bound and the state donated.
 
     Algorithm 1 of the paper, see the top of this module; the student learns from the P just
-    updated. Without a prompt there is only the last line, with whichever terms `method` names.
+    updated. Without a soft prompt there is only the last line, with the terms that `method` names.
 
-    With `one_step_off_policy` the rows trained on are `state.pending`, and the student as it is
-    before the update writes those of the next step: neither needs the other's result.
+    With `one_step_off_policy` the rows trained on are `state.pending`, and the student before the
+    update writes those of the next step: neither needs the other's result.
 
     Args:
       state: see `TrainState`.
       teacher: the teacher's parameters (None where `method.needs_teacher` is False or it learns).
-      batch: B rows, B divisible by `method.parts`; with `one_step_off_policy` the next step's.
-      corpus: rows of plain text for `method.corpus_terms`, as many or another multiple of them.
+      batch: B rows, B divisible by `method.num_micro_batches`; with `one_step_off_policy` those of
+        the next step.
+      corpus: rows of plain text for `method.corpus_terms`, B or another multiple of
+        `method.num_micro_batches`.
+      method: the distillation method; models: student and teacher; optimizers: of each group of
+        parameters in `state.params`.
 
     Returns:
-      The new state and Metrics, of the rows trained on. A step whose loss or gradient is not finite
-      changes nothing but `step`, the counters and what is written ahead.
+      The new state, and the Metrics of the rows trained on. A step whose loss or gradient is not
+      finite changes nothing but `step`, the counters and what is written ahead.
     """
     step_models = StepModels(method, models, teacher)
     if method.execution.one_step_off_policy:
@@ -85,88 +96,102 @@ def train_step(
     else:
         targets, replay = _write(state, batch, step_models, state.step)
         new = state.replace(replay=replay)
-    # [B, T] -> [N, B / N, T]; everything below maps or scans over N.
+    # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
     micro_batches = _split(targets, corpus, method)
     metrics = _measure_rows(targets, micro_batches, new, method)
-    # Where the student's forward serves both updates, it is made once, here.
-    forward = _shared_forward(state, micro_batches, step_models)
+    # Where the student's forward serves both updates, it is computed once, here.
+    student_forward = _shared_forward(state, micro_batches, step_models)
     if method.prompted:
-        new, metrics = _update_prompt(new, micro_batches, metrics, step_models, optimizers, forward)
-        # [N, M, D]: the student learns from the prompt that was just updated.
+        new, metrics = _update_prompt(
+            new, micro_batches, metrics, step_models, optimizers, student_forward
+        )
+        # [UG, M, D]: the student learns from the prompt that was just updated.
         soft_prompt = _prompt_of_student_loss(state, new, method)
         micro_batches = micro_batches._replace(soft_prompt=soft_prompt)
     elif method.teacher_view == "online":
         new, metrics = _update_teacher(
-            new, micro_batches, metrics, step_models, optimizers, forward
+            new, micro_batches, metrics, step_models, optimizers, student_forward
         )
     if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
-        policy = _policy_targets(new, micro_batches, step_models, forward)
+        policy = _policy_targets(new, micro_batches, step_models, student_forward)
         micro_batches = micro_batches._replace(policy=policy)
-    new, metrics = _update_student(new, micro_batches, metrics, step_models, optimizers, forward)
+    new, metrics = _update_student(
+        new, micro_batches, metrics, step_models, optimizers, student_forward
+    )
     return _skip_if_not_finite(state, new, metrics)
 
 
-def _write(state: TrainState, batch: Batch, models: StepModels, step: jax.Array):
-    """The rows of `step`, written by the student as it is, and the replay buffer after them."""
+def _write(state: TrainState, batch: Batch, step_models: StepModels, step: jax.Array):
+    """The target rows of `step`, written by the student before its update, and the replay buffer
+    after them."""
     return target_rows(
-        models.method,
-        models.decoders.student,
+        step_models.method,
+        step_models.models.student,
         state.params["student"],
         batch,
         state.replay,
         jax.random.fold_in(state.key, step),
         step=step,
-        teacher=models.mixture_model(state.params),
+        teacher=step_models.mixture_model(state.params),
     )
 
 
 def _skip_if_not_finite(
     state: TrainState, new: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """The new state, or the old one with its clock and counters moved on."""
+    """The new state if losses and gradients are finite, else the old one; its step and counters
+    move on in either case."""
     # A NaN in any gradient makes its norm NaN, so that the norms tell of all of them.
     norms = jnp.stack(list(metrics.grad_norms.values()))
     finite = jnp.all(jnp.isfinite(metrics.losses["student"])) & jnp.all(jnp.isfinite(norms))
-    # A select, not a branch: both states exist already, and a branch would wait for the host.
-    kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    # A select, not a branch: both states exist already, and a branch would wait for the CPU.
+    next_state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-    kept = kept.replace(
+    next_state = next_state.replace(
         step=state.step + 1, skipped=state.skipped + ~finite, skipped_in_a_row=in_a_row
     )
-    return kept, metrics._replace(scalars=metrics.scalars | {"skipped_in_a_row": in_a_row})
+    return next_state, metrics._replace(scalars=metrics.scalars | {"skipped_in_a_row": in_a_row})
 
 
 # How rows are split into micro-batches
 
 
 def _split(targets: TargetBatch, corpus: Batch | None, method: Method) -> MicroBatch:
-    """`[B, …]` as `[N, B / N, …]`, row i in micro-batch i mod N: devices keep their own rows."""
+    """All `[B, …]` as `[UG, B / UG, …]`, row i in micro-batch i mod UG: devices keep their rows."""
 
     def split(x):
-        return jnp.swapaxes(x.reshape(-1, method.parts, *x.shape[1:]), 0, 1)
+        return jnp.swapaxes(x.reshape(-1, method.num_micro_batches, *x.shape[1:]), 0, 1)
 
     rows, is_student = targets.rows, targets.is_student
     # Rows of like length together, so that a short micro-batch takes a small bucket.
     if method.sorts_rows:
-        rows, is_student = _sort_by_length(rows, is_student, method.parts)
+        rows, is_student = _sort_by_length(rows, is_student, method.num_micro_batches)
     corpus = corpus if method.corpus_terms else None
     return jax.tree.map(split, MicroBatch(rows, is_student, corpus))
 
 
 def _sort_by_length(rows: Batch, is_student: jax.Array, number: int) -> tuple[Batch, jax.Array]:
-    """Every device's rows in such an order that the shortest are in the first micro-batch."""
+    """Every device's rows in such an order that `_split` deals the shortest out to the first of
+    `number` micro-batches, the longest to the last."""
     devices = sharding.num_row_shards(is_student.shape[0] // number)
-    # [devices, B / devices]: the order of each device's rows, by length
+    # One device with six rows, and two micro-batches:
+    #
+    #     lengths            9 4 7 2 8 3     [devices, B / devices]
+    #     shortest_first     3 5 1 2 4 0     rows of lengths 2 3 4 7 8 9
+    #     by micro-batch     3 5 1 | 2 4 0   [devices, number, B / devices / number]
+    #     order              3 2 5 4 1 0     [devices, B / devices]: one row of each in turn
+    #
+    # `_split` puts places 0, 2, 4 of `order` into micro-batch 0: the rows 3, 5, 1.
     shortest_first = jnp.argsort(rows.lengths.reshape(devices, -1), axis=1, stable=True)
-    # Neighbours in length, [devices, N, B / devices / N], are what `split` deals out in turn.
-    order = shortest_first.reshape(devices, number, -1).swapaxes(1, 2).reshape(devices, -1)
+    by_micro_batch = shortest_first.reshape(devices, number, -1)
+    order = by_micro_batch.swapaxes(1, 2).reshape(devices, -1)
     return jax.tree.map(
         lambda x: sharding.take_local_rows(x, order).reshape(x.shape), (rows, is_student)
     )
 
 
 def _bucketed(gradients_of: Callable, method: Method) -> Callable:
-    """A function of a MicroBatch and more, with rows in the smallest bucket that fits them."""
+    """`gradients_of`, called with its micro-batch's rows in the smallest bucket that holds them."""
 
     def bucketed(micro_batch: MicroBatch, *others):
         def in_width(width: int):
@@ -180,22 +205,27 @@ def _bucketed(gradients_of: Callable, method: Method) -> Callable:
     return bucketed
 
 
-def _shared_forward(state: TrainState, micro_batches: MicroBatch, models: StepModels):
-    """The student's forward pass and its pullback, where one serves both updates: they see the same
-    parameters on the same rows, unless there are several micro-batches, or each is truncated."""
-    method = models.method
-    if method.parts * method.passes * method.execution.length_buckets > 1:
+def _shared_forward(
+    state: TrainState, micro_batches: MicroBatch, step_models: StepModels
+) -> StudentForward | None:
+    """The student's forward pass and pullback, if one can serve both updates, else None.
+
+    It can if both see the same parameters on the same columns: with one micro-batch a step, one
+    pass, and rows that are not truncated to buckets.
+    """
+    method = step_models.method
+    if method.num_micro_batches * method.passes * method.execution.length_buckets > 1:
         return None
     rows = jax.tree.map(lambda x: x[0], micro_batches.rows)
-    return models.student_vjp(state.params["student"], rows)
+    return step_models.student_vjp(state.params["student"], rows)
 
 
 def _measure_rows(
     targets: TargetBatch, micro_batches: MicroBatch, state: TrainState, method: Method
 ) -> Metrics:
-    """Counts the response tokens of each micro-batch that losses see, and all that they do not."""
+    """Counts the response tokens that losses see, by micro-batch, and those that they do not."""
     capacity = method.response_capacity
-    # mask [N, B / N, R]; counts [N]: response tokens of each micro-batch.
+    # mask [UG, B / UG, R]; counts [UG]: response tokens of each micro-batch.
     where = jax.vmap(lambda rows: responses(rows, capacity))(micro_batches.rows)
     scalars = row_statistics(method, targets, state.replay)
     scalars["tokens_beyond"] = jnp.sum(where.beyond)
@@ -203,8 +233,12 @@ def _measure_rows(
 
 
 def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
-    """The factor of each micro-batch's sum, `[G]`, with which all of them add up to the mean."""
-    # As published, each micro-batch has its own mean; else all tokens count the same.
+    """Factors `[G]` with which the micro-batches' sums over tokens add up to the mean of an update.
+
+    Args:
+      counts: `[G]`, response tokens of each micro-batch.
+    """
+    # As published, the mean over micro-batches of their means; else the mean over all tokens.
     if conventions.mean_of_means:
         return 1 / (counts * counts.shape[0])
     return jnp.broadcast_to(1 / jnp.sum(counts), counts.shape)
@@ -217,44 +251,48 @@ def _update_prompt(
     state: TrainState,
     micro_batches: MicroBatch,
     metrics: Metrics,
-    models: StepModels,
+    step_models: StepModels,
     optimizers: Optimizers,
-    forward: Any,
+    student_forward: StudentForward | None,
 ) -> tuple[TrainState, Metrics]:
     """P <- P - eta grad [L_kd + alpha_k L_reg]."""
-    method = models.method
+    method = step_models.method
 
     def gradients_of(micro_batch: MicroBatch, scale, coefficient):
         return objective.prompt_gradients(
-            state.params, micro_batch, scale, coefficient, models, forward
+            state.params, micro_batch, scale, coefficient, step_models, student_forward
         )
 
     coefficients = _coefficients(state, method)
     scales = _scales(metrics.counts, method.conventions)
-    found = objective.accumulate(
+    gradients = objective.accumulate(
         _bucketed(gradients_of, method), (micro_batches, scales, coefficients)
     )
-    new = _apply(state, found.by_group, optimizers)
+    new = _apply(state, gradients.by_group, optimizers)
     if method.regularization and method.regularization_schedule == "adaptive":
-        kl = jnp.sum(found.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
+        kl = jnp.sum(gradients.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
         new = new.replace(regularization=_adapted(state.regularization, kl / method.target_kl))
     scalars = {
         "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
         "regularization_weight": coefficients[0],
     }
-    norm = objective.norm(found.by_group)
-    metrics = metrics.add("prompt", found.loss, found.sums, norm)
+    norm = objective.norm(gradients.by_group)
+    metrics = metrics.add("prompt", gradients.loss, gradients.sums, norm)
     return new, metrics._replace(scalars=metrics.scalars | scalars)
 
 
 def _coefficients(state: TrainState, method: Method) -> jax.Array:
-    """alpha_k = (K - k) / K with k = 1 in the first update, for each micro-batch, `[N]`."""
-    number = method.parts
+    """The coefficient alpha_k of L_reg for each micro-batch, `[UG]`, in step k, counted from 1.
+
+    "constant": `method.regularization`. "linear": that times 1 - k / total_steps (eq. 3).
+    "adaptive": `state.regularization`, which `_update_prompt` moves.
+    """
+    number = method.num_micro_batches
     if method.regularization_schedule == "adaptive":
         return jnp.broadcast_to(state.regularization, (number,))
     if method.regularization_schedule == "constant":
         return jnp.full(number, method.regularization)
-    # k of K, counted from 1: in the last update alpha_K = 0.
+    # Counted from 1: in the last step the coefficient is 0.
     k = jnp.broadcast_to(state.step + 1, (number,))
     if method.conventions.early_clock and number > 1:
         k = k + (jnp.arange(number) == number - 1)
@@ -262,14 +300,17 @@ def _coefficients(state: TrainState, method: Method) -> jax.Array:
 
 
 def _adapted(coefficient: jax.Array, ratio: jax.Array) -> jax.Array:
-    """Moved by at most 2 % towards the target: the controller of Ziegler et al. 2019 (1909.08593),
-    section 2.2."""
+    """The coefficient, moved by at most 2 % (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
+
+    Args:
+      ratio: the measured KL over the target; above 1 the coefficient rises.
+    """
     return coefficient * (1 + 0.1 * jnp.clip(ratio - 1, -0.2, 0.2))
 
 
 def _prompt_of_student_loss(before: TrainState, after: TrainState, method: Method) -> jax.Array:
-    """The soft prompt that the student's loss of each micro-batch sees, `[N, M, D]`."""
-    is_last = jnp.arange(method.parts) == method.parts - 1
+    """The soft prompt of the student's loss of each micro-batch, `[UG, M, D]`."""
+    is_last = jnp.arange(method.num_micro_batches) == method.num_micro_batches - 1
     fresh = is_last | (not method.conventions.stale_prompt)
     return jnp.where(fresh[:, None, None], after.soft_prompt, before.soft_prompt)
 
@@ -278,67 +319,74 @@ def _update_teacher(
     state: TrainState,
     micro_batches: MicroBatch,
     metrics: Metrics,
-    models: StepModels,
+    step_models: StepModels,
     optimizers: Optimizers,
-    forward: Any,
+    student_forward: StudentForward | None,
 ) -> tuple[TrainState, Metrics]:
     """Mutual learning (Zhang et al. 2018, arXiv 1706.00384): the teacher learns from the student,
     which then learns from what the teacher has become."""
 
     def gradients_of(micro_batch: MicroBatch, scale):
-        return objective.teacher_gradients(state.params, micro_batch, scale, models, forward)
+        return objective.teacher_gradients(
+            state.params, micro_batch, scale, step_models, student_forward
+        )
 
-    scales = _scales(metrics.counts, models.method.conventions)
-    found = objective.accumulate(_bucketed(gradients_of, models.method), (micro_batches, scales))
-    norm = objective.norm(found.by_group)
-    metrics = metrics.add("teacher", found.loss, found.sums, norm)
-    return _apply(state, found.by_group, optimizers), metrics
+    method = step_models.method
+    scales = _scales(metrics.counts, method.conventions)
+    gradients = objective.accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
+    norm = objective.norm(gradients.by_group)
+    metrics = metrics.add("teacher", gradients.loss, gradients.sums, norm)
+    return _apply(state, gradients.by_group, optimizers), metrics
 
 
 # The student's update
 
 
 def _policy_targets(
-    state: TrainState, micro_batches: MicroBatch, models: StepModels, forward: Any
+    state: TrainState,
+    micro_batches: MicroBatch,
+    step_models: StepModels,
+    student_forward: StudentForward | None,
 ) -> policy_gradient.PolicyTarget:
-    """What the sampled tokens are worth, valued over the whole step, `[N, B / N, R]` each."""
+    """The advantages of the sampled tokens, valued over the whole step, `[UG, B / UG, R]` each."""
 
     def log_prob_of_labels(labels, logits):
         return -losses.cross_entropy(labels, logits)
 
-    def log_probs(micro_batch: MicroBatch):  # [B / N, R] of student and teacher
+    def log_probs(micro_batch: MicroBatch):  # [B / UG, R] of student and teacher
         rows = micro_batch.rows
-        where = models.where(rows)
-        (student, _), _ = forward or models.student_vjp(state.params["student"], rows)
-        teacher, _ = models.teacher(state.params, rows, micro_batch.soft_prompt)
+        where = step_models.where(rows)
+        (student, _), _ = student_forward or step_models.student_vjp(state.params["student"], rows)
+        teacher, _ = step_models.teacher(state.params, rows, micro_batch.soft_prompt)
         both = [
             linear_values([log_prob_of_labels], model, [where.labels])[0]
             for model in (student, teacher)
         ]
         return where.labels, where.mask, *both
 
-    method = models.method
-    found = jax.lax.map(_bucketed(log_probs, method), micro_batches)
+    method = step_models.method
+    # Labels, mask, and the labels' log-probabilities of student and teacher: [UG, B / UG, R].
+    by_micro_batch = jax.lax.map(_bucketed(log_probs, method), micro_batches)
     # Whitening needs the mean and variance of all rows of the step, not of a micro-batch.
-    whole = [x.reshape(-1, x.shape[-1]) for x in found]  # [B, R]
+    whole = [x.reshape(-1, x.shape[-1]) for x in by_micro_batch]  # [B, R]
     target = policy_gradient.policy_target(*whole, method.teacher_share, method.policy_gradient)
-    return jax.tree.map(lambda x: x.reshape(found[0].shape), target)
+    return jax.tree.map(lambda x: x.reshape(by_micro_batch[0].shape), target)
 
 
 def _update_student(
     state: TrainState,
     micro_batches: MicroBatch,
     metrics: Metrics,
-    models: StepModels,
+    step_models: StepModels,
     optimizers: Optimizers,
-    forward: Any,
+    student_forward: StudentForward | None,
 ) -> tuple[TrainState, Metrics]:
-    """theta <- theta - eta grad of the student's terms, `method.updates` times.
+    """theta <- theta - eta grad of the student's terms, `method.updates_per_step` times.
 
-    With several updates a step, each of `method.passes` goes through all minibatches in turn; what
-    is measured is the mean over the passes.
+    With several updates a step, each of `method.passes` goes through all minibatches in turn; the
+    metrics are means over the passes.
     """
-    method = models.method
+    method = step_models.method
 
     def update(state: TrainState, xs):
         micro_batches, counts = xs
@@ -348,15 +396,16 @@ def _update_student(
 
         def gradients_of(micro_batch: MicroBatch, scale):
             return objective.student_gradients(
-                state.params, micro_batch, scale, corpus_scale, models, forward
+                state.params, micro_batch, scale, corpus_scale, step_models, student_forward
             )
 
         scales = _scales(counts, method.conventions)
-        found = objective.accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
-        norm = objective.norm(found.by_group["student"])
-        return _apply(state, found.by_group, optimizers), (found.loss, found.sums, norm)
+        gradients = objective.accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
+        norm = objective.norm(gradients.by_group["student"])
+        new = _apply(state, gradients.by_group, optimizers)
+        return new, (gradients.loss, gradients.sums, norm)
 
-    def split(x):  # [N, …] -> [minibatches, G, …]
+    def split(x):  # [UG, …] -> [U, G, …]
         return x.reshape(
             method.minibatches, method.execution.gradient_accumulation_steps, *x.shape[1:]
         )
@@ -364,19 +413,19 @@ def _update_student(
     def one_pass(state, _):
         return jax.lax.scan(update, state, jax.tree.map(split, (micro_batches, metrics.counts)))
 
-    if method.updates == 1:
+    if method.updates_per_step == 1:
         state, (loss, sums, norm) = update(state, (micro_batches, metrics.counts))
     else:
-        # [passes, minibatches, …]: later passes are off-policy by the updates before them.
+        # [passes, U, …]: later passes are off-policy by the updates before them.
         state, measured = jax.lax.scan(one_pass, state, None, length=method.passes)
         loss, sums, norm = jax.tree.map(lambda x: x.mean(axis=0), measured)
-        loss, sums = jax.tree.map(lambda x: x.reshape(-1), (loss, sums))  # [N]
+        loss, sums = jax.tree.map(lambda x: x.reshape(-1), (loss, sums))  # [UG]
         norm = norm.mean()
     return state, metrics.add("student", loss, sums, norm)
 
 
 def _apply(state: TrainState, gradients: dict[str, Any], optimizers: Optimizers) -> TrainState:
-    """One update of every group that has a gradient."""
+    """The state after one update of every group of parameters that has a gradient."""
     params, states = dict(state.params), dict(state.optimizers)
     for name, gradient in gradients.items():
         optimizer = getattr(optimizers, name)

@@ -1,7 +1,7 @@
-"""Where target rows come from: the data, the student's own continuation of its requests, a mixture
-of both, or what the student wrote before.
+"""Sources of target rows: the data, the student's own continuation of its prompts, a mixture of
+both, or rows that the student wrote before.
 
-B rows, T columns, C rows of a replay buffer.
+B rows, T columns.
 """
 
 import functools
@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.batch import Batch, choose_rows, pad_to
-from promptkd_jax.distill.method import POLICY_GRADIENT, Method
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.method_fields import POLICY_GRADIENT
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample
 
-# Folded into a step's key for its coins; its rows use 0, 1, …
-_COIN = np.uint32(2**32 - 1)
+# Folded into a step's key for the draws between sources; its rows use 0, 1, …
+_DRAW = np.uint32(2**32 - 1)
 
 
 def rollout(
@@ -38,24 +39,29 @@ def rollout(
     second: SamplingModel | None = None,
     second_share: float = 0.0,
     slots: int = 0,
-    request_lengths: int = 1,
+    prompt_buckets: int = 1,
 ) -> tuple[Batch, jax.Array]:
-    """The model's own continuation of the batch's requests: on-policy targets.
+    """Samples the model's own continuation of the batch's prompts: on-policy targets.
 
-    Requests are the first `prompt_lengths` tokens of each row, at most `prompt_capacity`.
-    `force_eos` overwrites the last token of a row that ran to the limit, as the published code
-    does; otherwise such a row has no EOS. All else: see `sample`.
+    Args:
+      batch: rows `[B, T]`, of which the first `prompt_lengths` tokens are the prompt.
+      key: of all rows.
+      prompt_capacity: the most tokens of a prompt.
+      force_eos: whether the last token of a row that ran to the limit is overwritten by EOS, as in
+        the published code; otherwise such a row has no EOS.
+
+    All others: see `sample`.
 
     Returns:
       The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
     """
-    # Responses that the data has are cut off: what is sampled begins behind the prompt.
-    requests = batch.tokens[:, :prompt_capacity]
-    keys = row_keys(key, jnp.arange(requests.shape[0]))
+    # Responses of the data are cut off: the new tokens begin behind the prompt.
+    prompts = batch.tokens[:, :prompt_capacity]
+    keys = row_keys(key, jnp.arange(prompts.shape[0]))
     out = sample(
         model,
         params,
-        requests,
+        prompts,
         batch.prompt_lengths,
         keys,
         max_new_tokens=max_new_tokens,
@@ -65,11 +71,11 @@ def rollout(
         second=second,
         second_share=second_share,
         slots=slots,
-        request_lengths=request_lengths,
+        prompt_buckets=prompt_buckets,
     )
     tokens = out.tokens
     if force_eos:
-        # [B, T]: the last token of each row.
+        # [B, T]: True at the last token of each row.
         last = jnp.arange(tokens.shape[1]) == out.lengths[:, None] - 1
         tokens = jnp.where(last & ~out.ended[:, None], sampling.eos_ids[0], tokens)
     return Batch(tokens, batch.prompt_lengths, out.lengths), out.ended
@@ -85,7 +91,7 @@ class TargetBatch(NamedTuple):
 
 
 def empty_target_batch(number: int, columns: int) -> TargetBatch:
-    """The place of `number` rows of `columns` tokens that are still to be written."""
+    """A place for `number` rows of `columns` tokens that are still to be written."""
     nobody = jnp.zeros(number, bool)
     return TargetBatch(empty_rows(number, columns), nobody, nobody)
 
@@ -101,15 +107,16 @@ def target_rows(
     step: jax.Array,
     teacher: SamplingModel | None,
 ) -> tuple[TargetBatch, Replay | None]:
-    """The rows that a step of `method` trains on, and the buffer after it.
+    """Returns the rows that a step of `method` trains on, and the replay buffer after it.
 
-    Every coin is drawn from `key`, so that all hosts see the same.
+    Every random number is drawn from `key`, so that all processes have the same.
 
     Args:
-      student, params: who writes; teacher: who writes with it, at `method.teacher_share`.
-      batch: the data's rows.
+      student, params: the model that writes.
+      batch: rows of the data.
       replay: the buffer of "replay" targets.
-      step: of the stage, from 0.
+      step: number of the step in its stage, from 0.
+      teacher: the model that writes with the student, at `method.teacher_share`.
     """
     # Rows of the data, or that the teacher wrote before training, are the batch itself.
     if not method.source.on_policy:
@@ -126,71 +133,70 @@ def target_rows(
         max_new_tokens=method.rollout_length,
         sampling=method.sampling,
         vocab_size=method.vocab_size,
-        # What was not sampled has no worth as a sample.
+        # The policy gradient values sampled tokens: one that was not sampled has no value.
         force_eos=method.conventions.force_eos and not values_samples,
         second=teacher,
         second_share=method.teacher_share,
         slots=method.execution.max_concurrent_rollouts,
-        request_lengths=method.execution.length_buckets,
+        prompt_buckets=method.execution.length_buckets,
     )
-    # The rollout's keys are those of its rows; coins are drawn from a stream of their own.
-    coin = jax.random.fold_in(key, _COIN)
-    return WRITERS[method.targets](method, write, batch, replay, coin, step)
+    # The rollout's keys are those of its rows; draws between sources have one of their own.
+    draw_key = jax.random.fold_in(key, _DRAW)
+    return WRITERS[method.targets](method, write, batch, replay, draw_key, step)
 
 
 def row_statistics(
     method: Method, written: TargetBatch, replay: Replay | None
 ) -> dict[str, jax.Array]:
-    """What there is to say of the rows that a step trains on; of the buffer, as it is now."""
+    """Means and counts of the rows that a step trains on; the threshold of the buffer after it."""
     rows, is_student, hit_eos = written
-    # [B]; what a step says of them are means over rows, and counts.
-    lengths = rows.num_supervised.astype(jnp.float32)
-    found = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
+    lengths = rows.num_supervised.astype(jnp.float32)  # [B]
+    statistics = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
     if method.source.on_policy and method.source.reads_responses:
-        found["on_policy_share"] = is_student.mean()
+        statistics["on_policy_share"] = is_student.mean()
     if method.source.on_policy and not method.source.keeps_replay:
-        found["eos_rate"] = jnp.sum(hit_eos) / jnp.maximum(jnp.sum(is_student), 1)
+        statistics["eos_rate"] = jnp.sum(hit_eos) / jnp.maximum(jnp.sum(is_student), 1)
     if method.source.keeps_replay:
-        found["replay_threshold"] = replay.threshold
-    return found
+        statistics["replay_threshold"] = replay.threshold
+    return statistics
 
 
-# How each source makes its rows: (method, write, batch, replay buffer, key of its coins, step of
+# The rows of each on-policy source: (method, write, batch, replay buffer, key of its draws, step of
 # the stage) -> (rows, replay buffer). `write(active=…)` is a `rollout` of the batch.
 
 
-def _student_rows(method: Method, write: Callable, batch: Batch, replay, coin, step):
+def _student_rows(method: Method, write: Callable, batch: Batch, replay, draw_key, step):
     rows, ended = write()
     return TargetBatch(rows, jnp.ones_like(ended), ended), replay
 
 
-def _mixed_rows(method: Method, write: Callable, batch: Batch, replay, coin, step):
+def _mixed_rows(method: Method, write: Callable, batch: Batch, replay, draw_key, step):
     """GKD's lambda, row by row; rows of the data are not sampled at all."""
-    own = jax.random.uniform(coin, batch.lengths.shape) < method.on_policy_share
-    rows, ended = write(active=own)
-    return TargetBatch(choose_rows(own, rows, batch), own, ended), replay
+    is_student = jax.random.uniform(draw_key, batch.lengths.shape) < method.on_policy_share
+    rows, ended = write(active=is_student)
+    return TargetBatch(choose_rows(is_student, rows, batch), is_student, ended), replay
 
 
-def _replayed_rows(method: Method, write: Callable, batch: Batch, replay, coin, step):
+def _replayed_rows(method: Method, write: Callable, batch: Batch, replay, draw_key, step):
     """DistiLLM's choice for a whole batch: the data, the buffer, or new rows, which go into it."""
     if replay is None:
         raise ValueError("targets = 'replay' needs init_state(…, replay=empty_replay(…))")
     columns, number = replay.rows.tokens.shape[1], batch.lengths.shape[0]
-    # luck in [0, threshold · (1 - step / K)): new rows   the share of new rows fades, since those
-    #         up to threshold: from the buffer            that are there grow better as well
-    #         beyond: the data's
-    # One coin for the whole batch, as published.
-    luck = jax.random.uniform(coin)
-    fading = replay.threshold * jnp.maximum(1 - step / method.total_steps, 0.0)
-    # On-policy with probability `threshold`; of these ever more come from the buffer.
-    new = (luck < fading) | ((luck < replay.threshold) & ~replay.full)
-    old = ~new & (luck < replay.threshold)
+    # One u ~ U(0, 1) decides for the whole batch, as published; the share of new rows fades:
+    #
+    #     u < threshold · (1 - step / total_steps)    new rows
+    #     u < threshold                               rows of the buffer, new ones until it is full
+    #     else                                        rows of the data
+    u = jax.random.uniform(draw_key)
+    share_of_new = replay.threshold * jnp.maximum(1 - step / method.total_steps, 0.0)
+    new = (u < share_of_new) | ((u < replay.threshold) & ~replay.full)
+    old = ~new & (u < replay.threshold)
 
     def of_data():
         return pad_to(batch, columns), replay
 
     def of_buffer():
-        return draw(replay, jax.random.fold_in(coin, 1), number), replay
+        return draw(replay, jax.random.fold_in(draw_key, 1), number), replay
 
     def written_now():
         rows = pad_to(write()[0], columns)

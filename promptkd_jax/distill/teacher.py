@@ -1,10 +1,14 @@
-"""How a model is seen: as it is, behind a prefix (the soft prompt, or demonstrations), or as it was
-written down beforehand; its distributions, and what it computed on the way there."""
+"""Views of a model: plain, behind a prefix (the soft prompt, or demonstrations), or its top-k
+log-probabilities, written down beforehand. A view gives distributions and states of inner layers.
+
+B rows, T columns, M prefix columns, R response positions, D width, N heads, K key/value heads,
+H head width, V vocabulary, L layers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,16 +35,16 @@ def lazy_logits(
     vocab_size: int,
     prefix: Float[Array, "M D"] | None = None,
 ) -> LazyLogits:
-    """A model's next-token distributions at the response positions, not yet multiplied out.
+    """Returns a model's next-token distributions at the response positions, not yet multiplied out.
 
     Args:
-      prefix: `[M, D]` embeddings in front of every row, or None for the model as it is. The hidden
+      vocab_size: V, of the tokens that teacher and student share; padding beyond it is cut off.
+      prefix: `[M, D]` embeddings in front of every row, or None for the plain model. The hidden
         states are aligned with the tokens either way. The embeddings of a text's tokens put that
         text in front: see `promptkd_jax.embed`.
-      vocab_size: the vocabulary that teacher and student share; padding beyond it is cut off.
 
     Returns:
-      LazyLogits of hidden `[B, R, D]` and head `[vocab_size, D]`.
+      LazyLogits of hidden `[B, R, D]` and head `[V, D]`.
     """
     # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
     hidden = gather(model.hidden_states(params, batch.tokens, prefix), where)
@@ -56,17 +60,19 @@ def lazy_logits_and_states(
     prefix: Float[Array, "M D"] | None = None,
     taps: Sequence[hidden_loss.Tap] = (),
 ) -> tuple[LazyLogits, hidden_loss.States]:
-    """As `lazy_logits`, and on the same forward what a `Decoder` computed on the way there.
+    """Returns the distributions of `lazy_logits`, and states of inner layers of the same forward.
 
     A gradient flows through both. Each kind of state that is tapped costs the memory of that state
     in all layers, however few are wanted.
 
     Args:
-      taps: which states to return, of layers counted from 0; see `hidden_loss.taps`.
+      taps: states to return, of layers counted from 0, see `hidden_loss.taps`; only a `Decoder` has
+        them.
 
     Returns:
       The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,
-      or at all columns, "queries", "keys" and "values" `[B, T, heads, H]`, before rotary positions.
+      or at all columns, before rotary positions, "queries" `[B, T, N, H]`, "keys" and "values"
+      `[B, T, K, H]`.
     """
     if not taps:
         return lazy_logits(model, params, batch, where, vocab_size, prefix), {}
@@ -80,8 +86,9 @@ def lazy_logits_and_states(
         if name == "hidden" and layer == model.config.num_layers - 1:
             states[name, layer] = last
             continue
+        # `sow` appends to a tuple, which has one entry after one forward: all layers, stacked
+        # [L, B, M + T, …]. The M columns of a prefix are cut off.
         (stacked,) = layers["hidden"] if name == "hidden" else layers["attention"][name]
-        # Layers are stacked [L, B, M + T, …]; the M columns of a prefix are cut off.
         state = stacked[layer, :, -batch.tokens.shape[1] :]
         states[name, layer] = gather(state, where) if name == "hidden" else state
     return LazyLogits(last, model.output_head(params)[:vocab_size]), states
@@ -95,9 +102,13 @@ class Models:
     teacher: Decoder | LanguageModel | None = None
 
 
-# What a step asks of the teacher, by view:
+# A forward pass of the student at response positions, and its pullback: (gradient for the
+# LazyLogits, gradient for the states) -> (gradient for the parameters,), as `jax.vjp` returns it.
+StudentForward = tuple[tuple[LazyLogits, hidden_loss.States], Callable]
+
+# The forward pass of the teacher in each view:
 #
-#     plain, online    hidden states of the rows [B, T]
+#     plain, online    hidden states of the rows alone, [B, T, D]
 #     prompted         of [P; row], P the soft prompt [M, D], with the M columns cut off again
 #     in_context       the same with the embeddings of demonstrations as P
 #     cached           nothing: its top-k log-probabilities came with the batch
@@ -107,14 +118,14 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class StepModels:
-    """The models of one step at the response positions of its rows, as `method` sees them.
+    """The views that one step of `method` has of `models`, at the response positions of its rows.
 
     `frozen_teacher` are the parameters of a teacher that does not learn. `params` below are the
     groups of a train state.
     """
 
     method: Method
-    decoders: Models
+    models: Models
     frozen_teacher: Any
 
     def where(self, rows: Batch) -> Responses:
@@ -122,13 +133,13 @@ class StepModels:
         return responses(rows, self.method.response_capacity)
 
     def teacher_params(self, params: Mapping[str, Any]) -> Any:
-        """Of the teacher, whether it learns or not."""
+        """The teacher's parameters, trained or frozen."""
         return params["teacher"] if self.method.teacher_view == "online" else self.frozen_teacher
 
     def teacher(
         self, params: Mapping[str, Any], rows: Batch, soft_prompt: Float[Array, "M D"] | None = None
     ) -> tuple[LazyLogits | TopK, hidden_loss.States]:
-        """The teacher's distributions, and the hidden states that the method's terms look at."""
+        """The teacher's distributions, and the states that the method's hidden terms look at."""
         # Top-k log-probabilities that were read from disk travel in the batch.
         if self.method.teacher_view == "cached":
             if rows.cached is None:
@@ -138,33 +149,33 @@ class StepModels:
         prefix = soft_prompt
         if self.method.teacher_view == "in_context":
             # [M, D]: demonstrations are a prefix like the soft prompt, but not trained.
-            if self.decoders.teacher.input_embeddings is None:
+            if self.models.teacher.input_embeddings is None:
                 raise ValueError(
                     "teacher_view = 'in_context' needs LanguageModel(…, input_embeddings=…) as the "
                     "teacher, for the demonstrations in front of its rows"
                 )
             demonstrations = np.asarray(self.method.demonstrations, np.int32)
-            prefix = self.decoders.teacher.input_embeddings(teacher, demonstrations)
-        return self._see(self.decoders.teacher, teacher, rows, prefix, self._taps[1])
+            prefix = self.models.teacher.input_embeddings(teacher, demonstrations)
+        return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
 
-    def student_vjp(self, student: Any, rows: Batch):
-        """((LazyLogits, hidden states), their pullback to the student's parameters)."""
+    def student_vjp(self, student: Any, rows: Batch) -> StudentForward:
+        """The student's distributions and states, and their pullback to its parameters."""
         return jax.vjp(
-            lambda p: self._see(self.decoders.student, p, rows, None, self._taps[0]), student
+            lambda p: self._see(self.models.student, p, rows, None, self._taps[0]), student
         )
 
     def mixture_model(self, params: Mapping[str, Any]) -> SamplingModel | None:
         """The teacher, where it writes rollouts together with the student."""
         if not self.method.teacher_share:
             return None
-        return SamplingModel(self.decoders.teacher, self.teacher_params(params))
+        return SamplingModel(self.models.teacher, self.teacher_params(params))
 
     @property
     def hidden_terms(self) -> tuple[hidden_loss.HiddenTerm, ...]:
         """The method's terms on hidden states, for these two models."""
         if not self.method.hidden_terms:
             return ()
-        pair = {"student": self.decoders.student, "teacher": self.decoders.teacher}
+        pair = {"student": self.models.student, "teacher": self.models.teacher}
         for role, model in pair.items():
             if not isinstance(model, Decoder):
                 raise ValueError(
@@ -172,7 +183,7 @@ class StepModels:
                     "layer can be seen; expected a Decoder, or no hidden_terms"
                 )
         configs = (model.config for model in pair.values())
-        return hidden_loss.resolve_term(self.method.hidden_terms, *configs)
+        return hidden_loss.resolve_terms(self.method.hidden_terms, *configs)
 
     @property
     def _taps(self):

@@ -3,20 +3,21 @@
 Rows start at column 0 and row b's next token goes to column `lengths[b]`, so what comes out already
 is a training batch. Every row has its own key: its tokens do not depend on the rows beside it.
 
-B batch, T columns, M soft-prompt tokens, V vocabulary.
+B batch, X prompt columns, T columns of prompt and new tokens, M soft-prompt tokens, D width,
+V vocabulary, L layers, Q slots.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from promptkd_jax.infra import specs
+from promptkd_jax.infra.buckets import run_in_smallest_bucket
 from promptkd_jax.infra.sharding import ROWS, axis_size, constrain
 from promptkd_jax.models.decoder import Cache, Decoder, place_cache
 from promptkd_jax.models.language_model import LanguageModel
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; hashable, a static argument of `jax.jit`.
+    """Rules for the choice of the next token; hashable, a static argument of `jax.jit`.
 
     A row ends with any of `eos_ids`.
 
@@ -62,7 +63,7 @@ class Rollout(NamedTuple):
 
 
 class SamplingModel(NamedTuple):
-    """A model that writes: what it is, and the soft prompt `[M, D]` in front of its rows."""
+    """A model that writes, its parameters, and the soft prompt `[M, D]` in front of its rows."""
 
     model: Decoder | LanguageModel
     params: Any
@@ -70,14 +71,14 @@ class SamplingModel(NamedTuple):
 
 
 def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
-    """One key for each of the row numbers `rows` `[B]`, whatever the others are."""
+    """One key for each of the row numbers `rows` `[B]`, which depends on no other row number."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
 def sample(
     model: Decoder | LanguageModel,
     params: Any,
-    tokens: Int[Array, "B P"],
+    tokens: Int[Array, "B X"],
     lengths: Int[Array, " B"],
     keys: Key[Array, " B"],
     *,
@@ -89,29 +90,29 @@ def sample(
     second: SamplingModel | None = None,
     second_share: float = 0.0,
     slots: int = 0,
-    request_lengths: int = 1,
+    prompt_buckets: int = 1,
 ) -> Rollout:
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
     Args:
-      model, params: what writes.
-      tokens: `[B, P]` requests, each from column 0 on; lengths: `[B]`, each at least 1.
+      model, params: the model that writes.
+      tokens: `[B, X]` prompts, each from column 0 on; lengths: `[B]`, each at least 1.
       keys: `[B]` typed PRNG keys, see `row_keys`.
       prefix: `[M, D]` soft prompt in front of every row.
       vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
         model's own.
-      active: `[B]`, the rows to continue (all, where absent); others keep their request alone.
+      active: `[B]`, the rows to continue (all, where absent); others keep their prompt alone.
       second: a model that decodes jointly: each token is drawn from (1 - second_share) times the
         first's distribution plus second_share times the second's (MiniLLM, arXiv 2306.08543, eq. 4:
         the teacher, at a share of 0.2).
       slots: rows that are written at once; 0: all. When a quarter of them have ended, others take
         their places, so that no row waits for the longest, and the cache is that of `slots` rows.
         What is written is the same, where rounding does not turn a token.
-      request_lengths: compiled lengths, up to P in even steps; requests are read in the least that
-        the longest active one fits into.
+      prompt_buckets: number of prompt widths that are compiled, in even steps up to X; prompts are
+        read in the smallest that holds the longest active one.
 
     Returns:
-      A Rollout over `[B, P + max_new_tokens]` columns; what stands behind a row's length is 0.
+      A Rollout of T = X + `max_new_tokens` columns; tokens behind a row's length are 0.
 
     Raises:
       ValueError: the mesh does not divide the slots.
@@ -124,10 +125,10 @@ def sample(
         share=second_share,
         sampling=sampling,
         limit=max_new_tokens,
-        requests=jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 0),
+        prompts=jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 0),
         lengths=lengths,
         keys=keys,
-        request_lengths=request_lengths,
+        prompt_buckets=prompt_buckets,
     )
     if not 0 < slots < tokens.shape[0]:
         return writer.write(writer.begin(active=active)).written
@@ -135,16 +136,16 @@ def sample(
 
 
 class _Slots(NamedTuple):
-    """Rows that are being written, `[S, …]` each."""
+    """Rows that are being written, `[Q, …]` each."""
 
-    row: jax.Array | None  # which of all rows, B for none of them; None: all of them in order
+    row: jax.Array | None  # number of the row in each slot, B for no row; None: all B in order
     keys: jax.Array
     tokens: jax.Array
     lengths: jax.Array
     left: jax.Array  # tokens that may still be written
     ended: jax.Array  # by an EOS
-    logits: jax.Array  # [S, V] for the token to be written next
-    caches: list[Any]  # of each model: a Cache [L, S, …], or the tokens [1, S, T] themselves
+    logits: jax.Array  # [Q, V] for the token to be written next
+    caches: list[Any]  # of each model: a Cache [L, Q, …], or the tokens [1, Q, T] themselves
 
     @property
     def running(self) -> jax.Array:
@@ -157,33 +158,36 @@ class _Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Writer:
-    """Who writes, what, and how."""
+    """The arguments of `sample` that stay the same from token to token."""
 
     models: list[SamplingModel]
-    heads: list[jax.Array]
-    share: float
+    heads: list[jax.Array]  # [V, D] of each model
+    share: float  # of the second model
     sampling: Sampling
-    limit: int
-    requests: jax.Array
-    lengths: jax.Array
-    keys: jax.Array
-    request_lengths: int
+    limit: int  # new tokens of a row
+    prompts: jax.Array  # [B, X]
+    lengths: jax.Array  # [B]
+    keys: jax.Array  # [B]
+    prompt_buckets: int
 
     def begin(self, row: jax.Array | None = None, active: jax.Array | None = None) -> _Slots:
-        """Reads the requests of the rows `row` `[S]`, or of all; only those `active` will run."""
-        given = self.requests, self.lengths, self.keys
-        requests, lengths, keys = given if row is None else (x[row] for x in given)
-        columns, left = requests.shape[1] + self.limit, jnp.full_like(lengths, self.limit)
-        asked = lengths if active is None else jnp.where(active, lengths, 1)
+        """Reads the prompts of the rows `row` `[Q]`, or of all; only those `active` will run."""
+        every = self.prompts, self.lengths, self.keys
+        # A row number of B names no row. JAX reads the last row in its place; the slot is not
+        # active, and `_collect` drops it.
+        prompts, lengths, keys = every if row is None else (x[row] for x in every)
+        columns, left = prompts.shape[1] + self.limit, jnp.full_like(lengths, self.limit)
+        # A row that is not active needs no width: its first token is read.
+        read_lengths = lengths if active is None else jnp.where(active, lengths, 1)
 
         def read_in(width: int):
-            return [_prefill(x, requests[:, :width], asked, columns) for x in self.models]
+            return [_prefill(x, prompts[:, :width], read_lengths, columns) for x in self.models]
 
-        read = run_in_smallest_bucket(read_in, asked, requests.shape[1], self.request_lengths)
+        read = run_in_smallest_bucket(read_in, read_lengths, prompts.shape[1], self.prompt_buckets)
         return _Slots(
             row=row,
             keys=keys,
-            tokens=jnp.pad(requests, ((0, 0), (0, self.limit))),
+            tokens=jnp.pad(prompts, ((0, 0), (0, self.limit))),
             lengths=lengths,
             left=left if active is None else jnp.where(active, left, 0),
             ended=jnp.zeros(lengths.shape, bool),
@@ -192,14 +196,14 @@ class _Writer:
         )
 
     def write(self, slots: _Slots, enough=lambda slots: False) -> _Slots:
-        """Token by token, until all rows are written or it is `enough`."""
+        """Writes token by token, until all rows are written or `enough(slots)`."""
 
         def unfinished(slots: _Slots):
             return jnp.any(slots.running) & ~jnp.asarray(enough(slots))
 
         return jax.lax.while_loop(unfinished, self._write_one, slots)
 
-    # One turn of the loop. `logits` [S, V] belong to the column that is to be written next, which
+    # One turn of the loop. `logits` [Q, V] belong to the column that is to be written next, which
     # is the row's length, since columns count from 0:
     #
     #     column   0  1  2  3  4  5        a row of length 4, of which 2 were its prompt
@@ -214,7 +218,7 @@ class _Writer:
     def _write_one(self, slots: _Slots) -> _Slots:
         allowed = _forbid_repeats(slots, self.sampling.no_repeat_ngram_size)
         keys = jax.vmap(jax.random.fold_in)(slots.keys, self.limit - slots.left)
-        chosen = choose(allowed, keys, self.sampling)  # [S]
+        chosen = choose(allowed, keys, self.sampling)  # [Q]
         running = slots.running
         here = (jnp.arange(slots.tokens.shape[1]) == slots.lengths[:, None]) & running[:, None]
         seen = [
@@ -232,7 +236,7 @@ class _Writer:
         )
 
     def _logits(self, hidden: list[jax.Array]) -> jax.Array:
-        """`[S, V]` from the hidden states `[S, D]` of each model."""
+        """Logits `[Q, V]` from the hidden states `[Q, D]` of each model."""
         # Rounded to half precision, logits would tie, and top-k keeps ties.
         each = [
             constrain(
@@ -245,10 +249,10 @@ class _Writer:
         return each[0] if len(each) == 1 else _mixed(*each, self.share)
 
 
-# Continuous batching: S slots decode, the other rows wait in a queue.
+# Continuous batching: Q slots decode, the other rows wait in a queue.
 #
 #     queue  r0 r1 r2 r3 | r4 r5 r6 …    `next_turn` points behind the last row that was let in
-#     slots  r0 r1 r2 r3                 S = 4
+#     slots  r0 r1 r2 r3                 Q = 4
 #     slots  r0 r4 r2 r3                 r1 has ended and is collected; r4 is prefilled in its place
 #
 # One round is: decode until on some device a quarter of its slots have ended (a prefill of fewer
@@ -259,7 +263,7 @@ class _Writer:
 
 
 def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rollout:
-    """Writes all rows through so many slots.
+    """Writes all rows, `slots` (Q) of them at a time.
 
     On a mesh the slots are dealt out as rows are, and every device lets rows into its own: what is
     sent between devices are tokens, not caches.
@@ -286,7 +290,7 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
     def let_in(state):
         next_turn, now, out = state
         out = _collect(out, now)
-        free = ~now.running.reshape(devices, -1)  # [devices, S / devices]
+        free = ~now.running.reshape(devices, -1)  # [devices, Q / devices]
         # The places of the first `least` free slots of each device; not all need be free.
         places = jnp.argsort(~free, axis=1, stable=True)[:, :least]  # [devices, least]
         can = jnp.take_along_axis(free, places, axis=1)  # [devices, least]
@@ -297,8 +301,8 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
         return next_turn, write(_put(now, new, places), next_turn), out
 
     first, _ = begin(jnp.arange(slots), jnp.ones(slots, bool))
-    requests = jnp.pad(writer.requests, ((0, 0), (0, writer.limit)))
-    out = Rollout(requests, writer.lengths, jnp.zeros(number, bool))
+    prompts = jnp.pad(writer.prompts, ((0, 0), (0, writer.limit)))
+    out = Rollout(prompts, writer.lengths, jnp.zeros(number, bool))
     next_turn = jnp.minimum(slots, waiting)
     _, last, out = jax.lax.while_loop(
         lambda state: state[0] < waiting, let_in, (next_turn, write(first, next_turn), out)
@@ -307,24 +311,25 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
 
 
 def _collect(out: Rollout, slots: _Slots) -> Rollout:
-    """With what the slots hold so far."""
+    """The rollout of all rows with the rows of the slots in it; a slot of no row is dropped."""
     return jax.tree.map(lambda x, y: x.at[slots.row].set(y, mode="drop"), out, slots.written)
 
 
 def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
-    """`new` in the places `[devices, F / devices]` of each device's slots."""
+    """The slots with `new` in the places `[devices, least]` of each device's own; what is put
+    beyond its last slot is dropped."""
     devices = places.shape[0]
 
     def put(x, y, axis=0):  # `axis` is that of the slots: 0, of a cache 1, behind its layers
-        def split(x):  # […, S, …] as […, devices, S / devices, …]
+        def split(x):  # […, Q, …] as […, devices, Q / devices, …]
             return x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
 
         def on_device(x, y, places):
             x, y = jnp.moveaxis(x, axis, 0), jnp.moveaxis(y, axis, 0)
             return jnp.moveaxis(x.at[places].set(y, mode="drop"), 0, axis)
 
-        found = jax.vmap(on_device, (axis, axis, 0), axis)(split(x), split(y), places)
-        return found.reshape(x.shape)
+        by_device = jax.vmap(on_device, (axis, axis, 0), axis)(split(x), split(y), places)
+        return by_device.reshape(x.shape)
 
     caches = jax.tree.map(functools.partial(put, axis=1), slots.caches, new.caches)
     slots = jax.tree.map(put, slots._replace(caches=[]), new._replace(caches=[]))
@@ -332,13 +337,13 @@ def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
 
 
 def _prefill(writing: SamplingModel, tokens, lengths, columns: int) -> tuple[jax.Array, Any]:
-    """The hidden state `[B, D]` at the end of every request, and the cache of all of them."""
+    """The hidden state `[Q, D]` at the end of every prompt, and the cache of all of them."""
     hidden, cache = writing.model.prefill(writing.params, tokens, writing.prefix, columns)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 
 def _mixed(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
-    """The logarithm of (1 - share) softmax(first) + share softmax(second)."""
+    """Logits of the mixture: log((1 - share) softmax(first) + share softmax(second))."""
     log_q, log_p = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
     return jnp.logaddexp(log_q + jnp.log1p(-share), log_p + jnp.log(share))
 
@@ -364,8 +369,8 @@ def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """-inf outside of the smallest set of tokens whose probability reaches p; what is equally
-    probable stays together."""
+    """-inf outside of the smallest set of tokens whose probability reaches p; tokens that are
+    equally probable stay together."""
     # The set is {probability >= t} for the largest t whose sum reaches p. Sorting [B, V] would find
     # it; bisecting for t does in a few passes. The bits of a positive float32, read as an integer,
     # are in the order of the floats, so that 31 halvings of an interval of integers are exact.
@@ -398,7 +403,7 @@ def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
     #     at column 0: a b | c   is the tail a b, so c is banned;   at 3: d a | b   is not
     starts = jnp.arange(width - n + 1)
     tail = slots.lengths[:, None] - (n - 1) + jnp.arange(n - 1)  # columns of the last n - 1 tokens
-    tail = jnp.take_along_axis(slots.tokens, jnp.maximum(tail, 0), axis=1)  # [B, n - 1]
+    tail = jnp.take_along_axis(slots.tokens, jnp.maximum(tail, 0), axis=1)  # [Q, n - 1]
     same = starts + n <= slots.lengths[:, None]  # the n-gram lies inside of the row
     for i in range(n - 1):
         same &= slots.tokens[:, i : width - n + 1 + i] == tail[:, i : i + 1]
@@ -406,15 +411,3 @@ def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
     banned = jnp.zeros(slots.logits.shape, bool)
     banned = banned.at[rows, slots.tokens[:, n - 1 :]].max(same, mode="drop")
     return jnp.where(banned, -jnp.inf, slots.logits)
-
-
-def run_in_smallest_bucket(
-    function: Callable[[int], Any], lengths: jax.Array, columns: int, number: int
-) -> Any:
-    """`function(width)` for the least of `number` widths, even steps up to `columns`, that the
-    longest row fits into; each is compiled."""
-    if number == 1:
-        return function(columns)
-    widths = [-(-columns * k // number) for k in range(1, number + 1)]
-    branches = [functools.partial(function, width) for width in widths]
-    return jax.lax.switch(jnp.searchsorted(jnp.array(widths), jnp.max(lengths)), branches)

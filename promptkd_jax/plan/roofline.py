@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 
 from promptkd_jax.distill import chunked_loss
-from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT, Method
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.costs import Cost, Counter, cache_bytes
@@ -55,7 +56,7 @@ def _step(run: AbstractRun, slices: int = 1) -> _Step:
         student=counter(run.student),
         teacher=run.teacher and counter(run.teacher),
         batch_size=run.batch_size,
-        rows=run.batch_size // method.parts,
+        rows=run.batch_size // method.num_micro_batches,
         columns=run.config.data.max_length,
         positions=method.response_capacity,
         before=before,
@@ -99,10 +100,10 @@ def _teacher(step: _Step) -> Cost:
     if method.prompted and method.regularization:
         part += teacher.forward(rows, columns) + teacher.head(rows, positions, 1)
     # One forward of the student may serve both updates; then it counts in the student's.
-    if not method.parts * method.passes == method.execution.length_buckets == 1:
+    if not method.num_micro_batches * method.passes == method.execution.length_buckets == 1:
         part += student.forward(rows, columns)
     update = teacher.optimizer() if online else Cost()
-    return part * method.parts + update
+    return part * method.num_micro_batches + update
 
 
 def _student(step: _Step) -> Cost:
@@ -112,7 +113,7 @@ def _student(step: _Step) -> Cost:
     part = student.forward(rows, columns)
     part += student.backward(rows, columns, weights=True)
     part += student.head(rows, positions, 3)
-    if method.needs_view and method.teacher_view != "cached":
+    if method.student_needs_teacher and method.teacher_view != "cached":
         part += teacher.forward(rows, step.before + columns)
         part += teacher.head(rows, positions, 1)
     if method.corpus_terms:
@@ -122,11 +123,12 @@ def _student(step: _Step) -> Cost:
         if any(name != CROSS_ENTROPY for name, _ in method.corpus_terms):
             part += teacher.forward(rows, columns)
             part += teacher.head(rows, columns - 1, 1)
-    cost = part * (method.parts * method.passes)
+    cost = part * (method.num_micro_batches * method.passes)
     if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
         for model in (student, teacher):
-            cost += (model.forward(rows, columns) + model.head(rows, positions, 1)) * method.parts
-    return cost + student.optimizer() * method.updates
+            log_probs = model.forward(rows, columns) + model.head(rows, positions, 1)
+            cost += log_probs * method.num_micro_batches
+    return cost + student.optimizer() * method.updates_per_step
 
 
 def kept_bytes(run: AbstractRun) -> dict[str, int]:
@@ -170,7 +172,7 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     cache = sum(cache_bytes(writer.config, step.slots, length, mesh) for writer in step.writers)
     copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in step.writers)
     devices = mesh["fsdp"] * mesh["tensor"]
-    gradients = 4 * student.parameters / devices * (2 if method.parts > 1 else 1)
+    gradients = 4 * student.parameters / devices * (2 if method.num_micro_batches > 1 else 1)
     saved = _saved(student, step.rows, step.columns, platform)
     if method.prompted or method.teacher_view == "online":
         saved += _saved(teacher, step.rows, step.before + step.columns, platform)

@@ -6,14 +6,8 @@ import re
 import optax
 
 from promptkd_jax.distill import optimizer
-from promptkd_jax.distill.method import (
-    PRESETS,
-    Conventions,
-    Execution,
-    Method,
-    Objective,
-    needs_teacher,
-)
+from promptkd_jax.distill.method import PRESETS, Conventions, Method
+from promptkd_jax.distill.method_fields import Execution, Objective
 from promptkd_jax.distill.state import Optimizers
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.model import Model, end_ids
@@ -40,7 +34,7 @@ def title(config: RunConfig) -> str:
         layers = config.student.layers
         student = f"{layers if isinstance(layers, int) else len(layers)} of its layers"
     taught = any(
-        needs_teacher(stage) or stage.teacher_view == "cached" or stage.source.teacher_writes
+        stage.needs_teacher or stage.teacher_view == "cached" or stage.source.teacher_writes
         for stage in config.stages
     )
     models = f"{teacher} into {student}" if taught or not config.student.path else student
@@ -118,7 +112,7 @@ def make_stage(
         method=method,
         optimizers=_optimizers(config, stage, method, teacher, student),
         learning_rate=learning_rate(
-            stage, stage.learning_rate, steps * method.updates, conventions
+            stage, stage.learning_rate, steps * method.updates_per_step, conventions
         ),
     )
 
@@ -128,7 +122,8 @@ def _optimizers(
 ) -> Optimizers:
     """AdamW for each group of parameters, each with its own clip and schedule."""
     steps, conventions = method.total_steps, method.conventions
-    updates = steps * method.updates  # the student's; soft prompt and teacher have one a step
+    # Of the student; soft prompt and teacher have one update a step.
+    updates = steps * method.updates_per_step
     decay_norms = conventions.decay_norms and student.decoder.config.family != "gpt2"
 
     def adamw(peak, updates, model=None):

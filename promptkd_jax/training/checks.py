@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.distill.method import contradictions, needs_teacher, reads_answers
+from promptkd_jax.distill.method_checks import contradictions
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Group, build, mistakes
@@ -128,7 +128,7 @@ def check_mesh(config: RunConfig, mesh: Any, stages: Iterable[int] | None = None
     for index in range(len(config.stages)) if stages is None else stages:
         path, stage = f"config.stages[{index}]", config.stages[index]
         slots = stage.max_concurrent_rollouts
-        sharding.check_rows(f"{path}.batch_size", stage.batch_size, stage.parts, mesh)
+        sharding.check_rows(f"{path}.batch_size", stage.batch_size, stage.num_micro_batches, mesh)
         sharding.check_rows(f"{path}.max_concurrent_rollouts", slots, 1, mesh)
 
 
@@ -139,14 +139,14 @@ def needs_the_teacher(config: RunConfig) -> bool:
         or config.evaluation.references == "teacher"
         or config.data.train == "teacher"
         or any(stage.source.teacher_writes for stage in config.stages)
-        or any(needs_teacher(stage) for stage in config.stages)
+        or any(stage.needs_teacher for stage in config.stages)
     )
 
 
 def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
     if (stage.steps > 0) == (stage.epochs > 0):
         yield f"{path}: give either steps or epochs (the other 0)"
-    if stage.batch_size % stage.parts:
+    if stage.batch_size % stage.num_micro_batches:
         yield (
             f"{path}.gradient_accumulation_steps: {stage.gradient_accumulation_steps} in each of "
             f"{stage.minibatches} minibatches do not divide batch_size = {stage.batch_size}"
@@ -183,7 +183,7 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             yield (
                 f"{path}.targets: 'replay' goes by the validation loss; set config.evaluation.every"
             )
-    if reads_answers(stage) and config.data.train == "teacher":
+    if stage.reads_responses and config.data.train == "teacher":
         yield (
             f"{path}.targets: {stage.targets!r} needs gold responses, and prompts that the teacher "
             "writes have none; expected 'teacher' or 'student'"

@@ -2,7 +2,7 @@
 
 `recipes` makes the `ConfigDict` of a config file from these defaults, `checks` reads one back into
 a `RunConfig`, and `promptkd train --help-config` and docs/fields.md show the table. The fields of a
-stage are declared with the mathematics that they belong to: `distill.method.Objective` and
+stage are declared with the mathematics that they belong to: `distill.method_fields.Objective`,
 `Execution`, `PolicyGradient`, `HiddenTerm`, `sampler.Sampling`, `data_free.DataFree`.
 """
 
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.distill import optimizer
-from promptkd_jax.distill.method import PRESETS, Execution, Objective
+from promptkd_jax.distill.method import PRESETS
+from promptkd_jax.distill.method_fields import Execution, Objective
 from promptkd_jax.distill.soft_prompt import INITS
 from promptkd_jax.inference.data_free import DataFree
 from promptkd_jax.infra.files import Path
@@ -225,7 +226,7 @@ class StageConfig(Execution, Objective):
     sampling: Sampling = group(Sampling, "how rollouts are sampled")
 
     @property
-    def parts(self) -> int:
+    def num_micro_batches(self) -> int:
         """Micro-batches that a step's rows are dealt out to."""
         return self.gradient_accumulation_steps * self.minibatches
 

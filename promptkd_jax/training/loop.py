@@ -124,7 +124,7 @@ def fit(
             like = experiment.abstract_state(), experiment.unpadded_state()
             state, _ = checkpoints.restore(best, *like)
         updates = sum(
-            min(max(loop.done - stage.first, 0), stage.steps) * stage.method.updates
+            min(max(loop.done - stage.first, 0), stage.steps) * stage.method.updates_per_step
             for stage in experiment.stages
         )
         return Trained(state, updates, time.monotonic() - loop.started, loop.spent)
@@ -252,7 +252,7 @@ class _Loop:
     def _log(self, stage: Stage, values: dict[str, float]) -> None:
         """Metrics to file and terminal; the one place where the loop waits for the device."""
         values |= self._account(stage)
-        made = (self.done - stage.first) * stage.method.updates
+        made = (self.done - stage.first) * stage.method.updates_per_step
         values["learning_rate"] = float(stage.learning_rate(made - 1))  # of the latest update
         self.writer.write(self.done, values | {"stage": stage.name})
         shown = stage.name if len(self.experiment.stages) > 1 else ""
@@ -311,7 +311,7 @@ class _Loop:
         if stage.method.source.keeps_replay:
             rule = self.experiment.config.stages[stage.index].replay
             loss, replay = self._validation_loss, self.state.replay
-            replay = adapt(replay, loss, tolerance=rule.tolerance, step=rule.step)
+            replay = adapt(replay, loss, tolerance=rule.tolerance, increment=rule.step)
             self.state = self.state.replace(replay=replay)
 
     def _save(self, stage: Stage) -> None:

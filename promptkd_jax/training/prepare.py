@@ -18,7 +18,6 @@ from promptkd_jax.data.batches import train_batches
 from promptkd_jax.data.records import Record, read_corpus, read_records
 from promptkd_jax.data.rows import Rows, fingerprint_records, pack, select_rows, tokenize
 from promptkd_jax.distill import hidden_loss
-from promptkd_jax.distill.method import reads_answers
 from promptkd_jax.distill.soft_prompt import (
     init_soft_prompt,
     pooled_soft_prompt,
@@ -245,7 +244,7 @@ def _load_data(config: RunConfig, student: Model) -> _Data:
     """Reads what is there; what the teacher writes is still None."""
     data, train, dev, corpus = config.data, None, None, None
     if data.train != "teacher":
-        need_output = any(map(reads_answers, config.stages))
+        need_output = any(stage.reads_responses for stage in config.stages)
         records = read_records(data.train, split=data.train_split, need_output=need_output)
         train = tokenized(config, student, data.train, records)
     if data.dev != "teacher":
@@ -295,7 +294,7 @@ def _generate(
         sampling = dataclasses.replace(settings.sampling, eos_ids=student.eos_ids)
         answered = respond(train, folder / "teacher_answers.jsonl", sampling=sampling)
         _warn_of_cut(config, "the teacher", answered)
-    if any(map(reads_answers, config.stages)):
+    if any(stage.reads_responses for stage in config.stages):
         _warn_of_cut(config, names.train, train)
     if config.evaluation.references == "teacher":
         greedy = Sampling(temperature=0.0, eos_ids=student.eos_ids)
@@ -420,7 +419,7 @@ def init_learned(
         if stage.hidden_terms:
             shapes = student.decoder.config, teacher.decoder.config
             try:
-                terms += hidden_loss.resolve_term(stage.hidden_terms, *shapes)
+                terms += hidden_loss.resolve_terms(stage.hidden_terms, *shapes)
             except ValueError as error:
                 raise ConfigError(f"config.stages: {stage.name}.hidden_terms: {error}") from error
     if any(term.projection for term in terms):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.method import CROSS_ENTROPY, POLICY_GRADIENT
+from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.policy_gradient import PolicyGradient
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config import as_dict

@@ -75,7 +75,8 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
     """Fields that can be right, and seldom are."""
     config, total = experiment.config, experiment.total_steps
     for index, stage in enumerate(experiment.stages):
-        warmup, updates = config.stages[index].warmup_steps, stage.steps * stage.method.updates
+        warmup = config.stages[index].warmup_steps
+        updates = stage.steps * stage.method.updates_per_step
         if warmup >= updates:
             yield (
                 f"config.stages[{index}].warmup_steps: {warmup}, but the stage has {updates} "

@@ -18,7 +18,7 @@ from promptkd_jax.distill.hidden_loss import (
     hidden_loss,
     init_projections,
     layer_map,
-    resolve_term,
+    resolve_terms,
     taps,
 )
 from promptkd_jax.distill.teacher import lazy_logits, lazy_logits_and_states
@@ -30,7 +30,7 @@ PROMPT = np.random.default_rng(5).normal(0, 0.5, (3, 32)).astype(np.float32)
 RELATION = HiddenTerm("relation", 0.5, ((0, 1),), heads=4)
 COSINE = HiddenTerm("cosine", 2.0, ((1, 1), (0, -1)), projection=True)
 MSE = HiddenTerm("mse", 3.0, ((-2, 0),), projection=True)
-TERMS = resolve_term((RELATION, COSINE, MSE), STUDENT.config, TEACHER.config)
+TERMS = resolve_terms((RELATION, COSINE, MSE), STUDENT.config, TEACHER.config)
 
 
 @functools.cache
@@ -426,7 +426,7 @@ def test_layer_map():
 
 def test_terms_are_spelt_out_for_two_models():
     small, large = llama(2, 32, 48, VOCABULARY), llama(4, 32, 48, VOCABULARY)
-    terms = resolve_term(
+    terms = resolve_terms(
         (HiddenTerm("relation", layers=((-1, -2),)), HiddenTerm("mse", layers="uniform")),
         small,
         large,
@@ -435,7 +435,7 @@ def test_terms_are_spelt_out_for_two_models():
         HiddenTerm("relation", layers=((1, 2),), heads=4),
         HiddenTerm("mse", layers=((0, 1), (1, 3))),
     )
-    assert hash(terms) == hash(resolve_term(terms, small, large))
+    assert hash(terms) == hash(resolve_terms(terms, small, large))
     assert taps(terms) == (
         (("hidden", 0), ("hidden", 1), ("keys", 1), ("queries", 1), ("values", 1)),
         (("hidden", 1), ("hidden", 3), ("keys", 2), ("queries", 2), ("values", 2)),
@@ -509,11 +509,11 @@ UNFIT = {
 @pytest.mark.parametrize("terms, message", UNFIT.values(), ids=UNFIT)
 def test_terms_that_do_not_fit_the_models(terms, message):
     with pytest.raises(ValueError, match=message):
-        resolve_term(terms, STUDENT.config, TEACHER.config)
+        resolve_terms(terms, STUDENT.config, TEACHER.config)
 
 
 def test_relation_heads_must_divide_grouped_keys_too():
     grouped = TEACHER.config.replace(num_kv_heads=1)
     message = "16 relation heads do not divide the teacher's keys and values, 1 heads of 8 = 8"
     with pytest.raises(ValueError, match=message):
-        resolve_term([HiddenTerm("relation", heads=16)], TEACHER.config, grouped)
+        resolve_terms([HiddenTerm("relation", heads=16)], TEACHER.config, grouped)

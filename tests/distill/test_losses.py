@@ -14,7 +14,7 @@ from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_loss, linear_values
 from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.losses import DIVERGENCES, divergence
-from promptkd_jax.distill.method import DivergenceName
+from promptkd_jax.distill.method_fields import DivergenceName
 from promptkd_jax.infra.specs import Float
 
 SHAPE = (3, 5, 13)

@@ -283,7 +283,7 @@ def test_the_threshold_follows_the_validation_loss():
     """It rises with a rise of at least the tolerance over the loss at the last rise."""
     replay, seen = empty_replay(2, 3), []
     for loss in (2.0, 2.0625, 1.5, 2.09375, 2.125, 2.1875, 2.25, 2.5):
-        replay = adapt(replay, loss, tolerance=0.125, step=0.4)
+        replay = adapt(replay, loss, tolerance=0.125, increment=0.4)
         seen.append((round(float(replay.threshold), 3), float(replay.validation_loss)))
     stays = [(0.0, 2.0)] * 4  # the first is what later ones are compared with, lower ones too
     assert seen == [*stays, (0.4, 2.125), (0.4, 2.125), (0.8, 2.25), (1.0, 2.5)]

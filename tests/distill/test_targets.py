@@ -11,7 +11,8 @@ from helpers import steps
 from promptkd_jax.data.batch import Batch, choose_rows, gather, responses, truncate
 from promptkd_jax.distill import losses, targets
 from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.method import TARGETS, Method, TargetSource
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.method_fields import TARGETS, TargetSource
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra.specs import declared

@@ -146,7 +146,7 @@ GOLD_AND_HIDDEN = plain(student_terms=(("cross_entropy", 1.0),), hidden_terms=HI
 
 
 def resolved():
-    return hidden_loss.resolve_term(HIDDEN, STUDENT.config, TEACHER.config)
+    return hidden_loss.resolve_terms(HIDDEN, STUDENT.config, TEACHER.config)
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill import losses, optimizer
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
-from promptkd_jax.distill.method import Execution, Method
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.method_fields import Execution
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
 from promptkd_jax.distill.step import train_step, write_ahead

@@ -441,8 +441,8 @@ def test_a_long_row_holds_up_no_other(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("longest, width", [(8, 8), (6, 6), (3, 3), (2, 3)])
-def test_requests_are_read_in_the_least_of_the_compiled_lengths(llama, monkeypatch, longest, width):
-    """Requests of at most 8 columns, in 3, 6 or 8."""
+def test_prompts_are_read_in_the_smallest_compiled_width(llama, monkeypatch, longest, width):
+    """Prompts of at most 8 columns, in 3, 6 or 8."""
     taken, prefill = [], sampler._prefill
 
     def counted(writing, tokens, lengths, columns):
@@ -452,7 +452,7 @@ def test_requests_are_read_in_the_least_of_the_compiled_lengths(llama, monkeypat
     def write(number):
         function = functools.partial(sample, llama.decoder, max_new_tokens=4)
         lengths = np.minimum(LENGTHS, longest)
-        compiled = jax.jit(functools.partial(function, request_lengths=number))
+        compiled = jax.jit(functools.partial(function, prompt_buckets=number))
         return compiled(llama.params, REQUESTS, lengths, KEYS)
 
     expected = write(1)

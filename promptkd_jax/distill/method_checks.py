@@ -1,0 +1,131 @@
+"""Choices of a method that mean nothing together."""
+
+from promptkd_jax.distill.method_fields import (
+    CROSS_ENTROPY,
+    POLICY_GRADIENT,
+    TARGETS,
+    Execution,
+    Objective,
+)
+from promptkd_jax.infra.specs import declared
+from promptkd_jax.models.sampler import Sampling
+
+
+def contradictions(method: Objective, execution: Execution, sampling: Sampling) -> list[str]:
+    """Returns a message for each contradiction, which begins with the field that it is about."""
+    names = [name for name, _ in method.student_terms]
+    messages = []
+    if len(set(names)) < len(names):
+        messages.append(f"student_terms: {', '.join(names)}: expected each name once")
+    if CROSS_ENTROPY in names and method.source.on_policy and not method.reads_responses:
+        messages.append(
+            f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write, and "
+            f"targets = {method.targets!r} has none; name a divergence instead, or other targets"
+        )
+    if not any(weight > 0 for _, weight in method.student_terms):
+        messages.append("student_terms: all weights are 0; expected one above 0")
+    for terms in ("teacher_terms", "corpus_terms"):
+        others = [name for name, _ in getattr(method, terms)]
+        if len(set(others)) < len(others):
+            messages.append(f"{terms}: {', '.join(others)}: expected each name once")
+    adapts = method.regularization_schedule == "adaptive"
+    if adapts and method.prompt_regularizer == "soft_cross_entropy":
+        messages.append(
+            "prompt_regularizer: soft_cross_entropy does not fall to 0, so that no coefficient "
+            "brings it to target_kl; expected forward_kl, which has the same gradient"
+        )
+    if set(names) <= {CROSS_ENTROPY} and not method.hidden_terms and method.teacher_view != "plain":
+        messages.append(
+            f"teacher_view: {method.teacher_view!r} is of no use where neither student_terms nor "
+            "hidden_terms look at the teacher; name a divergence there"
+        )
+    if not method.source.on_policy:
+        messages += _without_rollouts(method, execution)
+    if POLICY_GRADIENT in names:
+        messages += _about_policy_gradient(method, execution, sampling)
+    if method.teacher_view == "cached":
+        messages += _about_cache(method, names)
+    return messages
+
+
+def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
+    messages = []
+    if execution.max_concurrent_rollouts:
+        messages.append(
+            f"max_concurrent_rollouts: {execution.max_concurrent_rollouts} rows are to be written "
+            f"at once, but targets = {method.targets!r} has none that are written during training; "
+            "expected 0"
+        )
+    if method.teacher_share:
+        messages.append(
+            f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "
+            f"targets = {method.targets!r} has none; expected targets = 'student'"
+        )
+    if execution.one_step_off_policy:
+        on_policy = [name for name, source in TARGETS.items() if source.on_policy]
+        messages.append(
+            f"one_step_off_policy: rows are written a step ahead, but targets = "
+            f"{method.targets!r} has none that are written during training; expected False, or one "
+            f"of {', '.join(on_policy)}"
+        )
+    return messages
+
+
+def _about_policy_gradient(
+    method: Objective, execution: Execution, sampling: Sampling
+) -> list[str]:
+    messages = []
+    if method.targets != "student":
+        messages.append(
+            f"student_terms: {POLICY_GRADIENT} rewards what the student wrote; expected targets = "
+            f"'student', found {method.targets!r}"
+        )
+    if execution.one_step_off_policy:
+        messages.append(
+            f"one_step_off_policy: {POLICY_GRADIENT} needs rows that the student wrote as it is; "
+            "those written a step ahead are of the student before its last update; expected False"
+        )
+    if method.token_weighting != "uniform":
+        messages.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY_GRADIENT}")
+    # The defaults of `Sampling` are the model's own distribution, whatever it has as options.
+    for name, option in declared(Sampling).items():
+        if (chosen := getattr(sampling, name)) != option.default:
+            messages.append(
+                f"sampling.{name}: {chosen!r}, but {POLICY_GRADIENT} values tokens as drawn from "
+                f"the models as they are; expected {option.default!r}"
+            )
+    if method.teacher_share and method.teacher_view != "plain":
+        messages.append(
+            f"teacher_share: {method.teacher_share:g} mixes the plain teacher into rollouts, of "
+            f"which {POLICY_GRADIENT} would need the weights; expected teacher_view = 'plain', or 0"
+        )
+    return messages
+
+
+def _about_cache(method: Objective, names: list[str]) -> list[str]:
+    messages = []
+    if method.source.on_policy:
+        messages.append(
+            f"targets: {method.targets!r} makes rows during training, but a cached teacher knows "
+            "only the rows that it was written for; expected 'gold' or 'teacher'"
+        )
+    if method.hidden_terms:
+        messages.append(
+            "hidden_terms: a cached teacher has log-probabilities but no hidden states; expected "
+            "another teacher_view, or no hidden_terms"
+        )
+    if method.temperature != 1:
+        messages.append(
+            f"temperature: {method.temperature:g} needs the whole distribution, a cached teacher "
+            "keeps the largest log-probabilities; expected 1"
+        )
+    if method.token_weighting != "uniform":
+        messages.append(
+            f"token_weighting: {method.token_weighting!r} needs whole distributions, a cached "
+            "teacher keeps the largest log-probabilities; expected 'uniform'"
+        )
+    if any(name != CROSS_ENTROPY for name, _ in method.corpus_terms):
+        messages.append(
+            "corpus_terms: a cached teacher has not seen the corpus; expected cross_entropy alone"
+        )
+    return messages

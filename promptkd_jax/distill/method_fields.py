@@ -1,0 +1,226 @@
+"""The choices that make a method, each a field with its range and its help: where target rows come
+from, how the teacher is seen, what is minimized, and how a step is computed.
+"""
+
+import dataclasses
+from typing import Any
+
+from promptkd_jax.distill import losses
+from promptkd_jax.distill.hidden_loss import HiddenTerm
+from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.infra.specs import Bool, Choice, Float, Group, Int, ListOf, field, group
+
+CROSS_ENTROPY = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
+POLICY_GRADIENT = "policy_gradient"  # the one that looks at both
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetSource:
+    """Where target rows come from: what the checks, the loop and the plan have to know of it.
+
+    A source that is `on_policy` has a function in `targets.WRITERS`, which makes its rows in every
+    step; the rows of all others are the batch itself.
+
+    Attributes:
+      help: a sentence, for the page of fields.
+      on_policy: the student writes rows during training.
+      reads_responses: rows may be the data's own responses.
+      teacher_writes: the teacher writes the responses before training.
+      keeps_replay: rows go into a replay buffer, and come out of it.
+    """
+
+    help: str
+    on_policy: bool = False
+    reads_responses: bool = False
+    teacher_writes: bool = False
+    keeps_replay: bool = False
+
+    def __str__(self) -> str:
+        return self.help
+
+
+TARGETS = {
+    "gold": TargetSource("the data's own responses", reads_responses=True),
+    "teacher": TargetSource(
+        "responses that the teacher wrote before training", teacher_writes=True
+    ),
+    "student": TargetSource("the student's own responses, written for each update", on_policy=True),
+    "mixed": TargetSource(
+        "a row is the student's with probability on_policy_share, else the data's",
+        on_policy=True,
+        reads_responses=True,
+    ),
+    "replay": TargetSource(
+        "the data's, the student's, or what it wrote before, by DistiLLM's schedule",
+        on_policy=True,
+        reads_responses=True,
+        keeps_replay=True,
+    ),
+}
+VIEWS = {
+    "plain": "as it is",
+    "prompted": "behind the soft prompt, which is trained as well",
+    "in_context": "with demonstrations before the prompt, which the student does not see",
+    "cached": "its k largest log-probabilities, written down beforehand",
+    "online": "as it is, and it learns from the student in turn",
+}
+REGULARIZATIONS = {
+    "linear": "times (K - k) / K in update k of K (eq. 3)",
+    "constant": "the same in all updates",
+    "adaptive": "raised or lowered from update to update so that L_reg comes to target_kl",
+}
+
+WeightedNames = tuple[tuple[str, float], ...]  # of the terms of a loss
+
+
+class DivergenceName:
+    """The spec of a name from `losses.DIVERGENCES`, with numbers where it takes them."""
+
+    def __str__(self) -> str:
+        return "a divergence such as 'reverse_kl' or 'alpha_beta(0.2, 0.7)'"
+
+    def fault(self, value: Any) -> str:
+        if not isinstance(value, str):
+            return str(self)
+        try:
+            losses.divergence(value)
+        except ValueError as error:
+            return f"{self} ({error})"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedName:
+    """The spec of a pair (name, weight): the name of a divergence, or one of `others`."""
+
+    others: tuple[str, ...] = (CROSS_ENTROPY,)
+
+    def __str__(self) -> str:
+        return "a pair (divergence, weight) such as ('reverse_kl', 1.0)"
+
+    def fault(self, value: Any) -> str:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            return str(self)
+        name, weight = value
+        if fault := Float(low=0.0).fault(weight):
+            return fault
+        fault = "" if name in self.others else DivergenceName().fault(name)
+        return fault and f"{fault}, or {' or '.join(map(repr, self.others))}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The fields that a `Method` and a stage of a run's config share: which rows are learned from,
+    how the teacher is seen, and which loss is minimized."""
+
+    targets: str = field("gold", Choice(TARGETS), "where the rows of a step come from")
+    student_terms: WeightedNames = field(
+        ((CROSS_ENTROPY, 1.0),),
+        ListOf(WeightedName((CROSS_ENTROPY, POLICY_GRADIENT)), nonempty=True),
+        "the sum that the student minimizes: divergences from the teacher with their weights, "
+        f"'{CROSS_ENTROPY}' on tokens that it did not write, '{POLICY_GRADIENT}' MiniLLM's",
+    )
+    teacher_view: str = field("plain", Choice(VIEWS), "how the teacher is seen")
+    on_policy_share: float = field(
+        0.5, Float(low=0.0, high=1.0), "lambda of GKD, for 'mixed' targets"
+    )
+    teacher_share: float = field(
+        0.0,
+        Float(low=0.0, high=0.99),
+        "share of the teacher in the mixture that rollouts are drawn from (MiniLLM)",
+    )
+    temperature: float = field(
+        1.0,
+        Float(low=0.0, open_low=True),
+        "of both distributions in the student's divergences, see losses.tempered",
+    )
+    token_weighting: str = field(
+        "uniform", Choice("uniform", *losses.WEIGHTINGS), "of the student's divergences"
+    )
+    prompt_divergence: str = field(
+        "reverse_kl", DivergenceName(), "L_kd, of the prompted teacher from the student (eq. 1)"
+    )
+    prompt_regularizer: str = field(
+        "reverse_kl", DivergenceName(), "L_reg, of the prompted teacher from the plain one (eq. 2)"
+    )
+    regularization: float = field(
+        1.0, Float(low=0.0), "coefficient of L_reg; 0 drops the forward of the plain teacher"
+    )
+    regularization_schedule: str = field(
+        "linear", Choice(REGULARIZATIONS), "of the coefficient of L_reg"
+    )
+    target_kl: float = field(
+        0.01, Float(low=0.0, open_low=True), "of the 'adaptive' schedule, nats a token"
+    )
+    teacher_terms: WeightedNames = field(
+        ((CROSS_ENTROPY, 1.0), ("forward_kl", 1.0)),
+        ListOf(WeightedName(), nonempty=True),
+        "what an 'online' teacher minimizes, against the student and the tokens",
+    )
+    policy_gradient: PolicyGradient = group(PolicyGradient, "MiniLLM's settings")
+    hidden_terms: tuple[HiddenTerm, ...] = field(
+        (), ListOf(Group(HiddenTerm)), "losses on hidden states, each made by recipes.hidden_term"
+    )
+    corpus_terms: WeightedNames = field(
+        (), ListOf(WeightedName()), "terms on rows of plain text, data.corpus, beside the others"
+    )
+    minibatches: int = field(
+        1, Int(low=1), "updates of the student that the rows of a step are divided among"
+    )
+    passes: int = field(
+        1, Int(low=1), "times that the rows of a step are gone through (MiniLLM: 4)"
+    )
+
+    @property
+    def source(self) -> TargetSource:
+        """The source of target rows."""
+        return TARGETS[self.targets]
+
+    @property
+    def reads_responses(self) -> bool:
+        """Whether rows may be the data's own responses."""
+        never = self.targets == "mixed" and self.on_policy_share == 1
+        return self.source.reads_responses and not never
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's parameters are looked at in an update."""
+        if self.teacher_view == "cached":
+            return False
+        terms = (*self.student_terms, *self.corpus_terms)
+        return (
+            self.teacher_view in ("prompted", "online")
+            or self.teacher_share > 0
+            or bool(self.hidden_terms)
+            or any(name != CROSS_ENTROPY for name, _ in terms)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a step is computed: its speed and memory, not its result.
+
+    The result is the same up to rounding, except with `one_step_off_policy`, and with those
+    published conventions that make micro-batches differ. `Method` checks the values.
+    """
+
+    gradient_accumulation_steps: int = field(
+        1, Int(low=1), "micro-batches (G) of an update; rows are dealt out to them in turn"
+    )
+    length_buckets: int = field(
+        1,
+        Int(low=1, high=16),
+        "lengths that an update, and the prompts of a rollout, are compiled for, up to a whole row "
+        "in even steps; micro-batches get rows of like length, and take the least that fits",
+    )
+    max_concurrent_rollouts: int = field(
+        0,
+        Int(low=0),
+        "rows that are written at once, others follow where some end; 0: all of a step",
+    )
+    one_step_off_policy: bool = field(
+        False,
+        Bool(),
+        "the rows of a step are written during the step before, by the student as it is before "
+        "that step's update: writing and updating do not wait for each other",
+    )
