@@ -10,6 +10,7 @@ from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.method_fields import Execution, Objective
 from promptkd_jax.distill.state import Optimizers
 from promptkd_jax.infra.specs import declared
+from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.model import Model, end_ids
 from promptkd_jax.training.experiment import Stage
 from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
@@ -124,7 +125,8 @@ def _optimizers(
     steps, conventions = method.total_steps, method.conventions
     # Of the student; soft prompt and teacher have one update a step.
     updates = steps * method.updates_per_step
-    decay_norms = conventions.decay_norms and student.decoder.config.family != "gpt2"
+    family = FAMILIES[student.decoder.config.family]
+    decay_norms = conventions.decay_norms and family.decays_norms
 
     def adamw(peak, updates, model=None):
         mask = model and optimizer.decay_mask(model.params, decay_norms=decay_norms)

@@ -25,6 +25,7 @@ from promptkd_jax.distill.state import Optimizers, init_state
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import head
+from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.load import load_model
 
@@ -66,7 +67,7 @@ class Training:
         return Batch(tokens, self.arrays["prompt_len"].astype(np.int32), lengths)
 
     def _decayed(self):
-        decay_norms = FAITHFUL.decay_norms and self.case["family"] != "gpt2"
+        decay_norms = FAITHFUL.decay_norms and FAMILIES[self.case["family"]].decays_norms
         return optimizer.decay_mask(self.student.params, decay_norms=decay_norms)
 
     def _optimizer(self, rate: str, mask):

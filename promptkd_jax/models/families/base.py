@@ -150,6 +150,8 @@ class Family:
       other_prefixes: those that older files have instead.
       ignored: regular expressions, below the prefix, of tensors that carry nothing.
       depth_field: of `config.json`, the number of layers.
+      decays_norms: whether weight decay reaches its norm scales in the published code, which
+        excepts them by GPT-2's names; see `Conventions.decay_norms`.
       gguf: None where no GGUF file of it is read.
       published: `config.json` by hub id, so that a run can be planned without its files.
     """
@@ -162,6 +164,7 @@ class Family:
     other_prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
     depth_field: str = "num_hidden_layers"
+    decays_norms: bool = True
     gguf: GGUFLayout | None = None
     published: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 

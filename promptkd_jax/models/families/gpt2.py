@@ -92,6 +92,7 @@ FAMILIES = (
         prefix="transformer.",
         ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),  # causal masks
         depth_field="n_layer",
+        decays_norms=False,
         published=base.published(
             ("n_embd", "n_layer", "n_head"),
             (_CONFIG, (768, 12, 12), "openai-community/gpt2", "MiniLLM/init-gpt2-120M"),
