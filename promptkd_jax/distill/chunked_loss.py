@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +36,18 @@ def chunk_elements(platform: str) -> int:
 
 
 def apply_divergence(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
-    """`function(target, logits)` per position; of a `TopK` target the `logits` for this learner.
+    """Returns `function(target, logits)` per position; a `TopK` target becomes logits first, with
+    its tail divided as the learner's (`TopK.logits`).
 
     Raises:
       ValueError: a function that needs the whole distribution, and a `TopK` that has not got it.
     """
     if not isinstance(target, TopK):
         return function(target, logits)
-    kept, vocab_size = target.ids.shape[-1], logits.shape[-1]
-    if needs_whole(function) and kept < vocab_size:
+    k, vocab_size = target.ids.shape[-1], logits.shape[-1]
+    if needs_whole(function) and k < vocab_size:
         raise ValueError(
-            f"a divergence at a temperature or with a token weighting, and a TopK of {kept} of "
+            f"a divergence at a temperature or with a token weighting, and a TopK of {k} of "
             f"{vocab_size} tokens: it needs the whole distribution; expected temperature 1 and "
             "weighting 'uniform', or LazyLogits"
         )
@@ -63,7 +64,7 @@ def linear_loss(
     observe: Sequence[Observation] = (),
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " sums"]]:
-    """Weighted sum of per-position losses over the masked positions, `chunk` positions at a time.
+    """Sums weighted per-position losses over the masked positions, `chunk` positions at a time.
 
     Equals `sum_i weights[i] * (mask * terms[i](targets[i], learner.logits())).sum()` in value and
     in gradient with respect to the learner's hidden states and, only where it is asked for, the
@@ -73,13 +74,13 @@ def linear_loss(
     Args:
       terms: functions of (target, learner logits), each `[B, T]`; see `DIVERGENCES`.
       learner: hidden states and head of the model that is trained.
-      targets: one per term: a `LazyLogits`, a `TopK`, integer labels `[B, T]` for `cross_entropy`,
-        or any tree of arrays `[B, T, …]` that the term knows how to read. More than there are
-        terms: for the observations alone. One that stands there twice is multiplied out once.
+      targets: one per term, then any that `observe` alone reads; each a `LazyLogits`, a `TopK`,
+        integer labels `[B, T]` for `cross_entropy`, or any tree of arrays `[B, T, …]` that the
+        term knows how to read. The same object given twice is multiplied out once.
       mask: `[B, T]`, an array or lists; positions that count, possibly weighted.
       weights: `[len(terms)]`; 1 for each where absent. May be traced.
       observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
-        is wanted; they see the same logits that the terms see (and a `TopK` as it is).
+        is wanted; they get the same logits as the terms (and a `TopK` itself).
       chunk: positions in one block of a device; by default as many as keep its logits below
         `chunk_elements`. Positions with mask 0 cost nothing: each device has those of its own rows
         that count in as few blocks as they fill.
@@ -90,10 +91,10 @@ def linear_loss(
       `mask.sum()` (over all devices and micro-batches) for a mean.
 
     Raises:
-      ValueError: shapes that do not belong together (also when traced); as many terms without a
-        target; a `TopK` for a function that needs the whole distribution. Where values can be
-        seen, and the mask is not 0: `log_probs` of a `TopK` that are no log-probabilities, its
-        ids or labels of `cross_entropy` outside [0, V).
+      ValueError: shapes that do not belong together (also when traced); fewer targets than terms;
+        a `TopK` where the whole distribution is needed; untraced, where the mask is not 0:
+        `log_probs` of a `TopK` that are no log-probabilities, its ids or labels of
+        `cross_entropy` outside [0, V).
     """
     if not terms:
         raise ValueError("no terms; expected at least one (linear_values measures without a loss)")
@@ -106,14 +107,18 @@ def linear_loss(
     weights = jnp.ones(len(terms)) if weights is None else jnp.asarray(weights, jnp.float32)
     if weights.shape != (len(terms),):
         raise ValueError(f"weights: {list(weights.shape)}; expected one per term, [{len(terms)}]")
+    # By identity: the teacher of several terms is one object, whose head is multiplied once. Equal
+    # arrays in two objects are not compared, and traced ones could not be.
     different = {id(target): target for target in targets}
     order = tuple(list(different).index(id(target)) for target in targets)
     learner, *targets = _gathered([learner, *different.values()])
+    # From here on B are the devices of the rows, and T the positions of all rows of a device; on an
+    # external mesh, where `_packed` changes nothing, rows and positions as before.
     learner, targets, mask = _packed(learner, targets, jnp.asarray(mask, jnp.float32))
     chunk = chunk or _default_chunk(mask.shape, learner.head.shape[0])
     chunk = min(max(chunk, 1), mask.shape[1])
     constants = jax.lax.stop_gradient((tuple(targets), mask, weights))
-    functions = (tuple(terms), tuple(observe), order)
+    functions = _Functions(tuple(terms), tuple(observe), order)
     loss, sums = _linear_loss(functions, chunk, learner, *constants)
     return loss, jax.lax.stop_gradient(sums)
 
@@ -125,7 +130,7 @@ def linear_values(
     *,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], ...]:
-    """Each function's value at every position, `[B, T]`, a block of positions at a time.
+    """Returns each function's value at every position, `[B, T]`, a block of positions at a time.
 
     Args:
       functions, learner, targets, chunk: as for `linear_loss`.
@@ -156,8 +161,8 @@ def linear_values(
 
 
 def top_k(model: LazyLogits, k: int) -> TopK:
-    """The k most likely tokens at every position `[B, T, k]`, the likeliest first: a teacher's
-    distributions as they are kept on disk, or sent.
+    """Returns the k most likely tokens at every position `[B, T, k]`, the likeliest first: a
+    teacher's distributions in the form that is kept on disk, or sent.
 
     Log-probabilities are computed in float32 over all V tokens, and that of the tail is summed
     before anything is rounded to 1, a few positions at a time: no `[B, T, V]` array exists.
@@ -176,12 +181,12 @@ def top_k(model: LazyLogits, k: int) -> TopK:
         return TopK(ids, values, log_sum_of_others(everything, ids))
 
     chunk = max(chunk_elements(sharding.platform()) // (rows * vocab_size), 1)
-    found = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
+    by_position = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_position)
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
-    """As many positions as `chunk_elements` allows, in blocks of even size: little is filled up."""
+    """The positions of a block: as many as `chunk_elements` allows, in blocks of even size."""
     rows, length = shape
     parts = sharding.num_row_shards(rows) * sharding.axis_size("tensor")
     most = max(chunk_elements(sharding.platform()) // max(rows * vocab_size // parts, 1), 1)
@@ -189,11 +194,24 @@ def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
     return -(-length // blocks)
 
 
-def _block_loss(functions, learner: LazyLogits, targets, mask, weights):
+class _Functions(NamedTuple):
+    """The static arguments of a loss; `order` has for each given target its place among the
+    different ones."""
+
+    terms: tuple[Divergence, ...]
+    observe: tuple[Observation, ...]
+    order: tuple[int, ...]
+
+    @property
+    def num_sums(self) -> int:
+        return len(self.terms) + len(self.observe)
+
+
+def _block_loss(functions: _Functions, learner: LazyLogits, targets, mask, weights):
     """Loss and sums of one block of positions.
 
-    What does not count is selected away twice: from what is compared, since 0 times the gradient of
-    a NaN is NaN, and from what comes out.
+    Positions that do not count are selected away twice: from the arguments of the functions, since
+    0 times the gradient of a NaN is NaN, and from their values.
     """
     terms, observe, order = functions
     counts = mask != 0
@@ -234,15 +252,14 @@ def _gathered(models):
 
 
 def _packed(learner: LazyLogits, targets: Sequence[Any], mask: jax.Array):
-    """All `[B, T, …]` as `[devices, B / devices * T, …]`, what counts before all else. On somebody
-    else's mesh they stay as they are."""
+    """All `[B, T, …]` as `[devices, B T / devices, …]`, positions that count before all others; on
+    a mesh that is not the package's own as they are."""
     if sharding.mesh_is_external():
         return learner, targets, mask
     # Responses end early in most rows: with all positions of a device's rows in one sequence, those
     # that count first, `_scan_filled` stops at the last one instead of at the longest row.
-    counts = (
-        mask.reshape(sharding.num_row_shards(mask.shape[0]), -1) != 0
-    )  # [devices, B T / devices]
+    devices = sharding.num_row_shards(mask.shape[0])
+    counts = mask.reshape(devices, -1) != 0  # [devices, B T / devices]
     order = jnp.argsort(~counts, axis=1, stable=True)
 
     def pack(x):
@@ -274,7 +291,8 @@ def _unblocked(blocks: jax.Array, length: int) -> jax.Array:
 
 
 def _sequences(targets):
-    """What of the targets runs along T, and how to put a target together again."""
+    """The arrays of the targets that run along T, and a function that makes targets of such arrays
+    again, with the same heads."""
     parts = [t.hidden if isinstance(t, LazyLogits) else t for t in targets]
 
     def join(parts):
@@ -288,10 +306,13 @@ def _sequences(targets):
 
 def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = None):
     """`jax.lax.scan` over the blocks of `xs`, whose last is the mask, up to the last position that
-    counts: (carry, what `body` says of each block put together, zeros behind it).
+    counts.
 
     Args:
-      like: of the shape and dtype of what is put together; None where that is nothing.
+      like: an array of the shape and dtype of all blocks' outputs; None where `body` has none.
+
+    Returns:
+      (carry, the outputs of all blocks put together, with zeros behind the last).
     """
     *_, mask = xs
     filled = jnp.max(jnp.where(mask != 0, jnp.arange(1, mask.shape[1] + 1), 0))
@@ -301,9 +322,9 @@ def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = No
     def turn(i, state):
         carry, whole = state
         block = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), blocks)
-        carry, found = body(carry, block)
+        carry, output = body(carry, block)
         if whole is not None:
-            whole = jax.lax.dynamic_update_index_in_dim(whole, found, i, 0)
+            whole = jax.lax.dynamic_update_index_in_dim(whole, output, i, 0)
         return carry, whole
 
     carry, whole = jax.lax.fori_loop(0, -(-filled // chunk), turn, (carry, whole))
@@ -326,7 +347,7 @@ def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = No
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear_loss(functions, chunk, learner, targets, mask, weights):
+def _linear_loss(functions: _Functions, chunk: int, learner, targets, mask, weights):
     parts, join = _sequences(targets)
 
     def body(total, block):
@@ -336,12 +357,12 @@ def _linear_loss(functions, chunk, learner, targets, mask, weights):
         )
         return (total[0] + loss, total[1] + sums), None
 
-    zero = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])))
+    zero = (jnp.zeros(()), jnp.zeros(functions.num_sums))
     return _scan_filled(body, zero, (learner.hidden, parts, mask), chunk)[0]
 
 
-def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
-    """Values and, in the same scan, the gradients that somebody will ask for."""
+def _linear_loss_fwd(functions: _Functions, chunk: int, learner, targets, mask, weights):
+    """Values and, in the same scan, the gradients that the backward pass will need."""
     with_head = learner.head.perturbed
     learner, targets, mask, weights = jax.tree.map(
         lambda x: x.value, (learner, targets, mask, weights), is_leaf=lambda x: hasattr(x, "value")
@@ -366,7 +387,7 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
         return (total + value, sums + block_sums, head_gradient), d_hidden
 
     zero_head = jnp.zeros(learner.head.shape, jnp.float32) if with_head else None
-    carry = (jnp.zeros(()), jnp.zeros(len(functions[0]) + len(functions[1])), zero_head)
+    carry = (jnp.zeros(()), jnp.zeros(functions.num_sums), zero_head)
     (total, sums, d_head), d_hidden = _scan_filled(
         body, carry, (learner.hidden, parts, mask), chunk, like=learner.hidden
     )
@@ -376,6 +397,7 @@ def _linear_loss_fwd(functions, chunk, learner, targets, mask, weights):
 
 def _linear_loss_bwd(functions, chunk, residuals, cotangents):
     d_hidden, d_head, like_head = residuals
+    # Of (loss, sums): `linear_loss` stops the gradient of the sums, whose cotangent is 0.
     scale = cotangents[0]
     d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
     d_head = None if d_head is None else (d_head * scale).astype(like_head.dtype)

@@ -1,7 +1,7 @@
-"""What the chunked loss takes, and whether it belongs together.
+"""The inputs of the chunked loss, and checks that they belong together.
 
 JAX itself would broadcast, clip or take from the end where shapes do not fit, and a number would
-come out; here it is said which argument has which shape, and what was expected.
+come out; the checks say which argument has which shape, and what was expected.
 
 B rows, T positions, D width, V vocabulary.
 """
@@ -40,8 +40,7 @@ class LazyLogits(NamedTuple):
 
 
 def check_inputs(learner: LazyLogits, targets: Sequence[Any]) -> None:
-    """Raises ValueError where shapes do not belong together. JAX itself would broadcast, clip or
-    take from the end, and a number would come out."""
+    """Raises ValueError where shapes do not belong together."""
     if not isinstance(learner, LazyLogits):
         raise ValueError(f"learner: {type(learner).__name__}; expected LazyLogits(hidden, head)")
     bare = "array" if hasattr(targets, "shape") else type(targets).__name__

@@ -210,13 +210,14 @@ def cross_entropy(labels: Int[Array, "*B"], learner: Logits) -> PerPosition:
 
 def agreement(target: Logits, learner: Logits) -> PerPosition:
     """1 where some token has the largest probability of both, else 0. No gradient."""
-    # The maxima are there for the softmax already; an argmax takes a CPU as long as a product.
+    # By the maxima, not by argmax: the softmax needs them anyway, and an argmax over V takes a CPU
+    # as long as the product with the head.
     largest = [x == jnp.max(x, axis=-1, keepdims=True) for x in (target, learner)]
     return jnp.any(largest[0] & largest[1], axis=-1).astype(jnp.float32)
 
 
 def entropy(logits: Logits) -> PerPosition:
-    """Of the distribution itself, in nats."""
+    """The entropy of the distribution, in nats."""
     log_p = log_probs(logits)
     return -_expected(jnp.exp(log_p), _finite(log_p))
 
@@ -227,17 +228,17 @@ def confidence(logits: Logits) -> PerPosition:
 
 
 @functools.cache
-def divergence(spec: str) -> Divergence:
-    """The divergence that a config names, such as "reverse_kl" or "alpha_beta(0.2, 0.7)".
+def divergence(text: str) -> Divergence:
+    """Returns the divergence that a config names, such as "reverse_kl" or "alpha_beta(0.2, 0.7)".
 
     Equal texts give the identical function, so that it can be a static argument of `jax.jit`.
 
     Raises:
       ValueError: an unknown name or numbers that cannot be read.
     """
-    name, bracket, rest = spec.partition("(")
+    name, bracket, rest = text.partition("(")
     if name not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {spec!r}; there are: {', '.join(DIVERGENCES)}")
+        raise ValueError(f"unknown divergence {text!r}; there are: {', '.join(DIVERGENCES)}")
     if not bracket:
         return DIVERGENCES[name]
     try:
@@ -245,7 +246,7 @@ def divergence(spec: str) -> Divergence:
         numbers = numbers if isinstance(numbers, tuple) else (numbers,)
         return _with_numbers(name, numbers)
     except (SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"divergence {spec!r}: expected {name}(number, …): {error}") from error
+        raise ValueError(f"divergence {text!r}: expected {name}(number, …): {error}") from error
 
 
 def _with_numbers(name: str, numbers: tuple[float, ...]) -> Divergence:
@@ -277,7 +278,7 @@ def weighted(function: Divergence, weighting: str) -> Divergence:
     def weighted_divergence(target, learner):
         return jax.lax.stop_gradient(weight(target, learner)) * function(target, learner)
 
-    return _of_whole(weighted_divergence)
+    return _mark_needs_whole(weighted_divergence)
 
 
 def tempered(function: Divergence, temperature: float) -> Divergence:
@@ -291,17 +292,16 @@ def tempered(function: Divergence, temperature: float) -> Divergence:
     def tempered_divergence(target, learner):
         return temperature**2 * function(target / temperature, learner / temperature)
 
-    return _of_whole(tempered_divergence)
+    return _mark_needs_whole(tempered_divergence)
 
 
-def _of_whole(function: Divergence) -> Divergence:
-    """Marks a function that is another number where probabilities are known only as a sum, such as
-    those of the tail of a cached distribution."""
+def _mark_needs_whole(function: Divergence) -> Divergence:
+    """Marks a divergence for `needs_whole`."""
     function.needs_whole = True
     return function
 
 
 def needs_whole(function: Divergence) -> bool:
-    """Whether `function` is a divergence at a temperature or with a weighting, which means nothing
-    for distributions of which only the largest probabilities are known."""
+    """Whether `function` needs every probability of its target: a divergence at a temperature or
+    with a weighting means nothing where the probabilities of the tail are known only as a sum."""
     return getattr(function, "needs_whole", False)

@@ -16,7 +16,7 @@ POLICY_GRADIENT = "policy_gradient"  # the one that looks at both
 
 @dataclasses.dataclass(frozen=True)
 class TargetSource:
-    """Where target rows come from: what the checks, the loop and the plan have to know of it.
+    """A source of target rows: the facts that the checks, the loop and the plan need of it.
 
     A source that is `on_policy` has a function in `targets.WRITERS`, which makes its rows in every
     step; the rows of all others are the batch itself.
@@ -198,7 +198,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a step is computed: its speed and memory, not its result.
+    """The execution of a step: its speed and memory, not its result.
 
     The result is the same up to rounding, except with `one_step_off_policy`, and with those
     published conventions that make micro-batches differ. `Method` checks the values.

@@ -22,7 +22,7 @@ def schedule(
     min_lr: float = 1e-7,
     cosine_ignores_warmup: bool = False,
 ) -> optax.Schedule:
-    """The learning rate at update 0, 1, …
+    """Returns the learning rate as a function of the update, counted from 0.
 
     All warm up linearly from 0 over `warmup_steps` (the first update of a warm-up has rate 0). Then
     "constant" stays; "cosine" falls to `min_lr` at `total_steps` (and follows the cosine beyond);
@@ -91,7 +91,7 @@ def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTran
     """
 
     def init(params):
-        # Two trees of zeros: a state that shares its arrays could not be donated.
+        # Two trees of zeros: one array cannot be donated twice.
         moments = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *moments)
 
@@ -99,9 +99,10 @@ def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTran
         count = optax.safe_increment(state.count)
         first = optax.tree.update_moment(gradients, state.mu, b1, 1)
         second = optax.tree.update_moment(gradients, state.nu, b2, 2)
+        # Bias corrections 1 - b^t by expm1: for b2 = 0.999 and t = 1 the difference of floats loses
+        # 3 of 7 digits.
         logs = (math.log(b) if b else -math.inf for b in (b1, b2))
-        # 1 - b^t by expm1: for b2 = 0.999 and t = 1 the difference loses 3 of 7 digits.
-        share1, share2 = (-jnp.expm1(count * log) for log in logs)  # 1 - b ** t
+        share1, share2 = (-jnp.expm1(count * log) for log in logs)
         direction = jax.tree.map(
             lambda m, v: (m / share1) / (jnp.sqrt(v / share2) + eps), first, second
         )
@@ -133,10 +134,10 @@ def round_stochastically(seed: int) -> optax.GradientTransformation:
         # From seed and count alone, so that a resumed run rounds as one that never stopped.
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         leaves, structure = jax.tree.flatten(updates)
-        kept = structure.flatten_up_to(params)
+        current = structure.flatten_up_to(params)
         rounded = [
             change if param.dtype.itemsize >= 4 else _rounded(change, param, leaf_key)
-            for change, param, leaf_key in zip(leaves, kept, jax.random.split(key, len(leaves)))
+            for change, param, leaf_key in zip(leaves, current, jax.random.split(key, len(leaves)))
         ]
         return structure.unflatten(rounded), RoundingState(optax.safe_increment(state.count))
 

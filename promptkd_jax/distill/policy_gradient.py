@@ -1,7 +1,7 @@
-"""MiniLLM's objective: the reverse KL of whole answers, by policy gradient (arXiv 2306.08543).
+"""MiniLLM's objective: the reverse KL of whole responses, by policy gradient (arXiv 2306.08543).
 
-The student q is rewarded for answers that the teacher p finds likelier than it does itself. Of a
-sampled answer y the reward of a token is r_t = log p(y_t) - log q(y_t); its advantage A_t is what
+The student q is rewarded for responses that the teacher p finds likelier than it does itself. Of a
+sampled response y the reward of a token is r_t = log p(y_t) - log q(y_t); its advantage A_t is what
 is still to come of it, so that the gradient knows the future that a token leads to; the loss is
 -A_t * ratio_t, with ratio_t the probability of y_t under the trained student over that under the
 policy that wrote it. MiniLLM adds two more terms, which are divergences of `losses`: `reverse_kl`
@@ -40,7 +40,7 @@ WHITEN = {
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient:
-    """How answers are valued; hashable, a static argument of `jax.jit`.
+    """The value of a sampled response; hashable, a static argument of `jax.jit`.
 
     The defaults are those published, except `whiten`: the published code whitens "padded", where
     the zeros behind the responses' ends count, so that advantages depend on the capacity R and, the
@@ -78,7 +78,7 @@ class PolicyGradient:
 
 
 class PolicyTarget(NamedTuple):
-    """What the loss compares the learner with, each `[B, R]`: the sampled tokens `labels`, their
+    """The target of `clipped_policy_gradient`, each `[B, R]`: the sampled tokens `labels`, their
     `log_prob` under the student that was sampled from, their `advantage`, and `importance`, that
     student's probability over the sampling policy's (1 where it sampled alone)."""
 
@@ -144,7 +144,7 @@ def advantages(reward: jax.Array, mask: jax.Array, settings: PolicyGradient) -> 
 
 
 def _whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """To mean 0 and variance 1 where the mask is 1."""
+    """`x` with mean 0 and variance 1 over the entries where the mask is 1."""
     count = jnp.maximum(jnp.sum(mask), 1)
     mean = jnp.sum(x * mask) / count
     variance = jnp.sum(jnp.square(x - mean) * mask) / count
@@ -159,7 +159,7 @@ def policy_target(
     teacher_share: float,
     settings: PolicyGradient,
 ) -> PolicyTarget:
-    """Values the sampled answers.
+    """Values the sampled responses.
 
     Args:
       labels: `[B, R]` the sampled tokens.

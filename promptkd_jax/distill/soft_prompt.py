@@ -1,4 +1,7 @@
-"""How the soft prompt starts: M embeddings `[M, D]` in front of the frozen teacher."""
+"""First values of the soft prompt, M embeddings `[M, D]` in front of the frozen teacher.
+
+M soft-prompt tokens, D width.
+"""
 
 from __future__ import annotations
 

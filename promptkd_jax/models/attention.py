@@ -1,8 +1,9 @@
 """Causal attention of whole rows, by the fastest implementation that the chip and the shapes allow.
 
 "splash" is JAX's flash kernel for TPU, "cudnn" NVIDIA's, "xla" plain array operations; all three
-compute the same. Letters as in `models.decoder`: B rows, T columns, N heads, K key/value heads,
-H head width, S columns of the cache.
+compute the same.
+
+B rows, T columns, N heads, K key/value heads, H head width, S columns of the cache.
 """
 
 import functools
@@ -23,14 +24,14 @@ MAX_PARTS = 4  # of a row, without a kernel: then 5/8 of the scores are computed
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, *, sliding_window: int | None = None
 ) -> jax.Array:
-    """Every column attends to itself and those before it; scores are scaled by H ** -0.5.
+    """Lets every column attend to itself and those before it; scores are scaled by H ** -0.5.
 
     Rows start at column 0, so there is no padding mask. Differentiable once.
 
     Args:
       query: `[B, T, N, H]`.
       key, value: `[B, T, K, H]`; query head n reads key/value head n * K // N.
-      window: a column sees itself and the window - 1 before it; None: all before it.
+      sliding_window: columns that a column sees, itself and those before it; None: all of them.
 
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
@@ -66,14 +67,14 @@ def attend(
 
 
 def kv_repeats(num_heads: int, num_kv_heads: int) -> int:
-    """How often each key/value head stands beside itself, so that the devices of `tensor` share out
-    all of them and each has those of its own query heads."""
+    """The number of copies of each key/value head with which the devices of `tensor` share out all
+    heads evenly, and each has those of its own query heads."""
     least = math.lcm(num_kv_heads, sharding.axis_size("tensor"))
     return least // num_kv_heads if num_heads % least == 0 else 1
 
 
 def repeat_kv(x: jax.Array, num_heads: int) -> jax.Array:
-    """Keys or values `[B, T, K, H]` with their `kv_repeats` for `heads` query heads."""
+    """Keys or values `[B, T, K, H]` with their `kv_repeats` for `num_heads` query heads."""
     if kv_repeats(num_heads, x.shape[2]) == 1:
         return x
     return sharding.constrain(jnp.repeat(x, kv_repeats(num_heads, x.shape[2]), axis=2), *BTNH_SPEC)
@@ -87,13 +88,13 @@ def attend_to_cache(
     *,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """One query a row against the cache: `[B, 1, N, H]`.
+    """Lets one query a row attend to the cache: `[B, 1, N, H]`.
 
     Args:
       query: `[B, 1, N, H]`.
       key, value: `[B, K, S, H]`, one layer of the cache.
-      columns: `[B, 1]`, where each query stands; it sees the columns up to its own.
-      window: as for `attend`.
+      columns: `[B, 1]`, the column of each query, which sees the columns up to its own.
+      sliding_window: as for `attend`.
     """
     # Behind the query's own column the cache has zeros, or what stood behind the prompt's end.
     rows, _, num_heads, head_dim = query.shape
@@ -114,7 +115,7 @@ def implementation(
     row_parts: int,
     head_parts: int,
 ) -> str:
-    """Which implementation `attend` takes: "splash", "cudnn" or "xla".
+    """Chooses the implementation of `attend`: "splash", "cudnn" or "xla".
 
     splash, on "tpu": bfloat16 or float32; at least 128 columns, since it pads to that; rows and
     query heads that divide among the devices, since each device runs the kernel on its own.
@@ -169,7 +170,7 @@ def _in_parts(query, key, value, sliding_window: int | None) -> jax.Array:
 
 
 def _seen(columns, others, sliding_window: int | None) -> jax.Array:
-    """Which of the `others` `[S]` each of the `columns` `[…, T]` sees: `[…, T, S]`."""
+    """True where a column of `columns` `[…, T]` sees one of `others` `[S]`: `[…, T, S]`."""
     # A query sees itself, so that no row of scores is -inf throughout, whose softmax would be NaN.
     seen = others <= columns[..., None]
     return seen if sliding_window is None else seen & (others > columns[..., None] - sliding_window)

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: "linear" (by `factor`) or "llama3"."""
+    """A stretching of rotary frequencies: "linear" (by `factor`) or "llama3"."""
 
     kind: str
     factor: float

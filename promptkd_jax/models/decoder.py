@@ -1,8 +1,8 @@
 """One decoder-only language model for every family: token ids in, last hidden states out.
 
-B batch, T tokens, M soft-prompt tokens, D width, N heads, K key/value heads, H head width,
-F feed-forward width, V vocabulary, L layers, S columns of the key/value cache. Parameters have the
-sizes of `DecoderConfig.padded`; what comes out has those of the model.
+B batch, T tokens, X prompt columns, M soft-prompt tokens, D width, N heads, K key/value heads,
+H head width, F feed-forward width, V vocabulary, L layers, S columns of the key/value cache.
+Parameters have the sizes of `DecoderConfig.padded`, outputs those of the model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 
-# What the backward pass finds of a layer, from the policy that keeps most, and computes nothing
-# twice, to the one that keeps least.
+# Values that a layer's forward pass keeps for its backward pass, from the policy that keeps all and
+# computes nothing twice to the one that keeps the layer's input alone.
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -54,10 +54,8 @@ BY_ROW = jax.lax.ScatterDimensionNumbers(
 
 
 class Cache(NamedTuple):
-    """Keys and values of all columns seen so far, each `[L, B, K, S, H]`: what a head reads for the
-    next token lies together.
-
-    Where devices along `tensor` do not divide K, it is that of `attention.kv_repeats`."""
+    """Keys and values of all columns seen so far, each `[L, B, K, S, H]`: the columns that a head
+    reads for the next token lie together. K includes the copies of `attention.kv_repeats`."""
 
     key: jax.Array
     value: jax.Array
@@ -72,7 +70,7 @@ def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
 
 
 def place_cache(cache: Cache) -> Cache:
-    """With rows and heads where those of queries are."""
+    """The cache with its rows and heads on the devices that have those of the queries."""
     return jax.tree.map(lambda x: constrain(x, None, ROWS, "tensor", None, None), cache)
 
 
@@ -131,7 +129,8 @@ class Decoder(nn.Module):
         if prefix is not None:
             rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
-        # [1, M + T] for whole rows, which all begin at column 0; [B, 1] for one token a row.
+        # Columns, the prefix included: [1, M + T] for whole rows, which all begin at column 0;
+        # [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
         if config.learned_positions:
             # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
@@ -144,7 +143,7 @@ class Decoder(nn.Module):
                 )
             table = config.max_positions + config.position_offset
             x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
-        # Said at every layer's edge: left to itself, the partitioner may gather rows instead.
+        # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
         decode = column is not None
         # One scan over L stacked layers: compiled once, whatever the depth. The whole cache goes
@@ -192,9 +191,10 @@ class Decoder(nn.Module):
     def prefill(
         self, params: Any, tokens: jax.Array, prefix: jax.Array | None, columns: int
     ) -> tuple[jax.Array, Cache]:
-        """The hidden states `[B, P, D]` of prompts `[B, P]`, and a cache of M + `columns`."""
-        before = 0 if prefix is None else prefix.shape[0]
-        cache = empty_cache(self.config, tokens.shape[0], before + columns)
+        """Runs prompts `[B, X]`: their hidden states `[B, X, D]`, and a cache of S = M + `columns`
+        columns, where `columns` counts the prompt and all tokens that are still to be written."""
+        prefix_length = 0 if prefix is None else prefix.shape[0]
+        cache = empty_cache(self.config, tokens.shape[0], prefix_length + columns)
         return self.apply({"params": params}, tokens, prefix=prefix, cache=cache)
 
     @nn.nowrap
@@ -206,11 +206,11 @@ class Decoder(nn.Module):
         column: jax.Array,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """The hidden states `[B, D]` of tokens `[B]` in each row's `column` `[B]`, M not counted,
-        and the cache with their keys and values."""
-        before = 0 if prefix is None else prefix.shape[0]
+        """Runs one token a row, `[B]`, in `column` `[B]`, M not counted: their hidden states
+        `[B, D]`, and the cache with their keys and values."""
+        prefix_length = 0 if prefix is None else prefix.shape[0]
         hidden, cache = self.apply(
-            {"params": params}, tokens[:, None], cache=cache, column=before + column
+            {"params": params}, tokens[:, None], cache=cache, column=prefix_length + column
         )
         return hidden[:, 0], cache
 
@@ -236,6 +236,11 @@ class Layer(nn.Module):
 
     config: DecoderConfig
 
+    # carry      hidden states [B, T, D], and the whole cache or None: T is M + T of the decoder for
+    #            whole rows, 1 in decoding
+    # index      [], the layer's number, its place along L in the cache
+    # positions  [1, T] for whole rows, [B, 1] in decoding: the columns of the hidden states
+    # decode     static: whether one token a row reads the cache
     @nn.compact
     def __call__(self, carry, index, positions, decode):
         config = self.config
@@ -246,6 +251,7 @@ class Layer(nn.Module):
         x = constrain(x + attended, ROWS, None, None)
         x = x + FeedForward(config, name="mlp")(_norm(config, "mlp_norm")(x))
         x = constrain(x, ROWS, None, None)
+        # Read by `teacher.lazy_logits_and_states`, and nothing where the collection is not mutable.
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
 
@@ -255,6 +261,7 @@ class Attention(nn.Module):
 
     config: DecoderConfig
 
+    # The arguments of `Layer`, its carry taken apart.
     @nn.compact
     def __call__(self, x, cache, index, positions, decode):
         config, padded = self.config, self.config.padded

@@ -4,7 +4,7 @@ Losses, train steps and the sampler ask a model for hidden states and its head, 
 never how it is made. `Decoder` has these methods; `LanguageModel` makes them of functions from any
 library: plain JAX, flax.linen, Equinox, …
 
-B rows, T columns, M prefix columns, P prompt columns, S columns of a rollout, D width,
+B rows, T columns, M prefix columns, X prompt columns, S columns of a rollout, D width,
 V vocabulary.
 """
 
@@ -55,7 +55,8 @@ class LanguageModel:
     def prefill(
         self, params: Any, tokens: jax.Array, prefix: jax.Array | None, columns: int
     ) -> tuple[jax.Array, jax.Array]:
-        """The hidden states of prompts `[B, P]`, and what `decode` needs of them."""
+        """Runs prompts `[B, X]`: their hidden states `[B, X, D]`, and S = `columns` columns of
+        tokens for `decode`, the prompts and places for all that are still to be written."""
         written = jnp.pad(tokens, ((0, 0), (0, columns - tokens.shape[1])))
         # In place of a cache, the tokens themselves: [1, B, S], rows behind an axis of layers.
         return self.hidden_states(params, tokens, prefix), written[None]
@@ -68,8 +69,8 @@ class LanguageModel:
         column: jax.Array,
         written: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """The hidden states `[B, D]` of tokens `[B]` in each row's `column` `[B]`, M not counted,
-        and `written` with these tokens in it."""
+        """Runs one token a row, `[B]`, in `column` `[B]`, M not counted: their hidden states
+        `[B, D]`, and `written` with these tokens in it."""
         rows = jnp.arange(tokens.shape[0])
         written = written.at[0, rows, column].set(tokens, mode="drop")
         return self.hidden_states(params, written[0], prefix)[rows, column], written

@@ -1,4 +1,4 @@
-"""From a folder, a hub id or a GGUF file to parameters: every tensor named, shaped and used."""
+"""Models from a folder, a hub id or a GGUF file: every tensor is named, of its shape, and used."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""What a family of models is, and the pieces that tables and readers of several share.
+"""The description of a family of models, and the pieces that tables and readers of several share.
 
 A family is a file of this folder: it reads the family's `config.json` into a `DecoderConfig`, says
 which Hugging Face tensor is which parameter (one table, used in both directions), how llama.cpp
@@ -84,14 +84,14 @@ class Tensor:
         return tuple(shape)
 
     def _ends(self, sizes: Mapping[str, int]) -> list[int]:
-        """Where each part ends along `fused_axis`."""
+        """The end of each part along `fused_axis`."""
         extents = (math.prod(sizes[x] for x in letters.split()) for letters in self.fused)
         return list(itertools.accumulate(extents))
 
     def stretches(
         self, sizes: Mapping[str, int], bounds: Mapping[str, tuple[int, int]]
     ) -> list[list[tuple[int, int]]]:
-        """Where a part of a parameter is stored.
+        """Finds the places in which a part of a parameter is stored.
 
         Args:
           sizes: of each letter.
@@ -118,7 +118,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFLayout:
-    """How llama.cpp stores a family.
+    """The layout in which llama.cpp stores a family.
 
     Attributes:
       architecture: `general.architecture` of the file, and the prefix of its settings.
@@ -139,7 +139,7 @@ class GGUFLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How the files of one `model_type` are read and written.
+    """One `model_type`: the reader of its config, and the table that reads and writes its files.
 
     Attributes:
       model_type: what `config.json` calls it; `DecoderConfig.family`.

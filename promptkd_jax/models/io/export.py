@@ -1,4 +1,4 @@
-"""From parameters back to a folder that `transformers` loads.
+"""Export of parameters to a folder that `transformers` loads.
 
 Stored tensors are brought to the host one after another and written shard by shard, wherever the
 parameters lie. All processes take part; the first one writes.

@@ -305,7 +305,7 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """From llama.cpp's rotary pairs (2i, 2i+1) to Hugging Face's (i, i + H/2); rows stay whole."""
+    """Llama.cpp's rotary pairs (2i, 2i+1) put as Hugging Face's (i, i + H/2); rows stay whole."""
     # [N H, …] as [N, H/2, 2, …], a pair beside itself, to [N, 2, H/2, …], all firsts before all
     # seconds.
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])

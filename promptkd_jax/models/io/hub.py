@@ -1,4 +1,4 @@
-"""From the name of a model to its files on this machine."""
+"""The files on this machine of a model that is given by name."""
 
 import importlib.util
 import os

@@ -1,5 +1,5 @@
-"""What identifies a model and a tokenizer: their content, not their path; of a hub repository, the
-commit, which stands for its content."""
+"""Identities of models and tokenizers: digests of their content, whatever their path; of a hub
+repository the commit, which stands for its content."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from promptkd_jax.models.random_model import PREFIX
 
 
 def teacher_identity(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
-    """What tells a teacher from others: its files, and what it is computed in.
+    """Identifies a teacher: by its files, and the dtypes that it is computed in.
 
     A `synthetic:` one has no files, and its name decides every parameter. The files are read by the
     first process of a run, which tells the others.
