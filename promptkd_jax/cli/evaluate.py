@@ -18,19 +18,21 @@ from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
+from promptkd_jax.evaluation.text_metrics import COLUMNS
 from promptkd_jax.infra import distributed, provenance
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import check_writable, write_json, write_text
 from promptkd_jax.infra.specs import Int, declared
 from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
 from promptkd_jax.models.model import Model
+from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.fields import DataConfig
 
 FORMAT = ("system", "chat_template_kwargs", "add_bos")  # of how a model is asked, beside a template
 # What decides the scores, as it is written beside them.
 SETTINGS = (
-    *("model", "data", "split", "template", *FORMAT, "seeds", "temperature", "top_k", "top_p"),
-    *("no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size", "dtype"),
+    *("model", "data", "split", "template", *FORMAT, "seeds", *declared(Sampling)),
+    *("max_prompt_length", "max_length", "batch_size", "dtype"),
 )
 
 
@@ -164,8 +166,8 @@ def _table(found: dict[str, Any], seeds: int) -> Table:
         (
             name,
             str(scores["rows"]),
-            *(mean_and_deviation(scores[key], seeds) for key in ("rougeL", "exact_match")),
+            *(mean_and_deviation(scores[key], seeds) for key in COLUMNS),
         )
         for name, scores in found.items()
     ]
-    return Table(("set", "rows", "ROUGE-L", "exact match"), rows)
+    return Table(("set", "rows", *COLUMNS.values()), rows)

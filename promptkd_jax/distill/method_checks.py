@@ -87,8 +87,8 @@ def _about_policy_gradient(
         )
     if method.token_weighting != "uniform":
         messages.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY_GRADIENT}")
-    # The defaults of `Sampling` are the model's own distribution, whatever it has as options.
-    for name, option in declared(Sampling).items():
+    # The defaults of all options of sampling are the model's own distribution.
+    for name, option in declared(type(sampling)).items():
         if (chosen := getattr(sampling, name)) != option.default:
             messages.append(
                 f"sampling.{name}: {chosen!r}, but {POLICY_GRADIENT} values tokens as drawn from "

@@ -9,6 +9,8 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+# The scores of `text_scores` with their headings in the table of an evaluation.
+COLUMNS = {"rougeL": "ROUGE-L", "exact_match": "exact match"}
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

@@ -4,6 +4,7 @@ Models, rows and the dense pieces are those of `test_step`. The optimizers' firs
 gradients themselves, and each group has a rate of its own.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -49,6 +50,7 @@ from promptkd_jax.distill.state import TrainState, summarize
 from promptkd_jax.distill.step import write_ahead
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
+from promptkd_jax.infra import specs
 from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample
 
 # The dense definitions
@@ -617,6 +619,22 @@ def test_minibatches_are_updates_one_after_the_other():
 def test_combinations_that_mean_nothing(changes, message):
     with pytest.raises(ValueError, match=message):
         plain(**changes)
+
+
+def test_the_policy_gradient_refuses_every_option_of_sampling():
+    """Also one that is still to be added."""
+
+    @dataclasses.dataclass(frozen=True)
+    class WithMinP(Sampling):
+        min_p: float = specs.field(0.0, specs.Float(low=0.0, high=1.0), "…")
+
+    terms = (("policy_gradient", 1.0),)
+    changed = dict(temperature=0.5, top_k=5, top_p=0.9, no_repeat_ngram_size=3, min_p=0.1)
+    assert changed.keys() == specs.declared(WithMinP).keys()
+    for name, value in changed.items():
+        with pytest.raises(ValueError, match=f"sampling.{name}: {value}, but policy_gradient val"):
+            plain(student_terms=terms, targets="student", sampling=WithMinP(**{name: value}))
+    plain(student_terms=terms, targets="student", sampling=WithMinP())
 
 
 def test_all_contradictions_are_told_at_once():
