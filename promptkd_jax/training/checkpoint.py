@@ -1,5 +1,7 @@
 """Checkpoints: what a run cannot recompute, on disk and back again, bit for bit.
 
+In a checkpoint are the `TrainState` of `distill.state` and the JSON that `loop` passes as meta.
+
 Orbax writes the arrays in the background, sharded, and restores them onto any mesh. This room adds:
 
 * A checksum of every file. Neither Orbax nor TensorStore notices a flipped byte in array data, and
