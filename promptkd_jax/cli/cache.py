@@ -13,7 +13,7 @@ from etils import epath
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.logprobs import on_a_file_system
-from promptkd_jax.data.records import read_records
+from promptkd_jax.data.reading import read_records
 from promptkd_jax.inference.logprob_cache import write_cache
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ConfigError
@@ -62,7 +62,8 @@ def cache(config: RunConfig, folder: epath.PathLike, *, top_k: int, batch_size: 
         vocab_size = prepare.shared_vocabulary(teacher, student)
         check_positions(teacher, data.max_length)
         student = student.replace(params=None)  # tokenizes; its weights are not needed
-        records = read_records(data.train, split=data.train_split, need_output=True)
+        how = dict(split=data.train_split, format=data.format, columns=data.columns)
+        records = read_records(data.train, need_output=True, **how)
         dated = prepare.with_date(config, folder)
         rows = prepare.tokenized(dated, student, data.train, records)
         cached = write_cache(

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from promptkd_jax.cli import flags
-from promptkd_jax.data.records import read_records
+from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.evaluation.bootstrap import mean_and_std
@@ -31,16 +31,18 @@ from promptkd_jax.training.fields import DataConfig
 FORMAT = ("system", "chat_template_kwargs", "add_bos")  # of how a model is asked, beside a template
 # What decides the scores, as it is written beside them.
 SETTINGS = (
-    *("model", "data", "split", "template", *FORMAT, "seeds", *declared(Sampling)),
+    *("model", "data", "split", "format", "columns", "template", *FORMAT, "seeds"),
+    *declared(Sampling),
     *("max_prompt_length", "max_length", "batch_size", "dtype"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_asking(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
-    text = "JSON lines files or hub ids"
+    text = "files, folders, patterns or hub ids"
     parser.add_argument("--data", required=True, nargs="+", type=flags.source, help=text)
     parser.add_argument("--split", default="test", help="of a hub data set")
+    flags.add_reading(parser)
     parser.add_argument("--output", required=True, type=flags.path, help="folder for the results")
     flags.add_seeds(parser, (10, 20, 30, 40, 50))
     text = "tokens of prompt and response (default: that of the training, else 512)"
@@ -74,12 +76,13 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     options.template = prompt_format.template
     print(f"template {options.template} ({why})", flush=True)
     output, found = options.output, {}
+    reading = dict(split=options.split, format=options.format, columns=options.columns)
     for source in options.data:
         name = pathlib.Path(source.removeprefix("package:")).stem
         if name in found:
             raise DataError(f"--data: two sets are called {name!r}; rename one of the files")
         rows = tokenize(
-            read_records(source, split=options.split, need_output=True),
+            read_records(source, need_output=True, **reading),
             model.tokenizer,
             prompt_format,
             max_prompt_length=options.max_prompt_length,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from promptkd_jax.data.formats import FORMATS
 from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
@@ -67,15 +68,20 @@ def naming(option: str, folder: epath.Path) -> Iterator[None]:
 source = of(Path(nonempty=True))  # the `type` of a flag that names a model or data
 
 
-def _keywords(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
-    spec = declared(DataConfig)["chat_template_kwargs"].metadata["spec"]
-    if not isinstance(value, dict) or spec.fault(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an object of named values")
-    return value
+def _named_values(field: str) -> Callable[[str], dict[str, Any]]:
+    """The `type` of a flag for an object of JSON, which may be what this field of data may be."""
+    spec = declared(DataConfig)[field].metadata["spec"]
+
+    def read(text: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+        if fault := "JSON of " + str(spec) if not isinstance(value, dict) else spec.fault(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {fault}")
+        return value
+
+    return read
 
 
 def _add_bos(text: str) -> bool | str:
@@ -97,7 +103,7 @@ def add_asking(
     text = "system turn where a prompt has none (default: as in the training)"
     parser.add_argument("--system", help=text)
     text = 'what the chat template is given, such as {"enable_thinking": false}'
-    named = dict(type=_keywords, metavar="JSON")
+    named = dict(type=_named_values("chat_template_kwargs"), metavar="JSON")
     parser.add_argument("--chat-template-kwargs", help=text, **named)
     text = "whether other templates than 'chat' begin with the BOS (default: as in the training)"
     choices = dict(type=_add_bos, choices=("auto", True, False))
@@ -109,6 +115,15 @@ def add_asking(
         default, flag = getattr(chosen, name), f"--{name.replace('_', '-')}"
         text = f"{f.metadata['help']} (default: {default:g})"
         parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """--format and --columns: how records are written in the data, as the fields of a config."""
+    text = "of the records (default: auto, told by their fields)"
+    parser.add_argument("--format", default="auto", choices=("auto", *FORMATS), help=text)
+    text = 'the data\'s names of fields by those of the format, such as {"prompt": "query"}'
+    named = dict(type=_named_values("columns"), metavar="JSON")
+    parser.add_argument("--columns", default={}, help=text, **named)
 
 
 def sampling_of(options: argparse.Namespace, eos_ids: tuple[int, ...]) -> Sampling:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.data.records import read_records
+from promptkd_jax.data.parsers import Faults
+from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.sources import read_fields
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
@@ -251,8 +253,7 @@ def _training_rows(config: RunConfig) -> tuple[int, str]:
         return DOLLY_ROWS, "the published split of Dolly"
     if train.startswith(("package:", "synthetic:")):
         return len(read_records(train, need_output=False)), f"all of {train}"
-    if not is_remote(train) and (file := to_path(train)).is_file():
-        with file.open("rb") as lines:
-            count = sum(1 for line in lines if line.strip())
-        return count, f"the lines of {train} that are not blank, too long ones included"
+    if not is_remote(train) and to_path(train).is_file():
+        count = sum(1 for _ in read_fields(train, Faults()))
+        return count, f"all of {train}, too long ones included"
     return 0, f"not counted, {train} is no file here; --rows gives their number"

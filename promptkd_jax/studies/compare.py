@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from promptkd_jax.data.records import read_records
+from promptkd_jax.data.reading import read_records
 from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
 from promptkd_jax.evaluation.exposure_bias import exposure_bias, generate_samples
 from promptkd_jax.infra.errors import ComparisonError
@@ -101,7 +101,8 @@ def measure(made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
         for name, by_seed in found.items():
             answers.setdefault(contender.name, {}).setdefault(name, {}).update(by_seed)
     texts = made.settings.exposure_bias
-    dev = read_records(data.dev, split=data.dev_split, need_output=False)
+    how = dict(split=data.dev_split, format=data.format, columns=data.columns)
+    dev = read_records(data.dev, need_output=False, **how)
     sizes = dict(
         rows=tokenized(made.a_run, teacher, data.dev, dev[: texts.rows or None]),
         samples=texts.samples,

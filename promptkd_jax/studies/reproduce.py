@@ -17,7 +17,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax.data.records import Record, read_records
+from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.records import Record
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import DataError

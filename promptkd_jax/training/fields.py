@@ -11,6 +11,7 @@ import datetime
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from promptkd_jax.data.formats import FORMATS, column_names
 from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.distill import optimizer
 from promptkd_jax.distill.method import PRESETS
@@ -86,6 +87,24 @@ class _Keywords:
         return "" if plain and all(isinstance(name, str) for name in named) else str(self)
 
 
+class _Columns:
+    """The spec of the data's names of fields by ours, as a mapping or as pairs."""
+
+    def __str__(self) -> str:
+        return "names in the data by ours such as {'prompt': 'query'}"
+
+    def fault(self, value: Any) -> str:
+        try:
+            named = dict(value.items() if isinstance(value, Mapping) else value)
+        except (TypeError, ValueError):
+            return str(self)
+        if not all(isinstance(theirs, str) for theirs in named.values()):
+            return str(self)
+        known = column_names()
+        unknown = [ours for ours in named if ours not in known]
+        return f"{self}; {unknown[0]!r} is none of ours: {', '.join(known)}" if unknown else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A model that a run starts from."""
@@ -143,8 +162,8 @@ class DataConfig:
     train: str = field(
         "",
         Path(nonempty=True),
-        "JSON lines, a Hugging Face data set, 'synthetic:train', 'package:NAME/FILE', or "
-        "'teacher', which writes the prompts (see data_free)",
+        "a file, folder or pattern, a Hugging Face data set, 'synthetic:train', "
+        "'package:NAME/FILE', or 'teacher', which writes the prompts (see data_free)",
     )
     train_split: str = field("train", Str(), "of a Hugging Face data set, such as train[1000:]")
     dev: str = field(
@@ -152,6 +171,12 @@ class DataConfig:
     )
     dev_split: str = field("validation", Str(), "as train_split")
     dev_rows: int = field(0, Int(low=0), "rows of dev that are used; 0: all")
+    format: str = field(
+        "auto", Choice("auto", *FORMATS), "of the records; 'auto': told by their fields"
+    )
+    columns: tuple[tuple[str, str], ...] = field(
+        (), _Columns(), "the data's names of fields, by those of the format; '': not read"
+    )
     corpus: str = field("", Path(), "plain text for corpus_terms")
     corpus_split: str = field("train", Str(), "as train_split")
     template: str = field("alpaca", Choice(*TEMPLATES), "how a record becomes the text of a prompt")
@@ -174,9 +199,9 @@ class DataConfig:
     max_length: int = field(512, Int(low=2), "tokens of a row; longer responses are cut")
 
     def __post_init__(self):
-        if isinstance(self.chat_template_kwargs, Mapping):  # as pairs, which can be hashed
-            pairs = tuple(self.chat_template_kwargs.items())
-            object.__setattr__(self, "chat_template_kwargs", pairs)
+        for name in ("chat_template_kwargs", "columns"):
+            if isinstance(value := getattr(self, name), Mapping):  # as pairs, which can be hashed
+                object.__setattr__(self, name, tuple(value.items()))
 
     def prompt_format(self, preset: str) -> PromptFormat:
         """Returns how a conversation becomes a prompt, under this preset of conventions."""

@@ -15,7 +15,8 @@ import numpy as np
 from etils import epath
 
 from promptkd_jax.data.batches import train_batches
-from promptkd_jax.data.records import Record, read_corpus, read_records
+from promptkd_jax.data.reading import read_corpus, read_records
+from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows, fingerprint_records, pack, select_rows, tokenize
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.soft_prompt import (
@@ -243,16 +244,19 @@ def _check_lengths(
 def _load_data(config: RunConfig, student: Model) -> _Data:
     """Reads what is there; what the teacher writes is still None."""
     data, train, dev, corpus = config.data, None, None, None
+    how = dict(format=data.format, columns=data.columns)
     if data.train != "teacher":
         need_output = any(stage.reads_responses for stage in config.stages)
-        records = read_records(data.train, split=data.train_split, need_output=need_output)
+        split = data.train_split
+        records = read_records(data.train, split=split, need_output=need_output, **how)
         train = tokenized(config, student, data.train, records)
     if data.dev != "teacher":
         need_output = config.evaluation.references == "gold"
-        records = read_records(data.dev, split=data.dev_split, need_output=need_output)
+        split = data.dev_split
+        records = read_records(data.dev, split=split, need_output=need_output, **how)
         dev = tokenized(config, student, data.dev, records[: data.dev_rows or None])
     if any(stage.corpus_terms for stage in config.stages):
-        texts = read_corpus(data.corpus, split=data.corpus_split)
+        texts = read_corpus(data.corpus, split=data.corpus_split, columns=data.columns)
         corpus = pack(texts, student.tokenizer, data.max_length, student.eos_ids[0])
     return _Data(train, None, dev, corpus)
 

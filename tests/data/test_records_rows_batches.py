@@ -1,7 +1,4 @@
-"""Records, templates, token rows, and the order of batches."""
-
-import json
-from importlib import resources
+"""Templates, token rows, and the order of batches."""
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from promptkd_jax.data import templates
 from promptkd_jax.data.batches import collate, eval_batches, stream, train_batches
-from promptkd_jax.data.records import read_records
+from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.rows import Rows, tokenize, with_responses
 from promptkd_jax.data.templates import PromptFormat, render_prompt
 from promptkd_jax.infra.errors import DataError
@@ -50,13 +47,6 @@ def _rows(count, width=6):
     return Rows(tokens, np.ones(count, np.int32), records, dropped=0)
 
 
-def _write(folder, *records):
-    path = folder / "some.jsonl"
-    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return str(path)
-
-
 def _tokenize(records, tokenizer, max_prompt_length=50, max_length=100):
     return tokenize(
         records,
@@ -66,123 +56,6 @@ def _tokenize(records, tokenizer, max_prompt_length=50, max_length=100):
         max_length=max_length,
         eos_id=tokenizer.eos_token_id,
     )
-
-
-# Records
-
-
-def test_records_of_a_file(tmp_path):
-    path = _write(
-        tmp_path,
-        "\ufeff".encode() + b'{"instruction": "a", "input": "b\\u2028", "output": "c", "id": 3}',
-        b"",
-        {"instruction": " d ", "output": ["e", "f"]},
-        {"instruction": "g", "input": None, "context": "h", "response": "i"},
-        {"instruction": "j", "input": " \n", "output": "k"},
-        {"instruction": "l", "context": "\t", "output": "m"},
-    )
-    assert read_records(path, need_output=True) == [
-        example("a", "b\u2028", ("c",)),
-        example(" d ", "", ("e", "f")),
-        example("g", "h", ("i",)),
-        example("j", "", ("k",)),
-        example("l", "", ("m",)),
-    ]
-
-
-@pytest.mark.parametrize(
-    "nothing", [{}, {"output": None}, {"output": ""}, {"output": " "}, {"output": []}]
-)
-def test_an_answer_may_be_absent_only_where_none_is_needed(tmp_path, nothing):
-    path = _write(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "a", **nothing})
-    assert read_records(path, need_output=False)[1].references == ()
-    with pytest.raises(DataError, match=r"some\.jsonl:2: field 'output' is (missing|.*empty)"):
-        read_records(path, need_output=True)
-
-
-_GOOD = {"instruction": "a", "output": "b"}
-
-
-@pytest.mark.parametrize(
-    "bad, words",
-    [
-        (b'{"instruction": "a" "output": "b"}', ["column 21", "one object like"]),
-        (b'{"instruction": "a", ', ["column 21", "broken JSON"]),
-        (b'{"instruction": "a\xff"}', ["byte 19", "not UTF-8"]),
-        (b'["a"]', ["found list ['a']", "expected an object like"]),
-        ({"prompt": "a"}, ["'instruction' is missing or null (has: 'prompt')"]),
-        ({"instruction": 3}, ["'instruction' is int 3", "expected a string"]),
-        ({"instruction": " \n"}, ["'instruction' is empty"]),
-        (_GOOD | {"input": ["x"]}, ["'input' is list ['x']", "expected a string"]),
-        (_GOOD | {"input": "x", "context": "y"}, ["'input' and 'context'", "keep one"]),
-        (_GOOD | {"response": "y"}, ["'output' and 'response'", "keep one"]),
-        (_GOOD | {"output": {"a": 1}}, ["'output' is dict", "a string or a list of strings"]),
-        (_GOOD | {"output": ["x", 3]}, ["'output[1]' is int 3", "expected a string"]),
-        (_GOOD | {"output": ["x", " "]}, ["'output[1]' is empty", "give an answer"]),
-        (_GOOD | {"output": "ab\ud83d"}, ["half a surrogate pair at character 3"]),
-    ],
-)
-def test_a_bad_record_is_named_by_its_line(tmp_path, bad, words):
-    path = _write(tmp_path, _GOOD, b"", bad, _GOOD)
-    with pytest.raises(DataError) as error:
-        read_records(path, need_output=False)
-    assert str(error.value).startswith(f"{path}:3: ")
-    for word in words:
-        assert word in str(error.value)
-
-
-def test_an_absent_and_an_empty_file_are_errors(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere/a\.jsonl: no such file \(looked from /"):
-        read_records("nowhere/a.jsonl", need_output=False)
-    with pytest.raises(DataError, match=r"some\.jsonl: no records"):
-        read_records(_write(tmp_path, b"", b" "), need_output=False)
-
-
-def test_a_file_of_the_package(tmp_path, monkeypatch):
-    (tmp_path / "data" / "assets").mkdir(parents=True)
-    _write(tmp_path / "data" / "assets", _GOOD, {"instruction": ""})
-    monkeypatch.setattr(resources, "files", {"promptkd_jax": tmp_path}.__getitem__)
-    with pytest.raises(DataError, match=r"^package:some\.jsonl:2: field 'instruction'"):
-        read_records("package:some.jsonl", need_output=False)
-    with pytest.raises(DataError, match=r"no 'other\.jsonl'; it has \['some\.jsonl'\]"):
-        read_records("package:other.jsonl", need_output=False)
-
-
-def test_an_unknown_file_of_the_real_package_is_an_error():
-    with pytest.raises(DataError, match=r"promptkd_jax/data/assets has no 'none\.jsonl'"):
-        read_records("package:none.jsonl", need_output=False)
-
-
-def test_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "dolly"
-    folder.mkdir()
-    rows = [
-        {"instruction": "a", "context": "b", "response": "c"},
-        {"instruction": "d", "context": "", "response": None},
-    ]
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = read_records(str(folder), split="test", need_output=False)
-    assert records == [example("a", "b", ("c",)), example("d", "", ())]
-    with pytest.raises(DataError, match=r"dolly \(split 'test'\) row 1: field 'output' is mis"):
-        read_records(str(folder), split="test", need_output=True)
-    with pytest.raises(DataError, match="reading split 'dev' .*failed: Unknown split"):
-        read_records(str(folder), split="dev", need_output=True)
-
-
-def test_a_hub_id_is_read_without_running_its_code(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        raise datasets.exceptions.DatasetNotFoundError("is not on the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="some/set: no such file, .* is not on the Hub"):
-        read_records("some/set", split="train[:9]", need_output=False)
-    assert calls == [(("some/set",), {"split": "train[:9]"})]
 
 
 # Templates

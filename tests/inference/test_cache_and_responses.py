@@ -18,7 +18,7 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.data import logprobs
 from promptkd_jax.data.batch import responses
 from promptkd_jax.data.batches import collate, stream, train_batches
-from promptkd_jax.data.records import read_records
+from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.distill import chunked_loss, losses

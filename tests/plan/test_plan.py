@@ -680,7 +680,7 @@ def test_the_rows_that_were_counted_are_named(tmp_path):
     assert "not counted, none.jsonl is no file here" in abstract_run(checked(config)).notes[-1]
     assert "7 training rows: given" in abstract_run(checked(config), rows=7).notes
     config.data.train = str(file)
-    assert abstract_run(checked(config)).notes[-1].startswith("2 training rows: the lines of")
+    assert abstract_run(checked(config)).notes[-1].startswith(f"2 training rows: all of {file}")
 
 
 # Commands that are about to be launched

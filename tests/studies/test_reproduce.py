@@ -10,7 +10,7 @@ import pytest
 from helpers import bucket, tiny
 
 from promptkd_jax.cli.main import main
-from promptkd_jax.data.records import read_records
+from promptkd_jax.data.reading import read_records
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.io.export import save_model

@@ -1,0 +1,256 @@
+"""What the fields of an example mean, format by format."""
+
+import json
+
+import pytest
+from helpers.files import write_lines
+from helpers.records import example
+
+from promptkd_jax.data import formats
+from promptkd_jax.data.formats import FORMATS, Fields, Format
+from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.records import user_record
+from promptkd_jax.infra.errors import DataError
+from promptkd_jax.training.fields import DataConfig
+
+
+def read(folder, *records, **how):
+    path = write_lines(folder / "some.jsonl", *records)
+    return read_records(path, **{"need_output": True} | how)
+
+
+def fault_of(folder, record, **how):
+    with pytest.raises(DataError) as error:
+        read(folder, record, **how)
+    head, _, fault = str(error.value).partition(".jsonl:1: ")
+    assert fault, head
+    return fault
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+HI = (user("hi"), assistant("yes"))
+ALPACA = {"instruction": "hi", "input": ""}
+
+
+@pytest.mark.parametrize(
+    ("format", "fields", "messages"),
+    [
+        ("messages", {"messages": [user("hi"), assistant("yes")]}, HI),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+            HI,
+        ),
+        ("prompt_completion", {"prompt": "hi", "completion": "yes"}, HI),
+        ("prompt_completion", {"prompt": [user("hi")], "completion": [assistant("yes")]}, HI),
+        ("prompt_completion", {"prompt": [SYSTEM, user("hi")], "completion": "yes"}, (SYSTEM, *HI)),
+        ("prompt_completion", {"prompt": "hi", "completion": [assistant("yes")]}, HI),
+        ("question_answer", {"question": "hi", "answer": "yes"}, HI),
+        ("instruction", {"instruction": "hi", "output": "yes"}, HI),
+        (
+            "instruction",
+            {"instruction": "hi", "output": "yes", "system": "be brief"},
+            (SYSTEM, *HI),
+        ),
+        (
+            "instruction",
+            {"instruction": "hi", "output": "yes", "history": [["a", "b"]], "system": "be brief"},
+            (SYSTEM, user("a"), assistant("b"), *HI),
+        ),
+        (
+            "question_answer",
+            {"question": "hi", "response": "yes", "system_prompt": "be brief"},
+            (SYSTEM, *HI),
+        ),
+        (
+            "messages",
+            {"system": "be brief", "messages": [user("hi"), assistant("yes")]},
+            (SYSTEM, *HI),
+        ),
+        # As tables have turns.
+        ("messages", {"messages": json.dumps([user("hi"), assistant("yes", name=None)])}, HI),
+        ("messages", {"messages": [user([{"type": "text", "text": "hi"}]), assistant("yes")]}, HI),
+    ],
+)
+def test_every_format_is_told_by_its_fields(tmp_path, format, fields, messages):
+    for name in ("auto", format):
+        records = read(tmp_path, fields, format=name)
+        assert (records.format, records[0].messages) == (format, messages)
+        assert records[0].references == ("yes",)
+        assert (records.unanswered, records.unused) == (0, {})
+
+
+def test_a_conversation_keeps_its_turns_names_and_tool_calls(tmp_path):
+    """Arguments are an object, as templates want them; OpenAI writes them as text."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        SYSTEM,
+        user("one more") | {"name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1", "name": "add"},
+        assistant("it is 2"),
+        user("and more?"),
+        assistant("3", reasoning_content="2 + 1"),
+    ]
+    (record,) = read(tmp_path, {"messages": turns, "references": ["3", "three"]})
+    function = {"name": "add", "arguments": {"a": 1}}
+    turns[2] = assistant("", tool_calls=[call | {"function": function}])
+    assert record.messages == tuple(turns)
+    assert record.prompt == tuple(turns[:-1])
+    assert record.references == ("3", "three")
+
+
+def test_a_single_turn_says_what_the_template_alpaca_shows(tmp_path):
+    (record,) = read(tmp_path, {"question": "a?", "context": "b", "answer": ["c", "d"], "id": 3})
+    assert record == example("a?", "b", ("c", "d"))._replace(
+        extra={"id": 3, "instruction": "a?", "input": "b"}
+    )
+
+
+def test_fields_that_nothing_reads_are_kept_and_named_once(tmp_path, capfd):
+    turns = [user("hi"), assistant("yes")]
+    records = read(
+        tmp_path,
+        {"messages": turns, "id": 1, "prompt": "hi", "hint": "for the teacher"},
+        {"messages": turns, "id": 2, "prompt": "hi", "hint": None},
+    )
+    assert records.unused == {"prompt": 2, "hint": 1}  # an id is nothing to ask about
+    assert records[0].extra == {"id": 1, "prompt": "hi", "hint": "for the teacher"}
+    said = capfd.readouterr().err
+    assert said.count("'prompt' (2 records), 'hint' (1 records)") == 1 and "'id'" not in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            ALPACA | {"output": "x", "tools": [{"name": "add"}]},
+            ["'tools' would be lost", "{'tools': ''}"],
+        ),
+        (ALPACA | {"output": "x", "images": ["a.png"]}, ["'images' would be lost", "text alone"]),
+        (ALPACA | {"output": "x", "history": "b"}, ["'history' is text, and no JSON"]),
+        (ALPACA | {"output": "x", "history": {"a": 1}}, ["'history' is dict", "pairs"]),
+        (ALPACA | {"output": "x", "history": [["a"]]}, ["'history[0]' is list ['a']"]),
+        ({"messages": [SYSTEM, *HI], "system": "no"}, ["'system' beside a system turn"]),
+        ({"messages": [*HI, *HI], "history": [["a", "b"]]}, ["'history' beside several turns"]),
+    ],
+)
+def test_what_would_change_the_meaning_is_not_dropped(tmp_path, fields, words):
+    fault = fault_of(tmp_path, fields)
+    for word in words:
+        assert word in fault
+
+
+def test_a_field_is_left_out_where_data_columns_says_so(tmp_path):
+    fields = ALPACA | {"output": "x", "tools": [{"name": "add"}], "history": []}
+    (record,) = read(tmp_path, fields, columns={"tools": ""})
+    assert record == example("hi", "", ("x",))
+
+
+def test_columns_name_the_fields_of_a_format(tmp_path, capfd):
+    fields = {"query": "hi", "gold": "yes", "persona": "be brief", "prompt": "hi!"}
+    how = dict(columns=(("prompt", "query"), ("completion", "gold"), ("system", "persona")))
+    (record,) = read(tmp_path, fields, **how)
+    assert record.messages == (SYSTEM, *HI)
+    assert capfd.readouterr().err == ""
+    (record,) = read(tmp_path, {"query": "hi", "gold": "yes"}, **how)
+    assert record.messages == HI
+    assert "no record has the field 'persona' of data.columns" in capfd.readouterr().err
+    columns = DataConfig.__dataclass_fields__["columns"].metadata["spec"]
+    assert columns.fault({"prompt": "query"}) == "" == columns.fault((("system", ""),))
+    assert "'promt' is none of ours: messages, " in columns.fault({"promt": "query"})
+    assert "names in the data by ours" in columns.fault({"prompt": 3})
+    assert DataConfig(columns={"prompt": "query"}).columns == (("prompt", "query"),)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"query": "hi"}, ["'query' are of no known format", "'messages'", "data.columns"]),
+        ({"text": "hi"}, ["no known format", "config.data.corpus"]),
+        ({"question": "hi", "answers": "yes"}, ["'answer' is missing or null", "'THEIR NAME'"]),
+        ({"messages": []}, ["'messages' is list [], expected a list of turns"]),
+        ({"messages": "hi"}, ["'messages' is text, and no JSON"]),
+        ({"messages": ["hi"]}, ["'messages[0]' is str 'hi'", "role, content"]),
+        ({"messages": [{"role": "judge", "content": "a"}]}, ["'messages[0]'", "'judge'", "system"]),
+        ({"messages": [user(" "), assistant("a")]}, ["'messages[0].content' is empty"]),
+        ({"messages": [user("a"), assistant(3)]}, ["'messages[1].content' is int 3"]),
+        ({"messages": [assistant("a")]}, ["no turn of the user"]),
+        ({"messages": [user([{"type": "image_url"}])]}, ["the part dict", "text alone"]),
+        (
+            {"messages": [user("a"), assistant("b", tool_calls=3)]},
+            ["'messages[1].tool_calls' is int 3"],
+        ),
+        (
+            {"messages": [user("a"), assistant("b", reasoning_content="\ud83d")]},
+            ["'messages[1]' has half a surrogate pair"],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a\udc00"}]},
+            ["'conversations[0].value' has half a surrogate pair at character 2"],
+        ),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named_for_what_it_is(tmp_path, fields, words):
+    fault = fault_of(tmp_path, fields)
+    for word in words:
+        assert word in fault
+
+
+def test_all_records_of_a_source_have_one_format(tmp_path):
+    with pytest.raises(DataError, match=r"some\.jsonl:2: field 'question' is missing"):
+        read(tmp_path, {"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"})
+    assert "field 'prompt' is missing" in fault_of(
+        tmp_path, {"question": "a", "answer": "b"}, format="prompt_completion"
+    )
+
+
+@pytest.mark.parametrize(
+    "nothing", [{"output": None}, {"output": ""}, {"output": " "}, {"output": []}]
+)
+def test_empty_answers_are_dropped_and_counted_where_one_is_needed(tmp_path, nothing, capfd):
+    records = [ALPACA | {"output": "b"}, ALPACA | nothing]
+    found = read(tmp_path, *records)
+    assert (len(found), found.unanswered) == (1, 1)
+    assert "some.jsonl: 1 records dropped, their answers have no text" in capfd.readouterr().err
+    found = read(tmp_path, *records, need_output=False)
+    assert (found[1].references, found.unanswered) == ((), 0)
+    with pytest.raises(DataError, match="all 2 answers are without text; expected at least one"):
+        read(tmp_path, records[1], records[1])
+
+
+def test_an_answer_without_its_field_is_a_mistake_where_one_is_needed(tmp_path):
+    assert read(tmp_path, ALPACA, need_output=False)[0].references == ()
+    assert "field 'output' is missing or null (has: 'instruction'" in fault_of(tmp_path, ALPACA)
+
+
+@pytest.mark.parametrize("last", [[], [assistant("  ")], [assistant("", tool_calls=[{"id": 1}])]])
+def test_a_conversation_without_a_last_answer_is_an_unanswered_prompt(tmp_path, last):
+    turns = [*HI, user("and?"), *last]
+    found = read(tmp_path, {"messages": turns}, {"messages": list(HI)})
+    assert (len(found), found.unanswered) == (1, 1)
+    (record,) = read(tmp_path, {"messages": turns}, need_output=False)
+    assert (record.prompt, record.references) == ((*HI, user("and?")), ())
+
+
+def test_a_format_is_a_function_and_its_entry(tmp_path, monkeypatch):
+    """As CONTRIBUTING.md says."""
+
+    def riddle(fields: Fields):
+        return user_record(f"What is {fields.text('riddle')}?", fields.references("solution"))
+
+    entry = Format(riddle, ("riddle", "solution"), '{"riddle": "…", "solution": "…"}')
+    monkeypatch.setitem(FORMATS, "riddle", entry)
+    (record,) = read(tmp_path, {"riddle": "red", "solution": "a colour", "id": 1})
+    assert record == user_record("What is red?", ("a colour",), id=1)
+    (record,) = read(tmp_path, {"enigma": "red", "solution": "a"}, columns={"riddle": "enigma"})
+    assert record.prompt_text == "What is red?"
+    assert "solution" in formats.column_names()
