@@ -24,6 +24,7 @@ from promptkd_jax.training import prepare
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.config import as_json
 from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.run_models import load_models, shared_vocabulary
 
 USAGE = "--config FILE[:arg] --output DIR [--top-k 64] [--batch-size 8] [--config.a.b=VALUE …]"
 
@@ -58,14 +59,14 @@ def cache(config: RunConfig, folder: epath.PathLike, *, top_k: int, batch_size: 
         check_shared(folder)
     mesh, data = sharding.make_mesh(config.mesh.sizes), config.data
     with jax.set_mesh(mesh):
-        teacher, student = prepare.load_models(config, mesh)
-        vocab_size = prepare.shared_vocabulary(teacher, student)
+        teacher, student = load_models(config, mesh)
+        vocab_size = shared_vocabulary(teacher, student)
         check_positions(teacher, data.max_length)
         student = student.replace(params=None)  # tokenizes; its weights are not needed
         how = dict(split=data.train_split, format=data.format, columns=data.columns)
         records = read_records(data.train, need_output=True, **how)
         dated = prepare.with_date(config, folder)
-        rows = prepare.tokenized(dated, student, data.train, records)
+        rows = prepare.tokenized(dated, student, data.train, records, supervise=data.supervise)
         cached = write_cache(
             teacher,
             rows,

@@ -14,11 +14,12 @@ from etils import epath
 from promptkd_jax.cli import flags
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.rows import Rows, tokenize
-from promptkd_jax.data.templates import TEMPLATES, PromptFormat
+from promptkd_jax.data.templates import TEMPLATES, PromptFormat, read_chat_template
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
 from promptkd_jax.evaluation.text_metrics import COLUMNS
+from promptkd_jax.inference.generate import with_turn_end
 from promptkd_jax.infra import distributed, provenance
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import check_writable, write_json, write_text
@@ -31,9 +32,9 @@ from promptkd_jax.training.fields import DataConfig
 FORMAT = ("system", "chat_template_kwargs", "add_bos")  # of how a model is asked, beside a template
 # What decides the scores, as it is written beside them.
 SETTINGS = (
-    *("model", "data", "split", "format", "columns", "template", *FORMAT, "seeds"),
-    *declared(Sampling),
-    *("max_prompt_length", "max_length", "batch_size", "dtype"),
+    *("model", "data", "split", "format", "columns", "template", *FORMAT, "chat_template"),
+    *("seeds", *declared(Sampling), "max_prompt_length", "max_length", "long_prompts"),
+    *("batch_size", "dtype"),
 )
 
 
@@ -66,13 +67,13 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     record = recorded(options.model)
     options.max_prompt_length = options.max_prompt_length or record.get("max_prompt_length", 256)
     options.max_length = options.max_length or record.get("max_length", 512)
+    options.long_prompts = options.long_prompts or record.get("long_prompts", "drop")
     if options.max_length <= options.max_prompt_length:
         raise ConfigError(
             f"--max-length {options.max_length} leaves no room for a response beside "
             f"--max-prompt-length {options.max_prompt_length}"
         )
-    model = load_with_tokenizer(options.model, dtype=options.dtype)
-    prompt_format, why = prompt_format_for(model, options, record)
+    model, prompt_format, why = load_to_ask(options, record)
     options.template = prompt_format.template
     print(f"template {options.template} ({why})", flush=True)
     output, found = options.output, {}
@@ -88,6 +89,7 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
             max_prompt_length=options.max_prompt_length,
             max_length=options.max_length,
             eos_id=model.eos_ids[0],
+            long_prompts=options.long_prompts,
         )
         distributed.assert_same(f"the data ({source})", provenance.fingerprint_rows(rows.tokens))
         seeds = {}
@@ -106,6 +108,7 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
         counts = {"rows": len(rows.tokens), "dropped": rows.dropped}
         found[name] = counts | {"seeds": seeds} | _over_seeds([*seeds.values()])
     settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    settings["chat_template"] = options.chat_template and str(options.chat_template)
     write_json(output / "evaluation.json", {"settings": settings, "sets": found})
     return found
 
@@ -124,6 +127,25 @@ def recorded(model: str) -> dict[str, Any]:
     return record
 
 
+def load_to_ask(
+    options: argparse.Namespace, record: dict[str, Any]
+) -> tuple[Model, PromptFormat, str]:
+    """Loads the model of the flags, with its chat template and ended as that ends a turn.
+
+    Returns:
+      The model, and what `prompt_format_for` says of it.
+
+    Raises:
+      ConfigError, ModelError: no such model, or nothing tells how to ask it.
+      DataError: a chat template that cannot be read or rendered.
+    """
+    model = load_with_tokenizer(options.model, dtype=options.dtype)
+    if options.chat_template is not None:
+        model.tokenizer.chat_template = read_chat_template(options.chat_template)
+    prompt_format, why = prompt_format_for(model, options, record)
+    return with_turn_end(model, prompt_format), prompt_format, why
+
+
 def prompt_format_for(
     model: Model, options: argparse.Namespace, record: dict[str, Any]
 ) -> tuple[PromptFormat, str]:
@@ -133,16 +155,21 @@ def prompt_format_for(
     Raises:
       ConfigError: nothing tells which template.
     """
-    template, why = _template_for(model, options.template, record)
+    template, why = _template_for(model, options, record)
     given = {name: getattr(options, name) for name in FORMAT if getattr(options, name) is not None}
     chosen = {name: record[name] for name in (*FORMAT, "date") if name in record} | given
     chosen["chat_template_kwargs"] = dict(chosen.get("chat_template_kwargs", ()))
     return PromptFormat(template, **chosen), why
 
 
-def _template_for(model: Model, given: str | None, record: dict[str, Any]) -> tuple[str, str]:
+def _template_for(
+    model: Model, options: argparse.Namespace, record: dict[str, Any]
+) -> tuple[str, str]:
+    given = options.template
     if given is not None:
         return given, "as given"
+    if options.chat_template is not None:
+        return "chat", f"that of {options.chat_template}"
     if "template" in record:
         return record["template"], "that of the training"
     if model.tokenizer.chat_template:

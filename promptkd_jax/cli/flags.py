@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from promptkd_jax.data.formats import FORMATS
+from promptkd_jax.data.rows import LONG_PROMPTS
 from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
@@ -91,8 +92,9 @@ def _add_bos(text: str) -> bool | str:
 def add_asking(
     parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
 ) -> None:
-    """The flags of a model and of how it is asked: --model, --dtype and --mesh, --template and
-    --max-prompt-length, and the fields of `Sampling`, for `sampling_of`, with these defaults."""
+    """The flags of a model and of how it is asked: --model, --dtype and --mesh, --template and what
+    belongs to it, --max-prompt-length and --long-prompts, and the fields of `Sampling`, for
+    `sampling_of`, with these defaults."""
     text = "folder (also that of a run), .gguf file, or hub id"
     parser.add_argument("--model", required=True, type=source, help=text)
     text = "what is computed in (default: float32)"
@@ -105,11 +107,15 @@ def add_asking(
     text = 'what the chat template is given, such as {"enable_thinking": false}'
     named = dict(type=_named_values("chat_template_kwargs"), metavar="JSON")
     parser.add_argument("--chat-template-kwargs", help=text, **named)
+    text = "file of Jinja text in place of the tokenizer's chat template"
+    parser.add_argument("--chat-template", type=path, metavar="FILE", help=text)
     text = "whether other templates than 'chat' begin with the BOS (default: as in the training)"
     choices = dict(type=_add_bos, choices=("auto", True, False))
     parser.add_argument("--add-bos", help=text, metavar="{auto,true,false}", **choices)
     text = "tokens (default: that of the training, else 256)"
     parser.add_argument("--max-prompt-length", type=of(Int(low=1)), help=text)
+    text = "what becomes of longer prompts (default: as in the training, else drop)"
+    parser.add_argument("--long-prompts", choices=sorted(LONG_PROMPTS), help=text)
     chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)
     for name, f in declared(Sampling).items():
         default, flag = getattr(chosen, name), f"--{name.replace('_', '-')}"

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 import jax
 
 from promptkd_jax.cli import flags
-from promptkd_jax.cli.evaluate import prompt_format_for, recorded
+from promptkd_jax.cli.evaluate import load_to_ask, recorded
 from promptkd_jax.data.records import user_record
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.specs import SEED, Int
-from promptkd_jax.models.load import load_with_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +35,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _respond_to_all(options: argparse.Namespace) -> None:
     record = recorded(options.model)
-    model = load_with_tokenizer(options.model, dtype=options.dtype)
-    prompt_format, why = prompt_format_for(model, options, record)
+    model, prompt_format, why = load_to_ask(options, record)
     if distributed.is_primary():  # beside the responses, which may go into a file
         print(f"template {prompt_format.template} ({why})", file=sys.stderr, flush=True)
     capacity = options.max_prompt_length or record.get("max_prompt_length", 256)

@@ -8,16 +8,30 @@ import dataclasses
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from promptkd_jax.data.conversations import (
+    has_several_responses,
+    shorter_histories,
+    tokenize_last,
+    tokenize_whole,
+)
 from promptkd_jax.data.records import Record
-from promptkd_jax.data.templates import PromptFormat, encode, prompt_tokens, shows_date
+from promptkd_jax.data.special_tokens import encode
+from promptkd_jax.data.templates import PromptFormat, prompt_tokens, render_prompt, shows_date
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.provenance import fingerprint_rows
+
+SUPERVISE = {"last": "the last one", "all": "all of them, in a row that is the whole conversation"}
+LONG_PROMPTS = {
+    "drop": "the record is left out",
+    "cut": "as few turns as will do are left out at its beginning, not a system turn; the record, "
+    "if its last turn is too long",
+}
 
 
 class Rows(NamedTuple):
@@ -31,6 +45,7 @@ class Rows(NamedTuple):
     date: str = ""  # that the prompts were rendered with, "" where the template shows none
     # bool, for each row which of its tokens a student learns from; None: those of the response.
     supervised: list[np.ndarray] | None = None
+    shortened: int = 0  # prompts without their first turns, which would have been too long
 
     @property
     def num_supervised(self) -> np.ndarray:
@@ -48,16 +63,24 @@ def tokenize(
     max_prompt_length: int,
     max_length: int,
     eos_id: int,
+    supervise: str = "last",
+    long_prompts: str = "drop",
 ) -> Rows:
-    """Tokenises records into rows: prompt, first output, end of sequence, cut to max_length tokens.
+    """Tokenises records into rows: prompt, response, the token that ends it, cut to max_length.
 
-    The response is encoded by itself, so that a prompt's tokens do not depend on it. A row that is
-    cut has no end of sequence, and is counted; a record without output gives its prompt alone. A
-    record whose prompt has more than max_prompt_length tokens is dropped and counted.
+    A response is encoded so that a prompt's tokens do not depend on it. A row that is cut has no
+    end, and is counted; a record without response gives its prompt alone. A record whose prompt has
+    more than max_prompt_length tokens is dropped and counted.
+
+    Args:
+      eos_id: ends a response where the chat template does not (see `templates.turn_end`).
+      supervise: "last": a row is the last response, and all before it is its prompt; "all": all
+        turns of the assistant are supervised, and the prompt is what stands before the first.
+      long_prompts: "drop", or "cut": first without as many turns from its beginning as needed.
 
     Raises:
       DataError: no record is left, a prompt has no tokens, the two lengths contradict each other,
-        or the template cannot be rendered.
+        or the template cannot be rendered, or not as `supervise` wants it.
     """
     if not 0 < max_prompt_length <= max_length:
         raise DataError(
@@ -71,19 +94,50 @@ def tokenize(
         # One for all records, also at midnight.
         date = prompt_format.date or datetime.date.today().isoformat()
     prompt_format = dataclasses.replace(prompt_format, date=date)
-    prompts = prompt_tokens(records, prompt_format, tokenizer)
-    kept = _short_enough(prompts, max_prompt_length)
-    answers = encode(["".join(records[i].references[:1]) for i in kept], tokenizer)
-    ends = [[*answer, eos_id] if records[i].references else [] for i, answer in zip(kept, answers)]
-    rows = [prompts[i] + end for i, end in zip(kept, ends)]
+    several = supervise == "all" and prompt_format.template == "chat"
+    whole = {i: x for i, x in enumerate(records) if several and has_several_responses(x)}
+    last = {i: record for i, record in enumerate(records) if i not in whole}
+    shorter = {}
+    if long_prompts == "cut":
+        shorter = _shortened(last, prompt_format, tokenizer, max_prompt_length)
+    records = last | shorter | whole
+    found = tokenize_last(last | shorter, prompt_format, tokenizer, eos_id)
+    found |= tokenize_whole(whole, prompt_format, tokenizer)
+    kept = _short_enough([found[i].prompt for i in range(len(found))], max_prompt_length)
+    rows = [found[i].prompt + found[i].response for i in kept]
+    supervised = None
+    if whole:
+        masks = (np.append(np.zeros(len(found[i].prompt), bool), found[i].supervised) for i in kept)
+        supervised = [mask[:max_length] for mask in masks]
     return Rows(
         tokens=[np.array(row[:max_length], np.int32) for row in rows],
-        prompt_lengths=np.array([len(prompts[i]) for i in kept], np.int32),
+        prompt_lengths=np.array([len(found[i].prompt) for i in kept], np.int32),
         records=[records[i] for i in kept],
         dropped=len(records) - len(kept),
         cut=sum(len(row) > max_length for row in rows),
         date=date,
+        supervised=supervised,
+        shortened=len(shorter),
     )
+
+
+def _shortened(
+    records: Mapping[int, Record],
+    prompt_format: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+) -> dict[int, Record]:
+    """Those with a prompt that is too long, without as few of its first turns as will do; a prompt
+    whose last turn is too long stays as it is."""
+    prompts = prompt_tokens(list(records.values()), prompt_format, tokenizer)
+    long = (i for i, prompt in zip(records, prompts) if len(prompt) > max_prompt_length)
+    found = {}
+    for i in long:
+        for shorter in shorter_histories(records[i]):
+            if len(render_prompt(shorter, prompt_format, tokenizer)) <= max_prompt_length:
+                found[i] = shorter
+                break
+    return found
 
 
 def _short_enough(prompts: list[list[int]], max_prompt_length: int) -> list[int]:

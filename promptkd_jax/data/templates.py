@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from promptkd_jax.data.records import Message, Record
+from promptkd_jax.data.records import Message, Record, user_record
+from promptkd_jax.data.special_tokens import encode_rendered, escape, spellings
 from promptkd_jax.infra.errors import DataError
+from promptkd_jax.infra.files import io_errors, read_text, to_path
 
 _CLOCK = "strftime_now"
 
@@ -46,7 +49,7 @@ class PromptFormat:
 
 def _single_turn(record: Record, prompt_format: PromptFormat) -> Message:
     """The one turn of a prompt. Raises DataError where there are others, which would be lost."""
-    turns = _with_system(record.prompt, prompt_format.system)
+    turns = turns_with_system(record.prompt, prompt_format.system)
     if [turn["role"] for turn in turns] != ["user"]:
         roles = ", ".join(turn["role"] for turn in turns)
         raise DataError(
@@ -56,9 +59,10 @@ def _single_turn(record: Record, prompt_format: PromptFormat) -> Message:
     return turns[0]
 
 
-def _with_system(turns: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+def turns_with_system(turns: Sequence[Message], system: str) -> tuple[Message, ...]:
+    """The turns behind this system turn, if any, unless they begin with one."""
     has_one = turns and turns[0]["role"] == "system"
-    return ({"role": "system", "content": system}, *turns) if system and not has_one else turns
+    return ({"role": "system", "content": system}, *turns) if system and not has_one else (*turns,)
 
 
 def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat) -> str:
@@ -92,15 +96,16 @@ def render_chat(
     Raises:
       DataError: it has none, or cannot render them.
     """
-    name, clock = tokenizer.name_or_path or type(tokenizer).__name__, _stopped_clock(how.date)
+    name = tokenizer.name_or_path or type(tokenizer).__name__
     if not tokenizer.chat_template:
         raise DataError(
-            f"template 'chat': tokenizer {name} has no chat template; use 'alpaca' or 'plain'"
+            f"template 'chat': tokenizer {name} has no chat template; use 'alpaca' or 'plain', or "
+            "give one (data.chat_template, --chat-template)"
         )
     try:
         return tokenizer.apply_chat_template(
-            [dict(turn) for turn in _with_system(tuple(turns), how.system)],
-            chat_template=clock + tokenizer.get_chat_template(),
+            [dict(turn) for turn in turns_with_system(turns, how.system)],
+            chat_template=chat_template(tokenizer, how),
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             **how.chat_template_kwargs,
@@ -113,6 +118,19 @@ def render_chat(
             f"template 'chat': that of tokenizer {name} cannot be rendered for {shown}: "
             f"{line}{error}; mend its chat template, or use 'alpaca' or 'plain'"
         ) from error
+
+
+def read_chat_template(path: str) -> str:
+    """Reads a chat template, Jinja text, from a file. Raises DataError where there is none."""
+    try:
+        return read_text(to_path(path))
+    except (*io_errors(path), UnicodeDecodeError) as error:
+        raise DataError(f"chat template {path}: cannot be read: {error}") from error
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, how: PromptFormat) -> str:
+    """The tokenizer's template, with its clock stopped."""
+    return _stopped_clock(how.date) + tokenizer.get_chat_template()
 
 
 def _stopped_clock(date: str) -> str:
@@ -167,11 +185,55 @@ def render_prompt(
 def prompt_tokens(
     records: Sequence[Record], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    template = prompt_format.template
+    texts = render_prompts(records, prompt_format, tokenizer)
+    return with_bos(encode_rendered(texts, tokenizer), prompt_format, tokenizer)
+
+
+def render_prompts(
+    records: Sequence[Record], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """The texts of prompts, for `encode_rendered`. Raises DataError as `render_prompt`."""
+    template, spelled = prompt_format.template, spellings(tokenizer)
     if template not in TEMPLATES:
         raise DataError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
-    texts = [TEMPLATES[template](record, tokenizer, prompt_format) for record in records]
-    prompts, bos = encode(texts, tokenizer), _bos(prompt_format, tokenizer)
+    how = escaped_format(prompt_format, spelled)
+    escaped = (escaped_record(record, spelled) for record in records)
+    return [TEMPLATES[template](record, tokenizer, how) for record in escaped]
+
+
+def escaped_record(record: Record, spelled: re.Pattern) -> Record:
+    """The record with its texts as `escape` gives them."""
+    roles = [turn["role"] for turn in record.messages]
+    turns = (escape(turn, spelled) | {"role": r} for turn, r in zip(record.messages, roles))
+    return record._replace(messages=tuple(turns), extra=escape(record.extra, spelled))
+
+
+def escaped_format(prompt_format: PromptFormat, spelled: re.Pattern) -> PromptFormat:
+    """The format with its system turn as `escape` gives it."""
+    return dataclasses.replace(prompt_format, system=escape(prompt_format.system, spelled))
+
+
+def turn_end(prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token by which a chat template ends a turn of the assistant, such as <|im_end|>:
+    the first one behind what it says. None where there is none, or no chat template is used.
+
+    Raises:
+      DataError: there is no chat template, or it cannot render a turn of the assistant.
+    """
+    if prompt_format.template != "chat":
+        return None
+    said, spelled = "zebra", spellings(tokenizer)  # a word that no template writes itself
+    turns = user_record("Name an animal.", (said,)).messages
+    text = render_chat(turns, tokenizer, escaped_format(prompt_format, spelled))
+    found = spelled.search(text.rpartition(said)[2]) if said in text else None
+    return found and found[0]
+
+
+def with_bos(
+    prompts: list[list[int]], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """The prompts behind a BOS, where `PromptFormat.add_bos` wants one and none is there yet."""
+    bos = _bos(prompt_format, tokenizer)
     return [ids if ids[:1] == bos else bos + ids for ids in prompts]
 
 
@@ -186,14 +248,3 @@ def _bos(prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> lis
     if wanted and bos is None:
         raise DataError(f"add_bos: tokenizer {tokenizer.name_or_path} has no BOS; expected False")
     return [bos] if wanted else []
-
-
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """All texts in one call, which is what lets a fast tokenizer use its threads."""
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,  # no warning about texts beyond the model's length: they are cut or dropped
-    )
-    return encoded["input_ids"]

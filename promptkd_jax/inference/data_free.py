@@ -42,6 +42,7 @@ from etils import epath
 
 from promptkd_jax.data.records import Record, user_record
 from promptkd_jax.data.rows import Rows, select_rows, tokenize, with_responses
+from promptkd_jax.data.special_tokens import encode
 from promptkd_jax.data.templates import PromptFormat, render_prompt
 from promptkd_jax.distill.losses import Divergence, cross_entropy, forward_kl
 from promptkd_jax.inference import topic_policy
@@ -315,7 +316,7 @@ def _surprises(task: _Task, topics: Rows, prompts: list[str]) -> list[float]:
     if not prompts:
         return []
     most = task.settings.max_request_tokens
-    encoded = task.teacher.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    encoded = encode(prompts, task.teacher.tokenizer)
     rows = with_responses(topics, [ids[:most] for ids in encoded])
     return _means(task, cross_entropy, (task.teacher,), rows, most)
 

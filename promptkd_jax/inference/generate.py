@@ -9,10 +9,27 @@ import numpy as np
 
 from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.rows import Rows
+from promptkd_jax.data.templates import PromptFormat, turn_end
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.model import Model, check_positions
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
+
+
+def with_turn_end(model: Model, prompt_format: PromptFormat, tokenizer: Any = None) -> Model:
+    """The model, whose responses end also, and its rows first of all, with the token by which its
+    chat template ends a turn.
+
+    Args:
+      tokenizer: of the prompts; None: the model's own.
+
+    Raises:
+      DataError: as `templates.turn_end`.
+    """
+    tokenizer = tokenizer or model.tokenizer
+    end = turn_end(prompt_format, tokenizer)
+    ends = () if end is None else (tokenizer.convert_tokens_to_ids(end),)
+    return model.replace(eos_ids=tuple(dict.fromkeys(ends + model.eos_ids)))
 
 
 def generate_responses(

@@ -29,7 +29,7 @@ from promptkd_jax.models.random_model import PREFIX, synthetic_model
 RECORD = "promptkd.json"  # beside a student: how it was asked while it was trained
 RECORDED = (  # of the fields of its data
     *("template", "system", "chat_template_kwargs", "add_bos", "date"),
-    *("max_prompt_length", "max_length"),
+    *("max_prompt_length", "max_length", "long_prompts"),
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Whatever else the tokenizers of transformers read.
@@ -106,6 +106,23 @@ def load_model(
         eos_ids=_eos_ids(generation, source.config, tokenizer),
         card=card,
     )
+
+
+def load_tokenizer(path: str) -> Any:
+    """Reads the tokenizer of a model as `load_model` does, and nothing else; None if it has none.
+
+    Raises:
+      ModelError: as `load_model`.
+    """
+    if path.startswith(PREFIX):
+        return synthetic_model(path).tokenizer
+    file = resolve_model(path)
+    if file.suffix == ".gguf":
+        from promptkd_jax.models.io.gguf import open_gguf
+        from promptkd_jax.models.io.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(open_gguf(str(file)))
+    return _tokenizer(file)
 
 
 def load_without_weights(path: str, **changes: Any) -> Model:

@@ -87,6 +87,13 @@ def end_ids(teacher: Model | None, student: Model) -> tuple[int, ...]:
     return tuple(dict.fromkeys(student.eos_ids + (teacher.eos_ids if teacher else ())))
 
 
+def text_end(model: Model) -> int:
+    """The token that ends a text which is no turn of a conversation: the tokenizer's EOS, where it
+    is one of those that end a response."""
+    own = model.tokenizer.eos_token_id
+    return own if own in model.eos_ids else model.eos_ids[0]
+
+
 def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
     """`kept` of `depth` layers, evenly spread, the first and the last among them.
 

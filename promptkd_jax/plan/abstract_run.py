@@ -29,8 +29,9 @@ from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
 from promptkd_jax.training.experiment import Experiment, Stage, sharded_shapes
 from promptkd_jax.training.fields import ModelConfig, RunConfig
-from promptkd_jax.training.prepare import choose_models, init_learned
+from promptkd_jax.training.prepare import init_learned
 from promptkd_jax.training.recipes import DOLLY_ROWS
+from promptkd_jax.training.run_models import choose_models
 
 UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how many rows there are
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
 from promptkd_jax.evaluation.exposure_bias import exposure_bias, generate_samples
+from promptkd_jax.inference.generate import with_turn_end
 from promptkd_jax.infra.errors import ComparisonError
 from promptkd_jax.infra.files import load_or_compute, make_folder, read_text, write_json
 from promptkd_jax.infra.metrics import read_metrics
@@ -46,7 +47,8 @@ from promptkd_jax.studies.runs import (
     train_apart,
 )
 from promptkd_jax.training.config import claim
-from promptkd_jax.training.prepare import shared_vocabulary, tokenized
+from promptkd_jax.training.prepare import tokenized
+from promptkd_jax.training.run_models import set_chat_template, shared_vocabulary
 
 
 def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -83,7 +85,9 @@ def measure(made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
     # Two at a time: the teacher, which every measurement needs, and the model measured.
     load = functools.lru_cache(maxsize=2)(load_with_tokenizer)
     data, test, dtype = made.a_run.data, made.settings.test, made.a_run.student.dtype
-    teacher = load(made.teacher, dtype=dtype)
+    teacher, asked = load(made.teacher, dtype=dtype), data.prompt_format(made.a_run.preset)
+    set_chat_template(made.a_run, teacher.tokenizer, teacher.tokenizer)
+    teacher = with_turn_end(teacher, asked)
     sets = {
         name: read_records(source, split=test.split, need_output=True)[: test.rows or None]
         for name, source in test.sets.items()
@@ -114,7 +118,7 @@ def measure(made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
     write = functools.cache(functools.partial(generate_samples, teacher, **sizes))
 
     def curves(run: Run, seed: int) -> dict[str, list[float]]:
-        student = load(run.student, dtype=dtype)
+        student = with_turn_end(load(run.student, dtype=dtype), asked, teacher.tokenizer)
         how = dict(seed=seed, vocab_size=shared_vocabulary(teacher, student))
         written = write(eos_ids=end_ids(teacher, student), **how)
         found = exposure_bias(teacher, student, teacher_texts=written, **sizes, **how)

@@ -28,6 +28,7 @@ from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.evaluation.text_metrics import rouge_l
+from promptkd_jax.inference.generate import with_turn_end
 from promptkd_jax.infra import distributed, signals
 from promptkd_jax.infra.errors import ComparisonError
 from promptkd_jax.infra.files import load_or_compute, read_text
@@ -169,7 +170,7 @@ def answer_sets(
     )
 
     def answer(name: str, seed: int) -> dict[str, Any]:
-        model = load()
+        model = with_turn_end(load(), asked, tokenizer)
         rows = tokenize(
             sets[name],
             tokenizer or model.tokenizer,
@@ -177,6 +178,7 @@ def answer_sets(
             max_prompt_length=data.max_prompt_length,
             max_length=data.max_length,
             eos_id=model.eos_ids[0],
+            long_prompts=data.long_prompts,
         )
         found = _answer(model, rows, data, sampling=sampling, batch_size=batch_size, seed=seed)
         score = f"ROUGE-L {found['rougeL']:.2f} on {found['rows']} rows"

@@ -11,7 +11,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Group, build, mistakes
 from promptkd_jax.training.config import as_dict, read_config
-from promptkd_jax.training.fields import RENAMED, RunConfig, StageConfig
+from promptkd_jax.training.fields import RENAMED, TEACHER, RunConfig, StageConfig
 
 
 def read_run(arguments: Sequence[str]) -> RunConfig:
@@ -79,6 +79,22 @@ def _contradictions(config: RunConfig):
             f"config.data.max_prompt_length: {data.max_prompt_length} leaves no room for a "
             f"response within config.data.max_length = {data.max_length}"
         )
+    if data.template != "chat":
+        for name in ("system", "chat_template", "chat_template_kwargs"):
+            if getattr(data, name):
+                yield (
+                    f"config.data.{name}: template {data.template!r} renders a turn of the user "
+                    "alone; expected 'chat' as config.data.template, or nothing here"
+                )
+    if data.chat_template == TEACHER and not config.teacher.path:
+        yield "config.data.chat_template: 'teacher' needs config.teacher.path"
+    if data.supervise == "all":
+        for index, stage in enumerate(config.stages):
+            if stage.teacher_view == "in_context" and stage.source.on_policy:
+                yield (
+                    f"config.stages[{index}].teacher_view: 'in_context' shows conversations of the "
+                    "data, whose turns would be prompts too; expected data.supervise = 'last'"
+                )
     if not config.student.path and not config.student.layers:
         yield "config.student: give a path, or the number of teacher layers to start from (layers)"
     if config.student.path and config.student.layers:

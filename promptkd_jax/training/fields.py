@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from promptkd_jax.data.formats import FORMATS, column_names
+from promptkd_jax.data.rows import LONG_PROMPTS, SUPERVISE
 from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.distill import optimizer
 from promptkd_jax.distill.method import PRESETS
@@ -44,6 +45,9 @@ REMAT = Choice(
         "full": "all but the inputs of layers",
     }
 )
+
+
+TEACHER = "teacher"  # in place of a file: what the teacher has
 
 
 class _TeacherLayers:
@@ -184,6 +188,12 @@ class DataConfig:
     chat_template_kwargs: tuple[tuple[str, Any], ...] = field(
         (), _Keywords(), "what the chat template is given beside the conversation"
     )
+    chat_template: str = field(
+        "",
+        Path(),
+        "of 'chat', saved with the student: a file of Jinja text, or 'teacher'; '': the "
+        "tokenizer's own, or the teacher's where it has none",
+    )
     add_bos: bool | str = field(
         "auto",
         Choice("auto", True, False),
@@ -194,9 +204,20 @@ class DataConfig:
         "", _Date(), "that a chat template may show; '': that of the run's first start"
     )
     max_prompt_length: int = field(
-        256, Int(low=1), "tokens of a prompt; records with longer ones are dropped"
+        256, Int(low=1), "tokens of a prompt; longer ones: see long_prompts"
     )
     max_length: int = field(512, Int(low=2), "tokens of a row; longer responses are cut")
+    long_prompts: str = field(
+        "drop",
+        Choice(LONG_PROMPTS),
+        "what becomes of records with prompts over max_prompt_length",
+    )
+    supervise: str = field(
+        "last",
+        Choice(SUPERVISE),
+        "the turns of the assistant in a conversation that a student learns from; where a model "
+        "writes the responses, each is a row of its own, behind the turns before it",
+    )
 
     def __post_init__(self):
         for name in ("chat_template_kwargs", "columns"):

@@ -4,8 +4,7 @@ generate what is asked for, build the stages.
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from promptkd_jax.data.batches import train_batches
+from promptkd_jax.data.conversations import one_turn_each
 from promptkd_jax.data.reading import read_corpus, read_records
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows, fingerprint_records, pack, select_rows, tokenize
@@ -29,35 +29,30 @@ from promptkd_jax.inference.data_free import generate_prompts
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import load_or_compute, to_path
-from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
-from promptkd_jax.models.load import load_model
-from promptkd_jax.models.model import (
-    Model,
-    check_positions,
-    check_text,
-    chosen_layers,
-    end_ids,
-    keep_layers,
-)
+from promptkd_jax.models.model import Model, check_positions, text_end
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import build
-from promptkd_jax.training.checks import needs_the_teacher
 from promptkd_jax.training.experiment import Experiment, Stage
-from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
+from promptkd_jax.training.fields import RunConfig, StageConfig
+from promptkd_jax.training.run_models import agree_on_models, load_models, shared_vocabulary
 
 
 class _Data(NamedTuple):
     """The rows of a run; None where it has none, or the teacher has not written them yet."""
 
     train: Rows | None  # with the data's own responses
+    turns: Rows | None  # with one turn of the assistant each, where rows of `train` have several
     answered: Rows | None  # the same prompts with responses of the teacher
     dev: Rows | None
     corpus: Rows | None
 
     def of(self, stage: StageConfig) -> Rows:
         """The training rows of a stage."""
-        return self.answered if stage.source.teacher_writes else self.train
+        if stage.source.teacher_writes:
+            return self.answered
+        by_turn = stage.source.on_policy and self.turns is not None
+        return self.turns if by_turn else self.train
 
 
 def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
@@ -73,7 +68,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     # Load the models.
     teacher, student = load_models(config, mesh)
     vocab_size = shared_vocabulary(teacher, student)
-    _agree_on_models(teacher, student)
+    agree_on_models(teacher, student)
 
     # Load the data.
     data = _load_data(config, student)
@@ -83,7 +78,8 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
 
     # Generate what is asked for.
     data = _generate(config, data, teacher, student, vocab_size, workdir)
-    for name, rows in (("train", data.train), ("teacher", data.answered), ("dev", data.dev)):
+    named = dict(train=data.train, turns=data.turns, teacher=data.answered, dev=data.dev)
+    for name, rows in named.items():
         if rows is not None:
             fingerprint = provenance.fingerprint_rows(rows.tokens)
             distributed.assert_same(f"the data ({name} rows)", fingerprint)
@@ -132,91 +128,6 @@ def with_date(config: RunConfig, workdir: epath.Path) -> RunConfig:
     return dataclasses.replace(config, data=data)
 
 
-# Models
-
-
-def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:
-    """(teacher, student) on the mesh, both ended by the tokens that end either; no teacher where
-    nothing looks at one.
-
-    Raises:
-      ModelError: a model that cannot be used, or has no tokenizer.
-    """
-
-    def load(path, how):
-        model = load_model(
-            path,
-            dtype=how.dtype,
-            param_dtype=how.param_dtype,
-            remat=build.remat(how),
-            mesh=mesh,
-        )
-        if padding := model.decoder.config.padding:
-            print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
-        return model
-
-    teacher, student = choose_models(config, load)
-    check_text(student)
-    if teacher is not None:
-        teacher = teacher.replace(tokenizer=teacher.tokenizer or student.tokenizer)
-        check_text(teacher)
-        eos_ids = end_ids(teacher, student)
-        teacher, student = teacher.replace(eos_ids=eos_ids), student.replace(eos_ids=eos_ids)
-    return teacher, student
-
-
-def choose_models(
-    config: RunConfig,
-    load: Callable[[str, ModelConfig], Model],
-    keep_layers: Callable[[Model, tuple[int, ...]], Model] = keep_layers,
-) -> tuple[Model | None, Model]:
-    """(teacher, student); no teacher where nothing looks at one.
-
-    Args:
-      load: gives the model at a path, kept and computed as its config says.
-      keep_layers: as `model.keep_layers`; another one where parameters are shapes.
-    """
-    teacher, measured = None, config.evaluation.teacher and config.teacher.path
-    if needs_the_teacher(config) or measured:
-        teacher = load(config.teacher.path, config.teacher)
-    if config.student.path:
-        return teacher, load(config.student.path, config.student)
-    # Some layers of the teacher; read again where the student is kept in another dtype.
-    if config.teacher.param_dtype != config.student.param_dtype:
-        whole = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
-    else:
-        how = dict(dtype=config.student.dtype, remat=build.remat(config.student))
-        whole = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
-    layers = chosen_layers(whole.decoder.config.num_layers, config.student.layers)
-    return teacher, keep_layers(whole, layers)
-
-
-def shared_vocabulary(teacher: Model | None, student: Model) -> int:
-    """How many tokens teacher and student share; padding of one of them is cut off.
-
-    Raises:
-      ModelError: their tokenizers differ.
-    """
-    if teacher is None:
-        return student.vocab_size
-    theirs, ours = (set(m.tokenizer.get_vocab().items()) for m in (teacher, student))
-    if theirs != ours:
-        raise ModelError(
-            f"teacher {teacher.name} and student {student.name} have different tokenizers: "
-            f"{len(theirs - ours)} of {len(theirs)} tokens of the teacher have another id or are "
-            "unknown to the student; distillation on logits needs the same tokenizer"
-        )
-    return min(teacher.vocab_size, student.vocab_size)
-
-
-def _agree_on_models(*models: Model | None) -> None:
-    """Raises HostsError where the processes of a run read different ones."""
-    for model in filter(None, () if distributed.is_single_process() else models):
-        facts = (model.hf_config, identity.tokenizer_digest(model.tokenizer))
-        facts = json.dumps(facts, sort_keys=True) + identity.quick_digest(model.name)
-        distributed.assert_same(f"the model {model.name}", facts)
-
-
 def _check_lengths(
     config: RunConfig, teacher: Model | None, student: Model, demonstrations: Sequence[int]
 ) -> None:
@@ -243,13 +154,19 @@ def _check_lengths(
 
 def _load_data(config: RunConfig, student: Model) -> _Data:
     """Reads what is there; what the teacher writes is still None."""
-    data, train, dev, corpus = config.data, None, None, None
+    data, train, turns, dev, corpus = config.data, None, None, None, None
     how = dict(format=data.format, columns=data.columns)
     if data.train != "teacher":
         need_output = any(stage.reads_responses for stage in config.stages)
         split = data.train_split
         records = read_records(data.train, split=split, need_output=need_output, **how)
-        train = tokenized(config, student, data.train, records)
+        if data.supervise == "all" and any(map(_by_turn, config.stages)):
+            by_turn = one_turn_each(records)
+            turns = tokenized(config, student, f"{data.train}, turn by turn", by_turn)
+        if turns is None or not all(map(_by_turn, config.stages)):
+            train = tokenized(config, student, data.train, records, supervise=data.supervise)
+        else:
+            train = turns
     if data.dev != "teacher":
         need_output = config.evaluation.references == "gold"
         split = data.dev_split
@@ -257,8 +174,13 @@ def _load_data(config: RunConfig, student: Model) -> _Data:
         dev = tokenized(config, student, data.dev, records[: data.dev_rows or None])
     if any(stage.corpus_terms for stage in config.stages):
         texts = read_corpus(data.corpus, split=data.corpus_split, columns=data.columns)
-        corpus = pack(texts, student.tokenizer, data.max_length, student.eos_ids[0])
-    return _Data(train, None, dev, corpus)
+        corpus = pack(texts, student.tokenizer, data.max_length, text_end(student))
+    return _Data(train, turns, None, dev, corpus)
+
+
+def _by_turn(stage: StageConfig) -> bool:
+    """Whether a model writes the responses of a stage, each to a prompt of its own."""
+    return stage.source.on_policy or stage.source.teacher_writes
 
 
 def _generate(
@@ -296,7 +218,8 @@ def _generate(
     folder = to_path(settings.path or workdir)
     if any(stage.source.teacher_writes for stage in config.stages):
         sampling = dataclasses.replace(settings.sampling, eos_ids=student.eos_ids)
-        answered = respond(train, folder / "teacher_answers.jsonl", sampling=sampling)
+        prompts = train if data.turns is None else data.turns
+        answered = respond(prompts, folder / "teacher_answers.jsonl", sampling=sampling)
         _warn_of_cut(config, "the teacher", answered)
     if any(stage.reads_responses for stage in config.stages):
         _warn_of_cut(config, names.train, train)
@@ -325,9 +248,15 @@ def _inputs(
     return found | ({"the date (config.data.date)": data.dev.date} if data.dev.date else {})
 
 
-def tokenized(config: RunConfig, model: Model, source: str, records: Sequence[Record]) -> Rows:
+def tokenized(
+    config: RunConfig,
+    model: Model,
+    source: str,
+    records: Sequence[Record],
+    supervise: str = "last",
+) -> Rows:
     """The records as rows of the config's template and lengths; says how many were dropped, and how
-    many answers are cut."""
+    many prompts and answers are cut."""
     limit, length = config.data.max_prompt_length, config.data.max_length
     rows = tokenize(
         records,
@@ -336,10 +265,13 @@ def tokenized(config: RunConfig, model: Model, source: str, records: Sequence[Re
         max_prompt_length=limit,
         max_length=length,
         eos_id=model.eos_ids[0],
+        supervise=supervise,
+        long_prompts=config.data.long_prompts,
     )
+    shortened = f"{rows.shortened} prompts without their first turns, " if rows.shortened else ""
     print(
         f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "
-        f"{rows.cut} answers cut at {length} tokens"
+        f"{shortened}{rows.cut} answers cut at {length} tokens"
     )
     return rows
 
@@ -442,7 +374,7 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
         ids = jax.random.randint(key, (chosen.length,), 0, vocab_size)
     elif chosen.init == "pad":
         own = tokenizer.pad_token_id
-        ids = [teacher.eos_ids[0] if own is None else own]
+        ids = [text_end(teacher) if own is None else own]
     else:
         ids = tokenizer(chosen.text, add_special_tokens=chosen.add_special_tokens)["input_ids"]
     return init_soft_prompt(teacher.params, ids, chosen.length)

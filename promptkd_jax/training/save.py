@@ -7,6 +7,7 @@ from etils import epath
 
 from promptkd_jax.data.templates import shows_date
 from promptkd_jax.evaluation.report import model_card
+from promptkd_jax.inference.generate import with_turn_end
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import write_json
@@ -44,7 +45,8 @@ def load_configs(config: RunConfig, workdir: epath.Path) -> tuple[Model | None, 
         how = getattr(config, name)
         dtypes = dict(dtype=how.dtype, param_dtype=how.param_dtype)
         found = load_without_weights(str(workdir / CONFIGS / name), **dtypes)
-        return found.replace(name=path)
+        asked = config.data.prompt_format(config.preset)
+        return with_turn_end(found.replace(name=path), asked)
 
     student, teacher = (workdir / CONFIGS / name for name in ("student", "teacher"))
     if not distributed.run_on_primary(student.exists):

@@ -255,7 +255,8 @@ def test_every_row_of_a_batch_starts_at_column_0_and_ends_at_its_length():
 
 def test_lengths_do_not_depend_on_the_padding_token(tokenizer):
     eos = tokenizer.eos_token_id
-    rows = _tokenize([example(f"a{_EOS}b", "", (f"c{_EOS}",))], tokenizer)
+    [row] = tokenizer([f"a{_EOS}b\nc{_EOS}{_EOS}"], add_special_tokens=False)["input_ids"]
+    rows = Rows([np.array(row, np.int32)], np.array([4], np.int32), [example("a")], dropped=0)
     batch = collate(rows, [0], length=8, pad_id=eos)
     assert (batch.tokens[0] == eos).tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
     assert (batch.prompt_lengths.tolist(), batch.lengths.tolist()) == ([4], [7])  # with the end

@@ -58,10 +58,18 @@ def llama_config(*, width: int, depth: int, vocab_size: int) -> dict:
 
 
 def write_model(
-    folder: pathlib.Path, *, width: int, depth: int, seed: int, pad: int = 0, extra=()
+    folder: pathlib.Path,
+    *,
+    width: int,
+    depth: int,
+    seed: int,
+    pad: int = 0,
+    extra: tuple[str, ...] = (),
+    words: PreTrainedTokenizerFast | None = None,
 ) -> str:
-    """A random Llama as a folder with its tokenizer; `pad` unused rows end its vocabulary."""
-    words = tokenizer(extra)
+    """A random Llama as a folder with its tokenizer, `words` or that of `tokenizer(extra)`; `pad`
+    unused rows end its vocabulary."""
+    words = words or tokenizer(extra)
     hf_config = llama_config(width=width, depth=depth, vocab_size=len(words) + pad)
     decoder = Decoder(from_hugging_face(hf_config))
     params = decoder.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
