@@ -24,7 +24,12 @@ from promptkd_jax.models.io.safetensors import (
     refuse_pointer,
 )
 from promptkd_jax.models.model import Model, check_text
-from promptkd_jax.models.random_model import PREFIX, synthetic_model
+from promptkd_jax.models.random_model import (
+    PREFIX,
+    synthetic_config,
+    synthetic_model,
+    synthetic_tokenizer,
+)
 
 RECORD = "promptkd.json"  # beside a student: how it was asked while it was trained
 RECORDED = (  # of the fields of its data
@@ -65,18 +70,11 @@ def load_model(
         return synthetic_model(path, dtype=dtype, param_dtype=param_dtype, remat=remat, mesh=mesh)
     file = resolve_model(path)
     if file.suffix == ".gguf":
-        from promptkd_jax.models.io.gguf import open_gguf
-        from promptkd_jax.models.io.gguf_tokenizer import tokenizer_from_gguf
-
-        source = open_gguf(str(file))
-        tokenizer, generation = tokenizer_from_gguf(source), {}
-        licence = source.metadata.get("general.license")
-        plain = isinstance(licence, str) and re.fullmatch(PLAIN, licence)
-        card = {"license": licence} if plain else {}
+        source, tokenizer, card = _open_gguf(file)
+        generation = {}
     else:
         source = SafetensorsFolder(file, pretrained_name(path) if repository_of(path) else None)
-        tokenizer, generation = _tokenizer(file), read_json(file / "generation_config.json", {})
-        card = read_card(file)
+        tokenizer, generation, card = _tokenizer(file), _generation(file), read_card(file)
     if repository := repository_of(path):
         card = card | {"base_model": repository}
     config = from_hugging_face(source.config, f"{source.path}: config")
@@ -126,20 +124,27 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_without_weights(path: str, **changes: Any) -> Model:
-    """Reads a model without `params` (None) from what `export.save_without_weights` wrote.
+    """Reads a model without `params` (None): its config and its tokenizer are all that is fetched,
+    and all that has to be there, as `export.save_without_weights` writes it.
 
     Args:
+      path: as `load_model` takes it.
       changes: of the decoder's config, such as `param_dtype`.
 
     Raises:
       ModelError: a file is missing or cannot be read.
     """
-    folder = resolve_model(path)
-    hf_config = read_json(folder / "config.json")
-    tokenizer, generation = _tokenizer(folder), read_json(folder / "generation_config.json", {})
-    config = from_hugging_face(hf_config, f"{folder}: config").replace(**changes)
+    if path.startswith(PREFIX):
+        hf_config, _ = synthetic_config(path)
+        file, tokenizer, generation, card = path, synthetic_tokenizer(), {}, {}
+    elif (file := resolve_model(path, weights=False)).suffix == ".gguf":
+        source, tokenizer, card = _open_gguf(file)
+        hf_config, generation = source.config, {}
+    else:
+        hf_config = read_json(file / "config.json")
+        tokenizer, generation, card = _tokenizer(file), _generation(file), read_card(file)
+    config = from_hugging_face(hf_config, f"{file}: config").replace(**changes)
     eos_ids = _eos_ids(generation, hf_config, tokenizer)
-    card = read_card(folder)
     return Model(path, Decoder(config), None, hf_config, tokenizer, eos_ids, card)
 
 
@@ -154,7 +159,22 @@ def training_record(path: str) -> dict[str, Any]:
     """
     if path.startswith("synthetic:"):
         return {}
-    return read_json(resolve_model(path) / RECORD, {})
+    return read_json(resolve_model(path, weights=False) / RECORD, {})
+
+
+def _open_gguf(file: pathlib.Path) -> tuple[Any, Any, dict[str, str]]:
+    """The file as a source of weights, its tokenizer, and what its card would say."""
+    from promptkd_jax.models.io.gguf import open_gguf
+    from promptkd_jax.models.io.gguf_tokenizer import tokenizer_from_gguf
+
+    source = open_gguf(str(file))
+    licence = source.metadata.get("general.license")
+    plain = isinstance(licence, str) and re.fullmatch(PLAIN, licence)
+    return source, tokenizer_from_gguf(source), {"license": licence} if plain else {}
+
+
+def _generation(folder: pathlib.Path) -> dict[str, Any]:
+    return read_json(folder / "generation_config.json", {})
 
 
 def _tokenizer(folder: pathlib.Path) -> Any:

@@ -12,7 +12,7 @@ from promptkd_jax.data.rows import tokenize
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.infra.errors import DataError, ModelError
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import load_model
+from promptkd_jax.models.load import load_model, load_without_weights
 from promptkd_jax.models.random_model import synthetic_tokenizer
 
 RECORDS = {name: read_records(f"synthetic:{name}", need_output=True) for name in SIZES}
@@ -123,6 +123,9 @@ def test_a_model_is_named_by_its_sizes_and_seed():
     embeddings = [m.params["embed"]["embedding"] for m in (model, same, other)]
     np.testing.assert_array_equal(embeddings[0], embeddings[1])
     assert not np.array_equal(embeddings[0], embeddings[2])
+    described = load_without_weights("synthetic:llama-D32-L2")
+    assert described.params is None and described.decoder == model.decoder
+    assert (described.eos_ids, described.vocab_size) == (model.eos_ids, model.vocab_size)
 
 
 def test_a_model_is_kept_and_computed_in_the_dtypes_asked_for(tmp_path):

@@ -26,7 +26,7 @@ from promptkd_jax.models.decoder import head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.gguf import open_gguf
 from promptkd_jax.models.io.params import load_params
-from promptkd_jax.models.load import load_model
+from promptkd_jax.models.load import load_model, load_without_weights
 from promptkd_jax.models.model import Model
 
 
@@ -420,6 +420,9 @@ def test_smollm2_config(smollm2):
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert (shape | heads | rest | ids).items() <= smollm2.hf_config.items()
     assert smollm2.eos_ids == (2,)
+    described = load_without_weights(smollm2_file())
+    assert described.params is None and described.decoder == smollm2.decoder
+    assert (described.eos_ids, described.hf_config) == (smollm2.eos_ids, smollm2.hf_config)
 
 
 TEXT = (

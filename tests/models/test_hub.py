@@ -16,7 +16,12 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
 from promptkd_jax.models.io import export, hub, identity
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import load_model, load_with_tokenizer
+from promptkd_jax.models.load import (
+    load_model,
+    load_with_tokenizer,
+    load_without_weights,
+    training_record,
+)
 from promptkd_jax.plan.abstract_run import stored_config
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}>"
@@ -83,6 +88,16 @@ def test_what_is_fetched_is_the_model_with_its_template(there, repository, capsy
         main(["generate", "--model", name, *ask])
     one, other = capsys.readouterr().out.splitlines()
     assert one == other
+
+
+def test_a_model_without_weights_is_fetched_without_them(there, repository):
+    expected = load_model(str(repository))
+    model = load_without_weights("owner/name")
+    assert model.params is None and model.decoder.config == expected.decoder.config
+    assert model.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert (model.eos_ids, model.card) == (expected.eos_ids, {})
+    assert training_record("owner/name") == {}
+    assert there.fetched and not any(name.endswith(".safetensors") for name in there.fetched)
 
 
 def test_a_single_file_is_fetched(there, repository, tmp_path):

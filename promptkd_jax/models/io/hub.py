@@ -23,7 +23,7 @@ SHORT_NAMES = {
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?")
 
 
-def resolve_model(path: str) -> pathlib.Path:
+def resolve_model(path: str, *, weights: bool = True) -> pathlib.Path:
     """The local folder or file behind `path`; of a run, the folder of its student.
 
     What is in a bucket is copied. Of a hub repository huggingface_hub downloads what a model is
@@ -32,6 +32,7 @@ def resolve_model(path: str) -> pathlib.Path:
 
     Args:
       path: as `load_model` takes it.
+      weights: whether they are fetched, too, from a bucket or the hub.
 
     Raises:
       ModelError: it is nowhere, or has no model.
@@ -39,10 +40,13 @@ def resolve_model(path: str) -> pathlib.Path:
     if path.startswith("package:"):
         return _inside_package(path)
     if is_remote(path):
-        return _from_bucket(path)
+        return _from_bucket(path, weights)
     if (local := local_path(path)).exists():
         return pathlib.Path(student_of_run(to_path(local)))
-    weight_files(download(path, SMALL_FILES))  # refuses before anything large is fetched
+    folder = download(path, SMALL_FILES)
+    weight_files(folder)  # refuses before anything large is fetched
+    if not weights:
+        return folder
     folder = download(path, [*SMALL_FILES, SINGLE])
     weights = weight_files(folder)
     return folder if weights == [SINGLE] else download(path, [*SMALL_FILES, *weights])
@@ -130,14 +134,14 @@ def download(path: str, patterns: Sequence[str]) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def _from_bucket(path: str) -> pathlib.Path:
+def _from_bucket(path: str, weights: bool) -> pathlib.Path:
     if fault := address_fault(path):
         raise ModelError(f"model {path!r} is not {fault}")
     try:
         remote = student_of_run(to_path(path))
         if remote.exists():
             suffixes = [pathlib.PurePath(pattern).suffix for pattern in SMALL_FILES]
-            return local_copy(remote, [*suffixes, ".safetensors"])
+            return local_copy(remote, [*suffixes, ".safetensors"] if weights else suffixes)
     except io_errors(path) as error:
         raise ModelError(f"model {path!r}: cannot be read: {error}") from error
     raise ModelError(f"model {path!r}: no such folder or file in the bucket")
