@@ -168,6 +168,7 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
         student=student,
         learned=_learned(config, teacher, student),
         vocab_size=vocab_size,
+        train=(),
         dev=None,
         stages=tuple(stages),
         mesh=abstract_mesh(dict.fromkeys(sharding.AXES, 1)),

@@ -47,8 +47,9 @@ class Experiment:
 
     `student` is the one that the run starts from, `learned` what is trained beside it, by its group
     in the train state, `vocab_size` what teacher and student share, `dev` the held-out rows with
-    their reference answers. An experiment that is planned has shapes for arrays, no rows, and a
-    mesh that may be abstract.
+    their reference answers, `train` the rows to learn from, with their own responses, and then, if
+    it writes any, with those of the teacher. An experiment that is planned has shapes for arrays,
+    no rows, and a mesh that may be abstract.
     """
 
     config: RunConfig
@@ -56,6 +57,7 @@ class Experiment:
     student: Model
     learned: dict[str, Any]
     vocab_size: int
+    train: tuple[Rows, ...]
     dev: Rows | None
     stages: tuple[Stage, ...]
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh

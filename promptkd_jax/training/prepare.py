@@ -71,7 +71,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     agree_on_models(teacher, student)
 
     # Load the data.
-    data = _load_data(config, student)
+    data = load_data(config, student)
     shown = _shown(config, data.train)
     demonstrations = tuple(int(token) for index in shown for token in data.train.tokens[index])
     _check_lengths(config, teacher, student, demonstrations)
@@ -112,6 +112,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
         student=student,
         learned=jax.device_put(learned, sharding.shardings(learned, mesh)),
         vocab_size=vocab_size,
+        train=tuple(filter(None, (data.train, data.answered))),
         dev=data.dev,
         stages=tuple(stages),
         mesh=mesh,
@@ -152,8 +153,9 @@ def _check_lengths(
 # Data
 
 
-def _load_data(config: RunConfig, student: Model) -> _Data:
-    """Reads what is there; what the teacher writes is still None."""
+def load_data(config: RunConfig, student: Model) -> _Data:
+    """Reads the rows that are there, without the student's parameters; what the teacher writes is
+    still None."""
     data, train, turns, dev, corpus = config.data, None, None, None, None
     how = dict(format=data.format, columns=data.columns)
     if data.train != "teacher":

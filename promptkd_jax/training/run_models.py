@@ -42,7 +42,18 @@ def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | Non
             print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
         return model
 
-    teacher, student = choose_models(config, load)
+    return ended_alike(config, *choose_models(config, load))
+
+
+def ended_alike(
+    config: RunConfig, teacher: Model | None, student: Model
+) -> tuple[Model | None, Model]:
+    """Returns both with one chat template and the same tokens that end a response, the teacher with
+    the student's tokenizer where it has none.
+
+    Raises:
+      ModelError, DataError: as `load_models`.
+    """
     check_text(student)
     if teacher is not None:
         teacher = teacher.replace(tokenizer=teacher.tokenizer or student.tokenizer)
