@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 # Which curves stand in one plot, and its title. The metrics that a regular expression matches share
 # an axis, so they must share a unit. The first match wins; a metric that no line matches gets a
@@ -216,6 +216,33 @@ def dot_plot(
 
     label = f"{title}: {', '.join(values)}"
     return Plot(title, [], _drawing(label, draw, height=0.7 + 0.24 * len(values)))
+
+
+def histogram_plot(
+    title: str, counts: Mapping[str, tuple[np.ndarray, float]], edges: np.ndarray
+) -> Plot:
+    """Outlines of how many values are in each bin, as shares of all.
+
+    Args:
+      counts: (values in each bin, what is shown beside the name) by name.
+      edges: of the bins, one more than there are.
+    """
+    shares = {name: count / count.sum() for name, (count, _) in counts.items()}
+
+    def draw(axes: Axes) -> None:
+        for share, colour in zip(shares.values(), itertools.cycle(CURVE_COLOURS)):
+            axes.stairs(share, edges, color=colour, linewidth=1.5)
+            axes.stairs(share, edges, color=colour, alpha=0.15, fill=True)
+        _scale(axes, axes.yaxis)
+        axes.set_ylim(bottom=0.0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("tokens", loc="right")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+
+    curves = [
+        Curve(name, edges[:-1], shares[name], value, "") for name, (_, value) in counts.items()
+    ]
+    return Plot(title, curves, _drawing(f"{title}: {', '.join(counts)}", draw, height=2.2))
 
 
 def curve(label: str, points: Sequence[tuple[int, float]]) -> Curve:

@@ -46,6 +46,7 @@ def write_report(
     summary: Mapping,
     samples: Sequence[Mapping[str, str]],
     reference: str = "teacher",
+    data: Mapping[str, Any] | None = None,
 ) -> epath.Path:
     """Writes `workdir/report.html`, one file that needs nothing else, and returns its path.
 
@@ -63,6 +64,7 @@ def write_report(
       samples: one {"request", "teacher", "before", "after"} a request: the text, and the responses
         of the teacher and of the student before and after training.
       reference: who wrote the texts called "teacher".
+      data: the rows that were learned from and held out, as `data_page.page_section` shows them.
 
     Raises:
       FileNotFoundError, ValueError: as `read_metrics`; ValueError also for another `better`.
@@ -84,6 +86,7 @@ def write_report(
         plots={"Evaluation": evaluation, "Training": training},
         samples=samples,
         reference=reference,
+        data=data,
         config_text=config_text,
     )
     write_text(path, page)

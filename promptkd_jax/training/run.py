@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from promptkd_jax.evaluation.data_page import page_section
+from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
 from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import TrainingError
@@ -159,6 +161,7 @@ def finish(
         summary={"metrics": rows, "facts": facts, "paths": paths},
         samples=_samples(experiment, before["texts"], after["texts"]),
         reference="teacher" if config.evaluation.references == "teacher" else "reference",
+        data=page_section(_data_report(experiment)) if distributed.is_primary() else None,
     )
     print(summary_table(rows, paths))
     write_json(workdir / "summary.json", summary)
@@ -195,6 +198,21 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return statistics.get("peak_bytes_in_use", resident) / 1e9
+
+
+def _data_report(experiment: Experiment) -> DataReport:
+    """The rows that the run learned from, and was measured on."""
+    data = experiment.config.data
+    prompt_format = data.prompt_format(experiment.config.preset)
+    names = "train", "train, by the teacher"
+    return describe_data(
+        [Split(name, rows, prompt_format) for name, rows in zip(names, experiment.train)],
+        [Split("dev", experiment.dev, prompt_format)],
+        experiment.student,
+        experiment.teacher,
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length,
+    )
 
 
 def _samples(experiment: Experiment, before: list[str], after: list[str]) -> list[dict[str, str]]:

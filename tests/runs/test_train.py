@@ -118,7 +118,10 @@ def test_a_run_leaves_what_it_promises(finished, models):
     assert summary["kl_after"] < summary["kl_before"]
     assert summary["updates"] == 7 and summary["updates_skipped"] == 0
     assert summary["peak_memory_gb"] > 0 and summary["seconds"] > 0
-    assert (finished / "report.html").read_text().startswith("<!doctype html>")
+    page = (finished / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "train, row 0 (from 0)" in page and "train, by the teacher: response" in page
+    assert "dev: 5 of 5 prompts are in the training data" in page
     card = (finished / "student" / "README.md").read_text()
     assert "# tiny\n" in card and "reverse_kl" in card and "- Training data: train\n" in card
     assert "- Teacher: models/teacher\n" in card and "- Started from: models/student\n" in card
