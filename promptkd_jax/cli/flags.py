@@ -92,14 +92,24 @@ def _add_bos(text: str) -> bool | str:
 def add_asking(
     parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
 ) -> None:
-    """The flags of a model and of how it is asked: --model, --dtype and --mesh, --template and what
-    belongs to it, --max-prompt-length and --long-prompts, and the fields of `Sampling`, for
+    """The flags of `add_prompting`, --dtype and --mesh, and the fields of `Sampling`, for
     `sampling_of`, with these defaults."""
-    text = "folder (also that of a run), .gguf file, or hub id"
-    parser.add_argument("--model", required=True, type=source, help=text)
+    add_prompting(parser)
     text = "what is computed in (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=DTYPE.options, help=text)
     add_mesh(parser)
+    chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)
+    for name, f in declared(Sampling).items():
+        default, flag = getattr(chosen, name), f"--{name.replace('_', '-')}"
+        text = f"{f.metadata['help']} (default: {default:g})"
+        parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
+
+
+def add_prompting(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The flags of a model and of how its prompts are made: --model, --template, --system,
+    --chat-template-kwargs, --add-bos and --max-prompt-length."""
+    text = "folder (also that of a run), .gguf file, or hub id"
+    parser.add_argument("--model", required=required, type=source, help=text)
     text = "how the model is asked (default: as it was trained, else the tokenizer's chat template)"
     parser.add_argument("--template", choices=sorted(TEMPLATES), help=text)
     text = "system turn where a prompt has none (default: as in the training)"
@@ -116,11 +126,6 @@ def add_asking(
     parser.add_argument("--max-prompt-length", type=of(Int(low=1)), help=text)
     text = "what becomes of longer prompts (default: as in the training, else drop)"
     parser.add_argument("--long-prompts", choices=sorted(LONG_PROMPTS), help=text)
-    chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)
-    for name, f in declared(Sampling).items():
-        default, flag = getattr(chosen, name), f"--{name.replace('_', '-')}"
-        text = f"{f.metadata['help']} (default: {default:g})"
-        parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from promptkd_jax.training.checks import check_mesh, read_run
 from promptkd_jax.training.config import read_config
 from promptkd_jax.training.fields import RunConfig
 
-ALONE = ("init", "compare")  # of one process
+ALONE = ("init", "data", "compare")  # of one process
 
 
 @of_another_machine()

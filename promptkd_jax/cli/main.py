@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "data": "what a model sees of data, before anything is trained: counts, lengths, rows, overlap",
     "init": "a student that starts as some of its teacher's layers",
     "train": "distil: models and data to a student and a report",
     "evaluate": "ROUGE-L and exact match of a model, on any sets and seeds",

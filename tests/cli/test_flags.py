@@ -15,6 +15,7 @@ from promptkd_jax.models.sampler import Sampling
 
 CONFIG = "--config=configs/rehearsal.py"
 NEEDED = {
+    "data": ["--data=absent.jsonl", "--model=absent"],
     "init": ["--teacher=absent", "--layers=2", "--output=new"],
     "train": [CONFIG, "--workdir=new"],
     "evaluate": ["--model=absent", "--data=absent.jsonl", "--output=new"],
@@ -36,6 +37,7 @@ PROCESSES = [
     *(("--start-timeout", "-5"), ("--start-timeout", "soon")),
 ]
 WRONG = {
+    "data": [*LENGTHS, ("--max-length", "1")],
     "init": [("--dtype", "float16"), ("--layers", "-1")],
     "train": PROCESSES,
     "evaluate": [
@@ -53,6 +55,7 @@ WRONG = {
     "export": [*PROCESSES, ("--step", "-1"), ("--step", "first")],
 }
 PATHS = {
+    "data": ("--data", "--model", "--test", "--output"),
     "init": ("--teacher", "--output"),
     "train": ("--workdir", "--config"),
     "evaluate": ("--model", "--data", "--output"),

@@ -709,8 +709,9 @@ def test_a_command_is_checked_for_its_devices(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["tain"], "no such command; there are init, train"),
+        (["tain"], "no such command; there are data, init, train"),
         (["compare", "--config=c.py"], "is one process, and not for 4 devices"),
+        (["data", "--config=c.py"], "is one process, and not for 4 devices"),
         (["train", "--workdir=r", "--config=c.py"], "no Python file 'c.py'"),
         (["train", "--workdir=r", "LLAMA", "--confg.seed=1"], "unknown arguments: --confg.seed=1"),
         (["train", "--workdir=r", "LLAMA", "--config.sed=1"], "did you mean seed"),

@@ -1,0 +1,167 @@
+"""What models will see of data, before anything is trained: `promptkd data --config FILE[:arg]`, or
+`promptkd data --data FILE --model MODEL`.
+
+Shows how many records become rows and why others do not, lengths, three rows with their supervised
+and special tokens, held-out prompts that stand in the training data, and warnings. Reads configs
+and tokenizers of models, no weights.
+"""
+
+import argparse
+import json
+from collections.abc import Collection, Sequence
+from pathlib import PurePath
+
+import jax
+
+from promptkd_jax.cli import flags
+from promptkd_jax.cli.evaluate import FORMAT, prompt_format_for, recorded
+from promptkd_jax.data.records import read_records
+from promptkd_jax.data.templates import PromptFormat
+from promptkd_jax.distill.method import reads_answers
+from promptkd_jax.evaluation.data_page import show_data, write_data_page
+from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.specs import Int
+from promptkd_jax.models.load import load_without_weights
+from promptkd_jax.models.model import Model, ended_alike
+from promptkd_jax.training.build import title
+from promptkd_jax.training.checks import read_run
+from promptkd_jax.training.config import as_json
+from promptkd_jax.training.fields import DataConfig, RunConfig
+from promptkd_jax.training.prepare import choose_models, load_data, tokenized
+
+# Flags of what a config says itself.
+WITH_DATA = ("model", "template", *FORMAT, "max_prompt_length", "max_length", "split")
+USAGE = (
+    "--config FILE[:arg] [--config.a.b=VALUE …] [options], or --data FILE --model MODEL [options]"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "JSON lines file or hub id to learn from, in place of a config"
+    parser.add_argument("--data", type=flags.source, help=text)
+    parser.add_argument("--split", help="of a hub data set (default: train)")
+    text = "held-out sets, beside that of a config; of hub data sets the split 'test'"
+    parser.add_argument("--test", default=[], nargs="+", type=flags.source, help=text)
+    text = "a page for all that is shown, such as data.html"
+    parser.add_argument("--output", type=flags.path, metavar="FILE", help=text)
+    flags.add_prompting(parser.add_argument_group("with --data"), required=False)
+    text = "tokens of prompt and response (default: that of the training, else 512)"
+    parser.add_argument("--max-length", type=flags.of(Int(low=2)), help=text)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here stays free
+    if options.data is None:
+        config, report = _of_config(options, rest)
+        heading, settings = title(config), as_json(config)
+    else:
+        config, report = _of_file(options, rest)
+        heading, settings = options.data, {"model": options.model} | as_json(config)["data"]
+    show_data(report)
+    if options.output:
+        with flags.naming("--output", options.output):
+            text = json.dumps(settings, indent=2)
+            write_data_page(options.output, report, title=f"Data: {heading}", config_text=text)
+        print(f"\nwritten to {options.output}")
+
+
+def _of_config(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfig, DataReport]:
+    """Describes the data of a config as its run would read them."""
+    if not rest:
+        raise ConfigError("give --config FILE, or --data FILE and --model MODEL")
+    given = [f"--{x.replace('_', '-')}" for x in WITH_DATA if getattr(options, x) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: are for --data; a config has fields for that")
+    config = read_run(rest)
+    teacher, student = ended_alike(
+        *choose_models(
+            config,
+            load=lambda path, how: load_without_weights(path),
+            keep_layers=lambda model, layers: model,  # which has none
+        )
+    )
+    data, notes = load_data(config, student), []
+    if data.train is None:
+        notes.append("Train: the teacher writes its prompts when the run begins.")
+    elif not all(map(reads_answers, config.stages)):
+        names = (one.name for one in config.stages if not reads_answers(one))
+        notes.append(f"No responses of the data are learned from in: {', '.join(names)}.")
+    if data.corpus is not None:
+        notes.append(f"Corpus: {len(data.corpus.tokens):,} rows, {config.data.max_length} tokens.")
+    sources = {"train": data.train, "dev": data.dev}
+    asked = config.data.prompt_format(config.preset)
+    splits = {name: Split(name, rows, asked) for name, rows in sources.items() if rows is not None}
+    train = [splits.pop("train")] if "train" in splits else []
+    held_out = [*splits.values(), *_test_splits(options, config, student, asked, taken=sources)]
+    return config, _described(config, train, held_out, student, teacher, notes)
+
+
+def _of_file(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfig, DataReport]:
+    """Describes a file as a model that is asked by the flags would read it."""
+    if rest:
+        raise ConfigError(f"unknown arguments beside --data: {' '.join(rest)}")
+    if not options.model:
+        raise ConfigError("--data: give --model, whose tokenizer the rows are made with")
+    record = recorded(options.model)
+    _, student = ended_alike(None, load_without_weights(options.model))
+    asked, why = prompt_format_for(student, options, record)
+    print(f"template {asked.template} ({why})")
+    data = DataConfig(
+        train=options.data,
+        train_split=options.split or "train",
+        max_prompt_length=options.max_prompt_length or record.get("max_prompt_length", 256),
+        max_length=options.max_length or record.get("max_length", 512),
+        **vars(asked),
+    )
+    config = RunConfig(data=data)
+    records = read_records(options.data, split=data.train_split, need_output=False)
+    train = [Split("train", tokenized(config, student, options.data, records), asked)]
+    held_out = _test_splits(options, config, student, asked, taken=("train",))
+    return config, _described(config, train, held_out, student, None, [])
+
+
+def _test_splits(
+    options: argparse.Namespace,
+    config: RunConfig,
+    student: Model,
+    asked: PromptFormat,
+    taken: Collection[str],
+) -> list[Split]:
+    """The sets of --test, by the names of their files, or all that was given where one is taken."""
+    splits: dict[str, Split] = {}
+    for source in options.test:
+        name = PurePath(source.removeprefix("package:")).stem
+        name = source if name in (*taken, *splits) else name
+        records = read_records(source, split="test", need_output=False)
+        splits[name] = Split(name, tokenized(config, student, source, records), asked)
+    return list(splits.values())
+
+
+def _described(
+    config: RunConfig,
+    train: Sequence[Split],
+    held_out: Sequence[Split],
+    student: Model,
+    teacher: Model | None,
+    notes: Sequence[str],
+) -> DataReport:
+    if not train and not held_out:
+        raise ConfigError("config.data: the teacher writes all of it when the run begins")
+    trained_formats = {}
+    for model in filter(None, (student, teacher)):
+        record = recorded(model.name)
+        if "template" in record:
+            said = {name: record[name] for name in ("template", *FORMAT) if name in record}
+            said["chat_template_kwargs"] = dict(said.get("chat_template_kwargs", ()))
+            trained_formats[model.name] = PromptFormat(**said)
+    return describe_data(
+        train,
+        held_out,
+        student,
+        teacher,
+        max_prompt_length=config.data.max_prompt_length,
+        max_length=config.data.max_length,
+        trained_formats=trained_formats,
+        notes=notes,
+    )
