@@ -10,28 +10,30 @@ import argparse
 import json
 from collections.abc import Collection, Sequence
 from pathlib import PurePath
+from typing import Any
 
 import jax
 
 from promptkd_jax.cli import flags
 from promptkd_jax.cli.evaluate import FORMAT, prompt_format_for, recorded
-from promptkd_jax.data.records import read_records
-from promptkd_jax.data.templates import PromptFormat
-from promptkd_jax.distill.method import reads_answers
+from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.templates import PromptFormat, read_chat_template
 from promptkd_jax.evaluation.data_page import show_data, write_data_page
 from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.load import load_without_weights
-from promptkd_jax.models.model import Model, ended_alike
+from promptkd_jax.models.model import Model
 from promptkd_jax.training.build import title
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.config import as_json
 from promptkd_jax.training.fields import DataConfig, RunConfig
-from promptkd_jax.training.prepare import choose_models, load_data, tokenized
+from promptkd_jax.training.prepare import load_data, tokenized
+from promptkd_jax.training.run_models import choose_models, ended_alike
 
 # Flags of what a config says itself.
-WITH_DATA = ("model", "template", *FORMAT, "max_prompt_length", "max_length", "split")
+WITH_DATA = ("model", "template", *FORMAT, "chat_template", "max_prompt_length", "long_prompts")
+WITH_DATA += ("max_length", "split")
 USAGE = (
     "--config FILE[:arg] [--config.a.b=VALUE …] [options], or --data FILE --model MODEL [options]"
 )
@@ -45,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", default=[], nargs="+", type=flags.source, help=text)
     text = "a page for all that is shown, such as data.html"
     parser.add_argument("--output", type=flags.path, metavar="FILE", help=text)
-    flags.add_prompting(parser.add_argument_group("with --data"), required=False)
+    group = parser.add_argument_group("with --data")
+    flags.add_prompting(group, required=False)
+    flags.add_reading(group)
     text = "tokens of prompt and response (default: that of the training, else 512)"
     parser.add_argument("--max-length", type=flags.of(Int(low=2)), help=text)
 
@@ -75,17 +79,17 @@ def _of_config(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunCon
         raise ConfigError(f"{', '.join(given)}: are for --data; a config has fields for that")
     config = read_run(rest)
     teacher, student = ended_alike(
+        config,
         *choose_models(
             config,
             load=lambda path, how: load_without_weights(path),
             keep_layers=lambda model, layers: model,  # which has none
-        )
+        ),
     )
     data, notes = load_data(config, student), []
     if data.train is None:
         notes.append("Train: the teacher writes its prompts when the run begins.")
-    elif not all(map(reads_answers, config.stages)):
-        names = (one.name for one in config.stages if not reads_answers(one))
+    elif names := [stage.name for stage in config.stages if not stage.reads_responses]:
         notes.append(f"No responses of the data are learned from in: {', '.join(names)}.")
     if data.corpus is not None:
         notes.append(f"Corpus: {len(data.corpus.tokens):,} rows, {config.data.max_length} tokens.")
@@ -103,22 +107,32 @@ def _of_file(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfi
         raise ConfigError(f"unknown arguments beside --data: {' '.join(rest)}")
     if not options.model:
         raise ConfigError("--data: give --model, whose tokenizer the rows are made with")
-    record = recorded(options.model)
-    _, student = ended_alike(None, load_without_weights(options.model))
+    record, student = recorded(options.model), load_without_weights(options.model)
+    if options.chat_template:
+        student.tokenizer.chat_template = read_chat_template(options.chat_template)
     asked, why = prompt_format_for(student, options, record)
     print(f"template {asked.template} ({why})")
     data = DataConfig(
         train=options.data,
         train_split=options.split or "train",
+        format=options.format,
+        columns=options.columns,
         max_prompt_length=options.max_prompt_length or record.get("max_prompt_length", 256),
         max_length=options.max_length or record.get("max_length", 512),
+        long_prompts=options.long_prompts or record.get("long_prompts", "drop"),
         **vars(asked),
     )
     config = RunConfig(data=data)
-    records = read_records(options.data, split=data.train_split, need_output=False)
+    _, student = ended_alike(config, None, student)
+    records = read_records(options.data, split=data.train_split, need_output=False, **_how(config))
     train = [Split("train", tokenized(config, student, options.data, records), asked)]
     held_out = _test_splits(options, config, student, asked, taken=("train",))
     return config, _described(config, train, held_out, student, None, [])
+
+
+def _how(config: RunConfig) -> dict[str, Any]:
+    """How records are written in the data."""
+    return {"format": config.data.format, "columns": config.data.columns}
 
 
 def _test_splits(
@@ -133,7 +147,7 @@ def _test_splits(
     for source in options.test:
         name = PurePath(source.removeprefix("package:")).stem
         name = source if name in (*taken, *splits) else name
-        records = read_records(source, split="test", need_output=False)
+        records = read_records(source, split="test", need_output=False, **_how(config))
         splits[name] = Split(name, tokenized(config, student, source, records), asked)
     return list(splits.values())
 
