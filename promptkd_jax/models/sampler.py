@@ -43,6 +43,16 @@ class Sampling:
         specs.Float(low=0.0, high=1.0, open_low=True),
         "only the likeliest tokens that together have this probability; 1: all",
     )
+    min_p: float = specs.field(
+        0.0,
+        specs.Float(low=0.0, high=1.0),
+        "only tokens at least this times as probable as the likeliest; 0: all",
+    )
+    repetition_penalty: float = specs.field(
+        1.0,
+        specs.Float(low=0.0, open_low=True),
+        "makes tokens less likely that a row, prompt included, already contains; 1: none",
+    )
     no_repeat_ngram_size: int = specs.field(
         0,
         specs.Int(low=0),
@@ -216,6 +226,7 @@ class _Writer:
     # the row and on how many it has written alone: neither rows beside it nor slots change it.
 
     def _write_one(self, slots: _Slots) -> _Slots:
+        slots = slots._replace(logits=_penalize_repeats(slots, self.sampling.repetition_penalty))
         allowed = _forbid_repeats(slots, self.sampling.no_repeat_ngram_size)
         keys = jax.vmap(jax.random.fold_in)(slots.keys, self.limit - slots.left)
         chosen = choose(allowed, keys, self.sampling)  # [Q]
@@ -357,6 +368,8 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
         logits = _keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
         logits = _keep_top_p(logits, sampling.top_p)
+    if sampling.min_p:
+        logits = _keep_min_p(logits, sampling.min_p)
     # By Gumbel noise, which a rounding error seldom turns to another token. By inversion of the
     # cumulated probabilities, faster on a CPU, every rounding before a token would move it.
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -388,6 +401,23 @@ def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
     bounds = jnp.zeros_like(rank[:, :1]), jnp.full_like(rank[:, :1], none)
     low, _ = jax.lax.fori_loop(0, 31, halve, bounds)
     return jnp.where(rank < low, -jnp.inf, logits)
+
+
+def _keep_min_p(logits: jax.Array, p: float) -> jax.Array:
+    """-inf where the probability is below p times that of the likeliest token."""
+    threshold = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def _penalize_repeats(slots: _Slots, penalty: float) -> jax.Array:
+    """The logits, each row's own tokens penalized (CTRL, Keskar et al. 2019, arXiv 1909.05858)."""
+    if penalty == 1:
+        return slots.logits
+    rows, columns = jnp.indices(slots.tokens.shape)
+    there = columns < slots.lengths[:, None]
+    seen = jnp.zeros(slots.logits.shape, bool).at[rows, slots.tokens].max(there, mode="drop")
+    penalized = jnp.where(slots.logits < 0, slots.logits * penalty, slots.logits / penalty)
+    return jnp.where(seen, penalized, slots.logits)
 
 
 def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:

@@ -30,6 +30,7 @@ SAMPLING = [
     *(("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf")),
     *(("--top-p", "0"), ("--top-p", "-0.2"), ("--top-p", "1.1"), ("--top-p", "nan")),
     *(("--top-k", "-1"), ("--top-k", "1.5"), ("--no-repeat-ngram-size", "-1")),
+    *(("--min-p", "-0.1"), ("--min-p", "1.1"), ("--repetition-penalty", "0")),
 ]
 LENGTHS = [("--max-prompt-length", "0"), ("--max-prompt-length", "-3")]
 PROCESSES = [

@@ -75,18 +75,24 @@ def pair(request, tmp_path_factory):
 
 
 def test_greedy_tokens_are_those_of_transformers(pair):
-    assert_same_greedy_tokens(pair, 0)
+    assert_same_greedy_tokens(pair)
 
 
 def test_no_repeated_ngram_as_in_transformers(pair):
-    assert_same_greedy_tokens(pair, 3 if pair.reference.config.model_type == "gpt2" else 2)
+    ngram = 3 if pair.reference.config.model_type == "gpt2" else 2
+    assert_same_greedy_tokens(pair, no_repeat_ngram_size=ngram)
 
 
-def assert_same_greedy_tokens(pair, ngram: int) -> None:
+@pytest.mark.parametrize("more", [{}, {"no_repeat_ngram_size": 2}])
+def test_repetition_penalty_as_in_transformers(pair, more):
+    assert_same_greedy_tokens(pair, repetition_penalty=1.3, **more)
+
+
+def assert_same_greedy_tokens(pair, **chosen: float) -> None:
     """The rows of one batch here, one by one there."""
     import torch
 
-    sampling = Sampling(temperature=0.0, no_repeat_ngram_size=ngram)
+    sampling = Sampling(temperature=0.0, **chosen)
     out = run(pair.model, new=32, sampling=sampling)
     assert out.lengths.tolist() == (LENGTHS + 32).tolist()
     for row, length in enumerate(LENGTHS):
@@ -95,8 +101,8 @@ def assert_same_greedy_tokens(pair, ngram: int) -> None:
             attention_mask=torch.ones((1, length), dtype=torch.long),
             max_new_tokens=32,
             do_sample=False,
-            no_repeat_ngram_size=ngram,
             eos_token_id=None,
+            **chosen,
         )
         assert out.tokens[row, : length + 32].tolist() == expected[0].tolist(), row
 
@@ -256,17 +262,46 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
         np.testing.assert_array_equal(kept[smallest], row[smallest])
 
 
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 1.0])
+def test_min_p_is_that_of_transformers(p):
+    import torch
+    from transformers import MinPLogitsWarper
+
+    values = random_logits(200)
+    expected = MinPLogitsWarper(p)(None, torch.tensor(values)).numpy()
+    np.testing.assert_array_equal(sampler._keep_min_p(jnp.asarray(values), p), expected)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.2])
+def test_repeated_tokens_are_penalized_as_in_transformers(penalty):
+    """Rows of their own lengths here, one by one there; what stands behind a row is none of it."""
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 40, (50, 12), dtype=np.int32)
+    lengths, logits = rng.integers(1, 13, 50, dtype=np.int32), random_logits(50)
+    nothing = dict.fromkeys(sampler._Slots._fields)
+    slots = sampler._Slots(**nothing | {"tokens": tokens, "lengths": lengths, "logits": logits})
+    found = sampler._penalize_repeats(jax.tree.map(jnp.asarray, slots), penalty)
+    there = RepetitionPenaltyLogitsProcessor(penalty)
+    for row, length, before, after in zip(tokens, lengths, logits, np.asarray(found)):
+        seen = torch.tensor(row[None, :length], dtype=torch.long)
+        expected = there(seen, torch.tensor(before[None]))[0].numpy()
+        np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
 def test_filters_that_are_off_change_nothing():
     values = random_logits(50)
     keys = row_keys(jax.random.key(0), jnp.arange(50))
     plain = choose(values, keys, Sampling())
-    for off in (Sampling(top_k=0), Sampling(top_p=1.0), Sampling(top_k=40)):
+    for off in (Sampling(top_k=0), Sampling(top_p=1.0), Sampling(top_k=40), Sampling(min_p=0.0)):
         np.testing.assert_array_equal(choose(values, keys, off), plain)
     assert (np.asarray(choose(values, keys, Sampling(top_k=2))) != plain).any()
 
 
 def filtered(row: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What `sampling` asks for: temperature, then top-k, then top-p of what is left."""
+    """What `sampling` asks for: temperature, then top-k, top-p of what is left, and min-p."""
     probability = softmax(row / sampling.temperature)
     order = np.argsort(row)[::-1]
     if sampling.top_k:
@@ -274,6 +309,7 @@ def filtered(row: np.ndarray, sampling: Sampling) -> np.ndarray:
         probability /= probability.sum()
     reached = np.cumsum(probability[order])
     probability[order[np.searchsorted(reached, sampling.top_p) + 1 :]] = 0
+    probability[probability < sampling.min_p * probability.max()] = 0
     return probability / probability.sum()
 
 
@@ -293,6 +329,8 @@ def assert_frequencies(tokens, probability: np.ndarray) -> None:
         Sampling(top_k=3),
         Sampling(top_p=0.8),
         Sampling(temperature=1.5, top_k=4, top_p=0.7),
+        Sampling(min_p=0.3),
+        Sampling(temperature=1.5, top_k=4, min_p=0.4),
     ],
 )
 def test_frequencies_are_the_probabilities(sampling):

@@ -31,6 +31,7 @@ from promptkd_jax.infra.specs import (
     group,
 )
 from promptkd_jax.infra.specs import mistakes as mistakes_of
+from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import checks, field_help, fields, recipes
 from promptkd_jax.training.checks import read_group
 from promptkd_jax.training.config import as_json, claim, fingerprint, load_config
@@ -735,7 +736,7 @@ def test_help_of_a_group_a_field_and_of_what_is_none():
     assert all(f"\n{name}" in whole or f"  {name}" in whole for name in declared(fields.RunConfig))
     of_group = field_help.config_help("config.stages[3].sampling")
     assert (
-        of_group.count("  stages[i].sampling.") == 4
+        of_group.count("  stages[i].sampling.") == len(declared(Sampling))
         and "stages[i].sampling.top_p = 1.0" in of_group
     )
     of_field = field_help.config_help("stages[0].targets")
