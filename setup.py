@@ -44,8 +44,10 @@ setup(
         "numpy>=2.0",
         "jinja2>=3.1",
         "matplotlib>=3.9",
+        "regex>=2025.10.22",
         "rich>=13.7",
         "rouge-score>=0.1.2",
+        "sacrebleu>=2.4",
         "tensorboardX>=2.6.2",
     ],
     extras_require={

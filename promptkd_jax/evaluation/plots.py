@@ -37,6 +37,7 @@ PLOTS = (
     ("Learning rates", r"learning_rate|\w+_learning_rate"),
     ("Gradient norms", r"grad_norm|\w+_grad_norm"),
     ("ROUGE-L", r"rougeL"),
+    ("chrF", r"chrF"),
     ("Exact match, %", r"exact_match"),
     ("Updates skipped in a row", r"skipped_in_a_row"),
     ("Tokens per second", r"tokens_per_second|\w+_tokens_per_second"),

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,9 +13,14 @@ from promptkd_jax.data.rows import Rows
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.teacher import lazy_logits
-from promptkd_jax.evaluation.text_metrics import response_statistics, text_scores
+from promptkd_jax.evaluation.text_metrics import (
+    ROUGE_TOKENIZERS,
+    response_statistics,
+    text_scores,
+    without_tokens,
+)
 from promptkd_jax.inference.generate import decode, generate_responses, round_up_to_devices
-from promptkd_jax.infra import sharding
+from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
@@ -85,14 +91,19 @@ def generation_metrics(
     seed: int,
     vocab_size: int | None = None,
     soft_prompt: jax.Array | None = None,
+    rouge_tokenizer: str = "published",
 ) -> tuple[dict[str, float], list[str]]:
-    """ROUGE-L and exact match (in percent) of one response to every row, and the responses' text.
+    """ROUGE-L, chrF and exact match (in percent) of one response to every row, and the responses'
+    text.
 
-    Beside them what the responses are like: see `text_metrics.response_statistics`.
+    Beside them what the responses are like: see `text_metrics.response_statistics`. References that
+    ROUGE-L cannot count are warned of.
 
     Raises:
       DataError: a row without references (see `read_records(need_output=True)`).
     """
+    references = [record.references for record in rows.records]
+    warn_of_uncounted(references, rouge_tokenizer)
     written = list(
         generate_responses(
             model,
@@ -107,5 +118,20 @@ def generation_metrics(
         )
     )
     texts = [decode(model.tokenizer, tokens) for tokens in written]
-    scores = text_scores(texts, [record.references for record in rows.records])
+    scores = text_scores(texts, references, rouge_tokenizer)
     return scores | response_statistics(written, sampling.eos_ids), texts
+
+
+def warn_of_uncounted(references: Sequence[Sequence[str]], rouge_tokenizer: str) -> None:
+    """Warns of requests none of whose references has a token that ROUGE-L counts."""
+    if uncounted := without_tokens(references, rouge_tokenizer):
+        other = "; chrF counts them"
+        if rouge_tokenizer != "unicode":
+            better = len(uncounted) - len(without_tokens(references, "unicode"))
+            other = f"; rouge_tokenizer 'unicode' counts {better} of them" if better else other
+        distributed.warn(
+            f"{len(uncounted)} of {len(references)} rows have no reference with a token that "
+            f"rouge_tokenizer {rouge_tokenizer!r} knows ({ROUGE_TOKENIZERS[rouge_tokenizer]}), "
+            f"such as row {uncounted[0]}, {references[uncounted[0]][0]!r}: whatever is answered, "
+            f"their ROUGE-L is 0{other}"
+        )

@@ -18,6 +18,7 @@ from promptkd_jax.distill import optimizer
 from promptkd_jax.distill.method import PRESETS
 from promptkd_jax.distill.method_fields import Execution, Objective
 from promptkd_jax.distill.soft_prompt import INITS
+from promptkd_jax.evaluation.text_metrics import ROUGE_TOKENIZERS
 from promptkd_jax.inference.data_free import DataFree
 from promptkd_jax.infra.files import Path
 from promptkd_jax.infra.specs import (
@@ -300,6 +301,9 @@ class EvaluationConfig:
     sampling: Sampling = group(Sampling, "how responses are sampled", no_repeat_ngram_size=6)
     references: str = field(
         "gold", Choice("gold", "teacher"), "what ROUGE-L compares responses with"
+    )
+    rouge_tokenizer: str = field(
+        "published", Choice(ROUGE_TOKENIZERS), "the tokens that ROUGE-L compares"
     )
     teacher: bool = field(
         True, Bool(), "whether closeness to the teacher is measured, which is loaded for it"

@@ -69,6 +69,7 @@ def dev_generation_metrics(
         seed=experiment.config.seed,
         vocab_size=experiment.vocab_size,
         soft_prompt=soft_prompt,
+        rouge_tokenizer=config.rouge_tokenizer,
     )
 
 
