@@ -236,7 +236,7 @@ def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
     """Factors `[G]` with which the micro-batches' sums over tokens add up to the mean of an update.
 
     Args:
-      counts: `[G]`, response tokens of each micro-batch.
+      counts: `[G]`, response tokens of each micro-batch of one update (the teacher's has all UG).
     """
     # As published, the mean over micro-batches of their means; else the mean over all tokens.
     if conventions.mean_of_means:

@@ -1,4 +1,4 @@
-"""Each method is a cell of one table: the fact that defines it, against dense losses by `jax.grad`.
+"""Each method is a choice of fields: the fact that defines it, against dense losses by `jax.grad`.
 
 Models, rows and the dense pieces are those of `test_step`. The optimizers' first states are the
 gradients themselves, and each group has a rate of its own.
