@@ -330,9 +330,16 @@ def to_record(fields: Mapping[str, Any], name: str, need_output: bool) -> tuple[
             )
     unused = given.unused()
     # Names of a single turn's parts are for the template "alpaca" alone.
-    beside = {k: v for k, v in unused.items() if k not in ("instruction", "input")}
+    beside = {k: _plain(v) for k, v in unused.items() if k not in ("instruction", "input")}
     extra = {**beside, **record.extra}
     return record._replace(extra=extra), [k for k in unused if k not in _LABELS]
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON may have it: tables also have dates, bytes and images."""
+    if isinstance(value, str | int | float):
+        return value
+    return json.loads(json.dumps(value, default=str))
 
 
 def _with_system_and_history(record: Record, given: Fields) -> Record:

@@ -1,9 +1,8 @@
 """Reading: the records of a source, and the documents of a corpus."""
 
 import collections
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from promptkd_jax.data.formats import (
     DOCUMENT,
@@ -22,8 +21,7 @@ from promptkd_jax.infra.errors import DataError
 Columns = Mapping[str, str] | Iterable[tuple[str, str]]  # our name: theirs, "" for none
 
 
-@dataclasses.dataclass(frozen=True)
-class Records(Sequence[Record]):
+class Records(list[Record]):
     """The records of a source, in their order, and what reading it has left out.
 
     Attributes:
@@ -32,20 +30,11 @@ class Records(Sequence[Record]):
       unused: how many of them have a field that nothing reads, by its name.
     """
 
-    records: list[Record]
-    format: str
-    unanswered: int = 0
-    unused: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index):
-        return self.records[index]
+    def __init__(
+        self, records: Iterable[Record], format: str, unanswered: int, unused: Mapping[str, int]
+    ):
+        super().__init__(records)
+        self.format, self.unanswered, self.unused = format, unanswered, dict(unused)
 
 
 def read_records(
@@ -100,7 +89,7 @@ def read_records(
         found = f"all {unanswered} answers are without text" if unanswered else "no records"
         raise DataError(f"{source}: {found}; expected at least one like {example}")
     _say(source, columns, seen, unanswered, unused)
-    return Records(records, format, unanswered, dict(unused))
+    return Records(records, format, unanswered, unused)
 
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Where examples come from: kinds of files, folders, patterns, the hub; and what is no data."""
 
 import csv
+import datetime
 import gzip
 import json
 from importlib import resources
@@ -208,6 +209,19 @@ def test_the_first_ten_are_told_in_one_error_with_their_number(tmp_path):
 def test_a_file_that_cannot_be_read_is_named_for_what_it_is(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     assert words in fault_of(tmp_path / name)
+
+
+def test_what_tables_have_beside_is_kept_as_json_has_it(tmp_path):
+    """A fingerprint of records is one of their JSON."""
+    day = datetime.date(2026, 11, 27)
+    (tmp_path / "a.parquet").write_bytes(table([GOOD | {"day": day, "at": {"days": [day]}}]))
+    records = read(tmp_path / "a.parquet")
+    assert json.loads(json.dumps(records))[0][2] == {
+        "day": "2026-11-27",
+        "at": {"days": ["2026-11-27"]},
+        "instruction": "a",
+        "input": "",
+    }
 
 
 def test_rows_of_tables_are_named_by_their_number(tmp_path):
