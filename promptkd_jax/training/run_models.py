@@ -63,7 +63,8 @@ def ended_alike(
     eos_ids = with_turn_end(known, config.data.prompt_format(config.preset)).eos_ids
     if eos_ids != known.eos_ids:
         marks = student.tokenizer.convert_ids_to_tokens(list(eos_ids))
-        print(f"responses end with {marks[0]}, as the chat template ends a turn: {marks} end one")
+        how = f"rows end with {marks[0]}, as the chat template ends a turn"
+        print(f"{how}; sampling stops at {' and '.join(marks)}", flush=True)
     student = student.replace(eos_ids=eos_ids)
     return teacher and teacher.replace(eos_ids=eos_ids), student
 

@@ -408,8 +408,11 @@ def test_padded_vocabularies_of_one_family_are_handled(config, tmp_path):
 
 def test_a_run_says_how_its_student_is_asked(finished, config, tmp_path):
     said = json.loads((finished / "student" / "promptkd.json").read_text())
-    assert said == {"template": "plain", "max_prompt_length": 16, "max_length": 24}
+    assert said.pop("chat_template_kwargs") == list(config.data.chat_template_kwargs) == []
     assert said.items() <= config.data.to_dict().items()
+    how = {"template": "plain", "system": "", "add_bos": "auto"}
+    lengths = {"max_prompt_length": 16, "max_length": 24, "long_prompts": "drop"}
+    assert said == how | lengths
 
 
 def test_the_folder_of_a_run_is_a_model(finished, config, tmp_path, capsys):
