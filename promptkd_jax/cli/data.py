@@ -107,7 +107,8 @@ def _of_file(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfi
         raise ConfigError(f"unknown arguments beside --data: {' '.join(rest)}")
     if not options.model:
         raise ConfigError("--data: give --model, whose tokenizer the rows are made with")
-    record, student = recorded(options.model), load_without_weights(options.model)
+    record = recorded(options.model, weights=False)
+    student = load_without_weights(options.model)
     if options.chat_template:
         student.tokenizer.chat_template = read_chat_template(options.chat_template)
     asked, why = prompt_format_for(student, options, record)
@@ -164,7 +165,7 @@ def _described(
         raise ConfigError("config.data: the teacher writes all of it when the run begins")
     trained_formats = {}
     for model in filter(None, (student, teacher)):
-        record = recorded(model.name)
+        record = recorded(model.name, weights=False)
         if "template" in record:
             said = {name: record[name] for name in ("template", *FORMAT) if name in record}
             said["chat_template_kwargs"] = dict(said.get("chat_template_kwargs", ()))

@@ -113,13 +113,13 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def recorded(model: str) -> dict[str, Any]:
+def recorded(model: str, *, weights: bool = True) -> dict[str, Any]:
     """Reads and checks how a model was asked while it was trained, see `load.training_record`.
 
     Raises:
       ModelError: it says what cannot be.
     """
-    said, data = training_record(model), declared(DataConfig)
+    said, data = training_record(model, weights=weights), declared(DataConfig)
     record = {name: said[name] for name in RECORDED if name in said}
     for name, value in record.items():
         if fault := data[name].metadata["spec"].fault(value):

@@ -148,8 +148,11 @@ def load_without_weights(path: str, **changes: Any) -> Model:
     return Model(path, Decoder(config), None, hf_config, tokenizer, eos_ids, card)
 
 
-def training_record(path: str) -> dict[str, Any]:
+def training_record(path: str, *, weights: bool = True) -> dict[str, Any]:
     """Reads how a model was asked while it was trained, as the run that made it wrote beside it.
+
+    Args:
+      weights: whether these are about to be read, too: from a bucket, all is copied at once.
 
     Returns:
       The fields `RECORDED` of that run's data; {} where nothing is said.
@@ -159,7 +162,7 @@ def training_record(path: str) -> dict[str, Any]:
     """
     if path.startswith("synthetic:"):
         return {}
-    return read_json(resolve_model(path, weights=False) / RECORD, {})
+    return read_json(resolve_model(path, weights=weights) / RECORD, {})
 
 
 def _open_gguf(file: pathlib.Path) -> tuple[Any, Any, dict[str, str]]:
