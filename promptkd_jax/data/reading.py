@@ -119,21 +119,14 @@ def _say(
         distributed.warn(f"{source}: fields that nothing reads: {counted}")
 
 
-def read_corpus(source: str, *, split: str = "train", columns: Columns = ()) -> list[str]:
-    """Reads documents of plain text: the lines of a .txt file, the field `text` of any other source
-    (see `sources.read_fields`).
+def read_corpus(source: str, *, split: str = "train", columns: Columns = ()) -> Iterator[str]:
+    """Yields documents of plain text: the lines of a .txt file, the field `text` of any other
+    source (see `sources.read_fields`).
 
     Raises:
-      DataError: as `read_records`.
+      DataError: as `read_records`; of faults at the end.
     """
-    texts = list(_documents(source, split, dict(columns)))
-    if not texts:
-        raise DataError(f"{source}: no text; expected documents such as {DOCUMENT}")
-    return texts
-
-
-def _documents(source: str, split: str, columns: Mapping[str, str]) -> Iterator[str]:
-    faults = Faults()
+    columns, faults, number = dict(columns), Faults(), 0
     for where, fields in read_fields(source, faults, split=split):
         try:
             renamed = _renamed(fields, columns) if isinstance(fields, Mapping) else fields
@@ -142,5 +135,8 @@ def _documents(source: str, split: str, columns: Mapping[str, str]) -> Iterator[
             faults.add(where, str(error))
             continue
         if text:
+            number += 1
             yield text
     faults.raise_any(source)
+    if not number:
+        raise DataError(f"{source}: no text; expected documents such as {DOCUMENT}")

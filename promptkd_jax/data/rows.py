@@ -7,6 +7,7 @@ derived from the padding token, which is often also the end of sequence.
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -158,7 +159,7 @@ def _short_enough(prompts: list[list[int]], max_prompt_length: int) -> list[int]
 
 
 def pack(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, eos_id: int
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, eos_id: int
 ) -> Rows:
     """Documents, each with its end of sequence, one after the other, cut into rows of `length`.
 
@@ -167,11 +168,16 @@ def pack(
     Raises:
       DataError: there is not enough text for one row.
     """
-    stream = [token for ids in encode(list(texts), tokenizer) for token in (*ids, eos_id)]
+    texts, parts = iter(texts), [np.zeros(0, np.int32)]
+    # A few documents at a time: their encodings take 40 times the memory of their tokens.
+    while some := list(itertools.islice(texts, 1000)):
+        for ids in encode(some, tokenizer):
+            parts.append(np.array([*ids, eos_id], np.int32))
+    stream = np.concatenate(parts)
     count = len(stream) // length
     if not count:
         raise DataError(f"the corpus has {len(stream)} tokens, a row takes {length}")
-    tokens = np.array(stream[: count * length], np.int32).reshape(count, length)
+    tokens = stream[: count * length].reshape(count, length)
     return Rows(list(tokens), np.ones(count, np.int32), [Record(())] * count, dropped=0)
 
 

@@ -10,7 +10,7 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 from promptkd_jax.data import templates
 from promptkd_jax.data.batches import collate, eval_batches, stream, train_batches
 from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.rows import Rows, tokenize, with_responses
+from promptkd_jax.data.rows import Rows, pack, tokenize, with_responses
 from promptkd_jax.data.templates import PromptFormat, render_prompt
 from promptkd_jax.infra.errors import DataError
 
@@ -382,3 +382,14 @@ def test_the_published_number_of_training_prompts(dolly):
     record, row, length = rows.records[0], rows.tokens[0], rows.prompt_lengths[0]
     assert row[:length].tolist() == render_prompt(record, PromptFormat("alpaca"), gpt2)
     assert gpt2.decode(row[length:]) == record.references[0] + "<|endoftext|>"
+
+
+def test_a_corpus_is_packed_some_documents_at_a_time(tokenizer):
+    """More than are encoded at once, from an iterator: one stream all the same."""
+    texts = [chr(97 + i % 26) * (1 + i % 3) for i in range(2100)]
+    rows = pack(iter(texts), tokenizer, 7, 0)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    stream = [token for text in ids for token in (*text, 0)]
+    assert np.concatenate(rows.tokens).tolist() == stream[: len(stream) // 7 * 7]
+    with pytest.raises(DataError, match="the corpus has 2 tokens, a row takes 7"):
+        pack(["a"], tokenizer, 7, 0)

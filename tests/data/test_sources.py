@@ -338,16 +338,16 @@ def test_a_hub_id_is_read_without_running_its_code(monkeypatch, source, named):
 def test_documents_of_a_text_end_at_newlines_alone(tmp_path):
     path = tmp_path / "some.txt"
     path.write_bytes("\ufeffone\u2028two three\u0085four\x0cfive\n\n last\r\n".encode())
-    assert read_corpus(str(path)) == ["one\u2028two three\u0085four\x0cfive", "last"]
+    assert list(read_corpus(str(path))) == ["one\u2028two three\u0085four\x0cfive", "last"]
     (tmp_path / "some.txt.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert read_corpus(str(tmp_path / "some.txt.gz"))[1:] == ["last"]
+    assert list(read_corpus(str(tmp_path / "some.txt.gz")))[1:] == ["last"]
 
 
 def test_a_text_in_latin_1_is_named_by_its_lines(tmp_path):
     path = tmp_path / "some.txt"
     path.write_bytes("first line\ndéjà vu\nété\n".encode("latin-1"))
     with pytest.raises(DataError) as error:
-        read_corpus(str(path))
+        list(read_corpus(str(path)))
     for words in ("some.txt:2: byte 2 of", "'é' in Latin-1", "some.txt:3: byte 1 of", "UTF-8"):
         assert words in str(error.value)
 
@@ -359,14 +359,14 @@ def test_a_corpus_comes_from_the_same_sources(tmp_path):
     write_lines(tmp_path / "c.jsonl", *documents)
     for name in ("a.parquet", "b.json", "c.jsonl", "?.jsonl"):
         path = str(tmp_path / name)
-        assert read_corpus(path) == ["a b"]
-        assert read_corpus(path, columns={"text": "content"}) == ["A", "B"]
+        assert list(read_corpus(path)) == ["a b"]
+        assert list(read_corpus(path, columns={"text": "content"})) == ["A", "B"]
     write_lines(tmp_path / "c.jsonl", {"text": 3}, {"content": "A"})
     with pytest.raises(DataError) as error:
-        read_corpus(str(tmp_path / "c.jsonl"))
+        list(read_corpus(str(tmp_path / "c.jsonl")))
     assert "2 examples cannot be used" in str(error.value)
     assert "c.jsonl:1: field 'text' is int 3" in str(error.value)
     assert "c.jsonl:2: found dict" in str(error.value)
     write_lines(tmp_path / "c.jsonl", {"text": ""})
     with pytest.raises(DataError, match="no text; expected documents such as"):
-        read_corpus(str(tmp_path / "c.jsonl"))
+        list(read_corpus(str(tmp_path / "c.jsonl")))
