@@ -44,6 +44,7 @@ WRONG = {
     "evaluate": [
         *(*SAMPLING, *LENGTHS, *PROCESSES, ("--max-length", "1"), ("--batch-size", "0")),
         *(("--seeds", "-1"), ("--seeds", str(2**32)), ("--seeds", "ten")),
+        *(("--format", "csv"), ("--columns", "prompt"), ("--columns", '{"promt": "query"}')),
     ],
     "generate": [*SAMPLING, *LENGTHS, *PROCESSES, ("--max-new-tokens", "0"), ("--seed", "-1")],
     "cache": [*PROCESSES, ("--top-k", "0"), ("--batch-size", "0")],

@@ -232,12 +232,16 @@ def test_an_answer_without_its_field_is_a_mistake_where_one_is_needed(tmp_path):
     assert "field 'output' is missing or null (has: 'instruction'" in fault_of(tmp_path, ALPACA)
 
 
-@pytest.mark.parametrize("last", [[], [assistant("  ")], [assistant("", tool_calls=[{"id": 1}])]])
-def test_a_conversation_without_a_last_answer_is_an_unanswered_prompt(tmp_path, last):
+CALL = assistant("", tool_calls=[{"id": 1}])  # is kept, and is no text to compare with
+
+
+@pytest.mark.parametrize(("last", "kept"), [([], []), ([assistant("  ")], []), ([CALL], [CALL])])
+def test_a_conversation_without_a_last_answer_is_an_unanswered_prompt(tmp_path, last, kept):
     turns = [*HI, user("and?"), *last]
     found = read(tmp_path, {"messages": turns}, {"messages": list(HI)})
     assert (len(found), found.unanswered) == (1, 1)
     (record,) = read(tmp_path, {"messages": turns}, need_output=False)
+    assert record.messages == (*HI, user("and?"), *kept)
     assert (record.prompt, record.references) == ((*HI, user("and?")), ())
 
 

@@ -3,7 +3,9 @@
 import csv
 import datetime
 import gzip
+import io
 import json
+import types
 from importlib import resources
 
 import pyarrow
@@ -86,6 +88,23 @@ def test_one_set_in_every_kind_of_file(tmp_path, monkeypatch, kind, codec):
     for size in (2**16, 7, 1):
         monkeypatch.setattr(parsers, "_CHUNK", size)
         assert list(read(path)) == RECORDS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "one.json", "many.json", "csv"])
+def test_no_file_has_to_fit_into_memory(kind):
+    """The first example comes when little has been read of the rest."""
+    many = TEXTS * 20_000
+    content = {
+        "jsonl": lambda: lines(*many),
+        "one.json": lambda: json.dumps(many).encode(),
+        "many.json": lambda: json.dumps(many, indent=2).encode(),
+        "csv": lambda: b"instruction,output\n" + b"a,b\n" * 500_000,
+    }[kind]()
+    stream = io.BytesIO(content)
+    file = types.SimpleNamespace(open=lambda mode: stream)
+    examples = parsers.read_file(f"set.{kind}", file, parsers.Faults())
+    assert next(examples)[1]["instruction"] in ("a", "say 0")
+    assert stream.tell() < 200_000 < len(content) / 5
 
 
 def test_a_file_is_known_by_its_content(tmp_path):

@@ -99,6 +99,18 @@ def command(folder, output, *more: str) -> list[str]:
     ]
 
 
+def test_evaluate_reads_other_names_of_columns(folder, tmp_path):
+    content = json.dumps([{"query": "say red", "gold": "red"}, {"query": "say a", "gold": ""}])
+    (tmp_path / "set.json").write_text(content)
+    columns = {"prompt": "query", "completion": "gold"}
+    more = ["--seeds", "10", f"--columns={json.dumps(columns)}", "--format=prompt_completion"]
+    main(["evaluate", *command(folder, tmp_path, *more, "--data", str(tmp_path / "set.json"))])
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["sets"]["set"]["rows"] == 1
+    assert found["settings"]["columns"] == columns
+    assert found["settings"]["format"] == "prompt_completion"
+
+
 def test_evaluate_writes_every_set_and_seed(folder, tmp_path, capsys):
     main(["evaluate", *command(folder, tmp_path, "--seeds", "10", "20")])
     found = json.loads((tmp_path / "evaluation.json").read_text())["sets"]
