@@ -7,6 +7,7 @@ and tokenizers of models, no weights.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Collection, Sequence
 from pathlib import PurePath
@@ -15,14 +16,13 @@ from typing import Any
 import jax
 
 from promptkd_jax.cli import flags
-from promptkd_jax.cli.evaluate import FORMAT, prompt_format_for, recorded
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.templates import PromptFormat, read_chat_template
 from promptkd_jax.evaluation.data_page import show_data, write_data_page
 from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Int
-from promptkd_jax.models.load import load_without_weights
+from promptkd_jax.models.load import RECORDED, load_without_weights
 from promptkd_jax.models.model import Model
 from promptkd_jax.training.build import title
 from promptkd_jax.training.checks import read_run
@@ -32,8 +32,7 @@ from promptkd_jax.training.prepare import load_data, tokenized
 from promptkd_jax.training.run_models import choose_models, ended_alike
 
 # Flags of what a config says itself.
-WITH_DATA = ("model", "template", *FORMAT, "chat_template", "max_prompt_length", "long_prompts")
-WITH_DATA += ("max_length", "split")
+WITH_DATA = ("model", *(name for name in RECORDED if name != "date"), "chat_template", "split")
 USAGE = (
     "--config FILE[:arg] [--config.a.b=VALUE …] [options], or --data FILE --model MODEL [options]"
 )
@@ -107,23 +106,20 @@ def _of_file(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfi
         raise ConfigError(f"unknown arguments beside --data: {' '.join(rest)}")
     if not options.model:
         raise ConfigError("--data: give --model, whose tokenizer the rows are made with")
-    record = recorded(options.model, weights=False)
     student = load_without_weights(options.model)
     if options.chat_template:
         student.tokenizer.chat_template = read_chat_template(options.chat_template)
-    asked, why = prompt_format_for(student, options, record)
-    print(f"template {asked.template} ({why})")
-    data = DataConfig(
+    data, why = flags.data_config(options.model, options, lambda: student, weights=False)
+    print(f"template {data.template} ({why})")
+    data = dataclasses.replace(
+        data,
         train=options.data,
         train_split=options.split or "train",
         format=options.format,
         columns=options.columns,
-        max_prompt_length=options.max_prompt_length or record.get("max_prompt_length", 256),
-        max_length=options.max_length or record.get("max_length", 512),
-        long_prompts=options.long_prompts or record.get("long_prompts", "drop"),
-        **vars(asked),
     )
     config = RunConfig(data=data)
+    asked = data.prompt_format(config.preset)
     _, student = ended_alike(config, None, student)
     records = read_records(options.data, split=data.train_split, need_output=False, **_how(config))
     train = [Split("train", tokenized(config, student, options.data, records), asked)]
@@ -165,11 +161,9 @@ def _described(
         raise ConfigError("config.data: the teacher writes all of it when the run begins")
     trained_formats = {}
     for model in filter(None, (student, teacher)):
-        record = recorded(model.name, weights=False)
+        record = flags.recorded(model.name, weights=False)
         if "template" in record:
-            said = {name: record[name] for name in ("template", *FORMAT) if name in record}
-            said["chat_template_kwargs"] = dict(said.get("chat_template_kwargs", ()))
-            trained_formats[model.name] = PromptFormat(**said)
+            trained_formats[model.name] = DataConfig(**record).prompt_format("default")
     return describe_data(
         train,
         held_out,

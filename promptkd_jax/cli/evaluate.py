@@ -1,47 +1,59 @@
-"""ROUGE-L and exact match of a model, on any number of sets and seeds: `promptkd evaluate --model
-FOLDER --data FILE …`.
+"""ROUGE-L, chrF and exact match of one or several models, on any number of sets and seeds, and
+standard benchmarks: `promptkd evaluate --model FOLDER … --data FILE … --output FOLDER`.
+
+Of several models the others are compared with the first. The same command goes on where it was
+stopped.
 """
 
 import argparse
+import functools
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.rows import Rows, tokenize
-from promptkd_jax.data.templates import TEMPLATES, PromptFormat, read_chat_template
+from promptkd_jax.data.records import Record
+from promptkd_jax.data.templates import read_chat_template
 from promptkd_jax.evaluation.bootstrap import mean_and_std
-from promptkd_jax.evaluation.student_metrics import generation_metrics
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
-from promptkd_jax.evaluation.text_metrics import COLUMNS
-from promptkd_jax.inference.generate import with_turn_end
-from promptkd_jax.infra import distributed, provenance
-from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
+from promptkd_jax.evaluation.text_metrics import ROUGE_TOKENIZERS, exact_match
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import check_writable, write_json, write_text
 from promptkd_jax.infra.specs import Int, declared
-from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
+from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.fields import DataConfig
+from promptkd_jax.studies.answers import AVERAGE, Contender, answer_sets, differences
+from promptkd_jax.training.fields import EvaluationConfig, RunConfig
+from promptkd_jax.training.prepare import with_date
 
-FORMAT = ("system", "chat_template_kwargs", "add_bos")  # of how a model is asked, beside a template
-# What decides the scores, as it is written beside them.
-SETTINGS = (
-    *("model", "data", "split", "format", "columns", "template", *FORMAT, "chat_template"),
-    *("seeds", *declared(Sampling), "max_prompt_length", "max_length", "long_prompts"),
-    *("batch_size", "dtype"),
-)
+# By model and set, what `answer_sets` returns of each seed.
+Answers = dict[str, dict[str, dict[int, dict[str, Any]]]]
+
+SCORES = {
+    "rougeL": ("ROUGE-L", ".2f"),
+    "chrF": ("chrF", ".2f"),
+    "exact_match": ("exact match", ".2f"),
+    "response_length": ("tokens", ".1f"),
+    "eos_rate": ("ended", ".2f"),
+    "repetition": ("repeated", ".3f"),
+}
+DRAWS = 2000  # of the bootstrap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_asking(parser, temperature=1.0, no_repeat_ngram_size=6)  # as published
-    text = "files, folders, patterns or hub ids"
-    parser.add_argument("--data", required=True, nargs="+", type=flags.source, help=text)
+    flags.add_asking(parser, several=True, temperature=1.0, no_repeat_ngram_size=6)  # as published
+    text = "JSON lines files or hub ids"
+    several = dict(nargs="+", action=flags.Different)
+    parser.add_argument("--data", default=[], type=flags.source, help=text, **several)
     parser.add_argument("--split", default="test", help="of a hub data set")
     flags.add_reading(parser)
     parser.add_argument("--output", required=True, type=flags.path, help="folder for the results")
@@ -50,154 +62,214 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=flags.of(Int(low=2)), help=text)
     text = "rows that are answered at once (default: 16)"
     parser.add_argument("--batch-size", type=flags.of(Int(low=1)), default=16, help=text)
+    text = "; ".join(f"{name}: {what}" for name, what in ROUGE_TOKENIZERS.items())
+    text = f"the tokens that ROUGE-L compares (default: published); {text}"
+    parser.add_argument(
+        "--rouge-tokenizer", default="published", choices=ROUGE_TOKENIZERS, help=text
+    )
     flags.add_processes(parser)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     with flags.naming("--output", options.output), jax.set_mesh(flags.mesh_of(options)):
         distributed.assert_same_options(options)
-        scores = evaluate_sets(options)
-    print(markdown(_table(scores, len(options.seeds))))
+        found = evaluate_sets(options)
+    print(markdown(_table(found, len(options.seeds))))
     print(f"written to {options.output}/evaluation.json, the responses beside it")
 
 
 def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
-    """Scores by set, written to `options.output`. Raises ConfigError, DataError, ModelError."""
+    """Answers what `options.output` does not hold yet, and writes the scores there.
+
+    All sets, and how each model is asked, are read and checked before the first is answered.
+
+    Returns:
+      What `evaluation.json` says.
+
+    Raises:
+      ConfigError, DataError, ModelError: models or data that cannot be used, or the folder holds
+        answers of others.
+    """
     check_writable(options.output)
-    record = recorded(options.model)
-    options.max_prompt_length = options.max_prompt_length or record.get("max_prompt_length", 256)
-    options.max_length = options.max_length or record.get("max_length", 512)
-    options.long_prompts = options.long_prompts or record.get("long_prompts", "drop")
-    if options.max_length <= options.max_prompt_length:
-        raise ConfigError(
-            f"--max-length {options.max_length} leaves no room for a response beside "
-            f"--max-prompt-length {options.max_prompt_length}"
-        )
-    model, prompt_format, why = load_to_ask(options, record)
-    options.template = prompt_format.template
-    print(f"template {options.template} ({why})", flush=True)
-    output, found = options.output, {}
+    models, sets = distinct_names(options.model), distinct_names(options.data)
     reading = dict(split=options.split, format=options.format, columns=options.columns)
-    for source in options.data:
-        name = pathlib.Path(source.removeprefix("package:")).stem
-        if name in found:
-            raise DataError(f"--data: two sets are called {name!r}; rename one of the files")
-        rows = tokenize(
-            read_records(source, need_output=True, **reading),
-            model.tokenizer,
-            prompt_format,
-            max_prompt_length=options.max_prompt_length,
-            max_length=options.max_length,
-            eos_id=model.eos_ids[0],
-            long_prompts=options.long_prompts,
+    records = {
+        name: read_records(source, need_output=True, **reading) for name, source in sets.items()
+    }
+    load = functools.lru_cache(maxsize=1)(functools.partial(_load, options.chat_template))
+    contenders = [_contender(name, path, options, load) for name, path in models.items()]
+    answers: Answers = {}
+    for contender in contenders:
+        answers[contender.name] = answer_sets(
+            contender,
+            records,
+            options.seeds,
+            sampling=flags.sampling_of(options, ()),
+            batch_size=options.batch_size,
+            load=load,
+            option="--output",
         )
-        distributed.assert_same(f"the data ({source})", provenance.fingerprint_rows(rows.tokens))
-        seeds = {}
-        for seed in options.seeds:
-            seeds[str(seed)], texts = generation_metrics(
-                model,
-                rows,
-                sampling=flags.sampling_of(options, model.eos_ids),
-                prompt_capacity=options.max_prompt_length,
-                max_new_tokens=options.max_length - options.max_prompt_length,
-                batch_size=options.batch_size,
-                seed=seed,
-                vocab_size=model.vocab_size,
-            )
-            _write_samples(output / f"{name}-seed{seed}.jsonl", rows, texts)
-        counts = {"rows": len(rows.tokens), "dropped": rows.dropped}
-        found[name] = counts | {"seeds": seeds} | _over_seeds([*seeds.values()])
-    settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
-    settings["chat_template"] = options.chat_template and str(options.chat_template)
-    write_json(output / "evaluation.json", {"settings": settings, "sets": found})
+        _write_samples(contender, records, answers[contender.name])
+    settings = (*declared(Sampling), "data", *reading, "seeds", "batch_size", "rouge_tokenizer")
+    found = {
+        "settings": {name: getattr(options, name) for name in settings},
+        "models": {
+            contender.name: _asked(contender) | {"sets": _scores(answers[contender.name])}
+            for contender in contenders
+        },
+        "differences": _differences(answers, records),
+    }
+    write_json(options.output / "evaluation.json", found)
     return found
 
 
-def recorded(model: str, *, weights: bool = True) -> dict[str, Any]:
-    """Reads and checks how a model was asked while it was trained, see `load.training_record`.
-
-    Raises:
-      ModelError: it says what cannot be.
-    """
-    said, data = training_record(model, weights=weights), declared(DataConfig)
-    record = {name: said[name] for name in RECORDED if name in said}
-    for name, value in record.items():
-        if fault := data[name].metadata["spec"].fault(value):
-            raise ModelError(f"{model}: {RECORD}: {name}: {value!r} is not {fault}")
-    return record
-
-
-def load_to_ask(
-    options: argparse.Namespace, record: dict[str, Any]
-) -> tuple[Model, PromptFormat, str]:
-    """Loads the model of the flags, with its chat template and ended as that ends a turn.
+def distinct_names(sources: Sequence[str]) -> dict[str, str]:
+    """Names files, folders and hub ids by the ends of their paths, as long as tells them apart.
 
     Returns:
-      The model, and what `prompt_format_for` says of it.
+      The sources by name, in their order.
 
     Raises:
-      ConfigError, ModelError: no such model, or nothing tells how to ask it.
-      DataError: a chat template that cannot be read or rendered.
+      ConfigError: two cannot be told apart.
     """
-    model = load_with_tokenizer(options.model, dtype=options.dtype)
-    if options.chat_template is not None:
-        model.tokenizer.chat_template = read_chat_template(options.chat_template)
-    prompt_format, why = prompt_format_for(model, options, record)
-    return with_turn_end(model, prompt_format), prompt_format, why
+    ends = re.compile(r"\.(jsonl|json|csv|parquet|txt|gguf)(\.gz|\.zst)?$")
+    paths = [source.removeprefix("package:") for source in sources]
+    parts = [pathlib.PurePosixPath(ends.sub("", path)).parts for path in paths]
+    named: dict[str, str] = {}
+    for source, mine in zip(sources, parts):
+        lengths = range(1, len(mine) + 1)
+        own = [n for n in lengths if sum(other[-n:] == mine[-n:] for other in parts) == 1]
+        name = re.sub(r"[^\w.=@+-]+", "-", "-".join(mine[-own[0] :] if own else (source,)))
+        if name in named:
+            raise ConfigError(f"{named[name]} and {source} would both be called {name}; rename one")
+        named[name] = source
+    return named
 
 
-def prompt_format_for(
-    model: Model, options: argparse.Namespace, record: dict[str, Any]
-) -> tuple[PromptFormat, str]:
-    """Chooses how to ask a model: what the user gave, else as in its training, else by its
-    tokenizer's own chat template. Returns that, and why this template.
-
-    Raises:
-      ConfigError: nothing tells which template.
-    """
-    template, why = _template_for(model, options, record)
-    given = {name: getattr(options, name) for name in FORMAT if getattr(options, name) is not None}
-    chosen = {name: record[name] for name in (*FORMAT, "date") if name in record} | given
-    chosen["chat_template_kwargs"] = dict(chosen.get("chat_template_kwargs", ()))
-    return PromptFormat(template, **chosen), why
+def _load(chat_template: epath.Path | None, path: str, *, dtype: str) -> Model:
+    """A model, with the chat template of --chat-template where it is given."""
+    model = load_with_tokenizer(path, dtype=dtype)
+    if chat_template is not None:
+        model.tokenizer.chat_template = read_chat_template(chat_template)
+    return model
 
 
-def _template_for(
-    model: Model, options: argparse.Namespace, record: dict[str, Any]
-) -> tuple[str, str]:
-    given = options.template
-    if given is not None:
-        return given, "as given"
-    if options.chat_template is not None:
-        return "chat", f"that of {options.chat_template}"
-    if "template" in record:
-        return record["template"], "that of the training"
-    if model.tokenizer.chat_template:
-        return "chat", f"the tokenizer's own, since no {RECORD} says how the model was trained"
-    raise ConfigError(
-        f"--template: {model.name} does not say which one it was trained with (it has no "
-        f"{RECORD}), and its tokenizer has no chat template; give one of {', '.join(TEMPLATES)}"
-    )
-
-
-def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and deviation of each score."""
-    return {name: mean_and_std([one[name] for one in scores])._asdict() for name in scores[0]}
-
-
-def _write_samples(file: epath.Path, rows: Rows, texts: Sequence[str]) -> None:
-    asked = ({"messages": one.prompt, "references": one.references} for one in rows.records)
-    lines = (one | {"answer": text} for one, text in zip(asked, texts))
-    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _table(found: dict[str, Any], seeds: int) -> Table:
-    rows = [
-        (
-            name,
-            str(scores["rows"]),
-            *(mean_and_deviation(scores[key], seeds) for key in COLUMNS),
+def _contender(name: str, path: str, options: argparse.Namespace, load: Callable) -> Contender:
+    """A model, with how it is asked, which is said."""
+    data, why = flags.data_config(path, options, lambda: load(path, dtype=options.dtype))
+    if data.max_length <= data.max_prompt_length:
+        raise ConfigError(
+            f"--max-length {data.max_length} leaves no room for a response beside "
+            f"--max-prompt-length {data.max_prompt_length}"
         )
-        for name, scores in found.items()
-    ]
-    return Table(("set", "rows", *COLUMNS.values()), rows)
+    print(f"{name}: template {data.template} ({why})", flush=True)
+    scored = EvaluationConfig(rouge_tokenizer=options.rouge_tokenizer)
+    config = with_date(RunConfig(data=data, evaluation=scored), options.output)
+    return Contender(name, path, options.dtype, config, options.output / name)
+
+
+def _asked(contender: Contender) -> dict[str, Any]:
+    """Where a model lies, and how it was asked."""
+    data = contender.config.data
+    lengths = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
+    asked = data.prompt_format(contender.config.preset).identity
+    return {"model": contender.path, "dtype": contender.dtype, **asked, **lengths}
+
+
+def _write_samples(
+    contender: Contender,
+    records: Mapping[str, Sequence[Record]],
+    answers: Mapping[str, Mapping[int, Mapping[str, Any]]],
+) -> None:
+    """Writes what was asked and answered, for people."""
+    for name, by_seed in answers.items():
+        for seed, found in by_seed.items():
+            asked = [records[name][place] for place in found["kept"]]
+            lines = (
+                {"messages": one.prompt, "references": one.references, "answer": text}
+                for one, text in zip(asked, found["texts"])
+            )
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_text(contender.folder / name / f"seed{seed}.jsonl", text)
+
+
+def _scores(answers: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """By set: counts, the scores of each seed, and their mean and deviation."""
+    found = {}
+    for name, by_seed in answers.items():
+        seeds = {str(seed): {key: one[key] for key in SCORES} for seed, one in by_seed.items()}
+        first = next(iter(by_seed.values()))
+        spreads = {
+            key: mean_and_std([one[key] for one in seeds.values()])._asdict() for key in SCORES
+        }
+        found[name] = {"rows": first["rows"], "dropped": first["dropped"], "seeds": seeds} | spreads
+    return found
+
+
+def _differences(
+    answers: Answers, records: Mapping[str, Sequence[Record]]
+) -> dict[str, dict[str, Any]]:
+    """By score and model, the others' differences from the first on the requests that all
+    answered, in percent: see `answers.differences`."""
+    first, *others = answers
+    if not others:
+        return {}
+    scores: dict[str, dict[str, dict[str, np.ndarray]]] = {"rougeL": {}, "exact_match": {}}
+    for name in records:
+        kept = [set(next(iter(sets[name].values()))["kept"]) for sets in answers.values()]
+        shared = set.intersection(*kept)
+        if not shared:
+            continue
+        for model, sets in answers.items():
+            for score, values in _by_row(sets[name], records[name], sorted(shared)).items():
+                scores[score].setdefault(model, {})[name] = values
+    return {
+        score: {
+            model: differences(by_model[model], by_model[first], draws=DRAWS) for model in others
+        }
+        for score, by_model in scores.items()
+        if by_model
+    }
+
+
+def _by_row(
+    by_seed: Mapping[int, Mapping[str, Any]], records: Sequence[Record], shared: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """`[seeds, requests]` of each score, of the requests that all models answered."""
+    rouge, exact = [], []
+    for found in by_seed.values():
+        place = {kept: number for number, kept in enumerate(found["kept"])}
+        rouge.append([found["rougeL_by_row"][place[i]] for i in shared])
+        texts = [found["texts"][place[i]] for i in shared]
+        exact.append(
+            [100.0 * exact_match(text, records[i].references) for i, text in zip(shared, texts)]
+        )
+    return {"rougeL": np.array(rouge), "exact_match": np.array(exact)}
+
+
+def _table(found: Mapping[str, Any], seeds: int) -> Table:
+    """Set by set, each model with its scores and its difference from the first."""
+    models, apart = found["models"], found["differences"].get("rougeL", {})
+    first, *others = models
+    header = ["set", "model", "rows", *(title for title, _ in SCORES.values())]
+    if others:
+        header.insert(4, f"− {first} (95 %)")
+    rows = []
+    for name in next(iter(models.values()))["sets"]:
+        for model in models:
+            scores = models[model]["sets"][name]
+            cells = [mean_and_deviation(scores[k], seeds, spec) for k, (_, spec) in SCORES.items()]
+            if others:
+                cells.insert(1, _interval(apart.get(model, {}).get(name)))
+            rows.append((name, model, str(scores["rows"]), *cells))
+    for model, by_set in apart.items():
+        if len(by_set) > 2:
+            blank = [""] * (len(header) - 5)
+            rows.append((AVERAGE, model, "", "", _interval(by_set[AVERAGE]), *blank))
+    return Table(header, rows, names=2)
+
+
+def _interval(difference: Mapping[str, float] | None) -> str:
+    if difference is None:
+        return ""
+    return "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**difference)

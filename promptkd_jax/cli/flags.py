@@ -17,9 +17,11 @@ from promptkd_jax.data.formats import FORMATS
 from promptkd_jax.data.rows import LONG_PROMPTS
 from promptkd_jax.data.templates import TEMPLATES
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import Path, io_errors, to_path
 from promptkd_jax.infra.specs import SEED, Float, Int, declared
+from promptkd_jax.models.load import RECORD, RECORDED, training_record
+from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.fields import DTYPE, DataConfig
 
@@ -90,11 +92,15 @@ def _add_bos(text: str) -> bool | str:
 
 
 def add_asking(
-    parser: argparse.ArgumentParser, *, temperature: float, no_repeat_ngram_size: int
+    parser: argparse.ArgumentParser,
+    *,
+    several: bool = False,
+    temperature: float,
+    no_repeat_ngram_size: int,
 ) -> None:
     """The flags of `add_prompting`, --dtype and --mesh, and the fields of `Sampling`, for
     `sampling_of`, with these defaults."""
-    add_prompting(parser)
+    add_prompting(parser, several=several)
     text = "what is computed in (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=DTYPE.options, help=text)
     add_mesh(parser)
@@ -105,11 +111,14 @@ def add_asking(
         parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
 
 
-def add_prompting(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """The flags of a model and of how its prompts are made: --model, --template, --system,
-    --chat-template-kwargs, --add-bos and --max-prompt-length."""
+def add_prompting(
+    parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False
+) -> None:
+    """The flags of a model, or `several`, and of how its prompts are made, for `data_config`:
+    --model, --template and what belongs to it, --max-prompt-length and --long-prompts."""
     text = "folder (also that of a run), .gguf file, or hub id"
-    parser.add_argument("--model", required=required, type=source, help=text)
+    how = dict(nargs="+", action=Different) if several else {}
+    parser.add_argument("--model", required=required, type=source, help=text, **how)
     text = "how the model is asked (default: as it was trained, else the tokenizer's chat template)"
     parser.add_argument("--template", choices=sorted(TEMPLATES), help=text)
     text = "system turn where a prompt has none (default: as in the training)"
@@ -137,13 +146,69 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", default={}, help=text, **named)
 
 
+def recorded(model: str, *, weights: bool = True) -> dict[str, Any]:
+    """Reads and checks how a model was asked while it was trained, see `load.training_record`.
+
+    Raises:
+      ModelError: it says what cannot be.
+    """
+    said, specs = training_record(model, weights=weights), declared(DataConfig)
+    record = {name: said[name] for name in RECORDED if name in said}
+    for name, value in record.items():
+        if fault := specs[name].metadata["spec"].fault(value):
+            raise ModelError(f"{model}: {RECORD}: {name}: {value!r} is not {fault}")
+    return record
+
+
+def data_config(
+    path: str, options: argparse.Namespace, load: Callable[[], Model], *, weights: bool = True
+) -> tuple[DataConfig, str]:
+    """Chooses how a model is asked: as the user says, else as in its training, else by its
+    tokenizer's own chat template.
+
+    Args:
+      path: of the model; load: loads it, called where its tokenizer has to be asked.
+      weights: whether its weights will be read, which else are not fetched.
+
+    Returns:
+      The fields of `load.RECORDED`, with a chat template that is given, and why this template.
+
+    Raises:
+      ConfigError: nothing tells which template.
+      ModelError: what was recorded of its training cannot be.
+    """
+    record = recorded(path, weights=weights)
+    given = {name: getattr(options, name, None) for name in RECORDED}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.chat_template is not None:
+        given["chat_template"] = str(options.chat_template)
+    if "template" in given:
+        why = "as given"
+    elif "chat_template" in given:
+        given["template"] = "chat"
+        why = f"that of {options.chat_template}"
+    elif "template" in record:
+        why = "that of the training"
+    elif load().tokenizer.chat_template:
+        given["template"] = "chat"
+        why = f"the tokenizer's own, since no {RECORD} says how the model was trained"
+    else:
+        raise ConfigError(
+            f"--template: {path} does not say which one it was trained with (no {RECORD} says "
+            f"it), and its tokenizer has no chat template; give one of {', '.join(TEMPLATES)}"
+        )
+    return DataConfig(**record | given), why
+
+
 def sampling_of(options: argparse.Namespace, eos_ids: tuple[int, ...]) -> Sampling:
     """Reads the fields of `Sampling` from the flags of `add_asking`."""
     named = {name: getattr(options, name) for name in declared(Sampling)}
     return Sampling(**named, eos_ids=eos_ids)
 
 
-class _Different(argparse.Action):
+class Different(argparse.Action):
+    """The `action` of a flag whose values have to differ."""
+
     def __call__(self, parser, namespace, values, option_string=None):
         if len(set(values)) < len(values):
             raise argparse.ArgumentError(self, f"{values} has one of them twice")
@@ -153,7 +218,7 @@ class _Different(argparse.Action):
 def add_seeds(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
     """--seeds: different ones, with each of which all rows are answered."""
     text = f"all rows are answered once with each (default: {' '.join(map(str, default))})"
-    how = dict(type=of(SEED), nargs="+", action=_Different, metavar="SEED")
+    how = dict(type=of(SEED), nargs="+", action=Different, metavar="SEED")
     parser.add_argument("--seeds", default=list(default), help=text, **how)
 
 

@@ -4,18 +4,20 @@ Responds to `--request`, or to every line typed until an empty one.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
 import jax
 
 from promptkd_jax.cli import flags
-from promptkd_jax.cli.evaluate import load_to_ask, recorded
 from promptkd_jax.data.records import user_record
 from promptkd_jax.data.rows import tokenize
-from promptkd_jax.inference.generate import decode, generate_responses
+from promptkd_jax.data.templates import read_chat_template
+from promptkd_jax.inference.generate import decode, generate_responses, with_turn_end
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.specs import SEED, Int
+from promptkd_jax.models.load import load_with_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +36,17 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _respond_to_all(options: argparse.Namespace) -> None:
-    record = recorded(options.model)
-    model, prompt_format, why = load_to_ask(options, record)
+    load = functools.cache(
+        functools.partial(load_with_tokenizer, options.model, dtype=options.dtype)
+    )
+    data, why = flags.data_config(options.model, options, load)
+    model = load()
+    if data.chat_template:
+        model.tokenizer.chat_template = read_chat_template(data.chat_template)
+    prompt_format, capacity = data.prompt_format("default"), data.max_prompt_length
+    model = with_turn_end(model, prompt_format)
     if distributed.is_primary():  # beside the responses, which may go into a file
-        print(f"template {prompt_format.template} ({why})", file=sys.stderr, flush=True)
-    capacity = options.max_prompt_length or record.get("max_prompt_length", 256)
+        print(f"template {data.template} ({why})", file=sys.stderr, flush=True)
     typed = iter(lambda: distributed.run_on_primary(_typed), "")
     for number, prompt in enumerate(typed if options.request is None else [options.request]):
         rows = tokenize(

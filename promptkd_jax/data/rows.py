@@ -101,7 +101,6 @@ def tokenize(
     shorter = {}
     if long_prompts == "cut":
         shorter = _shortened(last, prompt_format, tokenizer, max_prompt_length)
-    records = last | shorter | whole
     found = tokenize_last(last | shorter, prompt_format, tokenizer, eos_id)
     found |= tokenize_whole(whole, prompt_format, tokenizer)
     kept = _short_enough([found[i].prompt for i in range(len(found))], max_prompt_length)
@@ -113,7 +112,7 @@ def tokenize(
     return Rows(
         tokens=[np.array(row[:max_length], np.int32) for row in rows],
         prompt_lengths=np.array([len(found[i].prompt) for i in kept], np.int32),
-        records=[records[i] for i in kept],
+        records=[records[i] for i in kept],  # whole, also where the prompt was shortened
         dropped=len(records) - len(kept),
         cut=sum(len(row) > max_length for row in rows),
         date=date,

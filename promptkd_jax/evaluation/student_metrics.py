@@ -3,6 +3,7 @@
 import collections
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,8 +103,7 @@ def generation_metrics(
     Raises:
       DataError: a row without references (see `read_records(need_output=True)`).
     """
-    references = [record.references for record in rows.records]
-    warn_of_uncounted(references, rouge_tokenizer)
+    warn_of_uncounted(rows, rouge_tokenizer)
     written = list(
         generate_responses(
             model,
@@ -117,21 +117,31 @@ def generation_metrics(
             soft_prompt=soft_prompt,
         )
     )
-    texts = [decode(model.tokenizer, tokens) for tokens in written]
-    scores = text_scores(texts, references, rouge_tokenizer)
-    return scores | response_statistics(written, sampling.eos_ids), texts
+    return score_responses(model.tokenizer, rows, written, sampling.eos_ids, rouge_tokenizer)
 
 
-def warn_of_uncounted(references: Sequence[Sequence[str]], rouge_tokenizer: str) -> None:
-    """Warns of requests none of whose references has a token that ROUGE-L counts."""
+def score_responses(
+    tokenizer: Any,
+    rows: Rows,
+    responses: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    rouge_tokenizer: str = "published",
+) -> tuple[dict[str, float], list[str]]:
+    """`generation_metrics` of responses that are already written, one to every row."""
+    texts = [decode(tokenizer, tokens) for tokens in responses]
+    scores = text_scores(texts, [record.references for record in rows.records], rouge_tokenizer)
+    return scores | response_statistics(responses, eos_ids), texts
+
+
+def warn_of_uncounted(rows: Rows, rouge_tokenizer: str) -> None:
+    """Warns of rows none of whose references has a token that ROUGE-L counts."""
+    references = [record.references for record in rows.records]
     if uncounted := without_tokens(references, rouge_tokenizer):
-        other = "; chrF counts them"
-        if rouge_tokenizer != "unicode":
-            better = len(uncounted) - len(without_tokens(references, "unicode"))
-            other = f"; rouge_tokenizer 'unicode' counts {better} of them" if better else other
+        better = len(uncounted) - len(without_tokens(references, "unicode"))
+        hint = f"rouge_tokenizer 'unicode' counts {better} of them, and " if better else ""
         distributed.warn(
             f"{len(uncounted)} of {len(references)} rows have no reference with a token that "
             f"rouge_tokenizer {rouge_tokenizer!r} knows ({ROUGE_TOKENIZERS[rouge_tokenizer]}), "
-            f"such as row {uncounted[0]}, {references[uncounted[0]][0]!r}: whatever is answered, "
-            f"their ROUGE-L is 0{other}"
+            f"such as {references[uncounted[0]][0]!r}: whatever is answered, their ROUGE-L is 0; "
+            f"{hint}chrF is of characters"
         )

@@ -1,7 +1,7 @@
-"""Responses written by the teacher, kept in a file (SeqKD).
+"""Responses of a model, kept in a file: the teacher's, to learn from (SeqKD), or those to score.
 
-Writing goes on where it was stopped. A manifest says what made the file: teacher, tokenizer,
-prompts, and how; a file that something else made is refused, not used.
+Writing goes on where it was stopped. A manifest says what made the file: model, tokenizer, prompts,
+and how; a file that something else made is refused, not used.
 
     NAME.jsonl           one line {"request": […], "answer": […]} for every row: the token ids of
                          its prompt and of the response
@@ -26,8 +26,30 @@ from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 
 
-def teacher_responses(
-    teacher: Model,
+def teacher_responses(teacher: Model, rows: Rows, file: epath.Path, **how: Any) -> Rows:
+    """The rows with responses that the teacher wrote (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
+
+    Args:
+      file: where they are kept; how: as `kept_responses` takes it.
+
+    Returns:
+      The rows, their records' outputs replaced by the decoded responses.
+
+    Raises:
+      DataError: `file` was made by something else, or is damaged.
+    """
+    responses = kept_responses(teacher, rows, file, writer="the teacher", **how)
+    eos_ids = how["sampling"].eos_ids
+    records = [
+        record.answered(decode(teacher.tokenizer, response))
+        for record, response in zip(rows.records, responses, strict=True)
+    ]
+    cut = sum(not response or response[-1] not in eos_ids for response in responses)
+    return with_responses(rows, responses)._replace(records=records, cut=cut)
+
+
+def kept_responses(
+    model: Model,
     rows: Rows,
     file: epath.Path,
     *,
@@ -37,66 +59,59 @@ def teacher_responses(
     batch_size: int,
     seed: int,
     vocab_size: int,
-) -> Rows:
-    """The rows with responses that the teacher wrote (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
+    writer: str,
+) -> list[list[int]]:
+    """The token ids of one response to every row, kept in `file`, with a manifest beside it.
 
-    They are kept in `file`, with a manifest beside it; what is missing there is written, in the
-    same batches and so with the same responses as if the writing had never been stopped. All
-    processes of a run take part; the first one reads and writes the file.
+    What is missing there is written, in the same batches and so with the same responses as if the
+    writing had never been stopped. All processes of a run take part; the first one reads and writes
+    the file.
 
     Args:
       rows: their prompts are answered; the responses that they have are not looked at.
       seed: makes the key that all responses are sampled with; greedy ones do not depend on it.
-
-    Returns:
-      The rows, their records' outputs replaced by the decoded responses.
+      writer: who writes, for the message.
 
     Raises:
       DataError: `file` was made by something else, or is damaged.
     """
     prompts = [row[:end].tolist() for row, end in zip(rows.tokens, rows.prompt_lengths)]
-    made_from = _made_from(teacher, prompts, sampling, seed, max_new_tokens, vocab_size)
+    made_from = _made_from(model, prompts, sampling, seed, max_new_tokens, vocab_size)
     batch_size, total = round_up_to_devices(batch_size), len(prompts)
-    lines = provenance.resume_lines(
-        file, made_from, teacher.name, batch_size=batch_size, total=total
-    )
+    lines = provenance.resume_lines(file, made_from, model.name, batch_size=batch_size, total=total)
     responses = [_response(file, prompts, *numbered) for numbered in enumerate(lines)]
-    if len(responses) < total:
-        print(f"the teacher writes {total - len(responses)} responses into {file}", flush=True)
-        missing = generate_responses(
-            teacher,
-            rows,
-            sampling=sampling,
-            prompt_capacity=prompt_capacity,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            key=jax.random.key(seed),
-            vocab_size=vocab_size,
-            first=len(responses),
-        )
-        bar = ProgressBar(
-            -(-total // batch_size),
-            "teacher responses",
-            unit="batch",
-            first=len(responses) // batch_size,
-        )
-        with AppendOnlyFile(file) as out, bar:
-            for response in missing:
-                line = {"request": prompts[len(responses)], "answer": response.tolist()}
-                responses.append(line["answer"])
-                out.append(json.dumps(line) + "\n")
-                if len(responses) % batch_size == 0 or len(responses) == total:
-                    bar.update(-(-len(responses) // batch_size))
-    records = [
-        record.answered(decode(teacher.tokenizer, response))
-        for record, response in zip(rows.records, responses, strict=True)
-    ]
-    cut = sum(not response or response[-1] not in sampling.eos_ids for response in responses)
-    return with_responses(rows, responses)._replace(records=records, cut=cut)
+    if len(responses) == total:
+        return responses
+    print(f"{writer} writes {total - len(responses)} responses into {file}", flush=True)
+    missing = generate_responses(
+        model,
+        rows,
+        sampling=sampling,
+        prompt_capacity=prompt_capacity,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        key=jax.random.key(seed),
+        vocab_size=vocab_size,
+        first=len(responses),
+    )
+    bar = ProgressBar(
+        -(-total // batch_size),
+        "responses",
+        unit="batch",
+        first=len(responses) // batch_size,
+    )
+    with AppendOnlyFile(file) as out, bar:
+        for response in missing:
+            line = {"request": prompts[len(responses)], "answer": response.tolist()}
+            responses.append(line["answer"])
+            out.append(json.dumps(line) + "\n")
+            if len(responses) % batch_size == 0 or len(responses) == total:
+                bar.update(-(-len(responses) // batch_size))
+    return responses
 
 
 def _made_from(
-    teacher: Model,
+    model: Model,
     prompts: list[list[int]],
     sampling: Sampling,
     seed: int,
@@ -106,8 +121,8 @@ def _made_from(
     return {
         "format": provenance.FORMAT,
         "what": "answers",
-        **identity.model_identity(teacher),
-        "tokenizer": identity.tokenizer_digest(teacher.tokenizer),
+        **identity.model_identity(model),
+        "tokenizer": identity.tokenizer_digest(model.tokenizer),
         "requests": provenance.fingerprint_rows(prompts),
         "sampling": dataclasses.asdict(sampling),
         "seed": seed if sampling.temperature else None,

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from promptkd_jax.data.reading import read_records
-from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
+from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.exposure_bias import exposure_bias, generate_samples
 from promptkd_jax.inference.generate import with_turn_end
 from promptkd_jax.infra.errors import ComparisonError
@@ -29,6 +29,7 @@ from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.model import end_ids
 from promptkd_jax.studies import comparison_report
+from promptkd_jax.studies.answers import Contender, answer_sets, differences, over_seeds
 from promptkd_jax.studies.comparison import (
     COMPARISON_NOT_IN_FINGERPRINT,
     ComparisonConfig,
@@ -36,16 +37,7 @@ from promptkd_jax.studies.comparison import (
     plan_comparison,
 )
 from promptkd_jax.studies.comparison_report import BEHAVIOUR, COST, PROMPT, START, TEACHER
-from promptkd_jax.studies.runs import (
-    AVERAGE,
-    Contender,
-    Run,
-    answer_sets,
-    answers_folder,
-    over_seeds,
-    train_all,
-    train_apart,
-)
+from promptkd_jax.studies.runs import Run, train_all, train_apart
 from promptkd_jax.training.config import claim
 from promptkd_jax.training.prepare import tokenized
 from promptkd_jax.training.run_models import set_chat_template, shared_vocabulary
@@ -138,17 +130,18 @@ def _contenders(made: Plan, workdir: pathlib.Path) -> Iterable[tuple[Contender, 
     how = made.a_run.student.dtype, made.a_run
     for name, (model, folder) in fixed.items():
         if model:
-            yield Contender(name, model, *how, workdir / "fixed" / folder), made.settings.seeds
+            answers = workdir / "fixed" / folder / "evaluations"
+            yield Contender(name, model, *how, answers), made.settings.seeds
     for (method, seed), run in made.runs.items():
-        yield Contender(method, run.student, *how, run.folder), (seed,)
+        yield Contender(method, run.student, *how, run.folder / "evaluations"), (seed,)
 
 
 def _take_over(contender: Contender, seeds: Sequence[int]) -> None:
     """Keeps the answers of a comparison begun when they had one file for all sets of a seed."""
     for seed in seeds:
-        before = contender.folder / f"test-seed{seed}.json"
+        before = contender.folder.parent / f"test-seed{seed}.json"
         for name, found in json.loads(read_text(before)).items() if before.exists() else ():
-            file = answers_folder(contender, name) / f"seed{seed}.json"
+            file = contender.folder / name / f"seed{seed}.json"
             if not file.exists():
                 make_folder(file.parent)
                 write_json(file, {"rougeL_by_row": found["rougeL"], "texts": found["texts"]})
@@ -192,7 +185,7 @@ def summarize_comparison(made: Plan, measured: Mapping[str, Any]) -> dict[str, A
             for model, sets in scores.items()
         },
         "differences": {
-            method: _differences(config, scores[method], scores[reference])
+            method: differences(scores[method], scores[reference], draws=config.bootstrap.draws)
             for method in config.methods
             if method != reference
         },
@@ -203,18 +196,6 @@ def summarize_comparison(made: Plan, measured: Mapping[str, Any]) -> dict[str, A
             for method, by_seed in measured["exposure_bias"].items()
         },
         "samples": _samples(config, measured),
-    }
-
-
-def _differences(
-    config: ComparisonConfig, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
-) -> dict[str, dict[str, float]]:
-    """Ours minus theirs, on each set and on average, with the bootstrap interval."""
-    pairs = {name: ([ours[name]], [theirs[name]]) for name in ours}
-    pairs[AVERAGE] = (list(ours.values()), [theirs[name] for name in ours])
-    return {
-        name: paired_difference(*pair, draws=config.bootstrap.draws, seed=0)._asdict()
-        for name, pair in pairs.items()
     }
 
 

@@ -27,7 +27,8 @@ from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies import published
-from promptkd_jax.studies.runs import AVERAGE, Contender, Run, answer_sets, over_seeds, train_all
+from promptkd_jax.studies.answers import AVERAGE, Contender, answer_sets, over_seeds
+from promptkd_jax.studies.runs import Run, train_all
 from promptkd_jax.training import build, recipes, run
 from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import ConfigError, load_config, split_argument
@@ -218,7 +219,9 @@ def contenders(runs: Mapping[str, Run], workdir: epath.Path) -> list[Contender]:
       ConfigError: nothing is fine-tuned, and no config names a teacher.
     """
     found = [
-        Contender(name, one.student, one.config.student.dtype, one.config, one.folder)
+        Contender(
+            name, one.student, one.config.student.dtype, one.config, one.folder / "evaluations"
+        )
         for name, one in runs.items()
         if name != "init"
     ]
@@ -227,7 +230,10 @@ def contenders(runs: Mapping[str, Run], workdir: epath.Path) -> list[Contender]:
     for config in (one.config for one in runs.values()):
         if config.teacher.path:
             named = config.teacher.path, config.teacher.dtype
-            return [Contender("teacher", *named, config, workdir / "teacher"), *found]
+            return [
+                Contender("teacher", *named, config, workdir / "teacher" / "evaluations"),
+                *found,
+            ]
     raise ConfigError("config.teacher.path: is empty, so --from-published has no teacher")
 
 

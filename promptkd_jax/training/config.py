@@ -107,22 +107,25 @@ def fingerprint(config: Any, ignore: tuple[str, ...] = ()) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def claim(folder: epath.PathLike, config: Any, ignore: tuple[str, ...] = ()) -> None:
+def claim(
+    folder: epath.PathLike, config: Any, ignore: tuple[str, ...] = (), option: str = "--workdir"
+) -> None:
     """Makes the folder that of a run with this config, as its `config.json` says.
 
     A run that never got as far as to write anything else leaves its folder to the next.
 
     Args:
       ignore: as in `fingerprint`: what may change from one start of the run to the next.
+      option: that chooses the folder, for the message.
 
     Raises:
       ConfigError: it belongs to another config, with every field that differs; or it cannot be
         written.
     """
-    distributed.run_on_primary(lambda: _claim(to_path(folder), config, ignore))
+    distributed.run_on_primary(lambda: _claim(to_path(folder), config, ignore, option))
 
 
-def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
+def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...], option: str) -> None:
     file = folder / "config.json"
     ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
     try:
@@ -130,7 +133,8 @@ def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
         begun = {other.name for other in folder.iterdir()} if folder.exists() else set()
         used = begun - {file.name, "started.json"}  # which stand there before all else
         if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
-            raise ConfigError(_another_config(folder, theirs["config"], ours["config"], ignore))
+            configs = theirs["config"], ours["config"]
+            raise ConfigError(_another_config(folder, *configs, ignore, option))
         if theirs != ours:
             make_folder(folder)
             write_json(file, ours)
@@ -148,9 +152,11 @@ def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...]) -> None:
         ) from error
 
 
-def _another_config(folder: epath.Path, theirs: Any, ours: Any, ignore: tuple[str, ...]) -> str:
+def _another_config(
+    folder: epath.Path, theirs: Any, ours: Any, ignore: tuple[str, ...], option: str
+) -> str:
     there, now = (_flat(_canonical(config, "", ignore), "config") for config in (theirs, ours))
-    lines = [f"{folder} belongs to a run of another config; take another --workdir, or set back"]
+    lines = [f"{folder} belongs to a run of another config; take another {option}, or set back"]
     for name in sorted(there | now):
         if there.get(name) != now.get(name):
             lines.append(f"  {name}: there {there.get(name)!r}, now {now.get(name)!r}")

@@ -13,6 +13,7 @@ import pytest
 from helpers import bucket, tiny
 from helpers.records import example
 
+from promptkd_jax.cli import evaluate
 from promptkd_jax.cli.main import main
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.data.templates import PromptFormat
@@ -99,30 +100,149 @@ def command(folder, output, *more: str) -> list[str]:
     ]
 
 
+def written(output) -> dict:
+    """What `evaluation.json` says of its only model."""
+    (model,) = json.loads((output / "evaluation.json").read_text())["models"].values()
+    return model
+
+
 def test_evaluate_reads_other_names_of_columns(folder, tmp_path):
     content = json.dumps([{"query": "say red", "gold": "red"}, {"query": "say a", "gold": ""}])
     (tmp_path / "set.json").write_text(content)
     columns = {"prompt": "query", "completion": "gold"}
     more = ["--seeds", "10", f"--columns={json.dumps(columns)}", "--format=prompt_completion"]
     main(["evaluate", *command(folder, tmp_path, *more, "--data", str(tmp_path / "set.json"))])
-    found = json.loads((tmp_path / "evaluation.json").read_text())
-    assert found["sets"]["set"]["rows"] == 1
-    assert found["settings"]["columns"] == columns
-    assert found["settings"]["format"] == "prompt_completion"
+    assert written(tmp_path)["sets"]["set"]["rows"] == 1
+    settings = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
+    assert (settings["columns"], settings["format"]) == (columns, "prompt_completion")
 
 
 def test_evaluate_writes_every_set_and_seed(folder, tmp_path, capsys):
     main(["evaluate", *command(folder, tmp_path, "--seeds", "10", "20")])
-    found = json.loads((tmp_path / "evaluation.json").read_text())["sets"]
+    found = written(tmp_path)["sets"]
     assert found.keys() == {"one", "two"} and found["one"]["rows"] == 5
     for one in found.values():
         scores = [seed["rougeL"] for seed in one["seeds"].values()]
         assert len(scores) == 2
         assert one["rougeL"]["mean"] == pytest.approx(np.mean(scores))
         assert one["rougeL"]["std"] == pytest.approx(np.std(scores, ddof=1))
-    lines = (tmp_path / "two-seed20.jsonl").read_text().splitlines()
+    lines = (tmp_path / "student" / "two" / "seed20.jsonl").read_text().splitlines()
     assert len(lines) == 3 and {"messages", "references", "answer"} <= json.loads(lines[0]).keys()
     assert "ROUGE-L" in capsys.readouterr().out
+
+
+def test_several_models_stand_in_one_table_with_their_differences(folder, tmp_path, capsys):
+    """Paired by request and seed, each with an interval, from the first model."""
+    arguments = command(folder, tmp_path, "--seeds", "10", "20")
+    arguments[0] = "--model"
+    arguments[1:1] = [str(folder / "teacher"), str(folder / "student")]
+    main(["evaluate", *arguments])
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(found["models"]) == ["teacher", "student"]
+    for score in ("rougeL", "exact_match"):
+        assert list(found["differences"][score]) == ["student"]
+        assert list(found["differences"][score]["student"]) == ["one", "two", "average"]
+    means = [found["models"][name]["sets"]["one"]["rougeL"]["mean"] for name in found["models"]]
+    difference = found["differences"]["rougeL"]["student"]["one"]
+    assert difference["mean"] == pytest.approx(means[1] - means[0], abs=1e-3)
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    printed = capsys.readouterr().out
+    assert "− teacher (95 %)" in printed and printed.count("| average | student |") == 1
+
+
+def test_differences_are_of_the_requests_that_all_answered():
+    """Another template or tokenizer may drop others for their length."""
+    answers = {
+        "a": {"set": {1: {"kept": [0, 1, 2], "rougeL_by_row": [1.0, 2.0, 9.0], "texts": "xyz"}}},
+        "b": {"set": {1: {"kept": [2, 0], "rougeL_by_row": [11.0, 4.0], "texts": "zx"}}},
+    }
+    records = {"set": [example("say", "", (letter,)) for letter in "xyw"]}
+    found = evaluate._differences(answers, records)
+    assert found["rougeL"]["b"]["set"]["mean"] == pytest.approx((11 + 4 - 1 - 9) / 2)
+    assert found["exact_match"]["b"]["set"]["mean"] == 0
+
+
+def test_sets_and_models_of_one_name_are_told_apart(folder, tmp_path):
+    names = evaluate.distinct_names
+    assert names(["a/test.jsonl", "b/test.jsonl", "dev.jsonl"]) == {
+        "a-test": "a/test.jsonl",
+        "b-test": "b/test.jsonl",
+        "dev": "dev.jsonl",
+    }
+    assert [*names(["x/run/student", "y/run/student"])] == ["x-run-student", "y-run-student"]
+    assert [*names(["d.jsonl", "d.csv"])] == ["d.jsonl", "d.csv"]
+    assert [*names(["student", "a/student", "gs://pail/student"])] == [
+        *("student", "a-student", "pail-student")
+    ]
+    assert [*names(["owner/Name-0.5B", "synthetic:test", "package:own.jsonl"])] == [
+        *("Name-0.5B", "synthetic-test", "own")
+    ]
+    other = tmp_path / "other" / "one.jsonl"
+    other.parent.mkdir()
+    tiny.write_data(other, 4)
+    arguments = command(folder, tmp_path / "out", "--seeds=1")
+    arguments[3] = str(other)
+    main(["evaluate", *arguments])
+    rows = {name: one["rows"] for name, one in written(tmp_path / "out")["sets"].items()}
+    assert sorted(rows.values()) == [4, 5] and set(rows) >= {"other-one"}
+
+
+def test_the_same_command_answers_only_what_is_missing(folder, tmp_path, monkeypatch, capsys):
+    main(["evaluate", *command(folder, tmp_path, "--seeds", "10", "20")])
+    before = (tmp_path / "evaluation.json").read_text()
+    answers = tmp_path / "student" / "two"
+    (answers / "seed20.json").unlink()
+    capsys.readouterr()
+    main(["evaluate", *command(folder, tmp_path, "--seeds", "10", "20")])
+    printed = capsys.readouterr().out
+    assert printed.count("student answers") == 1 and "student answers two, seed 20" in printed
+    assert (tmp_path / "evaluation.json").read_text() == before
+    assert sorted(file.name for file in answers.iterdir()) == [
+        *("config.json", "seed10.json", "seed10.jsonl", "seed20.json", "seed20.jsonl")
+    ]
+    monkeypatch.setattr(evaluate, "load_with_tokenizer", lambda *_, **__: 1 / 0)
+    main(["evaluate", *command(folder, tmp_path, "--seeds", "10", "20")])
+    assert (tmp_path / "evaluation.json").read_text() == before
+
+
+def test_answers_of_other_settings_or_of_another_model_are_not_taken(folder, tmp_path):
+    model = shutil.copytree(folder / "student", tmp_path / "model")
+    arguments = command(folder, tmp_path / "out", "--seeds=1")
+    arguments[0] = f"--model={model}"
+    main(["evaluate", *arguments])
+    message = r"out/model/one belongs .* another --output, .*\n.*sampling.min_p: there 0, now 0.5"
+    with pytest.raises(SystemExit, match=message):
+        main(["evaluate", *arguments, "--min-p=0.5"])
+    with pytest.raises(SystemExit, match="config.rouge_tokenizer: there 'published'"):
+        main(["evaluate", *arguments, "--rouge-tokenizer=unicode"])
+    tiny.write_model(model, width=16, depth=2, seed=2)  # trained anew
+    with pytest.raises(SystemExit, match="config.weights"):
+        main(["evaluate", *arguments])
+
+
+def test_all_sets_are_checked_before_the_first_is_answered(folder, tmp_path):
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"instruction": "say red and blue " * 9, "output": "red"}) + "\n"
+    )
+    arguments = command(folder, tmp_path / "out", "--seeds=1")
+    arguments[3] = str(tmp_path / "long.jsonl")
+    with pytest.raises(SystemExit, match="all 1 prompts are longer than max_prompt_length 16"):
+        main(["evaluate", *arguments])
+    assert not list((tmp_path / "out").rglob("seed*"))
+
+
+def test_references_that_rouge_cannot_count_are_warned_of(folder, tmp_path, capsys):
+    lines = [{"instruction": f"say {i}", "output": "привет мир"} for i in range(3)]
+    data = tmp_path / "russian.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [f"--model={folder / 'student'}", f"--data={data}", "--seeds=1"]
+    arguments += ["--template=plain", "--max-prompt-length=16", "--max-length=24"]
+    main(["evaluate", *arguments, f"--output={tmp_path / 'a'}"])
+    warned = capsys.readouterr().err
+    assert "3 of 3 rows have no reference with a token that rouge_tokenizer 'published'" in warned
+    assert "'unicode' counts 3 of them" in warned
+    main(["evaluate", *arguments, f"--output={tmp_path / 'b'}", "--rouge-tokenizer=unicode"])
+    assert "rouge_tokenizer" not in capsys.readouterr().err
 
 
 def test_evaluate_says_what_is_wrong(folder, tmp_path):
@@ -131,7 +251,14 @@ def test_evaluate_says_what_is_wrong(folder, tmp_path):
     with pytest.raises(SystemExit, match=r"bad.jsonl:2: broken JSON"):
         main(["evaluate", *arguments, f"--output={tmp_path}", "--template=plain"])
     with pytest.raises(SystemExit, match="no such folder or file"):
-        main(["evaluate", "--model=nowhere", "--data=x.jsonl", f"--output={tmp_path}"])
+        main(
+            [
+                "evaluate",
+                "--model=nowhere",
+                f"--data={folder / 'one.jsonl'}",
+                f"--output={tmp_path}",
+            ]
+        )
 
 
 def trained_with(folder, name: str, text: str) -> pathlib.Path:
@@ -139,10 +266,6 @@ def trained_with(folder, name: str, text: str) -> pathlib.Path:
     copy = shutil.copytree(folder / "student", folder / name)
     (copy / "promptkd.json").write_text(text)
     return copy
-
-
-def settings(output) -> dict:
-    return json.loads((output / "evaluation.json").read_text())["settings"]
 
 
 def test_a_model_is_asked_as_it_was_trained(folder, tmp_path, capsys):
@@ -153,9 +276,9 @@ def test_a_model_is_asked_as_it_was_trained(folder, tmp_path, capsys):
     main(["evaluate", *arguments, f"--output={tmp_path / 'a'}"])
     assert "template plain (that of the training)" in capsys.readouterr().out
     wanted = {"template": "plain", "max_prompt_length": 16, "max_length": 24}
-    assert wanted.items() <= settings(tmp_path / "a").items()
+    assert wanted.items() <= written(tmp_path / "a").items()
     main(["evaluate", *command(folder, tmp_path / "b", "--seeds=1")])  # which says all of it
-    answers = [(tmp_path / x / "one-seed1.jsonl").read_text() for x in "ab"]
+    answers = [next((tmp_path / x).glob("*/one/seed1.jsonl")).read_text() for x in "ab"]
     assert answers[0] == answers[1]
     asked = [f"--model={model}", "--request=say red", "--max-new-tokens=6"]
     capsys.readouterr()
@@ -179,7 +302,7 @@ def test_a_flag_wins_over_the_training(folder, tmp_path):
     how = ["--template=plain", "--max-prompt-length=16", "--max-length=24"]
     main(["evaluate", *arguments, *how, f"--output={tmp_path / 'a'}"])
     main(["evaluate", *command(folder, tmp_path / "b", "--seeds=1")])
-    answers = [(tmp_path / x / "one-seed1.jsonl").read_text() for x in "ab"]
+    answers = [next((tmp_path / x).glob("*/one/seed1.jsonl")).read_text() for x in "ab"]
     assert answers[0] == answers[1]
 
 
@@ -198,7 +321,7 @@ def test_a_model_that_does_not_say_how_it_was_trained(folder, tmp_path, capsys):
     words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     words.save_pretrained(chat)
     main(["evaluate", f"--model={chat}", *arguments, *lengths])
-    assert settings(tmp_path)["template"] == "chat"
+    assert written(tmp_path)["template"] == "chat"
     main(["generate", f"--model={chat}", *request])
     assert "template chat (the tokenizer's own" in capsys.readouterr().err
 
@@ -222,7 +345,7 @@ def test_a_lengths_flag_is_weighed_against_the_record(folder, tmp_path):
     model = trained_with(folder, "long", '{"max_prompt_length": 50, "max_length": 60}')
     arguments = [f"--model={model}", f"--data={folder / 'one.jsonl'}", f"--output={tmp_path}"]
     with pytest.raises(SystemExit, match="--max-length 40 leaves no room .*-length 50"):
-        main(["evaluate", *arguments, "--max-length=40"])
+        main(["evaluate", *arguments, "--template=plain", "--max-length=40"])
 
 
 def test_an_output_that_cannot_be_is_found_before_the_model_is_read(folder, tmp_path):
@@ -249,12 +372,10 @@ def test_models_data_and_results_in_a_bucket(folder, tmp_path, capsys, monkeypat
     arguments = [f"--model={pail / 'model'}", f"--data={pail / 'one.jsonl'}", *how]
     main(["evaluate", *arguments, f"--output={pail / 'out'}"])
     main(["evaluate", *command(folder, tmp_path / "out", "--seeds=1")])
-    ours, theirs = (x / "out" / "one-seed1.jsonl" for x in (pail, tmp_path))
-    assert read_text(ours) == read_text(theirs)
-    assert sorted(f.name for f in (pail / "out").iterdir()) == [
-        "evaluation.json",
-        "one-seed1.jsonl",
-    ]
+    ours, theirs = pail / "out" / "model" / "one", tmp_path / "out" / "student" / "one"
+    assert read_text(ours / "seed1.jsonl") == read_text(theirs / "seed1.jsonl")
+    names = ["config.json", "seed1.json", "seed1.jsonl"]
+    assert sorted(f.name for f in ours.iterdir()) == names
     load_model(str(pail / "model"))
     assert len(list((tmp_path / "home" / "promptkd_jax").iterdir())) == 1
     tiny.write_model(pail / "model", width=32, depth=2, seed=1)

@@ -452,7 +452,7 @@ def test_progress_is_told_in_batches(teacher, rows, answered, tmp_path, capsys):
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"the teacher writes 5 responses into {file}"
     told = [line.split("  ")[:2] for line in lines]
-    assert told == [["teacher responses", f"batch {number}/4"] for number in (2, 4)]
+    assert told == [["responses", f"batch {number}/4"] for number in (2, 4)]
     answer(teacher, rows, file)
     assert capsys.readouterr().out == ""
 

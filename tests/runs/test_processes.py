@@ -228,7 +228,7 @@ def test_an_evaluation_of_two_is_that_of_one(folder):
     with two_processes(*words) as running:
         for status, _, stderr in ends(running):
             assert status == 0, stderr
-    for name in ("evaluation.json", "dev-seed1.jsonl"):
+    for name in ("evaluation.json", "student/dev/seed1.jsonl"):
         assert (folder / "both" / name).read_text() == (folder / "alone" / name).read_text()
 
 

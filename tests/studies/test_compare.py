@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.infra.errors import ComparisonError, ConfigError
-from promptkd_jax.studies import compare, comparison, comparison_report, runs
+from promptkd_jax.studies import answers, compare, comparison, comparison_report
 from promptkd_jax.training import run as training
 from promptkd_jax.training.checks import checked, read_group
 from promptkd_jax.training.config import load_config
@@ -152,7 +152,7 @@ def test_all_start_from_the_same_student_and_teacher(finished):
 
 
 def test_scores_are_means_over_sets_then_over_seeds():
-    found = runs.over_seeds({"a": {10: 2.0, 20: 6.0}, "b": {10: 0.0, 20: 2.0}})
+    found = answers.over_seeds({"a": {10: 2.0, 20: 6.0}, "b": {10: 0.0, 20: 2.0}})
     assert {name: one["seeds"] for name, one in found.items()} == {
         "a": [2.0, 6.0],
         "b": [0.0, 2.0],
@@ -164,19 +164,19 @@ def test_scores_are_means_over_sets_then_over_seeds():
 
 def test_scores_are_means_over_requests(finished):
     workdir, found = finished
-    answers = workdir / "runs" / "sft-seed20" / "evaluations"
+    folder = workdir / "runs" / "sft-seed20" / "evaluations"
     for name in ("test", "longer"):
-        answer = json.loads((answers / name / "seed20.json").read_text())
+        answer = json.loads((folder / name / "seed20.json").read_text())
         assert answer["rows"] == len(answer["rougeL_by_row"]) == found["test_sets"][name]["rows"]
         mean = np.mean(answer["rougeL_by_row"])
         assert found["rougeL"]["sft"][name]["seeds"][1] == pytest.approx(mean)
         assert answer["rougeL"] == pytest.approx(mean, abs=1e-4)
 
 
-def test_differences_are_of_the_method_from_the_reference(config):
+def test_differences_are_of_the_method_from_the_reference():
     ours = {"test": np.full((2, 5), 3.0), "longer": np.full((2, 7), 6.0)}
     theirs = {"test": np.full((2, 5), 1.0), "longer": np.full((2, 7), 1.0)}
-    found = compare._differences(config, ours, theirs)
+    found = answers.differences(ours, theirs, draws=20)
     for name, difference in (("test", 2.0), ("longer", 5.0), ("average", 3.5)):
         assert found[name] == pytest.approx(dict.fromkeys(("mean", "low", "high"), difference))
 
@@ -193,18 +193,18 @@ def test_answers_of_a_comparison_begun_before_are_kept(finished, config, tmp_pat
     plan = comparison.plan_comparison(config, workdir)
     for file in workdir.glob("*/*/evaluations"):
         for seed in (10, 20):
-            answers = {
+            by_set = {
                 one.parent.name: json.loads(one.read_text())
                 for one in file.glob(f"*/seed{seed}.json")
             }
             old = {
                 name: {"rougeL": answer["rougeL_by_row"], "texts": answer["texts"]}
-                for name, answer in answers.items()
+                for name, answer in by_set.items()
             }
             if old:
                 (file.parent / f"test-seed{seed}.json").write_text(json.dumps(old))
         shutil.rmtree(file)
-    monkeypatch.setattr(runs, "generation_metrics", None)
+    monkeypatch.setattr(answers, "kept_responses", None)
     measured = compare.measure(plan, workdir)
     found = compare.summarize_comparison(plan, measured)
     assert found["rougeL"] == finished[1]["rougeL"] and found["samples"] == finished[1]["samples"]
@@ -270,7 +270,7 @@ def test_a_finished_comparison_trains_and_measures_nothing(finished, config, mon
 
     for module, name in (
         (compare, "train_apart"),
-        (runs, "generation_metrics"),
+        (answers, "kept_responses"),
         (compare, "exposure_bias"),
     ):
         monkeypatch.setattr(module, name, never)

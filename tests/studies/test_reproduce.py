@@ -16,8 +16,8 @@ from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
 from promptkd_jax.studies import published, reproduce
+from promptkd_jax.studies.answers import Contender
 from promptkd_jax.studies.published import ROUGE_L, SETS
-from promptkd_jax.studies.runs import Contender
 from promptkd_jax.training import recipes
 from promptkd_jax.training.config import load_config
 
@@ -156,7 +156,9 @@ def test_distillation_starts_at_the_init(folder, finished, tmp_path):
     config = reproduce.plan_reproduction(
         f"{folder}/gpt2.py:student=base", finished, ["sft"], (), from_published=False
     )["sft"].config
-    init = Contender("init", f"{finished}/init/student", "float32", config, tmp_path)
+    init = Contender(
+        "init", f"{finished}/init/student", "float32", config, tmp_path / "evaluations"
+    )
     dev = read_records(config.data.dev, need_output=True)
     reproduce.evaluate_model(init, {"dev": dev}, [config.seed])
     start = texts(finished / "promptkd" / "before.json")
@@ -208,7 +210,8 @@ def test_scores_are_those_of_promptkd_evaluate(folder, finished, tmp_path):
             *("--seeds", *SEEDS),
         ]
     )
-    theirs = json.loads((tmp_path / "evaluation.json").read_text())["sets"]["dolly"]["seeds"]
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    theirs = found["models"]["student"]["sets"]["dolly"]["seeds"]
     ours = json.loads((finished / "reproduction.json").read_text())["scores"]["promptkd"]["dolly"]
     assert ours == {seed: scores["rougeL"] for seed, scores in theirs.items()}
     assert reproduce.PROTOCOL.temperature == 1 and reproduce.SEEDS == (10, 20, 30, 40, 50)
