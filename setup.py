@@ -55,6 +55,7 @@ setup(
         "tpu": ["jax[tpu]", *GCS],
         "gcs": GCS,
         "gguf": ["gguf>=0.17"],
+        "lm-eval": ["lm-eval>=0.4.9"],  # for `promptkd evaluate --tasks`
         "parity": ["torch>=2.13", "peft>=0.18"],  # for the tests against PyTorch and PEFT
         "dev": [
             "gguf>=0.17",

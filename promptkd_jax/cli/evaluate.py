@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -21,18 +22,32 @@ from promptkd_jax.cli import flags
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.templates import read_chat_template
+from promptkd_jax.evaluation.benchmarks import find_tasks, run_tasks
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
 from promptkd_jax.evaluation.text_metrics import ROUGE_TOKENIZERS, exact_match
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.infra.files import check_writable, write_json, write_text
+from promptkd_jax.infra.files import (
+    check_writable,
+    is_remote,
+    load_or_compute,
+    write_json,
+    write_text,
+)
 from promptkd_jax.infra.specs import Int, declared
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.studies.answers import AVERAGE, Contender, answer_sets, differences
-from promptkd_jax.training.fields import EvaluationConfig, RunConfig
+from promptkd_jax.studies.answers import (
+    AVERAGE,
+    Contender,
+    answer_sets,
+    differences,
+    weights_of,
+)
+from promptkd_jax.training.config import claim, fingerprint
+from promptkd_jax.training.fields import DataConfig, EvaluationConfig, RunConfig
 from promptkd_jax.training.prepare import with_date
 
 # By model and set, what `answer_sets` returns of each seed.
@@ -67,21 +82,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rouge-tokenizer", default="published", choices=ROUGE_TOKENIZERS, help=text
     )
+    group = parser.add_argument_group("standard benchmarks", "By lm-eval, the extra lm-eval.")
+    text = "names of its tasks, such as arc_easy,gsm8k"
+    group.add_argument("--tasks", default=[], type=_names, metavar="NAME,…", help=text)
+    text = "folder with YAML files of other tasks, such as those of local files"
+    group.add_argument("--task-folder", type=flags.disk_path, help=text)
+    text = "examples in front of a request (default: as the task says)"
+    group.add_argument("--num-fewshot", type=flags.of(Int(low=0)), help=text)
+    text = "puts requests into the tokenizer's chat template (default: plain text)"
+    group.add_argument("--apply-chat-template", action="store_true", help=text)
     flags.add_processes(parser)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     with flags.naming("--output", options.output), jax.set_mesh(flags.mesh_of(options)):
         distributed.assert_same_options(options)
         found = evaluate_sets(options)
-    print(markdown(_table(found, len(options.seeds))))
+    if options.data:
+        print(markdown(_table(found, len(options.seeds))))
+    if options.tasks:
+        print(markdown(_task_table(found)))
     print(f"written to {options.output}/evaluation.json, the responses beside it")
 
 
 def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     """Answers what `options.output` does not hold yet, and writes the scores there.
 
-    All sets, and how each model is asked, are read and checked before the first is answered.
+    All sets, tasks, and how each model is asked, are read and checked before the first is answered.
 
     Returns:
       What `evaluation.json` says.
@@ -90,7 +121,10 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
       ConfigError, DataError, ModelError: models or data that cannot be used, or the folder holds
         answers of others.
     """
+    if not (options.data or options.tasks):
+        raise ConfigError("neither --data nor --tasks: name what is to be answered")
     check_writable(options.output)
+    manager = find_tasks(options.tasks, options.task_folder) if options.tasks else None
     models, sets = distinct_names(options.model), distinct_names(options.data)
     reading = dict(split=options.split, format=options.format, columns=options.columns)
     records = {
@@ -99,7 +133,10 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     load = functools.lru_cache(maxsize=1)(functools.partial(_load, options.chat_template))
     contenders = [_contender(name, path, options, load) for name, path in models.items()]
     answers: Answers = {}
+    benchmarks: dict[str, dict[str, Any]] = {}
     for contender in contenders:
+        if manager:
+            benchmarks[contender.name] = _run_tasks(contender, options, manager, load)
         answers[contender.name] = answer_sets(
             contender,
             records,
@@ -114,7 +151,9 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     found = {
         "settings": {name: getattr(options, name) for name in settings},
         "models": {
-            contender.name: _asked(contender) | {"sets": _scores(answers[contender.name])}
+            contender.name: _asked(contender)
+            | {"sets": _scores(answers[contender.name])}
+            | {"tasks": benchmarks.get(contender.name, {})}
             for contender in contenders
         },
         "differences": _differences(answers, records),
@@ -156,16 +195,54 @@ def _load(chat_template: epath.Path | None, path: str, *, dtype: str) -> Model:
 
 def _contender(name: str, path: str, options: argparse.Namespace, load: Callable) -> Contender:
     """A model, with how it is asked, which is said."""
-    data, why = flags.data_config(path, options, lambda: load(path, dtype=options.dtype))
+    if options.data:
+        data, why = flags.data_config(path, options, lambda: load(path, dtype=options.dtype))
+        print(f"{name}: template {data.template} ({why})", flush=True)
+    else:
+        data = DataConfig()  # tasks have templates of their own
     if data.max_length <= data.max_prompt_length:
         raise ConfigError(
             f"--max-length {data.max_length} leaves no room for a response beside "
             f"--max-prompt-length {data.max_prompt_length}"
         )
-    print(f"{name}: template {data.template} ({why})", flush=True)
     scored = EvaluationConfig(rouge_tokenizer=options.rouge_tokenizer)
     config = with_date(RunConfig(data=data, evaluation=scored), options.output)
     return Contender(name, path, options.dtype, config, options.output / name)
+
+
+def _run_tasks(
+    contender: Contender, options: argparse.Namespace, manager: Any, load: Callable
+) -> dict[str, dict[str, Any]]:
+    """Results by task, of which the folder keeps what is done."""
+    folder = contender.folder / "tasks"
+    decides = dict(
+        model=contender.path,
+        weights=weights_of(contender.path),
+        dtype=contender.dtype,
+        max_length=options.max_length,
+        num_fewshot=options.num_fewshot,
+        apply_chat_template=options.apply_chat_template,
+        lm_eval=version("lm-eval"),
+    )
+    claim(folder, decides, option="--output")
+    keywords = dict(options.chat_template_kwargs or {}) if options.apply_chat_template else None
+
+    def compute() -> dict[str, Any]:
+        # lm-eval keeps answers in a file of one process, on a disk.
+        alone = distributed.is_single_process() and not is_remote(folder)
+        return run_tasks(
+            load(contender.path, dtype=contender.dtype),
+            options.tasks,
+            manager,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            num_fewshot=options.num_fewshot,
+            chat_template=keywords,
+            cache=folder / "answers" if alone else None,
+        )
+
+    name = f"{fingerprint(sorted(options.tasks))}.json"
+    return load_or_compute(folder / name, compute)
 
 
 def _asked(contender: Contender) -> dict[str, Any]:
@@ -267,6 +344,21 @@ def _table(found: Mapping[str, Any], seeds: int) -> Table:
             blank = [""] * (len(header) - 5)
             rows.append((AVERAGE, model, "", "", _interval(by_set[AVERAGE]), *blank))
     return Table(header, rows, names=2)
+
+
+def _task_table(found: Mapping[str, Any]) -> Table:
+    """Each task, model and metric, with its standard error."""
+    rows = []
+    tasks = dict.fromkeys(task for one in found["models"].values() for task in one["tasks"])
+    for task in tasks:
+        for model, one in found["models"].items():
+            for key, value in one["tasks"][task].items():
+                metric, _, how = key.partition(",")
+                if isinstance(value, float) and not metric.endswith("_stderr"):
+                    error = one["tasks"][task].get(f"{metric}_stderr,{how}")
+                    spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                    rows.append((task, model, metric, how, f"{value:.4f}{spread}"))
+    return Table(("task", "model", "metric", "filter", "value"), rows, names=4)
 
 
 def _interval(difference: Mapping[str, float] | None) -> str:

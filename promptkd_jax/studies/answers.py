@@ -103,6 +103,11 @@ def answer_sets(
     return answers
 
 
+def weights_of(path: str) -> str:
+    """What tells a model that was trained anew from the one that answered before."""
+    return distributed.run_on_primary(lambda: identity.quick_digest(path))
+
+
 def _claim_folders(
     contender: Contender, sets: Mapping[str, Sequence[Record]], sampling: Sampling, option: str
 ) -> None:
@@ -110,7 +115,7 @@ def _claim_folders(
     config = contender.config
     decides = dict(
         model=contender.path,
-        weights=distributed.run_on_primary(lambda: identity.quick_digest(contender.path)),
+        weights=weights_of(contender.path),
         dtype=contender.dtype,
         **config.data.prompt_format(config.preset).identity,
         **_changed(config.data),
