@@ -36,6 +36,12 @@ class Records(list[Record]):
         super().__init__(records)
         self.format, self.unanswered, self.unused = format, unanswered, dict(unused)
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What reading has left out, in words, with how often."""
+        dropped = {"without a response": self.unanswered} if self.unanswered else {}
+        return dropped | {f"unused field {name!r}": count for name, count in self.unused.items()}
+
 
 def read_records(
     source: str,

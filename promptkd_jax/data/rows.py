@@ -47,6 +47,7 @@ class Rows(NamedTuple):
     # bool, for each row which of its tokens a student learns from; None: those of the response.
     supervised: list[np.ndarray] | None = None
     shortened: int = 0  # prompts without their first turns, which would have been too long
+    left_out: Mapping[str, int] = {}  # when records were read: see `reading.Records`
 
     @property
     def num_supervised(self) -> np.ndarray:

@@ -26,9 +26,6 @@ class Split(NamedTuple):
     name: str  # "train", "dev", or that of a test set
     rows: Rows
     prompt_format: PromptFormat
-    # Records that were left out, and fields that were not used, when the data were read: how many,
-    # by what is said of them.
-    reading: Mapping[str, int] = {}
 
 
 class Lengths(NamedTuple):
@@ -145,16 +142,23 @@ def describe_data(
 
 
 def _counts(splits: Sequence[Split], eos_ids: Collection[int]) -> Table:
-    reasons = list(dict.fromkeys(reason for split in splits for reason in split.reading))
+    # Beside what rows always have: prompts that were shortened, what reading has left out.
+    others = [_others(split.rows) for split in splits]
+    reasons = list(dict.fromkeys(reason for counts in others for reason in counts))
     header = ("set", "records", "dropped", "rows", "with a response", "cut", "ending with EOS")
     rows = []
-    for name, rows_of, _, reading in splits:
+    for (name, rows_of, _), counts in zip(splits, others):
         count, responses = len(rows_of.tokens), rows_of.num_supervised
         ended = sum(int(row[-1]) in eos_ids for row in _answered(rows_of))
         numbers = (count + rows_of.dropped, rows_of.dropped, count, int((responses > 0).sum()))
-        numbers += (rows_of.cut, ended, *(reading.get(reason, 0) for reason in reasons))
+        numbers += (rows_of.cut, ended, *(counts.get(reason, 0) for reason in reasons))
         rows.append((name, *(f"{number:,}" for number in numbers)))
     return Table((*header, *reasons), rows)
+
+
+def _others(rows: Rows) -> dict[str, int]:
+    shortened = {"prompt shortened": rows.shortened} if rows.shortened else {}
+    return shortened | dict(rows.left_out)
 
 
 def _answered(rows: Rows) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ from etils import epath
 
 from promptkd_jax.data.batches import train_batches
 from promptkd_jax.data.conversations import one_turn_each
-from promptkd_jax.data.reading import read_corpus, read_records
+from promptkd_jax.data.reading import Records, read_corpus, read_records
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows, fingerprint_records, pack, select_rows, tokenize
 from promptkd_jax.distill import hidden_loss
@@ -173,7 +173,9 @@ def load_data(config: RunConfig, student: Model) -> _Data:
         need_output = config.evaluation.references == "gold"
         split = data.dev_split
         records = read_records(data.dev, split=split, need_output=need_output, **how)
-        dev = tokenized(config, student, data.dev, records[: data.dev_rows or None])
+        dev = tokenized(
+            config, student, data.dev, records[: data.dev_rows] if data.dev_rows else records
+        )
     if any(stage.corpus_terms for stage in config.stages):
         texts = read_corpus(data.corpus, split=data.corpus_split, columns=data.columns)
         corpus = pack(texts, student.tokenizer, data.max_length, text_end(student))
@@ -270,6 +272,8 @@ def tokenized(
         supervise=supervise,
         long_prompts=config.data.long_prompts,
     )
+    if isinstance(records, Records):
+        rows = rows._replace(left_out=records.left_out)
     shortened = f"{rows.shortened} prompts without their first turns, " if rows.shortened else ""
     print(
         f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "

@@ -71,6 +71,23 @@ def test_overrides_and_test_sets_are_taken(folder, said, tmp_path):
     assert "responses that end beyond 18 tokens" in text
 
 
+def test_what_reading_left_out_is_told(folder, said, tmp_path):
+    """Of gold rows, those without a response; and fields that nothing reads."""
+    records = [
+        {"instruction": f"say {x}", "output": x, "mood": x} for x in ("red", "blue", "green")
+    ]
+    records.append({"instruction": "say a", "output": " "})
+    file = tmp_path / "gold.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    how = (f"--config={folder / 'config.py'}", f"--config.data.train={file}")
+    gold = ("--config.stages[0].targets=gold", "--config.stages[0].batch_size=2")
+    text = said(*how, *gold, "--config.stages[1].batch_size=2")
+    header = next(line for line in text.splitlines() if line.startswith("| set "))
+    columns = [cell.strip() for cell in header.split("|")]
+    assert columns[-3:-1] == ["without a response", "unused field 'mood'"]
+    assert counts(text)["train"][-2:] == ["1", "3"]
+
+
 def test_a_file_needs_a_model_and_no_config(folder, said):
     how = (f"--data={folder / 'train.jsonl'}", f"--model={folder / 'student'}")
     lengths = ("--max-prompt-length=16", "--max-length=8")

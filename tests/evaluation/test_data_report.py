@@ -82,8 +82,8 @@ def test_records_rows_dropped_and_cut_are_counted():
 
 def test_what_reading_left_out_is_a_column_for_each_reason():
     splits = (
-        Split("train", rows_of(TRAIN), PLAIN, {"empty answers": 3}),
-        Split("dev", rows_of(TRAIN), PLAIN, {"unknown field 'id'": 1}),
+        Split("train", rows_of(TRAIN)._replace(left_out={"empty answers": 3}), PLAIN),
+        Split("dev", rows_of(TRAIN)._replace(left_out={"unknown field 'id'": 1}), PLAIN),
     )
     first, second = table(describe_data(splits[:1], splits[1:], model(), **SIZES).counts)
     assert (first["empty answers"], first["unknown field 'id'"]) == ("3", "0")
