@@ -121,8 +121,8 @@ def _last_responses(
             rendered[i] = text
         elif not isinstance(text := record.messages[-1].get("content"), str):
             raise DataError(
-                f"record {i} (from 0): the chat template of tokenizer {tokenizer.name_or_path} "
-                "does not render its response, which has no text either"
+                f"record {i} (from 0): its response has no text, and template "
+                f"{prompt_format.template!r} does not render it"
             )
         alone[i] = text
     # As one text with the prompt, since a tokenizer may see the beginning of a text in a response

@@ -28,7 +28,7 @@ from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
 from promptkd_jax.training.experiment import Experiment, Stage, sharded_shapes
-from promptkd_jax.training.fields import ModelConfig, RunConfig
+from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 from promptkd_jax.training.prepare import init_learned
 from promptkd_jax.training.recipes import DOLLY_ROWS
 from promptkd_jax.training.run_models import choose_models
@@ -97,9 +97,11 @@ class AbstractRun(Experiment):
         teacher = self.teacher and sharded_shapes(self.teacher.params, self.mesh)
         method = self.stage.method
         cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
-        return state, teacher, self._rows(cached), self._rows(0) if method.corpus_terms else None
+        whole = _has_whole_rows(self.config, self.config.stages[self.index])
+        rows = self._rows(cached, whole)
+        return state, teacher, rows, self._rows() if method.corpus_terms else None
 
-    def _rows(self, cached: int) -> Batch:
+    def _rows(self, cached: int = 0, whole: bool = False) -> Batch:
         rows, columns = self.batch_size, self.config.data.max_length
         place = sharding.rows_sharding(self.mesh, rows)
 
@@ -111,7 +113,13 @@ class AbstractRun(Experiment):
             shape = (rows, self.stage.method.response_capacity, cached)
             values, tail = (struct(*s, dtype=jnp.float32) for s in (shape, shape[:2]))
             top_k = TopK(struct(*shape), values, tail)
-        return Batch(struct(rows, columns), struct(rows), struct(rows), top_k)
+        supervised = struct(rows, columns, dtype=jnp.bool_) if whole else None
+        return Batch(struct(rows, columns), struct(rows), struct(rows), top_k, supervised)
+
+
+def _has_whole_rows(config: RunConfig, stage: StageConfig) -> bool:
+    """Whether rows of a stage may be conversations with several turns to learn from."""
+    return config.data.supervise == "all" and not stage.by_turn
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -157,7 +165,8 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
             student,
             first=sum(before.steps for before in stages),
             steps=steps,
-            longest_response=config.data.max_length - config.data.max_prompt_length,
+            longest_response=config.data.max_length
+            - (1 if _has_whole_rows(config, chosen) else config.data.max_prompt_length),
             vocab_size=vocab_size,
             demonstrations=(0,) * (config.in_context.examples * (config.data.max_length // 2)),
         )

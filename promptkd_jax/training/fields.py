@@ -277,6 +277,11 @@ class StageConfig(Execution, Objective):
         """Micro-batches that a step's rows are dealt out to."""
         return self.gradient_accumulation_steps * self.minibatches
 
+    @property
+    def by_turn(self) -> bool:
+        """Whether a model writes the responses, each to a prompt of its own."""
+        return self.source.on_policy or self.source.teacher_writes
+
 
 @dataclasses.dataclass(frozen=True)
 class TeacherResponsesConfig:

@@ -162,10 +162,11 @@ def load_data(config: RunConfig, student: Model) -> _Data:
         need_output = any(stage.reads_responses for stage in config.stages)
         split = data.train_split
         records = read_records(data.train, split=split, need_output=need_output, **how)
-        if data.supervise == "all" and any(map(_by_turn, config.stages)):
-            by_turn = one_turn_each(records)
-            turns = tokenized(config, student, f"{data.train}, turn by turn", by_turn)
-        if turns is None or not all(map(_by_turn, config.stages)):
+        by_turn = [stage.by_turn for stage in config.stages]
+        if data.supervise == "all" and any(by_turn):
+            name = f"{data.train}, turn by turn"
+            turns = tokenized(config, student, name, one_turn_each(records))
+        if turns is None or not all(by_turn):
             train = tokenized(config, student, data.train, records, supervise=data.supervise)
         else:
             train = turns
@@ -180,11 +181,6 @@ def load_data(config: RunConfig, student: Model) -> _Data:
         texts = read_corpus(data.corpus, split=data.corpus_split, columns=data.columns)
         corpus = pack(texts, student.tokenizer, data.max_length, text_end(student))
     return _Data(train, turns, None, dev, corpus)
-
-
-def _by_turn(stage: StageConfig) -> bool:
-    """Whether a model writes the responses of a stage, each to a prompt of its own."""
-    return stage.source.on_policy or stage.source.teacher_writes
 
 
 def _generate(

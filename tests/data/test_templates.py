@@ -120,7 +120,7 @@ def test_a_template_may_leave_the_response_out():
     rows = rows_of([example("say red", "", ("the red",))], tokenizer)
     assert tokenizer.decode(rows.tokens[0]) == "say red>the red<|endoftext|>"
     called = Record((*TALK.messages[:1], {"role": "assistant", "tool_calls": [{"name": "a"}]}))
-    with pytest.raises(DataError, match=r"record 0 \(from 0\): .* does not render its response"):
+    with pytest.raises(DataError, match=r"record 0 .* has no text, and template .chat. does not"):
         rows_of([called], tokenizer)
 
 
