@@ -170,6 +170,8 @@ def test_marks_tell_where_the_generation_prompt_says_more():
     tokenizer.chat_template = unmarked(opens)
     with pytest.raises(DataError, match="turn 1 .* asked for with another text than it has"):
         rows_of([TALK], tokenizer, supervise="all")
+    # A row of the last response alone has it as it is, with the end of a turn.
+    assert tokenizer.decode(responses_of(rows_of([TALK], tokenizer))[0]) == "two<|im_end|>"
 
 
 def test_a_token_across_the_beginning_of_a_turn():
