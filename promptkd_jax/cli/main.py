@@ -18,7 +18,7 @@ COMMANDS = {
     "data": "what a model sees of data, before anything is trained: counts, lengths, rows, overlap",
     "init": "a student that starts as some of its teacher's layers",
     "train": "distil: models and data to a student and a report",
-    "evaluate": "ROUGE-L and exact match of a model, on any sets and seeds",
+    "evaluate": "scores of models on any sets and seeds, and standard benchmarks",
     "generate": "talk to a model from the terminal",
     "cache": "the teacher's top-k log-probabilities, written once for later runs",
     "compare": "several methods from one student within one budget, in one table and report",

@@ -882,6 +882,7 @@ def test_a_shipped_recipe_is_one_that_can_run(family, method):
         assert (config.seed, config.checkpoint.export) == (10, "best")
         assert (config.data.max_prompt_length, config.data.max_length) == (256, 512)
         sampled = dict(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
+        sampled |= dict(min_p=0.0, repetition_penalty=1.0)
         assert config.evaluation.sampling.to_dict() == sampled
 
 
