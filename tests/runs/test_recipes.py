@@ -20,7 +20,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, DataError
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.decoder import embed
-from promptkd_jax.training import build, experiment, loop
+from promptkd_jax.training import build, experiment, loop, run_models
 from promptkd_jax.training import prepare as preparation
 from promptkd_jax.training import run as training
 from promptkd_jax.training.build import stage_steps
@@ -206,13 +206,13 @@ def cached_config(models: pathlib.Path, folder: pathlib.Path) -> ConfigDict:
 
 @pytest.mark.usefixtures("no_report")
 def test_a_whole_cache_stands_for_the_teacher(models, whole_cache, tmp_path, monkeypatch):
-    loaded, load = [], preparation.load_model
+    loaded, load = [], run_models.load_model
 
     def recorded(path, **how):
         loaded.append(path)
         return load(path, **how)
 
-    monkeypatch.setattr(preparation, "load_model", recorded)
+    monkeypatch.setattr(run_models, "load_model", recorded)
     summary = run(cached_config(models, whole_cache), tmp_path / "cached")
     assert loaded == [str(models / "student")]
     assert not {"kl_after", "agreement_after"} & summary.keys() and "loss_after" in summary
@@ -740,7 +740,7 @@ def test_an_impossible_combination_is_refused_with_the_reason(config, combinatio
         ({"student.path": "runs/a/student"}, "kd: teacher-gpt2-1.5B into a/student on"),
         ({"student.path": "", "student.layers": (0, 5)}, "kd: teacher-gpt2-1.5B into 2 of its lay"),
         ({"teacher.path": "package:some/Model.Q4_1.gguf"}, "kd: Model.Q4_1 into"),
-        ({"data.train": "gs://pail/data/more.jsonl"}, "init-gpt2-120M on more"),
+        ({"data.train": "/pail/data/more.jsonl"}, "init-gpt2-120M on more"),
         ({"data.train": "teacher"}, "init-gpt2-120M on requests that the teacher wrote"),
     ],
 )
@@ -748,8 +748,8 @@ def test_a_title_says_what_is_trained(changes, title):
     file = pathlib.Path(__file__).parents[2] / "configs" / "gpt2.py"
     fields = [f"--config.{name}={value}" for name, value in changes.items()]
     config, _ = load_config([f"--config={file}", *fields])
-    config.stages = (stage("kd"),)
-    assert title in build.title(config)
+    config.stages = (stage("kd", targets="teacher"),)
+    assert title in build.title(checked(config))
 
 
 def test_answers_that_no_method_reads_need_not_be_there(models, tmp_path):
