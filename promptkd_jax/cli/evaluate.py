@@ -248,9 +248,10 @@ def _run_tasks(
 def _asked(contender: Contender) -> dict[str, Any]:
     """Where a model lies, and how it was asked."""
     data = contender.config.data
-    lengths = {"max_prompt_length": data.max_prompt_length, "max_length": data.max_length}
+    names = ("chat_template", "max_prompt_length", "max_length", "long_prompts")
+    fields = {name: getattr(data, name) for name in names}
     asked = data.prompt_format(contender.config.preset).identity
-    return {"model": contender.path, "dtype": contender.dtype, **asked, **lengths}
+    return {"model": contender.path, "dtype": contender.dtype, **asked, **fields}
 
 
 def _write_samples(

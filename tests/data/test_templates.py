@@ -241,11 +241,12 @@ def test_long_prompts_lose_their_first_turns():
     records = [short, talk, long]
     rows = rows_of(records, tokenizer, max_prompt_length=limit, long_prompts="cut")
     assert rows.tokens[0].tolist() == rows.tokens[1].tolist()
-    assert rows.records == [short, short] and (rows.shortened, rows.dropped) == (1, 1)
+    # The records are whole: what is shortened is the prompt.
+    assert rows.records == [short, talk] and (rows.shortened, rows.dropped) == (1, 1)
     rows = rows_of(records, tokenizer, max_prompt_length=limit)
     assert rows.records == [short] and (rows.shortened, rows.dropped) == (0, 2)
     rows = rows_of(records, tokenizer, max_prompt_length=limit + 1, long_prompts="cut")
-    assert rows.records == [short, short]
+    assert rows.records == [short, talk]
 
 
 # Text that spells a special token

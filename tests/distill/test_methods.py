@@ -625,16 +625,17 @@ def test_the_policy_gradient_refuses_every_option_of_sampling():
     """Also one that is still to be added."""
 
     @dataclasses.dataclass(frozen=True)
-    class WithMinP(Sampling):
-        min_p: float = specs.field(0.0, specs.Float(low=0.0, high=1.0), "…")
+    class WithTopA(Sampling):
+        top_a: float = specs.field(0.0, specs.Float(low=0.0, high=1.0), "…")
 
     terms = (("policy_gradient", 1.0),)
     changed = dict(temperature=0.5, top_k=5, top_p=0.9, no_repeat_ngram_size=3, min_p=0.1)
-    assert changed.keys() == specs.declared(WithMinP).keys()
+    changed |= dict(repetition_penalty=1.5, top_a=0.2)
+    assert changed.keys() == specs.declared(WithTopA).keys()
     for name, value in changed.items():
         with pytest.raises(ValueError, match=f"sampling.{name}: {value}, but policy_gradient val"):
-            plain(student_terms=terms, targets="student", sampling=WithMinP(**{name: value}))
-    plain(student_terms=terms, targets="student", sampling=WithMinP())
+            plain(student_terms=terms, targets="student", sampling=WithTopA(**{name: value}))
+    plain(student_terms=terms, targets="student", sampling=WithTopA())
 
 
 def test_all_contradictions_are_told_at_once():

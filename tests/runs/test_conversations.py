@@ -170,8 +170,8 @@ def test_a_chat_template_of_a_flag(models, tmp_path, capsys):
         ["evaluate", f"--model={models / 'student'}", f"--data={data}", f"--output={scores}"]
         + [*short, f"--chat-template={file}", "--long-prompts=cut"]
     )
-    settings = json.loads((scores / "evaluation.json").read_text())["settings"]
-    assert (settings["chat_template"], settings["long_prompts"]) == (str(file), "cut")
+    (asked,) = json.loads((scores / "evaluation.json").read_text())["models"].values()
+    assert (asked["chat_template"], asked["long_prompts"]) == (str(file), "cut")
     with pytest.raises(SystemExit, match="no.jinja: cannot be read"):
         main([*ask, f"--chat-template={tmp_path / 'no.jinja'}"])
 

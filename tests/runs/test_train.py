@@ -526,7 +526,7 @@ def test_fields_that_are_seldom_right_are_doubted(config, changes, doubts):
     number = changes.get("number", 2)
     config.stages = config.stages[:number]
     stages = [
-        types.SimpleNamespace(steps=steps, method=types.SimpleNamespace(updates=4))
+        types.SimpleNamespace(steps=steps, method=types.SimpleNamespace(updates_per_step=4))
         for steps in (3, 4)[:number]
     ]
     total = sum(stage.steps for stage in stages)
