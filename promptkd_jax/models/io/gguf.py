@@ -136,7 +136,8 @@ def _gguf() -> ModuleType:
         import gguf
     except ImportError as error:
         raise GGUFError(
-            "reading a GGUF file needs the package gguf: pip install promptkd_jax[gguf]"
+            "reading a GGUF file needs the package gguf: pip install -e '.[gguf]' in a clone, or "
+            "pip install 'promptkd_jax[gguf]'"
         ) from error
     return gguf
 
