@@ -176,12 +176,13 @@ def _sharegpt(fields: Fields) -> Record:
 
 def _conversation(turns: tuple[Message, ...], references: tuple[str, ...]) -> Record:
     """The record of these turns, of which the last may be the gold response."""
-    if turns[-1]["role"] == "assistant":
+    last = turns[-1]
+    if last["role"] == "assistant" and not (last["content"].strip() or last.get("tool_calls")):
+        turns = turns[:-1]  # an empty answer is none
+    if turns and turns[-1]["role"] == "assistant":
         gold = turns[-1]["content"]
         if gold.strip():
             references = (gold, *(text for text in references if text != gold))
-        elif not turns[-1].get("tool_calls"):
-            turns = turns[:-1]  # an empty answer is none
     elif references:
         turns = (*turns, {"role": "assistant", "content": references[0]})
     record = Record(turns, references)

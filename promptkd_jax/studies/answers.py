@@ -6,6 +6,7 @@ was stopped, and with further sets or seeds does only these.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from etils import epath
 
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows, tokenize
+from promptkd_jax.data.templates import read_chat_template
 from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
 from promptkd_jax.evaluation.student_metrics import score_responses, warn_of_uncounted
 from promptkd_jax.evaluation.text_metrics import rouge_l
@@ -26,7 +28,7 @@ from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config import claim, fingerprint
-from promptkd_jax.training.fields import DataConfig, RunConfig
+from promptkd_jax.training.fields import TEACHER, DataConfig, RunConfig
 
 AVERAGE = "average"
 ASKED = ("chat_template", "long_prompts")  # of the data, beside how a prompt is rendered
@@ -130,9 +132,16 @@ def _claim_folders(
 
 
 def _changed(data: DataConfig) -> dict[str, Any]:
-    """The fields of `ASKED` that are not as they are by default."""
-    default = DataConfig()
-    return {n: getattr(data, n) for n in ASKED if getattr(data, n) != getattr(default, n)}
+    """The fields of `ASKED` that are not as they are by default; of a chat template in a file, what
+    stands in it."""
+    default, changed = DataConfig(), {}
+    for name in ASKED:
+        if (value := getattr(data, name)) != getattr(default, name):
+            changed[name] = value
+    if changed.get("chat_template", TEACHER) != TEACHER:
+        text = distributed.run_on_primary(lambda: read_chat_template(data.chat_template))
+        changed["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
+    return changed
 
 
 def _tokenize_all(

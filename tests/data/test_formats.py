@@ -7,7 +7,7 @@ from helpers.files import write_lines
 from helpers.records import example
 
 from promptkd_jax.data import formats
-from promptkd_jax.data.formats import FORMATS, Fields, Format
+from promptkd_jax.data.formats import FORMATS, Fields, Format, to_record
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.records import user_record
 from promptkd_jax.infra.errors import DataError
@@ -258,3 +258,11 @@ def test_a_format_is_a_function_and_its_entry(tmp_path, monkeypatch):
     (record,) = read(tmp_path, {"enigma": "red", "solution": "a"}, columns={"riddle": "enigma"})
     assert record.prompt_text == "What is red?"
     assert "solution" in formats.column_names()
+
+
+def test_an_empty_last_turn_gives_way_to_the_references():
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]
+    record, _ = to_record({"messages": turns, "references": ["gold"]}, "messages", True)
+    assert record.references == ("gold",) and record.messages[-1]["content"] == "gold"
+    record, _ = to_record({"messages": turns}, "messages", True)
+    assert record.references == () and len(record.messages) == 1

@@ -172,6 +172,13 @@ def test_a_chat_template_of_a_flag(models, tmp_path, capsys):
     )
     (asked,) = json.loads((scores / "evaluation.json").read_text())["models"].values()
     assert (asked["chat_template"], asked["long_prompts"]) == (str(file), "cut")
+    # Another text in the same file asks otherwise: what was answered does not stand for it.
+    file.write_text(TEMPLATE + "{# another #}")
+    with pytest.raises(SystemExit, match="chat_template"):
+        main(
+            ["evaluate", f"--model={models / 'student'}", f"--data={data}", f"--output={scores}"]
+            + [*short, f"--chat-template={file}", "--long-prompts=cut"]
+        )
     with pytest.raises(SystemExit, match="no.jinja: cannot be read"):
         main([*ask, f"--chat-template={tmp_path / 'no.jinja'}"])
 
