@@ -17,7 +17,7 @@ import jax
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.templates import PromptFormat, read_chat_template
+from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.data_page import show_data, write_data_page
 from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
 from promptkd_jax.infra.errors import ConfigError
@@ -39,7 +39,7 @@ USAGE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "JSON lines file or hub id to learn from, in place of a config"
+    text = "file, folder, pattern or hub id to learn from, in place of a config"
     parser.add_argument("--data", type=flags.source, help=text)
     parser.add_argument("--split", help="of a hub data set (default: train)")
     text = "held-out sets, beside that of a config; of hub data sets the split 'test'"
@@ -107,8 +107,6 @@ def _of_file(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfi
     if not options.model:
         raise ConfigError("--data: give --model, whose tokenizer the rows are made with")
     student = load_without_weights(options.model)
-    if options.chat_template:
-        student.tokenizer.chat_template = read_chat_template(options.chat_template)
     data, why = flags.data_config(options.model, options, lambda: student, weights=False)
     print(f"template {data.template} ({why})")
     data = dataclasses.replace(

@@ -16,12 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.records import Record
-from promptkd_jax.data.templates import read_chat_template
 from promptkd_jax.evaluation.benchmarks import find_tasks, run_tasks
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
@@ -36,8 +34,6 @@ from promptkd_jax.infra.files import (
     write_text,
 )
 from promptkd_jax.infra.specs import Int, declared
-from promptkd_jax.models.load import load_with_tokenizer
-from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies.answers import (
     AVERAGE,
@@ -66,7 +62,7 @@ DRAWS = 2000  # of the bootstrap
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_asking(parser, several=True, temperature=1.0, no_repeat_ngram_size=6)  # as published
-    text = "JSON lines files or hub ids"
+    text = "files, folders, patterns or hub ids"
     several = dict(nargs="+", action=flags.Different)
     parser.add_argument("--data", default=[], type=flags.source, help=text, **several)
     parser.add_argument("--split", default="test", help="of a hub data set")
@@ -130,7 +126,7 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     records = {
         name: read_records(source, need_output=True, **reading) for name, source in sets.items()
     }
-    load = functools.lru_cache(maxsize=1)(functools.partial(_load, options.chat_template))
+    load = functools.lru_cache(maxsize=1)(functools.partial(flags.load, options))
     contenders = [_contender(name, path, options, load) for name, path in models.items()]
     answers: Answers = {}
     benchmarks: dict[str, dict[str, Any]] = {}
@@ -185,18 +181,10 @@ def distinct_names(sources: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _load(chat_template: epath.Path | None, path: str, *, dtype: str) -> Model:
-    """A model, with the chat template of --chat-template where it is given."""
-    model = load_with_tokenizer(path, dtype=dtype)
-    if chat_template is not None:
-        model.tokenizer.chat_template = read_chat_template(chat_template)
-    return model
-
-
 def _contender(name: str, path: str, options: argparse.Namespace, load: Callable) -> Contender:
     """A model, with how it is asked, which is said."""
     if options.data:
-        data, why = flags.data_config(path, options, lambda: load(path, dtype=options.dtype))
+        data, why = flags.data_config(path, options, functools.partial(load, path))
         print(f"{name}: template {data.template} ({why})", flush=True)
     else:
         data = DataConfig()  # tasks have templates of their own
@@ -231,7 +219,7 @@ def _run_tasks(
         # lm-eval keeps answers in a file of one process, on a disk.
         alone = distributed.is_single_process() and not is_remote(folder)
         return run_tasks(
-            load(contender.path, dtype=contender.dtype),
+            load(contender.path),
             options.tasks,
             manager,
             batch_size=options.batch_size,

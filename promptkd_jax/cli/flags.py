@@ -15,12 +15,12 @@ from etils import epath
 
 from promptkd_jax.data.formats import FORMATS
 from promptkd_jax.data.rows import LONG_PROMPTS
-from promptkd_jax.data.templates import TEMPLATES
+from promptkd_jax.data.templates import TEMPLATES, read_chat_template
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import Path, io_errors, to_path
 from promptkd_jax.infra.specs import SEED, Float, Int, declared
-from promptkd_jax.models.load import RECORD, RECORDED, training_record
+from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.fields import DTYPE, DataConfig
@@ -158,6 +158,15 @@ def recorded(model: str, *, weights: bool = True) -> dict[str, Any]:
         if fault := specs[name].metadata["spec"].fault(value):
             raise ModelError(f"{model}: {RECORD}: {name}: {value!r} is not {fault}")
     return record
+
+
+def load(options: argparse.Namespace, path: str, *, dtype: str | None = None) -> Model:
+    """Loads a model with its tokenizer, computed in `dtype`, or that of --dtype, and with the chat
+    template of --chat-template where it is given."""
+    model = load_with_tokenizer(path, dtype=dtype or options.dtype)
+    if options.chat_template is not None:
+        model.tokenizer.chat_template = read_chat_template(options.chat_template)
+    return model
 
 
 def data_config(

@@ -13,11 +13,9 @@ import jax
 from promptkd_jax.cli import flags
 from promptkd_jax.data.records import user_record
 from promptkd_jax.data.rows import tokenize
-from promptkd_jax.data.templates import read_chat_template
 from promptkd_jax.inference.generate import decode, generate_responses, with_turn_end
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.specs import SEED, Int
-from promptkd_jax.models.load import load_with_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,15 +34,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _respond_to_all(options: argparse.Namespace) -> None:
-    load = functools.cache(
-        functools.partial(load_with_tokenizer, options.model, dtype=options.dtype)
-    )
+    load = functools.cache(functools.partial(flags.load, options, options.model))
     data, why = flags.data_config(options.model, options, load)
-    model = load()
-    if data.chat_template:
-        model.tokenizer.chat_template = read_chat_template(data.chat_template)
     prompt_format, capacity = data.prompt_format("default"), data.max_prompt_length
-    model = with_turn_end(model, prompt_format)
+    model = with_turn_end(load(), prompt_format)
     if distributed.is_primary():  # beside the responses, which may go into a file
         print(f"template {data.template} ({why})", file=sys.stderr, flush=True)
     typed = iter(lambda: distributed.run_on_primary(_typed), "")

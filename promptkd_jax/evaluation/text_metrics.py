@@ -14,8 +14,6 @@ from typing import Any
 
 import regex
 
-# The scores of `text_scores` with their headings in the table of an evaluation.
-COLUMNS = {"rougeL": "ROUGE-L", "chrF": "chrF", "exact_match": "exact match"}
 ROUGE_TOKENIZERS = {
     "published": "runs of a-z and 0-9, stemmed: for English, as in the published evaluation",
     "unicode": "words of letters and digits of any script, characters where it writes no spaces",

@@ -13,7 +13,7 @@ import pytest
 from helpers import bucket, tiny
 from helpers.records import example
 
-from promptkd_jax.cli import evaluate
+from promptkd_jax.cli import evaluate, flags
 from promptkd_jax.cli.main import main
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.data.templates import PromptFormat
@@ -200,7 +200,7 @@ def test_the_same_command_answers_only_what_is_missing(folder, tmp_path, monkeyp
     assert sorted(file.name for file in answers.iterdir()) == [
         *("config.json", "seed10.json", "seed10.jsonl", "seed20.json", "seed20.jsonl")
     ]
-    monkeypatch.setattr(evaluate, "load_with_tokenizer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(flags, "load_with_tokenizer", lambda *_, **__: 1 / 0)
     main(["evaluate", *command(folder, tmp_path, "--seeds", "10", "20")])
     assert (tmp_path / "evaluation.json").read_text() == before
 
