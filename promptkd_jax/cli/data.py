@@ -33,6 +33,7 @@ from promptkd_jax.training.run_models import choose_models, ended_alike
 
 # Flags of what a config says itself.
 WITH_DATA = ("model", *(name for name in RECORDED if name != "date"), "chat_template", "split")
+DEFAULTS = {"format": "auto", "columns": {}}
 USAGE = (
     "--config FILE[:arg] [--config.a.b=VALUE …] [options], or --data FILE --model MODEL [options]"
 )
@@ -74,6 +75,7 @@ def _of_config(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunCon
     if not rest:
         raise ConfigError("give --config FILE, or --data FILE and --model MODEL")
     given = [f"--{x.replace('_', '-')}" for x in WITH_DATA if getattr(options, x) is not None]
+    given += [f"--{x}" for x in ("format", "columns") if getattr(options, x) != DEFAULTS[x]]
     if given:
         raise ConfigError(f"{', '.join(given)}: are for --data; a config has fields for that")
     config = read_run(rest)

@@ -7,6 +7,7 @@ stopped.
 
 import argparse
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.reading import read_records
@@ -40,7 +42,7 @@ from promptkd_jax.studies.answers import (
     Contender,
     answer_sets,
     differences,
-    weights_of,
+    digests,
 )
 from promptkd_jax.training.config import claim, fingerprint
 from promptkd_jax.training.fields import DataConfig, EvaluationConfig, RunConfig
@@ -119,6 +121,8 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     """
     if not (options.data or options.tasks):
         raise ConfigError("neither --data nor --tasks: name what is to be answered")
+    if options.system and not options.data:
+        raise ConfigError("--system: is for --data; tasks have prompts of their own")
     check_writable(options.output)
     manager = find_tasks(options.tasks, options.task_folder) if options.tasks else None
     models, sets = distinct_names(options.model), distinct_names(options.data)
@@ -144,6 +148,7 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
         )
         _write_samples(contender, records, answers[contender.name])
     settings = (*declared(Sampling), "data", *reading, "seeds", "batch_size", "rouge_tokenizer")
+    settings += ("tasks", "num_fewshot", "apply_chat_template", "chat_template_kwargs")
     found = {
         "settings": {name: getattr(options, name) for name in settings},
         "models": {
@@ -187,7 +192,8 @@ def _contender(name: str, path: str, options: argparse.Namespace, load: Callable
         data, why = flags.data_config(path, options, functools.partial(load, path))
         print(f"{name}: template {data.template} ({why})", flush=True)
     else:
-        data = DataConfig()  # tasks have templates of their own
+        # Tasks have prompts of their own, which a chat template may be put around.
+        data = DataConfig(chat_template=str(options.chat_template or ""))
     if data.max_length <= data.max_prompt_length:
         raise ConfigError(
             f"--max-length {data.max_length} leaves no room for a response beside "
@@ -205,11 +211,13 @@ def _run_tasks(
     folder = contender.folder / "tasks"
     decides = dict(
         model=contender.path,
-        weights=weights_of(contender.path),
         dtype=contender.dtype,
+        **digests(contender),
         max_length=options.max_length,
         num_fewshot=options.num_fewshot,
         apply_chat_template=options.apply_chat_template,
+        chat_template_kwargs=options.chat_template_kwargs or {},
+        task_folder=_content(options.task_folder),
         lm_eval=version("lm-eval"),
     )
     claim(folder, decides, option="--output")
@@ -231,6 +239,16 @@ def _run_tasks(
 
     name = f"{fingerprint(sorted(options.tasks))}.json"
     return load_or_compute(folder / name, compute)
+
+
+def _content(folder: epath.Path | None) -> str:
+    """A digest of a folder's YAML files, names and all; "" where there is none."""
+    if folder is None:
+        return ""
+    whole = hashlib.sha256()
+    for file in sorted(pathlib.Path(folder).rglob("*.y*ml")):
+        whole.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return whole.hexdigest()
 
 
 def _asked(contender: Contender) -> dict[str, Any]:

@@ -109,7 +109,17 @@ def truncate(batch: Batch, width: int) -> Batch:
 
 
 def pad_to(batch: Batch, width: int) -> Batch:
-    """The rows in `width` columns, with nothing cached. Raises ValueError where they are wider."""
+    """The rows in `width` columns, with nothing cached.
+
+    Raises:
+      ValueError: they are wider, or say which tokens are supervised, which beside rows that a
+        student wrote would be lost.
+    """
+    if batch.supervised is not None:
+        raise ValueError(
+            "rows with `supervised` tokens, beside rows of a student or of a replay buffer; "
+            "expected a row for each turn of the assistant, its prompt the turns before it"
+        )
     more = width - batch.tokens.shape[1]
     if more < 0:
         raise ValueError(f"rows of {batch.tokens.shape[1]} columns do not fit into {width}")

@@ -113,7 +113,7 @@ def load_tokenizer(path: str) -> Any:
       ModelError: as `load_model`.
     """
     if path.startswith(PREFIX):
-        return synthetic_model(path).tokenizer
+        return synthetic_tokenizer()
     file = resolve_model(path)
     if file.suffix == ".gguf":
         from promptkd_jax.models.io.gguf import open_gguf

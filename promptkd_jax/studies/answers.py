@@ -25,13 +25,13 @@ from promptkd_jax.infra import distributed, provenance
 from promptkd_jax.infra.files import load_or_compute
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.io import identity
+from promptkd_jax.models.load import load_tokenizer
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config import claim, fingerprint
-from promptkd_jax.training.fields import TEACHER, DataConfig, RunConfig
+from promptkd_jax.training.fields import TEACHER, RunConfig
 
 AVERAGE = "average"
-ASKED = ("chat_template", "long_prompts")  # of the data, beside how a prompt is rendered
 
 
 class Contender(NamedTuple):
@@ -82,7 +82,7 @@ def answer_sets(
     def model() -> Model:
         return with_turn_end(load(contender.path, dtype=contender.dtype), asked, tokenizer)
 
-    _claim_folders(contender, sets, sampling, option)
+    _claim_folders(contender, sets, sampling, tokenizer, option)
     rows = functools.cache(lambda: _tokenize_all(contender, sets, model(), tokenizer))
 
     def answer(name: str, seed: int, unfinished: epath.Path) -> dict[str, Any]:
@@ -105,22 +105,44 @@ def answer_sets(
     return answers
 
 
-def weights_of(path: str) -> str:
-    """What tells a model that was trained anew from the one that answered before."""
-    return distributed.run_on_primary(lambda: identity.quick_digest(path))
+def digests(contender: Contender, tokenizer: Any = None) -> dict[str, str]:
+    """Digests of what answers: the model's weights, its tokenizer, and the chat template in use,
+    which tell a model that has changed from the one that answered before.
+
+    Args:
+      tokenizer: of the prompts; None: the model's own.
+    """
+    file = contender.config.data.chat_template
+
+    def digest() -> dict[str, str]:
+        used = tokenizer or load_tokenizer(contender.path)
+        template = used and used.chat_template
+        if file not in ("", TEACHER):
+            template = read_chat_template(file)
+        return {
+            "weights": identity.quick_digest(contender.path),
+            "tokenizer": used and identity.tokenizer_digest(used),
+            "chat_template": hashlib.sha256(str(template).encode()).hexdigest(),
+        }
+
+    return distributed.run_on_primary(digest)
 
 
 def _claim_folders(
-    contender: Contender, sets: Mapping[str, Sequence[Record]], sampling: Sampling, option: str
+    contender: Contender,
+    sets: Mapping[str, Sequence[Record]],
+    sampling: Sampling,
+    tokenizer: Any,
+    option: str,
 ) -> None:
     """Makes a folder of answers to each set that of what decides them."""
     config = contender.config
     decides = dict(
         model=contender.path,
-        weights=weights_of(contender.path),
         dtype=contender.dtype,
+        **digests(contender, tokenizer),
         **config.data.prompt_format(config.preset).identity,
-        **_changed(config.data),
+        long_prompts=config.data.long_prompts,
         max_prompt_length=config.data.max_prompt_length,
         max_length=config.data.max_length,
         rouge_tokenizer=config.evaluation.rouge_tokenizer,
@@ -129,19 +151,6 @@ def _claim_folders(
     for name, records in sets.items():
         asked = decides | {"records": fingerprint({"records": records})}
         claim(contender.folder / name, asked, option=option)
-
-
-def _changed(data: DataConfig) -> dict[str, Any]:
-    """The fields of `ASKED` that are not as they are by default; of a chat template in a file, what
-    stands in it."""
-    default, changed = DataConfig(), {}
-    for name in ASKED:
-        if (value := getattr(data, name)) != getattr(default, name):
-            changed[name] = value
-    if changed.get("chat_template", TEACHER) != TEACHER:
-        text = distributed.run_on_primary(lambda: read_chat_template(data.chat_template))
-        changed["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
-    return changed
 
 
 def _tokenize_all(

@@ -71,6 +71,12 @@ def test_overrides_and_test_sets_are_taken(folder, said, tmp_path):
     assert "responses that end beyond 18 tokens" in text
 
 
+def test_how_data_are_read_is_said_in_one_place(folder, said):
+    how = ('--columns={"prompt": "query"}', "--format=messages")
+    text = said(f"--config={folder / 'config.py'}", *how)
+    assert text.endswith("--format, --columns: are for --data; a config has fields for that")
+
+
 def test_what_reading_left_out_is_told(folder, said, tmp_path):
     """Of gold rows, those without a response; and fields that nothing reads."""
     records = [

@@ -13,6 +13,7 @@ from promptkd_jax.distill import losses, targets
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.method_fields import TARGETS, TargetSource
+from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra.specs import declared
@@ -307,10 +308,30 @@ def test_a_conversation_has_the_gradient_of_its_turns_one_by_one():
     steps.assert_close(found, by_turn)
 
 
+@pytest.mark.parametrize("targets", ["mixed", "replay"])
+def test_supervised_tokens_are_not_lost_beside_rows_of_a_student(targets):
+    method = steps.method(targets=targets, response_capacity=8, sampling=Sampling(eos_ids=(EOS,)))
+    replay = empty_replay(4, 12) if targets == "replay" else None
+    with pytest.raises(ValueError, match="a row for each turn of the assistant"):
+        targets_of(method, conversation(), replay)
+
+
 def test_supervised_tokens_are_cut_with_their_rows():
     rows = truncate(conversation(), 9)
     assert rows.supervised.shape == rows.tokens.shape == (4, 9)
     assert conversation().num_supervised.tolist() == [7, 4, 0, 5]
+
+
+def targets_of(method, rows: Batch, replay):
+    """The rows of a step, and the buffer after it."""
+    return jit(functools.partial(targets.target_rows, method, steps.STUDENT))(
+        steps.random_params(steps.STUDENT.config, 1),
+        jax.tree.map(jnp.asarray, rows),
+        replay,
+        jax.random.key(0),
+        step=jnp.zeros((), jnp.int32),
+        teacher=None,
+    )
 
 
 # A source of one's own, by CONTRIBUTING's recipe
@@ -333,14 +354,7 @@ def test_a_new_source_is_an_entry_and_a_function(monkeypatch):
         targets="every_second", response_capacity=8, sampling=Sampling(eos_ids=(EOS,))
     )
     rows = steps.batch()
-    written, replay = jit(functools.partial(targets.target_rows, method, steps.STUDENT))(
-        steps.random_params(steps.STUDENT.config, 1),
-        jax.tree.map(jnp.asarray, rows),
-        None,
-        jax.random.key(0),
-        step=jnp.zeros((), jnp.int32),
-        teacher=None,
-    )
+    written, replay = targets_of(method, rows, None)
     assert written.is_student.tolist() == [False, True, False, True] and replay is None
     for row in (0, 2):
         assert written.rows.tokens[row, :12].tolist() == rows.tokens[row].tolist()

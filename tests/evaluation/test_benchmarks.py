@@ -1,6 +1,7 @@
 """Tasks of lm-eval on our model: its numbers are those of lm-eval's own backend `hf`."""
 
 import json
+import shutil
 
 import pytest
 from helpers import tiny
@@ -176,6 +177,17 @@ def test_the_command_writes_every_task_and_goes_on(folder, tmp_path, theirs, cap
     assert (tmp_path / "evaluation.json").read_text() == text
     with pytest.raises(SystemExit, match="config.max_length: there None, now 100"):
         main(["evaluate", *arguments(folder, tmp_path, "--max-length=100")])
+    others = shutil.copytree(folder, tmp_path / "others", ignore=lambda *_: ["model"])
+    some = next(others.glob("*.yaml"))
+    some.write_text(some.read_text() + "# other\n")
+    with pytest.raises(SystemExit, match="config.task_folder: there"):
+        main(["evaluate", *arguments(folder, tmp_path, f"--task-folder={others}")])
+    with pytest.raises(
+        SystemExit, match="config.chat_template_kwargs.mood: there None, now 'glad'"
+    ):
+        main(["evaluate", *arguments(folder, tmp_path, '--chat-template-kwargs={"mood": "glad"}')])
+    with pytest.raises(SystemExit, match="--system: is for --data"):
+        main(["evaluate", *arguments(folder, tmp_path, "--system=Be kind.")])
 
 
 def test_tasks_that_there_are_not(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -179,6 +180,14 @@ def test_a_chat_template_of_a_flag(models, tmp_path, capsys):
             ["evaluate", f"--model={models / 'student'}", f"--data={data}", f"--output={scores}"]
             + [*short, f"--chat-template={file}", "--long-prompts=cut"]
         )
+    own = tmp_path / "own"
+    shutil.copytree(models / "student", own)
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    plain = ["evaluate", f"--model={own}", f"--data={data}", f"--output={tmp_path / 'own-scores'}"]
+    main([*plain, *short, "--template=chat"])
+    (own / "chat_template.jinja").write_text(TEMPLATE + "{# another #}")
+    with pytest.raises(SystemExit, match="chat_template"):
+        main([*plain, *short, "--template=chat"])
     with pytest.raises(SystemExit, match="no.jinja: cannot be read"):
         main([*ask, f"--chat-template={tmp_path / 'no.jinja'}"])
 
