@@ -116,8 +116,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     Raises:
       ModelError: a pointer of Git LFS in place of the file.
       GGUFError: not a whole GGUF file, of an architecture that is not read, or a setting or tensor
-        that it does not have or that is of none of the `TYPES`.
-      ImportError: the package gguf is not installed.
+        that it does not have or that is of none of the `TYPES`; the package gguf is not installed.
       OSError: no such file, or not readable.
     """
     path = os.fspath(path)
@@ -143,8 +142,9 @@ def _gguf() -> ModuleType:
 
 
 def _parse(path: str) -> tuple[GGUFReader, dict[str, Any]]:
+    gguf = _gguf()
     try:
-        reader = _gguf().GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         metadata = {key: entry.contents() for key, entry in reader.fields.items()}
     except (ValueError, LookupError, OverflowError) as error:  # gguf checks no bounds
         raise GGUFError(
