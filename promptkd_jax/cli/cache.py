@@ -13,17 +13,17 @@ from etils import epath
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.logprobs import on_a_file_system
-from promptkd_jax.data.reading import read_records
 from promptkd_jax.inference.logprob_cache import write_cache
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import check_shared, make_folder
 from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.model import check_positions
-from promptkd_jax.training import prepare
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.config import as_json
 from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.prepare import with_date
+from promptkd_jax.training.run_data import training_rows
 from promptkd_jax.training.run_models import load_models, shared_vocabulary
 
 USAGE = "--config FILE[:arg] --output DIR [--top-k 64] [--batch-size 8] [--config.a.b=VALUE …]"
@@ -63,10 +63,7 @@ def cache(config: RunConfig, folder: epath.PathLike, *, top_k: int, batch_size: 
         vocab_size = shared_vocabulary(teacher, student)
         check_positions(teacher, data.max_length)
         student = student.replace(params=None)  # tokenizes; its weights are not needed
-        how = dict(split=data.train_split, format=data.format, columns=data.columns)
-        records = read_records(data.train, need_output=True, **how)
-        dated = prepare.with_date(config, folder)
-        rows = prepare.tokenized(dated, student, data.train, records, supervise=data.supervise)
+        rows = training_rows(with_date(config, folder), student, None)
         cached = write_cache(
             teacher,
             rows,

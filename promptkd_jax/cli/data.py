@@ -8,8 +8,9 @@ and tokenizers of models, no weights.
 
 import argparse
 import dataclasses
+import itertools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 
 from promptkd_jax.cli import flags
 from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.records import Record
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.data_page import show_data, write_data_page
 from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
@@ -28,7 +30,12 @@ from promptkd_jax.training.build import title
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.config import as_json
 from promptkd_jax.training.fields import DataConfig, RunConfig
-from promptkd_jax.training.prepare import load_data, tokenized
+from promptkd_jax.training.run_data import (
+    load_data,
+    tokenized,
+    training_records,
+    training_rows,
+)
 from promptkd_jax.training.run_models import choose_models, ended_alike
 
 # Flags of what a config says itself.
@@ -97,7 +104,7 @@ def _of_config(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunCon
     sources = {"train": data.train, "dev": data.dev}
     asked = config.data.prompt_format(config.preset)
     splits = {name: Split(name, rows, asked) for name, rows in sources.items() if rows is not None}
-    train = [splits.pop("train")] if "train" in splits else []
+    train = [splits.pop("train")._replace(records=_records(config))] if data.train else []
     held_out = [*splits.values(), *_test_splits(options, config, student, asked, taken=sources)]
     return config, _described(config, train, held_out, student, teacher, notes)
 
@@ -121,10 +128,14 @@ def _of_file(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfi
     config = RunConfig(data=data)
     asked = data.prompt_format(config.preset)
     _, student = ended_alike(config, None, student)
-    records = read_records(options.data, split=data.train_split, need_output=False, **_how(config))
-    train = [Split("train", tokenized(config, student, options.data, records), asked)]
+    train = [Split("train", training_rows(config, student, None), asked, _records(config))]
     held_out = _test_splits(options, config, student, asked, taken=("train",))
     return config, _described(config, train, held_out, student, None, [])
+
+
+def _records(config: RunConfig) -> Iterator[Record]:
+    """The training records, once more."""
+    return itertools.chain.from_iterable(training_records(config, quiet=True))
 
 
 def _how(config: RunConfig) -> dict[str, Any]:
@@ -144,7 +155,7 @@ def _test_splits(
     for source in options.test:
         name = PurePath(source.removeprefix("package:")).stem
         name = source if name in (*taken, *splits) else name
-        records = read_records(source, split="test", need_output=False, **_how(config))
+        records = read_records(source, split="test", **_how(config))
         splits[name] = Split(name, tokenized(config, student, source, records), asked)
     return list(splits.values())
 

@@ -128,7 +128,7 @@ def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:
     models, sets = distinct_names(options.model), distinct_names(options.data)
     reading = dict(split=options.split, format=options.format, columns=options.columns)
     records = {
-        name: read_records(source, need_output=True, **reading) for name, source in sets.items()
+        name: read_records(source, need="references", **reading) for name, source in sets.items()
     }
     load = functools.lru_cache(maxsize=1)(functools.partial(flags.load, options))
     contenders = [_contender(name, path, options, load) for name, path in models.items()]

@@ -4,6 +4,7 @@ The position of a run in its data is one integer, the index of the next batch; i
 the number of processes and devices may change between a save and a restore.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -49,7 +50,8 @@ def train_batches(
     """An endless data set: element i is the Batch of step i, a pure function of (rows, seed, i).
 
     An epoch is len(rows.tokens) // batch_size batches; each is shuffled anew over all rows, and
-    leaves out the remainder.
+    leaves out the remainder. Of rows of several sources (`Rows.shares`) each source is shuffled
+    anew when all of its rows were seen, and has its share of every stretch of batches.
 
     Args:
       cached: what the teacher wrote down about these rows, to go with each batch.
@@ -79,12 +81,16 @@ def train_batches(
         make([int(np.argmax(lengths))])  # a row that is too long stops the run here
     # Grain shuffles epoch e with seed + e: unspread, epoch 1 of seed 0 would be epoch 0 of seed 1.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    batches = (
-        grain.MapDataset.range(count)
-        .shuffle(spread_seed)
-        .batch(batch_size, drop_remainder=True, batch_fn=make)
-    )
-    return batches.repeat()
+    batch = dict(batch_size=batch_size, drop_remainder=True, batch_fn=make)
+    if not rows.shares:
+        return grain.MapDataset.range(count).shuffle(spread_seed).batch(**batch).repeat()
+    counts, shares = zip(*rows.shares)
+    ends = itertools.accumulate(counts)
+    sources = [
+        grain.MapDataset.range(end - count, end).shuffle(spread_seed + place).repeat()
+        for place, (count, end) in enumerate(zip(counts, ends))
+    ]
+    return grain.MapDataset.mix(sources, shares).batch(**batch)
 
 
 def stream(dataset: grain.MapDataset, start: int) -> Iterator[Batch]:

@@ -5,29 +5,32 @@ is the conversation rendered whole. Tokens of a response are the same in both: a
 which that cannot be, such as where the template deletes earlier thinking, is refused.
 """
 
+import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from promptkd_jax.data.records import Message, Record
+from promptkd_jax.data.records import Message, Record, responses_of
 from promptkd_jax.data.special_tokens import encode_rendered, special_tokens, spellings
 from promptkd_jax.data.templates import (
     PromptFormat,
     chat_template,
+    check_rendered,
     escaped_format,
     escaped_record,
+    is_rendered,
     render_chat,
-    render_prompts,
+    render_escaped,
     turn_end,
     turns_with_system,
     with_bos,
 )
-from promptkd_jax.infra.errors import DataError
+from promptkd_jax.infra.errors import DataError, Faults
 
 _REMEDY = (
     "expected data.supervise = 'last', targets that a model writes, or a chat template that keeps "
@@ -42,25 +45,27 @@ class Conversation(NamedTuple):
     response: list[int]
     supervised: np.ndarray  # bool, as long as the response
 
-    @staticmethod
-    def of(prompt: list[int], response: list[int]) -> "Conversation":
-        """A prompt and its response, of which a student learns every token."""
-        return Conversation(prompt, response, np.ones(len(response), bool))
+
+class _Pieces(NamedTuple):
+    """A conversation as text: the prompt, then by turns a response and what stands before the next
+    one. `whole`: the template wrote it as one text, of which its tokens are."""
+
+    texts: tuple[str, ...]
+    whole: bool = True
 
 
-def one_turn_each(records: Sequence[Record]) -> list[Record]:
-    """Each turn of the assistant with the history before it as a record of its own; a conversation
-    that ends with another turn is a prompt besides."""
-    found = []
+def one_turn_each(records: Iterable[Record]) -> Iterator[Record]:
+    """Yields each turn of the assistant with the history before it as a record of its own; a
+    conversation that ends with another turn is a prompt besides."""
     for record in records:
-        for end in _responses_of(record.messages):
+        for end in responses_of(record.messages):
             turns, last = record.messages[: end + 1], end + 1 == len(record.messages)
-            gold = turns[-1].get("content")
-            references = (gold,) if isinstance(gold, str) else ()
-            found.append(record if last else record._replace(messages=turns, references=references))
-        if not _is_answered(record):
-            found.append(record)
-    return found
+            gold = str(turns[-1].get("content") or "")
+            references = (gold,) if gold.strip() else ()
+            split = dataclasses.replace(record, messages=turns, references=references)
+            yield record if last else split
+        if not record.is_answered:
+            yield record
 
 
 def shorter_histories(record: Record) -> Iterator[Record]:
@@ -69,157 +74,144 @@ def shorter_histories(record: Record) -> Iterator[Record]:
     system = [turn for turn in record.messages[:1] if turn["role"] == "system"]
     starts = [i for i, turn in enumerate(record.prompt) if turn["role"] == "user"]
     for start in starts[1:]:
-        yield record._replace(messages=(*system, *record.messages[start:]))
-
-
-def tokenize_last(
-    records: Mapping[int, Record],
-    prompt_format: PromptFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_id: int,
-) -> dict[int, Conversation]:
-    """The prompt and the last response of each record, as the template writes it up to the token
-    that ends a turn; where it writes none, and for other templates than 'chat', the response alone
-    and `eos_id`. A record without response gives its prompt.
-
-    Args:
-      records: by the number that messages call them.
-
-    Raises:
-      DataError: as `render_prompt`; or a response without text that the template does not render.
-    """
-    asked = dict(zip(records, render_prompts([*records.values()], prompt_format, tokenizer)))
-    prompts = dict(zip(records, encode_rendered([*asked.values()], tokenizer)))
-    responses = _last_responses(
-        {i: record for i, record in records.items() if _is_answered(record)},
-        asked,
-        prompts,
-        prompt_format,
-        tokenizer,
-        eos_id,
-    )
-    found = [Conversation.of(prompt, responses.get(i, [])) for i, prompt in prompts.items()]
-    return dict(zip(records, _with_bos(found, prompt_format, tokenizer)))
-
-
-def _last_responses(
-    records: Mapping[int, Record],
-    asked: Mapping[int, str],
-    prompts: Mapping[int, list[int]],
-    prompt_format: PromptFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_id: int,
-) -> dict[int, list[int]]:
-    """The tokens of the last responses to prompts of these texts and tokens, with their end."""
-    end, spelled = turn_end(prompt_format, tokenizer), spellings(tokenizer)
-    how, rendered, alone = escaped_format(prompt_format, spelled), {}, {}
-    for i, record in records.items():
-        record, text = escaped_record(record, spelled), None
-        if prompt_format.template == "chat":
-            text = _behind(asked[i], record, tokenizer, how, end)
-        if text is not None:
-            rendered[i] = text
-        elif not isinstance(text := record.messages[-1].get("content"), str):
-            raise DataError(
-                f"record {i} (from 0): its response has no text, and template "
-                f"{prompt_format.template!r} does not render it"
-            )
-        alone[i] = text
-    # As one text with the prompt, since a tokenizer may see the beginning of a text in a response
-    # by itself; by itself where that would change the tokens of the prompt.
-    found = dict(zip(alone, encode_rendered([*alone.values()], tokenizer)))
-    joint = encode_rendered([asked[i] + text for i, text in rendered.items()], tokenizer)
-    for i, tokens in zip(rendered, joint):
-        start = len(prompts[i])
-        found[i] = tokens[start:] if tokens[:start] == prompts[i] else found[i]
-    special = set(special_tokens(tokenizer).values())
-    eos_id = eos_id if end is None else tokenizer.convert_tokens_to_ids(end)
-    return {
-        i: tokens if i in rendered and tokens and tokens[-1] in special else [*tokens, eos_id]
-        for i, tokens in found.items()
-    }
-
-
-def tokenize_whole(
-    records: Mapping[int, Record], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
-) -> dict[int, Conversation]:
-    """Each conversation rendered whole, up to its last response; all of its turns of the assistant
-    are supervised, with the tokens that end them. The prompt is what stands before the first.
-
-    Args:
-      records: by the number that messages call them.
-
-    Raises:
-      DataError: the template renders a turn differently, or not, where others follow, or a token
-        crosses the beginning or the end of one.
-    """
-    if not records:
-        return {}
-    end, spelled = turn_end(prompt_format, tokenizer), spellings(tokenizer)
-    how, found = escaped_format(prompt_format, spelled), []
-    for number, record in records.items():
-        *_, last = _responses_of(record.messages)
-        try:
-            if end is None:
-                raise DataError("the template writes no special token at the end of a turn")
-            turns = escaped_record(record, spelled).messages[: last + 1]
-            found.append(_tokens(*_spans(turns, tokenizer, how, end), tokenizer))
-        except DataError as error:
-            raise DataError(
-                f"record {number} (from 0): its turns of the assistant cannot be supervised in one "
-                f"row: {error}; {_REMEDY}"
-            ) from error
-    return dict(zip(records, _with_bos(found, prompt_format, tokenizer)))
-
-
-def _with_bos(
-    found: list[Conversation], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
-) -> list[Conversation]:
-    prompts = with_bos([one.prompt for one in found], prompt_format, tokenizer)
-    return [one._replace(prompt=prompt) for one, prompt in zip(found, prompts)]
+        yield dataclasses.replace(record, messages=(*system, *record.messages[start:]))
 
 
 def has_several_responses(record: Record) -> bool:
     """Whether a row of all responses differs from that of the last one."""
-    count = len(list(_responses_of(record.messages)))
-    return count > 1 or (count == 1 and not _is_answered(record))
+    count = len(list(responses_of(record.messages)))
+    return count > 1 or (count == 1 and not record.is_answered)
 
 
-def _responses_of(turns: Sequence[Message]) -> Iterator[int]:
-    return (i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-
-
-def _is_answered(record: Record) -> bool:
-    return bool(record.messages) and record.messages[-1]["role"] == "assistant"
-
-
-def _behind(
-    asked: str,
-    record: Record,
+def tokenize_conversations(
+    records: Sequence[Record],
+    *,
+    prompt_format: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
-    how: PromptFormat,
-    end: str | None,
-) -> str | None:
-    """What the template writes behind a prompt for its response, up to the token that ends a turn;
-    None where it renders the prompt otherwise then, or leaves some of the response out."""
-    whole = render_chat(record.messages, tokenizer, how)
-    behind = whole.removeprefix(asked)
-    complete = behind.strip() and _has_all(behind, record.messages[-1:])
-    if not whole.startswith(asked) or not complete:
-        return None
-    return behind[: behind.index(end) + len(end)] if end and end in behind else behind.rstrip()
+    eos_id: int,
+    supervise: str,
+    faults: Faults,
+    first: int = 0,
+) -> list[Conversation | None]:
+    """The tokens of each record: its prompt, and its last response, or by `supervise` "all" what
+    follows the prompt up to the last response, of which all turns of the assistant are supervised.
+
+    A response is as the template writes it, up to the token that ends a turn; where it writes none,
+    and for other templates than 'chat', it is the response alone and `eos_id`. The prompt has the
+    tokens that it has alone: where a token would cross the beginning or the end of a response, each
+    piece of the conversation is tokenised by itself. A record without response gives its prompt.
+
+    Args:
+      faults: gets the records that cannot be rendered, or not as `supervise` wants it, by their
+        place or number.
+      first: the number of the first record, for messages.
+
+    Returns:
+      One for each record, None for one with a fault.
+
+    Raises:
+      DataError: there is no such template, or it cannot be used for any record.
+    """
+    end, spelled = turn_end(prompt_format, tokenizer), spellings(tokenizer)
+    how, pieces = escaped_format(prompt_format, spelled), {}
+    for index, record in enumerate(records):
+        several = supervise == "all" and how.template == "chat" and has_several_responses(record)
+        render = _all_responses if several else _last_response
+        try:
+            pieces[index] = render(escaped_record(record, spelled), tokenizer, how, end)
+        except DataError as error:
+            faults.add(record.place or f"record {first + index} (from 0)", str(error))
+    tokens = _encode_pieces(list(pieces.values()), tokenizer)
+    special = set(special_tokens(tokenizer).values())
+    eos_id = eos_id if end is None else tokenizer.convert_tokens_to_ids(end)
+    prompts = with_bos([prompt for prompt, *_ in tokens], prompt_format, tokenizer)
+    found: list[Conversation | None] = [None] * len(records)
+    for (index, (_, whole)), prompt, (_, *rest) in zip(pieces.items(), prompts, tokens):
+        if rest and not (whole and rest[-1][-1:] and rest[-1][-1] in special):
+            rest[-1] = [*rest[-1], eos_id]
+        masks = [np.full(len(piece), place % 2 == 0) for place, piece in enumerate(rest)]
+        supervised = np.concatenate([np.zeros(0, bool), *masks])
+        found[index] = Conversation(prompt, list(itertools.chain(*rest)), supervised)
+    return found
 
 
-def _has_all(text: str, turns: Sequence[Message]) -> bool:
-    """Whether a text has what the turns say, in their order; templates change blanks around it."""
-    text, place = "".join(text.split()), 0
-    for said in (turn.get(part) for turn in turns for part in ("reasoning_content", "content")):
-        if isinstance(said, str):
-            said = "".join(said.split())
-            place = text.find(said, place) + len(said)
-            if place < len(said):
-                return False
-    return True
+def _encode_pieces(
+    conversations: Sequence[_Pieces], tokenizer: PreTrainedTokenizerBase
+) -> list[list[list[int]]]:
+    """The tokens of each piece of each conversation.
+
+    As one text, since a tokenizer may see the beginning of a text in a piece by itself; by itself
+    where a token would lie across two pieces, and the tokens of the first depend on the second.
+    """
+    texts = [
+        list(itertools.accumulate(pieces)) if whole else list(pieces)
+        for pieces, whole in conversations
+    ]
+    encoded = iter(encode_rendered(list(itertools.chain(*texts)), tokenizer))
+    found = [[next(encoded) for _ in some] for some in texts]
+    crossed = []
+    for place, (_, whole) in enumerate(conversations):
+        *heads, tokens = found[place]
+        if whole and any(tokens[: len(head)] != head for head in heads):
+            crossed.append(place)
+        elif whole:
+            bounds = [0, *map(len, heads), len(tokens)]
+            found[place] = [tokens[start:stop] for start, stop in itertools.pairwise(bounds)]
+    apart = iter(encode_rendered([x for i in crossed for x in conversations[i].texts], tokenizer))
+    for place in crossed:
+        found[place] = [next(apart) for _ in conversations[place].texts]
+    return found
+
+
+def _last_response(
+    record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat, end: str | None
+) -> _Pieces:
+    """The prompt and what the template writes behind it for the response, up to the token that ends
+    a turn; the response alone where it renders the prompt otherwise then, or leaves some of the
+    response out."""
+    asked = render_escaped(record, tokenizer, how)
+    if not record.is_answered:
+        return _Pieces((asked,))
+    response = record.messages[-1]
+    if how.template == "chat":
+        whole = render_chat(record.messages, tokenizer, how)
+        behind = _up_to(end, whole.removeprefix(asked))
+        if whole.startswith(asked) and behind.strip() and is_rendered(response, behind):
+            return _Pieces((asked, behind))
+    if response.get("tool_calls") or not isinstance(response.get("content"), str):
+        raise DataError(
+            f"template {how.template!r} does not render all of its response, which calls tools or "
+            "has no text; expected a chat template that does (data.chat_template)"
+        )
+    return _Pieces((asked, response["content"]), whole=False)
+
+
+def _up_to(end: str | None, text: str) -> str:
+    """A text up to the last token that ends a turn, which may also end a part of one."""
+    return text[: text.rindex(end) + len(end)] if end and end in text else text.rstrip()
+
+
+def _all_responses(
+    record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat, end: str | None
+) -> _Pieces:
+    """The conversation rendered whole, up to its last response.
+
+    Raises:
+      DataError: the template renders a turn differently, or not, where others follow.
+    """
+    *_, last = responses_of(record.messages)
+    turns = record.messages[: last + 1]
+    try:
+        if end is None:
+            raise DataError("the template writes no special token at the end of a turn")
+        whole, spans = _spans(turns, tokenizer, how, end)
+    except DataError as error:
+        raise DataError(
+            f"its turns of the assistant cannot be supervised in one row: {error}; {_REMEDY}"
+        ) from error
+    check_rendered(whole, turns, tokenizer, how)
+    bounds = [0, *itertools.chain(*spans)]
+    return _Pieces(tuple(whole[start:stop] for start, stop in itertools.pairwise(bounds)))
 
 
 def _spans(
@@ -228,23 +220,22 @@ def _spans(
     """A conversation as the template renders it, and from where to where the assistant speaks in
     it, in characters, the ends of turns included."""
     whole, spans = render_chat(turns, tokenizer, how), []
-    for index in _responses_of(turns):
+    for index in responses_of(turns):
         asked = render_chat(turns[:index], tokenizer, how, add_generation_prompt=True)
-        said = render_chat(turns[: index + 1], tokenizer, how)
-        stop = said.find(end, len(asked)) + len(end)
+        said = _up_to(end, render_chat(turns[: index + 1], tokenizer, how))
         if not whole.startswith(asked):
             fault = f"turn {index} (from 0) is asked for with another text than it has before it"
             break
-        if stop < len(end) or not whole.startswith(said[:stop]):
+        if len(said) <= len(asked) or not whole.startswith(said):
             fault = (
                 f"the template renders turn {index} (from 0) differently where others follow, as "
                 "those do that delete earlier thinking"
             )
             break
-        if not _has_all(said[len(asked) : stop], turns[index : index + 1]):
+        if not is_rendered(turns[index], said[len(asked) :]):
             fault = f"the template leaves out some of turn {index} (from 0)"
             break
-        spans.append((len(asked), stop))
+        spans.append((len(asked), len(said)))
     else:
         return whole, spans
     if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -266,28 +257,16 @@ def _marked(
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **how.chat_template_kwargs},
     )
-    texts = [rendered[start:stop] for start, stop in spans]
-    spoken = [turn for turn in turns if turn["role"] == "assistant"]
-    if rendered != whole or not _has_all("".join(texts), spoken):
+    spoken = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    wanted = list(responses_of(turns))
+    if len(spans) == len(spoken):
+        spans = [span for place, span in zip(spoken, spans) if place in wanted]
+    elif spoken != wanted:
+        raise DataError("the template marks other turns as generated than those of the assistant")
+    texts = "".join(rendered[start:stop] for start, stop in spans)
+    if rendered != whole or not all(is_rendered(turns[place], texts) for place in wanted):
         raise DataError("what the template marks as generated lacks some of what is said there")
     # The end of a turn belongs to it, also where the mark stops before.
     return [
         (start, stop + len(end) if whole.startswith(end, stop) else stop) for start, stop in spans
     ]
-
-
-def _tokens(
-    whole: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> Conversation:
-    """The tokens of a conversation up to its last span; those of the spans are supervised."""
-    places = list(itertools.chain.from_iterable(spans))
-    *heads, tokens = encode_rendered([whole[:place] for place in places], tokenizer)
-    for place, head in zip(places, heads):
-        if tokens[: len(head)] != head:
-            near = whole[max(place - 20, 0) : place + 20]
-            raise DataError(f"a token crosses from one turn into the next, in {near!r}")
-    bounds = [*map(len, heads), len(tokens)]
-    first, mask = bounds[0], np.zeros(len(tokens), bool)
-    for start, stop in zip(bounds[::2], bounds[1::2]):
-        mask[start:stop] = True
-    return Conversation(tokens[:first], tokens[first:], mask[first:])

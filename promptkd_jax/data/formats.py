@@ -5,11 +5,12 @@ given by `data.columns`. To add one, write a function from `Fields` to a `Record
 `FORMATS`.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from promptkd_jax.data.records import Message, Record, user_record
+from promptkd_jax.data.records import Message, Record, responses_of, user_record
 from promptkd_jax.infra.errors import DataError
 
 _ROLES = {
@@ -144,8 +145,14 @@ def _prompt_completion(fields: Fields) -> Record:
     if not isinstance(prompt, list):
         prompt = [{"role": "user", "content": prompt}]
     turns = _turns(prompt, "prompt")
-    if ends_in_turns:
-        return _conversation(turns + _turns(completion, name), ())
+    answer = _turns(completion, name) if ends_in_turns else ()
+    if turns[-1]["role"] == "assistant" and (not answer or answer[0]["role"] == "assistant"):
+        raise DataError(
+            "field 'prompt' ends with a turn of the assistant, which the completion would go on "
+            "with; expected the whole response in one of them"
+        )
+    if answer:
+        return _conversation(turns + answer, ())
     fields.answer = answers
     return _conversation(turns, fields.references(*answers))
 
@@ -176,11 +183,13 @@ def _sharegpt(fields: Fields) -> Record:
 
 def _conversation(turns: tuple[Message, ...], references: tuple[str, ...]) -> Record:
     """The record of these turns, of which the last may be the gold response."""
-    last = turns[-1]
-    if last["role"] == "assistant" and not (last["content"].strip() or last.get("tool_calls")):
+    while turns and turns[-1]["role"] == "assistant" and _is_empty(turns[-1]):
         turns = turns[:-1]  # an empty answer is none
     if turns and turns[-1]["role"] == "assistant":
-        gold = turns[-1]["content"]
+        if turns[-1].get("weight") == 0:  # the last that is learned from is the response, if any
+            asked = (i for i, turn in enumerate(turns) if turn["role"] != "assistant")
+            turns = turns[: max(responses_of(turns), default=max(asked, default=-1)) + 1]
+        gold = turns[-1]["content"] if turns and turns[-1]["role"] == "assistant" else ""
         if gold.strip():
             references = (gold, *(text for text in references if text != gold))
     elif references:
@@ -189,6 +198,10 @@ def _conversation(turns: tuple[Message, ...], references: tuple[str, ...]) -> Re
     if not any(turn["role"] == "user" for turn in record.prompt):
         raise DataError("the conversation has no turn of the user before its response")
     return record
+
+
+def _is_empty(turn: Message) -> bool:
+    return not (turn["content"].strip() or turn.get("tool_calls"))
 
 
 def _turns(value: Any, name: str) -> tuple[Message, ...]:
@@ -215,8 +228,20 @@ def _turn(turn: Any, name: str) -> Message:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"{name}.tool_calls")
     if role == "user" and not content.strip():
         raise DataError(f"field '{name}.{key}' is empty; say what is asked")
-    as_text(json.dumps(rest, ensure_ascii=False, default=str), name)  # also without surrogates
-    return {"role": role, "content": content, **rest}
+    # As JSON has it, and without half surrogates.
+    rest = json.loads(as_text(json.dumps(rest, ensure_ascii=False, default=str), name))
+    turn = {"role": role, "content": content, **rest}
+    if role == "assistant" and (_is_empty(turn) or not _is_trained(turn, name)):
+        turn["weight"] = 0
+    return turn
+
+
+def _is_trained(turn: Message, name: str) -> bool:
+    """Whether a turn is to be learned from, by the words that fine-tuning services have for it."""
+    for key in ("weight", "train"):
+        if (value := turn.get(key, 1)) not in (0, 1):
+            raise DataError(f"field '{name}.{key}' is {shown(value)}, expected 0 or 1")
+    return all(turn.get(key, 1) for key in ("weight", "train"))
 
 
 def _content(value: Any, name: str) -> str:
@@ -308,8 +333,13 @@ def recognize(fields: Mapping[str, Any]) -> str:
     )
 
 
-def to_record(fields: Mapping[str, Any], name: str, need_output: bool) -> tuple[Record, list[str]]:
+def to_record(
+    fields: Mapping[str, Any], name: str, *, need_output: bool
+) -> tuple[Record, list[str]]:
     """Makes a record of an example's fields, by the format of this name.
+
+    Args:
+      need_output: whether a field that has the answer must be there, which may still be empty.
 
     Returns:
       The record, with references () where its answer is empty, and the names of the fields that
@@ -333,7 +363,7 @@ def to_record(fields: Mapping[str, Any], name: str, need_output: bool) -> tuple[
     # Names of a single turn's parts are for the template "alpaca" alone.
     beside = {k: _plain(v) for k, v in unused.items() if k not in ("instruction", "input")}
     extra = {**beside, **record.extra}
-    return record._replace(extra=extra), [k for k in unused if k not in _LABELS]
+    return dataclasses.replace(record, extra=extra), [k for k in unused if k not in _LABELS]
 
 
 def _plain(value: Any) -> Any:
@@ -355,12 +385,14 @@ def _with_system_and_history(record: Record, given: Fields) -> Record:
         if turns[0]["role"] == "system":
             raise DataError("field 'system' beside a system turn; keep one of them")
         turns = ({"role": "system", "content": system}, *turns)
-    return record._replace(messages=turns)
+    return dataclasses.replace(record, messages=turns)
 
 
 def _history(value: Any) -> tuple[Message, ...]:
     """Earlier turns, as [asked, answered] pairs or as messages."""
     earlier = _from_json(value, _HISTORY) if isinstance(value, str) else value
+    if not earlier:
+        return ()
     if not isinstance(earlier, list):
         raise DataError(f"field {_HISTORY!r} is {shown(earlier)}, expected [asked, answered] pairs")
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in earlier):

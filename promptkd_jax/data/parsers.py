@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from promptkd_jax.infra.errors import DataError
+from promptkd_jax.infra.errors import DataError, Faults
 
 Located = tuple[str, Any]  # ("train.jsonl:3", {"instruction": "…", …})
 File = epath.Path | Traversable
@@ -29,48 +29,24 @@ READ = ".jsonl, .json (one array), .csv, .tsv, .parquet and .txt (a corpus), pla
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first bytes
+# What other files begin with, as patterns.
 _OTHERS = {
-    b"version https://git-lfs": "a Git LFS pointer and not the data; fetch them by `git lfs pull`",
-    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as .csv",
-    b"BZh": "compressed by bzip2; decompress it, or compress it by gzip or zstd",
-    b"\xfd7zXZ": "compressed by xz; decompress it, or compress it by gzip or zstd",
-    b"ARROW1": "an Arrow file; save it as .parquet",
-    b"SQLite format 3": "a data base of SQLite; save the table as .csv",
-    b"%PDF": "a PDF; save its text as UTF-8",
-    b"<!doctype html": "a web page; download the file itself",
-    b"<html": "a web page; download the file itself",
-    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
-    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+    rb"version https://git-lfs": "a Git LFS pointer and not the data; fetch them by `git lfs pull`",
+    rb"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as .csv",
+    rb"BZh[1-9]1AY&SY": "compressed by bzip2; decompress it, or compress it by gzip or zstd",
+    rb"\xfd7zXZ\0": "compressed by xz; decompress it, or compress it by gzip or zstd",
+    rb"\x04\x22M\x18": "compressed by lz4; decompress it, or compress it by gzip or zstd",
+    rb"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it",
+    rb"ARROW1\0|\xff{4}": "an Arrow file; save it as .parquet",
+    rb"SQLite format 3\0": "a data base of SQLite; save the table as .csv",
+    rb"\x80[\x02-\x05]": "a pickle, which is not read since it may run code; save it as .parquet",
+    rb"\x89PNG|\xff\xd8\xff": "an image; models see text alone",
+    rb"%PDF-": "a PDF; save its text as UTF-8",
+    rb"(?i:<!doctype html|<html)": "a web page; download the file itself",
+    rb"\xff\xfe|\xfe\xff": "text in UTF-16; save it as UTF-8",
 }
 _HEAD, _CHUNK = 2**13, 2**16  # bytes that are looked at first, and read at once
 _LONGEST_LITERAL = 16  # characters of JSON's longest word: what an error so near the end may lack
-
-
-class Faults:
-    """What is wrong with a source's examples: the first ten with their places, and how many."""
-
-    SHOWN = 10
-
-    def __init__(self):
-        self.count, self._first, self._last = 0, [], ""
-
-    def add(self, where: str, fault: str) -> None:
-        """Notes the fault of an example; a second one of the same example does not count."""
-        if where == self._last:
-            return
-        self._last, self.count = where, self.count + 1
-        if self.count <= self.SHOWN:
-            self._first.append(f"{where}: {fault}")
-
-    def raise_any(self, source: str) -> None:
-        """Raises DataError with all that is known, if there is any."""
-        if self.count == 1:
-            raise DataError(self._first[0])
-        if self.count:
-            more = self.count - len(self._first)
-            rest = [f"and {more} more"] if more else []
-            head = f"{source}: {self.count} examples cannot be used:"
-            raise DataError("\n  ".join([head, *self._first, *rest]))
 
 
 def file_kind(name: str) -> str:
@@ -105,15 +81,18 @@ def read_file(name: str, file: File, faults: Faults) -> Iterator[Located]:
                 stream = whole
             yield from _read_parquet(name, stream)
             return
-        for mark, content in _OTHERS.items():
-            if text[: len(mark)].lower() == mark.lower():
+        for beginning, content in _OTHERS.items():
+            if re.match(beginning, text):
                 raise DataError(f"{name}: is {content}")
         if b"\0" in head or kind == ".parquet":
             shown = "is no Parquet file, whatever its name" if kind == ".parquet" else "is binary"
             raise DataError(f"{name}: {shown}; what is read: {READ}")
         if kind in (".csv", ".tsv"):
             titles = text.partition(b"\n")[0].decode(errors="replace")
-            separator = next((mark for mark in ",;\t" if mark in titles), ",")
+            marks = "\t,;" if kind == ".tsv" else ",;\t"
+            separator = max(marks, key=titles.count)  # the first of equal ones
+            if kind == ".tsv" and "\t" in titles:
+                separator = "\t"
             yield from _read_table(name, stream, faults, separator)
         elif kind == ".txt":
             for number, line in _lines(name, stream, faults):
@@ -142,10 +121,22 @@ def _read_parquet(name: str, stream: BinaryIO) -> Iterator[Located]:
     try:
         for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024):
             for fields in batch.to_pylist():
-                yield f"{name} row {number}", fields
+                yield f"{name} row {number}", without_absent(fields)
                 number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{name}: damaged Parquet after row {number}: {error}") from error
+
+
+def without_absent(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without what is null in its structures: a table gives each structure of a
+    column the fields of all others."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(inner) for name, inner in value.items() if inner is not None}
+        return [kept(inner) for inner in value] if isinstance(value, list) else value
+
+    return {name: kept(value) for name, value in row.items()}
 
 
 def _lines(name: str, stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, str]]:
@@ -280,7 +271,7 @@ def _read_table(name: str, stream: BinaryIO, faults: Faults, separator: str) -> 
     csv.field_size_limit(sys.maxsize)  # a text may be long
     lines = (line for _, line in _lines(name, stream, faults))
     rows = csv.reader(lines, delimiter=separator, strict=True)
-    header = next(rows, [])
+    header = next((cells for cells in rows if any(cells)), [])  # blank lines may come first
     if len(set(header)) < len(header):
         raise DataError(f"{name}: two columns have one name: {header}; rename one of them")
     while True:

@@ -1,6 +1,7 @@
 """Reading: the records of a source, and the documents of a corpus."""
 
 import collections
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,29 +13,73 @@ from promptkd_jax.data.formats import (
     to_document,
     to_record,
 )
-from promptkd_jax.data.parsers import Faults
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.records import NEEDS, Record
 from promptkd_jax.data.sources import read_fields
 from promptkd_jax.infra import distributed
-from promptkd_jax.infra.errors import DataError
+from promptkd_jax.infra.errors import DataError, Faults
 
 Columns = Mapping[str, str] | Iterable[tuple[str, str]]  # our name: theirs, "" for none
 
 
-class Records(list[Record]):
-    """The records of a source, in their order, and what reading it has left out.
+class RecordStream:
+    """The records of a source, one after the other, so that not all have to fit into memory; made
+    by `stream_records`. What it has left out is complete when all were read.
 
     Attributes:
-      format: key of `formats.FORMATS`.
-      unanswered: how many were dropped since their answer has no text.
+      source: as it was given.
+      format: key of `formats.FORMATS`; "auto" until the first record was read.
+      unanswered: how many were dropped since they have no response, or none with text.
       unused: how many of them have a field that nothing reads, by its name.
     """
 
     def __init__(
-        self, records: Iterable[Record], format: str, unanswered: int, unused: Mapping[str, int]
+        self, source: str, split: str, need: str, format: str, columns: Columns, quiet: bool
     ):
-        super().__init__(records)
-        self.format, self.unanswered, self.unused = format, unanswered, dict(unused)
+        self.source, self._split, self._need, self._quiet = source, split, need, quiet
+        self._columns, self._format, self.format = dict(columns), format, format
+        self.unanswered, self.unused = 0, collections.Counter()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yields the records from the first on.
+
+        Raises:
+          DataError: behind the last one, as `read_records`.
+        """
+        self.unanswered, self.unused, count = 0, collections.Counter(), 0
+        has_what_is_needed, faults, seen = NEEDS[self._need], Faults(), set()
+        for where, fields in read_fields(self.source, faults, split=self._split):
+            try:
+                if not isinstance(fields, Mapping):
+                    example = FORMATS["messages"].example
+                    raise DataError(f"found {shown(fields)}, expected an object like {example}")
+                seen |= self._columns.values() & fields.keys()
+                named, shadowed = _renamed(fields, self._columns)
+                if self.format == "auto":
+                    self.format = recognize(named)
+                record, unused = to_record(named, self.format, need_output=self._need != "nothing")
+            except DataError as error:
+                faults.add(where, str(error))
+                continue
+            self.unused.update([*unused, *shadowed])
+            if has_what_is_needed(record):
+                count += 1
+                yield dataclasses.replace(record, place=where)
+            else:
+                self.unanswered += 1
+        faults.raise_any(self.source)
+        if not count:
+            example = FORMATS.get(self.format, FORMATS["messages"]).example
+            unanswered = f"all {self.unanswered} answers are without text"
+            found = unanswered if self.unanswered else "no records"
+            raise DataError(f"{self.source}: {found}; expected at least one like {example}")
+        if not self._quiet:
+            self._say(seen)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """All by which records are made of the source."""
+        how = dict(split=self._split, need=self._need, format=self._format)
+        return how | {"columns": self._columns}
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -42,87 +87,80 @@ class Records(list[Record]):
         dropped = {"without a response": self.unanswered} if self.unanswered else {}
         return dropped | {f"unused field {name!r}": count for name, count in self.unused.items()}
 
+    def _say(self, seen: set[str]) -> None:
+        for theirs in self._columns.values():
+            if theirs and theirs not in seen:
+                distributed.warn(
+                    f"{self.source}: no record has the field {theirs!r} of data.columns"
+                )
+        if self.unanswered:
+            distributed.warn(
+                f"{self.source}: {self.unanswered} records dropped, their answers have no text"
+            )
+        if self.unused:
+            counted = ", ".join(f"{name!r} ({n} records)" for name, n in self.unused.items())
+            distributed.warn(f"{self.source}: fields that nothing reads: {counted}")
 
-def read_records(
+
+def stream_records(
     source: str,
     *,
     split: str = "train",
-    need_output: bool,
+    need: str = "nothing",
     format: str = "auto",
     columns: Columns = (),
-) -> Records:
-    """Reads the records of a source (see `sources.read_fields`), all of one format.
+    quiet: bool = False,
+) -> RecordStream:
+    """Returns the records of a source (see `sources.read_fields`), all of one format, to be read.
 
-    Records whose answer has no text are dropped and counted where one is needed. Of these, and of
-    fields that nothing reads, the first process says once how many there are.
+    Records without what is needed are dropped and counted. Of these, and of fields that nothing
+    reads, the first process says at the end how many there are.
 
     Args:
       split: the split of a data set of the hub; a file has none.
-      need_output: whether every record must have an answer.
+      need: what every record must have, key of `records.NEEDS`: "nothing"; the last "response";
+        "some response", in any turn; or "references", a response with text to compare with.
       format: key of `formats.FORMATS`; "auto": that of which the first record has the fields.
       columns: their names of fields, by ours (one of `formats.column_names()`); "" for a field
         that is not to be read.
+      quiet: nothing is said.
+    """
+    return RecordStream(source, split, need, format, columns, quiet)
+
+
+class Records(list[Record]):
+    """The records of a source, in their order, and what reading has found out: `format`,
+    `unanswered`, `unused` and `left_out` of the `RecordStream`."""
+
+    def __init__(self, stream: RecordStream):
+        super().__init__(stream)
+        self.format, self.unanswered = stream.format, stream.unanswered
+        self.unused, self.left_out = dict(stream.unused), stream.left_out
+
+
+def read_records(source: str, **how: Any) -> Records:
+    """Reads all records of a source into memory, as `stream_records`, whose arguments it takes.
 
     Raises:
       DataError: names the first ten examples that cannot be used, by file:line, or data set and
         row (from 0), with the fault and what would be right.
     """
-    columns, faults = dict(columns), Faults()
-    records: list[Record] = []
-    unused, seen = collections.Counter(), set()
-    unanswered = 0
-    for where, fields in read_fields(source, faults, split=split):
-        try:
-            if not isinstance(fields, Mapping):
-                example = FORMATS["messages"].example
-                raise DataError(f"found {shown(fields)}, expected an object like {example}")
-            seen |= columns.values() & fields.keys()
-            fields = _renamed(fields, columns)
-            if format == "auto":
-                format = recognize(fields)
-            record, beside = to_record(fields, format, need_output)
-        except DataError as error:
-            faults.add(where, str(error))
-            continue
-        unused.update(beside)
-        if need_output and not record.references:
-            unanswered += 1
-        else:
-            records.append(record)
-    faults.raise_any(source)
-    if not records:
-        example = FORMATS.get(format, FORMATS["messages"]).example
-        found = f"all {unanswered} answers are without text" if unanswered else "no records"
-        raise DataError(f"{source}: {found}; expected at least one like {example}")
-    _say(source, columns, seen, unanswered, unused)
-    return Records(records, format, unanswered, unused)
+    return Records(stream_records(source, **how))
 
 
-def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """The fields by our names; a field that has our name already makes room."""
+def _renamed(
+    fields: Mapping[str, Any], columns: Mapping[str, str]
+) -> tuple[Mapping[str, Any], list[str]]:
+    """The fields by our names, and the names of fields that had one of them already and made
+    room."""
     if not columns:
-        return fields
+        return fields, []
     given = {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
     gone = {*given, *(columns[ours] for ours in given)}
     gone |= {ours for ours, theirs in columns.items() if not theirs}
-    return given | {name: value for name, value in fields.items() if name not in gone}
-
-
-def _say(
-    source: str,
-    columns: Mapping[str, str],
-    seen: set[str],
-    unanswered: int,
-    unused: Mapping[str, int],
-) -> None:
-    for theirs in columns.values():
-        if theirs and theirs not in seen:
-            distributed.warn(f"{source}: no record has the field {theirs!r} of data.columns")
-    if unanswered:
-        distributed.warn(f"{source}: {unanswered} records dropped, their answers have no text")
-    if unused:
-        counted = ", ".join(f"{name!r} ({count} records)" for name, count in unused.items())
-        distributed.warn(f"{source}: fields that nothing reads: {counted}")
+    rest = {name: value for name, value in fields.items() if name not in gone}
+    shadowed = [n for n in given if fields.get(n) is not None and n not in columns.values()]
+    return given | rest, shadowed
 
 
 def read_corpus(source: str, *, split: str = "train", columns: Columns = ()) -> Iterator[str]:
@@ -135,7 +173,7 @@ def read_corpus(source: str, *, split: str = "train", columns: Columns = ()) -> 
     columns, faults, number = dict(columns), Faults(), 0
     for where, fields in read_fields(source, faults, split=split):
         try:
-            renamed = _renamed(fields, columns) if isinstance(fields, Mapping) else fields
+            renamed = _renamed(fields, columns)[0] if isinstance(fields, Mapping) else fields
             text = to_document(renamed)
         except DataError as error:
             faults.add(where, str(error))

@@ -4,28 +4,32 @@ Every row starts at column 0 and ends at its length: nothing is left-padded, and
 derived from the padding token, which is often also the end of sequence.
 """
 
+import bisect
+import collections
 import dataclasses
 import datetime
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from promptkd_jax.data.conversations import (
-    has_several_responses,
+    Conversation,
     shorter_histories,
-    tokenize_last,
-    tokenize_whole,
+    tokenize_conversations,
 )
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.special_tokens import encode
-from promptkd_jax.data.templates import PromptFormat, prompt_tokens, render_prompt, shows_date
-from promptkd_jax.infra.errors import DataError
+from promptkd_jax.data.templates import PromptFormat, shows_date
+from promptkd_jax.infra.errors import DataError, Faults
 from promptkd_jax.infra.provenance import fingerprint_rows
+
+T = TypeVar("T")
 
 SUPERVISE = {"last": "the last one", "all": "all of them, in a row that is the whole conversation"}
 LONG_PROMPTS = {
@@ -38,16 +42,19 @@ LONG_PROMPTS = {
 class Rows(NamedTuple):
     """Tokenised records, in their order, without those whose prompt is too long."""
 
-    tokens: list[np.ndarray]  # int32: prompt, response, end of sequence
+    tokens: Sequence[np.ndarray]  # int32: prompt, response, end of sequence
     prompt_lengths: np.ndarray  # int32, one per row
-    records: list[Record]
+    records: Sequence[Record]  # () where only the tokens are kept, see `mapped_rows`
     dropped: int
     cut: int = 0  # responses without their end, and so without an end of sequence
     date: str = ""  # that the prompts were rendered with, "" where the template shows none
     # bool, for each row which of its tokens a student learns from; None: those of the response.
-    supervised: list[np.ndarray] | None = None
+    supervised: Sequence[np.ndarray] | None = None
     shortened: int = 0  # prompts without their first turns, which would have been too long
-    left_out: Mapping[str, int] = {}  # when records were read: see `reading.Records`
+    left_out: Mapping[str, int] = {}  # when records were read: see `reading.RecordStream`
+    # How many rows are of each source, one behind the other, and the source's share of a batch; ():
+    # all rows are alike.
+    shares: Sequence[tuple[int, float]] = ()
 
     @property
     def num_supervised(self) -> np.ndarray:
@@ -57,8 +64,35 @@ class Rows(NamedTuple):
         return np.array([len(row) for row in self.tokens], np.int32) - self.prompt_lengths
 
 
+class RowList:
+    """Where `tokenize` puts rows: into memory, with their records. `mapped_rows` has another."""
+
+    def __init__(self):
+        self._tokens, self._prompt_lengths = [], []
+        self._supervised, self._records = [], []
+
+    def append(
+        self, tokens: np.ndarray, prompt_length: int, supervised: np.ndarray, record: Record | None
+    ) -> None:
+        """Takes a row: its tokens, int32, and for each of them whether it is supervised."""
+        self._tokens.append(tokens)
+        self._prompt_lengths.append(prompt_length)
+        self._supervised.append(supervised)
+        self._records.append(record)
+
+    def finish(self, masked: bool, **facts: Any) -> Rows:
+        """Returns the rows, with these fields; `masked`: not all of each response is supervised."""
+        return Rows(
+            self._tokens,
+            np.array(self._prompt_lengths, np.int32),
+            self._records,
+            supervised=self._supervised if masked else None,
+            **facts,
+        )
+
+
 def tokenize(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: PreTrainedTokenizerBase,
     prompt_format: PromptFormat,
     *,
@@ -67,6 +101,7 @@ def tokenize(
     eos_id: int,
     supervise: str = "last",
     long_prompts: str = "drop",
+    into: RowList | None = None,
 ) -> Rows:
     """Tokenises records into rows: prompt, response, the token that ends it, cut to max_length.
 
@@ -75,110 +110,184 @@ def tokenize(
     more than max_prompt_length tokens is dropped and counted.
 
     Args:
+      records: read once, a thousand at a time.
       eos_id: ends a response where the chat template does not (see `templates.turn_end`).
-      supervise: "last": a row is the last response, and all before it is its prompt; "all": all
-        turns of the assistant are supervised, and the prompt is what stands before the first.
-      long_prompts: "drop", or "cut": first without as many turns from its beginning as needed.
+      supervise: key of `SUPERVISE`: "last": a row is the last response, and all before it is its
+        prompt; "all": all turns of the assistant are supervised, and the prompt is what stands
+        before the first.
+      long_prompts: key of `LONG_PROMPTS`: "drop", or "cut": first without as many turns from its
+        beginning as needed.
+      into: where the rows go; by default into memory.
 
     Raises:
       DataError: no record is left, a prompt has no tokens, the two lengths contradict each other,
-        or the template cannot be rendered, or not as `supervise` wants it.
+        or the template cannot be rendered, or not as `supervise` wants it: names the first ten such
+        records, by their place or number.
     """
     if not 0 < max_prompt_length <= max_length:
         raise DataError(
             f"max_prompt_length {max_prompt_length} and max_length {max_length}: "
             "expected 0 < max_prompt_length <= max_length"
         )
-    if not records:
-        raise DataError("no records to tokenise; expected at least one")
     date = ""
     if shows_date(prompt_format.template, tokenizer):
         # One for all records, also at midnight.
         date = prompt_format.date or datetime.date.today().isoformat()
     prompt_format = dataclasses.replace(prompt_format, date=date)
-    several = supervise == "all" and prompt_format.template == "chat"
-    whole = {i: x for i, x in enumerate(records) if several and has_several_responses(x)}
-    last = {i: record for i, record in enumerate(records) if i not in whole}
-    shorter = {}
-    if long_prompts == "cut":
-        shorter = _shortened(last, prompt_format, tokenizer, max_prompt_length)
-    found = tokenize_last(last | shorter, prompt_format, tokenizer, eos_id)
-    found |= tokenize_whole(whole, prompt_format, tokenizer)
-    kept = _short_enough([found[i].prompt for i in range(len(found))], max_prompt_length)
-    rows = [found[i].prompt + found[i].response for i in kept]
-    supervised = None
-    if whole:
-        masks = (np.append(np.zeros(len(found[i].prompt), bool), found[i].supervised) for i in kept)
-        supervised = [mask[:max_length] for mask in masks]
-    return Rows(
-        tokens=[np.array(row[:max_length], np.int32) for row in rows],
-        prompt_lengths=np.array([len(found[i].prompt) for i in kept], np.int32),
-        records=[records[i] for i in kept],  # whole, also where the prompt was shortened
-        dropped=len(records) - len(kept),
-        cut=sum(len(row) > max_length for row in rows),
-        date=date,
-        supervised=supervised,
-        shortened=len(shorter),
-    )
+    how = dict(prompt_format=prompt_format, tokenizer=tokenizer, eos_id=eos_id, supervise=supervise)
+    into, counts, lengths, masked = into or RowList(), collections.Counter(), _Range(), False
+    for record, whole in _conversations(records, **how):
+        one = whole
+        if long_prompts == "cut" and len(whole.prompt) > max_prompt_length:
+            one = _shortened(record, whole, max_prompt_length, **how)
+            counts["shortened"] += one is not whole
+        lengths.add(len(whole.prompt))
+        if len(one.prompt) > max_prompt_length:
+            counts["dropped"] += 1
+            continue
+        row = np.array(one.prompt + one.response, np.int32)
+        supervised = np.append(np.zeros(len(one.prompt), bool), one.supervised)
+        counts["cut"] += len(row) > max_length
+        masked = masked or not one.supervised.all()
+        # The record stays whole, also where the prompt was shortened.
+        into.append(row[:max_length], len(one.prompt), supervised[:max_length], record)
+    if not lengths.count:
+        raise DataError("no records to tokenise; expected at least one")
+    if counts["dropped"] == lengths.count:
+        raise DataError(
+            f"all {lengths.count} prompts are longer than max_prompt_length {max_prompt_length}: "
+            f"the shortest has {lengths.least} tokens, the longest {lengths.most}"
+        )
+    facts = {name: counts[name] for name in ("dropped", "cut", "shortened")}
+    return into.finish(masked, **facts, date=date)
+
+
+def _conversations(records: Iterable[Record], **how: Any) -> Iterator[tuple[Record, Conversation]]:
+    """Yields each record and its tokens. Raises DataError at the end with the faults of all; from
+    the first one on nothing more is yielded."""
+    faults, first = Faults(), 0
+    for some in _chunks(records):
+        found = tokenize_conversations(some, first=first, faults=faults, **how)
+        for number, (record, one) in enumerate(zip(some, found), start=first):
+            if one and not one.prompt:
+                fault = "its prompt has no tokens; expected a tokenizer that has some for its text"
+                faults.add(record.place or f"record {number} (from 0)", fault)
+            if not faults.count:
+                yield record, one
+        first += len(some)
+    faults.raise_any("the data")
+
+
+class _Range:
+    """How many numbers there were, the least and the most of them."""
+
+    def __init__(self):
+        self.count, self.least, self.most = 0, math.inf, -math.inf
+
+    def add(self, number: int) -> None:
+        self.count, self.least = self.count + 1, min(self.least, number)
+        self.most = max(self.most, number)
 
 
 def _shortened(
-    records: Mapping[int, Record],
-    prompt_format: PromptFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_length: int,
-) -> dict[int, Record]:
-    """Those with a prompt that is too long, without as few of its first turns as will do; a prompt
-    whose last turn is too long stays as it is."""
-    prompts = prompt_tokens(list(records.values()), prompt_format, tokenizer)
-    long = (i for i, prompt in zip(records, prompts) if len(prompt) > max_prompt_length)
-    found = {}
-    for i in long:
-        for shorter in shorter_histories(records[i]):
-            if len(render_prompt(shorter, prompt_format, tokenizer)) <= max_prompt_length:
-                found[i] = shorter
-                break
-    return found
+    record: Record, whole: Conversation, max_prompt_length: int, **how: Any
+) -> Conversation:
+    """The conversation without as few of its first turns as will do; as it is where none will,
+    since its last turn alone is too long."""
+    faults = Faults()
+    for shorter in shorter_histories(record):
+        [one] = tokenize_conversations([shorter], faults=faults, **how)
+        faults.raise_any(record.place)
+        if len(one.prompt) <= max_prompt_length:
+            learned = one.supervised.any() or not whole.supervised.any()
+            return one if learned else whole
+    return whole
 
 
-def _short_enough(prompts: list[list[int]], max_prompt_length: int) -> list[int]:
-    """The indices of the prompts that fit, at least one."""
-    lengths = [len(prompt) for prompt in prompts]
-    if min(lengths) == 0:
-        raise DataError(
-            f"the prompt of record {lengths.index(0)} (from 0) has no tokens; "
-            "expected a tokenizer that has tokens for its text"
-        )
-    kept = [i for i, length in enumerate(lengths) if length <= max_prompt_length]
-    if not kept:
-        raise DataError(
-            f"all {len(lengths)} prompts are longer than max_prompt_length {max_prompt_length}: "
-            f"the shortest has {min(lengths)} tokens, the longest {max(lengths)}"
-        )
-    return kept
+def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    """A few at a time: the encodings of texts take 40 times the memory of their tokens."""
+    items = iter(items)
+    while some := list(itertools.islice(items, 1000)):
+        yield some
 
 
 def pack(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, eos_id: int
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    eos_id: int,
+    into: RowList | None = None,
 ) -> Rows:
     """Documents, each with its end of sequence, one after the other, cut into rows of `length`.
 
     Every token but a row's first counts as its response. What is left at the end makes no row.
 
+    Args:
+      texts: read once, a thousand at a time.
+      into: where the rows go; by default into memory.
+
     Raises:
       DataError: there is not enough text for one row.
     """
-    texts, parts = iter(texts), [np.zeros(0, np.int32)]
-    # A few documents at a time: their encodings take 40 times the memory of their tokens.
-    while some := list(itertools.islice(texts, 1000)):
-        for ids in encode(some, tokenizer):
-            parts.append(np.array([*ids, eos_id], np.int32))
-    stream = np.concatenate(parts)
-    count = len(stream) // length
+    into, rest, count = into or RowList(), np.zeros(0, np.int32), 0
+    supervised = np.arange(length) > 0
+    for some in _chunks(texts):
+        parts = (np.array([*ids, eos_id], np.int32) for ids in encode(some, tokenizer))
+        stream = np.concatenate([rest, *parts])
+        whole = len(stream) // length
+        for row in stream[: whole * length].reshape(whole, length):
+            into.append(row, 1, supervised, None)
+        rest, count = stream[whole * length :], count + whole
     if not count:
-        raise DataError(f"the corpus has {len(stream)} tokens, a row takes {length}")
-    tokens = stream[: count * length].reshape(count, length)
-    return Rows(list(tokens), np.ones(count, np.int32), [Record(())] * count, dropped=0)
+        raise DataError(f"the corpus has {len(rest)} tokens, a row takes {length}")
+    return into.finish(False, dropped=0)
+
+
+class _Chain(Sequence[np.ndarray]):
+    """Several sequences as one, which stay where they are."""
+
+    def __init__(self, parts: Sequence[Sequence[np.ndarray]]):
+        self._parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        index = range(len(self))[index]
+        part = bisect.bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+def concatenate_rows(parts: Sequence[Rows], weights: Sequence[float]) -> Rows:
+    """The rows of several sources, one behind the other, with the share of each in a batch."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens, supervised = [rows.tokens for rows in parts], None
+    if any(rows.supervised is not None for rows in parts):
+        supervised = _Chain([_masks(rows) for rows in parts])
+    left_out = collections.Counter()
+    for rows in parts:
+        left_out.update(rows.left_out)
+    return Rows(
+        _Chain(tokens),
+        np.concatenate([rows.prompt_lengths for rows in parts]),
+        [record for rows in parts for record in rows.records],
+        dropped=sum(rows.dropped for rows in parts),
+        cut=sum(rows.cut for rows in parts),
+        date=max(rows.date for rows in parts),
+        supervised=supervised,
+        shortened=sum(rows.shortened for rows in parts),
+        left_out=left_out,
+        shares=tuple((len(rows.tokens), weight) for rows, weight in zip(parts, weights)),
+    )
+
+
+def _masks(rows: Rows) -> Sequence[np.ndarray]:
+    """Which tokens of each row are supervised, also where that is all of the response."""
+    if rows.supervised is not None:
+        return rows.supervised
+    return [np.arange(len(x)) >= start for x, start in zip(rows.tokens, rows.prompt_lengths)]
 
 
 def with_responses(rows: Rows, responses: Iterable[Sequence[int]]) -> Rows:
@@ -191,11 +300,17 @@ def with_responses(rows: Rows, responses: Iterable[Sequence[int]]) -> Rows:
 
 
 def select_rows(rows: Rows, indices: Sequence[int]) -> Rows:
-    """The rows at these indices, in their order; one may stand there twice."""
+    """The rows at these indices, in their order; one may stand there twice. Those of several
+    sources have to stay one source behind the other."""
+    ends = list(itertools.accumulate(count for count, _ in rows.shares))
+    counts = np.diff(np.searchsorted(indices, [0, *ends]))
+    if rows.shares and np.any(np.diff(indices) < 0):
+        raise ValueError("rows of several sources: expected indices in ascending order")
     return rows._replace(
+        shares=tuple((int(count), share) for count, (_, share) in zip(counts, rows.shares)),
         tokens=[rows.tokens[index] for index in indices],
         prompt_lengths=rows.prompt_lengths[np.asarray(indices, np.int32)],
-        records=[rows.records[index] for index in indices],
+        records=rows.records and [rows.records[index] for index in indices],
         supervised=rows.supervised and [rows.supervised[index] for index in indices],
     )
 

@@ -5,6 +5,8 @@ tables and data sets are known here; `formats` says what they mean.
 """
 
 import glob
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,8 +16,15 @@ from pathlib import Path
 
 from etils import epath
 
-from promptkd_jax.data.parsers import READ, Faults, File, Located, file_kind, read_file
-from promptkd_jax.infra.errors import DataError
+from promptkd_jax.data.parsers import (
+    READ,
+    File,
+    Located,
+    file_kind,
+    read_file,
+    without_absent,
+)
+from promptkd_jax.infra.errors import DataError, Faults
 from promptkd_jax.infra.files import address_fault, io_errors, is_remote, to_path
 
 ASSETS = {"package:": "data/assets", "synthetic:": "data/assets/synthetic"}
@@ -23,6 +32,7 @@ _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 _SPLIT = re.compile(
     r"(^|[^a-z])(train|training|valid|validation|val|dev|test|testing|eval|evaluation)([^a-z]|$)"
 )
+_READ_BYTES = 2**20
 _HUB = re.compile(r"(?P<path>[^:@]+)(:(?P<name>[^@]+))?(@(?P<revision>.+))?")
 
 
@@ -51,6 +61,27 @@ def read_fields(source: str, faults: Faults, *, split: str = "train") -> Iterato
             yield from read_file(name, file, faults)
         except io_errors(source) as error:
             raise DataError(f"{name}: cannot be read: {error}") from error
+
+
+def source_digest(source: str, *, split: str = "train") -> str:
+    """A digest of all that `read_fields` would read, and of its order.
+
+    Raises:
+      DataError: as `read_fields`; not where the examples are broken.
+    """
+    whole, files = hashlib.sha256(), _find_files(source)
+    if files is None:
+        for _, fields in _read_data_set(source, split):
+            whole.update(json.dumps(fields, default=str).encode() + b"\n")
+    for name, file in files or ():
+        try:
+            with file.open("rb") as stream:
+                while some := stream.read(_READ_BYTES):
+                    whole.update(some)
+        except io_errors(source) as error:
+            raise DataError(f"{name}: cannot be read: {error}") from error
+        whole.update(file_kind(name).encode() + b"\n")
+    return f"sha256 {whole.hexdigest()}"
 
 
 # Which files
@@ -126,7 +157,15 @@ def _shards(source: str, folder: epath.Path, found: list[epath.Path]) -> list[ep
     `datasets` chooses."""
     found = [file for file in found if file_kind(file.name) and file.name not in _METADATA]
     kinds = sorted({file_kind(file.name) for file in found})
-    if any(_SPLIT.search(_below(file, folder).lower()) for file in found):
+    others = [x for x in found if not _SPLIT.search(_below(x, folder).lower())]
+    if len(others) < len(found):
+        if others:
+            split = next(file for file in found if file not in others)
+            raise DataError(
+                f"{source}: has files named by splits, such as {_below(split, folder)}, beside "
+                f"others, such as {_below(others[0], folder)}; say which are meant by a pattern "
+                f"such as {source.rstrip('/')}/*{kinds[0]}"
+            )
         if is_remote(source):
             raise DataError(
                 f"{source}: has files of splits; say which are meant by a pattern such as "
@@ -163,4 +202,4 @@ def _read_data_set(source: str, split: str) -> Iterator[Located]:
             f"failed: {error}"
         ) from error
     for number, fields in enumerate(rows):
-        yield f"{source} (split {split!r}) row {number}", fields
+        yield f"{source} (split {split!r}) row {number}", without_absent(fields)

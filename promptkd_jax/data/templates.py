@@ -16,6 +16,10 @@ from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import io_errors, read_text, to_path
 
 _CLOCK = "strftime_now"
+_WORD = "zebra"  # that no template writes itself
+# What the expressions of a template may raise.
+_OF_EXPRESSIONS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_OF_EXPRESSIONS += (RecursionError,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,9 @@ def _alpaca(record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptForma
 
 def _chat(record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat) -> str:
     """The conversation and the opening of the answer, in the model's own chat format."""
-    return render_chat(record.prompt, tokenizer, how, add_generation_prompt=True)
+    text = render_chat(record.prompt, tokenizer, how, add_generation_prompt=True)
+    check_rendered(text, record.prompt, tokenizer, how, add_generation_prompt=True)
+    return text
 
 
 def render_chat(
@@ -110,14 +116,65 @@ def render_chat(
             tokenize=False,
             **how.chat_template_kwargs,
         )
-    except (TemplateError, TypeError, ValueError) as error:  # what expressions in it raise, too
+    except (TemplateError, *_OF_EXPRESSIONS) as error:
         line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
         roles = ", ".join(turn["role"] for turn in turns)
         shown = "one user turn" if roles == "user" else f"the turns {roles}"
         raise DataError(
             f"template 'chat': that of tokenizer {name} cannot be rendered for {shown}: "
-            f"{line}{error}; mend its chat template, or use 'alpaca' or 'plain'"
+            f"{line}{error or type(error).__name__}; mend its chat template, or use 'alpaca' or "
+            "'plain'"
         ) from error
+
+
+def check_rendered(
+    text: str,
+    turns: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    how: PromptFormat,
+    *,
+    add_generation_prompt: bool = False,
+) -> None:
+    """Raises DataError where what `render_chat` made of these turns does not depend on one of
+    them, or has no name of a tool that one calls."""
+    turns, letters = turns_with_system(turns, how.system), _letters(text)
+    for place, turn in enumerate(turns):
+        content = str(turn.get("content") or "")
+        # Templates may delete earlier thinking.
+        if _letters(content.rpartition("</think>")[2]) not in letters:
+            others = [
+                *turns[:place],
+                {**turn, "content": f"{content} {_WORD}"},
+                *turns[place + 1 :],
+            ]
+            again = render_chat(others, tokenizer, how, add_generation_prompt=add_generation_prompt)
+            lost = again == text
+        else:
+            lost = any(_letters(name) not in letters for name in called_names(turn))
+        if lost:
+            raise DataError(
+                f"template 'chat': the chat template leaves out turn {place} (from 0), of role "
+                f"{turn['role']}; expected one that renders it (data.chat_template), or data "
+                "without it"
+            )
+
+
+def is_rendered(turn: Message, text: str) -> bool:
+    """Whether a text has all that a turn says, thinking and the names of called tools included, but
+    for blanks and signs, which templates change."""
+    said = [turn.get("reasoning_content"), turn.get("content"), *called_names(turn)]
+    letters = _letters(text)
+    return all(_letters(part) in letters for part in said if isinstance(part, str))
+
+
+def called_names(turn: Message) -> list[str]:
+    """The names of the tools that a turn calls."""
+    functions = (call.get("function", call) for call in turn.get("tool_calls") or ())
+    return [str(function.get("name", "")) for function in functions]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\W+", "", text)
 
 
 def read_chat_template(path: str) -> str:
@@ -179,33 +236,25 @@ def render_prompt(
       DataError: the template is unknown, or "chat" for a tokenizer without a chat template, or with
         one that cannot be rendered.
     """
-    return prompt_tokens([record], prompt_format, tokenizer)[0]
-
-
-def prompt_tokens(
-    records: Sequence[Record], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    texts = render_prompts(records, prompt_format, tokenizer)
-    return with_bos(encode_rendered(texts, tokenizer), prompt_format, tokenizer)
-
-
-def render_prompts(
-    records: Sequence[Record], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """The texts of prompts, for `encode_rendered`. Raises DataError as `render_prompt`."""
-    template, spelled = prompt_format.template, spellings(tokenizer)
-    if template not in TEMPLATES:
-        raise DataError(f"unknown template {template!r}; there are {', '.join(TEMPLATES)}")
+    spelled = spellings(tokenizer)
     how = escaped_format(prompt_format, spelled)
-    escaped = (escaped_record(record, spelled) for record in records)
-    return [TEMPLATES[template](record, tokenizer, how) for record in escaped]
+    text = render_escaped(escaped_record(record, spelled), tokenizer, how)
+    [ids] = with_bos(encode_rendered([text], tokenizer), prompt_format, tokenizer)
+    return ids
+
+
+def render_escaped(record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat) -> str:
+    """The text of a prompt, of a record and format that are escaped already."""
+    if how.template not in TEMPLATES:
+        raise DataError(f"unknown template {how.template!r}; there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[how.template](record, tokenizer, how)
 
 
 def escaped_record(record: Record, spelled: re.Pattern) -> Record:
     """The record with its texts as `escape` gives them."""
     roles = [turn["role"] for turn in record.messages]
     turns = (escape(turn, spelled) | {"role": r} for turn, r in zip(record.messages, roles))
-    return record._replace(messages=tuple(turns), extra=escape(record.extra, spelled))
+    return dataclasses.replace(record, messages=tuple(turns), extra=escape(record.extra, spelled))
 
 
 def escaped_format(prompt_format: PromptFormat, spelled: re.Pattern) -> PromptFormat:
@@ -222,10 +271,10 @@ def turn_end(prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) ->
     """
     if prompt_format.template != "chat":
         return None
-    said, spelled = "zebra", spellings(tokenizer)  # a word that no template writes itself
-    turns = user_record("Name an animal.", (said,)).messages
+    spelled = spellings(tokenizer)
+    turns = user_record("Name an animal.", (_WORD,)).messages
     text = render_chat(turns, tokenizer, escaped_format(prompt_format, spelled))
-    found = spelled.search(text.rpartition(said)[2]) if said in text else None
+    found = spelled.search(text.rpartition(_WORD)[2]) if _WORD in text else None
     return found and found[0]
 
 

@@ -4,7 +4,8 @@ All of it follows from rows, tokenizers and configs of models; `data_page` shows
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.data.templates import PromptFormat
-from promptkd_jax.evaluation.duplicates import near_duplicates
+from promptkd_jax.evaluation.duplicates import Duplicate, near_duplicates
 from promptkd_jax.evaluation.tables import Table
 from promptkd_jax.models.model import Model
 
@@ -26,6 +27,7 @@ class Split(NamedTuple):
     name: str  # "train", "dev", or that of a test set
     rows: Rows
     prompt_format: PromptFormat
+    records: Iterable[Record] | None = None  # read once, where those of the rows are not kept
 
 
 class Lengths(NamedTuple):
@@ -97,6 +99,7 @@ def describe_data(
     max_length: int,
     trained_formats: Mapping[str, PromptFormat] = {},
     notes: Sequence[str] = (),
+    compared: int | None = None,
 ) -> DataReport:
     """Describes the data of a run.
 
@@ -111,6 +114,7 @@ def describe_data(
       max_prompt_length, max_length: the limits, in tokens, that the rows were made with.
       trained_formats: how models were asked while they were trained, by their names.
       notes: to be shown beside the counts.
+      compared: how many training prompts are looked at for near-duplicates; None: all.
     """
     splits = [*train, *held_out]
     models = [student] if teacher is None else [student, teacher]
@@ -119,7 +123,9 @@ def describe_data(
         *_never_ending(splits, student),
         *_other_formats(splits, trained_formats, student, teacher),
     ]
-    overlaps = tuple(_overlap(train[0], split) for split in held_out) if train else ()
+    overlaps = _overlaps(train[0], held_out, compared) if train else ()
+    if train and compared and len(train[0].rows.tokens) > compared:
+        notes = (*notes, f"Near-duplicates: among the first {compared:,} training prompts.")
     for overlap in overlaps:
         if overlap.same or overlap.near:
             found.append(
@@ -147,7 +153,7 @@ def _counts(splits: Sequence[Split], eos_ids: Collection[int]) -> Table:
     reasons = list(dict.fromkeys(reason for counts in others for reason in counts))
     header = ("set", "records", "dropped", "rows", "with a response", "cut", "ending with EOS")
     rows = []
-    for (name, rows_of, _), counts in zip(splits, others):
+    for (name, rows_of, *_), counts in zip(splits, others):
         count, responses = len(rows_of.tokens), rows_of.num_supervised
         ended = sum(int(row[-1]) in eos_ids for row in _answered(rows_of))
         numbers = (count + rows_of.dropped, rows_of.dropped, count, int((responses > 0).sum()))
@@ -217,16 +223,36 @@ def _visible(text: str) -> str:
 # Overlap
 
 
-def _overlap(train: Split, held_out: Split) -> Overlap:
-    asked = [_asked(record) for record in held_out.rows.records]
-    found = near_duplicates(map(_asked, train.rows.records), asked)
+def _overlaps(train: Split, held_out: Sequence[Split], compared: int | None) -> tuple[Overlap, ...]:
+    """What each held-out set has in common with the first `compared` training prompts, which are
+    read once."""
+    asked = [[_asked(record) for record in split.rows.records] for split in held_out]
+    records = train.rows.records if train.records is None else train.records
+    prompts = map(_asked, itertools.islice(records, compared))
+    starts = [0, *itertools.accumulate(map(len, asked))]
+    found = near_duplicates(prompts, list(itertools.chain(*asked))) if starts[-1] else []
+    return tuple(
+        _overlap(
+            split.name,
+            texts,
+            [
+                one._replace(held_out=one.held_out - start)
+                for one in found
+                if start <= one.held_out < start + len(texts)
+            ],
+        )
+        for split, texts, start in zip(held_out, asked, starts)
+    )
+
+
+def _overlap(name: str, asked: Sequence[str], found: Sequence[Duplicate]) -> Overlap:
     same = sum(one.similarity == 1.0 for one in found)
     most_alike = sorted(found, key=lambda one: -one.similarity)[:SHOWN_PAIRS]
     pairs = (
-        Pair(_visible(asked[h]), _visible(_asked(train.rows.records[t])), similarity)
-        for h, t, similarity in most_alike
+        Pair(_visible(asked[one.held_out]), _visible(one.text), one.similarity)
+        for one in most_alike
     )
-    return Overlap(held_out.name, len(asked), same, len(found) - same, tuple(pairs))
+    return Overlap(name, len(asked), same, len(found) - same, tuple(pairs))
 
 
 def _asked(record: Record) -> str:

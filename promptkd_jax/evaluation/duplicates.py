@@ -30,6 +30,7 @@ class Duplicate(NamedTuple):
     held_out: int
     train: int
     similarity: float  # 1.0: the same words
+    text: str  # of the training prompt
 
 
 def near_duplicates(
@@ -71,7 +72,7 @@ def near_duplicates(
             similarity = common / (len(one) + len(other) - common)
             before = best[other].similarity if other in best else 0.0
             if similarity >= threshold and similarity > before:
-                best[other] = Duplicate(-1, number, similarity)
+                best[other] = Duplicate(-1, number, similarity, text)
     found = [one._replace(held_out=place) for other, one in best.items() for place in places[other]]
     return sorted(found)
 

@@ -101,7 +101,7 @@ def generation_metrics(
     ROUGE-L cannot count are warned of.
 
     Raises:
-      DataError: a row without references (see `read_records(need_output=True)`).
+      DataError: a row without references (see `read_records(need="references")`).
     """
     warn_of_uncounted(rows, rouge_tokenizer)
     written = list(

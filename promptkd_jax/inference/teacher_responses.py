@@ -33,14 +33,14 @@ def teacher_responses(teacher: Model, rows: Rows, file: epath.Path, **how: Any) 
       file: where they are kept; how: as `kept_responses` takes it.
 
     Returns:
-      The rows, their records' outputs replaced by the decoded responses.
+      The rows, the responses of their records, where those are kept, replaced by the decoded ones.
 
     Raises:
       DataError: `file` was made by something else, or is damaged.
     """
     responses = kept_responses(teacher, rows, file, writer="the teacher", **how)
     eos_ids = how["sampling"].eos_ids
-    records = [
+    records = rows.records and [
         record.answered(decode(teacher.tokenizer, response))
         for record, response in zip(rows.records, responses, strict=True)
     ]

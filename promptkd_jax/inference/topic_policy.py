@@ -104,7 +104,7 @@ def read_bank(source: str) -> list[Record]:
     Raises:
       DataError: a line cannot be read, there is only one, or two are the same.
     """
-    bank = read_records(source, need_output=False)
+    bank = read_records(source)
     counts = collections.Counter(record.prompt_text for record in bank)
     if repeated := [text for text, count in counts.items() if count > 1]:
         raise DataError(f"{source}: expected distinct topic prompts, found twice: {repeated[0]!r}")

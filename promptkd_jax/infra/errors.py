@@ -35,3 +35,30 @@ class CheckpointError(UserError):
 
 class ComparisonError(UserError):
     """A comparison that cannot go on; says why."""
+
+
+class Faults:
+    """What is wrong with examples: the first ten with their places, and how many."""
+
+    SHOWN = 10
+
+    def __init__(self):
+        self.count, self._first, self._last = 0, [], ""
+
+    def add(self, where: str, fault: str) -> None:
+        """Notes the fault of an example; a second one of the same example does not count."""
+        if where == self._last:
+            return
+        self._last, self.count = where, self.count + 1
+        if self.count <= self.SHOWN:
+            self._first.append(f"{where}: {fault}")
+
+    def raise_any(self, source: str) -> None:
+        """Raises DataError with all that is known, if there is any."""
+        if self.count == 1:
+            raise DataError(self._first[0])
+        if self.count:
+            more = self.count - len(self._first)
+            rest = [f"and {more} more"] if more else []
+            head = f"{source}: {self.count} examples cannot be used:"
+            raise DataError("\n  ".join([head, *self._first, *rest]))

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.data.parsers import Faults
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.sources import read_fields
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.errors import ConfigError, ModelError
+from promptkd_jax.infra.errors import ConfigError, Faults, ModelError
 from promptkd_jax.infra.files import io_errors, is_remote, to_path
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
@@ -257,13 +256,18 @@ def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[s
 
 def _training_rows(config: RunConfig) -> tuple[int, str]:
     """How many there are, 0 where only reading the data would tell, and what was counted."""
-    train = config.data.train
-    if train == "teacher":
+    if config.data.train == "teacher":
         return config.data_free.requests, "config.data_free.requests, all of them answered"
+    counts, words = zip(*(_source_rows(source) for source, _ in config.data.train_sources))
+    return sum(counts) if all(counts) else 0, "; ".join(words)
+
+
+def _source_rows(train: str) -> tuple[int, str]:
+    """As `_training_rows`, of one source."""
     if train == "databricks/databricks-dolly-15k":
         return DOLLY_ROWS, "the published split of Dolly"
     if train.startswith(("package:", "synthetic:")):
-        return len(read_records(train, need_output=False)), f"all of {train}"
+        return len(read_records(train)), f"all of {train}"
     if not is_remote(train) and to_path(train).is_file():
         count = sum(1 for _ in read_fields(train, Faults()))
         return count, f"all of {train}, too long ones included"

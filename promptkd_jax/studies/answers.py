@@ -29,7 +29,8 @@ from promptkd_jax.models.load import load_tokenizer
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config import claim, fingerprint
-from promptkd_jax.training.fields import TEACHER, RunConfig
+from promptkd_jax.training.field_specs import TEACHER
+from promptkd_jax.training.fields import RunConfig
 
 AVERAGE = "average"
 
@@ -149,7 +150,8 @@ def _claim_folders(
         sampling={name: getattr(sampling, name) for name in declared(Sampling)},
     )
     for name, records in sets.items():
-        asked = decides | {"records": fingerprint({"records": records})}
+        said = [[record.messages, record.references, record.extra] for record in records]
+        asked = decides | {"records": fingerprint({"records": said})}
         claim(contender.folder / name, asked, option=option)
 
 

@@ -81,7 +81,7 @@ def measure(made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
     set_chat_template(made.a_run, teacher.tokenizer, teacher.tokenizer)
     teacher = with_turn_end(teacher, asked)
     sets = {
-        name: read_records(source, split=test.split, need_output=True)[: test.rows or None]
+        name: read_records(source, split=test.split, need="references")[: test.rows or None]
         for name, source in test.sets.items()
     }
     rows = {
@@ -98,7 +98,7 @@ def measure(made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
             answers.setdefault(contender.name, {}).setdefault(name, {}).update(by_seed)
     texts = made.settings.exposure_bias
     how = dict(split=data.dev_split, format=data.format, columns=data.columns)
-    dev = read_records(data.dev, need_output=False, **how)
+    dev = read_records(data.dev, **how)
     sizes = dict(
         rows=tokenized(made.a_run, teacher, data.dev, dev[: texts.rows or None]),
         samples=texts.samples,

@@ -124,7 +124,7 @@ def read_sets(arguments: Sequence[str]) -> dict[str, list[Record]]:
             raise DataError(f"--sets: {name} is given twice")
         if not is_remote(file) and not to_path(file).is_file():
             raise DataError(f"--sets {argument}: no such file (looked from {pathlib.Path.cwd()})")
-        found[name] = read_records(file, need_output=True)
+        found[name] = read_records(file, need="references")
     if missing := missing_sets(found):
         print(
             f"without the test sets {', '.join(missing)} (n/a in the table); give them by "

@@ -44,8 +44,9 @@ def title(config: RunConfig) -> str:
 
 def data_name(config: RunConfig) -> str:
     """The name of the training data."""
-    written = config.data.train == "teacher"
-    return "requests that the teacher wrote" if written else short_name(config.data.train)
+    if config.data.train == "teacher":
+        return "requests that the teacher wrote"
+    return " + ".join(short_name(source) for source, _ in config.data.train_sources)
 
 
 def short_name(source: str) -> str:

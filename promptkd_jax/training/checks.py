@@ -11,7 +11,8 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Group, build, mistakes
 from promptkd_jax.training.config import as_dict, read_config
-from promptkd_jax.training.fields import RENAMED, TEACHER, RunConfig, StageConfig
+from promptkd_jax.training.field_specs import TEACHER
+from promptkd_jax.training.fields import RENAMED, RunConfig, StageConfig
 
 
 def read_run(arguments: Sequence[str]) -> RunConfig:

@@ -7,11 +7,10 @@ stage are declared with the mathematics that they belong to: `distill.method_fie
 """
 
 import dataclasses
-import datetime
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from promptkd_jax.data.formats import FORMATS, column_names
+from promptkd_jax.data.formats import FORMATS
 from promptkd_jax.data.rows import LONG_PROMPTS, SUPERVISE
 from promptkd_jax.data.templates import TEMPLATES, PromptFormat
 from promptkd_jax.distill import optimizer
@@ -36,6 +35,14 @@ from promptkd_jax.infra.specs import (
     mistakes,
 )
 from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.training.field_specs import (
+    Columns,
+    Date,
+    Keywords,
+    Sources,
+    TeacherLayers,
+    weighted_sources,
+)
 
 DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
 REMAT = Choice(
@@ -46,68 +53,6 @@ REMAT = Choice(
         "full": "all but the inputs of layers",
     }
 )
-
-
-TEACHER = "teacher"  # in place of a file: what the teacher has
-
-
-class _TeacherLayers:
-    """The spec of the layers of the teacher that a student starts from."""
-
-    def __str__(self) -> str:
-        return "a number of layers, or a tuple of different layers such as (0, 2, 4)"
-
-    def fault(self, value: Any) -> str:
-        layers = value if isinstance(value, list | tuple) else [value]
-        counted = all(type(layer) is int and layer >= 0 for layer in layers)
-        return "" if counted and 0 < len(layers) == len(set(layers)) else str(self)
-
-
-class _Date:
-    """The spec of a day as ISO 8601 writes it, or none."""
-
-    def __str__(self) -> str:
-        return "a date such as '2026-11-27', or ''"
-
-    def fault(self, value: Any) -> str:
-        try:
-            return "" if value == "" or datetime.date.fromisoformat(value) else str(self)
-        except (TypeError, ValueError):
-            return str(self)
-
-
-class _Keywords:
-    """The spec of named values, as a mapping or as pairs."""
-
-    def __str__(self) -> str:
-        return "named values such as {'enable_thinking': False}"
-
-    def fault(self, value: Any) -> str:
-        pairs = value.items() if isinstance(value, Mapping) else value
-        try:
-            named = dict(pairs)
-        except (TypeError, ValueError):
-            return str(self)
-        plain = all(isinstance(x, str | bool | int | float | None) for x in named.values())
-        return "" if plain and all(isinstance(name, str) for name in named) else str(self)
-
-
-class _Columns:
-    """The spec of the data's names of fields by ours, as a mapping or as pairs."""
-
-    def __str__(self) -> str:
-        return "names in the data by ours such as {'prompt': 'query'}"
-
-    def fault(self, value: Any) -> str:
-        try:
-            named = dict(value.items() if isinstance(value, Mapping) else value)
-        except (TypeError, ValueError):
-            return str(self)
-        if not all(isinstance(theirs, str) for theirs in named.values()):
-            return str(self)
-        known = column_names()
-        unknown = [ours for ours in named if ours not in known]
-        return f"{self}; {unknown[0]!r} is none of ours: {', '.join(known)}" if unknown else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +72,7 @@ class StudentConfig(ModelConfig):
     """The model that learns."""
 
     layers: int | tuple[int, ...] = field(
-        0, _TeacherLayers(), "of the teacher, in place of a path: how many, evenly spaced, or which"
+        0, TeacherLayers(), "of the teacher, in place of a path: how many, evenly spaced, or which"
     )
 
 
@@ -164,11 +109,12 @@ class CacheConfig:
 class DataConfig:
     """Records, and how they become rows."""
 
-    train: str = field(
+    train: str | tuple[tuple[str, float], ...] = field(
         "",
-        Path(nonempty=True),
+        Sources(nonempty=True),
         "a file, folder or pattern, a Hugging Face data set, 'synthetic:train', "
-        "'package:NAME/FILE', or 'teacher', which writes the prompts (see data_free)",
+        "'package:NAME/FILE', or 'teacher', which writes the prompts (see data_free); or several "
+        "with their shares of a batch, such as ((source, 0.7), (other, 0.3))",
     )
     train_split: str = field("train", Str(), "of a Hugging Face data set, such as train[1000:]")
     dev: str = field(
@@ -180,14 +126,16 @@ class DataConfig:
         "auto", Choice("auto", *FORMATS), "of the records; 'auto': told by their fields"
     )
     columns: tuple[tuple[str, str], ...] = field(
-        (), _Columns(), "the data's names of fields, by those of the format; '': not read"
+        (), Columns(), "the data's names of fields, by those of the format; '': not read"
     )
-    corpus: str = field("", Path(), "plain text for corpus_terms")
+    corpus: str | tuple[tuple[str, float], ...] = field(
+        "", Sources(), "plain text for corpus_terms, as train"
+    )
     corpus_split: str = field("train", Str(), "as train_split")
     template: str = field("alpaca", Choice(*TEMPLATES), "how a record becomes the text of a prompt")
     system: str = field("", Str(), "system turn of conversations that have none; '': none")
     chat_template_kwargs: tuple[tuple[str, Any], ...] = field(
-        (), _Keywords(), "what the chat template is given beside the conversation"
+        (), Keywords(), "what the chat template is given beside the conversation"
     )
     chat_template: str = field(
         "",
@@ -202,7 +150,7 @@ class DataConfig:
         "tokenizer has it, and not with preset 'faithful'",
     )
     date: str = field(
-        "", _Date(), "that a chat template may show; '': that of the run's first start"
+        "", Date(), "that a chat template may show; '': that of the run's first start"
     )
     max_prompt_length: int = field(
         256, Int(low=1), "tokens of a prompt; longer ones: see long_prompts"
@@ -220,10 +168,37 @@ class DataConfig:
         "writes the responses, each is a row of its own, behind the turns before it",
     )
 
+    token_cache: str = field(
+        "",
+        Path(bucket=False),
+        "folder of a disk for the tokens of train and corpus, which runs may share; '': the run's "
+        "own, or with a workdir in a bucket none",
+    )
+
     def __post_init__(self):
         for name in ("chat_template_kwargs", "columns"):
             if isinstance(value := getattr(self, name), Mapping):  # as pairs, which can be hashed
                 object.__setattr__(self, name, tuple(value.items()))
+
+    @property
+    def train_sources(self) -> tuple[tuple[str, float], ...]:
+        """The sources of `train`, each with its weight."""
+        return weighted_sources(self.train)
+
+    @property
+    def corpus_sources(self) -> tuple[tuple[str, float], ...]:
+        """The sources of `corpus`, each with its weight."""
+        return weighted_sources(self.corpus)
+
+    @property
+    def train_name(self) -> str:
+        """The sources of `train`, for people."""
+        return " + ".join(source for source, _ in self.train_sources)
+
+    @property
+    def corpus_name(self) -> str:
+        """The sources of `corpus`, for people."""
+        return " + ".join(source for source, _ in self.corpus_sources)
 
     def prompt_format(self, preset: str) -> PromptFormat:
         """Returns how a conversation becomes a prompt, under this preset of conventions."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,7 @@ import numpy as np
 from etils import epath
 
 from promptkd_jax.data.batches import train_batches
-from promptkd_jax.data.conversations import one_turn_each
-from promptkd_jax.data.reading import Records, read_corpus, read_records
-from promptkd_jax.data.records import Record
-from promptkd_jax.data.rows import Rows, fingerprint_records, pack, select_rows, tokenize
+from promptkd_jax.data.rows import Rows, fingerprint_records, fingerprint_supervised, select_rows
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.soft_prompt import (
     init_soft_prompt,
@@ -34,25 +31,9 @@ from promptkd_jax.models.model import Model, check_positions, text_end
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import build
 from promptkd_jax.training.experiment import Experiment, Stage
-from promptkd_jax.training.fields import RunConfig, StageConfig
+from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.run_data import RunData, load_data, tokenized
 from promptkd_jax.training.run_models import agree_on_models, load_models, shared_vocabulary
-
-
-class _Data(NamedTuple):
-    """The rows of a run; None where it has none, or the teacher has not written them yet."""
-
-    train: Rows | None  # with the data's own responses
-    turns: Rows | None  # with one turn of the assistant each, where rows of `train` have several
-    answered: Rows | None  # the same prompts with responses of the teacher
-    dev: Rows | None
-    corpus: Rows | None
-
-    def of(self, stage: StageConfig) -> Rows:
-        """The training rows of a stage."""
-        if stage.source.teacher_writes:
-            return self.answered
-        by_turn = stage.source.on_policy and self.turns is not None
-        return self.turns if by_turn else self.train
 
 
 def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
@@ -71,7 +52,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     agree_on_models(teacher, student)
 
     # Load the data.
-    data = load_data(config, student)
+    data = load_data(config, student, workdir)
     shown = _shown(config, data.train)
     demonstrations = tuple(int(token) for index in shown for token in data.train.tokens[index])
     _check_lengths(config, teacher, student, demonstrations)
@@ -153,44 +134,14 @@ def _check_lengths(
 # Data
 
 
-def load_data(config: RunConfig, student: Model) -> _Data:
-    """Reads the rows that are there, without the student's parameters; what the teacher writes is
-    still None."""
-    data, train, turns, dev, corpus = config.data, None, None, None, None
-    how = dict(format=data.format, columns=data.columns)
-    if data.train != "teacher":
-        need_output = any(stage.reads_responses for stage in config.stages)
-        split = data.train_split
-        records = read_records(data.train, split=split, need_output=need_output, **how)
-        by_turn = [stage.by_turn for stage in config.stages]
-        if data.supervise == "all" and any(by_turn):
-            name = f"{data.train}, turn by turn"
-            turns = tokenized(config, student, name, one_turn_each(records))
-        if turns is None or not all(by_turn):
-            train = tokenized(config, student, data.train, records, supervise=data.supervise)
-        else:
-            train = turns
-    if data.dev != "teacher":
-        need_output = config.evaluation.references == "gold"
-        split = data.dev_split
-        records = read_records(data.dev, split=split, need_output=need_output, **how)
-        dev = tokenized(
-            config, student, data.dev, records[: data.dev_rows] if data.dev_rows else records
-        )
-    if any(stage.corpus_terms for stage in config.stages):
-        texts = read_corpus(data.corpus, split=data.corpus_split, columns=data.columns)
-        corpus = pack(texts, student.tokenizer, data.max_length, text_end(student))
-    return _Data(train, turns, None, dev, corpus)
-
-
 def _generate(
     config: RunConfig,
-    data: _Data,
+    data: RunData,
     teacher: Model | None,
     student: Model,
     vocab_size: int,
     workdir: epath.Path,
-) -> _Data:
+) -> RunData:
     """Has the teacher write the prompts that are missing, then the responses that are asked for."""
     names, settings = config.data, config.teacher_responses
     shared = dict(
@@ -205,7 +156,7 @@ def _generate(
         asked = names.prompt_format(config.preset)
         file = workdir / "requests.jsonl"
         records = generate_prompts(teacher, student, file, free, asked, **shared)
-        train = tokenized(config, student, names.train, records[held:])
+        train = tokenized(config, student, names.train_name, records[held:])
         if dev is None:
             dev = tokenized(config, student, names.dev, records[:held])
     respond = functools.partial(
@@ -222,7 +173,7 @@ def _generate(
         answered = respond(prompts, folder / "teacher_answers.jsonl", sampling=sampling)
         _warn_of_cut(config, "the teacher", answered)
     if any(stage.reads_responses for stage in config.stages):
-        _warn_of_cut(config, names.train, train)
+        _warn_of_cut(config, names.train_name, train)
     if config.evaluation.references == "teacher":
         greedy = Sampling(temperature=0.0, eos_ids=student.eos_ids)
         dev = respond(dev, folder / "dev_answers.jsonl", sampling=greedy)
@@ -230,7 +181,7 @@ def _generate(
 
 
 def _inputs(
-    config: RunConfig, teacher: Model | None, student: Model, data: _Data
+    config: RunConfig, teacher: Model | None, student: Model, data: RunData
 ) -> dict[str, str]:
     """Returns digests of all that the run learns from, by the fields that name it."""
     names, found = config.data, {}
@@ -241,41 +192,14 @@ def _inputs(
     found["the tokens that end an answer"] = str(list(student.eos_ids))
     for stage in config.stages:
         rows = "answers of the teacher" if stage.source.teacher_writes else "rows"
-        found[f"{names.train} (config.data.train, {rows})"] = fingerprint_records(data.of(stage))
+        found[f"{names.train_name} (config.data.train, {rows})"] = fingerprint_supervised(
+            data.of(stage)
+        )
     found[f"{names.dev} (config.data.dev)"] = fingerprint_records(data.dev)
     if data.corpus is not None:
-        found[f"{names.corpus} (config.data.corpus)"] = fingerprint_records(data.corpus)
+        digest = fingerprint_supervised(data.corpus)
+        found[f"{names.corpus_name} (config.data.corpus)"] = digest
     return found | ({"the date (config.data.date)": data.dev.date} if data.dev.date else {})
-
-
-def tokenized(
-    config: RunConfig,
-    model: Model,
-    source: str,
-    records: Sequence[Record],
-    supervise: str = "last",
-) -> Rows:
-    """The records as rows of the config's template and lengths; says how many were dropped, and how
-    many prompts and answers are cut."""
-    limit, length = config.data.max_prompt_length, config.data.max_length
-    rows = tokenize(
-        records,
-        model.tokenizer,
-        config.data.prompt_format(config.preset),
-        max_prompt_length=limit,
-        max_length=length,
-        eos_id=model.eos_ids[0],
-        supervise=supervise,
-        long_prompts=config.data.long_prompts,
-    )
-    if isinstance(records, Records):
-        rows = rows._replace(left_out=records.left_out)
-    shortened = f"{rows.shortened} prompts without their first turns, " if rows.shortened else ""
-    print(
-        f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "
-        f"{shortened}{rows.cut} answers cut at {length} tokens"
-    )
-    return rows
 
 
 def _warn_of_cut(config: RunConfig, source: str, rows: Rows) -> None:
@@ -294,10 +218,10 @@ def _shown(config: RunConfig, rows: Rows) -> list[int]:
     if not wanted:
         return []
     number, count = config.in_context.examples, len(rows.tokens)
-    if number > count or not all(record.references for record in rows.records):
+    if number > count or not rows.num_supervised.all():
         raise DataError(
-            f"{config.data.train}: {count} rows, of which {number} with an answer are wanted as "
-            "demonstrations (config.in_context.examples)"
+            f"{config.data.train_name}: {count} rows, of which {number} with an answer are wanted "
+            "as demonstrations (config.in_context.examples)"
         )
     return np.random.default_rng(config.seed).choice(count, number, replace=False).tolist()
 

@@ -1,5 +1,6 @@
 """One run, from models and data to a report; continues one that was stopped."""
 
+import itertools
 import json
 import math
 import platform
@@ -24,9 +25,11 @@ from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
 from promptkd_jax.training.config import as_json, claim
 from promptkd_jax.training.experiment import Experiment
+from promptkd_jax.training.field_specs import TEACHER
 from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.loop import Trained, dev_generation_metrics, evaluate_student, fit
 from promptkd_jax.training.prepare import prepare, with_date
+from promptkd_jax.training.run_data import training_records
 from promptkd_jax.training.save import save, save_configs
 
 # name, format, which direction is better
@@ -37,6 +40,8 @@ DEV_METRICS = {
 }
 # What summary.json compares before and after training.
 SUMMARY_KEYS = (*DEV_METRICS, "loss", "response_length", "eos_rate", "repetition")
+# That the report looks for near-duplicates of dev in; `promptkd data` looks at all.
+COMPARED_PROMPTS = 100_000
 PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")
 
 
@@ -205,13 +210,17 @@ def _data_report(experiment: Experiment) -> DataReport:
     data = experiment.config.data
     prompt_format = data.prompt_format(experiment.config.preset)
     names = "train", "train, by the teacher"
+    records = None
+    if data.train != TEACHER:
+        records = itertools.chain.from_iterable(training_records(experiment.config, quiet=True))
     return describe_data(
-        [Split(name, rows, prompt_format) for name, rows in zip(names, experiment.train)],
+        [Split(name, rows, prompt_format, records) for name, rows in zip(names, experiment.train)],
         [Split("dev", experiment.dev, prompt_format)],
         experiment.student,
         experiment.teacher,
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
+        compared=COMPARED_PROMPTS,
     )
 
 

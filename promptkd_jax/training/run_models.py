@@ -18,7 +18,8 @@ from promptkd_jax.models.load import load_model, load_tokenizer
 from promptkd_jax.models.model import Model, check_text, chosen_layers, end_ids, keep_layers
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import needs_the_teacher
-from promptkd_jax.training.fields import TEACHER, ModelConfig, RunConfig
+from promptkd_jax.training.field_specs import TEACHER
+from promptkd_jax.training.fields import ModelConfig, RunConfig
 
 
 def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:

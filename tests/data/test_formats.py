@@ -1,7 +1,10 @@
 """What the fields of an example mean, format by format."""
 
+import dataclasses
+import datetime
 import json
 
+import pyarrow.parquet
 import pytest
 from helpers.files import write_lines
 from helpers.records import example
@@ -9,14 +12,14 @@ from helpers.records import example
 from promptkd_jax.data import formats
 from promptkd_jax.data.formats import FORMATS, Fields, Format, to_record
 from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.records import user_record
+from promptkd_jax.data.records import responses_of, user_record
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.training.fields import DataConfig
 
 
 def read(folder, *records, **how):
     path = write_lines(folder / "some.jsonl", *records)
-    return read_records(path, **{"need_output": True} | how)
+    return read_records(path, **{"need": "response"} | how)
 
 
 def fault_of(folder, record, **how):
@@ -110,9 +113,10 @@ def test_a_conversation_keeps_its_turns_names_and_tool_calls(tmp_path):
 
 def test_a_single_turn_says_what_the_template_alpaca_shows(tmp_path):
     (record,) = read(tmp_path, {"question": "a?", "context": "b", "answer": ["c", "d"], "id": 3})
-    assert record == example("a?", "b", ("c", "d"))._replace(
-        extra={"id": 3, "instruction": "a?", "input": "b"}
-    )
+    expected = example("a?", "b", ("c", "d"))
+    extra = {"id": 3, "instruction": "a?", "input": "b"}
+    assert record == dataclasses.replace(expected, extra=extra)
+    assert record.place.endswith("some.jsonl:1")
 
 
 def test_fields_that_nothing_reads_are_kept_and_named_once(tmp_path, capfd):
@@ -149,6 +153,12 @@ def test_what_would_change_the_meaning_is_not_dropped(tmp_path, fields, words):
         assert word in fault
 
 
+@pytest.mark.parametrize("nothing", [[], "[]", "", None])
+def test_no_history_is_none(tmp_path, nothing):
+    (record,) = read(tmp_path, ALPACA | {"output": "x", "history": nothing})
+    assert record == example("hi", "", ("x",))
+
+
 def test_a_field_is_left_out_where_data_columns_says_so(tmp_path):
     fields = ALPACA | {"output": "x", "tools": [{"name": "add"}], "history": []}
     (record,) = read(tmp_path, fields, columns={"tools": ""})
@@ -160,7 +170,8 @@ def test_columns_name_the_fields_of_a_format(tmp_path, capfd):
     how = dict(columns=(("prompt", "query"), ("completion", "gold"), ("system", "persona")))
     (record,) = read(tmp_path, fields, **how)
     assert record.messages == (SYSTEM, *HI)
-    assert capfd.readouterr().err == ""
+    # The field that had the name already is nobody's now.
+    assert "fields that nothing reads: 'prompt' (1 records)" in capfd.readouterr().err
     (record,) = read(tmp_path, {"query": "hi", "gold": "yes"}, **how)
     assert record.messages == HI
     assert "no record has the field 'persona' of data.columns" in capfd.readouterr().err
@@ -221,28 +232,77 @@ def test_empty_answers_are_dropped_and_counted_where_one_is_needed(tmp_path, not
     found = read(tmp_path, *records)
     assert (len(found), found.unanswered) == (1, 1)
     assert "some.jsonl: 1 records dropped, their answers have no text" in capfd.readouterr().err
-    found = read(tmp_path, *records, need_output=False)
+    found = read(tmp_path, *records, need="nothing")
     assert (found[1].references, found.unanswered) == ((), 0)
     with pytest.raises(DataError, match="all 2 answers are without text; expected at least one"):
         read(tmp_path, records[1], records[1])
 
 
 def test_an_answer_without_its_field_is_a_mistake_where_one_is_needed(tmp_path):
-    assert read(tmp_path, ALPACA, need_output=False)[0].references == ()
+    assert read(tmp_path, ALPACA, need="nothing")[0].references == ()
     assert "field 'output' is missing or null (has: 'instruction'" in fault_of(tmp_path, ALPACA)
 
 
-CALL = assistant("", tool_calls=[{"id": 1}])  # is kept, and is no text to compare with
-
-
-@pytest.mark.parametrize(("last", "kept"), [([], []), ([assistant("  ")], []), ([CALL], [CALL])])
-def test_a_conversation_without_a_last_answer_is_an_unanswered_prompt(tmp_path, last, kept):
+@pytest.mark.parametrize("last", [[], [assistant("  ")]])
+def test_a_conversation_without_a_last_answer_is_an_unanswered_prompt(tmp_path, last):
     turns = [*HI, user("and?"), *last]
     found = read(tmp_path, {"messages": turns}, {"messages": list(HI)})
     assert (len(found), found.unanswered) == (1, 1)
-    (record,) = read(tmp_path, {"messages": turns}, need_output=False)
-    assert record.messages == (*HI, user("and?"), *kept)
+    (record,) = read(tmp_path, {"messages": turns}, need="nothing")
+    assert record.messages == record.prompt == (*HI, user("and?"))
+    assert record.references == ()
+    # It has a response all the same, in another turn.
+    assert len(read(tmp_path, {"messages": turns}, need="some response")) == 1
+
+
+def test_a_tool_call_is_a_response_and_no_text_to_compare_with(tmp_path):
+    call = assistant("", tool_calls=[{"function": {"name": "add", "arguments": {"a": None}}}])
+    turns = [*HI, user("and?"), call]
+    (record,) = read(tmp_path, {"messages": turns})
+    assert record.messages == (*HI, user("and?"), call)
     assert (record.prompt, record.references) == ((*HI, user("and?")), ())
+    found = read(tmp_path, {"messages": turns}, {"messages": list(HI)}, need="references")
+    assert (len(found), found.unanswered) == (1, 1)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_not_to_be_learned_from_says_so(tmp_path, mark):
+    """As fine-tuning services write it; an empty turn is none to learn from either."""
+    greeting, red, blue = assistant("hello"), assistant("red"), assistant("blue")
+    turns = [greeting, user("a"), red | mark, user("b"), assistant(" "), user("c"), blue]
+    (record,) = read(tmp_path, {"messages": turns})
+    assert list(responses_of(record.messages)) == [6]
+    # Where that is the last, the one before is the response, if there is one.
+    turns = [user("a"), red | {"weight": 1}, user("b"), blue | mark, user("c"), blue | mark]
+    (record,) = read(tmp_path, {"messages": turns})
+    assert (record.references, len(record.messages)) == (("red",), 2)
+    (record,) = read(tmp_path, {"messages": turns[2:]}, need="nothing")
+    assert (record.references, len(record.messages)) == ((), 3)
+    fault = fault_of(tmp_path, {"messages": [user("a"), red | {"weight": 0.5}]})
+    assert "'messages[1].weight' is float 0.5, expected 0 or 1" in fault
+
+
+def test_what_a_turn_has_beside_is_as_json_has_it(tmp_path):
+    """Tables also have dates; arguments that other rows have are none of a call."""
+    table = pyarrow.Table.from_pylist(
+        [
+            {"messages": [{"role": "user", "content": "a", "day": datetime.date(2026, 1, 2)}]},
+            {"messages": [user("a"), assistant("b", tool_calls=[{"name": "f", "size": 1}])]},
+        ]
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = read_records(str(tmp_path / "a.parquet"))
+    assert first.messages == (user("a") | {"day": "2026-01-02"},)
+    assert second.messages[1] == assistant("b", tool_calls=[{"name": "f", "size": 1}])
+    assert json.dumps([first.messages, second.messages])
+
+
+def test_the_last_turn_of_a_prompt_is_not_the_beginning_of_the_completion(tmp_path):
+    for completion in ("sure", [assistant("sure")]):
+        fields = {"prompt": [user("hi"), assistant("I am")], "completion": completion}
+        assert "'prompt' ends with a turn of the assistant" in fault_of(tmp_path, fields)
+    fields["completion"] = [user("and?"), assistant("yes")]
+    assert len(read(tmp_path, fields)[0].messages) == 4
 
 
 def test_a_format_is_a_function_and_its_entry(tmp_path, monkeypatch):
@@ -262,7 +322,8 @@ def test_a_format_is_a_function_and_its_entry(tmp_path, monkeypatch):
 
 def test_an_empty_last_turn_gives_way_to_the_references():
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]
-    record, _ = to_record({"messages": turns, "references": ["gold"]}, "messages", True)
+    both = {"messages": turns, "references": ["gold"]}
+    record, _ = to_record(both, "messages", need_output=True)
     assert record.references == ("gold",) and record.messages[-1]["content"] == "gold"
-    record, _ = to_record({"messages": turns}, "messages", True)
+    record, _ = to_record({"messages": turns}, "messages", need_output=True)
     assert record.references == () and len(record.messages) == 1

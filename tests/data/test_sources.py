@@ -17,6 +17,7 @@ from helpers.records import example
 
 from promptkd_jax.data import parsers
 from promptkd_jax.data.reading import read_corpus, read_records
+from promptkd_jax.data.sources import source_digest
 from promptkd_jax.infra.errors import DataError
 
 GOOD = {"instruction": "a", "output": "b"}
@@ -28,7 +29,7 @@ RECORDS = [example(text["instruction"], text["input"], ("é",)) for text in TEXT
 
 
 def read(path, **how):
-    return read_records(str(path), **{"need_output": True} | how)
+    return read_records(str(path), **{"need": "response"} | how)
 
 
 def fault_of(path, **how):
@@ -173,7 +174,7 @@ def test_a_source_without_records_is_an_error(tmp_path, numbers):
 )
 def test_a_bad_record_is_named_by_its_line(tmp_path, bad, words):
     path = write_lines(tmp_path / "some.jsonl", GOOD, b"", bad, GOOD)
-    fault = fault_of(path, need_output=False)
+    fault = fault_of(path, need="nothing")
     assert fault.startswith("FILE:3: ")
     for word in words:
         assert word in fault
@@ -202,7 +203,12 @@ def test_the_first_ten_are_told_in_one_error_with_their_number(tmp_path):
         ("a.jsonl", b'{"a": "\x00\x01"}', "is binary; what is read: .jsonl"),
         ("a.jsonl", '{"a": "b"}'.encode("utf-16"), "UTF-16; save it as UTF-8"),
         ("a.xlsx", b"PK\x03\x04\x14\x00", "zip archive or a spreadsheet"),
-        ("a.jsonl.bz2", b"BZh91AY", "bzip2; decompress it"),
+        ("a.jsonl.bz2", b"BZh91AY&SY", "bzip2; decompress it"),
+        ("a.jsonl.lz4", b"\x04\x22M\x18d", "lz4; decompress it"),
+        ("a.7z", b"7z\xbc\xaf'\x1c\0", "a 7-Zip archive"),
+        ("a.pkl", b"\x80\x04\x95", "a pickle, which is not read"),
+        ("a.png", b"\x89PNG\r\n", "an image; models see text alone"),
+        ("a.arrow", b"ARROW1\0\0", "an Arrow file; save it as .parquet"),
         ("a.jsonl", b"<!DOCTYPE html>\n<html>", "a web page"),
         ("a.parquet", b'{"instruction": "a"}', "no Parquet file, whatever its name"),
         ("a.parquet", table(TEXTS)[:-20], "damaged Parquet"),
@@ -230,12 +236,30 @@ def test_a_file_that_cannot_be_read_is_named_for_what_it_is(tmp_path, name, cont
     assert words in fault_of(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", b"instruction\toutput, or what; is said\tid\na, b\tc\t1\n"),
+        ("a.csv", b"instruction;output, or what;id\na, b;c;1\n"),
+        ("a.csv", b'\n\ninstruction,output\n\n"a, b",c\n'),
+        ("a.csv", b'\xef\xbb\xbfBZhang,instruction,output\n1,"a, b",c\n'),
+        ("a.csv", b'arrow1,instruction,output\n1,"a, b",c\n'),
+    ],
+)
+def test_tables_as_people_write_them(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    columns = {"output": "output, or what; is said"} if name == "a.tsv" else ()
+    columns = columns or ({"output": "output, or what"} if b";" in content else ())
+    (record,) = read(tmp_path / name, columns=columns)
+    assert (record.messages[0]["content"], record.references) == ("a, b", ("c",))
+
+
 def test_what_tables_have_beside_is_kept_as_json_has_it(tmp_path):
     """A fingerprint of records is one of their JSON."""
     day = datetime.date(2026, 11, 27)
     (tmp_path / "a.parquet").write_bytes(table([GOOD | {"day": day, "at": {"days": [day]}}]))
-    records = read(tmp_path / "a.parquet")
-    assert json.loads(json.dumps(records))[0][2] == {
+    (record,) = read(tmp_path / "a.parquet")
+    assert json.loads(json.dumps(record.extra)) == {
         "day": "2026-11-27",
         "at": {"days": ["2026-11-27"]},
         "instruction": "a",
@@ -297,14 +321,38 @@ def test_a_file_of_the_package(tmp_path, monkeypatch):
     write_lines(tmp_path / "data" / "assets" / "some.jsonl", GOOD, {"instruction": ""})
     monkeypatch.setattr(resources, "files", {"promptkd_jax": tmp_path}.__getitem__)
     with pytest.raises(DataError, match=r"^package:some\.jsonl:2: field 'instruction'"):
-        read("package:some.jsonl", need_output=False)
+        read("package:some.jsonl", need="nothing")
     with pytest.raises(DataError, match=r"no 'other\.jsonl'; it has \['some\.jsonl'\]"):
-        read("package:other.jsonl", need_output=False)
+        read("package:other.jsonl", need="nothing")
 
 
 def test_an_unknown_file_of_the_real_package_is_an_error():
     with pytest.raises(DataError, match=r"promptkd_jax/data/assets has no 'none\.jsonl'"):
-        read("package:none.jsonl", need_output=False)
+        read("package:none.jsonl", need="nothing")
+
+
+def test_a_folder_of_which_some_files_are_named_by_splits_is_asked_about(tmp_path):
+    """`datasets` would read those alone."""
+    for name in ("train-a", "chat-b"):
+        write_lines(tmp_path / f"{name}.jsonl", GOOD)
+    fault = fault_of(tmp_path)
+    assert "such as train-a.jsonl, beside others, such as chat-b.jsonl; say which" in fault
+    assert len(read(f"{tmp_path}/*.jsonl")) == 2
+
+
+def test_a_digest_is_of_all_that_is_read(tmp_path):
+    file = write_lines(tmp_path / "part-1.jsonl", GOOD)
+    assert source_digest(file) == source_digest(file)
+    found = {source_digest(str(tmp_path)), source_digest(f"{tmp_path}/part-*.jsonl")}
+    assert found == {source_digest(file)}
+    write_lines(tmp_path / "part-2.jsonl", GOOD)
+    two = source_digest(str(tmp_path))
+    (tmp_path / "part-2.jsonl").unlink()
+    write_lines(tmp_path / "part-1.jsonl", GOOD, GOOD)
+    digests = {*found, two, source_digest(file), source_digest("synthetic:dev")}
+    assert len(digests) == 4
+    with pytest.raises(DataError, match="no such file"):
+        source_digest(str(tmp_path / "none.jsonl"))
 
 
 def test_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
@@ -318,9 +366,12 @@ def test_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
         {"instruction": "", "context": "", "response": "e"},
     ]
     write_lines(folder / "test.jsonl", *rows)
-    records = read(folder, split="test[:2]", need_output=False)
+    records = read(folder, split="test[:2]", need="nothing")
     assert list(records) == [example("a", "b", ("c",)), example("d", "", ())]
     assert read(folder, split="test[:2]").unanswered == 1
+    digests = [source_digest(str(folder), split=split) for split in ("test[:2]", "test[:1]")]
+    assert digests == [source_digest(str(folder), split="test[:2]"), digests[1]]
+    assert len(set(digests)) == 2
     assert "dolly (split 'test') row 2: field 'instruction' is e" in fault_of(
         folder, split="test"
     ).replace("FILE", str(folder))
@@ -347,7 +398,7 @@ def test_a_hub_id_is_read_without_running_its_code(monkeypatch, source, named):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=f"{source}: no such file, .* is not on the Hub"):
-        read(source, split="train[:9]", need_output=False)
+        read(source, split="train[:9]", need="nothing")
     assert calls == [{"path": "some/set", "split": "train[:9]"} | named]
 
 

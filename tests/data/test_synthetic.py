@@ -15,7 +15,7 @@ from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model, load_without_weights
 from promptkd_jax.models.random_model import synthetic_tokenizer
 
-RECORDS = {name: read_records(f"synthetic:{name}", need_output=True) for name in SIZES}
+RECORDS = {name: read_records(f"synthetic:{name}", need="response") for name in SIZES}
 EVERYTHING = [record for records in RECORDS.values() for record in records]
 
 
@@ -104,7 +104,7 @@ def test_every_word_of_the_grammar_is_one_token():
 def test_rows_fit_the_shipped_comparison():
     for name in SIZES:
         rows = tokenize(
-            read_records(f"synthetic:{name}", need_output=True),
+            read_records(f"synthetic:{name}", need="response"),
             synthetic_tokenizer(),
             prompt_format=PromptFormat("plain"),
             max_prompt_length=16,
@@ -145,4 +145,4 @@ def test_other_model_names_are_refused(name):
 
 def test_other_splits_are_refused():
     with pytest.raises(DataError, match="synthetic:valid: .* has no 'valid'; it has .*dev.jsonl"):
-        read_records("synthetic:valid", need_output=True)
+        read_records("synthetic:valid", need="response")

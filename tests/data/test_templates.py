@@ -1,5 +1,7 @@
 """Chat templates: where responses lie, how they end, and text that spells special tokens."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tokenizers
@@ -77,7 +79,7 @@ def test_a_row_of_all_turns_is_that_of_transformers(template):
 def test_turns_one_by_one_have_the_tokens_of_the_whole(template):
     tokenizer = made(template)
     whole = rows_of([TALK], tokenizer, supervise="all")
-    turns = one_turn_each([TALK])
+    turns = list(one_turn_each([TALK]))
     rows = rows_of(turns, tokenizer)
     assert [turn.references for turn in turns] == [("the red",), ("blue is\nthe sky",), ("two",)]
     assert rows.supervised is None
@@ -119,9 +121,53 @@ def test_a_template_may_leave_the_response_out():
     tokenizer = chat_tokenizer("{{ messages[0]['content'] }}>")
     rows = rows_of([example("say red", "", ("the red",))], tokenizer)
     assert tokenizer.decode(rows.tokens[0]) == "say red>the red<|endoftext|>"
-    called = Record((*TALK.messages[:1], {"role": "assistant", "tool_calls": [{"name": "a"}]}))
-    with pytest.raises(DataError, match=r"record 0 .* has no text, and template .chat. does not"):
-        rows_of([called], tokenizer)
+    for content in (None, "", "let me see"):
+        call = {"role": "assistant", "content": content, "tool_calls": [{"name": "add"}]}
+        with pytest.raises(DataError, match=r"record 0 .* does not render all of its response"):
+            rows_of([Record((*TALK.messages[:1], call))], tokenizer)
+
+
+def test_a_template_may_not_leave_out_what_is_asked():
+    tokenizer = chat_tokenizer("{{ messages[-1]['content'] }}>")
+    talk, asked = conversation("say red", "the red", "and"), conversation("say red")
+    for left_out, prompt_format in (
+        ("turn 0 .* of role user", CHAT),
+        ("turn 0 .* of role system", PromptFormat("chat", system="be brief")),
+    ):
+        with pytest.raises(DataError, match=f"record 1 .* leaves out {left_out}"):
+            rows_of([asked, talk], tokenizer, prompt_format)
+            rows_of([asked, asked], tokenizer, prompt_format)
+    # What it changes, or shows by a mark, is not left out.
+    tokenizer.chat_template = "{{ messages[0]['content'] | replace('no', '') | length }}"
+    assert tokenizer.decode(prompts_of(rows_of([conversation("no no")], tokenizer))[0]) == "1"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    tokenizer.chat_template = unmarked(CHATML)
+    with pytest.raises(DataError, match="leaves out turn 1 .* of role assistant"):
+        rows_of([Record((*asked.messages, call, *asked.messages))], tokenizer)
+
+
+def test_a_turn_goes_to_its_last_end():
+    """A part of a turn may end as turns do."""
+    both = "{% if m['role'] == 'assistant' %}thought<|im_end|>{% endif %}{{ m['content'] }}"
+    tokenizer = chat_tokenizer(unmarked(CHATML).replace("{{ m['content'] }}", both))
+    for supervise in ("last", "all"):
+        rows = rows_of([TALK], tokenizer, supervise=supervise)
+        assert tokenizer.decode(rows.tokens[0]).endswith("thought<|im_end|>two<|im_end|>")
+    turns = rows_of(one_turn_each([TALK]), tokenizer)
+    assert rows.num_supervised.sum() == turns.num_supervised.sum()
+
+
+def test_faults_of_a_template_are_named_together_by_their_places():
+    faults = "{% if loop.index0 == 2 %}{{ 1 // 0 }}{% endif %}"
+    tokenizer = chat_tokenizer(CHATML.replace("<|im_start|>{{ m", f"{faults}<|im_start|>{{{{ m"))
+    good, bad = conversation("say red", "red"), conversation("say red", "red", "and", "blue")
+    records = [good, *[dataclasses.replace(bad, place=f"a.jsonl:{i}") for i in range(2, 2502)]]
+    with pytest.raises(DataError) as error:
+        rows_of(records, tokenizer)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the data: 2500 examples cannot be used:" and len(lines) == 12
+    assert "a.jsonl:2: template 'chat': that of tokenizer" in lines[1] and "zero" in lines[1]
+    assert lines[-1] == "  and 2490 more"
 
 
 def test_where_the_eos_ends_a_turn_nothing_changes():
@@ -175,14 +221,16 @@ def test_marks_tell_where_the_generation_prompt_says_more():
 
 
 def test_a_token_across_the_beginning_of_a_turn():
-    """The prompt's tokens stay as they are; a row of all turns cannot have both."""
+    """The prompt's tokens stay as they are, those of a response begin behind them."""
     tokenizer = chat_tokenizer(unmarked(CHATML), extra=("ĊĊ",))
     talk = conversation("say red", "\n\nred", "and", "blue")
     rows = rows_of(one_turn_each([talk]), tokenizer)
     assert prompts_of(rows)[0] == render_prompt(example("say red"), CHAT, tokenizer)
     assert tokenizer.decode(responses_of(rows)[0]) == "\n\nred<|im_end|>"
-    with pytest.raises(DataError, match=r"a token crosses .* in '.*\\n\\n\\nred"):
-        rows_of([talk], tokenizer, supervise="all")
+    whole = rows_of([talk], tokenizer, supervise="all")
+    learned = whole.tokens[0][whole.supervised[0]].tolist()
+    assert learned == sum(responses_of(rows), [])
+    assert whole.tokens[0].tolist()[: len(rows.tokens[0])] == rows.tokens[0].tolist()
 
 
 def test_tool_calls_are_as_the_template_has_them():
@@ -205,9 +253,27 @@ def test_tool_calls_are_as_the_template_has_them():
 
 def test_a_conversation_that_nobody_answers_is_a_prompt():
     talk = conversation("say red", "red", "and")
-    assert one_turn_each([talk]) == [conversation("say red", "red"), talk]
+    assert list(one_turn_each([talk])) == [conversation("say red", "red"), talk]
     rows = rows_of([talk], made(CHATML), supervise="all")
-    assert made(CHATML).decode(rows.tokens[0][rows.supervised[0]]) == "red<|im_end|>"
+    assert made(CHATML).decode(responses_of(rows)[0]) == "red<|im_end|>"
+
+
+def test_turns_that_nobody_asked_for_or_of_weight_0_are_not_supervised(template):
+    tokenizer = made(template)
+    *turns, last = conversation("say red", "red", "and", "blue").messages
+    greeting = {"role": "assistant", "content": "hello"}
+    unwanted = turns[1] | {"weight": 0}
+    for skipped in ((greeting, turns[0], last), (turns[0], unwanted, turns[2], last)):
+        record = Record(skipped, ("blue",))
+        rows = rows_of([record], tokenizer, supervise="all")
+        assert rows.supervised is None
+        assert tokenizer.decode(responses_of(rows)[0]) == f"blue{ENDS[template]}"
+        assert list(one_turn_each([record])) == [record]
+    third = {"role": "user", "content": "more"}, {"role": "assistant", "content": "sky"}
+    record = Record((greeting, *turns, last, *third), ("sky",))
+    rows = rows_of([record], tokenizer, supervise="all")
+    words = tokenizer.decode(rows.tokens[0][rows.supervised[0]]).split(ENDS[template])
+    assert words == ["red", "blue", "sky", ""]
 
 
 def test_templates_of_one_turn_refuse_others():
@@ -247,6 +313,20 @@ def test_long_prompts_lose_their_first_turns():
     assert rows.records == [short] and (rows.shortened, rows.dropped) == (0, 2)
     rows = rows_of(records, tokenizer, max_prompt_length=limit + 1, long_prompts="cut")
     assert rows.records == [short, talk]
+
+
+def test_whole_conversations_lose_their_first_turns_too():
+    """As many as it takes for what stands before the first response to be short enough."""
+    tokenizer = made(CHATML)
+    talk = conversation("red " * 50, "red", "say", "blue", "and", "sky", system="name two")
+    rest = conversation("say", "blue", "and", "sky", system="name two")
+    [expected] = rows_of([rest], tokenizer, supervise="all").tokens
+    how = dict(max_prompt_length=40, max_length=400, supervise="all")
+    rows = rows_of([talk, rest], tokenizer, long_prompts="cut", **how)
+    assert [row.tolist() for row in rows.tokens] == 2 * [expected.tolist()]
+    assert rows.supervised[0].tolist() == rows.supervised[1].tolist()
+    assert (rows.shortened, rows.dropped) == (1, 0)
+    assert rows_of([talk, rest], tokenizer, **how).dropped == 1
 
 
 # Text that spells a special token

@@ -55,7 +55,7 @@ def test_texts_without_spaces_have_words_too():
 
 def test_equal_held_out_prompts_are_all_told_with_the_first_of_equal_training_prompts():
     train = ["a b c d", LONG, LONG]
-    expected = [Duplicate(0, 1, 1.0), Duplicate(2, 1, 1.0)]
+    expected = [Duplicate(0, 1, 1.0, train[1]), Duplicate(2, 1, 1.0, train[1])]
     assert near_duplicates(train, [LONG, "x", LONG]) == expected
 
 
@@ -72,5 +72,6 @@ def test_no_pair_is_missed(threshold):
     for place, other in enumerate(map(shingles, held_out)):
         scores = [len(one & other) / len(one | other) for one in map(shingles, train)]
         if max(scores) >= threshold:
-            expected.append(Duplicate(place, scores.index(max(scores)), max(scores)))
+            best = scores.index(max(scores))
+            expected.append(Duplicate(place, best, max(scores), train[best]))
     assert near_duplicates(train, held_out, threshold) == expected and expected

@@ -17,13 +17,13 @@ import jax
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.training import prepare
+from promptkd_jax.training import run_data
 from promptkd_jax.training.checkpoint import Checkpoints
 
 write_checksums, save, read = (
     Checkpoints._write_checksums,
     Checkpoints.save,
-    prepare.read_records,
+    run_data.read_records,
 )
 
 
@@ -49,7 +49,7 @@ def failing_read(*args, **kwargs):
 
 
 Checkpoints._write_checksums, Checkpoints.save = pause, slow_save
-prepare.read_records = failing_read
+run_data.read_records = failing_read
 try:
     main(["train", *sys.argv[1:]])
 finally:

@@ -56,7 +56,7 @@ def rows(teacher, tmp_path_factory) -> Rows:
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tokenize(
-        read_records(str(file), need_output=False),
+        read_records(str(file)),
         teacher.tokenizer,
         prompt_format=PromptFormat("plain"),
         max_prompt_length=12,
@@ -552,7 +552,7 @@ def test_the_command_writes_what_a_run_opens(tmp_path, capsys):
     data = tiny.short_config(models).data
     teacher = load_model(str(models / "teacher"))
     rows = tokenize(
-        read_records(data.train, need_output=True),
+        read_records(data.train, need="response"),
         teacher.tokenizer,
         PromptFormat(data.template),
         max_prompt_length=data.max_prompt_length,

@@ -191,7 +191,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, repository, monkeypatch):
     assert_same_params(load_model("~/repository"), load_model(str(repository)))
     assert stored_config("~/repository") == stored_config(str(repository))
     tiny.write_data(tmp_path / "data.jsonl", 3)
-    assert len(read_records("~/data.jsonl", need_output=True)) == 3
+    assert len(read_records("~/data.jsonl", need="response")) == 3
     assert to_path("~/runs/one") == to_path(tmp_path / "runs/one")
     assert str(to_path("gs://bucket/~")) == "gs://bucket/~"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 from helpers.chats import CHATML, chat_tokenizer, conversation, unmarked
+from helpers.files import write_lines
 from transformers import AutoTokenizer
 
 from promptkd_jax.cli import cache
@@ -48,13 +49,13 @@ def models(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture
-def config(models, monkeypatch):
+def config(models, tmp_path):
     """Two stages on conversations: on the data's responses, and on the student's own."""
-    for module in (prepare, cache):
-        monkeypatch.setattr(module, "read_records", lambda *_, **__: talks())
+    lines = ({"messages": list(talk.messages)} for talk in talks())
+    file = write_lines(tmp_path / "talks.jsonl", *lines)
     config = base_config()
     config.teacher.path, config.student.path = str(models / "teacher"), str(models / "student")
-    config.data.update(train="talks", dev="talks", template="chat", supervise="all", dev_rows=3)
+    config.data.update(train=file, dev=file, template="chat", supervise="all", dev_rows=3)
     config.data.update(max_prompt_length=100, max_length=128)
     config.evaluation.update(batch_size=3, samples=1)
     shared = dict(student_terms=TERMS[:1], batch_size=4, learning_rate=1e-3, steps=2)
@@ -84,8 +85,10 @@ def test_a_run_on_every_turn(config, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"the chat template is that of the teacher, {config.teacher.path}" in out
     assert "rows end with <|im_end|>, as the chat template ends a turn" in out
-    assert "talks: 12 rows, 0 dropped" in out
-    assert "talks, turn by turn: 24 rows, 0 dropped" in out  # 4 conversations each of 1, 2, 3 turns
+    assert "talks.jsonl: 12 rows, 0 dropped" in out
+    assert (
+        "talks.jsonl, turn by turn: 24 rows, 0 dropped" in out
+    )  # 4 conversations each of 1, 2, 3 turns
     template, ends, said = saved(workdir)
     assert (template, ends) == (TEMPLATE, [END, EOS])
     assert said["template"] == "chat"

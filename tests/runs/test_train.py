@@ -30,7 +30,7 @@ from promptkd_jax.models.io.peft import load_soft_prompt
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
 from promptkd_jax.plan.remat import with_chosen_remat
-from promptkd_jax.training import experiment, loop, prepare
+from promptkd_jax.training import experiment, loop, prepare, run_data
 from promptkd_jax.training import run as training
 from promptkd_jax.training.checks import checked
 from promptkd_jax.training.config import claim
@@ -312,10 +312,10 @@ def test_a_template_is_shown_the_day_on_which_the_run_began(config, tmp_path, mo
     words = load_model(config.student.path).tokenizer
     words.chat_template = CLOCK
     model = Model("model", None, None, {}, words, (0,))
-    rows = prepare.tokenized(dated[1], model, "some", [example("say red", "", ())])
+    rows = run_data.tokenized(dated[1], model, "some", [example("say red", "", ())])
     assert rows.date == ""  # the template "plain" shows none
     chat = dataclasses.replace(dated[1].data, template="chat")
-    rows = prepare.tokenized(
+    rows = run_data.tokenized(
         dataclasses.replace(dated[1], data=chat), model, "some", [example("say red", "", ())]
     )
     assert (words.decode(rows.tokens[0]), rows.date) == ("27 Nov 2026 say red >", "2026-11-27")

@@ -159,7 +159,7 @@ def test_distillation_starts_at_the_init(folder, finished, tmp_path):
     init = Contender(
         "init", f"{finished}/init/student", "float32", config, tmp_path / "evaluations"
     )
-    dev = read_records(config.data.dev, need_output=True)
+    dev = read_records(config.data.dev, need="references")
     reproduce.evaluate_model(init, {"dev": dev}, [config.seed])
     start = texts(finished / "promptkd" / "before.json")
     assert start == texts(tmp_path / "evaluations" / "dev" / f"seed{config.seed}.json")

@@ -77,6 +77,15 @@ def _file_digest(file: pathlib.Path, size_and_time: tuple[int, int]) -> bytes:
         return hashlib.file_digest(opened, "sha256").digest()
 
 
+def tokenization_digest(tokenizer: Any) -> str:
+    """A digest of all by which a tokenizer makes tokens of texts and conversations."""
+    whole = [tokenizer_digest(tokenizer), str(tokenizer.chat_template)]
+    whole += [str(tokenizer.special_tokens_map)]
+    if tokenizer.is_fast:
+        whole.append(tokenizer.backend_tokenizer.to_str())
+    return f"sha256 {hashlib.sha256(json.dumps(whole).encode()).hexdigest()}"
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """A tokenizer's size, and a digest of its sorted vocabulary. (Rows tell how it splits text.)"""
     vocabulary = sorted(tokenizer.get_vocab().items())

@@ -1,0 +1,190 @@
+"""The rows that a config's run learns from and is measured on, from the sources that it names."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from promptkd_jax.data.conversations import one_turn_each
+from promptkd_jax.data.mapped_rows import mapped_rows
+from promptkd_jax.data.reading import RecordStream, read_corpus, read_records, stream_records
+from promptkd_jax.data.records import Record
+from promptkd_jax.data.rows import RowList, Rows, concatenate_rows, pack, tokenize
+from promptkd_jax.data.sources import source_digest
+from promptkd_jax.data.templates import shows_date
+from promptkd_jax.infra.files import is_remote, to_path
+from promptkd_jax.models.io import identity
+from promptkd_jax.models.model import Model, text_end
+from promptkd_jax.training.fields import RunConfig, StageConfig
+
+
+class RunData(NamedTuple):
+    """The rows of a run; None where it has none, or the teacher has not written them yet."""
+
+    train: Rows | None  # with the data's own responses
+    turns: Rows | None  # with one turn of the assistant each, where rows of `train` have several
+    answered: Rows | None  # the same prompts with responses of the teacher
+    dev: Rows | None
+    corpus: Rows | None
+
+    def of(self, stage: StageConfig) -> Rows:
+        """The training rows of a stage."""
+        if stage.source.teacher_writes:
+            return self.answered
+        by_turn = stage.source.on_policy and self.turns is not None
+        return self.turns if by_turn else self.train
+
+
+def load_data(config: RunConfig, student: Model, workdir: epath.Path | None = None) -> RunData:
+    """Reads the rows that are there, without the student's parameters; what the teacher writes is
+    still None. Those to learn from are mapped, see `training_rows`."""
+    data, train, turns, dev, corpus = config.data, None, None, None, None
+    if data.train != "teacher":
+        by_turn = [stage.by_turn for stage in config.stages]
+        if data.supervise == "all" and any(by_turn):
+            turns = training_rows(config, student, workdir, by_turn=True)
+        if turns is None or not all(by_turn):
+            train = training_rows(config, student, workdir)
+        else:
+            train = turns
+    if data.dev != "teacher":
+        need = "references" if config.evaluation.references == "gold" else "nothing"
+        how = dict(format=data.format, columns=data.columns)
+        records = read_records(data.dev, split=data.dev_split, need=need, **how)
+        dev = tokenized(config, student, data.dev, records[: data.dev_rows or None])
+        dev = dev._replace(left_out=records.left_out)
+    if any(stage.corpus_terms for stage in config.stages):
+        corpus = _corpus_rows(config, student, workdir)
+    return RunData(train, turns, None, dev, corpus)
+
+
+def training_records(config: RunConfig, *, quiet: bool = False) -> Iterator[RecordStream]:
+    """Yields the records of each source of the training data, to be read; `quiet`: without a word
+    about what reading leaves out."""
+    data, need = config.data, "nothing"
+    if any(stage.reads_responses for stage in config.stages):
+        need = "some response" if data.supervise == "all" else "response"
+    for source, _ in data.train_sources:
+        how = dict(split=data.train_split, format=data.format, columns=data.columns)
+        yield stream_records(source, need=need, quiet=quiet, **how)
+
+
+def training_rows(
+    config: RunConfig, student: Model, workdir: epath.Path | None, *, by_turn: bool = False
+) -> Rows:
+    """The rows of all sources of the training data. Each source is tokenised once, into files that
+    are mapped into memory: in `config.data.token_cache`, else in `workdir`, else for this process.
+
+    Args:
+      by_turn: with one turn of the assistant each.
+    """
+    cache = _token_cache(config, workdir)
+    parts = [
+        _source_rows(config, student, records, cache, by_turn)
+        for records in training_records(config)
+    ]
+    return concatenate_rows(parts, [weight for _, weight in config.data.train_sources])
+
+
+def _source_rows(
+    config: RunConfig,
+    student: Model,
+    records: RecordStream,
+    cache: pathlib.Path | None,
+    by_turn: bool,
+) -> Rows:
+    data, how = config.data, _tokenization(config, student)
+    supervise = "last" if by_turn else data.supervise
+    shown = dataclasses.asdict(how["prompt_format"])
+    if not shows_date(data.template, student.tokenizer):
+        shown["date"] = ""  # decides nothing
+    made_from = {
+        "what": "rows",
+        "source": source_digest(records.source, split=data.train_split),
+        **records.how,
+        **how,
+        "by_turn": by_turn,
+        "supervise": supervise,
+        "prompt_format": shown,
+        "tokenizer": identity.tokenization_digest(student.tokenizer),
+    }
+
+    def write(into: RowList) -> tuple[Rows, Mapping[str, int]]:
+        kept = one_turn_each(records) if by_turn else records
+        rows = tokenize(kept, supervise=supervise, into=into, **how)
+        return rows, records.left_out
+
+    rows = mapped_rows(cache, made_from, write)
+    _say_rows(config, f"{records.source}, turn by turn" if by_turn else records.source, rows)
+    return rows
+
+
+def _corpus_rows(config: RunConfig, student: Model, workdir: epath.Path | None) -> Rows:
+    """As `training_rows`, of plain text, packed."""
+    cache, sources = _token_cache(config, workdir), config.data.corpus_sources
+    parts = [_packed_rows(config, student, source, cache) for source, _ in sources]
+    return concatenate_rows(parts, [weight for _, weight in sources])
+
+
+def _packed_rows(
+    config: RunConfig, student: Model, source: str, cache: pathlib.Path | None
+) -> Rows:
+    data = config.data
+    how = dict(length=data.max_length, eos_id=text_end(student))
+    made_from = {
+        "what": "corpus",
+        "source": source_digest(source, split=data.corpus_split),
+        "columns": dict(data.columns),
+        "tokenizer": identity.tokenization_digest(student.tokenizer),
+        **how,
+    }
+
+    def write(into: RowList) -> tuple[Rows, Mapping[str, int]]:
+        texts = read_corpus(source, split=data.corpus_split, columns=data.columns)
+        return pack(texts, student.tokenizer, into=into, **how), {}
+
+    return mapped_rows(cache, made_from, write)
+
+
+def _token_cache(config: RunConfig, workdir: epath.Path | None) -> pathlib.Path | None:
+    """Where rows are kept; None for a place that goes with this process."""
+    if config.data.token_cache:
+        return pathlib.Path(to_path(config.data.token_cache))
+    return None if workdir is None or is_remote(workdir) else pathlib.Path(workdir) / "tokens"
+
+
+def tokenized(
+    config: RunConfig,
+    model: Model,
+    source: str,
+    records: Sequence[Record],
+    supervise: str = "last",
+) -> Rows:
+    """The records as rows of the config's template and lengths; says how many were dropped, and how
+    many prompts and answers are cut."""
+    rows = tokenize(records, supervise=supervise, **_tokenization(config, model))
+    _say_rows(config, source, rows)
+    return rows
+
+
+def _tokenization(config: RunConfig, model: Model) -> dict[str, Any]:
+    """How a config's records become rows."""
+    return dict(
+        tokenizer=model.tokenizer,
+        prompt_format=config.data.prompt_format(config.preset),
+        max_prompt_length=config.data.max_prompt_length,
+        max_length=config.data.max_length,
+        eos_id=model.eos_ids[0],
+        long_prompts=config.data.long_prompts,
+    )
+
+
+def _say_rows(config: RunConfig, source: str, rows: Rows) -> None:
+    limit, length = config.data.max_prompt_length, config.data.max_length
+    shortened = f"{rows.shortened} prompts without their first turns, " if rows.shortened else ""
+    print(
+        f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "
+        f"{shortened}{rows.cut} answers cut at {length} tokens"
+    )

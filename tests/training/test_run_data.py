@@ -1,0 +1,182 @@
+"""The rows of a config: of one source or several, tokenised once, into files."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny
+from helpers.files import write_lines
+
+from promptkd_jax.cli.main import main
+from promptkd_jax.data import mapped_rows
+from promptkd_jax.data.rows import fingerprint_supervised
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError, DataError
+from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.models.load import load_without_weights
+from promptkd_jax.plan.remat import with_chosen_remat
+from promptkd_jax.training import build, run_data
+from promptkd_jax.training import run as training
+from promptkd_jax.training.checks import checked
+from promptkd_jax.training.prepare import prepare
+from promptkd_jax.training.recipes import stage_config
+from promptkd_jax.training.run_data import load_data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.short_config(tmp_path / "inputs")
+    return tmp_path / "inputs"
+
+
+@pytest.fixture
+def config(folder):
+    """One stage on the data's responses; two sources, the second as messages."""
+    config = tiny.short_config(folder)
+    talk = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "the two"}]
+    write_lines(folder / "talks.jsonl", *[{"messages": talk, "hint": "a"}] * 6)
+    terms = (("forward_kl", 0.5), ("cross_entropy", 0.5))
+    config.stages = (
+        stage_config("gold", student_terms=terms, batch_size=4, steps=4, learning_rate=1e-3),
+    )
+    config.data.train = ((config.data.train, 3), (str(folder / "talks.jsonl"), 1))
+    config.evaluation.every = 0
+    return config
+
+
+def rows_of(config, workdir=None):
+    run = checked(config)
+    return load_data(run, load_without_weights(run.student.path), workdir).train
+
+
+def test_rows_are_tokenised_once_and_again_when_something_changes(
+    config, folder, tmp_path, monkeypatch
+):
+    calls, tokenize = [], run_data.tokenize
+
+    def counted(records, **how):
+        calls.append(how.get("into"))
+        return tokenize(records, **how)
+
+    monkeypatch.setattr(run_data, "tokenize", counted)
+    config.data.dev_rows = 1
+    first = rows_of(config, tmp_path / "run")
+    assert len(calls) == 3 and first.shares == ((12, 3.0), (6, 1.0))  # dev is not kept
+    assert first.left_out == {"unused field 'hint'": 6}
+    again = rows_of(config, tmp_path / "run")
+    assert len(calls) == 4
+    assert fingerprint_supervised(again) == fingerprint_supervised(first)
+    assert again.left_out == first.left_out
+    config.data.max_length = 20
+    rows_of(config, tmp_path / "run")
+    assert len(calls) == 7
+    # By content, whatever the name.
+    text = (folder / "talks.jsonl").read_text()
+    (folder / "talks.jsonl").write_text(text.replace("the two", "the red"))
+    rows_of(config, tmp_path / "run")
+    assert len(calls) == 9
+    (folder / "other.jsonl").write_text(text)
+    config.data.train = str(folder / "other.jsonl")
+    rows_of(config, tmp_path / "run")
+    assert len(calls) == 10
+
+
+def test_runs_may_share_their_tokens(config, tmp_path):
+    config.data.token_cache = str(tmp_path / "tokens")
+    for run in "a", "b":
+        rows_of(config, tmp_path / run)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    assert not (tmp_path / "a").exists()
+    config.data.token_cache = "gs://bucket/tokens"
+    with pytest.raises(ConfigError, match=r"data\.token_cache: .*is not a folder of a disk"):
+        checked(config)
+
+
+def test_a_corpus_has_sources_too(config, folder, tmp_path):
+    for name, words in ("one", "red sky " * 40), ("two", "blue " * 60):
+        write_lines(folder / f"{name}.jsonl", {"text": words})
+    config.stages[0].corpus_terms = (("cross_entropy", 1.0),)
+    config.data.corpus = tuple((str(folder / f"{name}.jsonl"), 1) for name in ("one", "two"))
+    run = checked(config)
+    student = load_without_weights(run.student.path)
+    corpus = load_data(run, student, tmp_path).corpus
+    counts = [count for count, _ in corpus.shares]
+    assert sum(counts) == len(corpus.tokens) and min(counts) >= 2
+    one = student.tokenizer.decode(corpus.tokens[0]), student.tokenizer.decode(corpus.tokens[-1])
+    assert "red sky" in one[0] and "blue blue" in one[1]
+
+
+def test_a_run_on_two_sources(config, folder, tmp_path, capsys):
+    run = checked(config)
+    assert build.data_name(run) == "train + talks"
+    training.run(run, tmp_path / "run", with_chosen_remat)
+    out = capsys.readouterr().out
+    assert "talks.jsonl: 6 rows, 0 dropped" in out and "train.jsonl: 12 rows" in out
+    lines = [line for line in read_metrics(tmp_path / "run") if "student_loss" in line]
+    assert len(lines) == 4 and all(np.isfinite(line["student_loss"]) for line in lines)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "unused field" in page
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        [stage] = prepare(run, tmp_path / "run", mesh).stages
+    told = load_without_weights(run.student.path).tokenizer
+    drawn = [told.decode(row) for i in range(30) for row in stage.batches[i].tokens]
+    assert sum("say two" in text and "the two" in text for text in drawn) in range(30, 40)
+    # Other weights are another run.
+    config.data.train = tuple((source, 1) for source, _ in config.data.train)
+    with pytest.raises(ConfigError, match=r"config\.data\.train.*: there 3"):
+        training.run(checked(config), tmp_path / "run", with_chosen_remat)
+
+
+def test_sources_in_a_flag_and_in_data(config, folder, capsys):
+    (folder / "config.py").write_text(
+        "import pathlib\n"
+        "from helpers import tiny\n"
+        f"def get_config(): return tiny.short_config(pathlib.Path({str(folder)!r}))\n"
+    )
+    pair = f"(({str(folder / 'train.jsonl')!r}, 0.75), ({str(folder / 'talks.jsonl')!r}, 0.25))"
+    main(["data", f"--config={folder / 'config.py'}", f"--config.data.train={pair}"])
+    out = capsys.readouterr().out
+    assert "| train | 18 " in " ".join(out.split()) and "say two" in out
+    assert "warning: dev: 5 of 5 prompts are in the training data" in out
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ((), "or several with weights such as"),
+        ((("a.jsonl",),), "or several with weights such as"),
+        ((("a.jsonl", 0),), "is not > 0, as the weight of a.jsonl"),
+        ((("a.jsonl", 1), ("a.jsonl", 2)), "each once"),
+        ((("teacher", 1), ("a.jsonl", 2)), "'teacher' is none beside others"),
+        ("(('a.jsonl', 1", "or several with weights such as"),
+        ((("s3://a/b.jsonl", 1),), "buckets are those of gs://"),
+    ],
+)
+def test_what_sources_may_be(config, value, words):
+    config.data.train = value
+    with pytest.raises(ConfigError) as error:
+        checked(config)
+    assert "config.data.train" in str(error.value) and words in str(error.value)
+
+
+def test_a_stopped_writing_begins_anew(config, tmp_path, monkeypatch):
+    appended = mapped_rows.RowFiles.append
+    monkeypatch.setattr(mapped_rows.RowFiles, "append", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        rows_of(config, tmp_path)
+    monkeypatch.setattr(mapped_rows.RowFiles, "append", appended)
+    assert len(rows_of(config, tmp_path).tokens) == 18
+    manifests = list((tmp_path / "tokens").glob("*/manifest.json"))
+    assert sorted(json.loads(x.read_text())["rows"] for x in manifests) == [6, 12]
+
+
+def test_faults_of_records_are_named_by_their_lines(config, folder):
+    talk = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": ""}]
+    talk[1]["tool_calls"] = [{"name": "add", "arguments": {}}]
+    write_lines(folder / "talks.jsonl", *[{"messages": talk}] * 3)
+    with pytest.raises(DataError) as error:
+        rows_of(config)
+    for line in "123":
+        assert f"talks.jsonl:{line}: template 'plain' does not render all" in str(error.value)
