@@ -1,16 +1,20 @@
 """The README's Python runs as it stands, and its configs and commands exist."""
 
 import itertools
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import tiny
+from helpers.chats import CHATML, chat_tokenizer, unmarked
 
 from promptkd_jax.cli.main import COMMANDS
+from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.studies.comparison import plan_comparison
 from promptkd_jax.training import field_help
 from promptkd_jax.training.checks import checked
@@ -33,6 +37,36 @@ def test_examples_run_one_after_the_other(page, tmp_path, monkeypatch):
         exec(compile(block, page, "exec"), namespace)
     assert all(jnp.any(x != 0) for x in jax.tree.leaves(namespace["gradient"]))
     assert page == "README.md" or (namespace["state"].step, namespace["state"].skipped) == (1, 0)
+
+
+def test_the_way_from_a_file_of_messages_is_walked_word_for_word(tmp_path):
+    """Its commands, on data like its line, and tiny models."""
+    section = README[README.index("## Your own teacher, student and data") :]
+    line, commands = re.findall(r"```(?:json|bash)\n(.*?)```", section, flags=re.DOTALL)[:2]
+    for name, count in ("train", 17), ("dev", 3):
+        lines = [line.replace("sky", f"{name} {number}") for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    for name, width in ("teacher", 32), ("student", 16):
+        folder, words = tmp_path / "path/to" / name, chat_tokenizer(unmarked(CHATML))
+        tiny.write_model(folder, width=width, depth=2, seed=width, words=words)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    command = tmp_path / ".venv/bin/promptkd"
+    command.parent.mkdir(parents=True)
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m promptkd_jax "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", commands],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Blue.«<|im_end|>»" in done.stdout and "train.jsonl: 17 rows" in done.stdout
+    updates = [line for line in read_metrics(tmp_path / "runs/mine") if "student_loss" in line]
+    assert len(updates) == 2
+    assert (tmp_path / "runs/mine/student/model.safetensors").exists()
 
 
 def test_a_first_page_is_read_in_a_sitting():
@@ -91,8 +125,6 @@ def test_every_command_named_exists():
 
 
 def test_importing_touches_no_device_and_reads_no_flags():
-    import subprocess
-
     code = "import promptkd_jax, jax; assert not jax._src.xla_bridge._backends; print('clean')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "clean"
