@@ -35,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
       SystemExit: always if something is wrong, with the message or the exit status.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # no tokenizer, config or manifest could have it
+            sys.exit(
+                f"promptkd: the argument {ascii(argument)} is not UTF-8; expected text that is"
+            )
     # "PyTorch was not found": it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

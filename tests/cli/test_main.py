@@ -84,3 +84,10 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command):
     done = subprocess.run([sys.executable, "-m", "promptkd_jax", *command], **how)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("argument", ["--request=a\udcff", "\ud83d", "--data=a\udc80.jsonl"])
+def test_bytes_that_are_no_text_are_refused_before_a_command_sees_them(argument):
+    with pytest.raises(SystemExit, match="is not UTF-8; expected text that is") as end:
+        main(["generate", "--model", "x", argument])
+    assert str(end.value.code).isascii()
