@@ -79,15 +79,18 @@ def train_batches(
 
     for lengths in (list(map(len, rows.tokens)), responses):
         make([int(np.argmax(lengths))])  # a row that is too long stops the run here
+
     # Grain shuffles epoch e with seed + e: unspread, epoch 1 of seed 0 would be epoch 0 of seed 1.
-    spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    def spread(*seed: int) -> int:
+        return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
     batch = dict(batch_size=batch_size, drop_remainder=True, batch_fn=make)
     if not rows.shares:
-        return grain.MapDataset.range(count).shuffle(spread_seed).batch(**batch).repeat()
+        return grain.MapDataset.range(count).shuffle(spread(seed)).batch(**batch).repeat()
     counts, shares = zip(*rows.shares)
     ends = itertools.accumulate(counts)
     sources = [
-        grain.MapDataset.range(end - count, end).shuffle(spread_seed + place).repeat()
+        grain.MapDataset.range(end - count, end).shuffle(spread(seed, place)).repeat()
         for place, (count, end) in enumerate(zip(counts, ends))
     ]
     return grain.MapDataset.mix(sources, shares).batch(**batch)
@@ -102,7 +105,7 @@ def stream(dataset: grain.MapDataset, start: int) -> Iterator[Batch]:
     Raises:
       IndexError: `start` is negative or past the end of the data set.
     """
-    # One thread: the rows are in memory, more would only compete for the interpreter.
+    # One thread: a row is a copy, more of them would only compete for the interpreter.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     batches = iter(dataset.to_iter_dataset(options))
     batches.set_state({"next_index": start})

@@ -24,6 +24,7 @@ from promptkd_jax.data.templates import (
     escaped_format,
     escaped_record,
     is_rendered,
+    lacks_thinking,
     render_chat,
     render_escaped,
     turn_end,
@@ -33,8 +34,8 @@ from promptkd_jax.data.templates import (
 from promptkd_jax.infra.errors import DataError, Faults
 
 _REMEDY = (
-    "expected data.supervise = 'last', targets that a model writes, or a chat template that keeps "
-    "a conversation as it was (data.chat_template)"
+    "expected data.supervise = 'each' or 'last', or a chat template that keeps a conversation as "
+    "it was (data.chat_template)"
 )
 
 
@@ -44,6 +45,7 @@ class Conversation(NamedTuple):
     prompt: list[int]
     response: list[int]
     supervised: np.ndarray  # bool, as long as the response
+    lacks_thinking: bool = False  # which a response has in a field that the template does not know
 
 
 class _Pieces(NamedTuple):
@@ -52,6 +54,7 @@ class _Pieces(NamedTuple):
 
     texts: tuple[str, ...]
     whole: bool = True
+    lacks_thinking: bool = False
 
 
 def one_turn_each(records: Iterable[Record]) -> Iterator[Record]:
@@ -126,12 +129,13 @@ def tokenize_conversations(
     eos_id = eos_id if end is None else tokenizer.convert_tokens_to_ids(end)
     prompts = with_bos([prompt for prompt, *_ in tokens], prompt_format, tokenizer)
     found: list[Conversation | None] = [None] * len(records)
-    for (index, (_, whole)), prompt, (_, *rest) in zip(pieces.items(), prompts, tokens):
-        if rest and not (whole and rest[-1][-1:] and rest[-1][-1] in special):
+    for (index, made), prompt, (_, *rest) in zip(pieces.items(), prompts, tokens):
+        if rest and not (made.whole and rest[-1][-1:] and rest[-1][-1] in special):
             rest[-1] = [*rest[-1], eos_id]
         masks = [np.full(len(piece), place % 2 == 0) for place, piece in enumerate(rest)]
         supervised = np.concatenate([np.zeros(0, bool), *masks])
-        found[index] = Conversation(prompt, list(itertools.chain(*rest)), supervised)
+        response = list(itertools.chain(*rest))
+        found[index] = Conversation(prompt, response, supervised, made.lacks_thinking)
     return found
 
 
@@ -145,12 +149,12 @@ def _encode_pieces(
     """
     texts = [
         list(itertools.accumulate(pieces)) if whole else list(pieces)
-        for pieces, whole in conversations
+        for pieces, whole, _ in conversations
     ]
     encoded = iter(encode_rendered(list(itertools.chain(*texts)), tokenizer))
     found = [[next(encoded) for _ in some] for some in texts]
     crossed = []
-    for place, (_, whole) in enumerate(conversations):
+    for place, (_, whole, _) in enumerate(conversations):
         *heads, tokens = found[place]
         if whole and any(tokens[: len(head)] != head for head in heads):
             crossed.append(place)
@@ -167,23 +171,56 @@ def _last_response(
     record: Record, tokenizer: PreTrainedTokenizerBase, how: PromptFormat, end: str | None
 ) -> _Pieces:
     """The prompt and what the template writes behind it for the response, up to the token that ends
-    a turn; the response alone where it renders the prompt otherwise then, or leaves some of the
-    response out."""
+    a turn; the response alone where it leaves some of the response out.
+
+    Raises:
+      DataError: the response calls tools that are not rendered, or has no text; or its prompt ends
+        in the middle of thinking that it has not.
+    """
     asked = render_escaped(record, tokenizer, how)
     if not record.is_answered:
         return _Pieces((asked,))
-    response = record.messages[-1]
+    response, opened = record.messages[-1], _OPENED.search(asked)
+    said = response.get("content")
     if how.template == "chat":
         whole = render_chat(record.messages, tokenizer, how)
-        behind = _up_to(end, whole.removeprefix(asked))
-        if whole.startswith(asked) and behind.strip() and is_rendered(response, behind):
-            return _Pieces((asked, behind))
-    if response.get("tool_calls") or not isinstance(response.get("content"), str):
+        behind = _up_to(end, _behind(asked, whole, tokenizer))
+        if opened and _closing(opened[1]) not in behind:
+            behind = ""
+        if behind.strip() and is_rendered(response, behind):
+            return _Pieces((asked, behind), lacks_thinking=lacks_thinking(response, behind))
+        if opened and isinstance(said, str) and _closing(opened[1]) not in said:
+            raise DataError(
+                f"template 'chat': a prompt ends with {opened[0].strip()!r}, and the response has "
+                f"no {_closing(opened[1])!r}; expected data with thinking, or "
+                "data.chat_template_kwargs, such as {'enable_thinking': False}"
+            )
+    if response.get("tool_calls") or not isinstance(said, str):
         raise DataError(
             f"template {how.template!r} does not render all of its response, which calls tools or "
             "has no text; expected a chat template that does (data.chat_template)"
         )
-    return _Pieces((asked, response["content"]), whole=False)
+    if opened:  # by the prompt already
+        said = said.removeprefix(opened[0].strip()).lstrip("\n")
+    return _Pieces((asked, said), whole=False, lacks_thinking=lacks_thinking(response, said))
+
+
+# A mark that a prompt ends with, such as <think>.
+_OPENED = re.compile(r"<(\w+)>\s*$")
+
+
+def _closing(mark: str) -> str:
+    return f"</{mark}>"
+
+
+def _behind(asked: str, whole: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a conversation has behind its prompt, or, where it has the prompt with a change, behind
+    the last special token of it and what follows that; "" where it has neither."""
+    if whole.startswith(asked):
+        return whole.removeprefix(asked)
+    marks = list(spellings(tokenizer).finditer(asked))
+    tail = asked[marks[-1].start() :] if marks else asked
+    return whole.rpartition(tail)[2] if tail in whole else ""
 
 
 def _up_to(end: str | None, text: str) -> str:
@@ -211,7 +248,12 @@ def _all_responses(
         ) from error
     check_rendered(whole, turns, tokenizer, how)
     bounds = [0, *itertools.chain(*spans)]
-    return _Pieces(tuple(whole[start:stop] for start, stop in itertools.pairwise(bounds)))
+    texts = tuple(whole[start:stop] for start, stop in itertools.pairwise(bounds))
+    thoughtless = (
+        lacks_thinking(turns[place], text)
+        for place, text in zip(responses_of(turns), texts[1::2], strict=False)
+    )
+    return _Pieces(texts, lacks_thinking=any(thoughtless))
 
 
 def _spans(
@@ -229,7 +271,7 @@ def _spans(
         if len(said) <= len(asked) or not whole.startswith(said):
             fault = (
                 f"the template renders turn {index} (from 0) differently where others follow, as "
-                "those do that delete earlier thinking"
+                "those do that have thinking, or a place for it, in the last turn alone"
             )
             break
         if not is_rendered(turns[index], said[len(asked) :]):
@@ -263,10 +305,14 @@ def _marked(
         spans = [span for place, span in zip(spoken, spans) if place in wanted]
     elif spoken != wanted:
         raise DataError("the template marks other turns as generated than those of the assistant")
-    texts = "".join(rendered[start:stop] for start, stop in spans)
-    if rendered != whole or not all(is_rendered(turns[place], texts) for place in wanted):
+    # The end of a turn belongs to it, also where the mark stops before it; blanks behind it do not.
+    ends = []
+    for start, stop in spans:
+        behind = whole.startswith(end, stop)
+        ends.append(stop + len(end) if behind else start + len(_up_to(end, whole[start:stop])))
+    texts = [whole[start:stop] for (start, _), stop in zip(spans, ends)]
+    if len(texts) != len(wanted):  # several marks in a turn
+        texts = ["".join(texts)] * len(wanted)
+    if rendered != whole or not all(is_rendered(turns[i], text) for i, text in zip(wanted, texts)):
         raise DataError("what the template marks as generated lacks some of what is said there")
-    # The end of a turn belongs to it, also where the mark stops before.
-    return [
-        (start, stop + len(end) if whole.startswith(end, stop) else stop) for start, stop in spans
-    ]
+    return [(start, stop) for (start, _), stop in zip(spans, ends)]

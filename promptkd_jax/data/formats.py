@@ -16,7 +16,8 @@ from promptkd_jax.infra.errors import DataError
 _ROLES = {
     **{name: "user" for name in ("user", "human")},
     **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "model", "bot")},
-    "system": "system",
+    "function_call": "assistant",
+    **{name: "system" for name in ("system", "developer")},
     **{name: "tool" for name in ("tool", "function", "observation", "function_response")},
 }
 # Fields of every format that stand for turns, and those that would have to.
@@ -218,13 +219,22 @@ def _turn(turn: Any, name: str) -> Message:
         raise DataError(f"field {name!r} is {shown(turn)}, expected an object with role, content")
     rest = {key: value for key, value in turn.items() if value is not None}  # as tables fill up
     said = rest.pop("role", None) or rest.pop("from", None)
+    said = said.lower() if isinstance(said, str) else said
     role = _ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         known = ", ".join(dict.fromkeys(_ROLES))
         raise DataError(f"field '{name}' has the role {said!r}; there are {known}")
     key = "value" if "value" in rest and "content" not in rest else "content"
     content = _content(rest.pop(key, ""), f"{name}.{key}")
-    if "tool_calls" in rest:
+    if said == "function_call":  # LLaMA-Factory's, whose content it is
+        rest["tool_calls"], content = _from_json(content, f"{name}.{key}"), ""
+        if isinstance(rest["tool_calls"], Mapping):
+            rest["tool_calls"] = [rest["tool_calls"]]
+    if older := rest.pop("function_call", None):  # OpenAI's, before there were several
+        rest["tool_calls"] = [{"type": "function", "function": older}]
+    if not rest.get("tool_calls"):
+        rest.pop("tool_calls", None)
+    else:
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], f"{name}.tool_calls")
     if role == "user" and not content.strip():
         raise DataError(f"field '{name}.{key}' is empty; say what is asked")
@@ -259,12 +269,14 @@ def _tool_calls(calls: Any, name: str) -> list[Any]:
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(f"field {name!r} is {shown(calls)}, expected a list of objects")
     taken = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-            arguments = _from_json(function["arguments"], f"{name}.function.arguments")
-            call = {**call, "function": {**function, "arguments": arguments}}
-        taken.append(call)
+    for i, call in enumerate(calls):
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"field '{name}[{i}]' is {shown(call)}, expected a function's name")
+        if isinstance(function.get("arguments"), str):
+            arguments = _from_json(function["arguments"], f"{name}[{i}].arguments")
+            function = {**function, "arguments": arguments}
+        taken.append({**call, "function": function} if "function" in call else function)
     return taken
 
 
@@ -310,7 +322,8 @@ FORMATS = {
 def column_names() -> list[str]:
     """Returns the names that `data.columns` may give another one, or "" to leave a field out."""
     names = [name for known in FORMATS.values() for name in known.fields]
-    return list(dict.fromkeys([*names, "text", *_SYSTEM, _HISTORY, *_REFUSED]))
+    others = "response", "context", "text", *_SYSTEM, _HISTORY, *_REFUSED
+    return list(dict.fromkeys([*names, *others]))
 
 
 def recognize(fields: Mapping[str, Any]) -> str:

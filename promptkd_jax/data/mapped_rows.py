@@ -146,11 +146,12 @@ def _unfinished(folder: pathlib.Path, digest: str) -> Iterator[pathlib.Path]:
     """A new folder for files that are not whole; removes those that killed processes of this
     machine have left."""
     folder.mkdir(parents=True, exist_ok=True)
-    ours = f".unfinished-{platform.node()}-"
-    for left in folder.glob(f"{ours}*"):
-        if not _is_alive(int(left.name.removeprefix(ours).partition("-")[0])):
+    for left in folder.glob(".unfinished-*"):
+        process, _, node = left.name.removeprefix(".unfinished-").partition("@")
+        if node == platform.node() and not _is_alive(int(process.partition("-")[0])):
             shutil.rmtree(left, ignore_errors=True)
-    unfinished = folder / f"{ours}{os.getpid()}-{secrets.token_hex(4)}"
+    name = f".unfinished-{os.getpid()}-{secrets.token_hex(4)}@{platform.node()}"
+    unfinished = folder / name
     unfinished.mkdir()
     try:
         yield unfinished

@@ -13,7 +13,7 @@ from promptkd_jax.data.formats import (
     to_document,
     to_record,
 )
-from promptkd_jax.data.records import NEEDS, Record
+from promptkd_jax.data.records import NEEDED, NEEDS, Record
 from promptkd_jax.data.sources import read_fields
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import DataError, Faults
@@ -69,7 +69,7 @@ class RecordStream:
         faults.raise_any(self.source)
         if not count:
             example = FORMATS.get(self.format, FORMATS["messages"]).example
-            unanswered = f"all {self.unanswered} answers are without text"
+            unanswered = f"none of {self.unanswered} records has {NEEDED[self._need]}"
             found = unanswered if self.unanswered else "no records"
             raise DataError(f"{self.source}: {found}; expected at least one like {example}")
         if not self._quiet:
@@ -84,7 +84,8 @@ class RecordStream:
     @property
     def left_out(self) -> dict[str, int]:
         """What reading has left out, in words, with how often."""
-        dropped = {"without a response": self.unanswered} if self.unanswered else {}
+        without = f"without {NEEDED[self._need]}"
+        dropped = {without: self.unanswered} if self.unanswered else {}
         return dropped | {f"unused field {name!r}": count for name, count in self.unused.items()}
 
     def _say(self, seen: set[str]) -> None:
@@ -95,7 +96,7 @@ class RecordStream:
                 )
         if self.unanswered:
             distributed.warn(
-                f"{self.source}: {self.unanswered} records dropped, their answers have no text"
+                f"{self.source}: {self.unanswered} records dropped, without {NEEDED[self._need]}"
             )
         if self.unused:
             counted = ", ".join(f"{name!r} ({n} records)" for name, n in self.unused.items())

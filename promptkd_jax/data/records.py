@@ -73,3 +73,9 @@ NEEDS = {
     "some response": lambda record: any(True for _ in responses_of(record.messages)),
     "references": lambda record: bool(record.references),
 }
+NEEDED = {  # in words
+    "nothing": "anything",
+    "response": "a response as its last turn",
+    "some response": "a response in any turn",
+    "references": "a response with text",
+}

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,7 +31,11 @@ from promptkd_jax.infra.provenance import fingerprint_rows
 
 T = TypeVar("T")
 
-SUPERVISE = {"last": "the last one", "all": "all of them, in a row that is the whole conversation"}
+SUPERVISE = {
+    "last": "the last one",
+    "all": "all of them, in a row that is the whole conversation",
+    "each": "all of them, each in a row of its own behind the turns before it",
+}
 LONG_PROMPTS = {
     "drop": "the record is left out",
     "cut": "as few turns as will do are left out at its beginning, not a system turn; the record, "
@@ -110,11 +114,11 @@ def tokenize(
     more than max_prompt_length tokens is dropped and counted.
 
     Args:
-      records: read once, a thousand at a time.
+      records: read once, a few at a time.
       eos_id: ends a response where the chat template does not (see `templates.turn_end`).
-      supervise: key of `SUPERVISE`: "last": a row is the last response, and all before it is its
-        prompt; "all": all turns of the assistant are supervised, and the prompt is what stands
-        before the first.
+      supervise: "last": a row is the last response, and all before it is its prompt; "all": all
+        turns of the assistant are supervised, and the prompt is what stands before the first. For
+        "each" see `conversations.one_turn_each`.
       long_prompts: key of `LONG_PROMPTS`: "drop", or "cut": first without as many turns from its
         beginning as needed.
       into: where the rows go; by default into memory.
@@ -135,19 +139,18 @@ def tokenize(
         date = prompt_format.date or datetime.date.today().isoformat()
     prompt_format = dataclasses.replace(prompt_format, date=date)
     how = dict(prompt_format=prompt_format, tokenizer=tokenizer, eos_id=eos_id, supervise=supervise)
+    longest = max_prompt_length if long_prompts == "cut" else None
     into, counts, lengths, masked = into or RowList(), collections.Counter(), _Range(), False
-    for record, whole in _conversations(records, **how):
-        one = whole
-        if long_prompts == "cut" and len(whole.prompt) > max_prompt_length:
-            one = _shortened(record, whole, max_prompt_length, **how)
-            counts["shortened"] += one is not whole
-        lengths.add(len(whole.prompt))
+    for record, one, length in _conversations(records, longest, **how):
+        lengths.add(length)
         if len(one.prompt) > max_prompt_length:
             counts["dropped"] += 1
             continue
+        counts["shortened"] += len(one.prompt) < length
         row = np.array(one.prompt + one.response, np.int32)
         supervised = np.append(np.zeros(len(one.prompt), bool), one.supervised)
         counts["cut"] += len(row) > max_length
+        counts["lacks_thinking"] += one.lacks_thinking
         masked = masked or not one.supervised.all()
         # The record stays whole, also where the prompt was shortened.
         into.append(row[:max_length], len(one.prompt), supervised[:max_length], record)
@@ -158,24 +161,46 @@ def tokenize(
             f"all {lengths.count} prompts are longer than max_prompt_length {max_prompt_length}: "
             f"the shortest has {lengths.least} tokens, the longest {lengths.most}"
         )
-    facts = {name: counts[name] for name in ("dropped", "cut", "shortened")}
+    facts: dict[str, Any] = {name: counts[name] for name in ("dropped", "cut", "shortened")}
+    if thoughtless := counts["lacks_thinking"]:
+        facts["left_out"] = {"thinking that the template leaves out": thoughtless}
     return into.finish(masked, **facts, date=date)
 
 
-def _conversations(records: Iterable[Record], **how: Any) -> Iterator[tuple[Record, Conversation]]:
-    """Yields each record and its tokens. Raises DataError at the end with the faults of all; from
-    the first one on nothing more is yielded."""
+def _conversations(
+    records: Iterable[Record], longest: int | None, **how: Any
+) -> Iterator[tuple[Record, Conversation, int]]:
+    """Yields each record, its tokens, and how many its prompt has. Prompts of more than `longest`
+    tokens are without as few of their first turns as will do; as they are where none will, since
+    the last turn alone is too long.
+
+    Raises:
+      DataError: at the end, the faults of all records; from the first one on nothing is yielded.
+    """
     faults, first = Faults(), 0
-    for some in _chunks(records):
-        found = tokenize_conversations(some, first=first, faults=faults, **how)
+    how["faults"] = faults
+    for some in _chunks(records, _characters):
+        found = tokenize_conversations(some, first=first, **how)
         for number, (record, one) in enumerate(zip(some, found), start=first):
-            if one and not one.prompt:
+            length = len(one.prompt) if one else 0
+            if one and not length:
                 fault = "its prompt has no tokens; expected a tokenizer that has some for its text"
                 faults.add(record.place or f"record {number} (from 0)", fault)
+            if longest is not None and length > longest:
+                one = _shortened(record, one, longest, first=number, **how)
             if not faults.count:
-                yield record, one
+                yield record, one, length
         first += len(some)
-    faults.raise_any("the data")
+    faults.raise_any(getattr(records, "source", "the data"))
+
+
+def _shortened(record: Record, whole: Conversation, longest: int, **how: Any) -> Conversation:
+    for shorter in shorter_histories(record):
+        [one] = tokenize_conversations([shorter], **how)
+        if one is None or len(one.prompt) <= longest:
+            learned = one and (one.supervised.any() or not whole.supervised.any())
+            return one if learned else whole
+    return whole
 
 
 class _Range:
@@ -189,25 +214,24 @@ class _Range:
         self.most = max(self.most, number)
 
 
-def _shortened(
-    record: Record, whole: Conversation, max_prompt_length: int, **how: Any
-) -> Conversation:
-    """The conversation without as few of its first turns as will do; as it is where none will,
-    since its last turn alone is too long."""
-    faults = Faults()
-    for shorter in shorter_histories(record):
-        [one] = tokenize_conversations([shorter], faults=faults, **how)
-        faults.raise_any(record.place)
-        if len(one.prompt) <= max_prompt_length:
-            learned = one.supervised.any() or not whole.supervised.any()
-            return one if learned else whole
-    return whole
+def _characters(record: Record) -> int:
+    """The characters that are tokenised at once for a record: every turn is once for each response
+    behind it, at most."""
+    said = sum(len(str(turn.get("content"))) for turn in record.messages)
+    return said * len(record.messages)
 
 
-def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    """A few at a time: the encodings of texts take 40 times the memory of their tokens."""
-    items = iter(items)
-    while some := list(itertools.islice(items, 1000)):
+def _chunks(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """A few at a time, of about a million characters: the encodings of texts take a hundred times
+    the memory of their tokens."""
+    some, held = [], 0
+    for item in items:
+        some.append(item)
+        held += size(item)
+        if held >= 1_000_000 or len(some) == 1000:
+            yield some
+            some, held = [], 0
+    if some:
         yield some
 
 
@@ -223,7 +247,7 @@ def pack(
     Every token but a row's first counts as its response. What is left at the end makes no row.
 
     Args:
-      texts: read once, a thousand at a time.
+      texts: read once, a few at a time.
       into: where the rows go; by default into memory.
 
     Raises:
@@ -231,7 +255,7 @@ def pack(
     """
     into, rest, count = into or RowList(), np.zeros(0, np.int32), 0
     supervised = np.arange(length) > 0
-    for some in _chunks(texts):
+    for some in _chunks(texts, len):
         parts = (np.array([*ids, eos_id], np.int32) for ids in encode(some, tokenizer))
         stream = np.concatenate([rest, *parts])
         whole = len(stream) // length
@@ -265,7 +289,8 @@ def concatenate_rows(parts: Sequence[Rows], weights: Sequence[float]) -> Rows:
         return parts[0]
     tokens, supervised = [rows.tokens for rows in parts], None
     if any(rows.supervised is not None for rows in parts):
-        supervised = _Chain([_masks(rows) for rows in parts])
+        masks = (_ResponseMasks(x) if x.supervised is None else x.supervised for x in parts)
+        supervised = _Chain(list(masks))
     left_out = collections.Counter()
     for rows in parts:
         left_out.update(rows.left_out)
@@ -283,11 +308,17 @@ def concatenate_rows(parts: Sequence[Rows], weights: Sequence[float]) -> Rows:
     )
 
 
-def _masks(rows: Rows) -> Sequence[np.ndarray]:
-    """Which tokens of each row are supervised, also where that is all of the response."""
-    if rows.supervised is not None:
-        return rows.supervised
-    return [np.arange(len(x)) >= start for x, start in zip(rows.tokens, rows.prompt_lengths)]
+class _ResponseMasks(Sequence[np.ndarray]):
+    """Which tokens are supervised, where that is all of each response."""
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows.tokens)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.arange(len(self._rows.tokens[index])) >= self._rows.prompt_lengths[index]
 
 
 def with_responses(rows: Rows, responses: Iterable[Sequence[int]]) -> Rows:
@@ -324,7 +355,11 @@ def fingerprint_records(rows: Rows) -> str:
 
 def fingerprint_supervised(rows: Rows) -> str:
     """`fingerprint_rows` with where each prompt ends, and which tokens are supervised."""
-    tokens = [np.append(start, row) for start, row in zip(rows.prompt_lengths, rows.tokens)]
-    for number, supervised in enumerate(rows.supervised or []):
-        tokens[number] = np.append(tokens[number], np.flatnonzero(supervised))
-    return fingerprint_rows(tokens)
+
+    def marked() -> Iterator[np.ndarray]:
+        masks = itertools.repeat(None) if rows.supervised is None else rows.supervised
+        for start, row, mask in zip(rows.prompt_lengths, rows.tokens, masks):
+            places = [] if mask is None else [np.flatnonzero(mask)]
+            yield np.concatenate([[start], row, *places])
+
+    return fingerprint_rows(marked())

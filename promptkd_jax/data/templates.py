@@ -17,6 +17,7 @@ from promptkd_jax.infra.files import io_errors, read_text, to_path
 
 _CLOCK = "strftime_now"
 _WORD = "zebra"  # that no template writes itself
+_THINKING = ("reasoning_content", "reasoning", "thinking")  # fields that templates know
 # What the expressions of a template may raise.
 _OF_EXPRESSIONS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 _OF_EXPRESSIONS += (RecursionError,)
@@ -136,41 +137,59 @@ def check_rendered(
     add_generation_prompt: bool = False,
 ) -> None:
     """Raises DataError where what `render_chat` made of these turns does not depend on one of
-    them, or has no name of a tool that one calls."""
+    them, or lacks a name of a tool that one calls."""
     turns, letters = turns_with_system(turns, how.system), _letters(text)
-    for place, turn in enumerate(turns):
-        content = str(turn.get("content") or "")
-        # Templates may delete earlier thinking.
-        if _letters(content.rpartition("</think>")[2]) not in letters:
-            others = [
-                *turns[:place],
-                {**turn, "content": f"{content} {_WORD}"},
-                *turns[place + 1 :],
-            ]
+    # What one turn says is not found again for another; the longest first, which may have others.
+    said = [(len(_letters(_shown(turn))), place) for place, turn in enumerate(turns)]
+    for _, place in sorted(said, reverse=True):
+        turn = turns[place]
+        rest, lost = _without(letters, [_shown(turn)]), False
+        if rest is None:  # changed, or not there
+            others = list(turns)
+            others[place] = {**turn, "content": f"{turn.get('content') or ''} {_WORD}"}
             again = render_chat(others, tokenizer, how, add_generation_prompt=add_generation_prompt)
-            lost = again == text
-        else:
-            lost = any(_letters(name) not in letters for name in called_names(turn))
-        if lost:
+            rest, lost = letters, again == text
+        letters = _without(rest, called_names(turn))
+        if lost or letters is None:
+            part = "" if lost else "a tool that is called in "
             raise DataError(
-                f"template 'chat': the chat template leaves out turn {place} (from 0), of role "
-                f"{turn['role']}; expected one that renders it (data.chat_template), or data "
+                f"template 'chat': the chat template leaves out {part}turn {place} (from 0), of "
+                f"role {turn['role']}; expected one that renders it (data.chat_template), or data "
                 "without it"
             )
 
 
 def is_rendered(turn: Message, text: str) -> bool:
-    """Whether a text has all that a turn says, thinking and the names of called tools included, but
-    for blanks and signs, which templates change."""
-    said = [turn.get("reasoning_content"), turn.get("content"), *called_names(turn)]
-    letters = _letters(text)
-    return all(_letters(part) in letters for part in said if isinstance(part, str))
+    """Whether a text has what a turn says and the names of the tools that it calls, but for blanks
+    and signs, which templates change."""
+    said = str(turn.get("content") or ""), *called_names(turn)
+    return _without(_letters(text), said) is not None
+
+
+def lacks_thinking(turn: Message, text: str) -> bool:
+    """Whether a turn has thinking in a field of its own, which a text has not."""
+    thought = (turn[name] for name in _THINKING if isinstance(turn.get(name), str))
+    return any(_letters(part) not in _letters(text) for part in thought)
 
 
 def called_names(turn: Message) -> list[str]:
     """The names of the tools that a turn calls."""
-    functions = (call.get("function", call) for call in turn.get("tool_calls") or ())
-    return [str(function.get("name", "")) for function in functions]
+    named = (call.get("function", call) for call in turn.get("tool_calls") or ())
+    return [str(one["name"]) for one in named if isinstance(one, Mapping) and "name" in one]
+
+
+def _shown(turn: Message) -> str:
+    """What a turn says, without earlier thinking, which templates may delete."""
+    return str(turn.get("content") or "").rpartition("</think>")[2]
+
+
+def _without(letters: str, said: Sequence[str]) -> str | None:
+    """The letters of a text without those of each of these parts, None where one is not there."""
+    for part in map(_letters, said):
+        if part not in letters:
+            return None
+        letters = letters.replace(part, "\n", 1) if part else letters
+    return letters
 
 
 def _letters(text: str) -> str:

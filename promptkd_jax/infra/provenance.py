@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -140,13 +140,14 @@ def verify_inputs(workdir: epath.Path, inputs: dict[str, Any]) -> None:
     distributed.run_on_primary(compare_or_write)
 
 
-def fingerprint_rows(rows: Sequence[Sequence[int]]) -> str:
+def fingerprint_rows(rows: Iterable[Sequence[int]]) -> str:
     """How many rows of integers, and a digest of them and of where each ends."""
-    whole = hashlib.sha256()
+    whole, count = hashlib.sha256(), 0
     for row in rows:
+        count += 1
         whole.update(len(row).to_bytes(8, "little"))
         whole.update(np.asarray(row, "<i8").tobytes())
-    return f"{len(rows)} rows, sha256 {whole.hexdigest()}"
+    return f"{count} rows, sha256 {whole.hexdigest()}"
 
 
 def read_manifest(file: epath.Path) -> dict[str, Any]:

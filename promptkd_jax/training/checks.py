@@ -89,7 +89,7 @@ def _contradictions(config: RunConfig):
                 )
     if data.chat_template == TEACHER and not config.teacher.path:
         yield "config.data.chat_template: 'teacher' needs config.teacher.path"
-    if data.supervise == "all":
+    if data.supervise != "last":
         for index, stage in enumerate(config.stages):
             if stage.teacher_view == "in_context" and stage.source.on_policy:
                 yield (

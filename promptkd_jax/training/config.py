@@ -131,7 +131,8 @@ def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...], option: str
     try:
         theirs = json.loads(read_text(file)) if file.exists() else None
         begun = {other.name for other in folder.iterdir()} if folder.exists() else set()
-        used = begun - {file.name, "started.json"}  # which stand there before all else
+        # What stands there before the run itself begins, and decides nothing.
+        used = begun - {file.name, "started.json", "tokens"}
         if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
             configs = theirs["config"], ours["config"]
             raise ConfigError(_another_config(folder, *configs, ignore, option))

@@ -165,7 +165,7 @@ class DataConfig:
         "last",
         Choice(SUPERVISE),
         "the turns of the assistant in a conversation that a student learns from; where a model "
-        "writes the responses, each is a row of its own, behind the turns before it",
+        "writes the responses, 'all' is 'each'",
     )
 
     token_cache: str = field(
@@ -357,6 +357,7 @@ class RunConfig:
 NOT_IN_FINGERPRINT = (
     *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
     *("teacher.remat", "student.remat", "teacher_responses.path", "cache.path"),
+    "data.token_cache",
     *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep"),
 )
 # Names that fields had before.

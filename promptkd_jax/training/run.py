@@ -18,7 +18,7 @@ from promptkd_jax.evaluation.data_page import page_section
 from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
 from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra.errors import TrainingError
+from promptkd_jax.infra.errors import DataError, TrainingError
 from promptkd_jax.infra.files import check_shared, load_or_compute, read_text, write_json
 from promptkd_jax.models.io.safetensors import has_weights
 from promptkd_jax.training import build
@@ -210,9 +210,14 @@ def _data_report(experiment: Experiment) -> DataReport:
     data = experiment.config.data
     prompt_format = data.prompt_format(experiment.config.preset)
     names = "train", "train, by the teacher"
-    records = None
+    records, notes = None, []
     if data.train != TEACHER:
         records = itertools.chain.from_iterable(training_records(experiment.config, quiet=True))
+        try:
+            records = list(itertools.islice(records, COMPARED_PROMPTS))
+        except DataError as error:  # the run itself is done, and its rows are kept
+            records = []
+            notes = [f"Near-duplicates were not looked for: {error}"]
     return describe_data(
         [Split(name, rows, prompt_format, records) for name, rows in zip(names, experiment.train)],
         [Split("dev", experiment.dev, prompt_format)],
@@ -220,6 +225,7 @@ def _data_report(experiment: Experiment) -> DataReport:
         experiment.teacher,
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
+        notes=notes,
         compared=COMPARED_PROMPTS,
     )
 

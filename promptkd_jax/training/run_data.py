@@ -1,12 +1,16 @@
 """The rows that a config's run learns from and is measured on, from the sources that it names."""
 
 import dataclasses
+import datetime
+import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from promptkd_jax.data import conversations
 from promptkd_jax.data.conversations import one_turn_each
 from promptkd_jax.data.mapped_rows import mapped_rows
 from promptkd_jax.data.reading import RecordStream, read_corpus, read_records, stream_records
@@ -14,6 +18,8 @@ from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import RowList, Rows, concatenate_rows, pack, tokenize
 from promptkd_jax.data.sources import source_digest
 from promptkd_jax.data.templates import shows_date
+from promptkd_jax.infra import distributed
+from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import is_remote, to_path
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, text_end
@@ -46,7 +52,7 @@ def load_data(config: RunConfig, student: Model, workdir: epath.Path | None = No
         if data.supervise == "all" and any(by_turn):
             turns = training_rows(config, student, workdir, by_turn=True)
         if turns is None or not all(by_turn):
-            train = training_rows(config, student, workdir)
+            train = training_rows(config, student, workdir, by_turn=data.supervise == "each")
         else:
             train = turns
     if data.dev != "teacher":
@@ -65,7 +71,7 @@ def training_records(config: RunConfig, *, quiet: bool = False) -> Iterator[Reco
     about what reading leaves out."""
     data, need = config.data, "nothing"
     if any(stage.reads_responses for stage in config.stages):
-        need = "some response" if data.supervise == "all" else "response"
+        need = "response" if data.supervise == "last" else "some response"
     for source, _ in data.train_sources:
         how = dict(split=data.train_split, format=data.format, columns=data.columns)
         yield stream_records(source, need=need, quiet=quiet, **how)
@@ -97,28 +103,57 @@ def _source_rows(
 ) -> Rows:
     data, how = config.data, _tokenization(config, student)
     supervise = "last" if by_turn else data.supervise
-    shown = dataclasses.asdict(how["prompt_format"])
+    date = data.date or datetime.date.today().isoformat()
     if not shows_date(data.template, student.tokenizer):
-        shown["date"] = ""  # decides nothing
+        date = ""  # decides nothing
+    how["prompt_format"] = dataclasses.replace(how["prompt_format"], date=date)
+    gold_alone = data.supervise == "each" and records.how["need"] != "nothing"
+    digest = source_digest(records.source, split=data.train_split)
     made_from = {
         "what": "rows",
-        "source": source_digest(records.source, split=data.train_split),
+        "source": digest,
+        "code": _code(),
         **records.how,
         **how,
         "by_turn": by_turn,
+        "gold_alone": gold_alone,
         "supervise": supervise,
-        "prompt_format": shown,
+        "prompt_format": dataclasses.asdict(how["prompt_format"]),
         "tokenizer": identity.tokenization_digest(student.tokenizer),
     }
 
+    written = []
+
     def write(into: RowList) -> tuple[Rows, Mapping[str, int]]:
         kept = one_turn_each(records) if by_turn else records
+        if gold_alone:  # a conversation that ends with another turn is no row
+            kept = (record for record in kept if record.is_answered)
         rows = tokenize(kept, supervise=supervise, into=into, **how)
-        return rows, records.left_out
+        _check_unchanged(records.source, data.train_split, digest)
+        written.append(rows)
+        return rows, records.left_out | dict(rows.left_out)
 
     rows = mapped_rows(cache, made_from, write)
+    if not written and rows.left_out:  # which was said when they were read
+        counted = ", ".join(f"{name}: {count}" for name, count in rows.left_out.items())
+        distributed.warn(f"{records.source}: left out: {counted}")
     _say_rows(config, f"{records.source}, turn by turn" if by_turn else records.source, rows)
     return rows
+
+
+def _check_unchanged(source: str, split: str, digest: str) -> None:
+    """Raises DataError where a source is not what it was when its digest was made."""
+    if source_digest(source, split=split) != digest:
+        raise DataError(f"{source}: has changed while it was read; start again when it is whole")
+
+
+def _code() -> dict[str, str]:
+    """What else decides the tokens of records: the code that makes them."""
+    whole = hashlib.sha256()
+    for file in sorted(pathlib.Path(conversations.__file__).parent.glob("*.py")):
+        whole.update(file.read_bytes())
+    names = ("transformers", "tokenizers", "jinja2")
+    return {"data": whole.hexdigest()[:16]} | {name: version(name) for name in names}
 
 
 def _corpus_rows(config: RunConfig, student: Model, workdir: epath.Path | None) -> Rows:
@@ -133,9 +168,11 @@ def _packed_rows(
 ) -> Rows:
     data = config.data
     how = dict(length=data.max_length, eos_id=text_end(student))
+    digest = source_digest(source, split=data.corpus_split)
     made_from = {
         "what": "corpus",
-        "source": source_digest(source, split=data.corpus_split),
+        "source": digest,
+        "code": _code(),
         "columns": dict(data.columns),
         "tokenizer": identity.tokenization_digest(student.tokenizer),
         **how,
@@ -143,7 +180,9 @@ def _packed_rows(
 
     def write(into: RowList) -> tuple[Rows, Mapping[str, int]]:
         texts = read_corpus(source, split=data.corpus_split, columns=data.columns)
-        return pack(texts, student.tokenizer, into=into, **how), {}
+        rows = pack(texts, student.tokenizer, into=into, **how)
+        _check_unchanged(source, data.corpus_split, digest)
+        return rows, {}
 
     return mapped_rows(cache, made_from, write)
 
@@ -166,6 +205,9 @@ def tokenized(
     many prompts and answers are cut."""
     rows = tokenize(records, supervise=supervise, **_tokenization(config, model))
     _say_rows(config, source, rows)
+    if rows.left_out:
+        counted = ", ".join(f"{name}: {count}" for name, count in rows.left_out.items())
+        distributed.warn(f"{source}: left out: {counted}")
     return rows
 
 

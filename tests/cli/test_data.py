@@ -90,7 +90,7 @@ def test_what_reading_left_out_is_told(folder, said, tmp_path):
     text = said(*how, *gold, "--config.stages[1].batch_size=2")
     header = next(line for line in text.splitlines() if line.startswith("| set "))
     columns = [cell.strip() for cell in header.split("|")]
-    assert columns[-3:-1] == ["without a response", "unused field 'mood'"]
+    assert columns[-3:-1] == ["without a response as its last turn", "unused field 'mood'"]
     assert counts(text)["train"][-2:] == ["1", "3"]
 
 

@@ -231,10 +231,11 @@ def test_empty_answers_are_dropped_and_counted_where_one_is_needed(tmp_path, not
     records = [ALPACA | {"output": "b"}, ALPACA | nothing]
     found = read(tmp_path, *records)
     assert (len(found), found.unanswered) == (1, 1)
-    assert "some.jsonl: 1 records dropped, their answers have no text" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "some.jsonl: 1 records dropped, without a response as its last turn" in said
     found = read(tmp_path, *records, need="nothing")
     assert (found[1].references, found.unanswered) == ((), 0)
-    with pytest.raises(DataError, match="all 2 answers are without text; expected at least one"):
+    with pytest.raises(DataError, match="none of 2 records has a response as its last turn; exp"):
         read(tmp_path, records[1], records[1])
 
 
@@ -263,6 +264,26 @@ def test_a_tool_call_is_a_response_and_no_text_to_compare_with(tmp_path):
     assert (record.prompt, record.references) == ((*HI, user("and?")), ())
     found = read(tmp_path, {"messages": turns}, {"messages": list(HI)}, need="references")
     assert (len(found), found.unanswered) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+        {"role": "Assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{}"}]},
+    ],
+)
+def test_calls_in_the_dialects_that_people_have(tmp_path, called):
+    turns = [{"role": "developer", "content": "be brief"}, user("hi"), called]
+    turns += [{"role": "function", "name": "f", "content": "3"}, assistant("3", tool_calls=[])]
+    (record,) = read(tmp_path, {"messages": turns})
+    system, _, call, result, last = record.messages
+    assert (system["role"], result["role"], last) == ("system", "tool", assistant("3"))
+    function = call["tool_calls"][0].get("function", call["tool_calls"][0])
+    assert (function, call["role"]) == ({"name": "f", "arguments": {}}, "assistant")
+    turns[2] = assistant("", tool_calls=[{"function": "f"}])
+    assert "'messages[2].tool_calls[0]' is dict" in fault_of(tmp_path, {"messages": turns})
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])

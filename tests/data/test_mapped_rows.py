@@ -114,9 +114,9 @@ def test_what_is_not_whole_is_never_taken(tmp_path):
     [folder] = tmp_path.iterdir()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    ours = f".unfinished-{os.uname().nodename}"
-    left = [f"{ours}-{process}-0" for process in (ended.pid, os.getpid())]
-    left.append(".unfinished-elsewhere-1-0")
+    node = os.uname().nodename
+    left = [f".unfinished-{process}-0@{node}" for process in (ended.pid, os.getpid())]
+    left += [f".unfinished-{ended.pid}-0@{other}" for other in ("elsewhere", f"{node}-7")]
     for name in left:
         shutil.copytree(folder, tmp_path / name)
     mapped_rows(tmp_path, {"other": 1}, write(TALKS))

@@ -130,20 +130,89 @@ def test_a_template_may_leave_the_response_out():
 def test_a_template_may_not_leave_out_what_is_asked():
     tokenizer = chat_tokenizer("{{ messages[-1]['content'] }}>")
     talk, asked = conversation("say red", "the red", "and"), conversation("say red")
-    for left_out, prompt_format in (
-        ("turn 0 .* of role user", CHAT),
-        ("turn 0 .* of role system", PromptFormat("chat", system="be brief")),
-    ):
-        with pytest.raises(DataError, match=f"record 1 .* leaves out {left_out}"):
-            rows_of([asked, talk], tokenizer, prompt_format)
-            rows_of([asked, asked], tokenizer, prompt_format)
+    with pytest.raises(DataError, match="record 1 .* leaves out turn 1 .* of role assistant"):
+        rows_of([asked, talk], tokenizer)
+    system = PromptFormat("chat", system="be brief")
+    with pytest.raises(DataError, match="record 0 .* leaves out turn 0 .* of role system"):
+        rows_of([asked], tokenizer, system)
+    # Also where another turn says the same.
+    hidden = conversation("red", "blue", "say red or blue")
+    with pytest.raises(DataError, match="leaves out turn . .* of role"):
+        rows_of([hidden], tokenizer)
     # What it changes, or shows by a mark, is not left out.
     tokenizer.chat_template = "{{ messages[0]['content'] | replace('no', '') | length }}"
     assert tokenizer.decode(prompts_of(rows_of([conversation("no no")], tokenizer))[0]) == "1"
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
     tokenizer.chat_template = unmarked(CHATML)
-    with pytest.raises(DataError, match="leaves out turn 1 .* of role assistant"):
+    with pytest.raises(DataError, match="leaves out a tool that is called in turn 1 "):
         rows_of([Record((*asked.messages, call, *asked.messages))], tokenizer)
+
+
+OPENED = (  # as DeepSeek-R1's: a prompt opens thinking, and a turn has none of it
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_thinking_that_a_prompt_opens_is_not_opened_again():
+    tokenizer = chat_tokenizer(OPENED)
+    rows = rows_of([conversation("say", "<think>\nred\n</think>\n\nblue")], tokenizer)
+    text = tokenizer.decode(rows.tokens[0])
+    assert text.endswith("assistant\n<think>\nred\n</think>\n\nblue<|im_end|>")
+    with pytest.raises(DataError, match="ends with '<think>', and the response has no '</think>'"):
+        rows_of([conversation("say", "blue")], tokenizer)
+
+
+def test_thinking_in_a_field_that_a_template_does_not_know_is_counted():
+    tokenizer = chat_tokenizer(unmarked(CHATML))
+    *turns, last = conversation("say", "red", "and", "blue").messages
+    record = Record((*turns, last | {"reasoning_content": "one two"}), ("blue",))
+    for supervise in ("last", "all"):
+        rows = rows_of([record, TALK], tokenizer, supervise=supervise)
+        assert rows.left_out == {"thinking that the template leaves out": 1}
+        assert tokenizer.decode(rows.tokens[0]).endswith("assistant\nblue<|im_end|>")
+    known = "{{ m['reasoning_content'] or '' }}{{ m['content'] }}"
+    tokenizer.chat_template = unmarked(CHATML).replace("{{ m['content'] }}", known)
+    rows = rows_of([record], tokenizer)
+    assert tokenizer.decode(responses_of(rows)[0]) == "one twoblue<|im_end|>" and not rows.left_out
+
+
+def test_a_system_turn_that_stands_only_before_a_question():
+    """As Mistral's: a conversation that ends with a response is rendered without it."""
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+        "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n"
+        "{% endif %}{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %} "
+        "{{ m['content'] }}</s>{% endif %}{% endfor %}",
+        ("</s>", "[INST]", "[/INST]"),
+    )
+    plain, briefly = conversation("say", "red"), conversation("say", "red", system="be brief")
+    rows = rows_of([plain, briefly], tokenizer)
+    assert [tokenizer.decode(x) for x in responses_of(rows)] == [" red</s>"] * 2
+    assert "be brief" in tokenizer.decode(prompts_of(rows)[1])
+
+
+def test_two_calls_are_two_names():
+    once = "{% if m['tool_calls'] %}[{{ m['tool_calls'][0]['name'] }}]{% endif %}"
+    tokenizer = chat_tokenizer(
+        unmarked(CHATML).replace("{{ m['content'] }}", once + "{{ m['content'] or '' }}")
+    )
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    record = Record((*TALK.messages[:1], calls))
+    assert len(rows_of([record], tokenizer).tokens) == 1
+    calls["tool_calls"] *= 2
+    with pytest.raises(DataError, match="does not render all of its response, which calls tools"):
+        rows_of([record], tokenizer)
+
+
+def test_what_marks_have_behind_the_end_of_a_turn_is_not_supervised():
+    wide = CHATML.replace("<|im_end|>{% endgeneration %}", "<|im_end|>\n{% endgeneration %}")
+    tokenizer = chat_tokenizer(wide.replace("assistant\n{% endif %}", "assistant\n(\n{% endif %}"))
+    rows = rows_of([TALK], tokenizer, supervise="all")
+    learned = tokenizer.decode(rows.tokens[0][rows.supervised[0]])
+    assert learned == "the red<|im_end|>blue is\nthe sky<|im_end|>two<|im_end|>"
+    assert tokenizer.decode(rows.tokens[0]).endswith("two<|im_end|>")
 
 
 def test_a_turn_goes_to_its_last_end():

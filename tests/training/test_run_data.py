@@ -1,11 +1,16 @@
 """The rows of a config: of one source or several, tokenised once, into files."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.chats import THINKING, chat_tokenizer
 from helpers.files import write_lines
 
 from promptkd_jax.cli.main import main
@@ -22,6 +27,8 @@ from promptkd_jax.training.checks import checked
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import stage_config
 from promptkd_jax.training.run_data import load_data
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -80,6 +87,105 @@ def test_rows_are_tokenised_once_and_again_when_something_changes(
     config.data.train = str(folder / "other.jsonl")
     rows_of(config, tmp_path / "run")
     assert len(calls) == 10
+
+
+def test_other_code_makes_other_rows(config, tmp_path, monkeypatch):
+    rows_of(config, tmp_path)
+    monkeypatch.setattr(run_data, "version", lambda name: "0")
+    rows_of(config, tmp_path)
+    assert len(list((tmp_path / "tokens").iterdir())) == 4
+
+
+def test_data_that_change_while_they_are_read_are_not_kept(config, tmp_path, monkeypatch):
+    tokenize = run_data.tokenize
+
+    def slow(records, **how):
+        rows = tokenize(records, **how)
+        file = pathlib.Path(config.data.train[0][0])
+        file.write_text(file.read_text() * 2)
+        return rows
+
+    monkeypatch.setattr(run_data, "tokenize", slow)
+    with pytest.raises(DataError, match=r"train\.jsonl: has changed while it was read"):
+        rows_of(config, tmp_path)
+    assert not list((tmp_path / "tokens").iterdir())
+
+
+def test_what_is_left_out_is_said_of_kept_rows_too(config, tmp_path, capsys):
+    for _ in range(2):
+        rows_of(config, tmp_path)
+        assert "'hint'" in capsys.readouterr().err
+
+
+def test_each_turn_may_be_a_row(config, folder, tmp_path):
+    """Also of a template that renders the last turn in another way; what nobody answers is none."""
+    talk = [{"role": r, "content": x} for r, x in zip(["user", "assistant"] * 3, "abcde")]
+    write_lines(folder / "talks.jsonl", {"messages": talk}, {"messages": talk[2:4]})
+    config.data.train = str(folder / "talks.jsonl")
+    model = folder / "student"
+    words = chat_tokenizer(THINKING)
+    tiny.write_model(model, width=16, depth=2, seed=1, words=words)
+    config.data.update(template="chat", supervise="each", max_prompt_length=90, max_length=99)
+    rows = rows_of(config, tmp_path)
+    ends = [words.decode(x[start:]) for x, start in zip(rows.tokens, rows.prompt_lengths)]
+    assert ends == ["b<|im_end|>", "d<|im_end|>", "d<|im_end|>"] and rows.supervised is None
+    config.stages[0].update(targets="student", student_terms=(("reverse_kl", 1.0),))
+    assert len(rows_of(config, tmp_path).tokens) == 4  # the prompt that nobody answered
+
+
+def test_a_folder_is_free_again_after_a_mistake_in_the_data(config, folder, tmp_path):
+    config.data.train = write_lines(folder / "odd.jsonl", *[{"q": "say", "a": "red"}] * 8)
+    for columns in ({}, {"question": "q", "answer": "a"}):
+        config.data.columns = columns
+        if columns:
+            training.run(checked(config), tmp_path / "run", with_chosen_remat)
+        else:
+            with pytest.raises(DataError, match="data.columns"):
+                training.run(checked(config), tmp_path / "run", with_chosen_remat)
+
+
+def test_a_report_does_without_data_that_are_gone(config, tmp_path, monkeypatch):
+    fit = training.fit
+
+    def and_remove(*args, **how):
+        done = fit(*args, **how)
+        pathlib.Path(config.data.train[1][0]).unlink()
+        return done
+
+    monkeypatch.setattr(training, "fit", and_remove)
+    training.run(checked(config), tmp_path / "run", with_chosen_remat)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Near-duplicates were not looked for: " in page
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_processes_that_write_at_once_have_the_same_rows(config, folder, tmp_path):
+    config.data.token_cache = str(tmp_path / "tokens")
+    (tmp_path / "read.py").write_text(
+        "import sys\n"
+        "from helpers import tiny\n"
+        "from promptkd_jax.data.rows import fingerprint_supervised\n"
+        "from promptkd_jax.models.load import load_without_weights\n"
+        "from promptkd_jax.training.checks import checked\n"
+        "from promptkd_jax.training.run_data import load_data\n"
+        "import pathlib\n"
+        f"config = tiny.short_config(pathlib.Path({str(folder)!r}))\n"
+        f"config.data.token_cache = {str(tmp_path / 'tokens')!r}\n"
+        "run = checked(config)\n"
+        "rows = load_data(run, load_without_weights(run.student.path)).turns\n"
+        "rows = rows or load_data(run, load_without_weights(run.student.path)).train\n"
+        "print(fingerprint_supervised(rows))\n"
+    )
+    places = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
+    environment = os.environ | {"PYTHONPATH": places, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(tmp_path / "read.py")]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate()[0].splitlines()[-1] for process in started]
+    assert len(set(said)) == 1 and said[0].startswith("12 rows")
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
 
 
 def test_runs_may_share_their_tokens(config, tmp_path):
