@@ -71,7 +71,9 @@ class Side:
                 prompt_buckets=method.execution.length_buckets,
             )
         )
-        prompt = pkd.init_soft_prompt(self._teacher, range(case.soft_prompt), case.soft_prompt)
+        prompt = pkd.init_soft_prompt(
+            teacher.decoder, self._teacher, range(case.soft_prompt), case.soft_prompt
+        )
         self._state = pkd.init_state(
             {"student": student.params, "soft_prompt": prompt}, optimizers, jax.random.key(0)
         )

@@ -35,7 +35,7 @@ _NAMES = {
     "distill.state": "Metrics Optimizers TrainState init_state summarize",
     "distill.step": "train_step write_ahead",
     "distill.teacher": "Models lazy_logits lazy_logits_and_states",
-    "models.decoder": "Decoder embed head",
+    "models.decoder": "Decoder head",
     "models.io.export": "save_model",
     "models.io.peft": "load_soft_prompt save_soft_prompt",
     "models.language_model": "LanguageModel",

@@ -33,7 +33,6 @@ from promptkd_jax.distill.teacher import Models as Models
 from promptkd_jax.distill.teacher import lazy_logits as lazy_logits
 from promptkd_jax.distill.teacher import lazy_logits_and_states as lazy_logits_and_states
 from promptkd_jax.models.decoder import Decoder as Decoder
-from promptkd_jax.models.decoder import embed as embed
 from promptkd_jax.models.decoder import head as head
 from promptkd_jax.models.io.export import save_model as save_model
 from promptkd_jax.models.io.peft import load_soft_prompt as load_soft_prompt

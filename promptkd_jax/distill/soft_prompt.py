@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from promptkd_jax.models.decoder import embed
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -26,8 +27,10 @@ INITS = {
 }
 
 
-def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> Float[Array, "M D"]:
-    """The embeddings of `token_ids`, repeated and cut to `length`, `[M, D]` float32.
+def init_soft_prompt(
+    model: Decoder | LanguageModel, params: Any, token_ids: Sequence[int], length: int
+) -> Float[Array, "M D"]:
+    """The embeddings of `token_ids` in a model, repeated and cut to `length`, `[M, D]` float32.
 
     PromptKD starts from "Suppose you are a student." (7 GPT-2 tokens); a random start collapses
     (paper, figure 4).
@@ -38,10 +41,12 @@ def init_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> Floa
     if not len(token_ids):
         raise ValueError("a soft prompt needs at least one token to start from")
     repeated = np.resize(np.asarray(token_ids, np.int32), length)
-    return embed(params, repeated).astype(jnp.float32)
+    return model.input_embeddings(params, repeated).astype(jnp.float32)
 
 
-def pooled_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> Float[Array, "M D"]:
+def pooled_soft_prompt(
+    model: Decoder | LanguageModel, params: Any, token_ids: Sequence[int], length: int
+) -> Float[Array, "M D"]:
     """A text of any length in `length` vectors: means of its embeddings, `[M, D]` float32.
 
     The text is cut into M stretches of equal size; one that is shorter than M is repeated first.
@@ -51,7 +56,7 @@ def pooled_soft_prompt(params: Any, token_ids: Sequence[int], length: int) -> Fl
     """
     # "abc" for 2 vectors: means of "ab" and "c"; for 7: of "a", "b", "c", "a", … one by one.
     repeated = max(length, len(token_ids))
-    embeddings = init_soft_prompt(params, token_ids, repeated)
+    embeddings = init_soft_prompt(model, params, token_ids, repeated)
     return jnp.stack([jnp.mean(part, axis=0) for part in jnp.array_split(embeddings, length)])
 
 

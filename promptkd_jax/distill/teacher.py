@@ -41,7 +41,7 @@ def lazy_logits(
       vocab_size: V, of the tokens that teacher and student share; padding beyond it is cut off.
       prefix: `[M, D]` embeddings in front of every row, or None for the plain model. The hidden
         states are aligned with the tokens either way. The embeddings of a text's tokens put that
-        text in front: see `promptkd_jax.embed`.
+        text in front: see `Decoder.input_embeddings`.
 
     Returns:
       LazyLogits of hidden `[B, R, D]` and head `[V, D]`.

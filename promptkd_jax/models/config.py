@@ -7,13 +7,56 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """A stretching of rotary frequencies: "linear" (by `factor`) or "llama3"."""
+    """A stretching of rotary frequencies, see `rotary.KINDS`.
+
+    Attributes:
+      factor: by which positions are stretched.
+      low_freq_factor, high_freq_factor: turns within the original length, between which "llama3"
+        goes from stretched to kept.
+      original_max_position: the length before the stretching.
+      beta_fast, beta_slow: the same of "yarn", the other way round; `truncate`: to whole pairs.
+      attention_factor: by which "yarn" and "longrope" multiply queries and keys.
+      short_factors, long_factors: of "longrope", one for each frequency: within the original
+        length, and beyond.
+    """
 
     kind: str
-    factor: float
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864): how fast the pairs of a head turn.
+
+    Attributes:
+      share: of the head's width, from the front, that turns.
+    """
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+    share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What layers of one model differ in.
+
+    Attributes:
+      rope: None: the layer sees no positions, or those of a table.
+      sliding_window: positions that one sees, itself included; None: all before.
+    """
+
+    rope: Rope | None = None
+    sliding_window: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +84,20 @@ class DecoderConfig:
     out_bias: bool
     mlp_bias: bool
     tied: bool  # the head is the embedding
-    learned_positions: bool = False  # else rotary
+    learned_positions: bool = False
     position_offset: int = 0  # unused leading rows of the position table (OPT: 2)
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    qk_norm: bool = False
-    sliding_window: int | None = None  # positions that one sees, itself included; None: all before
+    # The kinds that layers are of, and for each layer the place of its own; (): the first.
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
+    pattern: tuple[int, ...] = ()
+    qk_norm: str = ""  # of queries and keys: "" none, "head" of each head, "all" of all together
+    pre_norm: bool = True  # in front of attention and feed-forward
+    post_norm: bool = False  # behind them, before they are added to the residual stream
+    norm_offset: float = 0.0  # that is added to the scales of norms (Gemma: 1)
+    embedding_scale: float = 1.0  # of the embeddings of tokens
+    input_scale: float = 1.0  # of all that goes into the first layer, a soft prompt included
+    residual_scale: float = 1.0  # of what attention and feed-forward add
+    attention_scale: float | None = None  # of the scores; None: H ** -0.5
+    logit_scale: float = 1.0  # of the hidden states that the head sees
     # How it is run; not part of what the model is.
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -93,9 +144,15 @@ class DecoderConfig:
 
     @property
     def trained_positions(self) -> int:
-        """The number of positions that it was trained for; linear scaling stretches them later."""
-        linear = self.rope_scaling is not None and self.rope_scaling.kind == "linear"
-        return int(self.max_positions * self.rope_scaling.factor) if linear else self.max_positions
+        """The number of positions that it was trained for; linear scaling and that which depends
+        on a row's length stretch them later."""
+        scalings = [kind.rope.scaling for kind in self.kinds if kind.rope and kind.rope.scaling]
+        later = [x.factor for x in scalings if x.kind in ("linear", "dynamic")]
+        return int(self.max_positions * max(later, default=1.0))
+
+    def kind(self, layer: int) -> LayerKind:
+        """The kind of a layer."""
+        return self.kinds[self.pattern[layer] if self.pattern else 0]
 
 
 def _multiple(size: int, parts: int) -> int:

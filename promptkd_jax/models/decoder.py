@@ -7,7 +7,8 @@ Parameters have the sizes of `DecoderConfig.padded`, outputs those of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -18,9 +19,13 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain, unshard_fsdp
 from promptkd_jax.models.attention import BTNH_SPEC, attend, attend_to_cache, kv_repeats, repeat_kv
 from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.norms import HeadsNorm, make_norm
+from promptkd_jax.models.rotary import rotate
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+NO_WINDOW = 2**30  # positions, more than any row has
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -125,7 +130,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         vocab_size = config.padded.vocab_size
-        x = Embedding(config, vocab_size, name="embed")(tokens)
+        x = _scaled(Embedding(config, vocab_size, name="embed")(tokens), config.embedding_scale)
         if prefix is not None:
             rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
@@ -143,16 +148,17 @@ class Decoder(nn.Module):
                 )
             table = config.max_positions + config.position_offset
             x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
+        x = _scaled(x, config.input_scale)
         # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
         decode = column is not None
         # One scan over L stacked layers: compiled once, whatever the depth. The whole cache goes
         # along as a carry, of which each layer writes its own part in place; as one of the scan's
         # stacked outputs it would be written anew for every token.
-        (x, cache), _ = _layers(config)(
-            (x, cache), jnp.arange(config.num_layers), positions, decode
-        )
-        x = _norm(config, "final_norm")(x)
+        kinds = jnp.asarray(config.pattern, jnp.int32) if config.pattern else None
+        layers = jnp.arange(config.num_layers), kinds
+        (x, cache), _ = _layers(config)((x, cache), layers, positions, decode)
+        x = _scaled(make_norm(config, "final_norm")(x), config.logit_scale)
         # Declared here, multiplied by the losses: no [B, T, V] array leaves the model.
         if not config.tied:
             shape = (vocab_size, config.width)
@@ -178,8 +184,8 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def input_embeddings(self, params: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        """Embeddings `[..., D]` of token ids `[...]`."""
-        return embed(params, tokens)
+        """Embeddings `[..., D]` of token ids `[...]`, as the decoder puts them behind a prefix."""
+        return _scaled(embed(params, tokens), self.config.embedding_scale)
 
     @nn.nowrap
     def for_sampling(self, params: Any) -> Any:
@@ -232,25 +238,33 @@ class Embedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward."""
+    """Attention and feed-forward, each between its norms, added to the residual stream."""
 
     config: DecoderConfig
 
     # carry      hidden states [B, T, D], and the whole cache or None: T is M + T of the decoder for
     #            whole rows, 1 in decoding
-    # index      [], the layer's number, its place along L in the cache
+    # layer      [] twice: the layer's number, its place along L in the cache; the number of its
+    #            kind, None where there is one kind
     # positions  [1, T] for whole rows, [B, 1] in decoding: the columns of the hidden states
     # decode     static: whether one token a row reads the cache
     @nn.compact
-    def __call__(self, carry, index, positions, decode):
+    def __call__(self, carry, layer, positions, decode):
         config = self.config
         x, cache = carry
+
+        def before(x, name: str):
+            return make_norm(config, name)(x) if config.pre_norm else x
+
+        def added(x, y, name: str):
+            y = make_norm(config, name)(y) if config.post_norm else y
+            return constrain(x + _scaled(y, config.residual_scale), ROWS, None, None)
+
         attended, cache = Attention(config, name="attention")(
-            _norm(config, "attention_norm")(x), cache, index, positions, decode
+            before(x, "attention_norm"), cache, layer, positions, decode
         )
-        x = constrain(x + attended, ROWS, None, None)
-        x = x + FeedForward(config, name="mlp")(_norm(config, "mlp_norm")(x))
-        x = constrain(x, ROWS, None, None)
+        x = added(x, attended, "post_attention_norm")
+        x = added(x, FeedForward(config, name="mlp")(before(x, "mlp_norm")), "post_mlp_norm")
         # Read by `teacher.lazy_logits_and_states`, and nothing where the collection is not mutable.
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
@@ -263,8 +277,9 @@ class Attention(nn.Module):
 
     # The arguments of `Layer`, its carry taken apart.
     @nn.compact
-    def __call__(self, x, cache, index, positions, decode):
+    def __call__(self, x, cache, layer, positions, decode):
         config, padded = self.config, self.config.padded
+        index, kind = layer
 
         def heads(number: int, name: str):
             return _project(config, (number, config.head_dim), config.qkv_bias, name)
@@ -273,18 +288,22 @@ class Attention(nn.Module):
         query = heads(padded.num_heads, "query")(x)
         key = heads(padded.num_kv_heads, "key")(x)
         value = heads(padded.num_kv_heads, "value")(x)
-        # Over H, head by head (Qwen3).
-        if config.qk_norm:
-            query = _norm(config, "query_norm")(query)
-            key = _norm(config, "key_norm")(key)
+        if config.qk_norm == "head":  # over H
+            query = make_norm(config, "query_norm")(query)
+            key = make_norm(config, "key_norm")(key)
+        elif config.qk_norm:  # over N and H, or K and H
+            query = HeadsNorm(config, config.num_heads, name="query_norm")(query)
+            key = HeadsNorm(config, config.num_kv_heads, name="key_norm")(key)
         query, key, value = (constrain(x, *BTNH_SPEC) for x in (query, key, value))
         # Without rotary positions, so that their products say what tokens mean to one another and
         # not how far apart they stand, whatever the positions of the other model are.
         self.sow("intermediates", "queries", query[:, :, : config.num_heads])
         self.sow("intermediates", "keys", key[:, :, : config.num_kv_heads])
         self.sow("intermediates", "values", value[:, :, : config.num_kv_heads])
-        if not config.learned_positions:
-            query, key = (rotate(config, a, positions) for a in (query, key))
+        columns = x.shape[1] if cache is None else cache.key.shape[3]
+        query, key = (_rotate(config, a, positions, columns, kind) for a in (query, key))
+        if config.attention_scale is not None:  # what attends multiplies by H ** -0.5
+            query = _scaled(query, config.attention_scale * config.head_dim**0.5)
         # Where a mesh cuts heads more finely than there are K of them, each device has its own.
         key, value = (repeat_kv(a, padded.num_heads) for a in (key, value))
         if cache is not None:
@@ -292,11 +311,10 @@ class Attention(nn.Module):
         if decode:
             # [L, B, K, S, H] -> [B, K, S, H], the row's new column included.
             key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
-            out = attend_to_cache(
-                query, key, value, positions, sliding_window=config.sliding_window
-            )
+            window = _of_kind(kind, [one.sliding_window for one in config.kinds], NO_WINDOW)
+            out = attend_to_cache(query, key, value, positions, sliding_window=window)
         else:
-            out = attend(query, key, value, sliding_window=config.sliding_window)
+            out = _attend(config, query, key, value, kind)
         return _project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
 
 
@@ -320,36 +338,40 @@ class FeedForward(nn.Module):
         return _project(config, config.width, config.mlp_bias, "down")(hidden)
 
 
-def rotate(config: DecoderConfig, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary embedding of `[B, T, heads, H]` at `positions` `[B or 1, T]`, halves layout."""
-    # The pair (x_i, x_{i + H/2}) of a head is a point of the plane, turned by position times
-    # frequency i: the product of a query and a key then depends on how far apart they stand alone.
-    # In float32: at position 8,000 bfloat16 would be off by whole turns.
-    angles = positions[..., None] * rotary_frequencies(config)  # [B, T, H/2]
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    # Hugging Face's layout: pairs are (i, i + H/2), not neighbours.
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+def _rotate(config: DecoderConfig, x: jax.Array, positions, columns: int, kind) -> jax.Array:
+    """Queries or keys `[B, T, heads, H]` with the rotary positions of the layer's kind, if any."""
+    ropes = list(dict.fromkeys(one.rope for one in config.kinds))
+    turned = [
+        x if rope is None else rotate(rope, x, positions, columns, config.max_positions)
+        for rope in ropes
+    ]
+    found = turned[0]
+    for place, one in enumerate(turned[1:], start=1):
+        of_this = jnp.asarray([ropes.index(k.rope) == place for k in config.kinds])[kind]
+        found = jnp.where(of_this, one, found)
+    return found
 
 
-def rotary_frequencies(config: DecoderConfig) -> jax.Array:
-    """Radians per position, `[H/2]`, scaled as Llama 3.1 or linearly where the config says so."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = config.rope_theta**-exponent
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    # Llama 3.1: what turns fewer than low_freq_factor times within the original length is stretched
-    # by the factor, what turns more than high_freq_factor times is kept, between them interpolated.
-    turns = scaling.original_max_position * frequency / (2 * jnp.pi)
-    smooth = (turns - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return frequency * (smooth + (1 - smooth) / scaling.factor)
+def _attend(config: DecoderConfig, query, key, value, kind) -> jax.Array:
+    """`attend` with the window of the layer's kind, which its kernels have to know."""
+    windows = list(dict.fromkeys(one.sliding_window for one in config.kinds))
+    ways = [functools.partial(attend, sliding_window=window) for window in windows]
+    if len(ways) == 1:
+        return ways[0](query, key, value)
+    place = jnp.asarray([windows.index(one.sliding_window) for one in config.kinds])[kind]
+    return jax.lax.switch(place, ways, query, key, value)
+
+
+def _of_kind(kind, values: Sequence[int | None], none: int) -> jax.Array | int | None:
+    """The value of the layer's kind; where kinds differ, `none` in place of None."""
+    if len(set(values)) == 1:
+        return values[0]
+    return jnp.asarray([none if value is None else value for value in values])[kind]
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    """The array by a number that is rounded to its dtype first, as `transformers` has it."""
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
 def _write(cache: Cache, index, key, value, positions) -> Cache:
@@ -389,11 +411,3 @@ def _project(
 ) -> nn.DenseGeneral:
     dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
     return nn.DenseGeneral(features, axis=axis, use_bias=use_bias, name=name, **dtypes)
-
-
-def _norm(config: DecoderConfig, name: str) -> nn.Module:
-    how = {"epsilon": config.norm_eps, "dtype": config.dtype, "param_dtype": config.param_dtype}
-    if config.norm == "rms":
-        return nn.RMSNorm(name=name, **how)
-    # E[x²] - E[x]² in float32 loses what large means leave.
-    return nn.LayerNorm(use_fast_variance=False, name=name, **how)

@@ -11,6 +11,7 @@ import numpy as np
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.base import kinds_of_layers
 from promptkd_jax.models.families.registry import FAMILIES
 
 
@@ -70,10 +71,13 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     params = jax.jit(keep, out_shardings=where)(model.params)
     depth_field = FAMILIES[config.family].depth_field
     hf_config = {**model.hf_config, depth_field: len(layers)}
-    # Of models whose layers differ, the list has to name those that are left.
-    if "layer_types" in hf_config:
-        hf_config["layer_types"] = [hf_config["layer_types"][i] for i in layers]
-    decoder = Decoder(config.replace(num_layers=len(layers)))
+    kinds = kinds_of_layers([config.kind(layer) for layer in layers])
+    kept = config.replace(num_layers=len(layers), **kinds)
+    # Of models whose layers differ, the lists have to name those that are left.
+    for name, listed in FAMILIES[config.family].layer_fields(kept).items():
+        if hf_config.get(name) or (config.pattern and layers != tuple(range(config.num_layers))):
+            hf_config[name] = listed
+    decoder = Decoder(kept)
     return model.replace(decoder=decoder, params=params, hf_config=hf_config)
 
 

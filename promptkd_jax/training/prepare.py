@@ -295,7 +295,7 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
     if chosen.init == "random":
         return random_soft_prompt(key, chosen.length, teacher.decoder.config.width)
     if chosen.init == "examples":
-        return pooled_soft_prompt(teacher.params, demonstrations, chosen.length)
+        return pooled_soft_prompt(teacher.decoder, teacher.params, demonstrations, chosen.length)
     if chosen.init == "vocabulary":
         ids = jax.random.randint(key, (chosen.length,), 0, vocab_size)
     elif chosen.init == "pad":
@@ -303,4 +303,4 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
         ids = [text_end(teacher) if own is None else own]
     else:
         ids = tokenizer(chosen.text, add_special_tokens=chosen.add_special_tokens)["input_ids"]
-    return init_soft_prompt(teacher.params, ids, chosen.length)
+    return init_soft_prompt(teacher.decoder, teacher.params, ids, chosen.length)

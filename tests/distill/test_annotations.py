@@ -72,7 +72,7 @@ def test_losses():
 def test_from_models_to_chunked_losses():
     rows = jax.tree.map(jnp.asarray, batch())
     where = assert_as_annotated(pkd.responses, rows, 11)
-    prefix = assert_as_annotated(pkd.init_soft_prompt, teacher_params(), [7, 8], 3)
+    prefix = assert_as_annotated(pkd.init_soft_prompt, TEACHER, teacher_params(), [7, 8], 3)
     p = assert_as_annotated(
         pkd.lazy_logits, TEACHER, teacher_params(), rows, where, VOCABULARY, prefix
     )

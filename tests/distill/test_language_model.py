@@ -281,4 +281,6 @@ def test_a_decoder_has_the_same_functions():
     params = random_params(TEACHER.config, 0)
     assert TEACHER.output_head(params).shape == (TEACHER.config.vocab_size, 32)
     ids = jnp.array([[3, 4]])
-    np.testing.assert_array_equal(TEACHER.input_embeddings(params, ids), pkd.embed(params, ids))
+    np.testing.assert_array_equal(
+        TEACHER.input_embeddings(params, ids), params["embed"]["embedding"][ids]
+    )

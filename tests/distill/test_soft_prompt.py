@@ -17,6 +17,7 @@ from promptkd_jax.distill.soft_prompt import init_soft_prompt, pooled_soft_promp
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.io.peft import load_soft_prompt, save_soft_prompt
+from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
 STUDENT = [15979, 577, 345, 389, 257, 3710, 13]  # "Suppose you are a student." for GPT-2
@@ -63,24 +64,27 @@ def adapter(tmp_path):
 
 @pytest.mark.parametrize("length", [1, 3, 7, 8, 20])
 def test_the_first_prompt_repeats_and_cuts_its_tokens(length):
-    params = random_model("gpt2").params
+    model = random_model("gpt2")
+    params = model.params
     ids = [9, 2, 44, 2, 17, 3, 100]
-    found = init_soft_prompt(params, ids, length)
+    found = init_soft_prompt(model.decoder, params, ids, length)
     expected = params["embed"]["embedding"][[ids[i % 7] for i in range(length)]]
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, expected)
 
 
 def test_the_first_prompt_of_a_half_precision_teacher_is_float32():
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model("gpt2").params)
-    found = init_soft_prompt(params, [4, 5], 3)
+    model = random_model("gpt2")
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    found = init_soft_prompt(model.decoder, params, [4, 5], 3)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, params["embed"]["embedding"][[4, 5, 4]])
 
 
 def test_no_tokens_to_start_from():
     with pytest.raises(ValueError, match="at least one token"):
-        init_soft_prompt(random_model("gpt2").params, [], 5)
+        model = random_model("gpt2")
+        init_soft_prompt(model.decoder, model.params, [], 5)
 
 
 def test_the_published_text_in_gpt2_tokens():
@@ -102,7 +106,7 @@ def test_a_prompt_of_real_tokens_is_their_text(name):
     """Learned positions, with and without offset, rotary ones, and a window that slides past it."""
     model = random_model(name)
     text = [9, 2, 44, 17, 30]
-    soft = logits(model, prefix=init_soft_prompt(model.params, text, 5))
+    soft = logits(model, prefix=init_soft_prompt(model.decoder, model.params, text, 5))
     hard = logits(model, np.concatenate([np.tile(np.int32(text), (3, 1)), TOKENS], axis=1))
     np.testing.assert_allclose(soft, hard[:, 5:], rtol=0, atol=1e-5)
     assert np.abs(soft - logits(model)).max() > 0.5
@@ -285,15 +289,16 @@ def test_peft_generates_what_we_sample_behind_the_prompt(request, pair, adapted,
 
 def test_a_long_text_is_pooled():
     params = {"embed": {"embedding": jax.random.normal(jax.random.key(0), (14, 3))}}
+    model = LanguageModel(None, None, lambda params, tokens: params["embed"]["embedding"][tokens])
     ids = np.arange(14)
-    pairs = np.asarray(init_soft_prompt(params, ids, 14)).reshape(7, 2, -1)
-    pooled = pooled_soft_prompt(params, ids, 7)
+    pairs = np.asarray(init_soft_prompt(model, params, ids, 14)).reshape(7, 2, -1)
+    pooled = pooled_soft_prompt(model, params, ids, 7)
     np.testing.assert_allclose(pooled, pairs.mean(axis=1), rtol=1e-6)
-    exact = init_soft_prompt(params, ids[:7], 7)
-    np.testing.assert_array_equal(pooled_soft_prompt(params, ids[:7], 7), exact)
+    exact = init_soft_prompt(model, params, ids[:7], 7)
+    np.testing.assert_array_equal(pooled_soft_prompt(model, params, ids[:7], 7), exact)
     np.testing.assert_array_equal(
-        pooled_soft_prompt(params, ids[:3], 7),
-        init_soft_prompt(params, ids[:3], 7),
+        pooled_soft_prompt(model, params, ids[:3], 7),
+        init_soft_prompt(model, params, ids[:3], 7),
     )
 
 

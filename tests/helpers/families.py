@@ -23,5 +23,10 @@ FAMILIES = {
     "mistral": LLAMA | {"model_type": "mistral"},
     "qwen2": LLAMA | {"model_type": "qwen2"},
     "qwen3": LLAMA | {"model_type": "qwen3"},
+    "gemma3": LLAMA | {"model_type": "gemma3_text", "head_dim": 4, "sliding_window_pattern": 2},
+    "smollm3": LLAMA | {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "olmo2": LLAMA | {"model_type": "olmo2"},
+    "granite": LLAMA | {"model_type": "granite", "residual_multiplier": 0.5},
+    "phi3": LLAMA | {"model_type": "phi3"},
     "qwen3_biases": LLAMA | {"model_type": "qwen3", "attention_bias": True},
 }

@@ -86,7 +86,88 @@ CONFIGS = {  # config.json of every family and of what families differ in
         "max_window_layers": 0,
     },
     "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 16},
+    "qwen2_mixed": {
+        "model_type": "qwen2",
+        **_LLAMA,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **_LLAMA,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "smollm3": {
+        "model_type": "smollm3",
+        **_LLAMA,
+        "rope_theta": 500.0,
+        "no_rope_layer_interval": 2,
+    },
+    "smollm3_windows": {
+        "model_type": "smollm3",
+        **_LLAMA,
+        "no_rope_layers": [0, 1, 1],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+    },
+    "olmo2": {"model_type": "olmo2", **_LLAMA},
+    "granite": {
+        "model_type": "granite",
+        **_LLAMA,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.5,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        **_LLAMA,
+        "sliding_window": 7,
+        "original_max_position_embeddings": POSITIONS,
+        "partial_rotary_factor": 0.5,
+    },
+    "phi3_long": {  # beyond the length before the stretching
+        "model_type": "phi3",
+        **_LLAMA,
+        "max_position_embeddings": 4 * POSITIONS,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        },
+    },
+    "llama_yarn": {
+        "model_type": "llama",
+        **_LLAMA,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "llama_dynamic": {
+        "model_type": "llama",
+        **_LLAMA,
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    },
 }
+
+
+# Those whose rotary frequencies depend on the length of rows.
+LENGTH_DEPENDENT = ("phi3_long", "llama_dynamic")
 
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 20), dtype=np.int32)
@@ -115,7 +196,8 @@ def random_model(name: str, seed: int = 0) -> Model:
     drawn = {}
     for path, x in flat.items():
         scale = 0.2 if path.endswith("kernel") else 0.5
-        drawn[path] = rng.normal(path.endswith("scale"), scale, x.shape).astype(np.float32)
+        mean = 1 - config.norm_offset if path.endswith("scale") else 0
+        drawn[path] = rng.normal(mean, scale, x.shape).astype(np.float32)
     params = traverse_util.unflatten_dict(drawn, sep="/")
     return Model(name, Decoder(config), params, hf_config, None, (0,))
 
@@ -128,12 +210,13 @@ def make_pair(name: str, folder: pathlib.Path) -> Pair:
     torch.set_num_threads(1)  # more of them wait for one another longer than they compute
     config = transformers.AutoConfig.for_model(**CONFIGS[name], eos_token_id=0, pad_token_id=0)
     reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    offset = from_hugging_face(CONFIGS[name]).norm_offset
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     for path, parameter in reference.named_parameters():
         narrow = parameter.ndim == 2 and not any(x in path for x in ("emb", "wte", "wpe", "head"))
         parameter.data.normal_(0, 0.2 if narrow else 0.5, generator=generator)
         if "norm" in path or "ln_" in path:
-            parameter.data += path.endswith("weight")
+            parameter.data += path.endswith("weight") - offset
     reference.save_pretrained(folder)
     return Pair(reference, folder, load_model(str(folder)))
 
@@ -157,6 +240,8 @@ def reference_logits(reference, tokens=TOKENS, prefix=None) -> np.ndarray:
 
     with torch.no_grad():
         tokens = torch.tensor(tokens)
+        # Dynamic rotary positions remember the longest row, until a short one comes.
+        reference(tokens[:, :1])
         if prefix is None:
             return reference(tokens, use_cache=False).logits.float().numpy()
         rows = torch.tensor(prefix)[None].expand(len(tokens), -1, -1)

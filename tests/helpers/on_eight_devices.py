@@ -46,9 +46,17 @@ GPT2 = {
     "n_embd": 40,
     "n_positions": 64,
 }
-DEPTH = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
-CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
-VOCABULARY = {"llama": 30, "gpt2": 33}  # what teacher and student share: not all rows, and all
+GEMMA3 = LLAMA | {  # layers of two kinds, norms on both sides
+    "model_type": "gemma3_text",
+    "head_dim": 4,
+    "sliding_window": 5,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 4,
+}
+CONFIGS = {"llama": LLAMA, "gpt2": GPT2, "gemma3": GEMMA3}
+DEPTH = dict.fromkeys(CONFIGS, "num_hidden_layers") | {"gpt2": "n_layer"}
+# What teacher and student share: not all rows, and all.
+VOCABULARY = dict.fromkeys(CONFIGS, 30) | {"gpt2": 33}
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 
 

@@ -200,6 +200,10 @@ PADDED = {  # their own sizes, and those for `tensor` = 4
         },
         (32, 12, 4, 24),
     ),
+    "olmo2": (
+        FAMILIES["olmo2"] | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4},
+        (32, 8, 4, 24),
+    ),
 }
 
 
@@ -286,7 +290,7 @@ def test_without_a_mesh_nothing_is_constrained():
     assert axis_size(ROWS) == axis_size("tensor") == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_eight_devices_give_the_update_of_one(family):
     """Two PromptKD updates with their rollouts on meshes along each axis and all three; the rows of
     mixed targets and of a replay buffer; and meshes that are none of ours."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import devices
+from helpers.models import VOCAB, random_model
 
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
@@ -279,3 +280,22 @@ def test_a_tpu_compiles_splash_forward_and_backward():
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: jax[tpu]")
     done = run_script(FOR_TPU, TPU_SKIP_MDS_QUERY="1")
     assert done == f"v5e:2x4 {KERNELS}\nv6e:2x4 {KERNELS}\n"
+
+
+def test_layers_of_two_kinds_run_the_kernel_each_with_its_own_window(monkeypatch):
+    """Inside of the scan over layers, gradients included."""
+    model = random_model("gemma3")
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 140), dtype=np.int32)
+
+    def gradient():
+        def loss(params):
+            return jnp.sum(jnp.sin(model.decoder.apply({"params": params}, tokens)))
+
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(jax.value_and_grad(loss))(model.params)
+
+    expected = gradient()
+    force(monkeypatch, "splash")
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-3), gradient(), expected
+    )

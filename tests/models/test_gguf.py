@@ -21,7 +21,7 @@ from helpers.gguf_files import (
 )
 
 from promptkd_jax.infra.errors import GGUFError, ModelError
-from promptkd_jax.models.config import RopeScaling
+from promptkd_jax.models.config import LayerKind, Rope, RopeScaling
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.gguf import open_gguf
@@ -207,7 +207,7 @@ def test_config_says_what_a_config_json_says(plain):
     }
     assert json.loads(json.dumps(config)) == config
     decoder = from_hugging_face(config)
-    assert (decoder.num_kv_heads, decoder.rope_theta, decoder.rope_scaling) == (2, 500000.0, None)
+    assert (decoder.num_kv_heads, decoder.kinds) == (2, (LayerKind(Rope(500000.0)),))
 
 
 def test_what_the_file_leaves_out_has_llama_cpps_defaults(plain):
@@ -267,7 +267,7 @@ def test_llama3_frequency_factors_become_rope_scaling(tmp_path):
         "original_max_position_embeddings": 8192,
     }
     assert "rope_freqs.weight" not in model.names()
-    assert from_hugging_face(model.config).rope_scaling == RopeScaling("llama3", 32.0)
+    assert from_hugging_face(model.config).kind(0).rope.scaling == RopeScaling("llama3", 32.0)
 
 
 def test_other_frequency_factors_are_refused(plain):

@@ -29,7 +29,7 @@ from helpers.models import (
 from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import RopeScaling
+from promptkd_jax.models.config import LayerKind, Rope, RopeScaling
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
@@ -126,7 +126,7 @@ def _decoded(decoder: Decoder, params, prompts, continuation, steps: int):
     return hidden.swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_is_the_full_forward(name):
     """Rows of different lengths, a soft prompt, and padding of the prompts that is overwritten."""
     model = random_model(name)
@@ -420,10 +420,15 @@ def test_a_shrunken_model_is_the_reference_without_those_layers(pair, tmp_path):
     save_model(tmp_path, keep_layers(pair.model, (0, 2)))
     found = reference_logits(from_folder(tmp_path))
     blocks = next(x for x in pair.reference.modules() if isinstance(x, torch.nn.ModuleList))
-    dropped = blocks[1]
+    dropped, config = blocks[1], pair.reference.config
     del blocks[1]
+    types = getattr(config, "layer_types", None)  # read by the place of a layer
+    if types:
+        config.layer_types = [types[0], types[2], types[1]]
     expected = reference_logits(pair.reference)
     blocks.insert(1, dropped)
+    if types:
+        config.layer_types = types
     np.testing.assert_array_equal(found, expected)
 
 
@@ -460,12 +465,12 @@ def changed(changes: dict):
 
 
 def test_config_reads_rope_of_both_transformers_versions():
-    rope = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    rope = Rope(10000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 32))
     flat = {**_LLAMA, "model_type": "llama", "rope_theta": 10000.0, "rope_scaling": _LLAMA3_ROPE}
-    assert from_hugging_face(flat).rope_scaling == rope
+    assert from_hugging_face(flat).kinds == (LayerKind(rope),)
     assert from_hugging_face(flat) == from_hugging_face(CONFIGS["llama"])
-    assert from_hugging_face(CONFIGS["llama_linear"]).rope_theta == 500.0
-    assert from_hugging_face(CONFIGS["llama_linear"]).rope_scaling == RopeScaling("linear", 4.0)
+    linear = from_hugging_face(CONFIGS["llama_linear"]).kind(0).rope
+    assert linear == Rope(500.0, RopeScaling("linear", 4.0, original_max_position=POSITIONS))
 
 
 @pytest.mark.parametrize(
@@ -490,7 +495,8 @@ def test_qwen_windows_are_those_of_transformers(changes, window):
     import transformers
 
     config = {**_LLAMA, **changes}
-    assert from_hugging_face({**config, "model_type": "qwen2"}).sliding_window == window
+    ours = from_hugging_face({**config, "model_type": "qwen2"})
+    assert [kind.sliding_window for kind in ours.kinds] == [window]
     theirs = transformers.Qwen2Config(**config)
     windows = {theirs.sliding_window if "sliding" in x else None for x in theirs.layer_types}
     assert windows == {window}
@@ -501,7 +507,8 @@ def test_mistral_window_is_that_of_transformers():
 
     for config in (_LLAMA, {**_LLAMA, "sliding_window": None}, {**_LLAMA, "sliding_window": 9}):
         expected = transformers.MistralConfig(**config).sliding_window
-        assert from_hugging_face({**config, "model_type": "mistral"}).sliding_window == expected
+        (kind,) = from_hugging_face({**config, "model_type": "mistral"}).kinds
+        assert kind.sliding_window == expected
 
 
 REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
@@ -512,8 +519,8 @@ REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
     "no inner width": ("opt", {"ffn_dim": None}, "needs the field 'ffn_dim'"),
     "rope": (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rope_scaling": None},
-        "rope_type 'yarn' is not supported; supported: default, linear, llama3",
+        {"rope_parameters": {"rope_type": "proportional"}, "rope_scaling": None},
+        "rope_type 'proportional' is not supported; supported: default, linear, dynamic, llama3, ",
     ),
     "no rope factor": (
         "llama",
@@ -538,16 +545,7 @@ REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
         {"scale_attn_by_inverse_layer_idx": True},
         "scale_attn_by_inverse_layer_idx = True",
     ),
-    "window in some layers": (
-        "qwen2",
-        {"max_window_layers": 1},
-        "2 of 3 layers have a sliding window .*only all or none",
-    ),
-    "window in named layers": (
-        "qwen2",
-        {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
-        "1 of 3 layers have a sliding window",
-    ),
+    "soft caps": ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is"),
     "activation": ("llama", {"hidden_act": "gelu_fast"}, "'gelu_fast' is not supported.*: gelu,"),
 }
 

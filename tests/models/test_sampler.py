@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.models import VOCAB, logits, make_pair, random_model
+from helpers.models import CONFIGS, LENGTH_DEPENDENT, VOCAB, logits, make_pair, random_model
 
 from promptkd_jax.models import sampler
 from promptkd_jax.models.decoder import Decoder, embed
@@ -76,6 +76,22 @@ def pair(request, tmp_path_factory):
 
 def test_greedy_tokens_are_those_of_transformers(pair):
     assert_same_greedy_tokens(pair)
+
+
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {"llama", "gpt2", "opt", *LENGTH_DEPENDENT}))
+def test_greedy_tokens_of_every_family_are_those_of_transformers(name, tmp_path):
+    """Beyond their windows, and beyond the lengths before their rotary positions were stretched."""
+    assert_same_greedy_tokens(make_pair(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", LENGTH_DEPENDENT)
+def test_what_is_written_is_what_the_model_says_of_the_whole_row(name):
+    """Where frequencies depend on a row's length: transformers changes them as it writes."""
+    model = random_model(name)
+    out = run(model, new=32, sampling=GREEDY)
+    likeliest = logits(model, out.tokens).argmax(-1)
+    for row, (start, end) in enumerate(zip(LENGTHS, out.lengths)):
+        assert out.tokens[row, start:end].tolist() == likeliest[row, start - 1 : end - 1].tolist()
 
 
 def test_no_repeated_ngram_as_in_transformers(pair):

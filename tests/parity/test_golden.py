@@ -54,7 +54,9 @@ class Training:
         )
         ids = case["prompt"]["init_token_ids"]
         ids = [case["batch"]["pad_token_id"]] if ids == "PAD" else ids
-        self.soft_prompt = init_soft_prompt(self.teacher.params, ids, case["prompt"]["prompt_len"])
+        self.soft_prompt = init_soft_prompt(
+            self.teacher.decoder, self.teacher.params, ids, case["prompt"]["prompt_len"]
+        )
         self.method = self._method()
 
     def _batch(self) -> Batch:

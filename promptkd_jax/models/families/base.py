@@ -15,13 +15,14 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import DecoderConfig, RopeScaling
+from promptkd_jax.models.config import DecoderConfig, LayerKind, Rope, RopeScaling
+from promptkd_jax.models.rotary import KINDS
 
 HEAD = "lm_head.weight"  # the one name that stands outside of the prefix
 _DIMENSION = re.compile(r"\([^)]*\)|[A-Z]")  # of a pattern: "(N H)" or "D"
@@ -137,6 +138,13 @@ class GGUFLayout:
     rotary_pairs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def layer_types(config: DecoderConfig) -> dict[str, list]:
+    """The field of `config.json` that says which layers have a window."""
+    windows = [config.kind(layer).sliding_window for layer in range(config.num_layers)]
+    types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return {"layer_types": types}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One `model_type`: the reader of its config, and the table that reads and writes its files.
@@ -152,6 +160,7 @@ class Family:
       depth_field: of `config.json`, the number of layers.
       decays_norms: whether weight decay reaches its norm scales in the published code, which
         excepts them by GPT-2's names; see `Conventions.decay_norms`.
+      layer_fields: the fields of `config.json` that say of which kind each layer is.
       gguf: None where no GGUF file of it is read.
       published: `config.json` by hub id, so that a run can be planned without its files.
     """
@@ -165,6 +174,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     depth_field: str = "num_hidden_layers"
     decays_norms: bool = True
+    layer_fields: Callable[[DecoderConfig], dict[str, list]] = layer_types
     gguf: GGUFLayout | None = None
     published: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -228,34 +238,95 @@ def require(c: Mapping[str, Any], source: str, **expected: Any) -> None:
             raise ModelError(f"{source}: {field} = {found!r} is not supported (only {right!r})")
 
 
-def read_rope(c: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or the older flat fields."""
+def read_rope(
+    c: Mapping[str, Any],
+    source: str,
+    *,
+    layer_type: str = "",
+    theta: float = 10000.0,
+    partial: bool = False,
+) -> Rope:
+    """Theta and scaling, from `rope_parameters` (transformers 5) or the older flat fields.
+
+    Args:
+      layer_type: whose parameters, where layers differ.
+      theta: where the config has none.
+      partial: whether a part of a head may turn.
+    """
     new, old = (c.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
-    if new and old and _without_theta(new) != _without_theta(old):
+    new = new.get(layer_type, new) if layer_type else new
+    if new and old and not layer_type and _without_theta(new) != _without_theta(old):
         raise ModelError(
             f"{source}: rope_parameters {new} and rope_scaling {old} contradict one another; "
             "remove the wrong one"
         )
     rope = new or old
-    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
-    if rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)) != 1.0:
+    theta = float(rope.get("rope_theta") or c.get("rope_theta") or theta)
+    share = float(rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)))
+    if share != 1.0 and not partial:
         raise ModelError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    return Rope(theta, _read_scaling(rope, c, source), share)
+
+
+def _read_scaling(rope: Mapping[str, Any], c: Mapping[str, Any], source: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = {"su": "longrope"}.get(kind, kind)  # as Phi-3 called it
     if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
+        return None
+    if kind not in KINDS:
+        raise ModelError(
+            f"{source}: rope_type {kind!r} is not supported; supported: default, {', '.join(KINDS)}"
         )
-    raise ModelError(
-        f"{source}: rope_type {kind!r} is not supported; supported: default, linear, llama3"
-    )
+    longest = int(c["max_position_embeddings"])
+    original = rope.get("original_max_position_embeddings")
+    original = int(original or c.get("original_max_position_embeddings") or longest)
+    factor = rope.get("factor")
+    if kind == "longrope" or (kind == "yarn" and factor is None):
+        factor = factor or longest / original
+    factor = float(rope["factor"] if factor is None else factor)
+    found = RopeScaling(kind, factor, original_max_position=original)
+    if kind == "llama3":
+        return dataclasses.replace(
+            found,
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+        )
+    attention_factor = rope.get("attention_factor")
+    if kind == "yarn":
+        if attention_factor is None:
+            mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+            attention_factor = _mscale(factor, mscale or 1.0)
+            if mscale and all_dim:
+                attention_factor /= _mscale(factor, all_dim)
+        return dataclasses.replace(
+            found,
+            beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1),
+            truncate=bool(rope.get("truncate", True)),
+            attention_factor=float(attention_factor),
+        )
+    if kind == "longrope":
+        if attention_factor is None:
+            logs = math.log(factor) / math.log(original) if factor > 1 else 0.0
+            attention_factor = math.sqrt(1 + logs)
+        return dataclasses.replace(
+            found,
+            attention_factor=float(attention_factor),
+            short_factors=tuple(map(float, rope["short_factor"])),
+            long_factors=tuple(map(float, rope["long_factor"])),
+        )
+    return found
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def kinds_of_layers(layers: Sequence[LayerKind]) -> dict[str, Any]:
+    """The fields of a `DecoderConfig` whose layers are of these kinds."""
+    kinds = tuple(dict.fromkeys(layers))
+    pattern = tuple(map(kinds.index, layers)) if len(kinds) > 1 else ()
+    return {"kinds": kinds, "pattern": pattern}
 
 
 def _without_theta(rope: Mapping[str, Any]) -> dict[str, Any]:

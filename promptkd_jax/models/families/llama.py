@@ -1,18 +1,25 @@
 """Llama and Mistral, and what those that descend from Llama take over."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, LayerKind
 from promptkd_jax.models.families import base
 
 ROTARY_TABLES = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in files of transformers 4
 
 
-def read_llama(c: Mapping[str, Any], source: str, **differing: Any) -> DecoderConfig:
-    """Reads the `config.json` of a Llama, or of a family that differs from it in some fields of
-    `DecoderConfig`."""
-    theta, scaling = base.read_rope(c, source)
+def read_llama(
+    c: Mapping[str, Any],
+    source: str,
+    layers: Sequence[LayerKind] | None = None,
+    sliding_window: int | None = None,
+    **differing: Any,
+) -> DecoderConfig:
+    """Reads the `config.json` of a Llama, or of a family that differs from it in the kinds of its
+    `layers`, or their window, or in some fields of `DecoderConfig`."""
+    if layers is None:
+        layers = [LayerKind(base.read_rope(c, source), sliding_window)]
     num_heads, bias = c["num_attention_heads"], c.get("attention_bias", False)
     fields = {
         "family": c["model_type"],
@@ -32,8 +39,7 @@ def read_llama(c: Mapping[str, Any], source: str, **differing: Any) -> DecoderCo
         "out_bias": bias,
         "mlp_bias": c.get("mlp_bias", False),
         "tied": c.get("tie_word_embeddings", False),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        **base.kinds_of_layers(layers),
     }
     return DecoderConfig(**(fields | differing))
 
@@ -43,15 +49,27 @@ def _read_mistral(c: Mapping[str, Any], source: str) -> DecoderConfig:
     return read_llama(c, source, qkv_bias=False, out_bias=False, sliding_window=window)
 
 
-def llama_tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
-    """The table of a Llama, with the biases and the norms of query and key that `config` has."""
+NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+
+
+def llama_tensors(
+    config: DecoderConfig, norms: Mapping[str, str] = NORMS
+) -> tuple[base.Tensor, ...]:
+    """The table of a Llama, with the biases and the norms of query and key that `config` has.
+
+    Args:
+      norms: of a layer, by their names in a file those of ours.
+    """
     layer, attention, mlp = "layers.{}", "layers/attention", "layers/mlp"
     stem, bias, mlp_bias = f"{layer}.self_attn", config.qkv_bias, config.mlp_bias
     rows = [
         *base.embedding_rows("embed_tokens.weight", config),
         *base.norm_rows("norm", "final_norm"),
-        *base.norm_rows(f"{layer}.input_layernorm", "layers/attention_norm"),
-        *base.norm_rows(f"{layer}.post_attention_layernorm", "layers/mlp_norm"),
+        *(
+            row
+            for theirs, ours in norms.items()
+            for row in base.norm_rows(f"{layer}.{theirs}", f"layers/{ours}")
+        ),
         *base.linear_rows(f"{stem}.q_proj", f"{attention}/query", "(N H) D -> D N H", bias=bias),
         *base.linear_rows(f"{stem}.k_proj", f"{attention}/key", "(K H) D -> D K H", bias=bias),
         *base.linear_rows(f"{stem}.v_proj", f"{attention}/value", "(K H) D -> D K H", bias=bias),
@@ -62,9 +80,13 @@ def llama_tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
         *base.linear_rows(f"{layer}.mlp.up_proj", f"{mlp}/up", "F D -> D F", bias=mlp_bias),
         *base.linear_rows(f"{layer}.mlp.down_proj", f"{mlp}/down", "D F -> F D", bias=mlp_bias),
     ]
-    if config.qk_norm:
+    if config.qk_norm == "head":
         rows += base.norm_rows(f"{stem}.q_norm", f"{attention}/query_norm", letter="H")
         rows += base.norm_rows(f"{stem}.k_norm", f"{attention}/key_norm", letter="H")
+    elif config.qk_norm:
+        for theirs, ours, heads in (("q_norm", "query_norm", "N"), ("k_norm", "key_norm", "K")):
+            name, path = f"{stem}.{theirs}.weight", f"{attention}/{ours}/scale"
+            rows.append(base.Tensor(name, path, f"({heads} H) -> {heads} H"))
     return tuple(rows)
 
 

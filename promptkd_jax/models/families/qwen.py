@@ -3,38 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
-from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, LayerKind
 from promptkd_jax.models.families import base
 from promptkd_jax.models.families.llama import ROTARY_TABLES, llama_tensors, read_llama
 
 
 def _read_qwen2(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    window = _sliding_window(c, source)
-    return read_llama(c, source, qkv_bias=True, out_bias=False, sliding_window=window)
+    return read_llama(c, source, _layers(c, source), qkv_bias=True, out_bias=False)
 
 
 def _read_qwen3(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    return read_llama(c, source, qk_norm=True, sliding_window=_sliding_window(c, source))
+    return read_llama(c, source, qk_norm="head", layers=_layers(c, source))
 
 
-def _sliding_window(c: Mapping[str, Any], source: str) -> int | None:
+def _layers(c: Mapping[str, Any], source: str) -> list[LayerKind]:
     """Qwen's window is for the layers that `layer_types` names, or from `max_window_layers` on."""
-    sliding_window = c.get("sliding_window", 4096)
-    if not c.get("use_sliding_window", False) or sliding_window is None:
-        return None
-    full = c.get("max_window_layers", 28)
-    kinds = c.get("layer_types") or [
-        "sliding_attention" if layer >= full else "full_attention"
-        for layer in range(c["num_hidden_layers"])
-    ]
-    if len(set(kinds)) > 1:
-        raise ModelError(
-            f"{source}: {kinds.count('sliding_attention')} of {len(kinds)} layers have a sliding "
-            f"window (layer_types, or max_window_layers = {full}); only all or none is supported "
-            "(set use_sliding_window to false for none)"
-        )
-    return sliding_window if kinds[0] == "sliding_attention" else None
+    rope, window = base.read_rope(c, source), c.get("sliding_window", 4096)
+    if not c.get("use_sliding_window", False) or window is None:
+        return [LayerKind(rope)]
+    full, depth = c.get("max_window_layers", 28), c["num_hidden_layers"]
+    kinds = c.get("layer_types") or ["sliding_attention"] * depth
+    if not c.get("layer_types"):
+        kinds = ["full_attention"] * min(full, depth) + kinds[full:]
+    return [LayerKind(rope, window if kind == "sliding_attention" else None) for kind in kinds]
 
 
 FAMILIES = tuple(

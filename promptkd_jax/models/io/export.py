@@ -153,7 +153,12 @@ def _flat_rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     rope = hf_config.get("rope_parameters")
     if not rope or hf_config.get("rope_scaling"):
         return {}
-    flat = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    flat = {}
+    if "full_attention" in rope:  # by the type of a layer
+        local = rope.get("sliding_attention") or {}
+        flat = {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
+        rope = rope["full_attention"]
+    flat |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if rope.get("rope_type", "default") != "default":
         flat["rope_scaling"] = {key: x for key, x in rope.items() if key != "rope_theta"}
     return flat

@@ -17,6 +17,7 @@ convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -27,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from promptkd_jax.infra.errors import GGUFError
-from promptkd_jax.models.decoder import rotary_frequencies
 from promptkd_jax.models.families.base import Family
 from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
 from promptkd_jax.models.io.safetensors import refuse_pointer
+from promptkd_jax.models.rotary import rotary_frequencies
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import GGUFReader, ReaderTensor
@@ -270,8 +271,9 @@ def _llama3_scaling(path: str, freqs: ReaderTensor, config: dict, length: int) -
     }
     # By what each frequency, [H / 2], is divided.
     stretched = from_hugging_face(config | {"rope_scaling": scaling}, path)
-    plain = stretched.replace(rope_scaling=None)
-    expected = np.asarray(rotary_frequencies(plain) / rotary_frequencies(stretched))
+    rope, width = stretched.kind(0).rope, stretched.head_dim
+    plain = dataclasses.replace(rope, scaling=None)
+    expected = np.asarray(rotary_frequencies(plain, width) / rotary_frequencies(rope, width))
     if not np.allclose(stored, expected, rtol=1e-3):
         raise GGUFError(
             f"{path}: rope_freqs.weight does not follow from {scaling} with rope_theta "
