@@ -19,11 +19,13 @@ from helpers.gguf_files import (
     weights,
     write,
 )
+from helpers.models import assert_same_params, random_model
 
 from promptkd_jax.infra.errors import GGUFError, ModelError
 from promptkd_jax.models.config import LayerKind, Rope, RopeScaling
-from promptkd_jax.models.decoder import head
-from promptkd_jax.models.families.registry import from_hugging_face
+from promptkd_jax.models.decoder import Decoder, head
+from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
+from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.io.gguf import open_gguf
 from promptkd_jax.models.io.params import load_params
 from promptkd_jax.models.load import load_model, load_without_weights
@@ -318,8 +320,8 @@ def test_a_big_endian_file_is_refused(plain):
 
 def test_another_architecture_is_refused(plain):
     keys, tensors, path = plain
-    with pytest.raises(GGUFError, match="architecture is 'qwen2'; only 'llama'"):
-        open_gguf(write(path, keys, tensors, architecture="qwen2"))
+    with pytest.raises(GGUFError, match="architecture is 'bloom'; only 'llama', 'qwen2', 'qwen3'"):
+        open_gguf(write(path, keys, tensors, architecture="bloom"))
 
 
 @pytest.mark.parametrize(
@@ -401,6 +403,42 @@ def test_without_the_package_the_error_says_how_to_install_it(plain, monkeypatch
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(GGUFError, match=r"^reading .*pip install 'promptkd_jax\[gguf\]'"):
         open_gguf(path)
+
+
+# Other families
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_file_of_another_family_is_its_folder(name, tmp_path):
+    """Their rows of query and key are not permuted, as those of a Llama alone are."""
+    made = random_model(name)
+    fields = {k: v for k, v in made.hf_config.items() if "sliding" not in k and "window" not in k}
+    folder = made.replace(decoder=Decoder(from_hugging_face(fields)))
+    config, full = folder.decoder.config, gguf.GGMLQuantizationType.F32
+    theirs = {value: key for key, value in FAMILIES[name].gguf.names.items()}
+    tensors = {}
+    for stored, array in to_hugging_face(made.params, config).items():
+        layer = next((part for part in stored.split(".") if part.isdigit()), "")
+        pattern = stored.replace(f".{layer}.", ".{}.") if layer else stored
+        tensors[theirs[pattern].format(layer)] = (array, full)
+    sizes = {
+        "block_count": config.num_layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.width,
+        "feed_forward_length": config.mlp_width,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.freq_base": 10000.0,
+    }
+    keys = {f"{name}.{key}": value for key, value in sizes.items()}
+    path = write(tmp_path / "model.gguf", keys, tensors, architecture=name)
+    model = open_gguf(path)
+    assert from_hugging_face(model.config) == config
+    found = made.replace(params=load_params(model, config))
+    assert_same_params(found, made)
 
 
 # A published model

@@ -5,7 +5,12 @@ from typing import Any
 
 from promptkd_jax.models.config import DecoderConfig, LayerKind
 from promptkd_jax.models.families import base
-from promptkd_jax.models.families.llama import ROTARY_TABLES, llama_tensors, read_llama
+from promptkd_jax.models.families.llama import (
+    GGUF_NAMES,
+    ROTARY_TABLES,
+    llama_tensors,
+    read_llama,
+)
 
 
 def _read_qwen2(c: Mapping[str, Any], source: str) -> DecoderConfig:
@@ -28,6 +33,15 @@ def _layers(c: Mapping[str, Any], source: str) -> list[LayerKind]:
     return [LayerKind(rope, window if kind == "sliding_attention" else None) for kind in kinds]
 
 
+# What GGUF files have beside those of a Llama, whose rows of query and key alone are permuted.
+_BIASES = {
+    f"blk.{{}}.attn_{x}.bias": f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in ("q", "k", "v")
+}
+_NORMS = {
+    f"blk.{{}}.attn_{x}_norm.weight": f"model.layers.{{}}.self_attn.{x}_norm.weight"
+    for x in ("q", "k")
+}
+
 FAMILIES = tuple(
     base.Family(
         model_type=model_type,
@@ -35,9 +49,14 @@ FAMILIES = tuple(
         read=read,
         tensors=llama_tensors,
         ignored=ROTARY_TABLES,
+        gguf=base.GGUFLayout(
+            architecture=model_type,
+            names=GGUF_NAMES | more,
+            constants={"hidden_act": "silu", "use_sliding_window": False},
+        ),
     )
-    for model_type, architecture, read in (
-        ("qwen2", "Qwen2ForCausalLM", _read_qwen2),
-        ("qwen3", "Qwen3ForCausalLM", _read_qwen3),
+    for model_type, architecture, read, more in (
+        ("qwen2", "Qwen2ForCausalLM", _read_qwen2, _BIASES),
+        ("qwen3", "Qwen3ForCausalLM", _read_qwen3, _NORMS),
     )
 )
