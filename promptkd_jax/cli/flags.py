@@ -68,6 +68,19 @@ def naming(option: str, folder: epath.Path) -> Iterator[None]:
         raise ConfigError(f"{option} {folder}: {error}") from error
 
 
+def check_empty(folder: epath.Path) -> None:
+    """Raises ModelError for a folder that a model is to be written into and that has files."""
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder}: is a file; a model is written into a folder")
+    found = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+    if found:
+        what = "a model" if "config.json" in found else "files"
+        raise ModelError(
+            f"{folder}: holds {what} already ({', '.join(found[:5])}{', …' * (len(found) > 5)}); "
+            "give a folder that is new or empty"
+        )
+
+
 source = of(Path(nonempty=True))  # the `type` of a flag that names a model or data
 
 

@@ -11,11 +11,9 @@ import re
 from collections.abc import Sequence
 
 import jax
-from etils import epath
 
 from promptkd_jax.cli import flags
 from promptkd_jax.evaluation.report import model_card
-from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import check_writable
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
@@ -39,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     output, dtype = options.output, options.dtype
     with flags.naming("--output", output):
-        _check_empty(output)
+        flags.check_empty(output)
         teacher = load_model(options.teacher, dtype=dtype, param_dtype=dtype)
         depth = teacher.decoder.config.num_layers
         kept = chosen_layers(depth, options.layers)
@@ -54,18 +52,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         card = model_card("A student before distillation", lead, facts)
         save_model(output, student, card=card)
     print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts), sep="\n")
-
-
-def _check_empty(folder: epath.Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"{folder}: is a file; the student is written into a folder")
-    found = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
-    if found:
-        what = "a model" if "config.json" in found else "files"
-        raise ModelError(
-            f"{folder}: holds {what} already ({', '.join(found[:5])}{', …' * (len(found) > 5)}); "
-            "give a folder that is new or empty"
-        )
 
 
 def _layers(text: str) -> int | tuple[int, ...]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "data": "what a model sees of data, before anything is trained: counts, lengths, rows, overlap",
+    "convert": "pytorch_model.bin or a LoRA adapter, as a folder of safetensors",
     "init": "a student that starts as some of its teacher's layers",
     "train": "distil: models and data to a student and a report",
     "evaluate": "scores of models on any sets and seeds, and standard benchmarks",

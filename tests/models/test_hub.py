@@ -15,6 +15,7 @@ from promptkd_jax.data.reading import read_records
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
 from promptkd_jax.models.io import export, hub, identity
+from promptkd_jax.models.io.convert import convert
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import (
     load_model,
@@ -150,11 +151,13 @@ def test_a_repository_of_pickles_is_named_with_the_remedy(there, tmp_path, repos
         ModelError, match=r"no such file(.|\n)*converted(.|\n)*REVISION(.|\n)*refs/pr"
     ):
         load_model("owner/old")
-    with pytest.raises(ModelError, match=r"from_pretrained\('owner/old', revision='v1'\)"):
-        load_model("owner/old@v1")
-    with pytest.raises(ModelError, match=r"from_pretrained\('owner/old'\)\.save"):
-        load_model("owner/old")
+    for name in ("owner/old@v1", "owner/old"):
+        with pytest.raises(ModelError, match=f"promptkd convert --model {name} --output converted"):
+            load_model(name)
     assert "pytorch_model.bin" not in there.fetched
+    with pytest.raises(ModelError, match=r"torch's loader of weights alone refuses it|torch is ne"):
+        convert("owner/old", tmp_path / "converted")
+    assert "pytorch_model.bin" in there.fetched
 
 
 def test_short_names_are_those_of_their_owners(there, repository):

@@ -5,6 +5,7 @@ quantised weights, pickles, pointers of Git LFS.
 import json
 import pathlib
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,7 @@ class SafetensorsFolder:
     def __init__(self, folder: pathlib.Path, pretrained: tuple[str, str | None] | None = None):
         self.path = str(folder)
         self._files, where = {}, {}
+        self._where = where
         files = weight_files(folder)
         self.config = read_json(folder / "config.json")
         # Only headers are read here: a file is mapped into memory, and of it a slice of a tensor is
@@ -68,6 +70,10 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         """All tensor names of all files."""
         return list(self._files)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._where[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape."""
@@ -184,12 +190,13 @@ def _absent(file: pathlib.Path, name: str, revision: str | None) -> str:
         return f"{text}; there is {gguf[0].name}: give that file itself as the model"
     if file.name != SINGLE:
         return f"{text}, which the index lists: get the model's files again"
-    at = f", revision={revision!r}" if revision else ""
-    return f"""{text}. Such a model is converted, where torch is installed, by
-  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T
-for x in M, T: x.from_pretrained({name!r}{at}).save_pretrained('converted')"
-or taken from a revision that has them, OWNER/NAME@REVISION; on the hub that may be a pull request \
-of its converter (refs/pr/1)"""
+    at = f"@{revision}" if revision else ""
+    return (
+        f"{text}. Files pytorch_model*.bin are converted, where torch is installed, by\n"
+        f"  promptkd convert --model {shlex.quote(name + at)} --output converted\n"
+        "Else take a revision that has them, OWNER/NAME@REVISION (on the hub that may be a pull "
+        "request of its converter, refs/pr/1), or what transformers' save_pretrained writes"
+    )
 
 
 def _refuse_adapter(folder: pathlib.Path) -> None:
@@ -203,8 +210,8 @@ def _refuse_adapter(folder: pathlib.Path) -> None:
         remedy = f"it is a soft prompt for {base}, which load_soft_prompt reads"
     else:
         remedy = (
-            f"merge it into its base model ({base}) first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)"
+            f"merge it into its base model ({base}) first: promptkd convert --model "
+            f"{shlex.quote(str(folder))} --output merged"
         )
     raise ModelError(f"{folder}: is a PEFT adapter ({kind}), not a model; {remedy}")
 
