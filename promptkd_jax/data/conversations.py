@@ -180,9 +180,10 @@ def _last_response(
     asked = render_escaped(record, tokenizer, how)
     if not record.is_answered:
         return _Pieces((asked,))
-    response, opened = record.messages[-1], _OPENED.search(asked)
+    response, opened = record.messages[-1], None
     said = response.get("content")
     if how.template == "chat":
+        opened = _opened(asked, record)
         whole = render_chat(record.messages, tokenizer, how)
         behind = _up_to(end, _behind(asked, whole, tokenizer))
         if opened and _closing(opened[1]) not in behind:
@@ -205,8 +206,11 @@ def _last_response(
     return _Pieces((asked, said), whole=False, lacks_thinking=lacks_thinking(response, said))
 
 
-# A mark that a prompt ends with, such as <think>.
-_OPENED = re.compile(r"<(\w+)>\s*$")
+def _opened(asked: str, record: Record) -> re.Match[str] | None:
+    """A mark that a template ends a prompt with, such as <think>; None where there is none."""
+    found = re.search(r"<(\w+)>\s*$", asked)
+    last = str(record.prompt[-1].get("content") or "")
+    return None if found and last.rstrip().endswith(found[0].strip()) else found
 
 
 def _closing(mark: str) -> str:

@@ -60,7 +60,7 @@ def load_data(config: RunConfig, student: Model, workdir: epath.Path | None = No
         how = dict(format=data.format, columns=data.columns)
         records = read_records(data.dev, split=data.dev_split, need=need, **how)
         dev = tokenized(config, student, data.dev, records[: data.dev_rows or None])
-        dev = dev._replace(left_out=records.left_out)
+        dev = dev._replace(left_out=records.left_out | dict(dev.left_out))
     if any(stage.corpus_terms for stage in config.stages):
         corpus = _corpus_rows(config, student, workdir)
     return RunData(train, turns, None, dev, corpus)
@@ -134,10 +134,9 @@ def _source_rows(
         return rows, records.left_out | dict(rows.left_out)
 
     rows = mapped_rows(cache, made_from, write)
-    if not written and rows.left_out:  # which was said when they were read
-        counted = ", ".join(f"{name}: {count}" for name, count in rows.left_out.items())
-        distributed.warn(f"{records.source}: left out: {counted}")
     _say_rows(config, f"{records.source}, turn by turn" if by_turn else records.source, rows)
+    # What reading has left out was said when they were read.
+    _say_left_out(records.source, written[0] if written else rows)
     return rows
 
 
@@ -205,9 +204,7 @@ def tokenized(
     many prompts and answers are cut."""
     rows = tokenize(records, supervise=supervise, **_tokenization(config, model))
     _say_rows(config, source, rows)
-    if rows.left_out:
-        counted = ", ".join(f"{name}: {count}" for name, count in rows.left_out.items())
-        distributed.warn(f"{source}: left out: {counted}")
+    _say_left_out(source, rows)
     return rows
 
 
@@ -230,3 +227,9 @@ def _say_rows(config: RunConfig, source: str, rows: Rows) -> None:
         f"{source}: {len(rows.tokens)} rows, {rows.dropped} dropped (over {limit} tokens), "
         f"{shortened}{rows.cut} answers cut at {length} tokens"
     )
+
+
+def _say_left_out(source: str, rows: Rows) -> None:
+    if rows.left_out:
+        counted = ", ".join(f"{name}: {count}" for name, count in rows.left_out.items())
+        distributed.warn(f"{source}: left out: {counted}")

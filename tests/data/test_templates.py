@@ -164,6 +164,13 @@ def test_thinking_that_a_prompt_opens_is_not_opened_again():
         rows_of([conversation("say", "blue")], tokenizer)
 
 
+@pytest.mark.parametrize("prompt_format", [PLAIN, CHAT], ids=["plain", "chat"])
+def test_a_mark_at_the_end_of_what_is_asked_is_the_askers(prompt_format):
+    tokenizer = chat_tokenizer("{{ messages[0]['content'] + '\n' }}")
+    rows = rows_of([conversation("close <b>", "<b> red")], tokenizer, prompt_format)
+    assert tokenizer.decode(rows.tokens[0]) == "close <b>\n<b> red<|endoftext|>"
+
+
 def test_thinking_in_a_field_that_a_template_does_not_know_is_counted():
     tokenizer = chat_tokenizer(unmarked(CHATML))
     *turns, last = conversation("say", "red", "and", "blue").messages
