@@ -709,7 +709,7 @@ def test_a_command_is_checked_for_its_devices(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["tain"], "no such command; there are data, init, train"),
+        (["tain"], "no such command; there are data, convert, init"),
         (["compare", "--config=c.py"], "is one process, and not for 4 devices"),
         (["data", "--config=c.py"], "is one process, and not for 4 devices"),
         (["train", "--workdir=r", "--config=c.py"], "no Python file 'c.py'"),
