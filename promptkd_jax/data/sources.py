@@ -164,7 +164,7 @@ def _shards(source: str, folder: epath.Path, found: list[epath.Path]) -> list[ep
             raise DataError(
                 f"{source}: has files named by splits, such as {_below(split, folder)}, beside "
                 f"others, such as {_below(others[0], folder)}; say which are meant by a pattern "
-                f"such as {source.rstrip('/')}/*{kinds[0]}"
+                f"such as {source.rstrip('/')}/*{file_kind(split.name)}"
             )
         if is_remote(source):
             raise DataError(

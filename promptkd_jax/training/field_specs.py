@@ -89,8 +89,8 @@ class Sources(Path):
                 return fault
             if pair[0] == TEACHER:
                 return f"sources of data, of which {TEACHER!r} is none beside others"
-            if fault := Float(low=0.0, open_low=True).fault(pair[1]):
-                return f"{fault}, as the weight of {pair[0]}"
+            if Float(low=0.0, open_low=True).fault(pair[1]):
+                return f"sources with weights above 0 ({pair[0]} has {pair[1]!r})"
         names = [pair[0] for pair in value]
         return "" if 0 < len(names) == len(set(names)) else f"{self}; each once"
 

@@ -253,7 +253,7 @@ def test_sources_in_a_flag_and_in_data(config, folder, capsys):
     [
         ((), "or several with weights such as"),
         ((("a.jsonl",),), "or several with weights such as"),
-        ((("a.jsonl", 0),), "is not > 0, as the weight of a.jsonl"),
+        ((("a.jsonl", 0),), "is not sources with weights above 0 (a.jsonl has 0)"),
         ((("a.jsonl", 1), ("a.jsonl", 2)), "each once"),
         ((("teacher", 1), ("a.jsonl", 2)), "'teacher' is none beside others"),
         ("(('a.jsonl', 1", "or several with weights such as"),

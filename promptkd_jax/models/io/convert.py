@@ -54,6 +54,8 @@ def convert(path: str, output: pathlib.Path, *, base: str = "") -> str:
       ModelError: it is neither, or something in it would be lost or cannot be read.
     """
     folder = local_path(path)
+    if folder.is_file():
+        raise ModelError(f"{folder}: is a file; expected the folder of a model, or a hub id")
     if not folder.is_dir():
         folder = download(path, SMALL_FILES)
     if (folder / ADAPTER).exists():
