@@ -130,7 +130,13 @@ def _of_file(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfi
     _, student = ended_alike(config, None, student)
     train = [Split("train", training_rows(config, student, None), asked, _records(config))]
     held_out = _test_splits(options, config, student, asked, taken=("train",))
-    return config, _described(config, train, held_out, student, None, [])
+    notes, responses = [], train[0].rows.num_supervised
+    if without := int((responses == 0).sum()):
+        notes.append(
+            f"{without} of {len(responses)} rows have no response: a run that learns from those of "
+            "the data leaves them out, one that writes its own does not need them."
+        )
+    return config, _described(config, train, held_out, student, None, notes)
 
 
 def _records(config: RunConfig) -> Iterator[Record]:

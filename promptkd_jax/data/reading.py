@@ -96,7 +96,7 @@ class RecordStream:
                 )
         if self.unanswered:
             distributed.warn(
-                f"{self.source}: {self.unanswered} records dropped, without {NEEDED[self._need]}"
+                f"{self.source}: {self.unanswered} records left out, without {NEEDED[self._need]}"
             )
         if self.unused:
             counted = ", ".join(f"{name!r} ({n} records)" for name, n in self.unused.items())

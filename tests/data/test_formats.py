@@ -232,7 +232,7 @@ def test_empty_answers_are_dropped_and_counted_where_one_is_needed(tmp_path, not
     found = read(tmp_path, *records)
     assert (len(found), found.unanswered) == (1, 1)
     said = capfd.readouterr().err
-    assert "some.jsonl: 1 records dropped, without a response as its last turn" in said
+    assert "some.jsonl: 1 records left out, without a response as its last turn" in said
     found = read(tmp_path, *records, need="nothing")
     assert (found[1].references, found.unanswered) == ((), 0)
     with pytest.raises(DataError, match="none of 2 records has a response as its last turn; exp"):

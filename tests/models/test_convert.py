@@ -99,6 +99,9 @@ def test_what_there_is_to_convert_is_said(folder, tmp_path, monkeypatch):
     path, tensors = folder
     with pytest.raises(ModelError, match=r"pytorch_model\.bin: no such file"):
         convert(str(path), tmp_path / "converted")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="empty: nothing to convert; expected a model's config"):
+        convert(str(tmp_path / "empty"), tmp_path / "converted")
     with pytest.raises(ModelError, match="is a file; expected the folder of a model"):
         convert(str(path / "config.json"), tmp_path / "converted")
     with pytest.raises(ModelError, match="is no adapter .*which --base is for"):

@@ -70,6 +70,11 @@ def convert(path: str, output: pathlib.Path, *, base: str = "") -> str:
         shards = _merged(plain, lora)
         config = plain / "config.json"
     else:
+        if not (folder / "config.json").exists():
+            raise ModelError(
+                f"{folder}: nothing to convert; expected a model's config.json with {_BIN}, or a "
+                f"LoRA adapter's {ADAPTER}"
+            )
         if base:
             raise ModelError(f"{path}: is no adapter (no {ADAPTER}), which --base is for")
         names = _bin_files(folder)
