@@ -18,6 +18,7 @@ from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
+from promptkd_jax.models.config import LayerKind, Rope
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 
@@ -126,7 +127,15 @@ def loss_and_gradient(model, tokens, prefix, params):
     return compiled(params, prefix), "__cudnn$fmhaSoftmaxBackward" in compiled.as_text()
 
 
-@pytest.mark.parametrize("changes", [{"sliding_window": 9}, {"remat": "full"}])
+WINDOW = LayerKind(Rope(), sliding_window=9)
+TWO_KINDS = {"kinds": (WINDOW, LayerKind(Rope())), "pattern": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kinds": (WINDOW,)}, {"remat": "full"}, TWO_KINDS],
+    ids=["window", "remat", "two kinds"],
+)
 def test_a_decoder_in_bfloat16_takes_cudnn_and_agrees_with_xla_on_a_mesh(monkeypatch, changes):
     """Of all GPUs here; with two or more, heads are dealt out too."""
     tensor = 2 if jax.device_count() % 2 == 0 else 1
