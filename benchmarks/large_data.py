@@ -14,7 +14,7 @@ import threading
 import time
 
 from promptkd_jax.data.mapped_rows import mapped_rows
-from promptkd_jax.data.reading import read_corpus, read_records, stream_records
+from promptkd_jax.data.reading import RecordStream, read_corpus, read_records
 from promptkd_jax.data.rows import fingerprint_supervised, pack, tokenize
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.models.load import load_without_weights
@@ -73,7 +73,7 @@ def main() -> None:
         def made(into):
             if options.corpus:
                 return pack(read_corpus(str(file)), model.tokenizer, 1024, 0, into), {}
-            records = stream_records(str(file), need="some response")
+            records = RecordStream(str(file), need="some response")
             how = dict(max_prompt_length=512, max_length=1024, supervise=options.supervise)
             chat = PromptFormat("chat")
             return tokenize(records, model.tokenizer, chat, eos_id=0, into=into, **how), {}

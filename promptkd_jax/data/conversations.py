@@ -80,7 +80,7 @@ def shorter_histories(record: Record) -> Iterator[Record]:
         yield dataclasses.replace(record, messages=(*system, *record.messages[start:]))
 
 
-def has_several_responses(record: Record) -> bool:
+def _has_several_responses(record: Record) -> bool:
     """Whether a row of all responses differs from that of the last one."""
     count = len(list(responses_of(record.messages)))
     return count > 1 or (count == 1 and not record.is_answered)
@@ -118,7 +118,7 @@ def tokenize_conversations(
     end, spelled = turn_end(prompt_format, tokenizer), spellings(tokenizer)
     how, pieces = escaped_format(prompt_format, spelled), {}
     for index, record in enumerate(records):
-        several = supervise == "all" and how.template == "chat" and has_several_responses(record)
+        several = supervise == "all" and how.template == "chat" and _has_several_responses(record)
         render = _all_responses if several else _last_response
         try:
             pieces[index] = render(escaped_record(record, spelled), tokenizer, how, end)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from promptkd_jax.data.records import Record
-from promptkd_jax.data.rows import RowList, Rows
+from promptkd_jax.data.rows import Rows, RowSink
 from promptkd_jax.infra.errors import DataError
 
 FORMAT = 1
@@ -32,8 +32,8 @@ _DTYPES = {"tokens": np.dtype("<i4"), "supervised": np.dtype(bool), "rows": np.d
 _BUFFER = 2**20  # bytes of a file that wait to be written
 
 
-class RowFiles(RowList):
-    """Where `tokenize` and `pack` put rows: into the files of a folder. Records are not kept."""
+class RowFiles:
+    """A `RowSink` in the files of a folder, which keeps no records."""
 
     def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
         self._files = {}
@@ -75,7 +75,7 @@ class _Slices(Sequence[np.ndarray]):
 def mapped_rows(
     folder: pathlib.Path | None,
     made_from: Mapping[str, Any],
-    write: Callable[[RowList], tuple[Rows, Mapping[str, int]]],
+    write: Callable[[RowSink], tuple[Rows, Mapping[str, int]]],
 ) -> Rows:
     """Opens the rows in `folder` that were made from the same, or has them written.
 
@@ -109,8 +109,11 @@ def mapped_rows(
                 "facts": {**facts, "left_out": dict(left_out)},
             }
             (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-            with contextlib.suppress(OSError):  # another process has been faster
+            try:
                 os.rename(unfinished, place)
+            except OSError:
+                if not (place / "manifest.json").exists():  # else another process has been faster
+                    raise
     try:
         manifest = json.loads((place / "manifest.json").read_text())
         return _open(place, manifest["masked"], manifest["facts"], manifest)

@@ -22,18 +22,38 @@ Columns = Mapping[str, str] | Iterable[tuple[str, str]]  # our name: theirs, "" 
 
 
 class RecordStream:
-    """The records of a source, one after the other, so that not all have to fit into memory; made
-    by `stream_records`. What it has left out is complete when all were read.
+    """The records of a source (see `sources.read_fields`), all of one format, one after the other,
+    so that not all have to fit into memory.
+
+    Records without what is needed are left out and counted. Of these, and of fields that nothing
+    reads, the first process says how many there are when all were read; the counts below are
+    complete then.
+
+    Args:
+      split: the split of a data set of the hub; a file has none.
+      need: what every record must have, key of `records.NEEDS`: "nothing"; the last "response";
+        "some response", in any turn; or "references", a response with text to compare with.
+      format: key of `formats.FORMATS`; "auto": that of which the first record has the fields.
+      columns: their names of fields, by ours (one of `formats.column_names()`); "" for a field
+        that is not to be read.
+      quiet: nothing is said.
 
     Attributes:
       source: as it was given.
-      format: key of `formats.FORMATS`; "auto" until the first record was read.
-      unanswered: how many were dropped since they have no response, or none with text.
+      format: "auto" until the first record was read.
+      unanswered: how many were left out since they lack what is needed.
       unused: how many of them have a field that nothing reads, by its name.
     """
 
     def __init__(
-        self, source: str, split: str, need: str, format: str, columns: Columns, quiet: bool
+        self,
+        source: str,
+        *,
+        split: str = "train",
+        need: str = "nothing",
+        format: str = "auto",
+        columns: Columns = (),
+        quiet: bool = False,
     ):
         self.source, self._split, self._need, self._quiet = source, split, need, quiet
         self._columns, self._format, self.format = dict(columns), format, format
@@ -103,32 +123,6 @@ class RecordStream:
             distributed.warn(f"{self.source}: fields that nothing reads: {counted}")
 
 
-def stream_records(
-    source: str,
-    *,
-    split: str = "train",
-    need: str = "nothing",
-    format: str = "auto",
-    columns: Columns = (),
-    quiet: bool = False,
-) -> RecordStream:
-    """Returns the records of a source (see `sources.read_fields`), all of one format, to be read.
-
-    Records without what is needed are dropped and counted. Of these, and of fields that nothing
-    reads, the first process says at the end how many there are.
-
-    Args:
-      split: the split of a data set of the hub; a file has none.
-      need: what every record must have, key of `records.NEEDS`: "nothing"; the last "response";
-        "some response", in any turn; or "references", a response with text to compare with.
-      format: key of `formats.FORMATS`; "auto": that of which the first record has the fields.
-      columns: their names of fields, by ours (one of `formats.column_names()`); "" for a field
-        that is not to be read.
-      quiet: nothing is said.
-    """
-    return RecordStream(source, split, need, format, columns, quiet)
-
-
 class Records(list[Record]):
     """The records of a source, in their order, and what reading has found out: `format`,
     `unanswered`, `unused` and `left_out` of the `RecordStream`."""
@@ -140,13 +134,13 @@ class Records(list[Record]):
 
 
 def read_records(source: str, **how: Any) -> Records:
-    """Reads all records of a source into memory, as `stream_records`, whose arguments it takes.
+    """Reads all records of a source into memory, as `RecordStream`, whose arguments it takes.
 
     Raises:
       DataError: names the first ten examples that cannot be used, by file:line, or data set and
         row (from 0), with the fault and what would be right.
     """
-    return Records(stream_records(source, **how))
+    return Records(RecordStream(source, **how))
 
 
 def _renamed(

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -68,8 +68,20 @@ class Rows(NamedTuple):
         return np.array([len(row) for row in self.tokens], np.int32) - self.prompt_lengths
 
 
+class RowSink(Protocol):
+    """Where `tokenize` and `pack` put rows: a `RowList`, or files of `mapped_rows`."""
+
+    def append(
+        self, tokens: np.ndarray, prompt_length: int, supervised: np.ndarray, record: Record | None
+    ) -> None:
+        """Takes a row: its tokens, int32, and for each of them whether it is supervised."""
+
+    def finish(self, masked: bool, **facts: Any) -> Rows:
+        """Returns the rows, with these fields; `masked`: not all of each response is supervised."""
+
+
 class RowList:
-    """Where `tokenize` puts rows: into memory, with their records. `mapped_rows` has another."""
+    """A `RowSink` in memory, which keeps the records too."""
 
     def __init__(self):
         self._tokens, self._prompt_lengths = [], []
@@ -78,14 +90,12 @@ class RowList:
     def append(
         self, tokens: np.ndarray, prompt_length: int, supervised: np.ndarray, record: Record | None
     ) -> None:
-        """Takes a row: its tokens, int32, and for each of them whether it is supervised."""
         self._tokens.append(tokens)
         self._prompt_lengths.append(prompt_length)
         self._supervised.append(supervised)
         self._records.append(record)
 
     def finish(self, masked: bool, **facts: Any) -> Rows:
-        """Returns the rows, with these fields; `masked`: not all of each response is supervised."""
         return Rows(
             self._tokens,
             np.array(self._prompt_lengths, np.int32),
@@ -105,7 +115,7 @@ def tokenize(
     eos_id: int,
     supervise: str = "last",
     long_prompts: str = "drop",
-    into: RowList | None = None,
+    into: RowSink | None = None,
 ) -> Rows:
     """Tokenises records into rows: prompt, response, the token that ends it, cut to max_length.
 
@@ -240,7 +250,7 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     eos_id: int,
-    into: RowList | None = None,
+    into: RowSink | None = None,
 ) -> Rows:
     """Documents, each with its end of sequence, one after the other, cut into rows of `length`.
 

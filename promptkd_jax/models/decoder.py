@@ -8,7 +8,7 @@ Parameters have the sizes of `DecoderConfig.padded`, outputs those of the model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain, unshard_fsdp
 from promptkd_jax.models.attention import BTNH_SPEC, attend, attend_to_cache, kv_repeats, repeat_kv
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.norms import HeadsNorm, make_norm
+from promptkd_jax.models.norms import RMSNorm, make_norm
 from promptkd_jax.models.rotary import rotate
 
 if TYPE_CHECKING:
@@ -292,8 +292,8 @@ class Attention(nn.Module):
             query = make_norm(config, "query_norm")(query)
             key = make_norm(config, "key_norm")(key)
         elif config.qk_norm:  # over N and H, or K and H
-            query = HeadsNorm(config, config.num_heads, name="query_norm")(query)
-            key = HeadsNorm(config, config.num_kv_heads, name="key_norm")(key)
+            query = RMSNorm(config, config.num_heads, name="query_norm")(query)
+            key = RMSNorm(config, config.num_kv_heads, name="key_norm")(key)
         query, key, value = (constrain(x, *BTNH_SPEC) for x in (query, key, value))
         # Without rotary positions, so that their products say what tokens mean to one another and
         # not how far apart they stand, whatever the positions of the other model are.
@@ -311,8 +311,7 @@ class Attention(nn.Module):
         if decode:
             # [L, B, K, S, H] -> [B, K, S, H], the row's new column included.
             key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
-            window = _of_kind(kind, [one.sliding_window for one in config.kinds], NO_WINDOW)
-            out = attend_to_cache(query, key, value, positions, sliding_window=window)
+            out = _attend_to_cache(config, query, key, value, positions, kind)
         else:
             out = _attend(config, query, key, value, kind)
         return _project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
@@ -338,35 +337,41 @@ class FeedForward(nn.Module):
         return _project(config, config.width, config.mlp_bias, "down")(hidden)
 
 
+def _of_kinds(config: DecoderConfig, name: str, kind) -> tuple[list, jax.Array | None]:
+    """The different values that the kinds of layers have of an attribute, and the place among them
+    of that of the layer's kind; None where there is one value."""
+    every = [getattr(one, name) for one in config.kinds]
+    values = list(dict.fromkeys(every))
+    place = None if len(values) == 1 else jnp.asarray([values.index(x) for x in every])[kind]
+    return values, place
+
+
 def _rotate(config: DecoderConfig, x: jax.Array, positions, columns: int, kind) -> jax.Array:
     """Queries or keys `[B, T, heads, H]` with the rotary positions of the layer's kind, if any."""
-    ropes = list(dict.fromkeys(one.rope for one in config.kinds))
+    ropes, place = _of_kinds(config, "rope", kind)
     turned = [
         x if rope is None else rotate(rope, x, positions, columns, config.max_positions)
         for rope in ropes
     ]
-    found = turned[0]
-    for place, one in enumerate(turned[1:], start=1):
-        of_this = jnp.asarray([ropes.index(k.rope) == place for k in config.kinds])[kind]
-        found = jnp.where(of_this, one, found)
-    return found
+    return turned[0] if place is None else jax.lax.select_n(place, *turned)
 
 
 def _attend(config: DecoderConfig, query, key, value, kind) -> jax.Array:
     """`attend` with the window of the layer's kind, which its kernels have to know."""
-    windows = list(dict.fromkeys(one.sliding_window for one in config.kinds))
+    windows, place = _of_kinds(config, "sliding_window", kind)
     ways = [functools.partial(attend, sliding_window=window) for window in windows]
-    if len(ways) == 1:
+    if place is None:
         return ways[0](query, key, value)
-    place = jnp.asarray([windows.index(one.sliding_window) for one in config.kinds])[kind]
     return jax.lax.switch(place, ways, query, key, value)
 
 
-def _of_kind(kind, values: Sequence[int | None], none: int) -> jax.Array | int | None:
-    """The value of the layer's kind; where kinds differ, `none` in place of None."""
-    if len(set(values)) == 1:
-        return values[0]
-    return jnp.asarray([none if value is None else value for value in values])[kind]
+def _attend_to_cache(config: DecoderConfig, query, key, value, positions, kind) -> jax.Array:
+    """`attend_to_cache` with the window of the layer's kind, which is only compared with."""
+    windows, place = _of_kinds(config, "sliding_window", kind)
+    window = windows[0]
+    if place is not None:
+        window = jnp.asarray([NO_WINDOW if x is None else x for x in windows])[place]
+    return attend_to_cache(query, key, value, positions, sliding_window=window)
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:

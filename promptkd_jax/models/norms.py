@@ -22,31 +22,20 @@ def make_norm(config: DecoderConfig, name: str) -> nn.Module:
 
 
 class RMSNorm(nn.Module):
-    """An RMS norm over the last axis, its scale `norm_offset` more than the parameter."""
+    """An RMS norm whose scale is `norm_offset` more than its parameter: over the last axis, or with
+    `heads` over the heads and the width of `[B, T, heads, H]`, of which so many are no padding."""
 
     config: DecoderConfig
+    heads: int = 0
 
     @nn.compact
     def __call__(self, x):
         config = self.config
-        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], config.param_dtype)
+        axes, size = ((-2, -1), self.heads * x.shape[-1]) if self.heads else (-1, x.shape[-1])
+        initial = nn.initializers.constant(1.0 - config.norm_offset)
+        shape = x.shape[-2:] if self.heads else x.shape[-1:]
+        scale = self.param("scale", initial, shape, config.param_dtype)
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + config.norm_eps)
-        return (normed * (config.norm_offset + scale.astype(jnp.float32))).astype(config.dtype)
-
-
-class HeadsNorm(nn.Module):
-    """An RMS norm over the heads and the width of `[B, T, heads, H]`, of which the first `number`
-    heads are no padding."""
-
-    config: DecoderConfig
-    number: int
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        scale = self.param("scale", nn.initializers.ones, x.shape[-2:], config.param_dtype)
-        wide = x.astype(jnp.float32)
-        mean = jnp.sum(wide**2, axis=(-2, -1), keepdims=True) / (self.number * config.head_dim)
+        mean = jnp.sum(wide**2, axis=axes, keepdims=True) / size
         normed = wide * jax.lax.rsqrt(mean + config.norm_eps)
-        return (normed * scale.astype(jnp.float32)).astype(config.dtype)
+        return (normed * (config.norm_offset + scale.astype(jnp.float32))).astype(config.dtype)

@@ -52,9 +52,7 @@ def rotary_width(rope: Rope, head_dim: int) -> int:
     return int(head_dim * rope.share)
 
 
-def rotary_frequencies(
-    rope: Rope, head_dim: int, columns: int = 0, max_positions: int = 1
-) -> jax.Array:
+def rotary_frequencies(rope: Rope, head_dim: int, columns: int, max_positions: int) -> jax.Array:
     """Radians per position, `[R/2]`, as the scaling says; see `rotate`."""
     width = rotary_width(rope, head_dim)
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
@@ -64,6 +62,13 @@ def rotary_frequencies(
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
+    if scaling.kind == "longrope":
+        beyond = columns > scaling.original_max_position
+        return frequency / jnp.array(scaling.long_factors if beyond else scaling.short_factors)
+    if scaling.kind == "dynamic":
+        stretched = scaling.factor * max(columns, max_positions) / max_positions
+        base = rope.theta * (stretched - (scaling.factor - 1)) ** (width / (width - 2))
+        return base**-exponent
     if scaling.kind == "llama3":
         # What turns fewer than low_freq_factor times within the original length is stretched by the
         # factor, what turns more than high_freq_factor times is kept, between them interpolated.
@@ -71,16 +76,8 @@ def rotary_frequencies(
         kept = (turns - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
         )
-    elif scaling.kind == "yarn":
-        kept = _kept_by_yarn(scaling, rope.theta, width)
     else:
-        if scaling.kind == "longrope":
-            beyond = columns > scaling.original_max_position
-            return frequency / jnp.array(scaling.long_factors if beyond else scaling.short_factors)
-        # "dynamic"
-        stretched = scaling.factor * max(columns, max_positions) / max_positions
-        base = rope.theta * (stretched - (scaling.factor - 1)) ** (width / (width - 2))
-        return base**-exponent
+        kept = _kept_by_yarn(scaling, rope.theta, width)
     kept = jnp.clip(kept, 0.0, 1.0)
     return frequency * (kept + (1 - kept) / scaling.factor)
 

@@ -13,9 +13,9 @@ from etils import epath
 from promptkd_jax.data import conversations
 from promptkd_jax.data.conversations import one_turn_each
 from promptkd_jax.data.mapped_rows import mapped_rows
-from promptkd_jax.data.reading import RecordStream, read_corpus, read_records, stream_records
+from promptkd_jax.data.reading import RecordStream, read_corpus, read_records
 from promptkd_jax.data.records import Record
-from promptkd_jax.data.rows import RowList, Rows, concatenate_rows, pack, tokenize
+from promptkd_jax.data.rows import Rows, RowSink, concatenate_rows, pack, tokenize
 from promptkd_jax.data.sources import source_digest
 from promptkd_jax.data.templates import shows_date
 from promptkd_jax.infra import distributed
@@ -74,7 +74,7 @@ def training_records(config: RunConfig, *, quiet: bool = False) -> Iterator[Reco
         need = "response" if data.supervise == "last" else "some response"
     for source, _ in data.train_sources:
         how = dict(split=data.train_split, format=data.format, columns=data.columns)
-        yield stream_records(source, need=need, quiet=quiet, **how)
+        yield RecordStream(source, need=need, quiet=quiet, **how)
 
 
 def training_rows(
@@ -124,7 +124,7 @@ def _source_rows(
 
     written = []
 
-    def write(into: RowList) -> tuple[Rows, Mapping[str, int]]:
+    def write(into: RowSink) -> tuple[Rows, Mapping[str, int]]:
         kept = one_turn_each(records) if by_turn else records
         if gold_alone:  # a conversation that ends with another turn is no row
             kept = (record for record in kept if record.is_answered)
@@ -177,7 +177,7 @@ def _packed_rows(
         **how,
     }
 
-    def write(into: RowList) -> tuple[Rows, Mapping[str, int]]:
+    def write(into: RowSink) -> tuple[Rows, Mapping[str, int]]:
         texts = read_corpus(source, split=data.corpus_split, columns=data.columns)
         rows = pack(texts, student.tokenizer, into=into, **how)
         _check_unchanged(source, data.corpus_split, digest)

@@ -271,9 +271,9 @@ def _llama3_scaling(path: str, freqs: ReaderTensor, config: dict, length: int) -
     }
     # By what each frequency, [H / 2], is divided.
     stretched = from_hugging_face(config | {"rope_scaling": scaling}, path)
-    rope, width = stretched.kind(0).rope, stretched.head_dim
+    rope, shape = stretched.kind(0).rope, (stretched.head_dim, length, stretched.max_positions)
     plain = dataclasses.replace(rope, scaling=None)
-    expected = np.asarray(rotary_frequencies(plain, width) / rotary_frequencies(rope, width))
+    expected = np.asarray(rotary_frequencies(plain, *shape) / rotary_frequencies(rope, *shape))
     if not np.allclose(stored, expected, rtol=1e-3):
         raise GGUFError(
             f"{path}: rope_freqs.weight does not follow from {scaling} with rope_theta "
