@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.loss_inputs import LazyLogits
+from promptkd_jax.models.language_model import LazyLogits
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from promptkd_jax.distill.chunked_loss import linear_values as linear_values
 from promptkd_jax.distill.chunked_loss import top_k as top_k
 from promptkd_jax.distill.hidden_loss import HiddenTerm as HiddenTerm
 from promptkd_jax.distill.hidden_loss import hidden_loss as hidden_loss
-from promptkd_jax.distill.loss_inputs import LazyLogits as LazyLogits
 from promptkd_jax.distill.losses import divergence as divergence
 from promptkd_jax.distill.method import PRESETS as PRESETS
 from promptkd_jax.distill.method import Conventions as Conventions
@@ -38,6 +37,7 @@ from promptkd_jax.models.io.export import save_model as save_model
 from promptkd_jax.models.io.peft import load_soft_prompt as load_soft_prompt
 from promptkd_jax.models.io.peft import save_soft_prompt as save_soft_prompt
 from promptkd_jax.models.language_model import LanguageModel as LanguageModel
+from promptkd_jax.models.language_model import LazyLogits as LazyLogits
 from promptkd_jax.models.load import load_model as load_model
 from promptkd_jax.models.model import Model as Model
 from promptkd_jax.models.model import keep_layers as keep_layers

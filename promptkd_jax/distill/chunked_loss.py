@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.top_k import TopK, log_sum_of_others
-from promptkd_jax.distill.loss_inputs import LazyLogits, check_inputs, check_values, shape_error
+from promptkd_jax.distill.loss_inputs import check_inputs, check_values, shape_error
 from promptkd_jax.distill.losses import Divergence, log_probs, needs_whole
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
+from promptkd_jax.models.language_model import LazyLogits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Num
@@ -151,7 +152,7 @@ def linear_values(
 
     def body(_, block):
         hidden, parts = block
-        logits = LazyLogits(hidden, learner.head).logits()
+        logits = learner.replace(hidden=hidden).logits()
         references = _references(join(parts))
         values = [apply_divergence(f, t, logits) for f, t in zip(functions, references)]
         return None, [_per_position(value, hidden.shape[:2]) for value in values]
@@ -176,7 +177,7 @@ def top_k(model: LazyLogits, k: int) -> TopK:
         raise ValueError(f"k: {k}; expected 1 to {vocab_size}, the model's vocabulary")
 
     def at(hidden: jax.Array) -> TopK:  # [B, D]
-        everything = log_probs(LazyLogits(hidden[:, None], model.head).logits()[:, 0])  # [B, V]
+        everything = log_probs(model.replace(hidden=hidden).logits())  # [B, V]
         values, ids = jax.lax.top_k(everything, k)
         return TopK(ids, values, log_sum_of_others(everything, ids))
 
@@ -223,7 +224,7 @@ def _block_loss(functions: _Functions, learner: LazyLogits, targets, mask, weigh
         return jnp.sum(counted(_per_position(values, mask.shape)) * mask)
 
     parts, join = _sequences(targets)
-    logits = LazyLogits(counted(learner.hidden), learner.head).logits()
+    logits = learner.replace(hidden=counted(learner.hidden)).logits()
     different = _references(join(jax.tree.map(counted, parts)))
     references = [different[i] for i in order]
     sums = jnp.stack([total(apply_divergence(f, t, logits)) for f, t in zip(terms, references)])
@@ -246,7 +247,7 @@ def _per_position(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def _gathered(models):
     """Heads not cut along their width, so that not every block of positions has to gather them."""
     return [
-        m._replace(head=constrain(m.head, "tensor", None)) if isinstance(m, LazyLogits) else m
+        m.replace(head=constrain(m.head, "tensor", None)) if isinstance(m, LazyLogits) else m
         for m in models
     ]
 
@@ -267,7 +268,7 @@ def _packed(learner: LazyLogits, targets: Sequence[Any], mask: jax.Array):
 
     parts, join = _sequences(targets)
     hidden, parts, mask = jax.tree.map(pack, (learner.hidden, parts, mask))
-    return LazyLogits(hidden, learner.head), join(parts), mask
+    return learner.replace(hidden=hidden), join(parts), mask
 
 
 def _references(targets):
@@ -297,7 +298,7 @@ def _sequences(targets):
 
     def join(parts):
         return [
-            LazyLogits(part, t.head) if isinstance(t, LazyLogits) else part
+            t.replace(hidden=part) if isinstance(t, LazyLogits) else part
             for part, t in zip(parts, targets)
         ]
 
@@ -332,7 +333,8 @@ def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = No
 
 
 # The chunked loss. Of one block of `chunk` of the T positions, with hidden states h [B, chunk, D],
-# a head W [V, D] and logits z = h Wᵀ [B, chunk, V], targets t, a mask m and weights w:
+# a head W [V, D] and logits z = h Wᵀ [B, chunk, V] (capped, where a model caps them), targets t, a
+# mask m and weights w:
 #
 #     loss += Σ m · Σ_j w_j f_j(t, z)        dz = ∂loss/∂z   [B, chunk, V]
 #     dh    = dz W    [B, chunk, D]          dW += dzᵀ h     [V, D]
@@ -352,9 +354,8 @@ def _linear_loss(functions: _Functions, chunk: int, learner, targets, mask, weig
 
     def body(total, block):
         hidden, parts, mask = block
-        loss, sums = _block_loss(
-            functions, LazyLogits(hidden, learner.head), join(parts), mask, weights
-        )
+        block = learner.replace(hidden=hidden)
+        loss, sums = _block_loss(functions, block, join(parts), mask, weights)
         return (total[0] + loss, total[1] + sums), None
 
     zero = (jnp.zeros(()), jnp.zeros(functions.num_sums))
@@ -374,7 +375,8 @@ def _linear_loss_fwd(functions: _Functions, chunk: int, learner, targets, mask, 
         hidden, parts, mask = block  # [B, chunk, D], [B, chunk, …], [B, chunk]
 
         def loss(hidden, head):
-            return _block_loss(functions, LazyLogits(hidden, head), join(parts), mask, weights)
+            block = learner.replace(hidden=hidden, head=head)
+            return _block_loss(functions, block, join(parts), mask, weights)
 
         if with_head:
             gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -392,16 +394,17 @@ def _linear_loss_fwd(functions: _Functions, chunk: int, learner, targets, mask, 
         body, carry, (learner.hidden, parts, mask), chunk, like=learner.hidden
     )
     like_head = jnp.zeros((0,), learner.head.dtype)  # residuals are arrays: this one is a dtype
-    return (total, sums), (d_hidden, d_head, like_head)
+    return (total, sums), (learner.replace(hidden=d_hidden, head=d_head), like_head)
 
 
 def _linear_loss_bwd(functions, chunk, residuals, cotangents):
-    d_hidden, d_head, like_head = residuals
+    gradient, like_head = residuals
     # Of (loss, sums): `linear_loss` stops the gradient of the sums, whose cotangent is 0.
     scale = cotangents[0]
+    d_hidden, d_head = gradient.hidden, gradient.head
     d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
     d_head = None if d_head is None else (d_head * scale).astype(like_head.dtype)
-    return LazyLogits(d_hidden, d_head), None, None, None
+    return gradient.replace(hidden=d_hidden, head=d_head), None, None, None
 
 
 _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)

@@ -9,34 +9,14 @@ B rows, T positions, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill.losses import Divergence, cross_entropy
-from promptkd_jax.infra.sharding import ROWS, constrain
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
-
-class LazyLogits(NamedTuple):
-    """Logits not yet multiplied out: hidden `[B, T, D]` and head `[V, D]`."""
-
-    hidden: Float[Array, "B T D"]
-    head: Float[Array, "V D"]
-
-    def logits(self) -> Float[Array, "B T V"]:
-        """hidden @ head^T, `[B, T, V]`."""
-        head = self.head.astype(self.hidden.dtype)
-        # Rounded to half precision, logits would be off by more than a soft prompt moves them.
-        logits = jnp.einsum("btd,vd->btv", self.hidden, head, preferred_element_type=jnp.float32)
-        # Changes nothing, but XLA's CPU compiler does not make one kernel of the product and what
-        # reads it, which for some shapes takes three times as long as the two.
-        logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)
-        return constrain(logits, ROWS, None, "tensor")
+from promptkd_jax.models.language_model import LazyLogits
 
 
 def check_inputs(learner: LazyLogits, targets: Sequence[Any]) -> None:
@@ -44,7 +24,7 @@ def check_inputs(learner: LazyLogits, targets: Sequence[Any]) -> None:
     if not isinstance(learner, LazyLogits):
         raise ValueError(f"learner: {type(learner).__name__}; expected LazyLogits(hidden, head)")
     bare = "array" if hasattr(targets, "shape") else type(targets).__name__
-    if bare == "array" or hasattr(targets, "_fields"):
+    if bare == "array" or isinstance(targets, LazyLogits | TopK):
         raise ValueError(f"targets: a bare {bare}; expected a sequence, one per term: [target]")
     _check_linear("learner", learner)
     for number, target in enumerate(targets):

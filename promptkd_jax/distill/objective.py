@@ -26,11 +26,11 @@ from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss, losses, policy_gradient
 from promptkd_jax.distill.chunked_loss import Observation, apply_divergence, linear_loss
-from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.policy_gradient import PolicyTarget
 from promptkd_jax.distill.teacher import StepModels, StudentForward, lazy_logits
+from promptkd_jax.models.language_model import LazyLogits
 
 
 class MicroBatch(NamedTuple):
@@ -173,10 +173,10 @@ def prompt_gradients(
 
     def prompted(soft_prompt):  # [M, D] -> hidden [B, R, D]; the head does not depend on it
         teacher, _ = step_models.teacher(params, rows, soft_prompt)
-        return teacher.hidden, teacher.head
+        return teacher.hidden, teacher
 
     # The teacher is frozen: its backward pass carries gradients to P alone, none to weights.
-    hidden, pullback, head = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
+    hidden, pullback, teacher = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
     (student, _), _ = student_forward or step_models.student_vjp(params["student"], rows)
     # The plain teacher is a constant of L_reg; without L_reg its forward pass is not made.
     plain = step_models.teacher(params, rows)[0] if step_models.method.regularization else None
@@ -184,7 +184,7 @@ def prompt_gradients(
     mask = step_models.where(rows).mask
     # dL/dh [B, R, D] of the prompted teacher's hidden states, then (dh/dP)^T dL/dh.
     d_hidden, loss, sums = grad_and_loss(
-        terms, observations, mask, lambda h: LazyLogits(h, head), hidden
+        terms, observations, mask, lambda h: teacher.replace(hidden=h), hidden
     )
     return Gradients({"soft_prompt": pullback(d_hidden)[0]}, loss / scale, sums)
 

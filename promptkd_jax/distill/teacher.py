@@ -17,10 +17,9 @@ import numpy as np
 from promptkd_jax.data.batch import Batch, Responses, gather, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss
-from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.method import Method
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.language_model import LanguageModel
+from promptkd_jax.models.language_model import LanguageModel, LazyLogits
 from promptkd_jax.models.sampler import SamplingModel
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def lazy_logits(
     """
     # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
     hidden = gather(model.hidden_states(params, batch.tokens, prefix), where)
-    return LazyLogits(hidden, model.output_head(params)[:vocab_size])
+    return LazyLogits(hidden, model.output_head(params)[:vocab_size], model.logit_soft_cap)
 
 
 def lazy_logits_and_states(
@@ -91,7 +90,8 @@ def lazy_logits_and_states(
         (stacked,) = layers["hidden"] if name == "hidden" else layers["attention"][name]
         state = stacked[layer, :, -batch.tokens.shape[1] :]
         states[name, layer] = gather(state, where) if name == "hidden" else state
-    return LazyLogits(last, model.output_head(params)[:vocab_size]), states
+    head = model.output_head(params)[:vocab_size]
+    return LazyLogits(last, head, model.logit_soft_cap), states
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,12 +25,12 @@ from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_values
-from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.inference.generate import generate_responses, round_up_to_devices
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 
@@ -279,7 +279,8 @@ def _scorer(decoder: Decoder, capacity: int, vocab_size: int):
     def score(params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         where = responses(batch, capacity)
         hidden = gather(decoder.hidden_states(params, batch.tokens[:, :-1], None), where)
-        learner = LazyLogits(hidden, decoder.output_head(params)[:vocab_size])
+        head = decoder.output_head(params)[:vocab_size]
+        learner = LazyLogits(hidden, head, decoder.logit_soft_cap)
         functions = losses.cross_entropy, _is_likeliest
         values, likeliest = linear_values(functions, learner, (where.labels, where.labels))
         missed = jnp.sum((1 - likeliest) * where.mask, axis=1)

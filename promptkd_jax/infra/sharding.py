@@ -1,8 +1,8 @@
 """The mesh, and one table that says where every parameter lies on it.
 
 Axes: `data` (rows), `fsdp` (rows too, and parameters cut along their width), `tensor` (heads,
-feed-forward and vocabulary). One device is a 1 x 1 x 1 mesh and the same code; so are many
-processes, each of which holds its part of every array.
+feed-forward, vocabulary, and experts, which are dealt out whole). One device is a 1 x 1 x 1 mesh
+and the same code; so are many processes, each of which holds its part of every array.
 
 Models and losses say by `constrain` where their intermediate arrays lie. They look at the mesh that
 `jax.set_mesh` has set, and without one do nothing.
@@ -36,6 +36,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/mlp/(up|gate)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/(up|gate)/bias", P(None, "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/attention/sinks", P(None, "tensor")),
+    (r"layers/experts/router/(kernel|bias)", P()),
+    (r"layers/experts/(gate|up|gate_up)/kernel", P(None, "tensor", "fsdp", None)),
+    (r"layers/experts/down/kernel", P(None, "tensor", None, "fsdp")),
+    (r"layers/experts/(gate|up|gate_up|down)/bias", P(None, "tensor", None)),
     (r".*(norm/(scale|bias)|(out|down)/bias)", P()),
     (r"(soft_prompt|projection|replay)(/.*)?", P()),
     (r"pending(/.*)?", P(ROWS)),

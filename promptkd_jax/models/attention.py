@@ -8,6 +8,7 @@ B rows, T columns, N heads, K key/value heads, H head width, S columns of the ca
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,13 @@ MAX_PARTS = 4  # of a row, without a kernel: then 5/8 of the scores are computed
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, sliding_window: int | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Lets every column attend to itself and those before it; scores are scaled by H ** -0.5.
 
@@ -32,6 +39,8 @@ def attend(
       query: `[B, T, N, H]`.
       key, value: `[B, T, K, H]`; query head n reads key/value head n * K // N.
       sliding_window: columns that a column sees, itself and those before it; None: all of them.
+      soft_cap: c, where scores s become c tanh(s / c); None: they stay as they are.
+      sinks: `[N]`, a score of every head that takes part in the softmax and has no value; or None.
 
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
@@ -48,12 +57,13 @@ def attend(
         head_dim=head_dim,
         row_parts=sharding.axis_size(sharding.ROWS),
         head_parts=sharding.axis_size("tensor"),
+        plain=soft_cap is None and sinks is None,
     )
     if chosen == "splash":
-        return _splash(query, key, value, sliding_window)
+        return _splash(query, key, value, sinks, sliding_window, soft_cap)
     if chosen == "cudnn":
         return _cudnn(query, key, value, sliding_window)
-    return _in_parts(query, key, value, sliding_window)
+    return _in_parts(query, key, value, sinks, sliding_window, soft_cap)
 
 
 # Devices along `tensor` share out query heads. Query head n reads key/value head n * K // N, so a
@@ -87,6 +97,8 @@ def attend_to_cache(
     columns: jax.Array,
     *,
     sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Lets one query a row attend to the cache: `[B, 1, N, H]`.
 
@@ -94,13 +106,14 @@ def attend_to_cache(
       query: `[B, 1, N, H]`.
       key, value: `[B, K, S, H]`, one layer of the cache.
       columns: `[B, 1]`, the column of each query, which sees the columns up to its own.
-      sliding_window: as for `attend`.
+      sliding_window, soft_cap, sinks: as for `attend`.
     """
     # Behind the query's own column the cache has zeros, or what stood behind the prompt's end.
     rows, _, num_heads, head_dim = query.shape
     seen = _seen(columns, jnp.arange(key.shape[2]), sliding_window)  # [B, 1, S]
     query = query.reshape(rows, key.shape[1], -1, head_dim)  # [B, K, N / K, H]
-    return _weigh(query, key, value, seen[:, None]).reshape(rows, 1, num_heads, head_dim)
+    attended = _weigh(query, key, value, seen[:, None], sinks, soft_cap)
+    return attended.reshape(rows, 1, num_heads, head_dim)
 
 
 def implementation(
@@ -114,6 +127,7 @@ def implementation(
     head_dim: int,
     row_parts: int,
     head_parts: int,
+    plain: bool = True,
 ) -> str:
     """Chooses the implementation of `attend`: "splash", "cudnn" or "xla".
 
@@ -122,7 +136,8 @@ def implementation(
     Key/value heads divide too, with their copies.
 
     cudnn, on "gpu": bfloat16 or float16; heads of at most 128 in multiples of 8; key/value heads
-    that divide among the devices, since it wants query, key and value cut alike.
+    that divide among the devices, since it wants query, key and value cut alike; neither soft caps
+    nor sinks.
 
     Args:
       platform: of the devices, as `sharding.platform` says it.
@@ -130,6 +145,7 @@ def implementation(
       rows, columns, num_heads, num_kv_heads, head_dim: B, T, N, K, H, of all devices together.
       row_parts: over how many devices the rows are dealt out (`data` times `fsdp`).
       head_parts: over how many the heads are (`tensor`).
+      plain: whether there are neither a soft cap nor sinks.
     """
     if platform == "tpu":
         divides = rows % row_parts == 0 and num_heads % head_parts == 0
@@ -137,7 +153,7 @@ def implementation(
         return "splash" if divides and fits else "xla"
     if platform == "gpu":
         fits = dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
-        return "cudnn" if fits and num_kv_heads % head_parts == 0 else "xla"
+        return "cudnn" if fits and plain and num_kv_heads % head_parts == 0 else "xla"
     return "xla"
 
 
@@ -151,7 +167,9 @@ def implementation(
 #               # # # #
 
 
-def _in_parts(query, key, value, sliding_window: int | None) -> jax.Array:
+def _in_parts(
+    query, key, value, sinks, sliding_window: int | None, soft_cap: float | None
+) -> jax.Array:
     """A few columns of queries at a time, against no keys but those that one of them sees."""
     rows, columns, num_heads, head_dim = query.shape
     # By the key/value head that is read: [B, T, K, N / K, H] as [B, K, N / K, T, H].
@@ -164,7 +182,7 @@ def _in_parts(query, key, value, sliding_window: int | None) -> jax.Array:
         first = 0 if sliding_window is None else max(0, begin + 1 - sliding_window)
         seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), sliding_window)
         seen_keys = key[:, :, first:end], value[:, :, first:end]
-        parts.append(_weigh(query[:, :, :, begin:end], *seen_keys, seen))
+        parts.append(_weigh(query[:, :, :, begin:end], *seen_keys, seen, sinks, soft_cap))
     attended = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)  # [B, T, K, N / K, H]
     return attended.reshape(rows, columns, num_heads, head_dim)
 
@@ -176,14 +194,23 @@ def _seen(columns, others, sliding_window: int | None) -> jax.Array:
     return seen if sliding_window is None else seen & (others > columns[..., None] - sliding_window)
 
 
-def _weigh(query, key, value, seen) -> jax.Array:
+def _weigh(query, key, value, seen, sinks, soft_cap: float | None) -> jax.Array:
     """The mean of the values that are `seen`, weighted by the softmax of the scores: `[B, K, …, H]`
-    of queries `[B, K, …, H]` and of keys and values `[B, K, S, H]`."""
+    of queries `[B, K, N / K, …, H]` and of keys and values `[B, K, S, H]`."""
     # With heads before columns XLA's CPU compiler transposes no scores.
     scores = jnp.einsum("bk...h,bksh->bk...s", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf)
-    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bk...s,bksh->bk...h", shares, value)
+    scores = scores * query.shape[-1] ** -0.5
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    if sinks is None:
+        shares = jax.nn.softmax(scores, axis=-1)
+    else:
+        # One more summand of the denominator: the shares of the values add up to less than 1.
+        every = (*scores.shape[1:3], *(1,) * (scores.ndim - 3))  # [K, N / K, …, 1]
+        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        shares = jnp.exp(scores - jnp.logaddexp(total, sinks.astype(jnp.float32).reshape(every)))
+    return jnp.einsum("bk...s,bksh->bk...h", shares.astype(value.dtype), value)
 
 
 def _cudnn(query, key, value, sliding_window: int | None) -> jax.Array:
@@ -208,19 +235,26 @@ def _pad(x: jax.Array, columns: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, columns), (0, 0), (0, 0)))
 
 
-def _splash(query, key, value, sliding_window: int | None) -> jax.Array:
+def _splash(
+    query, key, value, sinks, sliding_window: int | None, soft_cap: float | None
+) -> jax.Array:
     """The kernel on each device's own rows and heads."""
-    kernel = functools.partial(_splash_on_device, sliding_window=sliding_window)
+    kernel = functools.partial(_splash_on_device, sliding_window=sliding_window, soft_cap=soft_cap)
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(query, key, value)
+        return kernel(query, key, value, sinks)
     # check_vma: the kernel does not say along which axes its outputs vary.
     cut = jax.shard_map(
-        kernel, in_specs=(P(*BTNH_SPEC),) * 3, out_specs=P(*BTNH_SPEC), check_vma=False
+        kernel,
+        in_specs=(*(P(*BTNH_SPEC),) * 3, P("tensor")),
+        out_specs=P(*BTNH_SPEC),
+        check_vma=False,
     )
-    return cut(query, key, value)
+    return cut(query, key, value, sinks)
 
 
-def _splash_on_device(query, key, value, *, sliding_window: int | None) -> jax.Array:
+def _splash_on_device(
+    query, key, value, sinks, *, sliding_window: int | None, soft_cap: float | None
+) -> jax.Array:
     """The kernel wants `[N, T, H]`, scaled queries, and columns that are whole blocks."""
     # Padded columns come behind all others: as keys no query of the row sees them, as queries they
     # are cut off, and with that their gradients are zero.
@@ -229,8 +263,12 @@ def _splash_on_device(query, key, value, *, sliding_window: int | None) -> jax.A
     padded = block * math.ceil(columns / block)
     query = (query * head_dim**-0.5).astype(query.dtype)
     query, key, value = (_pad(x, padded - columns).swapaxes(1, 2) for x in (query, key, value))
-    kernel = _kernel(padded, num_heads, block, sliding_window)
-    return jax.vmap(kernel)(query, key, value).swapaxes(1, 2)[:, :columns]
+    kernel = _kernel(padded, num_heads, block, sliding_window, soft_cap)
+
+    def attend_row(query, key, value):
+        return kernel(query, key, value, sinks=sinks)
+
+    return jax.vmap(attend_row)(query, key, value).swapaxes(1, 2)[:, :columns]
 
 
 def _block(columns: int) -> int:
@@ -239,7 +277,9 @@ def _block(columns: int) -> int:
     return LANES * math.ceil(columns / blocks / LANES)
 
 
-def _kernel(columns: int, num_heads: int, block: int, sliding_window: int | None):
+def _kernel(
+    columns: int, num_heads: int, block: int, sliding_window: int | None, soft_cap: float | None
+) -> Any:
     """The kernel for `[N, T, H]`; on CPU, where only tests run it, interpreted."""
     # Here, since only a TPU needs it and it is a tenth of a second to import.
     from jax.experimental.pallas.ops.tpu import splash_attention
@@ -254,5 +294,6 @@ def _kernel(columns: int, num_heads: int, block: int, sliding_window: int | None
     return splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([mask] * num_heads),
         block_sizes=splash_attention.BlockSizes(**dict.fromkeys(sizes, block)),
+        attn_logits_soft_cap=soft_cap,
         interpret=sharding.platform() == "cpu",
     )

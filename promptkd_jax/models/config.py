@@ -60,6 +60,27 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward network, see `feed_forward`.
+
+    Attributes:
+      number: E; per_token: k.
+      renormalized: whether the weights of the k add up to 1.
+      bias: whether router and experts have biases.
+      interleaved: whether gate and up are one parameter, in turn.
+      limit: of gate, from above, and of up, on both sides, to which 1 is added (gpt-oss); None: of
+        neither.
+    """
+
+    number: int
+    per_token: int
+    renormalized: bool
+    bias: bool = False
+    interleaved: bool = False
+    limit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that distinguishes one decoder-only language model from another.
 
@@ -78,12 +99,14 @@ class DecoderConfig:
     max_positions: int
     norm: str  # "layer" | "rms"
     norm_eps: float
-    activation: str  # key of decoder.ACTIVATIONS
+    activation: str  # key of feed_forward.ACTIVATIONS
     gated: bool  # act(gate) * up instead of act(up)
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     tied: bool  # the head is the embedding
+    experts: Experts | None = None  # `mlp_width` is then that of one of them
+    attention_sinks: bool = False  # one score a head that has no value, see `attention.attend`
     learned_positions: bool = False
     position_offset: int = 0  # unused leading rows of the position table (OPT: 2)
     # The kinds that layers are of, and for each layer the place of its own; (): the first.
@@ -98,6 +121,8 @@ class DecoderConfig:
     residual_scale: float = 1.0  # of what attention and feed-forward add
     attention_scale: float | None = None  # of the scores; None: H ** -0.5
     logit_scale: float = 1.0  # of the hidden states that the head sees
+    logit_soft_cap: float | None = None  # see `LazyLogits`
+    attention_soft_cap: float | None = None  # of the scores, see `attention.attend`
     # How it is run; not part of what the model is.
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -113,7 +138,8 @@ class DecoderConfig:
         weights of 0 take on, so that neither side has a gradient; padded rows of the vocabulary are
         looked up by no token, and cut off the head before it is read. AdamW moves no parameter
         whose value and gradients are 0. Key/value heads are padded with all query heads that read
-        them; fewer than `tensor_parts` are not cut at all and need not divide.
+        them; fewer than `tensor_parts` are not cut at all and need not divide. Experts are dealt
+        out whole; no token is sent to one that is padding.
         """
         parts, group = self.tensor_parts, self.num_heads // self.num_kv_heads
         num_kv_heads = next(
@@ -121,12 +147,15 @@ class DecoderConfig:
             for count in itertools.count(self.num_kv_heads)
             if count * group % parts == 0 and (count % parts == 0 or count < parts)
         )
-        return self.replace(
+        padded = self.replace(
             vocab_size=_multiple(self.vocab_size, parts),
             num_heads=num_kv_heads * group,
             num_kv_heads=num_kv_heads,
-            mlp_width=_multiple(self.mlp_width, parts),
         )
+        if self.experts is None:
+            return padded.replace(mlp_width=_multiple(self.mlp_width, parts))
+        number = _multiple(self.experts.number, parts)
+        return padded.replace(experts=dataclasses.replace(self.experts, number=number))
 
     @property
     def padding(self) -> str:
@@ -136,6 +165,8 @@ class DecoderConfig:
             name: (getattr(self, name), getattr(padded, name))
             for name in ("vocab_size", "num_heads", "num_kv_heads", "mlp_width")
         }
+        if self.experts:
+            sizes["experts"] = self.experts.number, padded.experts.number
         return ", ".join(f"{name} {x} to {y}" for name, (x, y) in sizes.items() if x != y)
 
     def replace(self, **changes: Any) -> "DecoderConfig":

@@ -19,6 +19,7 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain, unshard_fsdp
 from promptkd_jax.models.attention import BTNH_SPEC, attend, attend_to_cache, kv_repeats, repeat_kv
 from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts, project
 from promptkd_jax.models.norms import RMSNorm, make_norm
 from promptkd_jax.models.rotary import rotate
 
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 NO_WINDOW = 2**30  # positions, more than any row has
-
-ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 # Values that a layer's forward pass keeps for its backward pass, from the policy that keeps all and
 # computes nothing twice to the one that keeps the layer's input alone.
@@ -94,7 +87,8 @@ class Decoder(nn.Module):
 
     With `mutable=["intermediates"]`, `apply` also returns what it computed on the way, as
     1-tuples of arrays stacked over the layers, the prefix's columns included: under "layers"
-    "hidden" `[L, B, M + T, D]`, each layer's output, and under its "attention" "queries"
+    "hidden" `[L, B, M + T, D]`, each layer's output; under its "experts"
+    "router_scores" `[L, B, M + T, E]`; and under its "attention" "queries"
     `[L, B, M + T, N, H]`, "keys" and "values" `[L, B, M + T, K, H]`, before rotary positions.
     """
 
@@ -182,6 +176,11 @@ class Decoder(nn.Module):
         """The head `[V, D]`, without padding."""
         return head(params)[: self.config.vocab_size]
 
+    @property
+    def logit_soft_cap(self) -> float | None:
+        """The soft cap of the logits that the head gives, see `LazyLogits`."""
+        return self.config.logit_soft_cap
+
     @nn.nowrap
     def input_embeddings(self, params: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Embeddings `[..., D]` of token ids `[...]`, as the decoder puts them behind a prefix."""
@@ -264,7 +263,11 @@ class Layer(nn.Module):
             before(x, "attention_norm"), cache, layer, positions, decode
         )
         x = added(x, attended, "post_attention_norm")
-        x = added(x, FeedForward(config, name="mlp")(before(x, "mlp_norm")), "post_mlp_norm")
+        if config.experts:
+            network = MixtureOfExperts(config, name="experts")
+        else:
+            network = FeedForward(config, name="mlp")
+        x = added(x, network(before(x, "mlp_norm")), "post_mlp_norm")
         # Read by `teacher.lazy_logits_and_states`, and nothing where the collection is not mutable.
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
@@ -282,7 +285,7 @@ class Attention(nn.Module):
         index, kind = layer
 
         def heads(number: int, name: str):
-            return _project(config, (number, config.head_dim), config.qkv_bias, name)
+            return project(config, (number, config.head_dim), config.qkv_bias, name)
 
         # [B, T, D] -> [B, T, N, H] and [B, T, K, H]
         query = heads(padded.num_heads, "query")(x)
@@ -304,6 +307,10 @@ class Attention(nn.Module):
         query, key = (_rotate(config, a, positions, columns, kind) for a in (query, key))
         if config.attention_scale is not None:  # what attends multiplies by H ** -0.5
             query = _scaled(query, config.attention_scale * config.head_dim**0.5)
+        sinks = None
+        if config.attention_sinks:
+            initial = nn.initializers.normal(0.02)
+            sinks = self.param("sinks", initial, (padded.num_heads,), config.param_dtype)
         # Where a mesh cuts heads more finely than there are K of them, each device has its own.
         key, value = (repeat_kv(a, padded.num_heads) for a in (key, value))
         if cache is not None:
@@ -311,30 +318,10 @@ class Attention(nn.Module):
         if decode:
             # [L, B, K, S, H] -> [B, K, S, H], the row's new column included.
             key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
-            out = _attend_to_cache(config, query, key, value, positions, kind)
+            out = _attend_to_cache(config, query, key, value, sinks, positions, kind)
         else:
-            out = _attend(config, query, key, value, kind)
-        return _project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
-
-
-class FeedForward(nn.Module):
-    """act(up) or act(gate) * up, then down."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x):
-        config, width = self.config, self.config.padded.mlp_width
-        activation = ACTIVATIONS[config.activation]
-        up = _project(config, width, config.mlp_bias, "up")(x)
-        if config.gated:
-            gate = _project(config, width, config.mlp_bias, "gate")(x)
-            hidden = activation(gate) * up
-        else:
-            hidden = activation(up)
-        # Units are dealt out to devices; the product with `down` adds up their shares.
-        hidden = constrain(hidden, ROWS, None, "tensor")
-        return _project(config, config.width, config.mlp_bias, "down")(hidden)
+            out = _attend(config, query, key, value, sinks, kind)
+        return project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
 
 
 def _of_kinds(config: DecoderConfig, name: str, kind) -> tuple[list, jax.Array | None]:
@@ -356,22 +343,24 @@ def _rotate(config: DecoderConfig, x: jax.Array, positions, columns: int, kind) 
     return turned[0] if place is None else jax.lax.select_n(place, *turned)
 
 
-def _attend(config: DecoderConfig, query, key, value, kind) -> jax.Array:
+def _attend(config: DecoderConfig, query, key, value, sinks, kind) -> jax.Array:
     """`attend` with the window of the layer's kind, which its kernels have to know."""
     windows, place = _of_kinds(config, "sliding_window", kind)
-    ways = [functools.partial(attend, sliding_window=window) for window in windows]
+    how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
+    ways = [functools.partial(attend, sliding_window=window, **how) for window in windows]
     if place is None:
         return ways[0](query, key, value)
     return jax.lax.switch(place, ways, query, key, value)
 
 
-def _attend_to_cache(config: DecoderConfig, query, key, value, positions, kind) -> jax.Array:
+def _attend_to_cache(config: DecoderConfig, query, key, value, sinks, positions, kind) -> jax.Array:
     """`attend_to_cache` with the window of the layer's kind, which is only compared with."""
     windows, place = _of_kinds(config, "sliding_window", kind)
     window = windows[0]
     if place is not None:
         window = jnp.asarray([NO_WINDOW if x is None else x for x in windows])[place]
-    return attend_to_cache(query, key, value, positions, sliding_window=window)
+    how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
+    return attend_to_cache(query, key, value, positions, sliding_window=window, **how)
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
@@ -409,10 +398,3 @@ def _layers(config: DecoderConfig) -> nn.Module:
         length=config.num_layers,
     )
     return scanned(config, name="layers")
-
-
-def _project(
-    config: DecoderConfig, features, use_bias: bool, name: str, axis: int | tuple[int, ...] = -1
-) -> nn.DenseGeneral:
-    dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-    return nn.DenseGeneral(features, axis=axis, use_bias=use_bias, name=name, **dtypes)

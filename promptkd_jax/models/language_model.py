@@ -16,9 +16,39 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+
+from promptkd_jax.infra.sharding import ROWS, constrain
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class LazyLogits:
+    """Logits not yet multiplied out: hidden `[B, T, D]` (or `[B, D]`) and head `[V, D]`.
+
+    Attributes:
+      soft_cap: c, where the product z becomes c tanh(z / c) (Gemma 2, arXiv 2408.00118, section
+        2); None: it stays as it is. Static under `jax.jit`.
+    """
+
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "V D"]
+    soft_cap: float | None = struct.field(pytree_node=False, default=None)
+
+    def logits(self) -> Float[Array, "B T V"]:
+        """hidden @ head^T, capped, in float32: `[B, T, V]`, or `[B, V]`."""
+        head = self.head.astype(self.hidden.dtype)
+        # Rounded to half precision, logits would be off by more than a soft prompt moves them, and
+        # would tie, where top-k keeps ties.
+        logits = jnp.einsum("...d,vd->...v", self.hidden, head, preferred_element_type=jnp.float32)
+        # Changes nothing, but XLA's CPU compiler does not make one kernel of the product and what
+        # reads it, which for some shapes takes three times as long as the two.
+        logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)
+        if self.soft_cap is not None:
+            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+        return constrain(logits, ROWS, *(None,) * (logits.ndim - 2), "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +70,7 @@ class LanguageModel:
       output_head: `(params) -> [V, D]`; tied embeddings are one.
       input_embeddings: `(params, tokens [...]) -> [..., D]`; needed where a teacher is seen
         "in_context".
+      logit_soft_cap: as `LazyLogits.soft_cap`.
     """
 
     hidden_states: Callable[
@@ -47,6 +78,7 @@ class LanguageModel:
     ]
     output_head: Callable[[Any], Float[Array, "V D"]]
     input_embeddings: Callable[[Any, Int[Array, "*B"]], Float[Array, "*B D"]] | None = None
+    logit_soft_cap: float | None = None
 
     def for_sampling(self, params: Any) -> Any:
         """The parameters as a rollout reads them: as they are."""

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.decoder import ACTIVATIONS, Decoder
+from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
+from promptkd_jax.models.feed_forward import ACTIVATIONS
 from promptkd_jax.models.io.hub import pretrained_name, repository_of, resolve_model
 from promptkd_jax.models.io.params import has_head_of_its_own, load_params
 from promptkd_jax.models.io.safetensors import (

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from promptkd_jax.infra import specs
 from promptkd_jax.infra.buckets import run_in_smallest_bucket
-from promptkd_jax.infra.sharding import ROWS, axis_size, constrain
+from promptkd_jax.infra.sharding import ROWS, axis_size
 from promptkd_jax.models.decoder import Cache, Decoder, place_cache
-from promptkd_jax.models.language_model import LanguageModel
+from promptkd_jax.models.language_model import LanguageModel, LazyLogits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Key
@@ -248,14 +248,9 @@ class _Writer:
 
     def _logits(self, hidden: list[jax.Array]) -> jax.Array:
         """Logits `[Q, V]` from the hidden states `[Q, D]` of each model."""
-        # Rounded to half precision, logits would tie, and top-k keeps ties.
         each = [
-            constrain(
-                jnp.einsum("bd,vd->bv", h, kernel, preferred_element_type=jnp.float32),
-                ROWS,
-                "tensor",
-            )
-            for h, kernel in zip(hidden, self.heads)
+            LazyLogits(h, head, x.model.logit_soft_cap).logits()
+            for h, head, x in zip(hidden, self.heads, self.models)
         ]
         return each[0] if len(each) == 1 else _mixed(*each, self.share)
 

@@ -10,12 +10,12 @@ import pytest
 from helpers.tiny import equations
 
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill import losses
+from promptkd_jax.distill import chunked_loss, losses
 from promptkd_jax.distill.chunked_loss import linear_loss, linear_values
-from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.losses import DIVERGENCES, divergence
 from promptkd_jax.distill.method_fields import DivergenceName
 from promptkd_jax.infra.specs import Float
+from promptkd_jax.models.language_model import LazyLogits
 
 SHAPE = (3, 5, 13)
 SPECS = (
@@ -395,6 +395,28 @@ def test_linear_loss_is_the_dense_loss(chunk):
     np.testing.assert_allclose(gradient.head, right_gradient.head, atol=1e-5)
 
 
+def test_soft_caps_bound_the_logits_of_both_models():
+    learner, teacher, _, mask = problem()
+
+    def capped(model, cap):
+        return cap * jnp.tanh(jnp.einsum("btd,vd->btv", model.hidden, model.head) / cap)
+
+    def dense(learner):
+        return (mask * losses.reverse_kl(capped(teacher, 3.0), capped(learner, 1.5))).sum()
+
+    def chunked(learner):
+        target = teacher.replace(soft_cap=3.0)
+        return linear_loss([losses.reverse_kl], learner.replace(soft_cap=1.5), [target], mask)[0]
+
+    expected, right = jax.value_and_grad(dense)(learner)
+    found, gradient = jax.value_and_grad(chunked)(learner)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), gradient, right)
+    likeliest = chunked_loss.top_k(teacher.replace(soft_cap=3.0), 1).log_probs
+    expected = jax.nn.log_softmax(capped(teacher, 3.0)).max(-1, keepdims=True)
+    np.testing.assert_allclose(likeliest, expected, rtol=1e-5)
+
+
 def kl_loss(learner, **more):
     _, teacher, _, mask = problem()
     return linear_loss([losses.reverse_kl], learner, [teacher], mask, chunk=3, **more)
@@ -502,16 +524,16 @@ def top_k(k: int = 4) -> TopK:
 def mismatches() -> dict:
     """Arguments of `linear_loss` beside the terms, and what is said of them."""
     learner, teacher, labels, mask = problem()
-    transposed = learner._replace(head=learner.head.T)
-    wider = teacher._replace(head=jnp.pad(teacher.head, ((0, 3), (0, 0))))
+    transposed = learner.replace(head=learner.head.T)
+    wider = teacher.replace(head=jnp.pad(teacher.head, ((0, 3), (0, 0))))
     cases = {
         "head [D, V]": ((transposed, [teacher], mask), r"learner: .*\[V, 6\]; it is stored"),
         "head of another width": (
-            (learner._replace(head=teacher.head), [teacher], mask),
+            (learner.replace(head=teacher.head), [teacher], mask),
             r"learner: hidden states of width 6 and a head \[29, 9\]; expected \[V, 6\]",
         ),
         "teacher's head [D, V]": (
-            (learner, [teacher._replace(head=teacher.head.T)], mask),
+            (learner, [teacher.replace(head=teacher.head.T)], mask),
             r"targets\[0\]: .* transpose it",
         ),
         "padded vocabulary": (
@@ -523,7 +545,7 @@ def mismatches() -> dict:
         "bare cache": ((learner, top_k(), mask), "targets: a bare TopK"),
         "logits": ((teacher.logits(), [teacher], mask), r"expected LazyLogits\(hidden, head\)"),
         "no rows": (
-            (learner._replace(hidden=learner.hidden[0]), [teacher], mask),
+            (learner.replace(hidden=learner.hidden[0]), [teacher], mask),
             r"hidden \[7, 6\] and head \[29, 6\]; expected \[B, T, D\]",
         ),
         "tail": (
@@ -538,7 +560,7 @@ def mismatches() -> dict:
     }
     for axis, found in ((0, r"\[1, 7"), (1, r"\[2, 6")):
         says = rf"{found}.* of 2 rows and 7 positions; expected \[2, 7"
-        less = teacher._replace(hidden=shortened(teacher.hidden, axis))
+        less = teacher.replace(hidden=shortened(teacher.hidden, axis))
         kept = jax.tree.map(functools.partial(shortened, axis=axis), top_k())
         for name, arguments, where in (
             ("mask", (learner, [teacher], shortened(mask, axis)), "mask"),
@@ -560,9 +582,10 @@ def test_shapes_that_do_not_belong_together_are_refused_when_traced(name):
 
     with pytest.raises(ValueError, match=says):
         jax.eval_shape(traced, learner, targets, mask)
+    number = len(targets) if isinstance(targets, list) else 1
     if not name.startswith(("mask", "weights")):
         with pytest.raises(ValueError, match=says):
-            linear_values([losses.reverse_kl] * len(targets), learner, targets)
+            linear_values([losses.reverse_kl] * number, learner, targets)
 
 
 def test_a_function_gives_one_number_for_each_position():
@@ -643,7 +666,7 @@ def test_tokens_that_are_not_in_the_vocabulary_are_refused_where_the_mask_counts
 
 def test_tokens_of_few_bits_are_as_good():
     learner, _, labels, mask = problem()
-    learner = learner._replace(head=jnp.tile(learner.head, (9, 1)))  # V is 261
+    learner = learner.replace(head=jnp.tile(learner.head, (9, 1)))  # V is 261
     terms, cached = [losses.cross_entropy, losses.reverse_kl], top_k()
     cached = cached._replace(log_probs=cached.log_probs.at[..., -1].set(-jnp.inf))  # filler
     few = [labels.astype(np.uint8), cached._replace(ids=cached.ids.astype(np.uint8))]
@@ -849,7 +872,7 @@ def test_a_position_outside_of_the_mask_changes_nothing():
         )[0]
 
     other = jnp.where(mask[..., None] > 0, learner.hidden, 100.0)
-    value, gradient = jax.value_and_grad(loss)(learner._replace(hidden=other))
+    value, gradient = jax.value_and_grad(loss)(learner.replace(hidden=other))
     right, right_gradient = jax.value_and_grad(loss)(learner)
     np.testing.assert_allclose(value, right, rtol=1e-6)
     assert (gradient.hidden[mask == 0] == 0).all()
@@ -868,7 +891,7 @@ def test_nan_and_labels_of_minus_100_outside_of_the_mask_change_nothing(chunk):
             return jnp.asarray(out)
 
         references = [
-            teacher._replace(hidden=marked(teacher.hidden, np.nan)),
+            teacher.replace(hidden=marked(teacher.hidden, np.nan)),
             marked(labels, -100),
             TopK(marked(top_k().ids, -1), *(marked(x, np.nan) for x in top_k()[1:])),
         ]
@@ -879,7 +902,7 @@ def test_nan_and_labels_of_minus_100_outside_of_the_mask_change_nothing(chunk):
             return linear_loss(terms, learner, references, mask, observe=observe, chunk=chunk)
 
         hidden = marked(learner.hidden, np.nan)
-        return jax.value_and_grad(loss, has_aux=True)(learner._replace(hidden=hidden))
+        return jax.value_and_grad(loss, has_aux=True)(learner.replace(hidden=hidden))
 
     jax.tree.map(np.testing.assert_array_equal, found(True), found(False))
 
@@ -908,10 +931,10 @@ def test_no_gradient_of_the_head_where_nobody_asks_for_it():
         return kl_loss(LazyLogits(hidden, head))[0]
 
     of_head = (WIDTH, VOCABULARY)
-    assert of_head not in products(jax.grad(loss), *learner)
-    assert of_head in products(jax.grad(loss, argnums=(0, 1)), *learner)
+    assert of_head not in products(jax.grad(loss), learner.hidden, learner.head)
+    assert of_head in products(jax.grad(loss, argnums=(0, 1)), learner.hidden, learner.head)
     # Logits of both, and the gradient for the hidden states:
-    assert len(products(jax.grad(loss), *learner)) == 3
+    assert len(products(jax.grad(loss), learner.hidden, learner.head)) == 3
 
 
 @pytest.mark.parametrize("chunk, blocks", [(1, 8), (2, 4), (6, 2), (7, 2), (8, 1), (None, 1)])
@@ -933,7 +956,7 @@ def test_nothing_counts():
     learner, teacher, _, mask = problem()
     loss = jax.value_and_grad(lambda x: linear_loss([losses.reverse_kl], x, [teacher], 0 * mask)[0])
     value, gradient = loss(learner)
-    assert value == 0 and all(jnp.all(x == 0) for x in gradient)
+    assert value == 0 and all(jnp.all(x == 0) for x in jax.tree.leaves(gradient))
 
 
 def test_no_array_of_all_logits():

@@ -15,7 +15,6 @@ from helpers.golden import assert_close
 from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.distill.policy_gradient import (
     PolicyGradient,
     PolicyTarget,
@@ -27,6 +26,7 @@ from promptkd_jax.distill.policy_gradient import (
 )
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io.export import to_hugging_face
+from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.load import load_model
 
 PLAIN = PolicyGradient(reward_scaling=1.0, length_normalize=False, whiten="none", ratio_clip=None)
@@ -384,7 +384,7 @@ class Rollout:
         policy_gradient = functools.partial(clipped_policy_gradient, ratio_clip=clip)
         loss, sums = linear_loss(
             (allowed(policy_gradient), allowed(losses.reverse_kl)),
-            learner._replace(hidden=learner.hidden / self.hyper["temperature"]),
+            learner.replace(hidden=learner.hidden / self.hyper["temperature"]),
             ((target, forbidden), (teacher, forbidden)),
             self.where.mask,
             (1 / count, self.hyper["single_step_reg"] / count),

@@ -24,9 +24,21 @@ FAMILIES = {
     "qwen2": LLAMA | {"model_type": "qwen2"},
     "qwen3": LLAMA | {"model_type": "qwen3"},
     "gemma3": LLAMA | {"model_type": "gemma3_text", "head_dim": 4, "sliding_window_pattern": 2},
+    "gemma2": LLAMA | {"model_type": "gemma2", "head_dim": 4},
     "smollm3": LLAMA | {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "olmo2": LLAMA | {"model_type": "olmo2"},
     "granite": LLAMA | {"model_type": "granite", "residual_multiplier": 0.5},
     "phi3": LLAMA | {"model_type": "phi3"},
+    "mixtral": LLAMA | {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe": LLAMA
+    | {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "olmoe": LLAMA | {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": LLAMA
+    | {"model_type": "gpt_oss", "head_dim": 4, "num_local_experts": 4, "rope_theta": 1e3},
     "qwen3_biases": LLAMA | {"model_type": "qwen3", "attention_bias": True},
 }

@@ -12,6 +12,7 @@ from flax import traverse_util
 from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
 
@@ -106,6 +107,16 @@ CONFIGS = {  # config.json of every family and of what families differ in
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    "gemma2": {
+        "model_type": "gemma2",
+        **_LLAMA,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 4,
+        "tie_word_embeddings": True,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,  # so low that both show
+        "final_logit_softcapping": 8.0,
+    },
     "smollm3": {
         "model_type": "smollm3",
         **_LLAMA,
@@ -144,6 +155,46 @@ CONFIGS = {  # config.json of every family and of what families differ in
             "type": "longrope",
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
             "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        },
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        **_LLAMA,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_LLAMA,
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {
+        "model_type": "olmoe",
+        **_LLAMA,
+        "intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_LLAMA,
+        "head_dim": 16,
+        "intermediate_size": 24,
+        "sliding_window": 6,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "swiglu_limit": 1.0,  # so low that it shows
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "beta_fast": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
         },
     },
     "llama_yarn": {
@@ -224,7 +275,8 @@ def make_pair(name: str, folder: pathlib.Path) -> Pair:
 @functools.cache
 def _forward(decoder: Decoder):
     def run(params, tokens, prefix):
-        return decoder.apply({"params": params}, tokens, prefix=prefix) @ head(params).T
+        hidden = decoder.apply({"params": params}, tokens, prefix=prefix)
+        return LazyLogits(hidden, head(params), decoder.logit_soft_cap).logits()
 
     return jax.jit(run)
 

@@ -23,7 +23,6 @@ from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.distill import chunked_loss, losses
 from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.loss_inputs import LazyLogits
 from promptkd_jax.inference import logprob_cache, teacher_responses
 from promptkd_jax.inference.generate import generate_responses
 from promptkd_jax.infra import distributed
@@ -31,6 +30,7 @@ from promptkd_jax.infra.errors import ConfigError, DataError
 from promptkd_jax.infra.files import read_text, to_path, write_text
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io import identity
+from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling

@@ -32,35 +32,54 @@ def random(*shapes) -> list:
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
-def output_and_gradients(inputs, sliding_window):
+def output_and_gradients(inputs, sliding_window, soft_cap=None, sinks=None):
     """What attention gives and what it hands back, compiled afresh."""
 
-    def run(query, key, value, cotangent):
-        out, back = jax.vjp(lambda *a: attend(*a, sliding_window=sliding_window), query, key, value)
-        return out, *back(cotangent)
+    def run(query, key, value, cotangent, sinks):
+        def attended(query, key, value, sinks):
+            how = {"sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks}
+            return attend(query, key, value, **how)
 
-    return jax.jit(run)(*inputs)
+        out, back = jax.vjp(attended, query, key, value, sinks)
+        return [out, *(x for x in back(cotangent) if x is not None)]
+
+    return jax.jit(run)(*inputs, sinks)
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "columns", "sliding_window"),
+    ("num_heads", "num_kv_heads", "head_dim", "columns", "sliding_window", "soft_cap"),
     [
-        (4, 2, 64, 263, None),  # three blocks and 121 columns of padding
-        (2, 2, 128, 128, None),  # one block, no padding
-        (3, 1, 80, 300, 40),  # a window shorter than a block
+        (4, 2, 64, 263, None, None),  # three blocks and 121 columns of padding
+        (2, 2, 128, 128, None, 2.0),  # one block, no padding
+        (3, 1, 80, 300, 40, None),  # a window shorter than a block
     ],
 )
+@pytest.mark.parametrize("with_sinks", [False, True])
 def test_splash_agrees_with_xla(
-    monkeypatch, num_heads, num_kv_heads, head_dim, columns, sliding_window
+    monkeypatch, num_heads, num_kv_heads, head_dim, columns, sliding_window, soft_cap, with_sinks
 ):
-    """In value and in all three gradients."""
+    """In value and in all gradients."""
     monkeypatch.setattr(attention, "MAX_BLOCK", 128)
     one, few = (2, columns, num_heads, head_dim), (2, columns, num_kv_heads, head_dim)
-    inputs = random(one, few, few, one)
-    expected = output_and_gradients(inputs, sliding_window)
+    *inputs, sinks = random(one, few, few, one, (num_heads,))
+    how = inputs, sliding_window, soft_cap, 3 * sinks if with_sinks else None
+    expected = output_and_gradients(*how)
     force(monkeypatch, "splash")
-    for ours, theirs in zip(output_and_gradients(inputs, sliding_window), expected):
+    for ours, theirs in zip(output_and_gradients(*how), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [7, 131])  # one part of a row, two
+def test_caps_and_sinks_are_those_of_the_definition(columns):
+    """softmax([c tanh(s / c), sink]) without its last share, in float64."""
+    query, key, value, sinks = random(*[(2, columns, 2, 8)] * 3, (2,))
+    found = attend(4 * query, key, value, soft_cap=1.5, sinks=sinks)
+    query, key, value, sinks = (np.asarray(x, np.float64) for x in (query, key, value, sinks))
+    scores = np.einsum("bqnh,bknh->bnqk", 4 * query, key) / 8**0.5
+    scores = np.exp(1.5 * np.tanh(scores / 1.5)) * np.tri(columns)
+    total = scores.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]
+    expected = np.einsum("bnqk,bknh->bqnh", scores / total, value)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 128, 131, 600])  # one part, one, two, four
@@ -114,6 +133,7 @@ FITS = {
         ({"head_parts": 8}, "splash", "xla"),  # fewer key/value heads than devices
         ({"num_heads": 25, "num_kv_heads": 25}, "xla", "xla"),
         ({"num_heads": 25, "num_kv_heads": 25, "head_parts": 1}, "splash", "cudnn"),
+        ({"plain": False}, "splash", "xla"),
         ({"head_dim": 36}, "splash", "xla"),
         ({"head_dim": 128}, "splash", "cudnn"),
         ({"head_dim": 256}, "splash", "xla"),
@@ -134,7 +154,7 @@ def test_attention_asks_for_what_it_has(monkeypatch):
         one, few = (jax.ShapeDtypeStruct((3, 5, n, 8), jnp.bfloat16) for n in (4, 2))
         assert jax.eval_shape(attend, one, few, few).shape == one.shape
     expected = {"platform": "gpu", "rows": 3, "columns": 5, "num_heads": 4, "num_kv_heads": 2}
-    expected |= {"dtype": "bfloat16", "head_dim": 8, "row_parts": 1, "head_parts": 1}
+    expected |= {"dtype": "bfloat16", "head_dim": 8, "row_parts": 1, "head_parts": 1, "plain": True}
     assert asked == expected
 
 

@@ -35,6 +35,7 @@ from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export
 from promptkd_jax.models.io.export import save_model, to_hugging_face
+from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, keep_layers, uniform_layers
 
@@ -135,7 +136,7 @@ def test_cached_decoding_is_the_full_forward(name):
     columns = LENGTHS[:, None] + np.arange(steps)
     continuation = np.take_along_axis(TOKENS, columns, axis=1)
     hidden = _decoded(model.decoder, model.params, prompts, continuation, int(steps))
-    found = np.asarray(hidden @ head(model.params).T)
+    found = LazyLogits(hidden, head(model.params), model.decoder.logit_soft_cap).logits()
     full = logits(model, prefix=PREFIX)
     expected = np.take_along_axis(full, columns[:, :, None], axis=1)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
@@ -545,7 +546,7 @@ REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
         {"scale_attn_by_inverse_layer_idx": True},
         "scale_attn_by_inverse_layer_idx = True",
     ),
-    "soft caps": ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is"),
+    "bidirectional": ("gemma3", {"use_bidirectional_attention": True}, "attention = True is not"),
     "activation": ("llama", {"hidden_act": "gelu_fast"}, "'gelu_fast' is not supported.*: gelu,"),
 }
 

@@ -6,9 +6,10 @@ stores it if GGUF files of it are read, and which shapes are published.
 
 A row of a table is (Hugging Face name, path in our parameter tree, pattern). The pattern is einops
 notation from the stored layout to ours and at the same time the shape: V vocabulary, P rows of the
-position table, D width, N heads, K key/value heads, H head width, F feed-forward width. `{}` in a
-name is the layer; such parameters are stacked along a leading L. Letters that are stored as one
-dimension stand together and in the same order in ours.
+position table, D width, N heads, K key/value heads, H head width, F feed-forward width, E experts,
+G gate and up of an expert in turn. `{}` in a name is the layer, a second one the expert; such
+parameters are stacked along a leading L, or L E. Letters that are stored as one dimension stand
+together and in the same order in ours.
 """
 
 import dataclasses
@@ -21,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import DecoderConfig, LayerKind, Rope, RopeScaling
+from promptkd_jax.models.config import DecoderConfig, Experts, LayerKind, Rope, RopeScaling
 from promptkd_jax.models.rotary import KINDS
 
 HEAD = "lm_head.weight"  # the one name that stands outside of the prefix
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 _DIMENSION = re.compile(r"\([^)]*\)|[A-Z]")  # of a pattern: "(N H)" or "D"
 
 
@@ -44,9 +46,10 @@ class Tensor:
     part: int = 0
 
     @property
-    def per_layer(self) -> bool:
-        """Whether there is one such tensor in every layer."""
-        return "{}" in self.name
+    def stacked(self) -> int:
+        """Leading dimensions of ours that are tensors of their own in a file: 0, or 1 for one in
+        every layer, 2 for one of every expert of every layer."""
+        return self.name.count("{}")
 
     @property
     def stored(self) -> tuple[tuple[str, ...], ...]:
@@ -56,12 +59,12 @@ class Tensor:
 
     @property
     def ours(self) -> tuple[str, ...]:
-        """The letters of our dimensions, without L."""
+        """The letters of our dimensions, without those that are `stacked`."""
         return tuple(self.pattern.split(" -> ")[1].split())
 
     @property
     def to_stored(self) -> str:
-        """einops notation from ours, without L, to the stored layout."""
+        """einops notation from ours, without the `stacked` dimensions, to the stored layout."""
         return " -> ".join(reversed(self.pattern.split(" -> ")))
 
     @property
@@ -189,7 +192,14 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
         "K": config.num_kv_heads,
         "H": config.head_dim,
         "F": config.mlp_width,
+        "E": config.experts.number if config.experts else 0,
+        "G": 2 * config.mlp_width,
     }
+
+
+def stack_sizes(row: Tensor, config: DecoderConfig) -> tuple[int, ...]:
+    """The sizes of the dimensions that are `stacked`: (), (L,) or (L, E)."""
+    return (config.num_layers, sizes(config)["E"])[: row.stacked]
 
 
 # Pieces of tables.
@@ -226,6 +236,23 @@ def embedding_rows(name: str, config: DecoderConfig) -> list[Tensor]:
     """The embedding, and the head where it is another matrix."""
     rows = [Tensor(name, "embed/embedding", "V D -> V D")]
     return rows if config.tied else [*rows, Tensor(HEAD, "lm_head", "V D -> V D")]
+
+
+def expert_rows(router: str, experts: str, names: Sequence[str] = EXPERT_NAMES) -> list[Tensor]:
+    """The router and the networks of experts without biases.
+
+    Args:
+      router, experts: the stems, with `{}` for the layer, and in the second another for the expert.
+      names: of gate, up and down.
+    """
+    gate, up, down = names
+    path = "layers/experts"
+    return [
+        *linear_rows(router, f"{path}/router", "E D -> D E", bias=False),
+        *linear_rows(f"{experts}.{gate}", f"{path}/gate", "F D -> D F", bias=False),
+        *linear_rows(f"{experts}.{up}", f"{path}/up", "F D -> D F", bias=False),
+        *linear_rows(f"{experts}.{down}", f"{path}/down", "D F -> F D", bias=False),
+    ]
 
 
 # Pieces of readers.
@@ -320,6 +347,17 @@ def _read_scaling(rope: Mapping[str, Any], c: Mapping[str, Any], source: str) ->
 
 def _mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def read_experts(c: Mapping[str, Any], *, per_token: int, **differing: Any) -> Experts:
+    """The experts, whose number transformers 5 also writes by the other of its two names.
+
+    Args:
+      per_token: where the config does not say.
+      differing: further fields.
+    """
+    number = c["num_local_experts" if "num_local_experts" in c else "num_experts"]
+    return Experts(number, c.get("num_experts_per_tok", per_token), **differing)
 
 
 def kinds_of_layers(layers: Sequence[LayerKind]) -> dict[str, Any]:

@@ -1,5 +1,8 @@
-"""Gemma 3, its text models: norms on both sides, of which scales lack 1, windows in five of six
-layers, whose rotary positions turn faster, and norms of query and key."""
+"""Gemma 2 and 3 (text): norms on both sides, of which scales lack 1, and layers with windows.
+
+Gemma 2 caps scores and logits, and every other layer of it has a window. Gemma 3 has norms of query
+and key in their place, and windows in five of six layers, whose rotary positions turn faster.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +19,20 @@ _NORMS = {
 }
 
 
-def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    base.require(
-        c,
-        source,
-        final_logit_softcapping=None,
-        attn_logit_softcapping=None,
-        use_bidirectional_attention=False,
-    )
+def _read_gemma2(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    rope = base.read_rope(c, source)
+    kinds = {
+        "sliding_attention": LayerKind(rope, c.get("sliding_window", 4096)),
+        "full_attention": LayerKind(rope),
+    }
+    caps = {
+        "attention_soft_cap": c.get("attn_logit_softcapping", 50.0),
+        "logit_soft_cap": c.get("final_logit_softcapping", 30.0),
+    }
+    return _decoder(c, source, kinds, period=2, **caps)
+
+
+def _read_gemma3(c: Mapping[str, Any], source: str) -> DecoderConfig:
     theta = {"full_attention": c.get("rope_theta", 1e6)}
     theta["sliding_attention"] = c.get("rope_local_base_freq", 10000.0)
     kinds = {
@@ -33,7 +42,20 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
         )
         for name in theta
     }
+    caps = {
+        "attention_soft_cap": c.get("attn_logit_softcapping"),
+        "logit_soft_cap": c.get("final_logit_softcapping"),
+    }
     period = c.get("sliding_window_pattern", 6)
+    return _decoder(c, source, kinds, period=period, qk_norm="head", **caps)
+
+
+def _decoder(
+    c: Mapping[str, Any], source: str, kinds: Mapping[str, LayerKind], period: int, **differing: Any
+) -> DecoderConfig:
+    """A decoder of which every `period`-th layer has no window, where the config lists no types."""
+    if c.get("use_bidirectional_attention"):  # of Gemma 2 it is null
+        base.require(c, source, use_bidirectional_attention=False)
     types = c.get("layer_types") or [
         "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
         for layer in range(c["num_hidden_layers"])
@@ -44,11 +66,11 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
         [kinds[name] for name in types],
         tied=c.get("tie_word_embeddings", True),
         head_dim=c.get("head_dim", 256),
-        qk_norm="head",
         post_norm=True,
         norm_offset=1.0,
         embedding_scale=c["hidden_size"] ** 0.5,
         attention_scale=c.get("query_pre_attn_scalar", 256) ** -0.5,
+        **differing,
     )
 
 
@@ -62,7 +84,21 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     return llama_tensors(config, _NORMS)
 
 
-_CONFIG = {
+_GEMMA2 = {
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+_GEMMA3 = {
     "model_type": "gemma3_text",
     "vocab_size": 262144,
     "max_position_embeddings": 32768,
@@ -81,14 +117,26 @@ _CONFIG = {
 
 FAMILIES = (
     base.Family(
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        read=_read_gemma2,
+        tensors=_tensors,
+        published=base.published(
+            ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+            + ("intermediate_size",),
+            (_GEMMA2, (2304, 26, 8, 4, 9216), "google/gemma-2-2b", "google/gemma-2-2b-it"),
+            (_GEMMA2, (3584, 42, 16, 8, 14336), "google/gemma-2-9b", "google/gemma-2-9b-it"),
+        ),
+    ),
+    base.Family(
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
-        read=_read,
+        read=_read_gemma3,
         tensors=_tensors,
         published=base.published(
             ("hidden_size", "num_hidden_layers", "intermediate_size"),
-            (_CONFIG, (640, 18, 2048), "google/gemma-3-270m", "google/gemma-3-270m-it"),
-            (_CONFIG, (1152, 26, 6912), "google/gemma-3-1b-pt", "google/gemma-3-1b-it"),
+            (_GEMMA3, (640, 18, 2048), "google/gemma-3-270m", "google/gemma-3-270m-it"),
+            (_GEMMA3, (1152, 26, 6912), "google/gemma-3-1b-pt", "google/gemma-3-1b-it"),
         ),
     ),
 )

@@ -53,12 +53,15 @@ NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_n
 
 
 def llama_tensors(
-    config: DecoderConfig, norms: Mapping[str, str] = NORMS
+    config: DecoderConfig,
+    norms: Mapping[str, str] = NORMS,
+    network: Sequence[base.Tensor] | None = None,
 ) -> tuple[base.Tensor, ...]:
     """The table of a Llama, with the biases and the norms of query and key that `config` has.
 
     Args:
       norms: of a layer, by their names in a file those of ours.
+      network: the rows of the feed-forward network, where they are others.
     """
     layer, attention, mlp = "layers.{}", "layers/attention", "layers/mlp"
     stem, bias, mlp_bias = f"{layer}.self_attn", config.qkv_bias, config.mlp_bias
@@ -76,10 +79,14 @@ def llama_tensors(
         *base.linear_rows(
             f"{stem}.o_proj", f"{attention}/out", "D (N H) -> N H D", bias=config.out_bias
         ),
-        *base.linear_rows(f"{layer}.mlp.gate_proj", f"{mlp}/gate", "F D -> D F", bias=mlp_bias),
-        *base.linear_rows(f"{layer}.mlp.up_proj", f"{mlp}/up", "F D -> D F", bias=mlp_bias),
-        *base.linear_rows(f"{layer}.mlp.down_proj", f"{mlp}/down", "D F -> F D", bias=mlp_bias),
     ]
+    if network is None:
+        network = [
+            *base.linear_rows(f"{layer}.mlp.gate_proj", f"{mlp}/gate", "F D -> D F", bias=mlp_bias),
+            *base.linear_rows(f"{layer}.mlp.up_proj", f"{mlp}/up", "F D -> D F", bias=mlp_bias),
+            *base.linear_rows(f"{layer}.mlp.down_proj", f"{mlp}/down", "D F -> F D", bias=mlp_bias),
+        ]
+    rows += network
     if config.qk_norm == "head":
         rows += base.norm_rows(f"{stem}.q_norm", f"{attention}/query_norm", letter="H")
         rows += base.norm_rows(f"{stem}.k_norm", f"{attention}/key_norm", letter="H")

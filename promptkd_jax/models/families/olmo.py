@@ -1,4 +1,5 @@
-"""OLMo 2: norms behind attention and feed-forward alone, and of all queries and keys together."""
+"""OLMo 2 (norms behind attention and feed-forward alone) and OLMoE (a mixture of experts), both
+with norms of all queries and keys together."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,24 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     return llama_tensors(config, _NORMS)
 
 
+def _read_mixture(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    base.require(c, source, clip_qkv=None)
+    experts = base.read_experts(c, per_token=8, renormalized=c.get("norm_topk_prob", False))
+    eps = c.get("rms_norm_eps", 1e-5)
+    return read_llama(c, source, qk_norm="all", norm_eps=eps, experts=experts)
+
+
+def _mixture_tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
+    rows = base.expert_rows("layers.{}.mlp.gate", "layers.{}.mlp.experts.{}")
+    return llama_tensors(config, network=rows)
+
+
 FAMILIES = (
     base.Family(model_type="olmo2", architecture="Olmo2ForCausalLM", read=_read, tensors=_tensors),
+    base.Family(
+        model_type="olmoe",
+        architecture="OlmoeForCausalLM",
+        read=_read_mixture,
+        tensors=_mixture_tensors,
+    ),
 )

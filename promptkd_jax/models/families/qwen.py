@@ -1,4 +1,5 @@
-"""Qwen2 and 2.5 (biases of query, key and value), Qwen3 (norms of query and key)."""
+"""Qwen2 and 2.5 (biases of query, key and value), Qwen3 (norms of query and key), and its
+mixtures of experts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,24 @@ def _read_qwen2(c: Mapping[str, Any], source: str) -> DecoderConfig:
 
 def _read_qwen3(c: Mapping[str, Any], source: str) -> DecoderConfig:
     return read_llama(c, source, qk_norm="head", layers=_layers(c, source))
+
+
+def _read_mixture(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    # As all that are published; else some layers would have one network for all tokens.
+    dense = c.get("mlp_only_layers") or []
+    base.require({**c, "mlp_only_layers": dense}, source, mlp_only_layers=[], decoder_sparse_step=1)
+    return read_llama(
+        {**c, "intermediate_size": c["moe_intermediate_size"]},
+        source,
+        _layers(c, source),
+        qk_norm="head",
+        experts=base.read_experts(c, per_token=8, renormalized=c.get("norm_topk_prob", False)),
+    )
+
+
+def _mixture_tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
+    rows = base.expert_rows("layers.{}.mlp.gate", "layers.{}.mlp.experts.{}")
+    return llama_tensors(config, network=rows)
 
 
 def _layers(c: Mapping[str, Any], source: str) -> list[LayerKind]:
@@ -42,7 +61,7 @@ _NORMS = {
     for x in ("q", "k")
 }
 
-FAMILIES = tuple(
+_DENSE = tuple(
     base.Family(
         model_type=model_type,
         architecture=architecture,
@@ -59,4 +78,14 @@ FAMILIES = tuple(
         ("qwen2", "Qwen2ForCausalLM", _read_qwen2, _BIASES),
         ("qwen3", "Qwen3ForCausalLM", _read_qwen3, _NORMS),
     )
+)
+
+FAMILIES = (
+    *_DENSE,
+    base.Family(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        read=_read_mixture,
+        tensors=_mixture_tensors,
+    ),
 )

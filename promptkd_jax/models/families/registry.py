@@ -5,13 +5,25 @@ from typing import Any
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.families import gemma, gpt2, granite, llama, olmo, opt, phi, qwen, smollm3
+from promptkd_jax.models.families import (
+    gemma,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    olmo,
+    opt,
+    phi,
+    qwen,
+    smollm3,
+)
 from promptkd_jax.models.families.base import Family
 
 # A new file of families is registered here.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for file in (gpt2, opt, llama, qwen, gemma, granite, olmo, phi, smollm3)
+    for file in (gpt2, opt, llama, mixtral, qwen, gemma, gpt_oss, granite, olmo, phi, smollm3)
     for family in file.FAMILIES
 }
 PUBLISHED: dict[str, dict[str, Any]] = {

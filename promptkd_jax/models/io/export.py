@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from promptkd_jax.infra import distributed, files, sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.families.base import Tensor, sizes
+from promptkd_jax.models.families.base import Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.params import PIECE_BYTES, stored_names
 from promptkd_jax.models.model import Model
@@ -45,7 +45,8 @@ def stored_tensors(params: Any, config: DecoderConfig) -> Iterator[tuple[str, np
     flat = traverse_util.flatten_dict(params, sep="/")
     letters = sizes(config)
     for names, rows in _rows_by_tensor(config):
-        arrays = zip(*(_on_host(flat[row.path], row.per_layer) for row in rows), strict=True)
+        stack = stack_sizes(rows[0], config)
+        arrays = zip(*(_on_host(flat[row.path], stack) for row in rows), strict=True)
         for name, parts in zip(names, arrays, strict=True):
             # Each without padding, in the layout of the file; fused ones end to end.
             parts = [
@@ -65,7 +66,8 @@ def _stored_bytes(params: Any, config: DecoderConfig) -> Iterator[tuple[str, int
 
 
 def _rows_by_tensor(config: DecoderConfig) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Yields the names of a tensor, of all layers, and its rows: several where it is fused."""
+    """Yields the names of a tensor, of all layers and experts, and its rows: several where it is
+    fused."""
     family, rows = FAMILIES[config.family], collections.defaultdict(list)
     for row in family.tensors(config):
         rows[row.name].append(row)
@@ -73,15 +75,17 @@ def _rows_by_tensor(config: DecoderConfig) -> Iterator[tuple[list[str], list[Ten
         yield list(stored_names(parts[0], config, family.prefix)), parts
 
 
-def _on_host(x: Any, per_layer: bool) -> Iterator[np.ndarray]:
-    """A parameter whole, or each of its layers; large layers are brought one by one."""
-    if not per_layer:
-        yield sharding.to_host(x)
-    elif x.nbytes <= PIECE_BYTES:
-        yield from sharding.to_host(x)
-    else:
+def _on_host(x: Any, stack: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """A parameter whole, or each of its layers, or of their experts, without those that are
+    padding; large layers are brought one by one."""
+    if not stack or x.nbytes <= PIECE_BYTES:
+        whole = sharding.to_host(x)
+        yield from (whole[place] for place in np.ndindex(stack))
+        return
+    for layer in range(x.shape[0]):
         # An index by a number is a dynamic slice: compiled once for all layers.
-        yield from (sharding.to_host(x[layer]) for layer in range(x.shape[0]))
+        whole = sharding.to_host(x[layer])
+        yield from (whole[place] for place in np.ndindex(stack[1:]))
 
 
 def save_model(folder: str | os.PathLike, model: Model, *, card: str | None = None) -> None:

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.families.base import HEAD, Tensor, sizes
+from promptkd_jax.models.families.base import HEAD, Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
@@ -62,7 +62,7 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
     params = {}
     for row in FAMILIES[config.family].tensors(config):
         read = functools.partial(_read, source, config, row, prefix)
-        params[row.path] = _parameter(read, shapes[row.path], placed.get(row.path), row.per_layer)
+        params[row.path] = _parameter(read, shapes[row.path], placed.get(row.path), row.stacked)
     assert params.keys() == shapes.keys(), params.keys() ^ shapes.keys()
     return traverse_util.unflatten_dict(params, sep="/")
 
@@ -91,10 +91,10 @@ def _parameter(
     read: Callable[[Bounds], np.ndarray],
     shape: jax.ShapeDtypeStruct,
     sharding: NamedSharding | None,
-    per_layer: bool,
+    stacked: int,
 ) -> jax.Array:
     """The array of which `read` gives parts; a large one is put together layer by layer."""
-    if not per_layer or _bytes_here(shape, sharding) <= PIECE_BYTES:
+    if not stacked or _bytes_here(shape, sharding) <= PIECE_BYTES:
         return _place(read, shape.shape, sharding)
     # On the devices at once; the host holds one layer at a time.
     stack = jnp.zeros(shape.shape, shape.dtype, device=sharding)
@@ -155,28 +155,27 @@ def pad(params: Any, config: DecoderConfig) -> Any:
     return jax.tree.map(fill, params, abstract_params(config))
 
 
-def stored_name(row: Tensor, prefix: str, layer: int | None = None) -> str:
-    """The full name of a row's tensor in a file."""
+def stored_name(row: Tensor, prefix: str, place: tuple[int, ...] = ()) -> str:
+    """The full name of a row's tensor in a file; `place`: its layer, or layer and expert."""
     name = row.name if row.name == HEAD else prefix + row.name
-    return name if layer is None else name.format(layer)
+    return name.format(*place)
 
 
 def stored_names(row: Tensor, config: DecoderConfig, prefix: str) -> Iterator[str]:
-    """The names of a row's tensors, layer by layer."""
-    layers = range(config.num_layers) if row.per_layer else [None]
-    return (stored_name(row, prefix, layer) for layer in layers)
+    """The names of a row's tensors, layer by layer, in it expert by expert."""
+    return (stored_name(row, prefix, place) for place in np.ndindex(stack_sizes(row, config)))
 
 
 # From a part of a parameter to parts of a file, for a query kernel [L, D, N, H] of which a device
 # holds heads 2 and 3 of 4, H = 8, in a Llama that stores "(N H) D":
 #
 #     bounds      (0, L), (0, D), (2, 4), (0, 8)     of the parameter, from its sharding
-#     layers      0 … L-1, one stored tensor each    the first axis, if the row has one per layer
+#     places      0 … L-1, one stored tensor each    the axes that are stacked: here the first
 #     letters     D 0:D, N 2:4, H 0:8                by the names of our dimensions
 #     stretches   [16:32], [0:D]                     of each stored dimension, `Tensor.stretches`
 #     pieces      [16:24], [24:32] × [0:D]           of at most PIECE_BYTES, read one by one
 #
-# `target` is where a layer goes, in our order of axes; `as_stored` is the same memory in the order
+# `target` is where a tensor goes, in our order of axes; `as_stored` is the same memory in the order
 # of the file, so that a piece is copied into place and nothing is transposed on the way.
 
 
@@ -186,20 +185,20 @@ def _read(
     """The part of a row's parameter within `bounds`, in the dtype of the parameters; zeros where
     it is padded."""
     part = np.zeros([stop - start for start, stop in bounds], jnp.dtype(config.param_dtype))
-    layers, targets = [None], part[None]
-    if row.per_layer:
-        layers, targets, bounds = range(*bounds[0]), part, bounds[1:]
     letters = sizes(config)
-    bounds = [(start, min(stop, letters[x])) for (start, stop), x in zip(bounds, row.ours)]
+    present = (*stack_sizes(row, config), *(letters[x] for x in row.ours))
+    bounds = [(start, min(stop, size)) for (start, stop), size in zip(bounds, present, strict=True)]
     # All of it is padding: nothing of the file belongs here.
     if any(start >= stop for start, stop in bounds):
         return part
-    targets = targets[:, *(slice(stop - start) for start, stop in bounds)]
+    targets = part[tuple(slice(stop - start) for start, stop in bounds)]
+    stack, bounds = bounds[: row.stacked], bounds[row.stacked :]
     stretches = row.stretches(letters, dict(zip(row.ours, bounds, strict=True)))
-    for layer, target in zip(layers, targets, strict=True):
+    for place in itertools.product(*(range(*bound) for bound in stack)):
+        target = targets[tuple(i - first for i, (first, _) in zip(place, stack))]
         as_stored = einops.rearrange(target, row.to_stored)
         assert np.may_share_memory(as_stored, target), row
-        name = stored_name(row, prefix, layer)
+        name = stored_name(row, prefix, place)
         _fill(as_stored, source, name, stretches)
         if not all_finite(target):
             raise ModelError(

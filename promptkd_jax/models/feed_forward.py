@@ -1,0 +1,298 @@
+"""Feed-forward networks of a decoder: one for all tokens, or a mixture of experts.
+
+A mixture has E small networks. A router gives every token a score of each, its k best answer, and
+what they say is added up with weights that follow from the scores (Shazeer et al. 2017, arXiv
+1701.06538). No token is dropped: no expert has a capacity.
+
+B rows, T columns, D width, F feed-forward width, E experts, k experts of a token, n = B T k pairs
+of a token and an expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.sharding import ROWS, constrain
+from promptkd_jax.models.config import DecoderConfig
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+MIN_TILE, MAX_TILE = 8, 256  # rows of one product, see `_in_tiles`
+
+
+def project(
+    config: DecoderConfig, features, use_bias: bool, name: str, axis: int | tuple[int, ...] = -1
+) -> nn.DenseGeneral:
+    """A linear map in the dtypes of `config`."""
+    dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    return nn.DenseGeneral(features, axis=axis, use_bias=use_bias, name=name, **dtypes)
+
+
+class FeedForward(nn.Module):
+    """act(up) or act(gate) * up, then down."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config, width = self.config, self.config.padded.mlp_width
+        activation = ACTIVATIONS[config.activation]
+        up = project(config, width, config.mlp_bias, "up")(x)
+        if config.gated:
+            gate = project(config, width, config.mlp_bias, "gate")(x)
+            hidden = activation(gate) * up
+        else:
+            hidden = activation(up)
+        # Units are dealt out to devices; the product with `down` adds up their shares.
+        hidden = constrain(hidden, ROWS, None, "tensor")
+        return project(config, config.width, config.mlp_bias, "down")(hidden)
+
+
+class MixtureOfExperts(nn.Module):
+    """A mixture of experts, each act(gate) * up, then down.
+
+    Sows the scores `[B, T, E]` as "router_scores" into the intermediates.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config, experts = self.config, self.config.experts
+        # In float32: rounded scores would tie, and other experts be chosen.
+        full = {"dtype": jnp.float32, "param_dtype": config.param_dtype}
+        router = nn.DenseGeneral(experts.number, use_bias=experts.bias, name="router", **full)
+        scores = router(x)
+        self.sow("intermediates", "router_scores", scores)
+        weights, chosen = route(scores, experts.per_token, experts.renormalized)
+        width = config.mlp_width
+        if experts.interleaved:
+            inner = (Weights(config, config.width, 2 * width, name="gate_up")(),)
+        else:
+            inner = tuple(
+                Weights(config, config.width, width, name=name)() for name in ("gate", "up")
+            )
+        networks = Networks(inner, Weights(config, width, config.width, name="down")())
+        return _mixed(config, x, weights.astype(x.dtype), chosen, networks)
+
+
+class Linear(NamedTuple):
+    """Linear maps of all experts: kernel `[E, in, out]`, and bias `[E, out]` or None."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+class Networks(NamedTuple):
+    """The networks of all experts: gate and up (one, with the two in turn, where they are
+    interleaved), and down."""
+
+    inner: tuple[Linear, ...]
+    down: Linear
+
+
+class Weights(nn.Module):
+    """The parameters of a `Linear`, in the dtype of computation."""
+
+    config: DecoderConfig
+    inputs: int
+    outputs: int
+
+    @nn.compact
+    def __call__(self):
+        config, number = self.config, self.config.padded.experts.number
+        initial, dtype = nn.initializers.normal(0.02), config.param_dtype
+        kernel = self.param("kernel", initial, (number, self.inputs, self.outputs), dtype)
+        bias = None
+        if config.experts.bias:
+            zeros = nn.initializers.zeros_init()
+            bias = self.param("bias", zeros, (number, self.outputs), dtype).astype(config.dtype)
+        return Linear(kernel.astype(config.dtype), bias)
+
+
+def route(scores: jax.Array, k: int, renormalized: bool) -> tuple[jax.Array, jax.Array]:
+    """Chooses the experts of every token.
+
+    Args:
+      scores: `[B, T, E]`, float32.
+      renormalized: whether the weights of the k add up to 1, or are their shares among all E.
+
+    Returns:
+      (weights, chosen): `[B, T, k]` each, the best first.
+    """
+    best, chosen = jax.lax.top_k(scores, k)
+    total = jax.nn.logsumexp(best if renormalized else scores, axis=-1, keepdims=True)
+    return jnp.exp(best - total), chosen
+
+
+# Experts are dealt out to the devices of `tensor`, rows to the others. Each device has whole
+# networks of E / t experts and all tokens of its rows; it adds up what its own experts say of them,
+# and the sums of the t devices are added at the end. Nothing is sent before that.
+
+
+def _mixed(config: DecoderConfig, x, weights, chosen, networks: Networks) -> jax.Array:
+    """The weighted sum of the chosen experts: `[B, T, D]`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size < 2 or sharding.mesh_is_external():
+        return _mixed_on_device(config, x, weights, chosen, networks, 0)
+
+    def on_device(x, weights, chosen, networks):
+        first = jax.lax.axis_index("tensor") * networks.down.kernel.shape[0]
+        return _mixed_on_device(config, x, weights, chosen, networks, first)[None]
+
+    rows = P(ROWS if x.shape[0] % sharding.axis_size(ROWS) == 0 else None)
+    # check_vma: a loop's carry begins as zeros, which do not vary along the axes.
+    cut = jax.shard_map(
+        on_device,
+        in_specs=(rows, rows, rows, P("tensor")),
+        out_specs=P("tensor", *rows),
+        check_vma=False,
+    )
+    return constrain(jnp.sum(cut(x, weights, chosen, networks), axis=0), ROWS, None, None)
+
+
+def _mixed_on_device(
+    config: DecoderConfig, x, weights, chosen, networks: Networks, first
+) -> jax.Array:
+    """The same of the experts that the device has, from number `first` on."""
+    number, k = networks.down.kernel.shape[0], chosen.shape[-1]
+    # Pairs are put in the order of their experts, so that those of one lie together. With E = 2,
+    # k = 1 and five tokens:
+    #
+    #     expert  1 0 1 1 0                                   [n], by token
+    #     order   1 4 0 2 3    sizes 2 3    expert 0 0 1 1 1  by expert
+    #
+    # Pairs of another device's expert come last, belong to no group and count as 0.
+    expert = chosen.reshape(-1) - first
+    expert = jnp.where((expert >= 0) & (expert < number), expert, number)
+    order = jnp.argsort(expert, stable=True)  # [n]
+    expert = expert[order]
+    sizes = jnp.diff(jnp.searchsorted(expert, jnp.arange(number + 1)))  # [E]
+
+    def linear(x, weights: Linear):  # [n, in] -> [n, out]
+        y = grouped_dot(x, weights.kernel, sizes)
+        return y if weights.bias is None else y + weights.bias[jnp.minimum(expert, number - 1)]
+
+    x_of_pairs = x.reshape(-1, x.shape[-1])[order // k]  # [n, D]
+    hidden = _activated(config, [linear(x_of_pairs, weights) for weights in networks.inner])
+    y = linear(hidden, networks.down)
+    y = jnp.where((expert < number)[:, None], y * weights.reshape(-1)[order][:, None], 0)
+    # By the inverse order the k of a token stand together again: [n, D] -> [B, T, k, D].
+    return jnp.sum(y[jnp.argsort(order)].reshape(*chosen.shape, -1), axis=2)
+
+
+def _activated(config: DecoderConfig, inner: list[jax.Array]) -> jax.Array:
+    """act(gate) * up, `[n, F]`."""
+    activation, limit = ACTIVATIONS[config.activation], config.experts.limit
+    gate, up = inner if len(inner) == 2 else (inner[0][:, ::2], inner[0][:, 1::2])
+    if limit is None:
+        return activation(gate) * up
+    return activation(jnp.minimum(gate, limit)) * (jnp.clip(up, -limit, limit) + 1)
+
+
+def grouped_dot(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Multiplies rows with the matrix of their group.
+
+    Args:
+      x: `[n, D]`, the rows of a group one behind the other, groups in order.
+      kernel: `[E, D, F]`.
+      sizes: `[E]`, the rows of each group; rows behind the last have no meaning.
+
+    Returns:
+      `[n, F]`. Differentiable once.
+    """
+    # A TPU has an instruction for it. Elsewhere XLA (of jax 0.10 to 0.11) multiplies E copies of
+    # the rows, all but one of which are zero: [E, n, D], E times the work.
+    if sharding.platform() == "tpu":
+        return jax.lax.ragged_dot(x, kernel, sizes)
+    return _in_tiles(x, kernel, sizes)
+
+
+# Rows are cut into tiles of equal size, each a product with one matrix. A tile in which one group
+# ends and another begins is multiplied once for each, the others' rows being masked:
+#
+#     groups   a a a a a b b c c c c c      of 5, 2, 5 rows
+#     tiles    1 1 1 1|2 2 2 2|3 3 3 3      of 4
+#     products 1·a      2·a 2·b 2·c  3·c    never more than n / 4 + E
+
+
+def _tile(rows: int, groups: int) -> int:
+    """Rows of a tile: about as many as a group has, a power of two."""
+    return min(max(1 << (rows // groups).bit_length(), MIN_TILE), MAX_TILE)
+
+
+def _for_tiles(sizes, rows: int, tile: int, turn, initial):
+    """Runs `turn(carry, group, row, mask)` for every product; `row` is the first of its tile, and
+    `mask` `[tile, 1]` says which rows are of `group`."""
+    ends = jnp.cumsum(sizes)
+    begins = ends - sizes
+    first = begins // tile  # [E], the first tile of each group
+    numbers = jnp.where(sizes > 0, (ends - 1) // tile - first + 1, 0)  # [E], of its products
+    last = jnp.cumsum(numbers)
+
+    def body(i, carry):
+        group = jnp.searchsorted(last, i, side="right")
+        row = (first[group] + i - (last - numbers)[group]) * tile
+        here = row + jnp.arange(tile)
+        mask = (here >= begins[group]) & (here < ends[group])
+        return turn(carry, group, row, mask[:, None])
+
+    return jax.lax.fori_loop(0, last[-1], body, initial)
+
+
+def _products(x, kernel, sizes, how: str) -> jax.Array:
+    """The rows by the matrices `how` says in einsum notation: "td,df->tf", or "tf,df->td"."""
+    tile = _tile(x.shape[0], sizes.shape[0])
+    padded = jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0)))
+
+    def turn(out, group, row, mask):
+        rows = jnp.where(mask, jax.lax.dynamic_slice_in_dim(padded, row, tile), 0)
+        y = jnp.einsum(how, rows, kernel[group])
+        y += jax.lax.dynamic_slice_in_dim(out, row, tile)
+        return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+    width = kernel.shape[2 if how.endswith("f") else 1]
+    zeros = jnp.zeros((padded.shape[0], width), x.dtype)
+    return _for_tiles(sizes, x.shape[0], tile, turn, zeros)[: x.shape[0]]
+
+
+@jax.custom_vjp
+def _in_tiles(x, kernel, sizes) -> jax.Array:
+    return _products(x, kernel, sizes, "td,df->tf")
+
+
+def _in_tiles_fwd(x, kernel, sizes):
+    return _in_tiles(x, kernel, sizes), (x, kernel, sizes)
+
+
+def _in_tiles_bwd(residuals, d_y):
+    x, kernel, sizes = residuals
+    tile = _tile(x.shape[0], sizes.shape[0])
+    padding = ((0, -x.shape[0] % tile), (0, 0))
+    padded, d_padded = jnp.pad(x, padding), jnp.pad(d_y, padding)
+
+    def turn(d_kernel, group, row, mask):
+        rows = jnp.where(mask, jax.lax.dynamic_slice_in_dim(padded, row, tile), 0)
+        d_rows = jax.lax.dynamic_slice_in_dim(d_padded, row, tile)
+        product = jnp.einsum("td,tf->df", rows, d_rows, preferred_element_type=jnp.float32)
+        return d_kernel.at[group].add(product)
+
+    # Nothing of this is computed where the experts are frozen: the loop's result is not used.
+    d_kernel = _for_tiles(sizes, x.shape[0], tile, turn, jnp.zeros(kernel.shape, jnp.float32))
+    d_x = _products(d_y, kernel, sizes, "tf,df->td")
+    return d_x, d_kernel.astype(kernel.dtype), None
+
+
+_in_tiles.defvjp(_in_tiles_fwd, _in_tiles_bwd)

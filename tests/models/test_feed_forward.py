@@ -1,0 +1,98 @@
+"""Products of rows with the matrix of their group, and the experts that a token is sent to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.models import logits, random_model
+
+from promptkd_jax.models import feed_forward
+from promptkd_jax.models.feed_forward import grouped_dot, route
+
+SIZES = {  # rows of each group, and rows behind the last
+    "even": ([3, 3, 3], 0),
+    "some are empty": ([0, 5, 0, 0, 9, 0], 3),
+    "one has all": ([0, 23, 0], 0),
+    "none has any": ([0, 0], 4),
+    "many small ones": ([1, 2, 1, 1, 3, 1, 1, 1], 5),
+}
+
+
+def problem(name):
+    sizes, behind = SIZES[name]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(sum(sizes) + behind, 6)).astype(np.float32)
+    kernel = rng.normal(size=(len(sizes), 6, 10)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(sizes)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 256])
+@pytest.mark.parametrize("name", SIZES)
+def test_every_row_is_multiplied_with_the_matrix_of_its_group(monkeypatch, name, tile):
+    """In value and in both gradients; JAX's own product is the definition."""
+    monkeypatch.setattr(feed_forward, "MIN_TILE", tile)
+    monkeypatch.setattr(feed_forward, "MAX_TILE", tile)
+    x, kernel, sizes = problem(name)
+    counts = jnp.arange(len(x))[:, None] < sizes.sum()  # those behind have no meaning
+    cotangent = jnp.where(counts, jnp.cos(jnp.arange(len(x) * 10.0)).reshape(-1, 10), 0)
+
+    def run(product):
+        def masked(x, kernel):
+            return jnp.where(counts, product(x, kernel, sizes), 0)
+
+        value, back = jax.vjp(masked, x, kernel)
+        return value, *back(cotangent)
+
+    for found, expected in zip(run(grouped_dot), run(jax.lax.ragged_dot), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_behind_the_last_group_reach_nothing():
+    x, kernel, sizes = problem("some are empty")
+    spoilt = x.at[-3:].set(jnp.nan)
+
+    def loss(kernel, x):
+        return jnp.sum(grouped_dot(x, kernel, sizes)[:-3] ** 2)
+
+    for found, right in zip(*(jax.value_and_grad(loss)(kernel, y) for y in (spoilt, x))):
+        np.testing.assert_array_equal(found, right)
+
+
+def test_frozen_experts_have_no_gradient_computed():
+    """Of a teacher behind a soft prompt only the input's gradient is asked for."""
+    x, kernel, sizes = problem("even")
+
+    def loss(x, kernel):
+        return jnp.sum(grouped_dot(x, kernel, sizes) ** 2)
+
+    def text(argnums) -> str:
+        gradient = jax.jit(jax.grad(loss, argnums))
+        return gradient.lower(x, kernel).compile().as_text()
+
+    sum_of_products = "f32[3,6,10]{2,1,0} broadcast"  # where it would begin, as zeros
+    assert sum_of_products in text((0, 1)) and sum_of_products not in text(0)
+
+
+@pytest.mark.parametrize("rows, groups", [(1, 8), (64, 128), (4096, 8), (10**6, 4)])
+def test_tiles_are_about_as_large_as_a_group(rows, groups):
+    tile = feed_forward._tile(rows, groups)
+    assert 8 <= tile <= 256 and tile & (tile - 1) == 0
+    assert tile > rows // groups or tile == 256
+
+
+def test_weights_are_shares_of_all_experts_or_of_the_chosen_ones():
+    scores = jnp.log(jnp.asarray([[[0.1, 0.4, 0.2, 0.3]]])) + 7.0
+    for renormalized, expected in ((False, [0.4, 0.3]), (True, [4 / 7, 3 / 7])):
+        weights, chosen = route(scores, 2, renormalized)
+        np.testing.assert_array_equal(chosen, [[[1, 3]]])
+        np.testing.assert_allclose(weights, [[expected]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_instruction_of_a_tpu_gives_the_same(monkeypatch, name):
+    model = random_model(name)
+    expected = logits(model)
+    monkeypatch.setattr(feed_forward, "grouped_dot", jax.lax.ragged_dot)
+    renamed = model.decoder.config.replace(max_positions=65)  # compiled anew
+    found = logits(model.replace(decoder=model.decoder.clone(config=renamed)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
