@@ -1,4 +1,4 @@
-"""Losses on the inner layers of a model: hidden states, and relations between tokens.
+"""Losses on the inner layers of a model: hidden states, relations between tokens, and routers.
 
 A `HiddenTerm` compares layers of the student with layers of the teacher. Layers are counted from 0,
 negative numbers from the end. The hidden states of a model's last layer are those behind its final
@@ -26,7 +26,8 @@ from promptkd_jax.distill.losses import forward_kl
 from promptkd_jax.infra.specs import Bool, Choice, Float, Int, field, validate
 from promptkd_jax.models.config import DecoderConfig
 
-Tap = tuple[str, int]  # "hidden", "queries", "keys" or "values", and the layer
+ROUTER = "router_scores"
+Tap = tuple[str, int]  # "hidden", "queries", "keys", "values" or ROUTER, and the layer
 States = dict[Tap, jax.Array]
 Projections = dict[str, jax.Array]
 
@@ -380,3 +381,46 @@ def _scores(x: jax.Array, positions: jax.Array, seen: jax.Array) -> jax.Array:
     query = jnp.take_along_axis(x, positions[None, :, None, None], axis=2)[:, :, 0]
     scores = jnp.einsum("abe,abte->abt", query, x) / math.sqrt(x.shape[-1])
     return jnp.where(seen, scores, -jnp.inf)
+
+
+# The router of a mixture of experts.
+
+
+def load_balancing(scores: jax.Array, counts: jax.Array, per_token: int) -> jax.Array:
+    """Returns the mean over layers of E sum_e f_e P_e: f_e is the number of tokens that an expert
+    gets, P_e the mean of its shares, both per token (Switch Transformers, arXiv 2101.03961, eq. 4).
+
+    It is `per_token` where all experts get as many; the gradient flows through P alone. As
+    `load_balancing_loss_func` of transformers, which averages f and P over the layers first, so
+    that what one layer neglects another may make up for.
+
+    Args:
+      scores: `[L, B, T, E]`, of the routers of all layers.
+      counts: `[B, T]`, the columns that are tokens of a row.
+      per_token: experts that a token is sent to.
+    """
+    number, weight = scores.shape[-1], counts / jnp.sum(counts)
+    scores = jnp.where(counts[..., None], scores.astype(jnp.float32), 0)  # no NaN of a row's end
+    shares = jax.nn.softmax(scores, axis=-1)
+    _, chosen = jax.lax.top_k(scores, per_token)  # [L, B, T, k]
+    sent = jnp.sum(jax.nn.one_hot(chosen, number), axis=-2)  # [L, B, T, E], 0 or 1
+    f, p = (jnp.einsum("bt,lbte->le", weight, x) for x in (sent, shares))
+    return jnp.mean(number * jnp.sum(f * p, axis=-1))
+
+
+def balance_gradient(
+    states: States, lengths: jax.Array, per_token: int
+) -> tuple[States, jax.Array]:
+    """Returns the gradient and the value of `load_balancing`.
+
+    Args:
+      states: the scores `[B, T, E]` of the router of every layer.
+      lengths: `[B]`, the tokens of each row.
+    """
+
+    def loss(states):
+        scores = jnp.stack(list(states.values()))  # [L, B, T, E]
+        return load_balancing(scores, jnp.arange(scores.shape[2]) < lengths[:, None], per_token)
+
+    value, gradient = jax.value_and_grad(loss)(states)
+    return gradient, value

@@ -164,6 +164,12 @@ class Objective:
     corpus_terms: WeightedNames = field(
         (), ListOf(WeightedName()), "terms on rows of plain text, data.corpus, beside the others"
     )
+    router_balance: float = field(
+        0.0,
+        Float(low=0.0),
+        "weight of the load balancing of a student that is a mixture of experts, over the tokens "
+        "of a micro-batch, see hidden_loss.load_balancing (transformers' router_aux_loss_coef)",
+    )
     minibatches: int = field(
         1, Int(low=1), "updates of the student that the rows of a step are divided among"
     )

@@ -262,6 +262,15 @@ def student_gradients(
         if projections:
             by_group["projection"] = d_projections
         loss, sums = loss + hidden_total, sums | hidden_sums
+    if taps := step_models.router_taps:
+        per_token = step_models.models.student.config.experts.per_token
+        scores = {tap: states[tap] for tap in taps}
+        d_scores, balance = hidden_loss.balance_gradient(scores, rows.lengths, per_token)
+        # A mean over the micro-batch, which counts as much as the micro-batch's tokens do.
+        tokens = jnp.sum(where.mask)
+        weight = method.router_balance * scale * tokens
+        d_states |= jax.tree.map(lambda x: weight * x, d_scores)
+        loss, sums = loss + weight * balance, sums | {"router_balance": balance * tokens}
     by_group["student"] = pullback((d_student, d_states))[0]
     # Plain text is another forward: rows of another shape, without a teacher as a rule.
     if micro_batch.corpus is not None:

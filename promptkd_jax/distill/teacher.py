@@ -65,13 +65,13 @@ def lazy_logits_and_states(
     in all layers, however few are wanted.
 
     Args:
-      taps: states to return, of layers counted from 0, see `hidden_loss.taps`; only a `Decoder` has
-        them.
+      taps: states to return, of layers counted from 0, see `hidden_loss.Tap`; only a
+        `Decoder` has them.
 
     Returns:
       The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,
       or at all columns, before rotary positions, "queries" `[B, T, N, H]`, "keys" and "values"
-      `[B, T, K, H]`.
+      `[B, T, K, H]`, and the scores of a router, `[B, T, E]`.
     """
     if not taps:
         return lazy_logits(model, params, batch, where, vocab_size, prefix), {}
@@ -87,7 +87,8 @@ def lazy_logits_and_states(
             continue
         # `sow` appends to a tuple, which has one entry after one forward: all layers, stacked
         # [L, B, M + T, …]. The M columns of a prefix are cut off.
-        (stacked,) = layers["hidden"] if name == "hidden" else layers["attention"][name]
+        module = {"hidden": "", hidden_loss.ROUTER: "experts"}.get(name, "attention")
+        (stacked,) = (layers[module] if module else layers)[name]
         state = stacked[layer, :, -batch.tokens.shape[1] :]
         states[name, layer] = gather(state, where) if name == "hidden" else state
     head = model.output_head(params)[:vocab_size]
@@ -186,8 +187,22 @@ class StepModels:
         return hidden_loss.resolve_terms(self.method.hidden_terms, *configs)
 
     @property
+    def router_taps(self) -> tuple[hidden_loss.Tap, ...]:
+        """The router of every layer of a student that `router_balance` asks to balance."""
+        if not self.method.router_balance:
+            return ()
+        student = self.models.student
+        if not isinstance(student, Decoder) or student.config.experts is None:
+            raise ValueError(
+                f"router_balance: {self.method.router_balance:g}, but the student is no mixture of "
+                "experts; expected 0"
+            )
+        return tuple((hidden_loss.ROUTER, layer) for layer in range(student.config.num_layers))
+
+    @property
     def _taps(self):
-        return hidden_loss.taps(self.hidden_terms)
+        student, teacher = hidden_loss.taps(self.hidden_terms)
+        return (*student, *self.router_taps), teacher
 
     def _see(self, model, params, rows, prefix, taps):
         where, vocab_size = self.where(rows), self.method.vocab_size

@@ -266,7 +266,8 @@ def init_learned(
     """Initializes what is trained beside the student, by its group in the train state.
 
     Raises:
-      ConfigError: terms on hidden states with layers, widths or heads that do not fit the models.
+      ConfigError: terms on hidden states with layers, widths or heads that do not fit the models,
+        or on a router that the student has not got.
     """
     learned, key = {}, jax.random.key(config.seed)
     if any(stage.teacher_view == "prompted" for stage in config.stages):
@@ -278,6 +279,11 @@ def init_learned(
         )
     terms: list[hidden_loss.HiddenTerm] = []
     for stage in config.stages:
+        if stage.router_balance and student.decoder.config.experts is None:
+            raise ConfigError(
+                f"config.stages: {stage.name}.router_balance: {stage.router_balance:g}, but the "
+                "student is no mixture of experts; expected 0"
+            )
         if stage.hidden_terms:
             shapes = student.decoder.config, teacher.decoder.config
             try:

@@ -18,6 +18,7 @@ from promptkd_jax.distill.hidden_loss import (
     hidden_loss,
     init_projections,
     layer_map,
+    load_balancing,
     resolve_terms,
     taps,
 )
@@ -517,3 +518,25 @@ def test_relation_heads_must_divide_grouped_keys_too():
     message = "16 relation heads do not divide the teacher's keys and values, 1 heads of 8 = 8"
     with pytest.raises(ValueError, match=message):
         resolve_terms([HiddenTerm("relation", heads=16)], TEACHER.config, grouped)
+
+
+def test_balance_of_a_router_is_that_of_transformers():
+    """Of each layer; it is smallest where all experts get as many tokens."""
+    torch = pytest.importorskip("torch", reason="the models of transformers need torch")
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    scores = np.random.default_rng(0).normal(size=(3, 2, 5, 4)).astype(np.float32)
+    counts = np.arange(5) < np.array([[5], [2]])
+    mask = torch.tensor(counts.astype(np.int64))
+    expected = [
+        load_balancing_loss_func((torch.tensor(layer).reshape(-1, 4),), 4, 2, mask).item()
+        for layer in scores
+    ]
+    found = load_balancing(scores, counts, 2)
+    np.testing.assert_allclose(found, np.mean(expected), rtol=1e-6)
+    spoilt = np.where(counts[..., None], scores, np.nan)
+    gradient = jax.grad(load_balancing)(jnp.asarray(spoilt), counts, 2)
+    assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0
+    even = 9.0 * np.eye(4, dtype=np.float32)[None, None]
+    assert load_balancing(even, np.ones((1, 4)), 1) == pytest.approx(1.0)
+    assert load_balancing(even[:, :, [0, 0, 0, 0]], np.ones((1, 4)), 1) > 3.9

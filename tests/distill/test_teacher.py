@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.families import FAMILIES
 from helpers.methods import (
     begin,
     dense,
@@ -30,16 +31,19 @@ from helpers.steps import (
     jit,
     kl,
     log_probs,
+    random_params,
     supervised,
     teacher_params,
 )
 
 from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill import hidden_loss, losses
+from promptkd_jax.distill import hidden_loss, losses, objective
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.state import TrainState, summarize
-from promptkd_jax.distill.teacher import lazy_logits_and_states
+from promptkd_jax.distill.teacher import Models, StepModels, lazy_logits_and_states
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 
 BOTH_KLS = (("forward_kl", 0.3), ("reverse_kl", 0.7))
 
@@ -213,6 +217,52 @@ def test_a_corpus_adds_its_own_mean(parts):
     assert_close(found["student_loss"], value + other)
     assert_close(found["corpus_loss"], other)
     assert moved(more, jax.tree.map(jnp.zeros_like, more)) > 1e-2
+
+
+# The router of a student
+
+MIXTURE = Decoder(
+    from_hugging_face(FAMILIES["mixtral"] | {"vocab_size": VOCABULARY, "num_local_experts": 4})
+)
+
+
+@jit
+@jax.value_and_grad
+def dense_balance(student):
+    """The mean over layers, over the tokens of all rows, prompts included."""
+    _, sown = MIXTURE.apply({"params": student}, batch().tokens, mutable=["intermediates"])
+    (scores,) = sown["intermediates"]["layers"]["experts"]["router_scores"]
+    there = np.arange(12) < batch().lengths[:, None]
+    return jnp.mean(
+        jnp.stack([hidden_loss.load_balancing(layer[None], there, 2) for layer in scores])
+    )
+
+
+def test_the_router_of_a_student_is_balanced_beside_its_divergences():
+    params = {"student": random_params(MIXTURE.config, 3)}
+    micro_batch = objective.MicroBatch(batch(), jnp.zeros(4, bool), None)
+    tokens, teacher = supervised(batch()).sum(), teacher_params()
+
+    def of_student(weight):
+        method = plain(router_balance=weight)
+        views = StepModels(method, Models(MIXTURE, TEACHER), teacher)
+        scale = 0.25 / tokens  # of a micro-batch with a quarter of an update's tokens
+        return objective.student_gradients(params, micro_batch, scale, 0.0, views)
+
+    found, without = jax.jit(of_student, static_argnums=0)(0.3), of_student(0.0)
+    value, gradient = dense_balance(params["student"])
+    more = jax.tree.map(jnp.subtract, found.by_group["student"], without.by_group["student"])
+    assert_close(more, jax.tree.map(lambda x: 0.25 * 0.3 * x, gradient))
+    assert jnp.abs(gradient["layers"]["experts"]["router"]["kernel"]).max() > 1e-3
+    assert_close(found.sums["router_balance"] / tokens, value)
+    assert_close((found.loss - without.loss) / tokens, 0.3 * value)
+    assert "router_balance" not in without.sums
+
+
+def test_only_a_mixture_of_experts_has_a_router():
+    views = StepModels(plain(router_balance=0.1), Models(STUDENT, TEACHER), teacher_params())
+    with pytest.raises(ValueError, match=r"router_balance: 0\.1, but the student is no mixture"):
+        views.student_vjp(begin().student, batch())
 
 
 # Temperature and weighting of the divergences

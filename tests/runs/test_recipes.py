@@ -394,6 +394,13 @@ def test_hidden_states_of_different_width_need_a_projection(models, tmp_path):
     assert not (tmp_path / "before.json").exists()
 
 
+def test_a_student_without_a_router_has_none_to_balance(models, tmp_path):
+    config = short(models, stage("kd", router_balance=0.01))
+    message = r"config.stages: kd.router_balance: 0.01, but the student is no mixture of experts"
+    with pytest.raises(ConfigError, match=message):
+        run(config, tmp_path)
+
+
 @pytest.mark.usefixtures("no_report")
 def test_a_corpus_is_lines_of_text_or_of_json(models, tmp_path):
     documents = [" ".join(tiny.WORDS[i : i + 9]) for i in range(10)]
