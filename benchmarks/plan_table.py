@@ -30,6 +30,7 @@ PAIRS = {
     "OPT 13B into 6.7B": "configs/opt.py:student=6.7b",
     "Llama 13B into 7B": "configs/llama.py:student=7b",
     "Llama-3.1 70B into 8B": "configs/llama31.py:student=8b",
+    "Qwen3 30B-A3B into 1.7B": "configs/qwen3.py:student=1.7b",
 }
 SLICES = {
     "v4-8": "v4:2x2x1",

@@ -4,8 +4,8 @@ Multiplications count as two operations. Attention counts all pairs of columns, 
 computes them; the splash kernel leaves out up to half.
 
 B rows, T columns, D width, N heads, K key/value heads, H head width, F feed-forward width,
-V vocabulary, L layers; d, f, t devices along `data`, `fsdp`, `tensor`. Bytes are those of one
-device. Models are taken as they are padded for the mesh.
+E experts, V vocabulary, L layers; d, f, t devices along `data`, `fsdp`, `tensor`. Bytes are those
+of one device. Experts are taken to be chosen evenly. Models are taken as they are padded for the mesh.
 """
 
 import dataclasses
@@ -48,18 +48,32 @@ class Cost:
         return each
 
 
-def matrix_parameters(config: DecoderConfig) -> int:
-    """Of all layers, that every token is multiplied with: L (2 D N H + 2 D K H + 2 or 3 D F)."""
+def matrix_parameters(config: DecoderConfig, experts: int | None = None) -> int:
+    """Of all layers: L (2 D N H + 2 D K H + 2 or 3 D F), of a mixture of experts 3 D F for each of
+    them, and D E.
+
+    Args:
+      experts: how many of them count (all); of one token that is `Experts.per_token`.
+    """
     attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
     feed_forward = (3 if config.gated else 2) * config.width * config.mlp_width
+    if config.experts:
+        every = config.experts.number
+        feed_forward *= every if experts is None else min(experts, every)
+        feed_forward += config.width * every
     return config.num_layers * (attention + feed_forward)
 
 
+def token_parameters(config: DecoderConfig) -> int:
+    """Of the `matrix_parameters`, those that one token is multiplied with."""
+    return matrix_parameters(config, config.experts.per_token if config.experts else None)
+
+
 def forward_flops(config: DecoderConfig, rows: int, columns: int, keys: int | None = None) -> int:
-    """Of the layers: 2 B T matrix_parameters + 4 L B T S N H, S keys to a column (T)."""
+    """Of the layers: 2 B T token_parameters + 4 L B T S N H, S keys to a column (T)."""
     pairs = rows * columns * (columns if keys is None else keys)
     attention = 4 * config.num_layers * pairs * config.num_heads * config.head_dim
-    return 2 * rows * columns * matrix_parameters(config) + attention
+    return 2 * rows * columns * token_parameters(config) + attention
 
 
 def backward_flops(config: DecoderConfig, rows: int, columns: int, *, weights: bool) -> int:
@@ -67,7 +81,7 @@ def backward_flops(config: DecoderConfig, rows: int, columns: int, *, weights: b
     of the forward, attention's always both; and the forward again where activations are not kept.
     """
     whole = forward_flops(config, rows, columns)
-    matrices = 2 * rows * columns * matrix_parameters(config)
+    matrices = 2 * rows * columns * token_parameters(config)
     again = 0 if config.remat == "none" else whole
     return again + 2 * whole - (0 if weights else matrices)
 
@@ -110,7 +124,8 @@ class Counter:
         """Of the inputs and outputs of all products, for one token."""
         config = self.config
         heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        cut = heads + (4 if config.gated else 2) * config.mlp_width
+        networks = config.experts.per_token if config.experts else 1
+        cut = heads + networks * (4 if config.gated else 2) * config.mlp_width
         each = 4 * config.width + cut / self.mesh["tensor"]
         return config.num_layers * each * self.itemsize
 
@@ -168,12 +183,15 @@ class Counter:
         return Cost(0, 2 * size, self._allgather_bytes(size))
 
     def decode(self, rows: int, columns: int, steps: int) -> Cost:
-        """Each token reads layers, head and the whole cache."""
+        """Each token reads layers, head and the whole cache; of a mixture, the experts that the
+        rows can have chosen."""
         tokens = rows / self.row_parts
         cache = cache_bytes(self.config, rows, columns, self.mesh)
+        chosen = self.config.experts and math.ceil(tokens * self.config.experts.per_token)
+        read = matrix_parameters(self.config, chosen)
         step = Cost(
             forward_flops(self.config, rows, 1, keys=columns) + head_flops(self.config, rows, 1),
-            self.layer_bytes + self.head_bytes + cache,
+            read * self.itemsize / self.mesh["tensor"] + self.head_bytes + cache,
             self._allreduce_layers_bytes(tokens) + self._allreduce_hidden_bytes(tokens),
         )
         return step * steps

@@ -207,6 +207,7 @@ def _saved(count: Counter, rows: int, columns: int, platform: str) -> float:
     kept = config.width
     if config.remat == "dots":
         cut = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        cut += (2 if config.gated else 1) * config.mlp_width
+        if config.experts is None:  # products of experts are computed again
+            cut += (2 if config.gated else 1) * config.mlp_width
         kept += config.width + cut / tensor
     return config.num_layers * tokens * kept * count.itemsize

@@ -99,6 +99,11 @@ def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
         ("HuggingFaceTB/SmolLM2-135M", 0.1345),
         ("HuggingFaceTB/SmolLM2-360M", 0.3618),
         ("HuggingFaceTB/SmolLM2-1.7B", 1.711),
+        ("Qwen/Qwen2.5-0.5B", 0.4940),
+        ("Qwen/Qwen2.5-7B", 7.616),
+        ("Qwen/Qwen3-1.7B", 1.721),
+        ("Qwen/Qwen3-30B-A3B", 30.53),
+        ("google/gemma-2-2b", 2.614),
     ],
 )
 def test_known_architectures_have_the_published_number_of_parameters(name, billions):
@@ -106,7 +111,7 @@ def test_known_architectures_have_the_published_number_of_parameters(name, billi
     assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
-@pytest.mark.parametrize("file", ["gpt2", "opt", "llama", "llama31", "smollm2"])
+@pytest.mark.parametrize("file", ["gpt2", "opt", "llama", "llama31", "smollm2", "qwen3"])
 def test_every_model_of_the_large_configs_is_known(file):
     config = checked(load_config([f"--config={ROOT / 'configs' / file}.py"])[0])
     for model in (config.teacher, config.student):
@@ -321,6 +326,25 @@ def test_operations_are_those_that_xla_counts(family):
     assert again == 3 * expected
     inputs = costs.backward_flops(config, 2, 128, weights=False)
     assert inputs == 2 * expected - 2 * 2 * 128 * costs.matrix_parameters(config)
+
+
+def test_a_token_is_multiplied_with_its_own_experts_alone():
+    config = from_hugging_face(PUBLISHED["Qwen/Qwen3-30B-A3B"])
+    layers = abstract_params(config)["layers"]
+    matrices = [x.size for x in jax.tree.leaves(layers) if x.ndim > 2]
+    of_experts = [
+        x.size for name in ("gate", "up", "down") for x in layers["experts"][name].values()
+    ]
+    assert costs.matrix_parameters(config) == sum(matrices)
+    for_token = sum(matrices) - sum(of_experts) * (128 - 8) // 128
+    assert costs.token_parameters(config) == for_token
+    assert costs.forward_flops(config, 1, 1, keys=0) == 2 * for_token
+    count = costs.Counter(config, sizes(1, 1, 1))
+    for rows, chosen in ((1, 8), (4, 32), (64, 128)):
+        read = sum(matrices) - sum(of_experts) * (128 - chosen) // 128
+        cache = costs.cache_bytes(config, rows, 9, sizes(1, 1, 1))
+        expected = 4 * read + count.head_bytes + cache
+        assert count.decode(rows, 9, 1).hbm_bytes == expected
 
 
 def test_decode_reads_all_weights_and_the_cache_for_every_token():

@@ -61,6 +61,59 @@ _NORMS = {
     for x in ("q", "k")
 }
 
+_QWEN25 = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "eos_token_id": 151645,
+}
+_QWEN3 = _QWEN25 | {
+    "model_type": "qwen3",
+    "max_position_embeddings": 40960,
+    "head_dim": 128,
+    "attention_bias": False,
+}
+_TIED, _UNTIED = ({"tie_word_embeddings": tied} for tied in (True, False))
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SIZES += ("intermediate_size",)
+
+
+def _names(name: str, *suffixes: str) -> tuple[str, ...]:
+    return tuple(f"Qwen/{name}{suffix}" for suffix in ("", *suffixes))
+
+
+_QWEN25_SIZES = (
+    (_QWEN25 | _TIED, (896, 24, 14, 2, 4864), *_names("Qwen2.5-0.5B", "-Instruct")),
+    (_QWEN25 | _TIED, (1536, 28, 12, 2, 8960), *_names("Qwen2.5-1.5B", "-Instruct")),
+    (_QWEN25 | _TIED, (2048, 36, 16, 2, 11008), *_names("Qwen2.5-3B", "-Instruct")),
+    (
+        _QWEN25 | _UNTIED | {"vocab_size": 152064},
+        (3584, 28, 28, 4, 18944),
+        *_names("Qwen2.5-7B", "-Instruct"),
+    ),
+)
+_QWEN3_SIZES = (
+    (_QWEN3 | _TIED, (1024, 28, 16, 8, 3072), *_names("Qwen3-0.6B", "-Base")),
+    (_QWEN3 | _TIED, (2048, 28, 16, 8, 6144), *_names("Qwen3-1.7B", "-Base")),
+    (_QWEN3 | _TIED, (2560, 36, 32, 8, 9728), *_names("Qwen3-4B", "-Base")),
+    (_QWEN3 | _UNTIED, (4096, 36, 32, 8, 12288), *_names("Qwen3-8B", "-Base")),
+)
+_MIXTURE = (
+    _QWEN3
+    | _UNTIED
+    | {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    }
+)
+
 _DENSE = tuple(
     base.Family(
         model_type=model_type,
@@ -73,10 +126,11 @@ _DENSE = tuple(
             names=GGUF_NAMES | more,
             constants={"hidden_act": "silu", "use_sliding_window": False},
         ),
+        published=base.published(_SIZES, *sizes),
     )
-    for model_type, architecture, read, more in (
-        ("qwen2", "Qwen2ForCausalLM", _read_qwen2, _BIASES),
-        ("qwen3", "Qwen3ForCausalLM", _read_qwen3, _NORMS),
+    for model_type, architecture, read, more, sizes in (
+        ("qwen2", "Qwen2ForCausalLM", _read_qwen2, _BIASES, _QWEN25_SIZES),
+        ("qwen3", "Qwen3ForCausalLM", _read_qwen3, _NORMS, _QWEN3_SIZES),
     )
 )
 
@@ -87,5 +141,8 @@ FAMILIES = (
         architecture="Qwen3MoeForCausalLM",
         read=_read_mixture,
         tensors=_mixture_tensors,
+        published=base.published(
+            _SIZES, (_MIXTURE, (2048, 48, 32, 4, 6144), *_names("Qwen3-30B-A3B", "-Base"))
+        ),
     ),
 )
