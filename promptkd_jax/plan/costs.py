@@ -5,7 +5,7 @@ computes them; the splash kernel leaves out up to half.
 
 B rows, T columns, D width, N heads, K key/value heads, H head width, F feed-forward width,
 E experts, V vocabulary, L layers; d, f, t devices along `data`, `fsdp`, `tensor`. Bytes are those
-of one device. Experts are taken to be chosen evenly. Models are taken as they are padded for the mesh.
+of one device. Models are taken as they are padded for the mesh, experts to be chosen evenly.
 """
 
 import dataclasses
