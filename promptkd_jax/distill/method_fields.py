@@ -170,6 +170,12 @@ class Objective:
         "weight of the load balancing of a student that is a mixture of experts, over the tokens "
         "of a micro-batch, see hidden_loss.load_balancing (transformers' router_aux_loss_coef)",
     )
+    dropout: bool = field(
+        False,
+        Bool(),
+        "whether the student has the dropout of its config.json in its own update; it is seen by "
+        "the soft prompt, and writes, without",
+    )
     minibatches: int = field(
         1, Int(low=1), "updates of the student that the rows of a step are divided among"
     )

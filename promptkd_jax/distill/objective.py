@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.top_k import TopK
@@ -28,9 +28,11 @@ from promptkd_jax.distill import hidden_loss, losses, policy_gradient
 from promptkd_jax.distill.chunked_loss import Observation, apply_divergence, linear_loss
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
+from promptkd_jax.distill.optimizer import Gradients
 from promptkd_jax.distill.policy_gradient import PolicyTarget
 from promptkd_jax.distill.teacher import StepModels, StudentForward, lazy_logits
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.sampler import row_keys
 
 
 class MicroBatch(NamedTuple):
@@ -38,7 +40,7 @@ class MicroBatch(NamedTuple):
 
     `is_student` `[B]` says which rows the student wrote, `corpus` are rows of plain text,
     `soft_prompt` `[M, D]` is the one of the student's loss, `policy` the advantages of sampled
-    tokens.
+    tokens, `dropout_keys` `[B]` those of the student's own update.
     """
 
     rows: Batch
@@ -46,6 +48,7 @@ class MicroBatch(NamedTuple):
     corpus: Batch | None
     soft_prompt: jax.Array | None = None
     policy: PolicyTarget | None = None
+    dropout_keys: jax.Array | None = None
 
 
 class Term(NamedTuple):
@@ -56,20 +59,10 @@ class Term(NamedTuple):
     weight: jax.Array
 
 
+_CORPUS = np.uint32(2**32 - 1)  # folded into a key of a row, which uses 0, 1, … itself
+
 Terms = dict[str, Term]
 Observations = dict[str, Observation]
-
-
-class Gradients(NamedTuple):
-    """Gradients and sums of one micro-batch, or gradients summed over several.
-
-    `by_group` has the gradient of every group of a train state's parameters that is trained; `loss`
-    and `sums` are sums over the response tokens of each micro-batch: `[]`, stacked `[G]`.
-    """
-
-    by_group: dict[str, Any]
-    loss: jax.Array
-    sums: dict[str, jax.Array]
 
 
 def grad_and_loss(
@@ -109,44 +102,6 @@ def grad_and_loss(
     # The gradient has the shape of `at`: hidden [B, R, D], or hidden and head [V, D].
     (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(at)
     return gradient, total, dict(zip([*terms, *observations], sums))
-
-
-def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gradients:
-    """Sums gradients over micro-batches, one after the other (gradient accumulation).
-
-    Gradients in half precision are summed in float32 and rounded once.
-
-    Args:
-      gradients_of: a function of one slice of every element of `micro_batches`.
-      micro_batches: a tuple of pytrees with a leading axis G.
-
-    Returns:
-      Gradients with `loss` and `sums` stacked, `[G]`.
-    """
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    # G = 1: no loop, so that XLA may fuse the backward pass with the update.
-    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
-        gradients = gradients_of(*first)
-        return gradients._replace(**jax.tree.map(lambda x: x[None], _measured(gradients)))
-
-    def body(total, micro_batch):
-        gradients = gradients_of(*micro_batch)
-        return jax.tree.map(jnp.add, total, gradients.by_group), _measured(gradients)
-
-    # float32 zeros: 256 + 1 is 256 in bfloat16, and many small gradients would be lost.
-    shapes = jax.eval_shape(gradients_of, *first).by_group
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    total, measured = jax.lax.scan(body, zeros, micro_batches)
-    return Gradients(jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes), **measured)
-
-
-def _measured(gradients: Gradients) -> dict[str, Any]:
-    return {"loss": gradients.loss, "sums": gradients.sums}
-
-
-def norm(gradients: Any) -> jax.Array:
-    """The L2 norm of all gradients together, its squares summed in float32."""
-    return optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
 
 
 # The gradients of a micro-batch. A loss is a sum over tokens times `scale`, so that those of all
@@ -238,7 +193,9 @@ def student_gradients(
     """
     method, rows = step_models.method, micro_batch.rows
     where = step_models.where(rows)
-    student_forward = student_forward or step_models.student_vjp(params["student"], rows)
+    if student_forward is None:
+        keys = micro_batch.dropout_keys
+        student_forward = step_models.student_vjp(params["student"], rows, keys)
     (student, states), pullback = student_forward
     # Nothing looks at the teacher where only tokens or plain text are learned from.
     teacher, teacher_states = None, {}
@@ -275,7 +232,7 @@ def student_gradients(
     # Plain text is another forward: rows of another shape, without a teacher as a rule.
     if micro_batch.corpus is not None:
         gradient, corpus_total = corpus_gradient(
-            params, micro_batch.corpus, corpus_scale, step_models
+            params, micro_batch.corpus, corpus_scale, step_models, micro_batch.dropout_keys
         )
         by_group["student"] = jax.tree.map(jnp.add, by_group["student"], gradient)
         # A share of the mean over tokens of text already. Divided by `scale`, it comes out as that
@@ -417,13 +374,18 @@ def _student_to_plain(targets, prompted):
 
 
 def corpus_gradient(
-    params: Mapping[str, Any], corpus: Batch, weight: jax.Array, step_models: StepModels
+    params: Mapping[str, Any],
+    corpus: Batch,
+    weight: jax.Array,
+    step_models: StepModels,
+    dropout_keys: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     """Returns the gradient of the method's `corpus_terms` on every token of plain text but the
     first of a row.
 
     Args:
       params: the groups of a train state.
+      dropout_keys: of the rows beside the corpus, which may be of another number; None: no dropout.
 
     Returns:
       (gradient for the student's parameters, the loss times `weight`).
@@ -432,8 +394,14 @@ def corpus_gradient(
     # Rows of text have a "prompt" of one token: each of the others is predicted.
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
+    more = {}
+    if dropout_keys is not None:
+        of_corpus = jax.random.fold_in(dropout_keys[0], _CORPUS)
+        more["dropout_keys"] = row_keys(of_corpus, jnp.arange(corpus.lengths.shape[0]))
+
     def student(params):
-        return lazy_logits(step_models.models.student, params, corpus, where, method.vocab_size)
+        view = step_models.models.student, params, corpus, where, method.vocab_size
+        return lazy_logits(*view, **more)
 
     learner, pullback = jax.vjp(student, params["student"])
     terms = {}

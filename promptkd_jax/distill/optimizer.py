@@ -1,8 +1,10 @@
-"""The published learning-rate schedules, and AdamW with clipping and a decay mask, whose bias
-correction is exact and which is right for parameters in half precision too.
+"""The published learning-rate schedules; AdamW with clipping and a decay mask, whose corrections of
+bias are exact and which is right for parameters in half precision too; the sum of gradients over
+micro-batches.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -170,3 +172,56 @@ def decay_mask(params: Any, *, decay_norms: bool = False) -> Any:
         return name != "bias" and (decay_norms or name != "scale")
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+# Gradients of the micro-batches of an update, summed.
+
+
+class Gradients(NamedTuple):
+    """Gradients and sums of one micro-batch, or gradients summed over several.
+
+    `by_group` has the gradient of every group of a train state's parameters that is trained; `loss`
+    and `sums` are sums over the response tokens of each micro-batch: `[]`, stacked `[G]`.
+    """
+
+    by_group: dict[str, Any]
+    loss: jax.Array
+    sums: dict[str, jax.Array]
+
+
+def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gradients:
+    """Sums gradients over micro-batches, one after the other (gradient accumulation).
+
+    Gradients in half precision are summed in float32 and rounded once.
+
+    Args:
+      gradients_of: a function of one slice of every element of `micro_batches`.
+      micro_batches: a tuple of pytrees with a leading axis G.
+
+    Returns:
+      Gradients with `loss` and `sums` stacked, `[G]`.
+    """
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    # G = 1: no loop, so that XLA may fuse the backward pass with the update.
+    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
+        gradients = gradients_of(*first)
+        return gradients._replace(**jax.tree.map(lambda x: x[None], _measured(gradients)))
+
+    def body(total, micro_batch):
+        gradients = gradients_of(*micro_batch)
+        return jax.tree.map(jnp.add, total, gradients.by_group), _measured(gradients)
+
+    # float32 zeros: 256 + 1 is 256 in bfloat16, and many small gradients would be lost.
+    shapes = jax.eval_shape(gradients_of, *first).by_group
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    total, measured = jax.lax.scan(body, zeros, micro_batches)
+    return Gradients(jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes), **measured)
+
+
+def _measured(gradients: Gradients) -> dict[str, Any]:
+    return {"loss": gradients.loss, "sums": gradients.sums}
+
+
+def gradient_norm(gradients: Any) -> jax.Array:
+    """The L2 norm of all gradients together, its squares summed in float32."""
+    return optax.tree.norm(optax.tree.cast(gradients, jnp.float32))

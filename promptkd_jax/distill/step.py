@@ -28,6 +28,7 @@ from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.method import Conventions, Method
 from promptkd_jax.distill.method_fields import POLICY_GRADIENT
 from promptkd_jax.distill.objective import MicroBatch
+from promptkd_jax.distill.optimizer import accumulate, gradient_norm
 from promptkd_jax.distill.state import Metrics, Optimizers, TrainState
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import Models, StepModels, StudentForward
@@ -97,7 +98,8 @@ def train_step(
         targets, replay = _write(state, batch, step_models, state.step)
         new = state.replace(replay=replay)
     # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
-    micro_batches = _split(targets, corpus, method)
+    keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch)
+    micro_batches = _split(targets, corpus, method, keys)
     metrics = _measure_rows(targets, micro_batches, new, method)
     # Where the student's forward serves both updates, it is computed once, here.
     student_forward = _shared_forward(state, micro_batches, step_models)
@@ -156,24 +158,28 @@ def _skip_if_not_finite(
 # How rows are split into micro-batches
 
 
-def _split(targets: TargetBatch, corpus: Batch | None, method: Method) -> MicroBatch:
+def _split(
+    targets: TargetBatch, corpus: Batch | None, method: Method, dropout_keys: jax.Array | None
+) -> MicroBatch:
     """All `[B, …]` as `[UG, B / UG, …]`, row i in micro-batch i mod UG: devices keep their rows."""
 
     def split(x):
         return jnp.swapaxes(x.reshape(-1, method.num_micro_batches, *x.shape[1:]), 0, 1)
 
-    rows, is_student = targets.rows, targets.is_student
+    rows = targets.rows, targets.is_student, dropout_keys
     # Rows of like length together, so that a short micro-batch takes a small bucket.
     if method.sorts_rows:
-        rows, is_student = _sort_by_length(rows, is_student, method.num_micro_batches)
+        rows = _sort_by_length(rows, targets.rows.lengths, method.num_micro_batches)
+    rows, is_student, dropout_keys = rows
     corpus = corpus if method.corpus_terms else None
-    return jax.tree.map(split, MicroBatch(rows, is_student, corpus))
+    micro_batches = MicroBatch(rows, is_student, corpus, dropout_keys=dropout_keys)
+    return jax.tree.map(split, micro_batches)
 
 
-def _sort_by_length(rows: Batch, is_student: jax.Array, number: int) -> tuple[Batch, jax.Array]:
-    """Every device's rows in such an order that `_split` deals the shortest out to the first of
-    `number` micro-batches, the longest to the last."""
-    devices = sharding.num_row_shards(is_student.shape[0] // number)
+def _sort_by_length(rows: Any, lengths: jax.Array, number: int) -> Any:
+    """A tree of `[B, …]`, every device's rows in such an order that `_split` deals the shortest out
+    to the first of `number` micro-batches, the longest to the last."""
+    devices = sharding.num_row_shards(lengths.shape[0] // number)
     # One device with six rows, and two micro-batches:
     #
     #     lengths            9 4 7 2 8 3     [devices, B / devices]
@@ -182,12 +188,10 @@ def _sort_by_length(rows: Batch, is_student: jax.Array, number: int) -> tuple[Ba
     #     order              3 2 5 4 1 0     [devices, B / devices]: one row of each in turn
     #
     # `_split` puts places 0, 2, 4 of `order` into micro-batch 0: the rows 3, 5, 1.
-    shortest_first = jnp.argsort(rows.lengths.reshape(devices, -1), axis=1, stable=True)
+    shortest_first = jnp.argsort(lengths.reshape(devices, -1), axis=1, stable=True)
     by_micro_batch = shortest_first.reshape(devices, number, -1)
     order = by_micro_batch.swapaxes(1, 2).reshape(devices, -1)
-    return jax.tree.map(
-        lambda x: sharding.take_local_rows(x, order).reshape(x.shape), (rows, is_student)
-    )
+    return jax.tree.map(lambda x: sharding.take_local_rows(x, order).reshape(x.shape), rows)
 
 
 def _bucketed(gradients_of: Callable, method: Method) -> Callable:
@@ -211,10 +215,11 @@ def _shared_forward(
     """The student's forward pass and pullback, if one can serve both updates, else None.
 
     It can if both see the same parameters on the same columns: with one micro-batch a step, one
-    pass, and rows that are not truncated to buckets.
+    pass, rows that are not truncated to buckets, and no dropout.
     """
     method = step_models.method
-    if method.num_micro_batches * method.passes * method.execution.length_buckets > 1:
+    shared = method.num_micro_batches * method.passes * method.execution.length_buckets == 1
+    if not shared or step_models.drops:
         return None
     rows = jax.tree.map(lambda x: x[0], micro_batches.rows)
     return step_models.student_vjp(state.params["student"], rows)
@@ -265,9 +270,7 @@ def _update_prompt(
 
     coefficients = _coefficients(state, method)
     scales = _scales(metrics.counts, method.conventions)
-    gradients = objective.accumulate(
-        _bucketed(gradients_of, method), (micro_batches, scales, coefficients)
-    )
+    gradients = accumulate(_bucketed(gradients_of, method), (micro_batches, scales, coefficients))
     new = _apply(state, gradients.by_group, optimizers)
     if method.regularization and method.regularization_schedule == "adaptive":
         kl = jnp.sum(gradients.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
@@ -276,7 +279,7 @@ def _update_prompt(
         "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
         "regularization_weight": coefficients[0],
     }
-    norm = objective.norm(gradients.by_group)
+    norm = gradient_norm(gradients.by_group)
     metrics = metrics.add("prompt", gradients.loss, gradients.sums, norm)
     return new, metrics._replace(scalars=metrics.scalars | scalars)
 
@@ -333,8 +336,8 @@ def _update_teacher(
 
     method = step_models.method
     scales = _scales(metrics.counts, method.conventions)
-    gradients = objective.accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
-    norm = objective.norm(gradients.by_group)
+    gradients = accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
+    norm = gradient_norm(gradients.by_group)
     metrics = metrics.add("teacher", gradients.loss, gradients.sums, norm)
     return _apply(state, gradients.by_group, optimizers), metrics
 
@@ -400,8 +403,8 @@ def _update_student(
             )
 
         scales = _scales(counts, method.conventions)
-        gradients = objective.accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
-        norm = objective.norm(gradients.by_group["student"])
+        gradients = accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
+        norm = gradient_norm(gradients.by_group["student"])
         new = _apply(state, gradients.by_group, optimizers)
         return new, (gradients.loss, gradients.sums, norm)
 
@@ -410,14 +413,18 @@ def _update_student(
             method.minibatches, method.execution.gradient_accumulation_steps, *x.shape[1:]
         )
 
-    def one_pass(state, _):
-        return jax.lax.scan(update, state, jax.tree.map(split, (micro_batches, metrics.counts)))
+    def one_pass(state, number):
+        each = micro_batches
+        if each.dropout_keys is not None:  # [UG, B / UG]: every pass draws anew
+            fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+            each = each._replace(dropout_keys=fold(each.dropout_keys, number))
+        return jax.lax.scan(update, state, jax.tree.map(split, (each, metrics.counts)))
 
     if method.updates_per_step == 1:
         state, (loss, sums, norm) = update(state, (micro_batches, metrics.counts))
     else:
         # [passes, U, …]: later passes are off-policy by the updates before them.
-        state, measured = jax.lax.scan(one_pass, state, None, length=method.passes)
+        state, measured = jax.lax.scan(one_pass, state, jnp.arange(method.passes))
         loss, sums, norm = jax.tree.map(lambda x: x.mean(axis=0), measured)
         loss, sums = jax.tree.map(lambda x: x.reshape(-1), (loss, sums))  # [UG]
         norm = norm.mean()

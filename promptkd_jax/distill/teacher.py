@@ -18,12 +18,13 @@ from promptkd_jax.data.batch import Batch, Responses, gather, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.method import Method
+from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
-from promptkd_jax.models.sampler import SamplingModel
+from promptkd_jax.models.sampler import SamplingModel, row_keys
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Key
 
 
 def lazy_logits(
@@ -33,6 +34,7 @@ def lazy_logits(
     where: Responses,
     vocab_size: int,
     prefix: Float[Array, "M D"] | None = None,
+    **more: Any,
 ) -> LazyLogits:
     """Returns a model's next-token distributions at the response positions, not yet multiplied out.
 
@@ -41,12 +43,13 @@ def lazy_logits(
       prefix: `[M, D]` embeddings in front of every row, or None for the plain model. The hidden
         states are aligned with the tokens either way. The embeddings of a text's tokens put that
         text in front: see `Decoder.input_embeddings`.
+      more: of a `Decoder` also its `dropout_keys`.
 
     Returns:
       LazyLogits of hidden `[B, R, D]` and head `[V, D]`.
     """
     # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
-    hidden = gather(model.hidden_states(params, batch.tokens, prefix), where)
+    hidden = gather(model.hidden_states(params, batch.tokens, prefix, **more), where)
     return LazyLogits(hidden, model.output_head(params)[:vocab_size], model.logit_soft_cap)
 
 
@@ -58,6 +61,7 @@ def lazy_logits_and_states(
     vocab_size: int,
     prefix: Float[Array, "M D"] | None = None,
     taps: Sequence[hidden_loss.Tap] = (),
+    **more: Any,
 ) -> tuple[LazyLogits, hidden_loss.States]:
     """Returns the distributions of `lazy_logits`, and states of inner layers of the same forward.
 
@@ -67,6 +71,7 @@ def lazy_logits_and_states(
     Args:
       taps: states to return, of layers counted from 0, see `hidden_loss.Tap`; only a
         `Decoder` has them.
+      more: as for `lazy_logits`.
 
     Returns:
       The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,
@@ -74,11 +79,10 @@ def lazy_logits_and_states(
       `[B, T, K, H]`, and the scores of a router, `[B, T, E]`.
     """
     if not taps:
-        return lazy_logits(model, params, batch, where, vocab_size, prefix), {}
+        return lazy_logits(model, params, batch, where, vocab_size, prefix, **more), {}
     # flax keeps what layers `sow` only if the collection is mutable.
-    last, sown = model.apply(
-        {"params": params}, batch.tokens, prefix=prefix, mutable=["intermediates"]
-    )
+    how = {"prefix": prefix, "mutable": ["intermediates"], **more}
+    last, sown = model.apply({"params": params}, batch.tokens, **how)
     last, layers, states = gather(last, where), sown["intermediates"]["layers"], {}
     for name, layer in taps:
         # The last layer's are those behind the final norm, which the head sees.
@@ -93,6 +97,10 @@ def lazy_logits_and_states(
         states[name, layer] = gather(state, where) if name == "hidden" else state
     head = model.output_head(params)[:vocab_size]
     return LazyLogits(last, head, model.logit_soft_cap), states
+
+
+# Folded into a step's key for dropout; the rows of a rollout use 0, 1, …, `targets` the last.
+_DROPOUT = np.uint32(2**32 - 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +167,34 @@ class StepModels:
             prefix = self.models.teacher.input_embeddings(teacher, demonstrations)
         return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
 
-    def student_vjp(self, student: Any, rows: Batch) -> StudentForward:
+    def student_vjp(
+        self, student: Any, rows: Batch, dropout_keys: Key[Array, " B"] | None = None
+    ) -> StudentForward:
         """The student's distributions and states, and their pullback to its parameters."""
-        return jax.vjp(
-            lambda p: self._see(self.models.student, p, rows, None, self._taps[0]), student
-        )
+        more = {} if dropout_keys is None else {"dropout_keys": dropout_keys}
+
+        def see(student):
+            return self._see(self.models.student, student, rows, None, self._taps[0], **more)
+
+        return jax.vjp(see, student)
+
+    def dropout_keys(self, key: Key[Array, ""], rows: Batch) -> Key[Array, " B"] | None:
+        """A key of each row, from that of a step, where the student has dropout: it depends on the
+        row's number, not on micro-batches or devices."""
+        if not self.drops:
+            return None
+        return row_keys(jax.random.fold_in(key, _DROPOUT), np.arange(rows.lengths.shape[0]))
+
+    @property
+    def drops(self) -> bool:
+        """Whether the student has dropout in its own update."""
+        student = self.models.student
+        if self.method.dropout and not isinstance(student, Decoder):
+            raise ValueError(
+                f"dropout: the student is a {type(student).__name__}, whose functions take no key; "
+                "expected a Decoder, or dropout = False"
+            )
+        return self.method.dropout and student.config.dropout != Dropout()
 
     def mixture_model(self, params: Mapping[str, Any]) -> SamplingModel | None:
         """The teacher, where it writes rollouts together with the student."""
@@ -204,6 +235,6 @@ class StepModels:
         student, teacher = hidden_loss.taps(self.hidden_terms)
         return (*student, *self.router_taps), teacher
 
-    def _see(self, model, params, rows, prefix, taps):
+    def _see(self, model, params, rows, prefix, taps, **more):
         where, vocab_size = self.where(rows), self.method.vocab_size
-        return lazy_logits_and_states(model, params, rows, where, vocab_size, prefix, taps)
+        return lazy_logits_and_states(model, params, rows, where, vocab_size, prefix, taps, **more)

@@ -8,6 +8,7 @@ B rows, T columns, N heads, K key/value heads, H head width, S columns of the ca
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ def attend(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
     """Lets every column attend to itself and those before it; scores are scaled by H ** -0.5.
 
@@ -41,12 +44,17 @@ def attend(
       sliding_window: columns that a column sees, itself and those before it; None: all of them.
       soft_cap: c, where scores s become c tanh(s / c); None: they stay as they are.
       sinks: `[N]`, a score of every head that takes part in the softmax and has no value; or None.
+      dropout: the share of the weights that are 0, the others being so much larger.
+      dropout_keys: `[B]`, a key of each row, which says the weights; None: no dropout.
 
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
     """
     rows, columns, num_heads, head_dim = query.shape
     key, value = (repeat_kv(x, num_heads) for x in (key, value))  # [B, T, K, H], K may have grown
+    if dropout and dropout_keys is not None:  # no kernel draws what is the same on every mesh
+        drop = functools.partial(keep_mask, dropout_keys, dropout)
+        return _in_parts(query, key, value, sinks, sliding_window, soft_cap, drop)
     chosen = implementation(
         platform=sharding.platform(),
         dtype=query.dtype.name,
@@ -64,6 +72,25 @@ def attend(
     if chosen == "cudnn":
         return _cudnn(query, key, value, sliding_window)
     return _in_parts(query, key, value, sinks, sliding_window, soft_cap)
+
+
+def keep_mask(
+    keys: jax.Array, rate: float, shape: tuple[int, ...], place: jax.Array | int
+) -> jax.Array:
+    """What dropout multiplies with, `[B, *shape]`: 0 for a share of `rate`, else 1 / (1 - rate).
+
+    A row's depends on its own key and on no other row. Of a shape that is longer along its first
+    dimension (padded heads, more columns) the beginning is the same.
+
+    Args:
+      keys: `[B]`, of the rows.
+      place: a number of the place in the model; each has a mask of its own.
+    """
+
+    def of_row(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, shape)
+
+    return jax.vmap(of_row)(keys) / (1 - rate)
 
 
 # Devices along `tensor` share out query heads. Query head n reads key/value head n * K // N, so a
@@ -168,7 +195,13 @@ def implementation(
 
 
 def _in_parts(
-    query, key, value, sinks, sliding_window: int | None, soft_cap: float | None
+    query,
+    key,
+    value,
+    sinks,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    drop: Callable[[tuple[int, ...], int], jax.Array] | None = None,
 ) -> jax.Array:
     """A few columns of queries at a time, against no keys but those that one of them sees."""
     rows, columns, num_heads, head_dim = query.shape
@@ -182,7 +215,11 @@ def _in_parts(
         first = 0 if sliding_window is None else max(0, begin + 1 - sliding_window)
         seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), sliding_window)
         seen_keys = key[:, :, first:end], value[:, :, first:end]
-        parts.append(_weigh(query[:, :, :, begin:end], *seen_keys, seen, sinks, soft_cap))
+        queries = query[:, :, :, begin:end]
+        # [B, N, size, S]; the layer has two places besides.
+        kept = drop and drop((num_heads, end - begin, end - first), 2 + begin)
+        kept = kept if kept is None else kept.reshape(*queries.shape[:4], -1)
+        parts.append(_weigh(queries, *seen_keys, seen, sinks, soft_cap, kept))
     attended = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)  # [B, T, K, N / K, H]
     return attended.reshape(rows, columns, num_heads, head_dim)
 
@@ -194,7 +231,7 @@ def _seen(columns, others, sliding_window: int | None) -> jax.Array:
     return seen if sliding_window is None else seen & (others > columns[..., None] - sliding_window)
 
 
-def _weigh(query, key, value, seen, sinks, soft_cap: float | None) -> jax.Array:
+def _weigh(query, key, value, seen, sinks, soft_cap: float | None, kept=None) -> jax.Array:
     """The mean of the values that are `seen`, weighted by the softmax of the scores: `[B, K, …, H]`
     of queries `[B, K, N / K, …, H]` and of keys and values `[B, K, S, H]`."""
     # With heads before columns XLA's CPU compiler transposes no scores.
@@ -210,6 +247,8 @@ def _weigh(query, key, value, seen, sinks, soft_cap: float | None) -> jax.Array:
         every = (*scores.shape[1:3], *(1,) * (scores.ndim - 3))  # [K, N / K, …, 1]
         total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         shares = jnp.exp(scores - jnp.logaddexp(total, sinks.astype(jnp.float32).reshape(every)))
+    if kept is not None:
+        shares = shares * kept
     return jnp.einsum("bk...s,bksh->bk...h", shares.astype(value.dtype), value)
 
 

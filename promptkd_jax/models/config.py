@@ -81,6 +81,21 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Shares of what is set to 0 in training, where keys for it are given.
+
+    Attributes:
+      embedding: of what goes into the first layer.
+      residual: of what attention and feed-forward add.
+      attention: of the weights of values.
+    """
+
+    embedding: float = 0.0
+    residual: float = 0.0
+    attention: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that distinguishes one decoder-only language model from another.
 
@@ -123,6 +138,7 @@ class DecoderConfig:
     logit_scale: float = 1.0  # of the hidden states that the head sees
     logit_soft_cap: float | None = None  # see `LazyLogits`
     attention_soft_cap: float | None = None  # of the scores, see `attention.attend`
+    dropout: Dropout = Dropout()
     # How it is run; not part of what the model is.
     dtype: str = "float32"
     param_dtype: str = "float32"

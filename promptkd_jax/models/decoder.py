@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain, unshard_fsdp
-from promptkd_jax.models.attention import BTNH_SPEC, attend, attend_to_cache, kv_repeats, repeat_kv
+from promptkd_jax.models.attention import (
+    BTNH_SPEC,
+    attend,
+    attend_to_cache,
+    keep_mask,
+    kv_repeats,
+    repeat_kv,
+)
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts, project
 from promptkd_jax.models.norms import RMSNorm, make_norm
@@ -102,6 +109,7 @@ class Decoder(nn.Module):
         prefix: jax.Array | None = None,
         cache: Cache | None = None,
         column: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, Cache]:
         """Last hidden states of `tokens`, after the final norm.
 
@@ -115,6 +123,7 @@ class Decoder(nn.Module):
           cache: where to write keys and values, from column 0 on.
           column: `[B]`: decode one token a row (T = 1) that stands in this column, M included;
             it sees the columns of the cache up to its own.
+          dropout_keys: `[B]` typed keys: the dropout of the config; None: none.
 
         Returns:
           `[B, T, D]`, without the prefix; with a cache also the new cache.
@@ -142,7 +151,7 @@ class Decoder(nn.Module):
                 )
             table = config.max_positions + config.position_offset
             x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
-        x = _scaled(x, config.input_scale)
+        x = _dropped(_scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
         # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
         decode = column is not None
@@ -151,7 +160,7 @@ class Decoder(nn.Module):
         # stacked outputs it would be written anew for every token.
         kinds = jnp.asarray(config.pattern, jnp.int32) if config.pattern else None
         layers = jnp.arange(config.num_layers), kinds
-        (x, cache), _ = _layers(config)((x, cache), layers, positions, decode)
+        (x, cache), _ = _layers(config)((x, cache), layers, positions, decode, dropout_keys)
         x = _scaled(make_norm(config, "final_norm")(x), config.logit_scale)
         # Declared here, multiplied by the losses: no [B, T, V] array leaves the model.
         if not config.tied:
@@ -166,10 +175,14 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def hidden_states(
-        self, params: Any, tokens: Int[Array, "B T"], prefix: Float[Array, "M D"] | None = None
+        self,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        prefix: Float[Array, "M D"] | None = None,
+        **more: Any,
     ) -> Float[Array, "B T D"]:
         """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none."""
-        return self.apply({"params": params}, tokens, prefix=prefix)
+        return self.apply({"params": params}, tokens, prefix=prefix, **more)
 
     @nn.nowrap
     def output_head(self, params: Any) -> Float[Array, "V D"]:
@@ -247,27 +260,32 @@ class Layer(nn.Module):
     #            kind, None where there is one kind
     # positions  [1, T] for whole rows, [B, 1] in decoding: the columns of the hidden states
     # decode     static: whether one token a row reads the cache
+    # keys       [B], or None: of dropout
     @nn.compact
-    def __call__(self, carry, layer, positions, decode):
+    def __call__(self, carry, layer, positions, decode, keys):
         config = self.config
         x, cache = carry
 
         def before(x, name: str):
             return make_norm(config, name)(x) if config.pre_norm else x
 
-        def added(x, y, name: str):
+        if keys is not None:  # each layer has its own, beside that of the embeddings, 0
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1 + layer[0])
+
+        def added(x, y, name: str, place: int):
+            y = _dropped(y, config.dropout.residual, keys, place)
             y = make_norm(config, name)(y) if config.post_norm else y
             return constrain(x + _scaled(y, config.residual_scale), ROWS, None, None)
 
         attended, cache = Attention(config, name="attention")(
-            before(x, "attention_norm"), cache, layer, positions, decode
+            before(x, "attention_norm"), cache, layer, positions, decode, keys
         )
-        x = added(x, attended, "post_attention_norm")
+        x = added(x, attended, "post_attention_norm", 0)
         if config.experts:
             network = MixtureOfExperts(config, name="experts")
         else:
             network = FeedForward(config, name="mlp")
-        x = added(x, network(before(x, "mlp_norm")), "post_mlp_norm")
+        x = added(x, network(before(x, "mlp_norm")), "post_mlp_norm", 1)
         # Read by `teacher.lazy_logits_and_states`, and nothing where the collection is not mutable.
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
@@ -280,7 +298,7 @@ class Attention(nn.Module):
 
     # The arguments of `Layer`, its carry taken apart.
     @nn.compact
-    def __call__(self, x, cache, layer, positions, decode):
+    def __call__(self, x, cache, layer, positions, decode, keys):
         config, padded = self.config, self.config.padded
         index, kind = layer
 
@@ -320,7 +338,7 @@ class Attention(nn.Module):
             key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
             out = _attend_to_cache(config, query, key, value, sinks, positions, kind)
         else:
-            out = _attend(config, query, key, value, sinks, kind)
+            out = _attend(config, query, key, value, sinks, kind, keys)
         return project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
 
 
@@ -343,10 +361,11 @@ def _rotate(config: DecoderConfig, x: jax.Array, positions, columns: int, kind) 
     return turned[0] if place is None else jax.lax.select_n(place, *turned)
 
 
-def _attend(config: DecoderConfig, query, key, value, sinks, kind) -> jax.Array:
+def _attend(config: DecoderConfig, query, key, value, sinks, kind, keys) -> jax.Array:
     """`attend` with the window of the layer's kind, which its kernels have to know."""
     windows, place = _of_kinds(config, "sliding_window", kind)
     how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
+    how |= {"dropout": config.dropout.attention, "dropout_keys": keys}
     ways = [functools.partial(attend, sliding_window=window, **how) for window in windows]
     if place is None:
         return ways[0](query, key, value)
@@ -366,6 +385,13 @@ def _attend_to_cache(config: DecoderConfig, query, key, value, sinks, positions,
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
     """The array by a number that is rounded to its dtype first, as `transformers` has it."""
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+
+def _dropped(x: jax.Array, rate: float, keys: jax.Array | None, place: int) -> jax.Array:
+    """`[B, T, D]` after dropout, if there are keys `[B]`."""
+    if not rate or keys is None:
+        return x
+    return x * keep_mask(keys, rate, x.shape[1:], place).astype(x.dtype)
 
 
 def _write(cache: Cache, index, key, value, positions) -> Cache:
@@ -394,7 +420,7 @@ def _layers(config: DecoderConfig) -> nn.Module:
         layer,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=config.num_layers,
     )
     return scanned(config, name="layers")

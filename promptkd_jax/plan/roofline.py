@@ -173,7 +173,8 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in step.writers)
     devices = mesh["fsdp"] * mesh["tensor"]
     gradients = 4 * student.parameters / devices * (2 if method.num_micro_batches > 1 else 1)
-    saved = _saved(student, step.rows, step.columns, platform)
+    drops = method.dropout and student.config.dropout.attention > 0
+    saved = _saved(student, step.rows, step.columns, platform, drops=drops)
     if method.prompted or method.teacher_view == "online":
         saved += _saved(teacher, step.rows, step.before + step.columns, platform)
     gathered = max(2 * model.layer_bytes / model.config.num_layers for model in models)
@@ -184,11 +185,12 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     return {"cache": cache, "rollout": cache + 2 * copies, "update": update}
 
 
-def _saved(count: Counter, rows: int, columns: int, platform: str) -> float:
+def _saved(count: Counter, rows: int, columns: int, platform: str, *, drops: bool = False) -> float:
     """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots"
     also what its matrices give, which the backward pass reads; with "none" the inputs and outputs
-    of all products, attention's weights among them where no flash kernel leaves them out, and half
-    as much again for norms, rotations and activation functions."""
+    of all products, attention's weights among them where no flash kernel leaves them out (there is
+    none where some of them are dropped), and half as much again for norms, rotations and activation
+    functions."""
     config, tensor, tokens = count.config, count.mesh["tensor"], rows * columns / count.row_parts
     if config.remat == "none":
         scores = 3 * 4 * config.num_layers * config.num_heads / tensor * columns
@@ -203,7 +205,9 @@ def _saved(count: Counter, rows: int, columns: int, platform: str) -> float:
             row_parts=count.row_parts,
             head_parts=tensor,
         )
-        return tokens * (1.5 * count.activation_bytes + (scores if flash == "xla" else 0))
+        if drops or flash == "xla":
+            return tokens * (1.5 * count.activation_bytes + scores)
+        return tokens * 1.5 * count.activation_bytes
     kept = config.width
     if config.remat == "dots":
         cut = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

@@ -145,6 +145,7 @@ def paper_config(
         config.teacher.path, config.evaluation.teacher = "", False
         config.checkpoint.select = "loss" if method == "init" else "rougeL"
     config.stages = (_paper_stage(method, size, teacher),)
+    config.stages[0].dropout = True  # of those models that have it
     epoch = DOLLY_ROWS // config.stages[0].batch_size
     config.evaluation.update(every=epoch, batch_size=64)
     return config

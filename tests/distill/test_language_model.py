@@ -267,6 +267,13 @@ def test_inner_layers_cannot_be_seen():
         )
 
 
+def test_dropout_needs_a_decoder():
+    models = pkd.Models(by_functions(STUDENT), TEACHER)
+    fixed = dict(method=plain(dropout=True), models=models, optimizers=OPTIMIZERS)
+    with pytest.raises(ValueError, match="dropout: the student is a LanguageModel"):
+        pkd.train_step(begin(), teacher_params(), batch(), **fixed)
+
+
 def test_demonstrations_need_embeddings():
     method = plain(teacher_view="in_context", demonstrations=(7,))
     models = pkd.Models(STUDENT, pkd.LanguageModel(TEACHER.hidden_states, TEACHER.output_head))

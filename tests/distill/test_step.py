@@ -34,9 +34,8 @@ from helpers.tiny import equations
 
 import promptkd_jax.distill.step as step_module
 from promptkd_jax.data.batch import Batch, truncate
-from promptkd_jax.distill import objective
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
-from promptkd_jax.distill.optimizer import adamw
+from promptkd_jax.distill.optimizer import Gradients, accumulate, adamw
 from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, init_state, summarize
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models
@@ -373,8 +372,8 @@ def test_published_conventions(step, alpha):
 def test_gradients_in_half_precision_are_summed_in_float32():
     """In bfloat16, 256 + 1 is 256."""
     one = {"x": jnp.ones((512, 3), jnp.bfloat16)}
-    gradients = objective.Gradients(one, jnp.float32(2), {"kl": jnp.float32(3)})
-    found = objective.accumulate(lambda x: gradients._replace(by_group=x), (one,))
+    gradients = Gradients(one, jnp.float32(2), {"kl": jnp.float32(3)})
+    found = accumulate(lambda x: gradients._replace(by_group=x), (one,))
     assert found.by_group["x"].dtype == jnp.bfloat16
     assert found.loss.shape == found.sums["kl"].shape == (512,)
     np.testing.assert_array_equal(found.by_group["x"], 512)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, Dropout
 from promptkd_jax.models.families import base
 
 
@@ -26,6 +26,7 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
         norm_eps=c.get("layer_norm_epsilon", 1e-5),
         activation=c.get("activation_function", "gelu_new"),
         tied=c.get("tie_word_embeddings", True),
+        dropout=Dropout(*(c.get(f"{where}_pdrop", 0.1) for where in ("embd", "resid", "attn"))),
     )
 
 

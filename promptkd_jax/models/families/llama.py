@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from promptkd_jax.models.config import DecoderConfig, LayerKind
+from promptkd_jax.models.config import DecoderConfig, Dropout, LayerKind
 from promptkd_jax.models.families import base
 
 ROTARY_TABLES = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in files of transformers 4
@@ -39,6 +39,7 @@ def read_llama(
         "out_bias": bias,
         "mlp_bias": c.get("mlp_bias", False),
         "tied": c.get("tie_word_embeddings", False),
+        "dropout": Dropout(attention=c.get("attention_dropout", 0.0)),
         **base.kinds_of_layers(layers),
     }
     return DecoderConfig(**(fields | differing))

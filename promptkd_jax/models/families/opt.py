@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, Dropout
 from promptkd_jax.models.families import base
 from promptkd_jax.models.families.gpt2 import learned_positions_decoder
 
@@ -31,6 +31,7 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
         activation=c.get("activation_function", "relu"),
         tied=c.get("tie_word_embeddings", True),
         position_offset=2,
+        dropout=Dropout(residual=c.get("dropout", 0.1), attention=c.get("attention_dropout", 0.0)),
     )
 
 

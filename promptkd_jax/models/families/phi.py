@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from promptkd_jax.models.config import DecoderConfig, LayerKind
+from promptkd_jax.models.config import DecoderConfig, Dropout, LayerKind
 from promptkd_jax.models.families import base
 from promptkd_jax.models.families.llama import read_llama
 
@@ -11,7 +11,9 @@ from promptkd_jax.models.families.llama import read_llama
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     rope = base.read_rope(c, source, partial=True)
     layers = [LayerKind(rope, c.get("sliding_window"))]
-    return read_llama(c, source, layers, norm_eps=c.get("rms_norm_eps", 1e-5))
+    dropout = Dropout(residual=c.get("resid_pdrop", 0.0), attention=c.get("attention_dropout", 0.0))
+    eps = c.get("rms_norm_eps", 1e-5)
+    return read_llama(c, source, layers, norm_eps=eps, dropout=dropout)
 
 
 def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
