@@ -85,8 +85,9 @@ def lazy_logits_and_states(
     last, sown = model.apply({"params": params}, batch.tokens, **how)
     last, layers, states = gather(last, where), sown["intermediates"]["layers"], {}
     for name, layer in taps:
-        # The last layer's are those behind the final norm, which the head sees.
-        if name == "hidden" and layer == model.config.num_layers - 1:
+        # The last layer's are those behind the final norm, which the head sees, if it sees all D.
+        is_last = layer == model.config.num_layers - 1 and not model.config.projected_width
+        if name == "hidden" and is_last:
             states[name, layer] = last
             continue
         # `sow` appends to a tuple, which has one entry after one forward: all layers, stacked

@@ -30,6 +30,7 @@ ROWS = ("data", "fsdp")  # the axes that the rows of a batch are dealt out to
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding|lm_head", P("tensor", "fsdp")),
     (r"positions/embedding", P(None, "fsdp")),
+    (r"project_(in|out)/kernel", P()),
     (r"layers/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor", None)),
     (r"layers/attention/(query|key|value)/bias", P(None, "tensor", None)),
     (r"layers/attention/out/kernel", P(None, "tensor", None, "fsdp")),

@@ -128,9 +128,11 @@ class DecoderConfig:
     kinds: tuple[LayerKind, ...] = (LayerKind(),)
     pattern: tuple[int, ...] = ()
     qk_norm: str = ""  # of queries and keys: "" none, "head" of each head, "all" of all together
-    pre_norm: bool = True  # in front of attention and feed-forward
-    post_norm: bool = False  # behind them, before they are added to the residual stream
+    # Of norms: "before" attention and feed-forward, "after" them, before they are added to the
+    # residual stream, "both", or of the "sum" itself, then without a final norm (OPT-350m).
+    norm_placement: str = "before"
     norm_offset: float = 0.0  # that is added to the scales of norms (Gemma: 1)
+    projected_width: int | None = None  # W of embeddings and head, where projections lead to D
     embedding_scale: float = 1.0  # of the embeddings of tokens
     input_scale: float = 1.0  # of all that goes into the first layer, a soft prompt included
     residual_scale: float = 1.0  # of what attention and feed-forward add
@@ -188,6 +190,12 @@ class DecoderConfig:
     def replace(self, **changes: Any) -> "DecoderConfig":
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of embeddings, of a soft prompt, and of the hidden states that the head sees:
+        W, or D."""
+        return self.projected_width or self.width
 
     @property
     def trained_positions(self) -> int:

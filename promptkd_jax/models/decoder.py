@@ -133,10 +133,13 @@ class Decoder(nn.Module):
         """
         config = self.config
         vocab_size = config.padded.vocab_size
-        x = _scaled(Embedding(config, vocab_size, name="embed")(tokens), config.embedding_scale)
+        embed = Embedding(config, vocab_size, config.embedding_width, name="embed")
+        x = _scaled(embed(tokens), config.embedding_scale)
         if prefix is not None:
             rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
             x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
+        if config.projected_width:
+            x = project(config, config.width, False, "project_in")(x)
         # Columns, the prefix included: [1, M + T] for whole rows, which all begin at column 0;
         # [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
@@ -150,7 +153,8 @@ class Decoder(nn.Module):
                     "prompt"
                 )
             table = config.max_positions + config.position_offset
-            x = x + Embedding(config, table, name="positions")(positions + config.position_offset)
+            at = Embedding(config, table, config.width, name="positions")
+            x = x + at(positions + config.position_offset)
         x = _dropped(_scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
         # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
@@ -161,10 +165,14 @@ class Decoder(nn.Module):
         kinds = jnp.asarray(config.pattern, jnp.int32) if config.pattern else None
         layers = jnp.arange(config.num_layers), kinds
         (x, cache), _ = _layers(config)((x, cache), layers, positions, decode, dropout_keys)
-        x = _scaled(make_norm(config, "final_norm")(x), config.logit_scale)
+        if config.norm_placement != "sum":
+            x = make_norm(config, "final_norm")(x)
+        if config.projected_width:
+            x = project(config, config.projected_width, False, "project_out")(x)
+        x = _scaled(x, config.logit_scale)
         # Declared here, multiplied by the losses: no [B, T, V] array leaves the model.
         if not config.tied:
-            shape = (vocab_size, config.width)
+            shape = (vocab_size, config.embedding_width)
             self.param("lm_head", nn.initializers.normal(0.02), shape, config.param_dtype)
         # Hidden states are aligned with the tokens, with a prefix and without.
         if prefix is not None:
@@ -234,14 +242,15 @@ class Decoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of `rows` embeddings, looked up by `[...]` ids: `[..., D]`."""
+    """A table of `rows` embeddings, looked up by `[...]` ids: `[..., width]`."""
 
     config: DecoderConfig
     rows: int
+    width: int
 
     @nn.compact
     def __call__(self, ids):
-        shape = (self.rows, self.config.width)
+        shape = (self.rows, self.width)
         initial = nn.initializers.normal(0.02)
         table = self.param("embedding", initial, shape, self.config.param_dtype)
         # Cut along the width as well, a row would have to be put together after it is looked up.
@@ -265,27 +274,30 @@ class Layer(nn.Module):
     def __call__(self, carry, layer, positions, decode, keys):
         config = self.config
         x, cache = carry
+        placement = config.norm_placement
 
         def before(x, name: str):
-            return make_norm(config, name)(x) if config.pre_norm else x
+            return make_norm(config, name)(x) if placement in ("before", "both") else x
 
         if keys is not None:  # each layer has its own, beside that of the embeddings, 0
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1 + layer[0])
 
         def added(x, y, name: str, place: int):
             y = _dropped(y, config.dropout.residual, keys, place)
-            y = make_norm(config, name)(y) if config.post_norm else y
-            return constrain(x + _scaled(y, config.residual_scale), ROWS, None, None)
+            if placement in ("after", "both"):
+                y = make_norm(config, f"post_{name}")(y)
+            x = constrain(x + _scaled(y, config.residual_scale), ROWS, None, None)
+            return make_norm(config, name)(x) if placement == "sum" else x
 
         attended, cache = Attention(config, name="attention")(
             before(x, "attention_norm"), cache, layer, positions, decode, keys
         )
-        x = added(x, attended, "post_attention_norm", 0)
+        x = added(x, attended, "attention_norm", 0)
         if config.experts:
             network = MixtureOfExperts(config, name="experts")
         else:
             network = FeedForward(config, name="mlp")
-        x = added(x, network(before(x, "mlp_norm")), "post_mlp_norm", 1)
+        x = added(x, network(before(x, "mlp_norm")), "mlp_norm", 1)
         # Read by `teacher.lazy_logits_and_states`, and nothing where the collection is not mutable.
         self.sow("intermediates", "hidden", x)
         return (x, cache), None

@@ -88,7 +88,7 @@ def backward_flops(config: DecoderConfig, rows: int, columns: int, *, weights: b
 
 def head_flops(config: DecoderConfig, rows: int, positions: int) -> int:
     """Of logits: 2 B R V D."""
-    return 2 * rows * positions * config.vocab_size * config.width
+    return 2 * rows * positions * config.vocab_size * config.embedding_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,12 @@ class Counter:
     @property
     def head_bytes(self) -> float:
         """Of the head, gathered along `fsdp`; the embedding is as large."""
-        return self.config.vocab_size * self.config.width * self.itemsize / self.mesh["tensor"]
+        return (
+            self.config.vocab_size
+            * self.config.embedding_width
+            * self.itemsize
+            / self.mesh["tensor"]
+        )
 
     @property
     def activation_bytes(self) -> float:
@@ -159,7 +164,7 @@ class Counter:
     def head(self, rows: int, positions: int, products: int) -> Cost:
         """`products` with the head (logits: 1; hidden states' gradient, head's gradient: 1 more
         each), which is gathered once and read for every block of positions."""
-        vocab_size, width = self.config.vocab_size, self.config.width
+        vocab_size, width = self.config.vocab_size, self.config.embedding_width
         devices = math.prod(self.mesh.values())
         on_device = max(rows * vocab_size // devices, 1)
         block = max(chunked_loss.chunk_elements("tpu") // on_device, 1)

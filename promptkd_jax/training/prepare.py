@@ -299,7 +299,7 @@ def init_learned(
 def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.Array:
     chosen, tokenizer = config.soft_prompt, teacher.tokenizer
     if chosen.init == "random":
-        return random_soft_prompt(key, chosen.length, teacher.decoder.config.width)
+        return random_soft_prompt(key, chosen.length, teacher.decoder.config.embedding_width)
     if chosen.init == "examples":
         return pooled_soft_prompt(teacher.decoder, teacher.params, demonstrations, chosen.length)
     if chosen.init == "vocabulary":

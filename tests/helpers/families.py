@@ -17,6 +17,13 @@ GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions"
 FAMILIES = {
     "gpt2": GPT2 | {"model_type": "gpt2"},
     "opt": LLAMA | {"model_type": "opt", "ffn_dim": 24},
+    "opt_350m": LLAMA
+    | {
+        "model_type": "opt",
+        "ffn_dim": 24,
+        "word_embed_proj_dim": 8,
+        "do_layer_norm_before": False,
+    },
     "llama": LLAMA | {"model_type": "llama"},
     "llama_tied": LLAMA | {"model_type": "llama", "tie_word_embeddings": True},
     "llama_biases": LLAMA | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},

@@ -62,6 +62,17 @@ CONFIGS = {  # config.json of every family and of what families differ in
         "ffn_dim": 80,
         "max_position_embeddings": POSITIONS,
     },
+    "opt_350m": {  # norms of the sum, and embeddings narrower than the model
+        "model_type": "opt",
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "word_embed_proj_dim": WIDTH,
+        "do_layer_norm_before": False,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "ffn_dim": 80,
+        "max_position_embeddings": POSITIONS,
+    },
     "llama": {"model_type": "llama", **_LLAMA, "rope_parameters": _LLAMA3_ROPE},
     "llama_linear": {  # with the flat rope fields that transformers 4 wrote
         "model_type": "llama",

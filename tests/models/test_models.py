@@ -538,9 +538,6 @@ REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
         {"rope_scaling": {"type": "linear", "factor": 4.0}},
         "rope_parameters .* and rope_scaling .* contradict one another",
     ),
-    # OPT-350m: norms behind the blocks, and embeddings narrower than the model.
-    "post-norm": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False is not"),
-    "narrow embedding": ("opt", {"word_embed_proj_dim": 24}, "word_embed_proj_dim = 24 .*only 48"),
     "scaled attention": (
         "gpt2",
         {"scale_attn_by_inverse_layer_idx": True},

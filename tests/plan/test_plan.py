@@ -87,6 +87,7 @@ def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
     [
         ("openai-community/gpt2", 0.1244),
         ("openai-community/gpt2-xl", 1.558),
+        ("facebook/opt-350m", 0.3312),
         ("facebook/opt-1.3b", 1.316),
         ("facebook/opt-6.7b", 6.658),
         ("facebook/opt-13b", 12.853),

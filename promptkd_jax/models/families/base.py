@@ -7,9 +7,9 @@ stores it if GGUF files of it are read, and which shapes are published.
 A row of a table is (Hugging Face name, path in our parameter tree, pattern). The pattern is einops
 notation from the stored layout to ours and at the same time the shape: V vocabulary, P rows of the
 position table, D width, N heads, K key/value heads, H head width, F feed-forward width, E experts,
-G gate and up of an expert in turn. `{}` in a name is the layer, a second one the expert; such
-parameters are stacked along a leading L, or L E. Letters that are stored as one dimension stand
-together and in the same order in ours.
+G gate and up of an expert in turn, W width of embeddings where it is not D. `{}` in a name is the
+layer, a second one the expert; such parameters are stacked along a leading L, or L E. Letters that
+are stored as one dimension stand together and in the same order in ours.
 """
 
 import dataclasses
@@ -194,6 +194,7 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
         "F": config.mlp_width,
         "E": config.experts.number if config.experts else 0,
         "G": 2 * config.mlp_width,
+        "W": config.embedding_width,
     }
 
 
@@ -234,8 +235,9 @@ def norm_rows(stem: str, path: str, *, bias: bool = False, letter: str = "D") ->
 
 def embedding_rows(name: str, config: DecoderConfig) -> list[Tensor]:
     """The embedding, and the head where it is another matrix."""
-    rows = [Tensor(name, "embed/embedding", "V D -> V D")]
-    return rows if config.tied else [*rows, Tensor(HEAD, "lm_head", "V D -> V D")]
+    pattern = "V W -> V W" if config.projected_width else "V D -> V D"
+    rows = [Tensor(name, "embed/embedding", pattern)]
+    return rows if config.tied else [*rows, Tensor(HEAD, "lm_head", pattern)]
 
 
 def expert_rows(router: str, experts: str, names: Sequence[str] = EXPERT_NAMES) -> list[Tensor]:

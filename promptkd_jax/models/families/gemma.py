@@ -66,7 +66,7 @@ def _decoder(
         [kinds[name] for name in types],
         tied=c.get("tie_word_embeddings", True),
         head_dim=c.get("head_dim", 256),
-        post_norm=True,
+        norm_placement="both",
         norm_offset=1.0,
         embedding_scale=c["hidden_size"] ** 0.5,
         attention_scale=c.get("query_pre_attn_scalar", 256) ** -0.5,

@@ -16,7 +16,7 @@ _NORMS = {
 
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     eps = c.get("rms_norm_eps", 1e-5)
-    return read_llama(c, source, qk_norm="all", pre_norm=False, post_norm=True, norm_eps=eps)
+    return read_llama(c, source, qk_norm="all", norm_placement="after", norm_eps=eps)
 
 
 def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:

@@ -1,4 +1,5 @@
-"""OPT: learned positions from row 2 on, layer norms."""
+"""OPT: learned positions from row 2 on, layer norms; 350m has narrower embeddings, and norms of the
+residual stream itself."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +10,14 @@ from promptkd_jax.models.families.gpt2 import learned_positions_decoder
 
 
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
-    # What OPT-350m has otherwise.
     base.require(
         c,
         source,
-        do_layer_norm_before=True,
         _remove_final_layer_norm=False,
-        word_embed_proj_dim=c["hidden_size"],
         enable_bias=True,
         layer_norm_elementwise_affine=True,
     )
+    narrow = c.get("word_embed_proj_dim", c["hidden_size"])
     return learned_positions_decoder(
         c["hidden_size"],
         c["num_attention_heads"],
@@ -31,17 +30,27 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
         activation=c.get("activation_function", "relu"),
         tied=c.get("tie_word_embeddings", True),
         position_offset=2,
+        projected_width=narrow if narrow != c["hidden_size"] else None,
+        norm_placement="before" if c.get("do_layer_norm_before", True) else "sum",
         dropout=Dropout(residual=c.get("dropout", 0.1), attention=c.get("attention_dropout", 0.0)),
     )
 
 
 def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     layer, attention, mlp = "layers.{}", "layers/attention", "layers/mlp"
-    stem = f"{layer}.self_attn"
+    stem, last, projections = f"{layer}.self_attn", (), ()
+    if config.norm_placement != "sum":
+        last = base.norm_rows("final_layer_norm", "final_norm", bias=True)
+    if config.projected_width:
+        projections = (
+            base.Tensor("project_in.weight", "project_in/kernel", "D W -> W D"),
+            base.Tensor("project_out.weight", "project_out/kernel", "W D -> D W"),
+        )
     return (
         *base.embedding_rows("embed_tokens.weight", config),
         base.Tensor("embed_positions.weight", "positions/embedding", "P D -> P D"),
-        *base.norm_rows("final_layer_norm", "final_norm", bias=True),
+        *last,
+        *projections,
         *base.norm_rows(f"{layer}.self_attn_layer_norm", "layers/attention_norm", bias=True),
         *base.norm_rows(f"{layer}.final_layer_norm", "layers/mlp_norm", bias=True),
         *base.linear_rows(f"{stem}.q_proj", f"{attention}/query", "(N H) D -> D N H", bias=True),
@@ -73,6 +82,11 @@ FAMILIES = (
         published=base.published(
             ("hidden_size", "word_embed_proj_dim", "num_hidden_layers", "num_attention_heads")
             + ("ffn_dim",),
+            (
+                _CONFIG | {"do_layer_norm_before": False},
+                (1024, 512, 24, 16, 4096),
+                "facebook/opt-350m",
+            ),
             (_CONFIG, (2048, 2048, 24, 32, 8192), "facebook/opt-1.3b", "MiniLLM/init-OPT-1.3B"),
             (_CONFIG, (2560, 2560, 32, 32, 10240), "facebook/opt-2.7b", "MiniLLM/init-OPT-2.7B"),
             (_CONFIG, (4096, 4096, 32, 32, 16384), "facebook/opt-6.7b", "MiniLLM/init-OPT-6.7B"),
