@@ -5,6 +5,7 @@ is the gradient itself. Steps are compiled once per method and with little optim
 is nearly all of the time.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.families import FAMILIES
 from helpers.steps import (
     EOS,
     ON_POLICY,
@@ -34,12 +36,14 @@ from helpers.tiny import equations
 
 import promptkd_jax.distill.step as step_module
 from promptkd_jax.data.batch import Batch, truncate
+from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.optimizer import Gradients, accumulate, adamw
 from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, init_state, summarize
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
 
 MOMENTUM = optax.sgd(0.5, momentum=0.9)
@@ -557,3 +561,30 @@ def test_matrix_products_of_an_update(teacher):
     without = traced_products(0.0, teacher, student)
     saved = total - sum(flops for _, flops, attention in without if not attention)
     assert saved == pytest.approx(2 * weights(teacher) * tokens, rel=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_teacher_and_student(family):
+    """A step of PromptKD with rollouts, dropout and losses on inner layers fits together, in shapes
+    alone; what they compute is tested where it is."""
+    config = from_hugging_face(FAMILIES[family])
+    decoder, params = Decoder(config), abstract_params(config)
+    inner = (HiddenTerm("mse"), HiddenTerm("relation", layers="uniform"))
+    chosen = dataclasses.replace(
+        ON_POLICY,
+        vocab_size=30,
+        hidden_terms=inner,
+        dropout=True,
+        router_balance=0.01 if config.experts else 0.0,
+    )
+    width = config.embedding_width
+    groups = {"student": params, "soft_prompt": jax.ShapeDtypeStruct((3, width), jnp.float32)}
+    begin = functools.partial(init_state, optimizers=OPTIMIZERS, key=jax.random.key(0))
+    fixed = dict(method=chosen, models=Models(decoder, decoder), optimizers=OPTIMIZERS)
+    before = jax.eval_shape(begin, groups)
+    after, metrics = jax.eval_shape(functools.partial(train_step, **fixed), before, params, batch())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), before
+    )
+    assert {"mse_1_1", "relation_0_0", "reverse_kl"} <= metrics.sums.keys()
+    assert ("router_balance" in metrics.sums) == (config.experts is not None)
