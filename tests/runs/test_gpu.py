@@ -17,7 +17,7 @@ import promptkd_jax as pkd
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
-from promptkd_jax.models.config import LayerKind, Rope
+from promptkd_jax.models.config import Experts, LayerKind, Rope
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
@@ -156,6 +156,26 @@ def test_a_decoder_in_bfloat16_takes_cudnn_and_agrees_with_xla_on_a_mesh(monkeyp
 def test_full_precision_is_for_xla():
     lowered = jax.jit(decoder().init).lower(jax.random.key(0), jnp.zeros((2, 8), jnp.int32))
     assert "__cudnn" not in lowered.as_text()
+
+
+UNUSUAL = {
+    "caps and sinks": {"attention_soft_cap": 2.0, "attention_sinks": True},
+    "experts": {"experts": Experts(6, 2, renormalized=True), "mlp_width": 32},
+}
+
+
+@pytest.mark.parametrize("changes", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_no_kernel_computes_is_that_of_the_cpu(changes):
+    model = decoder(**changes)
+    params, prefix = random_params(model, 4), np.full((3, 64), 0.1, np.float32)
+    tokens = np.random.default_rng(4).integers(0, VOCABULARY, (4, 33))
+
+    def loss(params, prefix):
+        return jnp.mean(jnp.square(model.apply({"params": params}, tokens, prefix=prefix)[..., :7]))
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    found, right = (run(gradient, params, prefix) for run in (on_gpu, on_cpu))
+    assert_close(found, right, ALLOWED["float32"], "gradient")
 
 
 # The chunked loss.
