@@ -53,7 +53,7 @@ def attend(
     rows, columns, num_heads, head_dim = query.shape
     key, value = (repeat_kv(x, num_heads) for x in (key, value))  # [B, T, K, H], K may have grown
     if dropout and dropout_keys is not None:  # no kernel draws what is the same on every mesh
-        drop = functools.partial(keep_mask, dropout_keys, dropout)
+        drop = functools.partial(keep_weights, dropout_keys, dropout, num_heads)
         return _in_parts(query, key, value, sinks, sliding_window, soft_cap, drop)
     chosen = implementation(
         platform=sharding.platform(),
@@ -77,20 +77,39 @@ def attend(
 def keep_mask(
     keys: jax.Array, rate: float, shape: tuple[int, ...], place: jax.Array | int
 ) -> jax.Array:
-    """What dropout multiplies with, `[B, *shape]`: 0 for a share of `rate`, else 1 / (1 - rate).
+    """Returns the factors of dropout, `[B, *shape]`: 0 for a share of `rate`, else 1 / (1 - rate).
 
     A row's depends on its own key and on no other row. Of a shape that is longer along its first
     dimension (padded heads, more columns) the beginning is the same.
 
     Args:
       keys: `[B]`, of the rows.
-      place: a number of the place in the model; each has a mask of its own.
+      place: a number of the place in a layer: 0 and 1, or 0 of the embeddings; 2 is attention's.
     """
 
     def of_row(key):
         return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, shape)
 
     return jax.vmap(of_row)(keys) / (1 - rate)
+
+
+def keep_weights(keys: jax.Array, rate: float, num_heads: int, begin: int, end: int) -> jax.Array:
+    """Returns the factors of dropout, as `keep_mask`, for the weights that the queries `begin` to
+    `end` give the columns up to `end`: `[B, N, end - begin, end]`. Those of a query and a head
+    depend on their numbers alone, not on how many others there are.
+
+    Args:
+      keys: `[B]`, of the rows in a layer.
+    """
+
+    def of_row(key, query, head):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 2), query), head)
+        return jax.random.bernoulli(key, 1 - rate, (end,))
+
+    of_heads = jax.vmap(of_row, (None, None, 0))  # [N, end]
+    of_queries = jax.vmap(of_heads, (None, 0, None), 1)  # [N, queries, end]
+    of_rows = jax.vmap(of_queries, (0, None, None))
+    return of_rows(keys, jnp.arange(begin, end), jnp.arange(num_heads)) / (1 - rate)
 
 
 # Devices along `tensor` share out query heads. Query head n reads key/value head n * K // N, so a
@@ -201,7 +220,7 @@ def _in_parts(
     sinks,
     sliding_window: int | None,
     soft_cap: float | None,
-    drop: Callable[[tuple[int, ...], int], jax.Array] | None = None,
+    drop: Callable[[int, int], jax.Array] | None = None,
 ) -> jax.Array:
     """A few columns of queries at a time, against no keys but those that one of them sees."""
     rows, columns, num_heads, head_dim = query.shape
@@ -216,9 +235,7 @@ def _in_parts(
         seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), sliding_window)
         seen_keys = key[:, :, first:end], value[:, :, first:end]
         queries = query[:, :, :, begin:end]
-        # [B, N, size, S]; the layer has two places besides.
-        kept = drop and drop((num_heads, end - begin, end - first), 2 + begin)
-        kept = kept if kept is None else kept.reshape(*queries.shape[:4], -1)
+        kept = drop and drop(begin, end)[..., first:].reshape(*queries.shape[:4], -1)
         parts.append(_weigh(queries, *seen_keys, seen, sinks, soft_cap, kept))
     attended = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)  # [B, T, K, N / K, H]
     return attended.reshape(rows, columns, num_heads, head_dim)

@@ -25,7 +25,7 @@ from helpers.steps import log_probs as plain_log_probs
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models, StepModels
-from promptkd_jax.models.attention import keep_mask
+from promptkd_jax.models.attention import attend, keep_mask, keep_weights
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import REMAT, Decoder, head
 from promptkd_jax.models.families.registry import from_hugging_face
@@ -51,6 +51,19 @@ def test_a_mask_is_that_of_its_row_and_place():
     assert (found[0] != found[1]).any() and (found != keep_mask(KEYS, 0.5, (8, 8), 4)).any()
 
 
+def test_dropped_weights_do_not_depend_on_columns_or_heads_beside_them():
+    whole = keep_weights(KEYS, 0.5, 4, 0, 9)
+    assert whole.shape == (3, 4, 9, 9)
+    np.testing.assert_array_equal(keep_weights(KEYS, 0.5, 2, 3, 6), whole[:, :2, 3:6, :6])
+    assert all((whole[:, 0] != other).any() for other in (whole[:, 1], whole[:, 0, ::-1]))
+    # A row in four stripes with a window, against one that is shorter and one stripe.
+    query, key, value = np.random.default_rng(0).normal(size=(3, 3, 300, 2, 8)).astype(np.float32)
+    how = dict(sliding_window=40, dropout=0.5, dropout_keys=KEYS)
+    found = attend(query, key, value, **how)[:, :90]
+    expected = attend(query[:, :90], key[:, :90], value[:, :90], **how)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # Where a model has them
 
 
@@ -65,7 +78,7 @@ def masks_of_opt(dropout: Dropout, depth: int, heads: int, width: int):
     length = TOKENS.shape[1]
     for layer in range(depth):
         keys = jax.vmap(jax.random.fold_in, (0, None))(KEYS, 1 + layer)
-        yield keep_mask(keys, dropout.attention, (heads, length, length), 2)
+        yield keep_weights(keys, dropout.attention, heads, 0, length)
         yield keep_mask(keys, dropout.residual, (length, width), 0)
         yield keep_mask(keys, dropout.residual, (length, width), 1)
 
