@@ -15,7 +15,7 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.feed_forward import ACTIVATIONS
-from promptkd_jax.models.io.hub import pretrained_name, repository_of, resolve_model
+from promptkd_jax.models.io.hub import repository_of, resolve_model
 from promptkd_jax.models.io.params import has_head_of_its_own, load_params
 from promptkd_jax.models.io.safetensors import (
     PLAIN,
@@ -74,7 +74,7 @@ def load_model(
         source, tokenizer, card = _open_gguf(file)
         generation = {}
     else:
-        source = SafetensorsFolder(file, pretrained_name(path) if repository_of(path) else None)
+        source = SafetensorsFolder(file, path if repository_of(path) else "")
         tokenizer, generation, card = _tokenizer(file), _generation(file), read_card(file)
     if repository := repository_of(path):
         card = card | {"base_model": repository}
@@ -144,7 +144,7 @@ def load_without_weights(path: str, **changes: Any) -> Model:
     else:
         hf_config = read_json(file / "config.json")
         tokenizer, generation, card = _tokenizer(file), _generation(file), read_card(file)
-    config = from_hugging_face(hf_config, f"{file}: config").replace(**changes)
+    config = from_hugging_face(hf_config, f"{file}: config", path).replace(**changes)
     eos_ids = _eos_ids(generation, hf_config, tokenizer)
     return Model(path, Decoder(config), None, hf_config, tokenizer, eos_ids, card)
 

@@ -220,7 +220,7 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
 def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
     """The model at a path, of shapes; `sources` is told where these are from."""
     hf_config, sources[path] = stored_config(path)
-    config = from_hugging_face(hf_config, f"{path}: config").replace(
+    config = from_hugging_face(hf_config, f"{path}: config", path).replace(
         dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
     )
     end = hf_config.get("eos_token_id")

@@ -20,6 +20,7 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.io.convert import convert
 from promptkd_jax.models.io.export import save_model
+from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.load import load_model
 
 torch = pytest.importorskip("torch", reason="files of torch are read by torch")
@@ -107,7 +108,7 @@ def test_what_there_is_to_convert_is_said(folder, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="is no adapter .*which --base is for"):
         convert(str(path), tmp_path / "converted", base="x")
     save_model(tmp_path / "whole", random_model("llama"))
-    with pytest.raises(ModelError, match="which is read as it is: give the folder itself"):
+    with pytest.raises(ModelError, match="has weights that are read as they are: give it itself"):
         convert(str(tmp_path / "whole"), tmp_path / "converted")
     torch.save(tensors, path / "pytorch_model.bin")
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
@@ -183,7 +184,13 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
 
     refused({"use_dora": True}, tensors, "use_dora = True cannot be merged")
     refused({"bias": "all"}, tensors, "bias = 'all' cannot be merged")
-    refused({"peft_type": "PROMPT_TUNING"}, tensors, r"\(PROMPT_TUNING\), of which only LORA")
+    refused({"peft_type": "IA3"}, tensors, r"\(IA3\), of which only LORA")
+    refused({"peft_type": "PROMPT_TUNING"}, tensors, "cannot be merged .*load_soft_prompt reads it")
+    quantised = {**read_json(pair.folder / "config.json"), "quantization_config": "bitsandbytes"}
+    (tmp_path / "bnb").mkdir()
+    (tmp_path / "bnb" / "config.json").write_text(json.dumps(quantised))
+    named = {"base_model_name_or_path": str(tmp_path / "bnb")}
+    refused(named, tensors, r"quantised \(bitsandbytes\).*another base model .* by --base")
     refused({"base_model_name_or_path": None}, tensors, "names no base model; give it by --base")
     first = next(iter(tensors))
     other = {name: x for name, x in tensors.items() if name != first}

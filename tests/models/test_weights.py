@@ -20,6 +20,7 @@ from promptkd_jax.infra.files import to_path
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export, params
+from promptkd_jax.models.io.convert import convert
 from promptkd_jax.models.io.export import save_model, save_without_weights
 from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.io.safetensors import has_weights, read_card
@@ -222,20 +223,40 @@ def test_weights_stored_as_something_else_are_refused(folder, dtype, name):
     refused(store(folder, quantise), f"tensor {name} is stored as .*; a weight is read as F64, F32")
 
 
-QUANTISED_CONFIGS = {
-    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4}},
-    "fp8": {"quantization_config": {"quant_method": "fp8"}},
-    "compressed-tensors": {"quantization_config": {"quant_method": "compressed-tensors"}},
-    "bitsandbytes": {"quantization_config": {"load_in_4bit": False, "load_in_8bit": True}},
-    "affine": {"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}},  # MLX
+_CT = {"quant_method": "compressed-tensors"}
+QUANTISED_CONFIGS = {  # the name in messages, and a config's field
+    "gptq, 4 bits": {"quant_method": "gptq", "bits": 4},
+    "awq, 4 bits": {"quant_method": "awq", "bits": 4},
+    "hqq": {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}},
+    "aqlm": {"quant_method": "aqlm"},
+    "torchao": {"quant_method": "torchao"},
+    "modelopt NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "bitsandbytes, 4 bits": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes, 8 bits": {"load_in_4bit": False, "load_in_8bit": True},
+    "compressed-tensors pack-quantized int of 4 bits": {
+        **_CT,
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}},
+    },
 }
 
 
 @pytest.mark.parametrize("kind", QUANTISED_CONFIGS)
 def test_a_quantised_config_is_named(folder, kind):
-    write(folder, **QUANTISED_CONFIGS[kind])
+    write(folder, quantization_config=QUANTISED_CONFIGS[kind])
     refused(folder, rf"quantised \({kind}\).*take the model that these were made from")
+    with pytest.raises(ModelError, match=rf"quantised \({kind}\).*take the model that these were"):
+        convert(str(folder), folder.parent / "converted")
+    write(folder, quantization_config=None, quantization={"group_size": 64, "mode": "affine"})
+    refused(folder, r"quantised \(affine\)")  # MLX
+
+
+@pytest.mark.parametrize("method", ["fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt"])
+def test_what_convert_dequantises_is_named_with_the_command(folder, method):
+    weights = {"weights": {"type": "float", "num_bits": 8}}
+    said = {"quant_method": method, "quant_algo": "FP8", "config_groups": {"group_0": weights}}
+    write(folder, quantization_config=said)
+    refused(folder, rf"quantised \({method}.*\n  promptkd convert --model {folder} --output conv")
 
 
 @pytest.mark.parametrize("said", [None, {"load_in_4bit": False, "load_in_8bit": False}])
@@ -249,7 +270,7 @@ def test_a_config_that_says_that_nothing_is_quantised(folder, said):
     [
         ("qweight", "GPTQ or AWQ"),
         ("g_idx", "GPTQ or AWQ"),
-        ("weight_scale_inv", "FP8"),
+        ("weight_scale_inv", "FP8.*\n  promptkd convert --model"),
         ("weight_packed", "compressed-tensors"),
         ("weight.absmax", "bitsandbytes"),
         ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
@@ -272,7 +293,7 @@ def test_tensors_of_other_kinds_are_named(folder, suffix, kind):
     ("kind", "remedy"),
     [
         ("LORA", r"merge it into its base model \(some/base\).*promptkd convert --model"),
-        ("PROMPT_TUNING", "a soft prompt for some/base, which load_soft_prompt reads"),
+        ("PROMPT_TUNING", "a soft prompt for some/base: .*load_soft_prompt reads it"),
     ],
 )
 @pytest.mark.parametrize("merged", [True, False], ids=["beside a model", "alone"])

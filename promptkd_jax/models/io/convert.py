@@ -2,32 +2,39 @@
 
 `pytorch_model.bin`, also in shards, is read by torch's loader of weights alone, which runs nothing
 that a pickle says; torch is not needed otherwise. A LoRA adapter is added to the matrices of its
-base model, W + s B A (Hu et al. 2021, arXiv 2106.09685), as PEFT's `merge_and_unload` does.
+base model, W + s B A (Hu et al. 2021, arXiv 2106.09685), as PEFT's `merge_and_unload` does. Weights
+in FP8 or MXFP4 are dequantised.
 """
 
+import collections
 import math
 import pathlib
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from promptkd_jax.infra import files
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.families.quantised import CONFIG_KEYS, read_quantisation
 from promptkd_jax.models.families.registry import from_hugging_face
-from promptkd_jax.models.io.export import write_tensors
+from promptkd_jax.models.io.dequantise import plain_tensors
+from promptkd_jax.models.io.export import shard_files, write_tensors
 from promptkd_jax.models.io.hub import download, local_path, resolve_model
+from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.io.safetensors import (
     SINGLE,
     SMALL_FILES,
     SafetensorsFolder,
+    listed_files,
     read_json,
     refuse_pointer,
-    weight_files,
+    soft_prompt_use,
 )
 
 ADAPTER = "adapter_config.json"
@@ -42,16 +49,29 @@ _PLAIN = {"use_dora": False, "bias": "none", "trainable_token_indices": None}
 Shard = tuple[str, Mapping[str, np.ndarray]]  # a file's name, and its tensors
 
 
-def convert(path: str, output: pathlib.Path, *, base: str = "") -> str:
+class _Source(NamedTuple):
+    """A model to convert, and what is said of it."""
+
+    said: str
+    shards: Iterable[Shard]
+    folders: Sequence[pathlib.Path]  # of configs and tokenizers: later ones add to the first
+    dtype: str = ""  # in which weights are written that are not as they are stored
+
+
+def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "") -> str:
     """Writes a model into a folder that `load_model` reads, and says what it was.
 
+    Host memory holds the tensors of one file at a time.
+
     Args:
-      path: a folder or hub id: of `pytorch_model.bin` files, or of a LoRA adapter.
+      path: a folder or hub id: of weights in FP8 or MXFP4, of `pytorch_model.bin` files, or of a
+        LoRA adapter.
       output: a new folder of a disk.
       base: of an adapter, in place of the one that it names.
+      dtype: of the weights; "": as they are stored, dequantised ones in bfloat16.
 
     Raises:
-      ModelError: it is neither, or something in it would be lost or cannot be read.
+      ModelError: it is none of these, or something in it would be lost or cannot be read.
     """
     folder = local_path(path)
     if folder.is_file():
@@ -59,48 +79,86 @@ def convert(path: str, output: pathlib.Path, *, base: str = "") -> str:
     if not folder.is_dir():
         folder = download(path, SMALL_FILES)
     if (folder / ADAPTER).exists():
-        if not local_path(path).is_dir():
-            folder = download(path, [*SMALL_FILES, *_ADAPTER_FILES])
-        lora = _read_lora(folder)
-        named = base or str(lora.config.get("base_model_name_or_path") or "")
-        if not named:
-            raise ModelError(f"{folder / ADAPTER}: names no base model; give it by --base")
-        plain = resolve_model(named)
-        small, said = [plain, folder], f"a LoRA adapter of {named}, merged"
-        shards = _merged(plain, lora)
-        config = plain / "config.json"
+        source = _adapter(path, folder, base)
+    elif not (folder / "config.json").exists():
+        raise ModelError(
+            f"{folder}: nothing to convert; expected a model's config.json with {_BIN} or with "
+            f"weights in FP8 or MXFP4, or a LoRA adapter's {ADAPTER}"
+        )
+    elif base:
+        raise ModelError(f"{path}: is no adapter (no {ADAPTER}), which --base is for")
     else:
-        if not (folder / "config.json").exists():
-            raise ModelError(
-                f"{folder}: nothing to convert; expected a model's config.json with {_BIN}, or a "
-                f"LoRA adapter's {ADAPTER}"
-            )
-        if base:
-            raise ModelError(f"{path}: is no adapter (no {ADAPTER}), which --base is for")
-        names = _bin_files(folder)
-        if not local_path(path).is_dir():
-            folder = download(path, [*SMALL_FILES, *names])
-        small, said = [folder], ", ".join(names)
-        shards = ((_as_safetensors(name), read_torch(folder / name)) for name in names)
-        config = folder / "config.json"
-    from_hugging_face(read_json(config), f"{config.parent}: config")
+        source = _model(path, folder, dtype)
     output.mkdir(parents=True, exist_ok=True)
     where, total = {}, 0
-    for file, tensors in shards:
-        write_tensors(output / file, tensors)
-        where |= dict.fromkeys(tensors, file)
-        total += sum(x.nbytes for x in tensors.values())
+    with np.errstate(over="ignore"):  # an infinity is told by its name
+        for file, tensors in source.shards:
+            tensors = {name: _cast(array, name, dtype) for name, array in tensors.items()}
+            write_tensors(output / file, tensors)
+            where |= dict.fromkeys(tensors, file)
+            total += sum(x.nbytes for x in tensors.values())
     if len(set(where.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         files.write_json(files.to_path(output / f"{SINGLE}.index.json"), index)
-    for source in small:
-        _copy_small_files(source, output, overwrite=source is not small[0])
-    return said
+    for folder in source.folders:
+        _copy_small_files(folder, output, overwrite=folder is not source.folders[0])
+    if dtype := dtype or source.dtype:
+        config = read_json(output / "config.json")
+        kept = {x: config[x] for x in config if x not in (*CONFIG_KEYS, "torch_dtype")}
+        files.write_json(files.to_path(output / "config.json"), kept | {"dtype": dtype})
+    return source.said
+
+
+def _adapter(path: str, folder: pathlib.Path, base: str) -> _Source:
+    if not local_path(path).is_dir():
+        folder = download(path, [*SMALL_FILES, *_ADAPTER_FILES])
+    lora = _read_lora(folder)
+    named = base or str(lora.config.get("base_model_name_or_path") or "")
+    if not named:
+        raise ModelError(f"{folder / ADAPTER}: names no base model; give it by --base")
+    try:
+        source = SafetensorsFolder(plain := resolve_model(named), named)
+    except ModelError as error:
+        remedy = "" if base else "; another base model of the same shapes can be given by --base"
+        raise ModelError(f"the base model of {folder / ADAPTER}: {error}{remedy}") from error
+    return _Source(f"a LoRA adapter of {named}, merged", _merged(source, lora), [plain, folder])
+
+
+def _model(path: str, folder: pathlib.Path, dtype: str) -> _Source:
+    config, where = read_json(folder / "config.json"), f"{folder}: config"
+    quantisation = read_quantisation(config)
+    if quantisation and not quantisation.is_read:
+        raise ModelError(f"{where}: {quantisation.fault(path)}")
+    from_hugging_face({key: config[key] for key in config if key not in CONFIG_KEYS}, where)
+    if not local_path(path).is_dir():
+        folder = download(path, [*SMALL_FILES, SINGLE, *listed_files(folder)])
+    if quantisation or all((folder / name).exists() for name in listed_files(folder)):
+        source, dtype = SafetensorsFolder(folder, path, scaled=True), dtype or "bfloat16"
+        tensors = plain_tensors(source, quantisation.block if quantisation else (), dtype)
+        if not tensors:
+            raise ModelError(f"{folder}: has weights that are read as they are: give it itself")
+        names = shard_files({name: tensor.nbytes for name, tensor in tensors.items()})
+        shards = ((file, {x: tensors[x].read() for x in some}) for file, some in names.items())
+        said = quantisation.name if quantisation else "quantised weights"
+        return _Source(f"{said}, dequantised to {dtype}", shards, [folder], dtype)
+    names = _bin_files(folder)
+    if not local_path(path).is_dir():
+        folder = download(path, [*SMALL_FILES, *names])
+    shards = ((_as_safetensors(name), read_torch(folder / name)) for name in names)
+    return _Source(", ".join(names), shards, [folder])
+
+
+def _cast(array: np.ndarray, name: str, dtype: str) -> np.ndarray:
+    if dtype and jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(dtype, copy=False)
+        if not all_finite(array):
+            raise ModelError(f"tensor {name} has a NaN, or a number that {dtype} cannot hold")
+    return array
 
 
 def _copy_small_files(source: pathlib.Path, output: pathlib.Path, *, overwrite: bool) -> None:
     """Configs, tokenizers and templates; of an adapter, what its own training has changed."""
-    skipped = {ADAPTER, _BIN_INDEX, f"{SINGLE}.index.json"}
+    skipped = {ADAPTER, _BIN_INDEX, f"{SINGLE}.index.json", "hf_quant_config.json"}
     skipped |= {"config.json", "README.md"} if overwrite else set()
     for pattern in SMALL_FILES:
         for file in source.glob(pattern):
@@ -120,8 +178,6 @@ def _bin_files(folder: pathlib.Path) -> list[str]:
         names = sorted(set(found.values())) if isinstance(found, dict) else []
         if not names or not all(re.fullmatch(r"[\w.-]+\.bin", str(name)) for name in names):
             raise ModelError(f"{index}: has no weight_map, of tensors and the files they are in")
-    if (folder / SINGLE).exists():
-        raise ModelError(f"{folder}: has {SINGLE}, which is read as it is: give the folder itself")
     return names
 
 
@@ -199,7 +255,10 @@ def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def _read_lora(folder: pathlib.Path) -> _Lora:
     config = read_json(folder / ADAPTER)
-    if (kind := config.get("peft_type")) != "LORA":
+    if (kind := config.get("peft_type")) == "PROMPT_TUNING":
+        use = soft_prompt_use(config.get("base_model_name_or_path"))
+        raise ModelError(f"{folder}: cannot be merged into a model: {use}")
+    if kind != "LORA":
         raise ModelError(
             f"{folder}: is a PEFT adapter ({kind}), of which only LORA can be merged into a model"
         )
@@ -229,14 +288,13 @@ def _read_lora(folder: pathlib.Path) -> _Lora:
     return _Lora(folder, config, pairs, whole)
 
 
-def _merged(folder: pathlib.Path, lora: _Lora) -> Iterator[Shard]:
-    source = SafetensorsFolder(folder)
+def _merged(source: SafetensorsFolder, lora: _Lora) -> Iterator[Shard]:
     places = {_without_prefix(name): name for name in source.names()}
     changes = {f"{module}.weight": module for module in lora.pairs}
     wanted = {_without_prefix(name): name for name in (*changes, *lora.whole)}
     if missing := [name for short, name in wanted.items() if short not in places]:
-        raise ModelError(f"{lora.folder}: changes {missing[0]}, which {folder} does not have")
-    by_file: dict[str, list[str]] = {file: [] for file in weight_files(folder)}
+        raise ModelError(f"{lora.folder}: changes {missing[0]}, which {source.path} does not have")
+    by_file = collections.defaultdict(list)
     for name in source.names():
         by_file[source.file_of(name)].append(name)
     for file, names in by_file.items():

@@ -32,6 +32,7 @@ from promptkd_jax.models.io.params import PIECE_BYTES, stored_names
 from promptkd_jax.models.model import Model
 
 SHARD_BYTES = 5 * 10**9
+STORED_IN = ("bfloat16", "float16", "float32")  # what readers of a folder know
 
 
 def to_hugging_face(params: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
@@ -187,20 +188,15 @@ def _save_tensors(folder: epath.Path, model: Model) -> None:
     # the host is a collective of all processes; the first alone keeps it.
     config = model.decoder.config
     tensor_bytes = dict(_stored_bytes(model.params, config))
-    shards = _shards(tensor_bytes)
-    written = ["model.safetensors"]
-    if len(shards) > 1:
-        written = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    shards = shard_files(tensor_bytes)
     tensors = stored_tensors(model.params, config)
-    for file, names in zip(written, shards):
+    for file, names in shards.items():
         _save_shard(folder / file, itertools.islice(tensors, len(names)))
-    distributed.run_on_primary(
-        functools.partial(_save_index, folder, dict(zip(written, shards)), tensor_bytes)
-    )
+    distributed.run_on_primary(functools.partial(_save_index, folder, shards, tensor_bytes))
 
 
-def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """The names of the tensors in each file."""
+def shard_files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The files of tensors of so many bytes, in their order, and the names of those in each."""
     shards, held = [[]], 0
     for name, size in sizes.items():
         if held + size > SHARD_BYTES and shards[-1]:
@@ -208,7 +204,10 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
             held = 0
         shards[-1].append(name)
         held += size
-    return shards
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": x for i, x in enumerate(shards, start=1)}
 
 
 def _save_shard(file: epath.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:

@@ -44,11 +44,11 @@ def resolve_model(path: str, *, weights: bool = True) -> pathlib.Path:
     if (local := local_path(path)).exists():
         return pathlib.Path(student_of_run(to_path(local)))
     folder = download(path, SMALL_FILES)
-    weight_files(folder)  # refuses before anything large is fetched
+    weight_files(folder, path)  # refuses before anything large is fetched
     if not weights:
         return folder
     folder = download(path, [*SMALL_FILES, SINGLE])
-    weights = weight_files(folder)
+    weights = weight_files(folder, path)
     return folder if weights == [SINGLE] else download(path, [*SMALL_FILES, *weights])
 
 

@@ -5,20 +5,23 @@ quantised weights, pickles, pointers of Git LFS.
 import json
 import pathlib
 import re
-import shlex
 from collections.abc import Iterable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 from etils import epath
 
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.families.quantised import Quantisation, convert_command
 from promptkd_jax.models.families.registry import from_hugging_face
 
 # Configs, tokenizers, templates and card; which files hold the weights is seen from these.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 CARD_KEYS = ("base_model", "license")
+FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+FLOAT8 |= {"F8_E8M0": ml_dtypes.float8_e8m0fnu}  # powers of two: scales
 SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = r"\w[\w./@+-]*"  # a scalar that YAML reads as it stands
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -26,11 +29,15 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 # Tensors that only files of another kind have.
 _OF_OTHER_KINDS = {
     r".+\.(qweight|qzeros|g_idx)": "quantised by GPTQ or AWQ",
-    r".+\.(weight_scale|weight_scale_inv|input_scale|weight_packed)": "quantised to FP8 or by "
-    "compressed-tensors",
+    r".+\.weight_packed": "quantised by compressed-tensors",
     r".+\.(absmax|quant_map|SCB|weight_format)|.+\.quant_state\..+": "quantised by bitsandbytes",
     r".+\.(scales|biases)": "quantised by MLX",
     r".+\.lora_[AB]\..+": "those of a PEFT adapter",
+}
+# Those that `convert` reads.
+_SCALED = {
+    r".+\.(weight_scale|weight_scale_inv|input_scale)": "FP8",
+    r".+_blocks": "MXFP4",
 }
 # Where weights are that nothing here reads.
 _UNREAD = ("pytorch_model*.bin", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack")
@@ -40,32 +47,32 @@ class SafetensorsFolder:
     """The weights of a folder: `model.safetensors`, or shards with their index.
 
     Args:
-      pretrained: the name and the revision by which `transformers` would find the model, for the
-        remedies of messages; by default the folder.
+      name: what the model was asked for by, for the remedies of messages; by default the folder.
+      scaled: whether weights in FP8 or MXFP4 are read, too, as they are stored.
 
     Raises:
       ModelError: a folder of another kind, or a file of it that is missing, damaged, or contradicts
         another one.
     """
 
-    def __init__(self, folder: pathlib.Path, pretrained: tuple[str, str | None] | None = None):
-        self.path = str(folder)
+    def __init__(self, folder: pathlib.Path, name: str = "", *, scaled: bool = False):
+        self.path, name = str(folder), name or str(folder)
         self._files, where = {}, {}
         self._where = where
-        files = weight_files(folder)
+        files = listed_files(folder) if scaled else weight_files(folder, name)
         self.config = read_json(folder / "config.json")
         # Only headers are read here: a file is mapped into memory, and of it a slice of a tensor is
         # read when `read` asks for it.
         for file in files:
-            opened = _open(folder / file, pretrained or (str(folder), None))
-            for name in opened.keys():  # noqa: SIM118
-                if name in where:
+            opened = _open(folder / file, name)
+            for tensor in opened.keys():  # noqa: SIM118
+                if tensor in where:
                     raise ModelError(
-                        f"{self.path}: tensor {name} is in {where[name]} and in {file}; which of "
-                        "them is meant cannot be seen: get the model's files again"
+                        f"{self.path}: tensor {tensor} is in {where[tensor]} and in {file}; which "
+                        "of them is meant cannot be seen: get the model's files again"
                     )
-                self._files[name], where[name] = opened, file
-        _refuse_other_kinds(self.path, self._files)
+                self._files[tensor], where[tensor] = opened, file
+        _refuse_other_kinds(self.path, self._files, None if scaled else name)
 
     def names(self) -> list[str]:
         """All tensor names of all files."""
@@ -84,34 +91,55 @@ class SafetensorsFolder:
         return self._files[name].get_slice(name).get_dtype()
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the part at `index`, in its stored dtype (`ml_dtypes.bfloat16` too)."""
+        """The tensor, or the part at `index`, in its stored dtype (those of `ml_dtypes` too)."""
+        if (kind := self.dtype(name)) in FLOAT8:
+            return self._mapped(name, FLOAT8[kind])[index or ...]
         if index is None:
             return self._files[name].get_tensor(name)
         return self._files[name].get_slice(name)[index]
 
+    def _mapped(self, name: str, dtype: type) -> np.ndarray:
+        """The tensor where it lies in its file: NumPy has no name for its dtype, by which
+        safetensors would make an array."""
+        file = pathlib.Path(self.path, self._where[name])
+        # https://huggingface.co/docs/safetensors: the header's size, the header, the tensors.
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            start, stop = json.loads(opened.read(size))[name]["data_offsets"]
+        stored = np.memmap(file, np.uint8, "r", offset=8 + size + start, shape=stop - start)
+        return np.asarray(stored).view(dtype).reshape(self.shape(name))
 
-def weight_files(folder: pathlib.Path) -> list[str]:
+
+def weight_files(folder: pathlib.Path, name: str = "") -> list[str]:
     """The names of the files that hold a folder's weights, which need not be there yet.
 
     As `transformers` reads it: where there is `model.safetensors`, it holds all, and no index is
     looked at.
 
+    Args:
+      name: as `SafetensorsFolder` takes it.
+
     Raises:
       ModelError: no config of a supported model in plain weights; a PEFT adapter; or an index that
         names no files.
     """
-    _refuse_adapter(folder)
-    file = folder / "config.json"
-    from_hugging_face(read_json(file), f"{folder}: config")
-    return _listed_files(folder)
+    name = name or str(folder)
+    _refuse_adapter(folder, name)
+    from_hugging_face(read_json(folder / "config.json"), f"{folder}: config", name)
+    return listed_files(folder)
 
 
 def has_weights(folder: epath.Path) -> bool:
     """Whether a folder holds every file of weights that it should."""
-    return all((folder / file).exists() for file in _listed_files(folder))
+    return all((folder / file).exists() for file in listed_files(folder))
 
 
-def _listed_files(folder: pathlib.Path) -> list[str]:
+def listed_files(folder: pathlib.Path) -> list[str]:
+    """The files of weights that a folder's index names, or the one that needs none.
+
+    Raises:
+      ModelError: the index names no files.
+    """
     index = folder / _INDEX
     if (folder / SINGLE).exists() or not index.exists():
         return [SINGLE]
@@ -170,9 +198,9 @@ def refuse_pointer(file: pathlib.Path) -> None:
             )
 
 
-def _open(file: pathlib.Path, pretrained: tuple[str, str | None]):
+def _open(file: pathlib.Path, model: str):
     if not file.exists():
-        raise ModelError(_absent(file, *pretrained))
+        raise ModelError(_absent(file, model))
     refuse_pointer(file)
     try:
         return safetensors.safe_open(file, framework="np")
@@ -180,7 +208,7 @@ def _open(file: pathlib.Path, pretrained: tuple[str, str | None]):
         raise ModelError(f"{file}: damaged or truncated: {error}") from error
 
 
-def _absent(file: pathlib.Path, name: str, revision: str | None) -> str:
+def _absent(file: pathlib.Path, model: str) -> str:
     """Why there is no such file of weights, and the remedy."""
     folder = file.parent
     text = f"{file}: no such file (weights are read from safetensors only)"
@@ -190,16 +218,15 @@ def _absent(file: pathlib.Path, name: str, revision: str | None) -> str:
         return f"{text}; there is {gguf[0].name}: give that file itself as the model"
     if file.name != SINGLE:
         return f"{text}, which the index lists: get the model's files again"
-    at = f"@{revision}" if revision else ""
     return (
         f"{text}. Files pytorch_model*.bin are converted, where torch is installed, by\n"
-        f"  promptkd convert --model {shlex.quote(name + at)} --output converted\n"
+        f"  {convert_command(model)}\n"
         "Else take a revision that has them, OWNER/NAME@REVISION (on the hub that may be a pull "
         "request of its converter, refs/pr/1), or what transformers' save_pretrained writes"
     )
 
 
-def _refuse_adapter(folder: pathlib.Path) -> None:
+def _refuse_adapter(folder: pathlib.Path, model: str) -> None:
     # transformers, too, takes such a folder for an adapter, whatever else it holds.
     file = folder / "adapter_config.json"
     if not file.exists():
@@ -207,16 +234,24 @@ def _refuse_adapter(folder: pathlib.Path) -> None:
     adapter = read_json(file)
     kind, base = adapter.get("peft_type"), adapter.get("base_model_name_or_path")
     if kind == "PROMPT_TUNING":
-        remedy = f"it is a soft prompt for {base}, which load_soft_prompt reads"
+        remedy = soft_prompt_use(str(base))
     else:
-        remedy = (
-            f"merge it into its base model ({base}) first: promptkd convert --model "
-            f"{shlex.quote(str(folder))} --output merged"
-        )
+        remedy = f"merge it into its base model ({base}) first: {convert_command(model, 'merged')}"
     raise ModelError(f"{folder}: is a PEFT adapter ({kind}), not a model; {remedy}")
 
 
-def _refuse_other_kinds(path: str, names: Iterable[str]) -> None:
+def soft_prompt_use(base: str) -> str:
+    """How a prompt-tuning adapter is used, for messages."""
+    return (
+        f"it is a soft prompt for {base}: vectors in front of a row's tokens, which no weights can "
+        "hold; load_soft_prompt reads it, and peft.PeftModel.from_pretrained puts it before that "
+        "model"
+    )
+
+
+def _refuse_other_kinds(path: str, names: Iterable[str], model: str | None) -> None:
+    """Raises ModelError for tensors that no plain weights have; those of `_SCALED` where `model`
+    says how to name them to `convert`."""
     for name in names:
         for pattern, kind in _OF_OTHER_KINDS.items():
             if re.fullmatch(pattern, name):
@@ -224,3 +259,7 @@ def _refuse_other_kinds(path: str, names: Iterable[str]) -> None:
                     f"{path}: tensor {name}: the weights are {kind}; only plain ones in floating "
                     "point are read: take the model that these were made from"
                 )
+        for pattern, kind in _SCALED.items() if model else ():
+            if re.fullmatch(pattern, name):
+                fault = Quantisation(kind, is_read=True).fault(model)
+                raise ModelError(f"{path}: tensor {name}: {fault}")
