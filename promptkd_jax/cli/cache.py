@@ -5,6 +5,7 @@ command goes on where it was stopped, and does nothing where all is written.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ from promptkd_jax.training.config import as_json
 from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.prepare import with_date
 from promptkd_jax.training.run_data import training_rows
-from promptkd_jax.training.run_models import load_models, shared_vocabulary
+from promptkd_jax.training.run_models import load_models
 
 USAGE = "--config FILE[:arg] --output DIR [--top-k 64] [--batch-size 8] [--config.a.b=VALUE …]"
 
@@ -59,8 +60,9 @@ def cache(config: RunConfig, folder: epath.PathLike, *, top_k: int, batch_size: 
         check_shared(folder)
     mesh, data = sharding.make_mesh(config.mesh.sizes), config.data
     with jax.set_mesh(mesh):
-        teacher, student = load_models(config, mesh)
-        vocab_size = shared_vocabulary(teacher, student)
+        # Also where the stages of the run see it through the cache alone.
+        seen = dataclasses.replace(config.evaluation, teacher=True)
+        teacher, student = load_models(dataclasses.replace(config, evaluation=seen), mesh)
         check_positions(teacher, data.max_length)
         student = student.replace(params=None)  # tokenizes; its weights are not needed
         rows = training_rows(with_date(config, folder), student, None)
@@ -71,7 +73,8 @@ def cache(config: RunConfig, folder: epath.PathLike, *, top_k: int, batch_size: 
             top_k=top_k,
             batch_size=batch_size,
             length=data.max_length,
-            vocab_size=vocab_size,
+            vocab_size=student.vocab_size,
+            tokenizer=student.tokenizer,
         )
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(

@@ -49,6 +49,7 @@ def _respond_to_all(options: argparse.Namespace) -> None:
             max_prompt_length=capacity,
             max_length=capacity + options.max_new_tokens,
             eos_id=model.eos_ids[0],
+            vocab_size=model.vocab_size,
         )
         responses = generate_responses(
             model,

@@ -24,7 +24,7 @@ from promptkd_jax.data.conversations import (
     tokenize_conversations,
 )
 from promptkd_jax.data.records import Record
-from promptkd_jax.data.special_tokens import encode
+from promptkd_jax.data.special_tokens import encode, unknown_token
 from promptkd_jax.data.templates import PromptFormat, shows_date
 from promptkd_jax.infra.errors import DataError, Faults
 from promptkd_jax.infra.provenance import fingerprint_rows
@@ -113,6 +113,7 @@ def tokenize(
     max_prompt_length: int,
     max_length: int,
     eos_id: int,
+    vocab_size: int | None = None,
     supervise: str = "last",
     long_prompts: str = "drop",
     into: RowSink | None = None,
@@ -126,6 +127,7 @@ def tokenize(
     Args:
       records: read once, a few at a time.
       eos_id: ends a response where the chat template does not (see `templates.turn_end`).
+      vocab_size: tokens in use, as `Model.vocab_size`, so that no row has others; None: all.
       supervise: "last": a row is the last response, and all before it is its prompt; "all": all
         turns of the assistant are supervised, and the prompt is what stands before the first. For
         "each" see `conversations.one_turn_each`.
@@ -134,9 +136,8 @@ def tokenize(
       into: where the rows go; by default into memory.
 
     Raises:
-      DataError: no record is left, a prompt has no tokens, the two lengths contradict each other,
-        or the template cannot be rendered, or not as `supervise` wants it: names the first ten such
-        records, by their place or number.
+      DataError: no record is left, the two lengths contradict each other; or records have no
+        tokens, some that are not in use, or a template that fails: names the first ten of them.
     """
     if not 0 < max_prompt_length <= max_length:
         raise DataError(
@@ -144,14 +145,13 @@ def tokenize(
             "expected 0 < max_prompt_length <= max_length"
         )
     date = ""
-    if shows_date(prompt_format.template, tokenizer):
-        # One for all records, also at midnight.
+    if shows_date(prompt_format.template, tokenizer):  # one for all records, also at midnight
         date = prompt_format.date or datetime.date.today().isoformat()
     prompt_format = dataclasses.replace(prompt_format, date=date)
     how = dict(prompt_format=prompt_format, tokenizer=tokenizer, eos_id=eos_id, supervise=supervise)
-    longest = max_prompt_length if long_prompts == "cut" else None
+    cut = long_prompts == "cut"
     into, counts, lengths, masked = into or RowList(), collections.Counter(), _Range(), False
-    for record, one, length in _conversations(records, longest, **how):
+    for record, one, length in _conversations(records, max_prompt_length, cut, vocab_size, **how):
         lengths.add(length)
         if len(one.prompt) > max_prompt_length:
             counts["dropped"] += 1
@@ -178,11 +178,11 @@ def tokenize(
 
 
 def _conversations(
-    records: Iterable[Record], longest: int | None, **how: Any
+    records: Iterable[Record], longest: int, cut: bool, vocab_size: int | None, **how: Any
 ) -> Iterator[tuple[Record, Conversation, int]]:
-    """Yields each record, its tokens, and how many its prompt has. Prompts of more than `longest`
-    tokens are without as few of their first turns as will do; as they are where none will, since
-    the last turn alone is too long.
+    """Yields each record, its tokens, and how many its prompt has. To be `cut`, prompts of more
+    than `longest` tokens are without as few of their first turns as will do; as they are where none
+    will, since the last turn alone is too long.
 
     Raises:
       DataError: at the end, the faults of all records; from the first one on nothing is yielded.
@@ -196,8 +196,12 @@ def _conversations(
             if one and not length:
                 fault = "its prompt has no tokens; expected a tokenizer that has some for its text"
                 faults.add(record.place or f"record {number} (from 0)", fault)
-            if longest is not None and length > longest:
+            if cut and length > longest:
                 one = _shortened(record, one, longest, first=number, **how)
+            if one and len(one.prompt) <= longest:
+                ids = one.prompt + one.response
+                if fault := unknown_token(ids, vocab_size, how["tokenizer"]):
+                    faults.add(record.place or f"record {number} (from 0)", fault)
             if not faults.count:
                 yield record, one, length
         first += len(some)
@@ -251,6 +255,7 @@ def pack(
     length: int,
     eos_id: int,
     into: RowSink | None = None,
+    vocab_size: int | None = None,
 ) -> Rows:
     """Documents, each with its end of sequence, one after the other, cut into rows of `length`.
 
@@ -258,15 +263,20 @@ def pack(
 
     Args:
       texts: read once, a few at a time.
+      vocab_size: as `tokenize` takes it.
       into: where the rows go; by default into memory.
 
     Raises:
-      DataError: there is not enough text for one row.
+      DataError: there is not enough text for one row, or a text has a token that is not in use.
     """
     into, rest, count = into or RowList(), np.zeros(0, np.int32), 0
     supervised = np.arange(length) > 0
     for some in _chunks(texts, len):
-        parts = (np.array([*ids, eos_id], np.int32) for ids in encode(some, tokenizer))
+        encoded = encode(some, tokenizer)
+        for text, ids in zip(some, encoded):
+            if fault := unknown_token(ids, vocab_size, tokenizer):
+                raise DataError(f"the corpus: the document that begins {text[:40]!r}: {fault}")
+        parts = (np.array([*ids, eos_id], np.int32) for ids in encoded)
         stream = np.concatenate([rest, *parts])
         whole = len(stream) // length
         for row in stream[: whole * length].reshape(whole, length):

@@ -26,6 +26,25 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return dict(sorted(ids.items(), key=lambda item: -len(item[0])))
 
 
+def unknown_token(
+    ids: Sequence[int], vocab_size: int | None, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Says which of the ids is none of the `vocab_size` tokens in use (None: all are); None where
+    there is none.
+
+    A tokenizer may have tokens that its model has no row for, such as a padding token that was
+    added to it alone, or that the other model of a run does not know.
+    """
+    if vocab_size is None or (largest := max(ids, default=0)) < vocab_size:
+        return None
+    token = tokenizer.convert_ids_to_tokens(int(largest))
+    return (
+        f"token {token!r} has the id {largest}, but the tokens that the model has, or shares with "
+        f"its teacher, are 0 to {vocab_size - 1}; expected text, a template and a tokenizer "
+        "without it"
+    )
+
+
 def spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
     """Matches a special token in a text."""
     return re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")

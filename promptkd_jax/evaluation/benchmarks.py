@@ -23,11 +23,12 @@ from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows
+from promptkd_jax.data.special_tokens import unknown_token
 from promptkd_jax.distill import losses
 from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.inference.generate import generate_responses, round_up_to_devices
 from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.errors import ConfigError, DataError
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LazyLogits
@@ -142,7 +143,10 @@ class _Backend:
         if add_special_tokens is None:  # unless the text has a BOS already
             begins = string.startswith(self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = not begins
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        if fault := unknown_token(ids, self._vocab_size, self.tokenizer):
+            raise DataError(f"{self.model.name}: the text that begins {string[:40]!r}: {fault}")
+        return ids
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(

@@ -242,6 +242,7 @@ def _rows(task: _Task, records: Sequence[Record]) -> Rows:
         max_prompt_length=task.prompt_capacity,
         max_length=task.prompt_capacity,
         eos_id=task.teacher.eos_ids[0],
+        vocab_size=task.vocab_size,
     )
 
 

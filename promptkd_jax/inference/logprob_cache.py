@@ -46,6 +46,7 @@ def write_cache(
     batch_size: int,
     length: int,
     vocab_size: int,
+    tokenizer: Any = None,
 ) -> Cached:
     """Writes the plain teacher's k largest log-probabilities at every response position into
     `folder`, or what is still missing there.
@@ -58,6 +59,7 @@ def write_cache(
       batch_size: rows in one call of the teacher. The same one gives the same bytes.
       length: T, at least that of the longest row.
       vocab_size: the vocabulary that teacher and student share; probabilities add up to 1 over it.
+      tokenizer: that of the rows; None: the teacher's.
 
     Raises:
       DataError: `folder` was made by something else, or is in a bucket; a k or rows that cannot be
@@ -70,7 +72,8 @@ def write_cache(
     if not counts.any():
         raise DataError(f"none of the {len(counts)} rows has a response; the cache is of responses")
     manifest, offsets = folder / "manifest.json", np.concatenate([[0], np.cumsum(counts)])
-    made_from = _made_from(identity.model_identity(teacher), teacher.tokenizer, rows, vocab_size)
+    tokenizer = tokenizer or teacher.tokenizer
+    made_from = _made_from(identity.model_identity(teacher), tokenizer, rows, vocab_size)
     if distributed.is_primary() and not manifest.exists():
         _create_arrays(folder, offsets, top_k, vocab_size)
     provenance.verify_or_write(

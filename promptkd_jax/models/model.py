@@ -21,7 +21,8 @@ class Model:
 
     `params` is a dict pytree; `hf_config` the `config.json` it came with; `tokenizer` is None where
     the folder has none; generation ends at any of `eos_ids`. `card` has the `base_model` (a hub id)
-    and the `license` that are known of it, for the card of what is made of it.
+    and the `license` that are known of it, for the card of what is made of it. `shared_tokens` is
+    how many tokens it shares with the other model of a run, where there is one.
     """
 
     name: str
@@ -31,12 +32,15 @@ class Model:
     tokenizer: Any
     eos_ids: tuple[int, ...]
     card: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shared_tokens: int | None = None
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in use: those of the tokenizer, where there is one, without padding."""
-        rows = self.decoder.config.vocab_size
-        return min(rows, 1 + max(self.tokenizer.get_vocab().values())) if self.tokenizer else rows
+        """Tokens in use, from 0 on: those of the tokenizer, where there is one, that have a row of
+        the embedding and are shared. Padding, and tokens without a row, are behind them."""
+        sizes = [self.decoder.config.vocab_size]
+        sizes += [1 + max(self.tokenizer.get_vocab().values())] if self.tokenizer else []
+        return min(sizes + ([] if self.shared_tokens is None else [self.shared_tokens]))
 
     def replace(self, **changes: Any) -> "Model":
         """The same with some fields changed."""
@@ -110,16 +114,11 @@ def uniform_layers(depth: int, kept: int) -> tuple[int, ...]:
 
 
 def check_text(model: Model) -> None:
-    """Raises ModelError for a model without tokenizer or EOS, or one whose ids are no tokens."""
+    """Raises ModelError for a model without tokenizer or EOS, or one whose ends are no tokens."""
     if model.tokenizer is None:
         raise ModelError(f"{model.name}: has no tokenizer files (tokenizer.json, …)")
     if not model.eos_ids:
         raise ModelError(f"{model.name}: no eos_token_id in its config or generation config")
-    rows, largest = model.decoder.config.vocab_size, max(model.tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ModelError(
-            f"{model.name}: its tokenizer has ids up to {largest}, its embedding only {rows} rows"
-        )
     used = model.vocab_size
     if wrong := [one for one in model.eos_ids if one not in range(used)]:
         raise ModelError(

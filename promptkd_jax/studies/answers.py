@@ -167,6 +167,7 @@ def _tokenize_all(
             max_prompt_length=config.data.max_prompt_length,
             max_length=config.data.max_length,
             eos_id=model.eos_ids[0],
+            vocab_size=model.vocab_size,
             long_prompts=config.data.long_prompts,
         )
         tokens = provenance.fingerprint_rows(found[name].tokens)

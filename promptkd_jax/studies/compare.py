@@ -20,10 +20,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.special_tokens import unknown_token
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.exposure_bias import exposure_bias, generate_samples
 from promptkd_jax.inference.generate import with_turn_end
-from promptkd_jax.infra.errors import ComparisonError
+from promptkd_jax.infra.errors import ComparisonError, DataError
 from promptkd_jax.infra.files import load_or_compute, make_folder, read_text, write_json
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.load import load_with_tokenizer
@@ -112,6 +113,9 @@ def measure(made: Plan, workdir: pathlib.Path) -> dict[str, Any]:
     def curves(run: Run, seed: int) -> dict[str, list[float]]:
         student = with_turn_end(load(run.student, dtype=dtype), asked, teacher.tokenizer)
         how = dict(seed=seed, vocab_size=shared_vocabulary(teacher, student))
+        for tokens in sizes["rows"].tokens:
+            if fault := unknown_token(tokens, how["vocab_size"], teacher.tokenizer):
+                raise DataError(f"{data.dev}: student {student.name}: {fault}")
         written = write(eos_ids=end_ids(teacher, student), **how)
         found = exposure_bias(teacher, student, teacher_texts=written, **sizes, **how)
         return {name: np.asarray(curve).tolist() for name, curve in found._asdict().items()}

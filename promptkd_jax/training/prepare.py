@@ -15,6 +15,7 @@ from etils import epath
 
 from promptkd_jax.data.batches import train_batches
 from promptkd_jax.data.rows import Rows, fingerprint_records, fingerprint_supervised, select_rows
+from promptkd_jax.data.special_tokens import unknown_token
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.soft_prompt import (
     init_soft_prompt,
@@ -33,7 +34,7 @@ from promptkd_jax.training import build
 from promptkd_jax.training.experiment import Experiment, Stage
 from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.run_data import RunData, load_data, tokenized
-from promptkd_jax.training.run_models import agree_on_models, load_models, shared_vocabulary
+from promptkd_jax.training.run_models import agree_on_models, load_models
 
 
 def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
@@ -48,7 +49,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     """
     # Load the models.
     teacher, student = load_models(config, mesh)
-    vocab_size = shared_vocabulary(teacher, student)
+    vocab_size = student.vocab_size
     agree_on_models(teacher, student)
 
     # Load the data.
@@ -309,4 +310,6 @@ def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.A
         ids = [text_end(teacher) if own is None else own]
     else:
         ids = tokenizer(chosen.text, add_special_tokens=chosen.add_special_tokens)["input_ids"]
+    if fault := unknown_token(ids, teacher.decoder.config.vocab_size, tokenizer):
+        raise ConfigError(f"config.soft_prompt.init: {chosen.init!r}: {fault}")
     return init_soft_prompt(teacher.decoder, teacher.params, ids, chosen.length)

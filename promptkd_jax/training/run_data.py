@@ -166,7 +166,7 @@ def _packed_rows(
     config: RunConfig, student: Model, source: str, cache: pathlib.Path | None
 ) -> Rows:
     data = config.data
-    how = dict(length=data.max_length, eos_id=text_end(student))
+    how = dict(length=data.max_length, eos_id=text_end(student), vocab_size=student.vocab_size)
     digest = source_digest(source, split=data.corpus_split)
     made_from = {
         "what": "corpus",
@@ -216,6 +216,7 @@ def _tokenization(config: RunConfig, model: Model) -> dict[str, Any]:
         max_prompt_length=config.data.max_prompt_length,
         max_length=config.data.max_length,
         eos_id=model.eos_ids[0],
+        vocab_size=model.vocab_size,
         long_prompts=config.data.long_prompts,
     )
 

@@ -2,8 +2,9 @@
 the tokens that end a response.
 """
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
-from promptkd_jax.models.load import load_model, load_tokenizer
+from promptkd_jax.models.load import load_model, load_tokenizer, load_without_weights
 from promptkd_jax.models.model import Model, check_text, chosen_layers, end_ids, keep_layers
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import needs_the_teacher
@@ -49,8 +50,8 @@ def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | Non
 def ended_alike(
     config: RunConfig, teacher: Model | None, student: Model
 ) -> tuple[Model | None, Model]:
-    """Returns both with one chat template and the same tokens that end a response, the teacher with
-    the student's tokenizer where it has none.
+    """Returns both with one chat template, the same tokens that end a response, and how many tokens
+    they share; the teacher with the student's tokenizer where it has none.
 
     Raises:
       ModelError, DataError: as `load_models`.
@@ -66,8 +67,38 @@ def ended_alike(
         marks = student.tokenizer.convert_ids_to_tokens(list(eos_ids))
         how = f"rows end with {marks[0]}, as the chat template ends a turn"
         print(f"{how}; sampling stops at {' and '.join(marks)}", flush=True)
-    student = student.replace(eos_ids=eos_ids)
-    return teacher and teacher.replace(eos_ids=eos_ids), student
+    shared, eos_ids = _shared_ends(config, teacher, student, eos_ids)
+    student = student.replace(eos_ids=eos_ids, shared_tokens=shared)
+    return teacher and teacher.replace(eos_ids=eos_ids, shared_tokens=shared), student
+
+
+def _shared_ends(
+    config: RunConfig, teacher: Model | None, student: Model, eos_ids: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """How many tokens the models share, and which of these end a response; names the special tokens
+    that they do not share.
+
+    Raises:
+      ModelError: their tokenizers differ, or in the token that ends rows.
+    """
+    if teacher is None and any(stage.teacher_view == "cached" for stage in config.stages):
+        teacher = load_without_weights(config.teacher.path)  # of which the cache knows no more
+        teacher = teacher.replace(tokenizer=teacher.tokenizer or student.tokenizer)
+    shared = shared_vocabulary(teacher, student)
+    if teacher is not None and (differing := _differing_tokens(teacher, student)):
+        print(
+            f"teacher and student share the tokens 0 to {shared - 1}; special tokens behind them "
+            f"are cut off, {len(differing)} of which differ: {_some(differing)}",
+            flush=True,
+        )
+    if eos_ids[0] >= shared:
+        token = student.tokenizer.convert_ids_to_tokens(eos_ids[0])
+        raise ModelError(
+            f"rows end with {token!r} (id {eos_ids[0]}), but teacher {teacher.name} and student "
+            f"{student.name} share only the tokens 0 to {shared - 1}; where the ids mean the same, "
+            "give both the tokenizer files of one of them"
+        )
+    return shared, tuple(x for x in eos_ids if x < shared)
 
 
 def set_chat_template(config: RunConfig, teacher: Any, student: Any) -> None:
@@ -125,21 +156,49 @@ def choose_models(
 
 
 def shared_vocabulary(teacher: Model | None, student: Model) -> int:
-    """How many tokens teacher and student share; padding of one of them is cut off.
+    """How many tokens teacher and student share, from 0 on: what is behind them, padding and
+    special tokens that only one of them has, is cut off the distributions of both.
 
     Raises:
-      ModelError: their tokenizers differ.
+      ModelError: their tokenizers differ in other tokens, or in special ones among the others.
     """
     if teacher is None:
         return student.vocab_size
-    theirs, ours = (set(m.tokenizer.get_vocab().items()) for m in (teacher, student))
-    if theirs != ours:
+    differing = _differing_tokens(teacher, student)
+    if not differing:
+        return min(teacher.vocab_size, student.vocab_size)
+    first = min(differing)
+    vocabularies = [m.tokenizer.get_vocab().values() for m in (teacher, student)]
+    special = [m.tokenizer.added_tokens_decoder for m in (teacher, student)]
+    behind = {x for ids, added in zip(vocabularies, special) for x in ids if x not in added}
+    if behind and max(behind) >= first:
+        whole = max(len(ids) for ids in vocabularies)
         raise ModelError(
             f"teacher {teacher.name} and student {student.name} have different tokenizers: "
-            f"{len(theirs - ours)} of {len(theirs)} tokens of the teacher have another id or are "
-            "unknown to the student; distillation on logits needs the same tokenizer"
+            f"{len(differing)} of {whole} ids are other tokens, such as {_some(differing)}; "
+            "distillation on logits needs the same (only special tokens behind all others may "
+            "differ)"
         )
-    return min(teacher.vocab_size, student.vocab_size)
+    return min(teacher.vocab_size, student.vocab_size, first)
+
+
+def _differing_tokens(teacher: Model, student: Model) -> dict[int, tuple[str | None, str | None]]:
+    """The ids, ascending, that are not the same token for both, with the teacher's and the
+    student's; None for one that has none."""
+    theirs, ours = (m.tokenizer.get_vocab() for m in (teacher, student))
+    if theirs == ours:
+        return {}
+    theirs, ours = ({id: token for token, id in x.items()} for x in (theirs, ours))
+    both = {id: (theirs.get(id), ours.get(id)) for id in sorted(theirs.keys() | ours.keys())}
+    return {id: pair for id, pair in both.items() if pair[0] != pair[1]}
+
+
+def _some(differing: Mapping[int, tuple[str | None, str | None]]) -> str:
+    listed = [
+        f"{id} ({theirs or 'none'} of the teacher, {ours or 'none'} of the student)"
+        for id, (theirs, ours) in itertools.islice(differing.items(), 5)
+    ]
+    return ", ".join(listed) + (", …" if len(differing) > len(listed) else "")
 
 
 def agree_on_models(*models: Model | None) -> None:

@@ -398,14 +398,6 @@ def test_different_tokenizers_are_refused(config, tmp_path):
         run(config, tmp_path / "run")
 
 
-def test_padded_vocabularies_of_one_family_are_handled(config, tmp_path):
-    config.student.path = tiny.write_model(tmp_path / "padded", width=16, depth=2, seed=1, pad=13)
-    config.stages = config.stages[1:]
-    config.evaluation.every = 0
-    summary = run(config, tmp_path / "run")
-    assert np.isfinite(summary["kl_after"])
-
-
 def test_a_run_says_how_its_student_is_asked(finished, config, tmp_path):
     said = json.loads((finished / "student" / "promptkd.json").read_text())
     assert said.pop("chat_template_kwargs") == list(config.data.chat_template_kwargs) == []
