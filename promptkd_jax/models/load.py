@@ -24,6 +24,7 @@ from promptkd_jax.models.io.safetensors import (
     read_json,
     refuse_pointer,
 )
+from promptkd_jax.models.io.sentencepiece import SENTENCEPIECE, check_pieces, processor
 from promptkd_jax.models.model import Model, check_text
 from promptkd_jax.models.random_model import (
     PREFIX,
@@ -37,7 +38,7 @@ RECORDED = (  # of the fields of its data
     *("template", "system", "chat_template_kwargs", "add_bos", "date"),
     *("max_prompt_length", "max_length", "long_prompts"),
 )
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", SENTENCEPIECE)
 # Whatever else the tokenizers of transformers read.
 _BESIDE_TOKENIZER = ("*tokens*.json", "vocab.*", "merges.txt", "*.model", "*chat_template*")
 
@@ -187,14 +188,19 @@ def _tokenizer(folder: pathlib.Path) -> Any:
     for pattern in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
         for file in filter(pathlib.Path.is_file, folder.glob(pattern)):
             refuse_pointer(file)
+    whole = any((folder / file).exists() for file in ("tokenizer.json", "vocab.json"))
+    pieces = None if whole else processor(folder)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers, written in Rust, raises nothing more definite
         raise ModelError(
             f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}"
         ) from error
+    if pieces is not None:
+        check_pieces(folder, tokenizer, pieces)
+    return tokenizer
 
 
 def _eos_ids(
