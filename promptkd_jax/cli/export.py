@@ -12,6 +12,7 @@ from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import check_writable, of_another_machine
+from promptkd_jax.models.io.export import STORED_IN
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import with_date
@@ -22,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, type=flags.path, help="of a promptkd train")
     parser.add_argument("--output", required=True, type=flags.path)
     parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
+    text = "of the weights (default: as they were trained)"
+    parser.add_argument("--dtype", default="", choices=STORED_IN, help=text)
     flags.add_mesh(parser)
     flags.add_processes(parser)
 
@@ -54,7 +57,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             place = functools.partial(sharding.shardings, mesh=mesh)
             params = checkpoints.restore_params(step, SAVED, place)
     with flags.naming("--output", output):
-        paths = save(config, models, params, output)
+        paths = save(config, models, params, output, dtype=options.dtype)
     print(f"step {step}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
 
 

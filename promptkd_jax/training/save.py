@@ -67,6 +67,7 @@ def save(
     params: Mapping[str, Any],
     folder: epath.Path,
     metrics: Sequence[tuple] = (),
+    dtype: str = "",
 ) -> dict[str, str]:
     """Writes a run's student, with a model card and how it was asked, and its soft prompt into
     `folder`; the teacher too, where it learned.
@@ -75,6 +76,7 @@ def save(
       models: (teacher, student); their own parameters are not looked at.
       params: by group, as in `TrainState`.
       metrics: for the card, as `report.model_card` takes them.
+      dtype: of the weights; "": as they were trained.
 
     Returns:
       What lies where.
@@ -97,13 +99,14 @@ def save(
     asked = {name: getattr(config.data, name) for name in RECORDED}
     if not shows_date(config.data.template, student.tokenizer):
         del asked["date"]
-    save_model(folder / "student", student.replace(params=params["student"]), card=card)
+    kept = dtype or student.decoder.config.param_dtype
+    learned = _with_params(student, params["student"], kept)
+    save_model(folder / "student", learned, card=card)
     write_json(folder / "student" / RECORD, asked)
     paths = {"student": str(folder / "student")}
     if "teacher" in params:
         paths["teacher"] = str(folder / "teacher")
-        decoder = Decoder(teacher.decoder.config.replace(param_dtype="float32"))
-        learned = teacher.replace(decoder=decoder, params=params["teacher"])
+        learned = _with_params(teacher, params["teacher"], dtype or "float32")
         save_model(folder / "teacher", learned, card=card)
         write_json(folder / "teacher" / RECORD, asked)
     if "soft_prompt" in params:
@@ -115,3 +118,9 @@ def save(
             hf_config=teacher.hf_config,
         )
     return paths
+
+
+def _with_params(model: Model, params: Any, dtype: str) -> Model:
+    """The model with these parameters, to be written in `dtype`."""
+    decoder = Decoder(model.decoder.config.replace(param_dtype=dtype))
+    return model.replace(decoder=decoder, params=params)

@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.models import random_model
+from helpers.models import CONFIGS, random_model
 from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.cli.main import main
@@ -17,7 +17,7 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.io import dequantise, export
 from promptkd_jax.models.io.convert import convert
 from promptkd_jax.models.io.dequantise import plain_tensors
-from promptkd_jax.models.io.export import save_model
+from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.io.safetensors import SafetensorsFolder
 from promptkd_jax.models.load import load_model
 
@@ -25,6 +25,8 @@ torch = pytest.importorskip("torch", reason="files in FP8 are written by torch h
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 NAME = "model.layers.1.mlp.up_proj.weight"  # [80, 48]
+WHOLE_GROUPS = {"hidden_size": 64, "intermediate_size": 32, "rms_norm_eps": 1e-5}
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 BLOCK = (32, 20)  # of which the last ones are cut: 80 = 2 * 32 + 16, 48 = 2 * 20 + 8
 
 
@@ -135,6 +137,36 @@ def test_mxfp4_is_that_of_transformers():
     np.testing.assert_array_equal(found["up"].astype(np.float32), expected.float().numpy())
     with pytest.raises(ModelError, match=r"up_blocks \[3, 6, 2, 16\] .* are not MXFP4 of experts"):
         read({"up_blocks": blocks, "up_scales": scales[:2]})
+
+
+def test_gpt_oss_in_mxfp4_is_the_model_of_its_plain_weights(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "mxfp4", CONFIGS["gpt_oss"] | WHOLE_GROUPS)
+    save_model(tmp_path / "model", random_model("mxfp4"))
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name: torch.tensor(x) for name, x in load_file(file).items()}
+    generator, plain = torch.Generator().manual_seed(0), {}
+    for name in [x for x in tensors if x.endswith("_proj") and ".experts." in x]:
+        experts, width, out = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out, width // 32, 16), generator=generator)
+        scales = torch.randint(120, 127, (experts, out, width // 32), generator=generator)
+        tensors[f"{name}_blocks"] = blocks.to(torch.uint8)
+        tensors[f"{name}_scales"] = scales.to(torch.uint8)
+        values = torch.tensor(FP4)[torch.stack([blocks % 16, blocks // 16], -1)].flatten(-2)
+        values = values * 2.0 ** (scales[..., None] - 127)
+        plain[name] = values.flatten(-2).transpose(1, 2).numpy()
+    safetensors_torch.save_file(tensors, file)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert (
+        convert(str(tmp_path / "model"), tmp_path / "converted") == "mxfp4, dequantised to bfloat16"
+    )
+    found = to_hugging_face(
+        load_model(str(tmp_path / "converted")).params, random_model("mxfp4").decoder.config
+    )
+    assert len(plain) == 6
+    for name, expected in plain.items():
+        np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
 def test_files_are_of_the_usual_size_and_hold_one_after_the_other(folder, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -24,9 +23,8 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.families.quantised import CONFIG_KEYS, read_quantisation
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.dequantise import plain_tensors
-from promptkd_jax.models.io.export import shard_files, write_tensors
+from promptkd_jax.models.io.export import in_dtype, shard_files, write_tensors
 from promptkd_jax.models.io.hub import download, local_path, resolve_model
-from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.io.safetensors import (
     SINGLE,
     SMALL_FILES,
@@ -91,12 +89,12 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
         source = _model(path, folder, dtype)
     output.mkdir(parents=True, exist_ok=True)
     where, total = {}, 0
-    with np.errstate(over="ignore"):  # an infinity is told by its name
-        for file, tensors in source.shards:
-            tensors = {name: _cast(array, name, dtype) for name, array in tensors.items()}
-            write_tensors(output / file, tensors)
-            where |= dict.fromkeys(tensors, file)
-            total += sum(x.nbytes for x in tensors.values())
+    for file, tensors in source.shards:
+        if dtype:
+            tensors = {name: in_dtype(array, name, dtype) for name, array in tensors.items()}
+        write_tensors(output / file, tensors)
+        where |= dict.fromkeys(tensors, file)
+        total += sum(x.nbytes for x in tensors.values())
     if len(set(where.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         files.write_json(files.to_path(output / f"{SINGLE}.index.json"), index)
@@ -146,14 +144,6 @@ def _model(path: str, folder: pathlib.Path, dtype: str) -> _Source:
         folder = download(path, [*SMALL_FILES, *names])
     shards = ((_as_safetensors(name), read_torch(folder / name)) for name in names)
     return _Source(", ".join(names), shards, [folder])
-
-
-def _cast(array: np.ndarray, name: str, dtype: str) -> np.ndarray:
-    if dtype and jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(dtype, copy=False)
-        if not all_finite(array):
-            raise ModelError(f"tensor {name} has a NaN, or a number that {dtype} cannot hold")
-    return array
 
 
 def _copy_small_files(source: pathlib.Path, output: pathlib.Path, *, overwrite: bool) -> None:

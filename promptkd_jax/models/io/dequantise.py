@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.io.export import in_dtype
 from promptkd_jax.models.io.params import PIECE_BYTES, STORED_DTYPES
 from promptkd_jax.models.io.safetensors import FLOAT8, SafetensorsFolder
 
@@ -127,7 +128,8 @@ def _read_fp8(
         cut = slice(start, min(start + rows, shape[0]))
         cuts = (cut, *(slice(0, length) for length in shape[1:]))
         places = (np.arange(x.start, x.stop) // step for x, step in zip(cuts, steps))
-        weight[cut] = source.read(name, cuts).astype(np.float32) * scales[np.ix_(*places)]
+        product = source.read(name, cuts).astype(np.float32) * scales[np.ix_(*places)]
+        weight[cut] = in_dtype(product, name, dtype)
     return weight
 
 
@@ -151,5 +153,5 @@ def _read_mxfp4(source: SafetensorsFolder, blocks: str, exponents: str, dtype: s
         values = np.stack([_FP4[packed & 15], _FP4[packed >> 4]], axis=-1)
         exponent = source.read(exponents, cut)[0].astype(np.int32) - _BIAS
         values = np.ldexp(values.reshape(out, groups, 32), exponent[..., None])
-        weight[expert] = values.reshape(out, 32 * groups).T
+        weight[expert] = in_dtype(values.reshape(out, 32 * groups).T, blocks, dtype)
     return weight

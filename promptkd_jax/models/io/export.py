@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import einops
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -28,7 +29,7 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.families.base import Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
-from promptkd_jax.models.io.params import PIECE_BYTES, stored_names
+from promptkd_jax.models.io.params import PIECE_BYTES, all_finite, stored_names
 from promptkd_jax.models.model import Model
 
 SHARD_BYTES = 5 * 10**9
@@ -58,11 +59,10 @@ def stored_tensors(params: Any, config: DecoderConfig) -> Iterator[tuple[str, np
             yield name, np.ascontiguousarray(whole)
 
 
-def _stored_bytes(params: Any, config: DecoderConfig) -> Iterator[tuple[str, int]]:
-    """Name and size of each of `stored_tensors`, in its order."""
-    flat = traverse_util.flatten_dict(params, sep="/")
+def _stored_bytes(config: DecoderConfig) -> Iterator[tuple[str, int]]:
+    """Name of each of `stored_tensors`, in their order, and its size as it is written."""
     for names, (row, *_) in _rows_by_tensor(config):
-        size = math.prod(row.stored_shape(sizes(config))) * flat[row.path].dtype.itemsize
+        size = math.prod(row.stored_shape(sizes(config))) * jnp.dtype(config.param_dtype).itemsize
         yield from ((name, size) for name in names)
 
 
@@ -93,15 +93,15 @@ def save_model(folder: str | os.PathLike, model: Model, *, card: str | None = No
     """Writes a folder for `AutoModelForCausalLM.from_pretrained`.
 
     `config.json`, safetensors (in shards of 5 GB with an index where larger), the tokenizer,
-    `generation_config.json`, and `card` as README.md. The weights are written in the dtype of the
-    parameters. Host memory holds the tensors of one shard at a time. All processes must call it,
-    and go on when the first has written everything.
+    `generation_config.json`, and `card` as README.md. The weights are written in `param_dtype` of
+    the decoder's config, whatever the parameters are in. Host memory holds the tensors of one shard
+    at a time. All processes must call it, and go on when the first has written everything.
 
     Args:
       folder: made where absent; also one in a bucket, such as gs://bucket/folder.
 
     Raises:
-      ModelError: a file of weights cannot be written.
+      ModelError: a file of weights cannot be written, or a weight is not finite in that dtype.
     """
     folder = files.to_path(folder)
     distributed.run_on_primary(functools.partial(_save_all_but_weights, folder, model, card))
@@ -149,7 +149,9 @@ def _config_json(model: Model) -> dict[str, Any]:
     kept = {key: value for key, value in model.hf_config.items() if key not in dropped}
     architecture = FAMILIES[config.family].architecture
     kept |= _flat_rope(kept)
-    return {**kept, "architectures": [architecture], "dtype": config.param_dtype}
+    # MLX takes heads for tied where nothing is said, transformers for each family otherwise.
+    said = {"tie_word_embeddings": config.tied, "dtype": config.param_dtype}
+    return {**kept, "architectures": [architecture], **said}
 
 
 def _flat_rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,9 +189,12 @@ def _save_tensors(folder: epath.Path, model: Model) -> None:
     # from shapes alone. Tensors then come one by one, in the order of the files. To bring one to
     # the host is a collective of all processes; the first alone keeps it.
     config = model.decoder.config
-    tensor_bytes = dict(_stored_bytes(model.params, config))
+    tensor_bytes = dict(_stored_bytes(config))
     shards = shard_files(tensor_bytes)
-    tensors = stored_tensors(model.params, config)
+    tensors = (
+        (name, in_dtype(array, name, config.param_dtype))
+        for name, array in stored_tensors(model.params, config)
+    )
     for file, names in shards.items():
         _save_shard(folder / file, itertools.islice(tensors, len(names)))
     distributed.run_on_primary(functools.partial(_save_index, folder, shards, tensor_bytes))
@@ -226,6 +231,21 @@ def _save_index(
         index = {name: file for file, names in shards.items() for name in names}
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         files.write_json(folder / "model.safetensors.index.json", content)
+
+
+def in_dtype(array: np.ndarray, name: str, dtype: str) -> np.ndarray:
+    """A tensor of floating point in another dtype; itself where it has that one, or holds integers.
+
+    Raises:
+      ModelError: a number that is not finite in that dtype.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype == jnp.dtype(dtype):
+        return array
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype)
+    if not all_finite(array):
+        raise ModelError(f"tensor {name} has a NaN, or a number that {dtype} cannot hold")
+    return array
 
 
 def write_tensors(file: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
