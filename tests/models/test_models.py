@@ -239,6 +239,28 @@ def test_export_is_the_model_for_transformers(pair, tmp_path):
     np.testing.assert_array_equal(reference_logits(found), reference_logits(pair.reference))
 
 
+def test_a_folder_is_written_in_another_dtype(tmp_path):
+    model = random_model("llama_tied")
+    half = model.replace(decoder=Decoder(model.decoder.config.replace(param_dtype="float16")))
+    save_model(tmp_path, half)
+    found = load_file(tmp_path / "model.safetensors")
+    for name, array in to_hugging_face(model.params, model.decoder.config).items():
+        np.testing.assert_array_equal(found[name], array.astype(np.float16), err_msg=name)
+        assert found[name].dtype == np.float16
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == "float16" and config["tie_word_embeddings"] is True
+    large = half.replace(params=jax.tree.map(lambda x: 1e6 * x, model.params))
+    with pytest.raises(ModelError, match="embed_tokens.weight has .* that float16 cannot hold"):
+        save_model(tmp_path, large)
+
+
+def test_whether_a_head_is_tied_is_always_said():
+    """MLX takes it for tied where nothing is said, the Llama of transformers for its own."""
+    model = random_model("llama")
+    said = {k: x for k, x in model.hf_config.items() if k != "tie_word_embeddings"}
+    assert export._config_json(model.replace(hf_config=said))["tie_word_embeddings"] is False
+
+
 @pytest.mark.parametrize("kind", ["TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer"])
 def test_an_exported_tokenizer_is_the_same_for_both_transformers_versions(kind, tmp_path):
     """That 4.57.6 opens such a folder and gives these ids was tried; it knows these names, has no

@@ -452,6 +452,14 @@ def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path, mo
     learned = load_file(tmp_path / "out" / "teacher" / "model.safetensors")
     for name, array in load_file(moved / "teacher" / "model.safetensors").items():
         np.testing.assert_array_equal(learned[name], array, err_msg=name)
+    main(["export", f"--workdir={moved}", f"--output={tmp_path / 'half'}", "--dtype=bfloat16"])
+    for role in ("student", "teacher"):
+        half = load_file(tmp_path / "half" / role / "model.safetensors")
+        for name, array in load_file(moved / role / "model.safetensors").items():
+            np.testing.assert_array_equal(half[name], array.astype(jnp.bfloat16), err_msg=name)
+            assert half[name].dtype == jnp.bfloat16 != array.dtype
+        written = json.loads((tmp_path / "half" / role / "config.json").read_text())
+        assert written["dtype"] == "bfloat16"
     adapter = "soft_prompt/adapter_config.json"
     assert (tmp_path / "out" / adapter).read_text() == (moved / adapter).read_text()
     exported, there = (load_model(str(path)) for path in (tmp_path / "out" / "student", moved))
