@@ -132,14 +132,7 @@ class Decoder(nn.Module):
           ModelError: more columns than a learned position table has rows.
         """
         config = self.config
-        vocab_size = config.padded.vocab_size
-        embed = Embedding(config, vocab_size, config.embedding_width, name="embed")
-        x = _scaled(embed(tokens), config.embedding_scale)
-        if prefix is not None:
-            rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
-            x = jnp.concatenate([rows, x], axis=1)  # [B, M + T, D]
-        if config.projected_width:
-            x = project(config, config.width, False, "project_in")(x)
+        x = _embedded(config, tokens, prefix)  # [B, M + T, D]
         # Columns, the prefix included: [1, M + T] for whole rows, which all begin at column 0;
         # [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
@@ -172,7 +165,7 @@ class Decoder(nn.Module):
         x = _scaled(x, config.logit_scale)
         # Declared here, multiplied by the losses: no [B, T, V] array leaves the model.
         if not config.tied:
-            shape = (vocab_size, config.embedding_width)
+            shape = (config.padded.vocab_size, config.embedding_width)
             self.param("lm_head", nn.initializers.normal(0.02), shape, config.param_dtype)
         # Hidden states are aligned with the tokens, with a prefix and without.
         if prefix is not None:
@@ -256,6 +249,17 @@ class Embedding(nn.Module):
         # Cut along the width as well, a row would have to be put together after it is looked up.
         table = constrain(table, "tensor", None)
         return jnp.take(table, ids, axis=0).astype(self.config.dtype)
+
+
+def _embedded(config: DecoderConfig, tokens: jax.Array, prefix: jax.Array | None) -> jax.Array:
+    """The prefix `[M, D]`, in front of every row, and the embeddings of the tokens."""
+    width = config.embedding_width
+    embed = Embedding(config, config.padded.vocab_size, width, name="embed")
+    x = _scaled(embed(tokens), config.embedding_scale)
+    if prefix is not None:
+        rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
+        x = jnp.concatenate([rows, x], axis=1)
+    return project(config, config.width, False, "project_in")(x) if width != config.width else x
 
 
 class Layer(nn.Module):
