@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.infra.errors import GGUFError, ModelError
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.families import base, llama, registry
+from promptkd_jax.models.families import base, gguf_layout, llama, registry
 from promptkd_jax.models.io import params
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.load import load_model
@@ -57,7 +57,7 @@ TOY = base.Family(
     prefix="toy.",
     ignored=(r"blocks\.\d+\.mask",),
     depth_field="depth",
-    gguf=base.GGUFLayout(
+    gguf=gguf_layout.GGUFLayout(
         architecture="toy",
         names={
             "token_embd.weight": "toy.tokens.weight",
@@ -70,7 +70,7 @@ TOY = base.Family(
             "blk.{}.attn_qkv.weight": "toy.blocks.{}.qkv.weight",
             "blk.{}.ffn_up.weight": "toy.blocks.{}.gate_up.weight",
         },
-        fields={"block_count": "depth", "level": "toy_level"},
+        fields=gguf_layout.FIELDS | {"block_count": "depth", "level": "toy_level"},
     ),
 )
 
@@ -210,7 +210,8 @@ def test_a_gguf_of_its_own_architecture_is_read(toy, llama_model, tmp_path):
 
 def test_every_file_of_families_is_registered():
     here = pathlib.Path(registry.__file__).parent
-    files = {file.stem for file in here.glob("*.py")} - {"__init__", "base", "registry"}
+    shared = {"__init__", "base", "gguf_layout", "registry"}
+    files = {file.stem for file in here.glob("*.py")} - shared
     registered = {family.read.__module__.rsplit(".", 1)[1] for family in registry.FAMILIES.values()}
     assert files == registered
     assert all(name == family.model_type for name, family in registry.FAMILIES.items())

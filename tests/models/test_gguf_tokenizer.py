@@ -260,7 +260,7 @@ def test_sentencepiece_without_byte_tokens_has_the_unknown_token(load):
     [
         ({"model": "t5"}, "tokenizer.ggml.model is 't5'; supported are gpt2, llama"),
         ({"model": None}, "tokenizer.ggml.model is None"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; supported are smollm, llama-bpe"),
+        ({"pre": "bloom"}, "tokenizer.ggml.pre is 'bloom'; supported are gpt-2, smollm"),
         ({"pre": None}, "tokenizer.ggml.pre is None.*convert the model again"),
         ({"merges": None}, "no metadata tokenizer.ggml.merges"),
         ({"merges": ["a b c"]}, r"merges\[0\] is 'a b c'; it must be two tokens"),

@@ -2,7 +2,7 @@
 
 A family is a file of this folder: it reads the family's `config.json` into a `DecoderConfig`, says
 which Hugging Face tensor is which parameter (one table, used in both directions), how llama.cpp
-stores it if GGUF files of it are read, and which shapes are published.
+stores it if GGUF files of it are read and written, and which shapes are published.
 
 A row of a table is (Hugging Face name, path in our parameter tree, pattern). The pattern is einops
 notation from the stored layout to ours and at the same time the shape: V vocabulary, P rows of the
@@ -23,6 +23,7 @@ import numpy as np
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig, Experts, LayerKind, Rope, RopeScaling
+from promptkd_jax.models.families.gguf_layout import GGUFLayout
 from promptkd_jax.models.rotary import KINDS
 
 HEAD = "lm_head.weight"  # the one name that stands outside of the prefix
@@ -120,27 +121,6 @@ class Tensor:
         return stretches
 
 
-@dataclasses.dataclass(frozen=True)
-class GGUFLayout:
-    """The layout in which llama.cpp stores a family.
-
-    Attributes:
-      architecture: `general.architecture` of the file, and the prefix of its settings.
-      names: GGUF name -> Hugging Face name; `{}` is the layer in both.
-      fields: setting -> field of `config.json`, of those beyond `gguf.FIELDS`; a file must have
-        them.
-      constants: the fields of `config.json` that are the same in all files.
-      rotary_pairs: ending of a Hugging Face name -> field that has its number of heads, of the
-        tensors whose rows llama.cpp's converter permutes.
-    """
-
-    architecture: str
-    names: Mapping[str, str]
-    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rotary_pairs: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
 def layer_types(config: DecoderConfig) -> dict[str, list]:
     """The field of `config.json` that says which layers have a window."""
     windows = [config.kind(layer).sliding_window for layer in range(config.num_layers)]
@@ -164,7 +144,7 @@ class Family:
       decays_norms: whether weight decay reaches its norm scales in the published code, which
         excepts them by GPT-2's names; see `Conventions.decay_norms`.
       layer_fields: the fields of `config.json` that say of which kind each layer is.
-      gguf: None where no GGUF file of it is read.
+      gguf: None where llama.cpp does not run it.
       published: `config.json` by hub id, so that a run can be planned without its files.
     """
 

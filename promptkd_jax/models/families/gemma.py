@@ -8,8 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from promptkd_jax.models.config import DecoderConfig, LayerKind
-from promptkd_jax.models.families import base
-from promptkd_jax.models.families.llama import llama_tensors, read_llama
+from promptkd_jax.models.families import base, gguf_layout
+from promptkd_jax.models.families.gguf_layout import GGUFLayout, Settings, layer_names
+from promptkd_jax.models.families.llama import (
+    GGUF_ENDS,
+    GGUF_LINEAR,
+    GGUF_QK_NORMS,
+    llama_tensors,
+    read_llama,
+)
 
 _NORMS = {
     "input_layernorm": "attention_norm",
@@ -84,6 +91,46 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     return llama_tensors(config, _NORMS)
 
 
+_GGUF_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_WINDOW, _LOCAL_THETA = "attention.sliding_window", "rope.freq_base_swa"
+_PATTERN = "attention.sliding_window_pattern"
+_LAYERS_OF_27B = 62
+
+
+def _gguf_fields(settings: Settings) -> dict[str, Any]:
+    fields, depth = gguf_layout.rotary_fields(settings), settings("block_count")
+    window, pattern = settings(_WINDOW, 0), settings(_PATTERN, 6)
+    if not isinstance(pattern, list):
+        pattern = [(layer + 1) % pattern != 0 for layer in range(depth)]
+    # Llama.cpp knows no other scales of scores.
+    per_head = settings("embedding_length") // settings("attention.head_count")
+    return fields | {
+        "query_pre_attn_scalar": per_head if depth == _LAYERS_OF_27B else fields["head_dim"],
+        "rope_local_base_freq": settings(_LOCAL_THETA, 10000.0),
+        "sliding_window": window or None,
+        "layer_types": [
+            "sliding_attention" if window and local else "full_attention" for local in pattern
+        ],
+    }
+
+
+def _gguf_settings(config: DecoderConfig) -> dict[str, Any]:
+    settings = gguf_layout.rotary_settings(config)
+    kinds = [config.kind(layer) for layer in range(config.num_layers)]
+    if local := next((kind for kind in kinds if kind.sliding_window), None):
+        settings |= {
+            _WINDOW: local.sliding_window,
+            _LOCAL_THETA: local.rope.theta,
+            _PATTERN: [kind.sliding_window is not None for kind in kinds],
+        }
+    return settings
+
+
 _GEMMA2 = {
     "model_type": "gemma2",
     "vocab_size": 256000,
@@ -133,6 +180,14 @@ FAMILIES = (
         architecture="Gemma3ForCausalLM",
         read=_read_gemma3,
         tensors=_tensors,
+        gguf=GGUFLayout(
+            architecture="gemma3",
+            names=GGUF_ENDS | layer_names(GGUF_LINEAR | GGUF_QK_NORMS | _GGUF_NORMS),
+            constants={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+            read=_gguf_fields,
+            write=_gguf_settings,
+            norm_offset=1.0,
+        ),
         published=base.published(
             ("hidden_size", "num_hidden_layers", "intermediate_size"),
             (_GEMMA3, (640, 18, 2048), "google/gemma-3-270m", "google/gemma-3-270m-it"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from promptkd_jax.models.config import DecoderConfig, Dropout
 from promptkd_jax.models.families import base
+from promptkd_jax.models.families.gguf_layout import GGUFLayout, layer_names
 
 
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
@@ -75,6 +76,38 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     )
 
 
+_GGUF_ROWS = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_GGUF = GGUFLayout(
+    architecture="gpt2",
+    names={
+        "token_embd.weight": "transformer.wte.weight",
+        "position_embd.weight": "transformer.wpe.weight",
+        "output_norm.weight": "transformer.ln_f.weight",
+        "output_norm.bias": "transformer.ln_f.bias",
+        "output.weight": base.HEAD,
+        **layer_names(_GGUF_ROWS, "transformer.h.{}", ("weight", "bias")),
+    },
+    fields={
+        "embedding_length": "n_embd",
+        "block_count": "n_layer",
+        "attention.head_count": "n_head",
+        "feed_forward_length": "n_inner",
+        "context_length": "n_positions",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    constants={"activation_function": "gelu_new"},
+    read=lambda settings: {},
+    write=lambda config: {},
+    transposed=("c_attn.weight", "c_fc.weight", "c_proj.weight"),
+)
+
 _CONFIG = {
     "model_type": "gpt2",
     "vocab_size": 50257,
@@ -94,6 +127,7 @@ FAMILIES = (
         ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),  # causal masks
         depth_field="n_layer",
         decays_norms=False,
+        gguf=_GGUF,
         published=base.published(
             ("n_embd", "n_layer", "n_head"),
             (_CONFIG, (768, 12, 12), "openai-community/gpt2", "MiniLLM/init-gpt2-120M"),

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from promptkd_jax.models.config import DecoderConfig, Dropout, LayerKind
-from promptkd_jax.models.families import base
+from promptkd_jax.models.families import base, gguf_layout
+from promptkd_jax.models.families.gguf_layout import GGUFLayout
 
 ROTARY_TABLES = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in files of transformers 4
 
@@ -98,20 +99,37 @@ def llama_tensors(
     return tuple(rows)
 
 
-GGUF_NAMES = {
+GGUF_ENDS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "blk.{}.attn_q.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "blk.{}.attn_k.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "blk.{}.attn_v.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "output.weight": base.HEAD,
 }
+GGUF_LINEAR = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GGUF_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+GGUF_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GGUF_NAMES = GGUF_ENDS | gguf_layout.layer_names(GGUF_LINEAR | GGUF_NORMS)
+# Heads whose rows llama.cpp's converter permutes, in the files of Llama and of some of its heirs.
+GGUF_ROTARY_PAIRS = {
+    "self_attn.q_proj.weight": "num_attention_heads",
+    "self_attn.k_proj.weight": "num_key_value_heads",
+}
+GGUF = GGUFLayout(
+    architecture="llama",
+    names=GGUF_NAMES,
+    constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    read=gguf_layout.llama_fields,
+    write=gguf_layout.llama_settings,
+    factors=gguf_layout.llama_factors,
+    rotary_pairs=GGUF_ROTARY_PAIRS,
+)
 
 _LLAMA_1 = {
     "model_type": "llama",
@@ -163,15 +181,7 @@ FAMILIES = (
         read=read_llama,
         tensors=llama_tensors,
         ignored=ROTARY_TABLES,
-        gguf=base.GGUFLayout(
-            architecture="llama",
-            names=GGUF_NAMES,
-            constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-            rotary_pairs={
-                "self_attn.q_proj.weight": "num_attention_heads",
-                "self_attn.k_proj.weight": "num_key_value_heads",
-            },
-        ),
+        gguf=GGUF,
         published=base.published(
             ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
             + ("intermediate_size",),
@@ -201,5 +211,6 @@ FAMILIES = (
         read=_read_mistral,
         tensors=llama_tensors,
         ignored=ROTARY_TABLES,
+        gguf=GGUF,  # which has no window
     ),
 )

@@ -6,7 +6,14 @@ from typing import Any
 
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.families import base
-from promptkd_jax.models.families.llama import llama_tensors, read_llama
+from promptkd_jax.models.families.gguf_layout import GGUFLayout, layer_names
+from promptkd_jax.models.families.llama import (
+    GGUF_ENDS,
+    GGUF_LINEAR,
+    GGUF_QK_NORMS,
+    llama_tensors,
+    read_llama,
+)
 
 _NORMS = {
     "post_attention_layernorm": "post_attention_norm",
@@ -35,8 +42,23 @@ def _mixture_tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     return llama_tensors(config, network=rows)
 
 
+_GGUF_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
 FAMILIES = (
-    base.Family(model_type="olmo2", architecture="Olmo2ForCausalLM", read=_read, tensors=_tensors),
+    base.Family(
+        model_type="olmo2",
+        architecture="Olmo2ForCausalLM",
+        read=_read,
+        tensors=_tensors,
+        gguf=GGUFLayout(
+            architecture="olmo2",
+            names=GGUF_ENDS | layer_names(GGUF_LINEAR | GGUF_QK_NORMS | _GGUF_NORMS),
+            constants={"hidden_act": "silu", "tie_word_embeddings": False},
+        ),
+    ),
     base.Family(
         model_type="olmoe",
         architecture="OlmoeForCausalLM",

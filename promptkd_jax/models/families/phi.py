@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from promptkd_jax.models.config import DecoderConfig, Dropout, LayerKind
-from promptkd_jax.models.families import base
-from promptkd_jax.models.families.llama import read_llama
+from promptkd_jax.models.families import base, gguf_layout
+from promptkd_jax.models.families.gguf_layout import GGUFLayout, Settings, layer_names
+from promptkd_jax.models.families.llama import GGUF_ENDS, GGUF_NORMS, read_llama
 
 
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
@@ -52,6 +55,69 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     )
 
 
+_WINDOW, _ORIGINAL = "attention.sliding_window", "rope.scaling.original_context_length"
+_ATTENTION_FACTOR = "rope.scaling.attn_factor"
+_FACTORS = {
+    "short_factor": "rope_factors_short.weight",
+    "long_factor": "rope_factors_long.weight",
+}
+
+
+def _gguf_fields(settings: Settings) -> dict[str, Any]:
+    # Llama.cpp reads the window and does without it; the model has it all the same.
+    fields = gguf_layout.rotary_fields(settings, partial=True)
+    fields["sliding_window"] = settings(_WINDOW, 0) or None
+    original = settings(_ORIGINAL, settings("context_length"))
+    fields["original_max_position_embeddings"] = original
+    factors = {field: settings.factors(name) for field, name in _FACTORS.items()}
+    attention_factor = settings(_ATTENTION_FACTOR, 1.0)
+    if all(array is not None for array in factors.values()):
+        shortest = {field: [float(str(x)) for x in array] for field, array in factors.items()}
+        fields["rope_scaling"] = {"rope_type": "longrope", **shortest}
+        fields["rope_scaling"]["attention_factor"] = attention_factor
+    return fields
+
+
+def _gguf_settings(config: DecoderConfig) -> dict[str, Any]:
+    kind = config.kind(0)
+    settings = gguf_layout.rotary_settings(config) | {
+        _WINDOW: kind.sliding_window or 0,
+        _ORIGINAL: config.max_positions,
+    }
+    if (scaling := kind.rope.scaling) and scaling.kind == "longrope":
+        settings[_ORIGINAL] = scaling.original_max_position
+        settings[_ATTENTION_FACTOR] = scaling.attention_factor
+    return settings
+
+
+def _gguf_factors(config: DecoderConfig) -> dict[str, np.ndarray]:
+    scaling = config.kind(0).rope.scaling
+    if not scaling or scaling.kind != "longrope":
+        return {}
+    values = {"short_factor": scaling.short_factors, "long_factor": scaling.long_factors}
+    return {_FACTORS[field]: np.asarray(x, np.float32) for field, x in values.items()}
+
+
+_GGUF_ROWS = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
 FAMILIES = (
-    base.Family(model_type="phi3", architecture="Phi3ForCausalLM", read=_read, tensors=_tensors),
+    base.Family(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        read=_read,
+        tensors=_tensors,
+        gguf=GGUFLayout(
+            architecture="phi3",
+            names=GGUF_ENDS | layer_names(GGUF_NORMS | _GGUF_ROWS),
+            constants={"hidden_act": "silu"},
+            read=_gguf_fields,
+            write=_gguf_settings,
+            factors=_gguf_factors,
+        ),
+    ),
 )

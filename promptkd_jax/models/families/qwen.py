@@ -6,8 +6,10 @@ from typing import Any
 
 from promptkd_jax.models.config import DecoderConfig, LayerKind
 from promptkd_jax.models.families import base
+from promptkd_jax.models.families.gguf_layout import GGUFLayout, layer_names
 from promptkd_jax.models.families.llama import (
     GGUF_NAMES,
+    GGUF_QK_NORMS,
     ROTARY_TABLES,
     llama_tensors,
     read_llama,
@@ -52,14 +54,8 @@ def _layers(c: Mapping[str, Any], source: str) -> list[LayerKind]:
     return [LayerKind(rope, window if kind == "sliding_attention" else None) for kind in kinds]
 
 
-# What GGUF files have beside those of a Llama, whose rows of query and key alone are permuted.
-_BIASES = {
-    f"blk.{{}}.attn_{x}.bias": f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in ("q", "k", "v")
-}
-_NORMS = {
-    f"blk.{{}}.attn_{x}_norm.weight": f"model.layers.{{}}.self_attn.{x}_norm.weight"
-    for x in ("q", "k")
-}
+# What GGUF files of Qwen2 have beside those of a Llama.
+_BIASES = {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}
 
 _QWEN25 = {
     "model_type": "qwen2",
@@ -121,7 +117,7 @@ _DENSE = tuple(
         read=read,
         tensors=llama_tensors,
         ignored=ROTARY_TABLES,
-        gguf=base.GGUFLayout(
+        gguf=GGUFLayout(
             architecture=model_type,
             names=GGUF_NAMES | more,
             constants={"hidden_act": "silu", "use_sliding_window": False},
@@ -129,8 +125,14 @@ _DENSE = tuple(
         published=base.published(_SIZES, *sizes),
     )
     for model_type, architecture, read, more, sizes in (
-        ("qwen2", "Qwen2ForCausalLM", _read_qwen2, _BIASES, _QWEN25_SIZES),
-        ("qwen3", "Qwen3ForCausalLM", _read_qwen3, _NORMS, _QWEN3_SIZES),
+        (
+            "qwen2",
+            "Qwen2ForCausalLM",
+            _read_qwen2,
+            layer_names(_BIASES, kinds=("bias",)),
+            _QWEN25_SIZES,
+        ),
+        ("qwen3", "Qwen3ForCausalLM", _read_qwen3, layer_names(GGUF_QK_NORMS), _QWEN3_SIZES),
     )
 )
 

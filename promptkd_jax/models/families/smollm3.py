@@ -5,7 +5,13 @@ from typing import Any
 
 from promptkd_jax.models.config import DecoderConfig, LayerKind
 from promptkd_jax.models.families import base
-from promptkd_jax.models.families.llama import llama_tensors, read_llama
+from promptkd_jax.models.families.gguf_layout import GGUFLayout
+from promptkd_jax.models.families.llama import (
+    GGUF_NAMES,
+    GGUF_ROTARY_PAIRS,
+    llama_tensors,
+    read_llama,
+)
 
 
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
@@ -48,6 +54,18 @@ FAMILIES = (
         read=_read,
         tensors=llama_tensors,
         layer_fields=_layer_fields,
+        gguf=GGUFLayout(
+            architecture="smollm3",
+            names=GGUF_NAMES,
+            constants={
+                "hidden_act": "silu",
+                "attention_bias": False,
+                "mlp_bias": False,
+                "no_rope_layer_interval": 4,  # llama.cpp knows no other
+                "use_sliding_window": False,
+            },
+            rotary_pairs=GGUF_ROTARY_PAIRS,
+        ),
         published=base.published(
             ("hidden_size", "num_hidden_layers", "intermediate_size"),
             (

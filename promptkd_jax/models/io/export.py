@@ -59,11 +59,13 @@ def stored_tensors(params: Any, config: DecoderConfig) -> Iterator[tuple[str, np
             yield name, np.ascontiguousarray(whole)
 
 
-def _stored_bytes(config: DecoderConfig) -> Iterator[tuple[str, int]]:
-    """Name of each of `stored_tensors`, in their order, and its size as it is written."""
-    for names, (row, *_) in _rows_by_tensor(config):
-        size = math.prod(row.stored_shape(sizes(config))) * jnp.dtype(config.param_dtype).itemsize
-        yield from ((name, size) for name in names)
+def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of `stored_tensors`, by name, in their order."""
+    return {
+        name: row.stored_shape(sizes(config))
+        for names, (row, *_) in _rows_by_tensor(config)
+        for name in names
+    }
 
 
 def _rows_by_tensor(config: DecoderConfig) -> Iterator[tuple[list[str], list[Tensor]]]:
@@ -123,7 +125,7 @@ def _save_all_but_weights(folder: epath.Path, model: Model, card: str | None) ->
     files.write_json(folder / "config.json", _config_json(model))
     files.write_json(folder / "generation_config.json", _generation_json(model))
     if model.tokenizer is not None:
-        with _local(folder) as local:
+        with as_local(folder) as local:
             model.tokenizer.save_pretrained(local)
             _make_readable_by_transformers_4(local / "tokenizer_config.json")
     if card is not None:
@@ -189,7 +191,8 @@ def _save_tensors(folder: epath.Path, model: Model) -> None:
     # from shapes alone. Tensors then come one by one, in the order of the files. To bring one to
     # the host is a collective of all processes; the first alone keeps it.
     config = model.decoder.config
-    tensor_bytes = dict(_stored_bytes(config))
+    size = jnp.dtype(config.param_dtype).itemsize
+    tensor_bytes = {name: size * math.prod(x) for name, x in stored_shapes(config).items()}
     shards = shard_files(tensor_bytes)
     tensors = (
         (name, in_dtype(array, name, config.param_dtype))
@@ -258,7 +261,7 @@ def write_tensors(file: str | os.PathLike, tensors: Mapping[str, np.ndarray]) ->
       ModelError: the file cannot be written.
     """
     file = files.to_path(file)
-    with _local(file.parent) as folder:
+    with as_local(file.parent) as folder:
         unfinished = (folder / file.name).with_suffix(".unfinished")
         try:
             save_file(dict(tensors), unfinished, metadata={"format": "pt"})
@@ -269,7 +272,7 @@ def write_tensors(file: str | os.PathLike, tensors: Mapping[str, np.ndarray]) ->
 
 
 @contextlib.contextmanager
-def _local(folder: epath.Path) -> Iterator[pathlib.Path]:
+def as_local(folder: epath.Path) -> Iterator[pathlib.Path]:
     """`folder`, or for one in a bucket a temporary one, whose files are copied there at the end."""
     if not files.is_remote(folder):
         yield pathlib.Path(folder)

@@ -8,8 +8,7 @@ optional package `gguf` does the parsing and the dequantisation: `pip install pr
 Which architectures are read, and what their tensors are called, the families say: `Family.gguf`.
 What could be misread is refused: a tensor or a setting of the architecture that is not understood
 may change what the model computes, so each is an error. That leaves out mixtures of experts
-(Mixtral also calls itself "llama"), attention biases, sliding windows, YaRN, and models in several
-parts.
+(Mixtral also calls itself "llama"), attention biases of a Llama, YaRN, and models in several parts.
 
 Sources: the GGUF specification (ggml, docs/gguf.md); for what the keys mean, llama.cpp's
 convert_hf_to_gguf.py.
@@ -17,7 +16,7 @@ convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -29,31 +28,15 @@ import numpy as np
 
 from promptkd_jax.infra.errors import GGUFError
 from promptkd_jax.models.families.base import Family
-from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
+from promptkd_jax.models.families.gguf_layout import GGUFLayout, Settings
+from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.safetensors import refuse_pointer
-from promptkd_jax.models.rotary import rotary_frequencies
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import GGUFReader, ReaderTensor
 
-# Q5_0, Q5_1 and IQ4_NL: what llama.cpp puts in a K-quant file where a row is no multiple of 256.
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
-TYPES += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-
-# Settings that the file of every decoder has, by the field of config.json that says the same.
-FIELDS = {
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "feed_forward_length": "intermediate_size",
-    "context_length": "max_position_embeddings",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
-# Those that have a default, and the three that change nothing.
-OPTIONAL = ("attention.head_count_kv", "attention.key_length", "attention.value_length")
-OPTIONAL += ("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor")
-OPTIONAL += ("rope.scaling.original_context_length",)
-OPTIONAL += ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+NORMS = "norm.weight"  # the ending of the Hugging Face names of their scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +55,7 @@ class GGUFModel:
     config: dict
     metadata: dict[str, Any] = field(repr=False)
     _tensors: dict[str, ReaderTensor] = field(repr=False)  # by Hugging Face name
-    _num_heads: dict[str, int] = field(repr=False)  # by the ending of names with permuted rows
+    _layout: GGUFLayout = field(repr=False)
 
     def names(self) -> list[str]:
         """Hugging Face names of all tensors; `lm_head.weight` only where the head is untied."""
@@ -80,7 +63,8 @@ class GGUFModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor as in the Hugging Face model, [out, in] for a matrix."""
-        return _shape(self._tensors[name])
+        shape = _shape(self._tensors[name])
+        return shape[::-1] if name.endswith(self._layout.transposed) else shape
 
     def dtype(self, name: str) -> str:
         """The dtype that `read` gives, as safetensors calls it."""
@@ -95,16 +79,23 @@ class GGUFModel:
         Args:
           index: which part; the rows that it cuts off are not dequantised.
         """
-        tensor = self._tensors[name]
+        tensor, layout = self._tensors[name], self._layout
         # [out, bytes of a row]: blocks of quantised numbers lie along the inputs, never across
         # rows, so that rows can be put in order and left out before anything is dequantised.
         rows = np.asarray(tensor.data)
-        for ending, num_heads in self._num_heads.items():
+        for ending, heads in layout.rotary_pairs.items():
             if name.endswith(ending):
-                rows = _unpermute(rows, num_heads)
-        if index is None or rows.ndim == 1:
-            return _gguf().dequantize(rows, tensor.tensor_type)[index or ...]
-        return _gguf().dequantize(rows[index[0]], tensor.tensor_type)[:, *index[1:]]
+                rows = unpermute(rows, self.config[heads])
+        index = index or (slice(None),) * rows.ndim
+        transposed = name.endswith(layout.transposed)
+        first, *rest = reversed(index) if transposed else index
+        if rows.ndim == 1:
+            found = gguf_package().dequantize(rows, tensor.tensor_type)[first]
+        else:
+            found = gguf_package().dequantize(rows[first], tensor.tensor_type)[:, *rest]
+        if layout.norm_offset and name.endswith(NORMS):
+            found = found - np.float32(layout.norm_offset)
+        return found.T if transposed else found
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
@@ -117,7 +108,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     Raises:
       ModelError: a pointer of Git LFS in place of the file.
       GGUFError: not a whole GGUF file, of an architecture that is not read, or a setting or tensor
-        that it does not have or that is of none of the `TYPES`; the package gguf is not installed.
+        that it does not have or that is of none of the `readable_types`; the package gguf is not
+        installed.
       OSError: no such file, or not readable.
     """
     path = os.fspath(path)
@@ -125,25 +117,75 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     reader, metadata = _parse(path)
     family = _family(path, metadata)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(path, family, metadata, tensors)
-    num_heads = {ending: config[field] for ending, field in family.gguf.rotary_pairs.items()}
+    if EMBEDDING not in tensors:
+        raise GGUFError(f"{path}: tensor {EMBEDDING} is missing")
+    factors = [name for name in tensors if name.startswith("rope_")]
+    factors = {name: np.asarray(tensors.pop(name).data) for name in factors}
+    settings = Settings(path, family.gguf.architecture, metadata, factors)
+    vocab_size = _shape(tensors[EMBEDDING])[0]
+    config = config_of(family, settings, vocab_size, tied=OUTPUT not in tensors)
+    settings.refuse_others()
+    config |= _special_ids(path, metadata, vocab_size)
     tensors = _by_hugging_face_name(path, family, tensors)
-    return GGUFModel(path, config, metadata, tensors, num_heads)
+    return GGUFModel(path, config, metadata, tensors, family.gguf)
 
 
-def _gguf() -> ModuleType:
+def family_of(architecture: str) -> Family | None:
+    """The family whose files are of that architecture: of those that share one, the first."""
+    return next(
+        (f for f in FAMILIES.values() if f.gguf and f.gguf.architecture == architecture), None
+    )
+
+
+def config_of(family: Family, settings: Settings, vocab_size: int, *, tied: bool) -> dict[str, Any]:
+    """The `config.json` that settings and factors say, but for the ids of special tokens.
+
+    Raises:
+      GGUFError: a setting is missing, or means what is not supported.
+    """
+    layout = family.gguf
+    return {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        **{field: settings(name) for name, field in layout.fields.items()},
+        **layout.read(settings),
+        **layout.constants,
+    }
+
+
+def gguf_package() -> ModuleType:
+    """The optional package that parses and quantises.
+
+    Raises:
+      GGUFError: it is not installed.
+    """
     try:
         import gguf
     except ImportError as error:
         raise GGUFError(
-            "reading a GGUF file needs the package gguf: pip install -e '.[gguf]' in a clone, or "
+            "a GGUF file needs the package gguf: pip install -e '.[gguf]' in a clone, or "
             "pip install 'promptkd_jax[gguf]'"
         ) from error
     return gguf
 
 
+@functools.cache
+def readable_types() -> tuple[str, ...]:
+    """The types of tensors that the package gguf dequantises, whatever its version."""
+    gguf, found = gguf_package(), []
+    for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        found.append(kind.name)
+    return tuple(found)
+
+
 def _parse(path: str) -> tuple[GGUFReader, dict[str, Any]]:
-    gguf = _gguf()
+    gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(path)
         metadata = {key: entry.contents() for key, entry in reader.fields.items()}
@@ -165,80 +207,16 @@ def _family(path: str, metadata: dict[str, Any]) -> Family:
             f"{path}: general.type is {kind!r}, not 'model'; an adapter is merged into its base "
             "model by llama-export-lora"
         )
-    families = {f.gguf.architecture: f for f in FAMILIES.values() if f.gguf}
     architecture = metadata.get("general.architecture")
-    if architecture not in families:
+    if (family := family_of(architecture)) is None:
+        known = sorted({f.gguf.architecture for f in FAMILIES.values() if f.gguf})
         raise GGUFError(
             f"{path}: general.architecture is {architecture!r}; only "
-            f"{', '.join(map(repr, families))} is read"
+            f"{', '.join(map(repr, known))} is read"
         )
     if (parts := metadata.get("split.count", 1)) > 1:
         raise GGUFError(f"{path}: one of {parts} parts; join them: llama-gguf-split --merge")
-    family, prefix = families[architecture], f"{architecture}."
-    understood = {*FIELDS, *OPTIONAL, *family.gguf.fields}
-    for key, value in metadata.items():
-        # An unknown setting that is 0 or false is switched off.
-        if key.startswith(prefix) and key.removeprefix(prefix) not in understood and value:
-            raise GGUFError(
-                f"{path}: {key} = {value!r} is not supported: the model is not a plain "
-                f"{family.model_type}, or the key is new; understood are {prefix}* with "
-                f"{', '.join(sorted(understood))}"
-            )
     return family
-
-
-def _config(
-    path: str, family: Family, metadata: dict[str, Any], tensors: dict[str, ReaderTensor]
-) -> dict[str, Any]:
-    """The `config.json` of the model; takes `rope_freqs.weight`, which says a part of it, out of
-    the tensors."""
-    architecture = family.gguf.architecture
-
-    def setting(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{architecture}.{key}", default)
-        if value is None:
-            raise GGUFError(
-                f"{path}: no metadata {architecture}.{key}, which a {family.model_type} needs"
-            )
-        # Floats are stored as float32: 1e-5 would come out as 9.999999747378752e-06.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    if "token_embd.weight" not in tensors:
-        raise GGUFError(f"{path}: tensor token_embd.weight is missing")
-    fields = FIELDS | family.gguf.fields
-    config = {field: setting(key) for key, field in fields.items()}
-    num_heads = config["num_attention_heads"]
-    head_dim = setting("attention.key_length", config["hidden_size"] // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (found := setting(key, head_dim)) != head_dim:
-            raise GGUFError(
-                f"{path}: {architecture}.{key} = {found}; only the head width, {head_dim}, is "
-                "supported"
-            )
-    config |= {
-        "model_type": family.model_type,
-        "architectures": [family.architecture],
-        "num_key_value_heads": setting("attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
-        "rope_theta": setting("rope.freq_base", 10000.0),
-        "vocab_size": _shape(tensors["token_embd.weight"])[0],
-        "tie_word_embeddings": "output.weight" not in tensors,
-        **family.gguf.constants,
-    }
-    freqs = tensors.pop("rope_freqs.weight", None)
-    kind, factor = setting("rope.scaling.type", "none"), setting("rope.scaling.factor", 1.0)
-    if freqs is not None and kind == "none":
-        length = setting("rope.scaling.original_context_length", 8192)
-        config["rope_scaling"] = _llama3_scaling(path, freqs, config, length)
-    elif freqs is not None or kind not in ("none", "linear"):
-        raise GGUFError(
-            f"{path}: {architecture}.rope.scaling.type = {kind!r}"
-            f"{' with rope_freqs.weight' if freqs is not None else ''}; supported are 'none', "
-            "'linear', and Llama 3's frequency factors in rope_freqs.weight without a type"
-        )
-    elif factor != 1.0:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    return config | _special_ids(path, metadata, config["vocab_size"])
 
 
 def _special_ids(path: str, metadata: dict[str, Any], size: int) -> dict:
@@ -259,29 +237,6 @@ def _special_ids(path: str, metadata: dict[str, Any], size: int) -> dict:
     }
 
 
-def _llama3_scaling(path: str, freqs: ReaderTensor, config: dict, length: int) -> dict:
-    """Frequency factors back to the four numbers they were computed from, all but one known."""
-    stored = np.asarray(freqs.data)
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(stored[-1]),  # the longest wave is stretched by the full factor
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": length,
-    }
-    # By what each frequency, [H / 2], is divided.
-    stretched = from_hugging_face(config | {"rope_scaling": scaling}, path)
-    rope, shape = stretched.kind(0).rope, (stretched.head_dim, length, stretched.max_positions)
-    plain = dataclasses.replace(rope, scaling=None)
-    expected = np.asarray(rotary_frequencies(plain, *shape) / rotary_frequencies(rope, *shape))
-    if not np.allclose(stored, expected, rtol=1e-3):
-        raise GGUFError(
-            f"{path}: rope_freqs.weight does not follow from {scaling} with rope_theta "
-            f"{config['rope_theta']}: found {stored.tolist()}, expected {expected.tolist()}"
-        )
-    return scaling
-
-
 def _by_hugging_face_name(
     path: str, family: Family, tensors: dict[str, ReaderTensor]
 ) -> dict[str, ReaderTensor]:
@@ -293,8 +248,10 @@ def _by_hugging_face_name(
             renamed[theirs.format(layer and layer[1])] = tensor
         else:
             unknown.append(name)
-        if (kind := tensor.tensor_type.name) not in TYPES:
-            raise GGUFError(f"{path}: {name} is of type {kind}; supported are {', '.join(TYPES)}")
+        if (kind := tensor.tensor_type.name) not in readable_types():
+            raise GGUFError(
+                f"{path}: {name} is of type {kind}; supported are {', '.join(readable_types())}"
+            )
     if unknown:
         raise GGUFError(
             f"{path}: {len(unknown)} tensors that a plain {family.model_type} does not have: "
@@ -307,7 +264,7 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))  # GGUF has the fastest first
 
 
-def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Llama.cpp's rotary pairs (2i, 2i+1) put as Hugging Face's (i, i + H/2); rows stay whole."""
     # [N H, …] as [N, H/2, 2, …], a pair beside itself, to [N, 2, H/2, …], all firsts before all
     # seconds.
