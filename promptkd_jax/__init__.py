@@ -36,6 +36,7 @@ _NAMES = {
     "distill.teacher": "Models lazy_logits lazy_logits_and_states",
     "models.decoder": "Decoder head",
     "models.io.export": "save_model",
+    "models.io.gguf_export": "save_gguf",
     "models.io.peft": "load_soft_prompt save_soft_prompt",
     "models.language_model": "LanguageModel LazyLogits",
     "models.load": "load_model",

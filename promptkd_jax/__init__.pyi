@@ -34,6 +34,7 @@ from promptkd_jax.distill.teacher import lazy_logits_and_states as lazy_logits_a
 from promptkd_jax.models.decoder import Decoder as Decoder
 from promptkd_jax.models.decoder import head as head
 from promptkd_jax.models.io.export import save_model as save_model
+from promptkd_jax.models.io.gguf_export import save_gguf as save_gguf
 from promptkd_jax.models.io.peft import load_soft_prompt as load_soft_prompt
 from promptkd_jax.models.io.peft import save_soft_prompt as save_soft_prompt
 from promptkd_jax.models.language_model import LanguageModel as LanguageModel

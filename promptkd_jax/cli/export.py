@@ -1,4 +1,5 @@
-"""A checkpoint of a run, for transformers: `promptkd export --workdir DIR --output FOLDER`.
+"""A checkpoint of a run, for transformers: `promptkd export --workdir DIR --output FOLDER`; or its
+student for llama.cpp, if the output is named FILE.gguf.
 
 The workdir is all that it needs: it may have been moved or copied, and the models and the data that
 the run began with may be gone.
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 
 from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra.errors import CheckpointError
+from promptkd_jax.infra.errors import CheckpointError, ConfigError
 from promptkd_jax.infra.files import check_writable, of_another_machine
 from promptkd_jax.models.io.export import STORED_IN
+from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, save_gguf
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import with_date
@@ -21,7 +23,13 @@ from promptkd_jax.training.save import SAVED, load_configs, save
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, type=flags.path, help="of a promptkd train")
-    parser.add_argument("--output", required=True, type=flags.path)
+    parser.add_argument("--output", required=True, type=flags.path, help="folder, or FILE.gguf")
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="type of the matrices of FILE.gguf (default f16); K-quants such as Q4_K_M are made of "
+        "such a file by llama.cpp's llama-quantize",
+    )
     parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
     text = "of the weights (default: as they were trained)"
     parser.add_argument("--dtype", default="", choices=STORED_IN, help=text)
@@ -34,11 +42,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     Raises:
       CheckpointError: there is no such checkpoint, or --workdir is not the folder of a run.
-      ConfigError: the disk or the bucket of --workdir or of --output refuses.
+      ConfigError: the disk or the bucket of --workdir or of --output refuses; --quantize without
+        a GGUF file.
+      GGUFError: llama.cpp does not run such a student.
       ModelError: the run has not come as far as to a checkpoint.
     """
     distributed.assert_same_options(options)
     workdir, output, mesh = options.workdir, options.output, flags.mesh_of(options)
+    to_gguf = output.suffix == ".gguf"
+    if options.quantize and not to_gguf:
+        raise ConfigError(
+            f"--quantize {options.quantize}: is for --output FILE.gguf, not for a folder ({output})"
+        )
     file = workdir / "config.json"
     with flags.naming("--workdir", workdir):
         if not distributed.run_on_primary(file.exists):
@@ -46,7 +61,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         with of_another_machine():  # the run's models and data may be gone, or out of reach
             config = with_date(read_run([f"--config={file}"]), workdir)
     with flags.naming("--output", output):
-        check_writable(output)
+        check_writable(output.parent if to_gguf else output)
     with flags.naming("--workdir", workdir):
         models = load_configs(config, workdir)
         with open_checkpoints(config, workdir) as checkpoints:
@@ -55,9 +70,15 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             if step is None:
                 raise CheckpointError(f"{workdir}/checkpoints has no {options.step} checkpoint")
             place = functools.partial(sharding.shardings, mesh=mesh)
-            params = checkpoints.restore_params(step, SAVED, place)
+            groups = ("student",) if to_gguf else SAVED
+            params = checkpoints.restore_params(step, groups, place)
     with flags.naming("--output", output):
-        paths = save(config, models, params, output, dtype=options.dtype)
+        if to_gguf:
+            student = models[1].replace(params=params["student"])
+            save_gguf(output, student, quantize=options.quantize or "f16")
+            paths = {"student": output}
+        else:
+            paths = save(config, models, params, output, dtype=options.dtype)
     print(f"step {step}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
 
 

@@ -4,6 +4,8 @@ import os
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.io.hub import resolve_model
@@ -112,6 +114,17 @@ def write(path, keys: dict, tensors: dict, architecture: str = "llama", **how) -
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
+
+
+def byte_level_tokenizer(size: int = 101) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE of which all tokens are below `size`; `<end>` is 0."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 3]
+    vocabulary = {token: i for i, token in enumerate(["<end>", *letters, "he"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("h", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), "<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def smollm2_file() -> str:

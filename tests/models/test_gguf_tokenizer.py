@@ -4,12 +4,30 @@ import json
 
 import pytest
 import transformers
+from helpers.families import LLAMA
 from helpers.gguf_files import SIZES, gguf_tensors, metadata, smollm2_file, weights, write
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from promptkd_jax.infra.errors import GGUFError
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.gguf import open_gguf
-from promptkd_jax.models.io.gguf_tokenizer import tokenizer_from_gguf
+from promptkd_jax.models.io.gguf_tokenizer import (
+    LLAMA3_WORDS,
+    tokenizer_from_gguf,
+    tokenizer_metadata,
+)
+from promptkd_jax.models.model import Model
 
 TEXTS = (
     "Déjà vu: naïve façade, Straße 12345, 3.14159 ½ ² ٣٤.",
@@ -300,3 +318,172 @@ def test_smollm2_tokenizer():
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert tokenizer(chat).input_ids.count(1) == 2 == tokenizer(chat).input_ids.count(2)
+
+
+# Written
+
+
+def model_with(tokenizer, rows: int, eos_ids: tuple[int, ...]) -> Model:
+    """A model of which only what belongs to its tokenizer is looked at."""
+    decoder = Decoder(from_hugging_face({**LLAMA, "model_type": "llama", "vocab_size": rows}))
+    return Model("some/model", decoder, None, {}, tokenizer, eos_ids)
+
+
+@pytest.mark.parametrize("pre", [*BYTE_LEVEL, "dbrx", "stablelm2", "gpt-4o", "tekken", "llama"])
+def test_a_tokenizer_that_is_written_is_read_again(load, pre):
+    keys = sentencepiece_keys() if pre == "llama" else tokenizer_keys(pre)
+    tokenizer = load(keys)
+    eos = tokenizer.eos_token_id
+    found = tokenizer_metadata(model_with(tokenizer, len(tokenizer), (eos,)))
+    assert found.pop("general.name") == "model"
+    if pre == "llama":  # the same order by other numbers
+        scores = found.pop("tokenizer.ggml.scores")
+        order = sorted(range(len(scores)), key=scores.__getitem__)
+        theirs = keys["tokenizer.ggml.scores"]
+        merged = [
+            i for i in order if scores[i] > -1e6 and keys["tokenizer.ggml.token_type"][i] == 1
+        ]
+        assert merged and merged == sorted(merged, key=theirs.__getitem__)
+        found["tokenizer.ggml.scores"] = theirs
+    added = ("add_bos_token", "add_eos_token", "add_space_prefix")
+    added = [f"tokenizer.ggml.{name}" for name in added]
+    assert {key: x for key, x in found.items() if key not in added or key in keys} == keys
+    again = load(found)
+    for text in TEXTS:
+        assert again(text).input_ids == tokenizer(text).input_ids
+
+
+def test_published_forms_of_pre_tokenizers_are_known(load):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    without = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    split = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+    forms = {
+        "gpt-2": (byte_level, None, False),
+        "smollm": (pre_tokenizers.Sequence([digits, byte_level]), None, False),
+        "llama-bpe": (pre_tokenizers.Sequence([split, without]), None, True),
+        "dbrx": (pre_tokenizers.Sequence([split, without]), None, False),
+        "qwen2": (transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer, "NFC", False),
+    }
+    for pre, (form, normalizer, ignore_merges) in forms.items():
+        backend = Tokenizer(models.BPE(*vocabulary_and_merges(), ignore_merges=ignore_merges))
+        backend.pre_tokenizer = form
+        if normalizer:
+            backend.normalizer = getattr(normalizers, normalizer)()
+        assert written(backend)["tokenizer.ggml.pre"] == pre
+
+
+def written(backend: Tokenizer, **special: str) -> dict:
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    return tokenizer_metadata(model_with(tokenizer, len(tokenizer), (0,)))
+
+
+def test_rows_that_are_no_tokens_are_none_when_read_again(load):
+    tokenizer = load(tokenizer_keys())
+    padded = tokenizer_metadata(model_with(tokenizer, len(tokenizer) + 3, (len(TOKENS) + 1,)))
+    assert padded["tokenizer.ggml.tokens"][-1] == f"[PAD{len(tokenizer) + 2}]"
+    assert load(padded).get_vocab() == tokenizer.get_vocab()
+
+
+def test_all_tokens_that_end_a_turn_are_written(load):
+    tokenizer, n = load(tokenizer_keys()), len(TOKENS)
+    found = tokenizer_metadata(model_with(tokenizer, len(tokenizer), (n + 1, n + 3, n)))
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    assert [found[name] for name in names] == [n + 1, n + 3, n]
+    with pytest.raises(GGUFError, match="4 tokens end an answer; a GGUF file names at most 3"):
+        tokenizer_metadata(model_with(tokenizer, len(tokenizer), (n, n + 1, n + 2, n + 3)))
+
+
+def test_white_space_behind_special_tokens_goes_as_in_phi_3(load):
+    """Llama.cpp sees by the name whose special tokens take it."""
+    end = AddedToken("<|end|>", special=True, normalized=False, rstrip=True)
+    backend = Tokenizer(models.BPE(*vocabulary_and_merges()))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens([end])
+    found = written(backend)
+    assert found["general.name"] == "phi-3 model"
+    for name, kept in (("phi-3 model", 0), ("Phi3-mini", 0), ("model", 2)):
+        ids = load(found | {"general.name": name})("<|end|>\n\na").input_ids
+        assert len(ids) == 2 + kept
+
+
+def lowercase(backend):
+    backend.normalizer = normalizers.Lowercase()
+
+
+def whitespace(backend):
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def prefix_space(backend):
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def other_words(backend):
+    split = pre_tokenizers.Split(Regex(r"\p{L}+"), "isolated")
+    without = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, without])
+
+
+def separator(backend):
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|sep|> $A", special_tokens=[("<|sep|>", 0)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lowercase,
+            "cuts text as its own does: Lowercase; those that can be written are like gpt-2",
+        ),
+        (whitespace, r'as its own does: \{"type": "Whitespace"\}'),
+        (prefix_space, r'as its own does: \{"type": "ByteLevel", "add_prefix_space": true'),
+        (other_words, r"as its own does: PreTokenizer\(words=\('.*p\{L\}\+',"),
+        (
+            separator,
+            r"makes \['.', 'a'\] of 'a'; a GGUF file can only have BOS and EOS around a text",
+        ),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(spoil, message):
+    backend = Tokenizer(models.BPE(*vocabulary_and_merges()))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spoil(backend)
+    with pytest.raises(GGUFError, match=f"^some/model: .*{message}"):
+        written(backend)
+
+
+def test_a_tokenizer_that_is_no_bpe_is_refused():
+    with pytest.raises(GGUFError, match="its tokenizer is a WordLevel; only a BPE can be written"):
+        written(Tokenizer(models.WordLevel({"a": 0}, "a")))
+
+
+def test_merges_that_no_scores_say_are_refused(load):
+    """SentencePiece makes a token of any two that are one; these merges leave one way out."""
+    backend = Tokenizer(
+        models.BPE({"<unk>": 0, "a": 1, "aa": 2, "aaa": 3}, [("a", "a"), ("aa", "a")])
+    )
+    state = json.loads(backend.to_str())
+    state["model"] |= {"byte_fallback": True, "unk_token": "<unk>"}
+    state["normalizer"] = json.loads(normalizers.Replace(" ", "▁").__getstate__())
+    with pytest.raises(GGUFError, match="are not those of a SentencePiece model"):
+        written(Tokenizer.from_str(json.dumps(state)))
+    state["model"]["merges"].append(["a", "aa"])
+    found = written(Tokenizer.from_str(json.dumps(state)))
+    assert found["tokenizer.ggml.scores"][2:] == [-1.0, -2.0]
+    assert found["tokenizer.ggml.add_space_prefix"] is False
+
+
+@pytest.mark.parametrize(("scheme", "prefix"), [("first", True), ("never", False)])
+def test_sentencepiece_as_transformers_5_builds_it(scheme, prefix):
+    backend = transformers.LlamaTokenizer(
+        vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "ab": 5}, merges=[("a", "b")]
+    ).backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    found = written(backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert found["tokenizer.ggml.add_space_prefix"] is prefix
+    assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 1]

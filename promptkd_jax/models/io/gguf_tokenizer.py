@@ -317,7 +317,7 @@ def _tokens(model: Model, state: dict[str, Any]) -> tuple[list[str], list[int]]:
         # Llama.cpp matches them in text as it stands, before spaces become blocks.
         text = token.replace("▁", " ") if sentencepiece and not added["special"] else token
         tokens[i], types[i] = text, CONTROL if added["special"] else USER_DEFINED
-        if sentencepiece and token == state["model"]["unk_token"]:
+        if sentencepiece and i == model.tokenizer.unk_token_id:
             types[i] = UNKNOWN
     return tokens, types
 
@@ -331,15 +331,15 @@ def _special_metadata(model: Model) -> dict[str, Any]:
         )
     ids = {"bos": tokenizer.bos_token_id, **dict(zip(ends, model.eos_ids))}
     ids |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
-    around = tokenizer("").input_ids
+    text, whole = (tokenizer("a", add_special_tokens=x).input_ids for x in (False, True))
     sides = [(bos, eos) for bos in (False, True) for eos in (False, True)]
-    added = [[ids["bos"]] * bos + [ids["eos"]] * eos for bos, eos in sides]
-    if around not in added:
+    added = [[ids["bos"]] * bos + text + [ids["eos"]] * eos for bos, eos in sides]
+    if whole not in added:
         raise GGUFError(
-            f"{model.name}: its tokenizer puts {tokenizer.convert_ids_to_tokens(around)} around a "
-            "text; a GGUF file can only have BOS and EOS there"
+            f"{model.name}: its tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of 'a'; a "
+            "GGUF file can only have BOS and EOS around a text"
         )
-    add_bos, add_eos = sides[added.index(around)]
+    add_bos, add_eos = sides[added.index(whole)]
     ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
     return ids | {"add_bos_token": add_bos, "add_eos_token": add_eos}
 
