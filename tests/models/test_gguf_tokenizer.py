@@ -457,7 +457,9 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(spoil, message):
         written(backend)
 
 
-def test_a_tokenizer_that_is_no_bpe_is_refused():
+def test_a_tokenizer_that_is_no_bpe_or_has_no_merges_is_refused():
+    with pytest.raises(GGUFError, match="its tokenizer has no merges; llama.cpp does not load"):
+        written(Tokenizer(models.BPE({"a": 0}, [])))
     with pytest.raises(GGUFError, match="its tokenizer is a WordLevel; only a BPE can be written"):
         written(Tokenizer(models.WordLevel({"a": 0}, "a")))
 

@@ -21,11 +21,13 @@ import pytest
 from helpers import tiny
 from helpers.records import example
 from safetensors.numpy import load_file
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.infra import errors, sharding, signals
 from promptkd_jax.infra.errors import CheckpointError, ConfigError, DataError, ModelError
 from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.models.io.gguf_tokenizer import LLAMA3_WORDS
 from promptkd_jax.models.io.peft import load_soft_prompt
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
@@ -533,3 +535,31 @@ def test_fields_that_are_seldom_right_are_doubted(config, changes, doubts):
     run = types.SimpleNamespace(config=config, stages=stages, total_steps=total)
     said = list(training._doubts(run))
     assert [text.split(",")[0] for text in said] == [f"config.{doubt}" for doubt in doubts]
+
+
+def test_a_student_is_exported_to_gguf(finished, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    copy, file = tmp_path / "copy", tmp_path / "new" / "student.gguf"
+    shutil.copytree(finished, copy)
+    export = ["export", f"--workdir={copy}", "--quantize=bf16"]
+    with pytest.raises(SystemExit, match=r"llama.cpp knows no tokenizer .*ignore_merges=True"):
+        main([*export, f"--output={file}"])
+    with pytest.raises(SystemExit, match="--quantize bf16: is for --output FILE.gguf, not for a"):
+        main([*export, f"--output={tmp_path / 'folder'}"])
+    # The same tokens, but cut as llama.cpp can, and with a merge.
+    saved = copy / "configs" / "student" / "tokenizer.json"
+    state = json.loads(saved.read_text())
+    state["model"]["merges"] = [["Ġ", "a"]]
+    backend = Tokenizer.from_str(json.dumps(state))
+    split = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.save(str(saved))
+    main([*export, f"--output={file}"])
+    assert f"student in {file}" in capsys.readouterr().out
+    assert [x.name for x in file.parent.iterdir()] == ["student.gguf"]
+    found, there = load_model(str(file)), load_model(str(copy))
+    assert found.tokenizer("say red").input_ids == there.tokenizer("say red").input_ids
+    assert found.decoder.config == there.decoder.config
+    for array, expected in zip(*map(jax.tree.leaves, (found.params, there.params)), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=2**-8)

@@ -273,6 +273,8 @@ def tokenizer_metadata(model: Model) -> dict[str, Any]:
     state = json.loads(model.tokenizer.backend_tokenizer.to_str())
     if (kind := state["model"]["type"]) != "BPE":
         raise GGUFError(f"{model.name}: its tokenizer is a {kind}; only a BPE can be written")
+    if not state["model"]["merges"]:
+        raise GGUFError(f"{model.name}: its tokenizer has no merges; llama.cpp does not load that")
     tokens, types = _tokens(model, state)
     metadata = {"tokens": tokens, "token_type": types, **_special_metadata(model)}
     if state["model"]["byte_fallback"]:
