@@ -18,7 +18,7 @@ class ModelError(UserError):
 
 
 class GGUFError(ModelError):
-    """A file that cannot be read as a Llama."""
+    """A GGUF file that cannot be read, or that no model can be written to."""
 
 
 class HostsError(UserError):

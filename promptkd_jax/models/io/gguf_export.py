@@ -11,11 +11,12 @@ Source: llama.cpp's converter, convert_hf_to_gguf.py and conversion/.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -24,7 +25,7 @@ from promptkd_jax.infra import distributed, files
 from promptkd_jax.infra.errors import GGUFError
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.families.base import Family
-from promptkd_jax.models.families.gguf_layout import SIZES, Settings
+from promptkd_jax.models.families.gguf_layout import SIZES, GGUFLayout, Settings
 from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
 from promptkd_jax.models.io.export import as_local, stored_shapes, stored_tensors
 from promptkd_jax.models.io.gguf import NORMS, config_of, family_of, gguf_package
@@ -56,44 +57,38 @@ def save_gguf(file: str | os.PathLike, model: Model, *, quantize: str = "f16") -
     """
     gguf = gguf_package()
     check_text(model)
-    config, kind = model.decoder.config, gguf.GGMLQuantizationType[quantize.upper()]
+    config = model.decoder.config
     family = FAMILIES[config.family]
     factors, described = _described(model.name, family, config)
-    settings = _settings(family, config)
     metadata = {
         "general.type": "model",
         "general.file_type": _file_type(gguf, quantize),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **({"general.license": model.card["license"]} if "license" in model.card else {}),
-        **{f"{family.gguf.architecture}.{name}": value for name, value in settings.items()},
+        **{f"{family.gguf.architecture}.{x}": y for x, y in _settings(family, config).items()},
         **tokenizer_metadata(model),
     }
-    names = _gguf_names(family)
-    kinds, shapes = {}, {}
-    for name, x in stored_shapes(model.params, config).items():
-        theirs = _gguf_name(name, names, model.name, family)
-        shapes[theirs] = x.shape[::-1] if name.endswith(family.gguf.transposed) else x.shape
-        matrix = len(x.shape) > 1 and theirs != _POSITIONS
-        kinds[theirs] = kind if matrix else gguf.GGMLQuantizationType.F32
-        block = gguf.GGML_QUANT_SIZES[kinds[theirs]][0]
-        if shapes[theirs][-1] % block:
-            raise GGUFError(
-                f"{model.name}: {theirs} has {shapes[theirs][-1]} numbers in a row; {quantize} "
-                f"has blocks of {block}: write it as f32, f16 or bf16"
-            )
-    shapes |= {name: array.shape for name, array in factors.items()}
-    kinds |= dict.fromkeys(factors, gguf.GGMLQuantizationType.F32)
+    full = gguf.GGMLQuantizationType.F32
+    entries = _entries(model, family, gguf.GGMLQuantizationType[quantize.upper()])
+    entries += [_Entry(name, array.shape, full) for name, array in factors.items()]
+    # To bring a tensor to the host is a collective of all processes; the first alone writes it.
+    tensors = (
+        _as_stored(name, array, family.gguf, described)
+        for name, array in stored_tensors(model.params, config)
+    )
     target = _Target(files.to_path(file), family.gguf.architecture)
-    distributed.run_on_primary(functools.partial(target.open, metadata, shapes, kinds))
-    for name, array in stored_tensors(model.params, config):
-        array = _as_stored(name, array, family, described)
-        kind = kinds[_gguf_name(name, names, model.name, family)]
-        distributed.run_on_primary(functools.partial(target.write, array, kind))
-    for array in factors.values():
-        distributed.run_on_primary(
-            functools.partial(target.write, array, gguf.GGMLQuantizationType.F32)
-        )
+    distributed.run_on_primary(functools.partial(target.open, metadata, entries))
+    for entry, array in zip(entries, itertools.chain(tensors, factors.values()), strict=True):
+        distributed.run_on_primary(functools.partial(target.write, array, entry.kind))
     distributed.run_on_primary(target.close)
+
+
+class _Entry(NamedTuple):
+    """A tensor as the header of a file has it: its name, its shape, [out, in], and its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any  # gguf.GGMLQuantizationType
 
 
 class _Target:
@@ -103,9 +98,7 @@ class _Target:
         self._file, self._architecture = file, architecture
         self._stack = contextlib.ExitStack()
 
-    def open(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, Any], kinds: Mapping[str, Any]
-    ) -> None:
+    def open(self, metadata: Mapping[str, Any], entries: Sequence[_Entry]) -> None:
         gguf = gguf_package()
         files.make_folder(self._file.parent)
         folder = self._stack.enter_context(as_local(self._file.parent))
@@ -115,10 +108,10 @@ class _Target:
         add = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
         for key, value in metadata.items():
             getattr(writer, f"add_{add[type(value)]}")(key, value)
-        for name, shape in shapes.items():
-            block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
-            size = math.prod(shape) // block * size
-            writer.add_tensor_info(name, shape, np.dtype("float32"), size, kinds[name])
+        for name, shape, kind in entries:
+            numbers, size = gguf.GGML_QUANT_SIZES[kind]  # of a block, and its bytes
+            size *= math.prod(shape) // numbers
+            writer.add_tensor_info(name, shape, np.dtype("float32"), size, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -185,23 +178,33 @@ def _difference(ours: Any, theirs: Any, place: str = "") -> str:
     return next(filter(None, found), "")
 
 
-def _gguf_names(family: Family) -> dict[str, str]:
-    return {ours: theirs for theirs, ours in family.gguf.names.items()}
-
-
-def _gguf_name(name: str, names: Mapping[str, str], model: str, family: Family) -> str:
-    layer = re.search(r"\.(\d+)\.", name)
-    pattern = name.replace(layer[0], ".{}.", 1) if layer else name
-    if pattern not in names:
-        raise GGUFError(f"{model}: llama.cpp's {family.gguf.architecture} has no place for {name}")
-    return names[pattern].format(layer and layer[1])
+def _entries(model: Model, family: Family, kind: Any) -> list[_Entry]:
+    """Those of `stored_tensors`, in its order: matrices of a type, all else in float32."""
+    gguf, layout, entries = gguf_package(), family.gguf, []
+    names = {ours: theirs for theirs, ours in layout.names.items()}
+    for name, x in stored_shapes(model.params, model.decoder.config).items():
+        layer = re.search(r"\.(\d+)\.", name)
+        pattern = name.replace(layer[0], ".{}.", 1) if layer else name
+        if pattern not in names:
+            raise GGUFError(f"{model.name}: llama.cpp's {layout.architecture} has no {name}")
+        theirs = names[pattern].format(layer and layer[1])
+        matrix = len(x.shape) > 1 and theirs != _POSITIONS
+        shape = x.shape[::-1] if name.endswith(layout.transposed) else x.shape
+        entry = _Entry(theirs, shape, kind if matrix else gguf.GGMLQuantizationType.F32)
+        if shape[-1] % (numbers := gguf.GGML_QUANT_SIZES[entry.kind][0]):
+            raise GGUFError(
+                f"{model.name}: {theirs} has {shape[-1]} numbers in a row; {kind.name.lower()} has "
+                f"blocks of {numbers}: write it as f32, f16 or bf16"
+            )
+        entries.append(entry)
+    return entries
 
 
 def _as_stored(
-    name: str, array: np.ndarray, family: Family, described: Mapping[str, Any]
+    name: str, array: np.ndarray, layout: GGUFLayout, described: Mapping[str, Any]
 ) -> np.ndarray:
     """A tensor in the layout of the file, float32."""
-    layout, array = family.gguf, array.astype(np.float32)
+    array = array.astype(np.float32)
     for ending, heads in layout.rotary_pairs.items():
         if name.endswith(ending):
             array = _permute(array, described[heads])
