@@ -151,9 +151,9 @@ def _described(
     described = config_of(family_of(architecture), settings, config.vocab_size, tied=config.tied)
     settings.refuse_others()
     found = from_hugging_face(described, f"{name}: as llama.cpp's {architecture}")
-    # How it is run is no part of what the model is.
-    unsaid = {x: getattr(config, x) for x in ("family", "dtype", "param_dtype", "remat")}
-    found = found.replace(**unsaid, tensor_parts=config.tensor_parts)
+    # How it is trained and run is no part of what a file says.
+    unsaid = ("family", "dropout", "dtype", "param_dtype", "remat", "tensor_parts")
+    found = found.replace(**{field: getattr(config, field) for field in unsaid})
     if difference := _difference(config, found):
         raise GGUFError(
             f"{name}: no GGUF file can say what this model is: its {difference} for llama.cpp's "
