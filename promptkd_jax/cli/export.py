@@ -14,7 +14,7 @@ from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import CheckpointError, ConfigError
 from promptkd_jax.infra.files import check_writable, of_another_machine
 from promptkd_jax.models.io.export import STORED_IN
-from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, save_gguf
+from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, check_gguf, save_gguf
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import with_date
@@ -50,6 +50,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     distributed.assert_same_options(options)
     workdir, output, mesh = options.workdir, options.output, flags.mesh_of(options)
     to_gguf = output.suffix == ".gguf"
+    quantize = options.quantize or "f16"
     if options.quantize and not to_gguf:
         raise ConfigError(
             f"--quantize {options.quantize}: is for --output FILE.gguf, not for a folder ({output})"
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         check_writable(output.parent if to_gguf else output)
     with flags.naming("--workdir", workdir):
         models = load_configs(config, workdir)
+        if to_gguf:
+            check_gguf(models[1], quantize)  # before gigabytes are read
         with open_checkpoints(config, workdir) as checkpoints:
             named = {"last": checkpoints.latest_step, "best": checkpoints.best_step}
             step = named[options.step]() if options.step in named else int(options.step)
@@ -75,7 +78,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     with flags.naming("--output", output):
         if to_gguf:
             student = models[1].replace(params=params["student"])
-            save_gguf(output, student, quantize=options.quantize or "f16")
+            save_gguf(output, student, quantize=quantize)
             paths = {"student": output}
         else:
             paths = save(config, models, params, output, dtype=options.dtype)

@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
 from promptkd_jax.models.io.export import as_local, stored_shapes, stored_tensors
 from promptkd_jax.models.io.gguf import NORMS, config_of, family_of, gguf_package
 from promptkd_jax.models.io.gguf_tokenizer import tokenizer_metadata
+from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.model import Model, check_text
 
 # The types of matrices that the package gguf quantises, smaller and smaller. Others (the K-quants:
@@ -55,6 +56,51 @@ def save_gguf(file: str | os.PathLike, model: Model, *, quantize: str = "f16") -
         know the tokenizer; rows are no multiple of the blocks of `quantize`; the package gguf is
         not installed.
     """
+    header = _header(model, quantize)
+    config = model.decoder.config
+    layout, factors = FAMILIES[config.family].gguf, header.factors.values()
+    # To bring a tensor to the host is a collective of all processes; the first alone writes it.
+    tensors = (
+        _as_stored(name, array, layout, header.described)
+        for name, array in stored_tensors(model.params, config)
+    )
+    target = _Target(files.to_path(file), layout.architecture)
+    distributed.run_on_primary(functools.partial(target.open, header))
+    for entry, array in zip(header.entries, itertools.chain(tensors, factors), strict=True):
+        distributed.run_on_primary(functools.partial(target.write, array, entry.kind))
+    distributed.run_on_primary(target.close)
+
+
+def check_gguf(model: Model, quantize: str) -> None:
+    """Raises what `save_gguf` would, without looking at `model.params`."""
+    _header(model, quantize)
+
+
+class _Entry(NamedTuple):
+    """A tensor as the header of a file has it: its name, its shape, [out, in], and its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any  # gguf.GGMLQuantizationType
+
+
+class _Header(NamedTuple):
+    """All of a file but its weights.
+
+    Attributes:
+      metadata: its keys and values.
+      entries: its tensors, in their order.
+      factors: the last of them.
+      described: the `config.json` that it says.
+    """
+
+    metadata: dict[str, Any]
+    entries: list[_Entry]
+    factors: dict[str, np.ndarray]
+    described: dict[str, Any]
+
+
+def _header(model: Model, quantize: str) -> _Header:
     gguf = gguf_package()
     check_text(model)
     config = model.decoder.config
@@ -68,27 +114,10 @@ def save_gguf(file: str | os.PathLike, model: Model, *, quantize: str = "f16") -
         **{f"{family.gguf.architecture}.{x}": y for x, y in _settings(family, config).items()},
         **tokenizer_metadata(model),
     }
-    full = gguf.GGMLQuantizationType.F32
     entries = _entries(model, family, gguf.GGMLQuantizationType[quantize.upper()])
+    full = gguf.GGMLQuantizationType.F32
     entries += [_Entry(name, array.shape, full) for name, array in factors.items()]
-    # To bring a tensor to the host is a collective of all processes; the first alone writes it.
-    tensors = (
-        _as_stored(name, array, family.gguf, described)
-        for name, array in stored_tensors(model.params, config)
-    )
-    target = _Target(files.to_path(file), family.gguf.architecture)
-    distributed.run_on_primary(functools.partial(target.open, metadata, entries))
-    for entry, array in zip(entries, itertools.chain(tensors, factors.values()), strict=True):
-        distributed.run_on_primary(functools.partial(target.write, array, entry.kind))
-    distributed.run_on_primary(target.close)
-
-
-class _Entry(NamedTuple):
-    """A tensor as the header of a file has it: its name, its shape, [out, in], and its type."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Any  # gguf.GGMLQuantizationType
+    return _Header(metadata, entries, factors, described)
 
 
 class _Target:
@@ -98,7 +127,7 @@ class _Target:
         self._file, self._architecture = file, architecture
         self._stack = contextlib.ExitStack()
 
-    def open(self, metadata: Mapping[str, Any], entries: Sequence[_Entry]) -> None:
+    def open(self, header: _Header) -> None:
         gguf = gguf_package()
         files.make_folder(self._file.parent)
         folder = self._stack.enter_context(as_local(self._file.parent))
@@ -106,9 +135,9 @@ class _Target:
         self._unfinished = self._whole.with_suffix(".unfinished")
         self._writer = writer = gguf.GGUFWriter(self._unfinished, self._architecture)
         add = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
-        for key, value in metadata.items():
+        for key, value in header.metadata.items():
             getattr(writer, f"add_{add[type(value)]}")(key, value)
-        for name, shape, kind in entries:
+        for name, shape, kind in header.entries:
             numbers, size = gguf.GGML_QUANT_SIZES[kind]  # of a block, and its bytes
             size *= math.prod(shape) // numbers
             writer.add_tensor_info(name, shape, np.dtype("float32"), size, kind)
@@ -180,9 +209,9 @@ def _difference(ours: Any, theirs: Any, place: str = "") -> str:
 
 def _entries(model: Model, family: Family, kind: Any) -> list[_Entry]:
     """Those of `stored_tensors`, in its order: matrices of a type, all else in float32."""
-    gguf, layout, entries = gguf_package(), family.gguf, []
+    gguf, layout, config, entries = gguf_package(), family.gguf, model.decoder.config, []
     names = {ours: theirs for theirs, ours in layout.names.items()}
-    for name, x in stored_shapes(model.params, model.decoder.config).items():
+    for name, x in stored_shapes(abstract_params(config), config).items():
         layer = re.search(r"\.(\d+)\.", name)
         pattern = name.replace(layer[0], ".{}.", 1) if layer else name
         if pattern not in names:
