@@ -55,6 +55,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             f"--quantize {options.quantize}: is for --output FILE.gguf, not for a folder ({output})"
         )
+    if options.dtype and to_gguf:
+        raise ConfigError(
+            f"--dtype {options.dtype}: is for a folder; the type of {output} is --quantize's"
+        )
     file = workdir / "config.json"
     with flags.naming("--workdir", workdir):
         if not distributed.run_on_primary(file.exists):

@@ -546,6 +546,10 @@ def test_a_student_is_exported_to_gguf(finished, tmp_path, capsys):
         main([*export, f"--output={file}"])
     with pytest.raises(SystemExit, match="--quantize bf16: is for --output FILE.gguf, not for a"):
         main([*export, f"--output={tmp_path / 'folder'}"])
+    with pytest.raises(
+        SystemExit, match="--dtype bfloat16: is for a folder; the type of .* is --q"
+    ):
+        main([*export, f"--output={file}", "--dtype=bfloat16"])
     # The same tokens, but cut as llama.cpp can, and with a merge.
     saved = copy / "configs" / "student" / "tokenizer.json"
     state = json.loads(saved.read_text())

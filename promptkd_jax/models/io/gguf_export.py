@@ -30,7 +30,6 @@ from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
 from promptkd_jax.models.io.export import as_local, stored_shapes, stored_tensors
 from promptkd_jax.models.io.gguf import NORMS, config_of, family_of, gguf_package
 from promptkd_jax.models.io.gguf_tokenizer import tokenizer_metadata
-from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.model import Model, check_text
 
 # The types of matrices that the package gguf quantises, smaller and smaller. Others (the K-quants:
@@ -211,14 +210,14 @@ def _entries(model: Model, family: Family, kind: Any) -> list[_Entry]:
     """Those of `stored_tensors`, in its order: matrices of a type, all else in float32."""
     gguf, layout, config, entries = gguf_package(), family.gguf, model.decoder.config, []
     names = {ours: theirs for theirs, ours in layout.names.items()}
-    for name, x in stored_shapes(abstract_params(config), config).items():
+    for name, shape in stored_shapes(config).items():
         layer = re.search(r"\.(\d+)\.", name)
         pattern = name.replace(layer[0], ".{}.", 1) if layer else name
         if pattern not in names:
             raise GGUFError(f"{model.name}: llama.cpp's {layout.architecture} has no {name}")
         theirs = names[pattern].format(layer and layer[1])
-        matrix = len(x.shape) > 1 and theirs != _POSITIONS
-        shape = x.shape[::-1] if name.endswith(layout.transposed) else x.shape
+        matrix = len(shape) > 1 and theirs != _POSITIONS
+        shape = shape[::-1] if name.endswith(layout.transposed) else shape
         entry = _Entry(theirs, shape, kind if matrix else gguf.GGMLQuantizationType.F32)
         if shape[-1] % (numbers := gguf.GGML_QUANT_SIZES[entry.kind][0]):
             raise GGUFError(
