@@ -320,7 +320,7 @@ def test_a_big_endian_file_is_refused(plain):
 def test_another_architecture_is_refused(plain):
     keys, tensors, path = plain
     with pytest.raises(
-        GGUFError, match="architecture is 'bloom'; only 'gemma3', 'gpt2', 'granite'"
+        GGUFError, match="architecture is 'bloom'; only 'gemma2', 'gemma3', 'gpt2', 'granite'"
     ):
         open_gguf(write(path, keys, tensors, architecture="bloom"))
 

@@ -99,19 +99,40 @@ _GGUF_NORMS = {
 }
 _WINDOW, _LOCAL_THETA = "attention.sliding_window", "rope.freq_base_swa"
 _PATTERN = "attention.sliding_window_pattern"
-_LAYERS_OF_27B = 62
+_SOFT_CAPS = {
+    "attn_logit_softcapping": "attention_soft_cap",
+    "final_logit_softcapping": "logit_soft_cap",
+}
+_GEMMA2_27B, _GEMMA3_27B = 46, 62  # their depths
 
 
-def _gguf_fields(settings: Settings) -> dict[str, Any]:
+def _gguf_gemma2(settings: Settings) -> dict[str, Any]:
+    caps = zip(_SOFT_CAPS, (50.0, 30.0))
+    fields = _gguf_fields(settings, 4096, 2, _GEMMA2_27B)
+    return fields | {name: settings(name, cap) for name, cap in caps}
+
+
+def _gguf_gemma2_settings(config: DecoderConfig) -> dict[str, Any]:
+    settings = _gguf_settings(config)
+    settings.pop(_LOCAL_THETA, None)  # it has one for all layers
+    return settings | {theirs: getattr(config, ours) for theirs, ours in _SOFT_CAPS.items()}
+
+
+def _gguf_gemma3(settings: Settings) -> dict[str, Any]:
+    fields = _gguf_fields(settings, 0, 6, _GEMMA3_27B)
+    return fields | {"rope_local_base_freq": settings(_LOCAL_THETA, 10000.0)}
+
+
+def _gguf_fields(settings: Settings, window: int, period: int, largest: int) -> dict[str, Any]:
+    """What both read; `largest`: the depth of the model whose scores are scaled otherwise."""
     fields, depth = gguf_layout.rotary_fields(settings), settings("block_count")
-    window, pattern = settings(_WINDOW, 0), settings(_PATTERN, 6)
+    window, pattern = settings(_WINDOW, window), settings(_PATTERN, period)
     if not isinstance(pattern, list):
         pattern = [(layer + 1) % pattern != 0 for layer in range(depth)]
     # Llama.cpp knows no other scales of scores.
     per_head = settings("embedding_length") // settings("attention.head_count")
     return fields | {
-        "query_pre_attn_scalar": per_head if depth == _LAYERS_OF_27B else fields["head_dim"],
-        "rope_local_base_freq": settings(_LOCAL_THETA, 10000.0),
+        "query_pre_attn_scalar": per_head if depth == largest else fields["head_dim"],
         "sliding_window": window or None,
         "layer_types": [
             "sliding_attention" if window and local else "full_attention" for local in pattern
@@ -129,6 +150,17 @@ def _gguf_settings(config: DecoderConfig) -> dict[str, Any]:
             _PATTERN: [kind.sliding_window is not None for kind in kinds],
         }
     return settings
+
+
+def _gguf(architecture: str, qk_norms: Mapping[str, str], read: Any, write: Any) -> GGUFLayout:
+    return GGUFLayout(
+        architecture=architecture,
+        names=GGUF_ENDS | layer_names(GGUF_LINEAR | qk_norms | _GGUF_NORMS),
+        constants={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        read=read,
+        write=write,
+        norm_offset=1.0,
+    )
 
 
 _GEMMA2 = {
@@ -168,6 +200,7 @@ FAMILIES = (
         architecture="Gemma2ForCausalLM",
         read=_read_gemma2,
         tensors=_tensors,
+        gguf=_gguf("gemma2", {}, _gguf_gemma2, _gguf_gemma2_settings),
         published=base.published(
             ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
             + ("intermediate_size",),
@@ -180,14 +213,7 @@ FAMILIES = (
         architecture="Gemma3ForCausalLM",
         read=_read_gemma3,
         tensors=_tensors,
-        gguf=GGUFLayout(
-            architecture="gemma3",
-            names=GGUF_ENDS | layer_names(GGUF_LINEAR | GGUF_QK_NORMS | _GGUF_NORMS),
-            constants={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
-            read=_gguf_fields,
-            write=_gguf_settings,
-            norm_offset=1.0,
-        ),
+        gguf=_gguf("gemma3", GGUF_QK_NORMS, _gguf_gemma3, _gguf_settings),
         published=base.published(
             ("hidden_size", "num_hidden_layers", "intermediate_size"),
             (_GEMMA3, (640, 18, 2048), "google/gemma-3-270m", "google/gemma-3-270m-it"),
