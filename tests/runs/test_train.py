@@ -30,7 +30,6 @@ from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.io.gguf_tokenizer import LLAMA3_WORDS
 from promptkd_jax.models.io.peft import load_soft_prompt
 from promptkd_jax.models.load import load_model
-from promptkd_jax.models.model import Model
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import experiment, loop, prepare, run_data
 from promptkd_jax.training import run as training
@@ -311,9 +310,9 @@ def test_a_template_is_shown_the_day_on_which_the_run_began(config, tmp_path, mo
     config.data.date = "2020-01-01"
     assert prepare.with_date(checked(config), tmp_path).data.date == "2020-01-01"
     assert next(days) == "2026-11-28"  # nobody has asked for it
-    words = load_model(config.student.path).tokenizer
+    model = load_model(config.student.path)
+    words = model.tokenizer
     words.chat_template = CLOCK
-    model = Model("model", None, None, {}, words, (0,))
     rows = run_data.tokenized(dated[1], model, "some", [example("say red", "", ())])
     assert rows.date == ""  # the template "plain" shows none
     chat = dataclasses.replace(dated[1].data, template="chat")
