@@ -38,12 +38,14 @@ class ComparisonError(UserError):
 
 
 class Faults:
-    """What is wrong with examples: the first ten with their places, and how many."""
+    """What is wrong with examples: the first ten with their places, of the same fault together, and
+    how many there are."""
 
     SHOWN = 10
 
     def __init__(self):
-        self.count, self._first, self._last = 0, [], ""
+        self.count, self._last = 0, ""
+        self._first: dict[str, list[str]] = {}  # places by fault
 
     def add(self, where: str, fault: str) -> None:
         """Notes the fault of an example; a second one of the same example does not count."""
@@ -51,14 +53,15 @@ class Faults:
             return
         self._last, self.count = where, self.count + 1
         if self.count <= self.SHOWN:
-            self._first.append(f"{where}: {fault}")
+            self._first.setdefault(fault, []).append(where)
 
     def raise_any(self, source: str) -> None:
         """Raises DataError with all that is known, if there is any."""
+        first = [f"{', '.join(places)}: {fault}" for fault, places in self._first.items()]
         if self.count == 1:
-            raise DataError(self._first[0])
+            raise DataError(first[0])
         if self.count:
-            more = self.count - len(self._first)
-            rest = [f"and {more} more"] if more else []
+            more = self.count - self.SHOWN
+            rest = [f"and {more} more"] if more > 0 else []
             head = f"{source}: {self.count} examples cannot be used:"
-            raise DataError("\n  ".join([head, *self._first, *rest]))
+            raise DataError("\n  ".join([head, *first, *rest]))
