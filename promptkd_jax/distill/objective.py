@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.top_k import TopK
@@ -30,9 +29,8 @@ from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.optimizer import Gradients
 from promptkd_jax.distill.policy_gradient import PolicyTarget
-from promptkd_jax.distill.teacher import StepModels, StudentForward, lazy_logits
+from promptkd_jax.distill.teacher import DropoutKeys, StepModels, StudentForward, lazy_logits
 from promptkd_jax.models.language_model import LazyLogits
-from promptkd_jax.models.sampler import row_keys
 
 
 class MicroBatch(NamedTuple):
@@ -40,7 +38,7 @@ class MicroBatch(NamedTuple):
 
     `is_student` `[B]` says which rows the student wrote, `corpus` are rows of plain text,
     `soft_prompt` `[M, D]` is the one of the student's loss, `policy` the advantages of sampled
-    tokens, `dropout_keys` `[B]` those of the student's own update.
+    tokens, `dropout_keys` `[B]` those of the student's own update, of the rows and of the corpus.
     """
 
     rows: Batch
@@ -48,7 +46,7 @@ class MicroBatch(NamedTuple):
     corpus: Batch | None
     soft_prompt: jax.Array | None = None
     policy: PolicyTarget | None = None
-    dropout_keys: jax.Array | None = None
+    dropout_keys: DropoutKeys | None = None
 
 
 class Term(NamedTuple):
@@ -58,8 +56,6 @@ class Term(NamedTuple):
     target: Any
     weight: jax.Array
 
-
-_CORPUS = np.uint32(2**32 - 1)  # folded into a key of a row, which uses 0, 1, … itself
 
 Terms = dict[str, Term]
 Observations = dict[str, Observation]
@@ -194,7 +190,7 @@ def student_gradients(
     method, rows = step_models.method, micro_batch.rows
     where = step_models.where(rows)
     if student_forward is None:
-        keys = micro_batch.dropout_keys
+        keys = micro_batch.dropout_keys and micro_batch.dropout_keys.rows
         student_forward = step_models.student_vjp(params["student"], rows, keys)
     (student, states), pullback = student_forward
     # Nothing looks at the teacher where only tokens or plain text are learned from.
@@ -220,7 +216,7 @@ def student_gradients(
             by_group["projection"] = d_projections
         loss, sums = loss + hidden_total, sums | hidden_sums
     if taps := step_models.router_taps:
-        per_token = step_models.models.student.config.experts.per_token
+        per_token = step_models.models.student.config.experts.num_experts_per_tok
         scores = {tap: states[tap] for tap in taps}
         d_scores, balance = hidden_loss.balance_gradient(scores, rows.lengths, per_token)
         # A mean over the micro-batch, which counts as much as the micro-batch's tokens do.
@@ -231,8 +227,9 @@ def student_gradients(
     by_group["student"] = pullback((d_student, d_states))[0]
     # Plain text is another forward: rows of another shape, without a teacher as a rule.
     if micro_batch.corpus is not None:
+        keys = micro_batch.dropout_keys and micro_batch.dropout_keys.corpus
         gradient, corpus_total = corpus_gradient(
-            params, micro_batch.corpus, corpus_scale, step_models, micro_batch.dropout_keys
+            params, micro_batch.corpus, corpus_scale, step_models, keys
         )
         by_group["student"] = jax.tree.map(jnp.add, by_group["student"], gradient)
         # A share of the mean over tokens of text already. Divided by `scale`, it comes out as that
@@ -385,7 +382,7 @@ def corpus_gradient(
 
     Args:
       params: the groups of a train state.
-      dropout_keys: of the rows beside the corpus, which may be of another number; None: no dropout.
+      dropout_keys: one for each row of the corpus; None: no dropout.
 
     Returns:
       (gradient for the student's parameters, the loss times `weight`).
@@ -394,10 +391,7 @@ def corpus_gradient(
     # Rows of text have a "prompt" of one token: each of the others is predicted.
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
-    more = {}
-    if dropout_keys is not None:
-        of_corpus = jax.random.fold_in(dropout_keys[0], _CORPUS)
-        more["dropout_keys"] = row_keys(of_corpus, jnp.arange(corpus.lengths.shape[0]))
+    more = {} if dropout_keys is None else {"dropout_keys": dropout_keys}
 
     def student(params):
         view = step_models.models.student, params, corpus, where, method.vocab_size

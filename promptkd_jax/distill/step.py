@@ -31,7 +31,7 @@ from promptkd_jax.distill.objective import MicroBatch
 from promptkd_jax.distill.optimizer import accumulate, gradient_norm
 from promptkd_jax.distill.state import Metrics, Optimizers, TrainState
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
-from promptkd_jax.distill.teacher import Models, StepModels, StudentForward
+from promptkd_jax.distill.teacher import DropoutKeys, Models, StepModels, StudentForward
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.buckets import run_in_smallest_bucket
 
@@ -98,7 +98,8 @@ def train_step(
         targets, replay = _write(state, batch, step_models, state.step)
         new = state.replace(replay=replay)
     # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
-    keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch)
+    corpus = corpus if method.corpus_terms else None
+    keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch, corpus)
     micro_batches = _split(targets, corpus, method, keys)
     metrics = _measure_rows(targets, micro_batches, new, method)
     # Where the student's forward serves both updates, it is computed once, here.
@@ -159,19 +160,19 @@ def _skip_if_not_finite(
 
 
 def _split(
-    targets: TargetBatch, corpus: Batch | None, method: Method, dropout_keys: jax.Array | None
+    targets: TargetBatch, corpus: Batch | None, method: Method, dropout_keys: DropoutKeys | None
 ) -> MicroBatch:
     """All `[B, …]` as `[UG, B / UG, …]`, row i in micro-batch i mod UG: devices keep their rows."""
 
     def split(x):
         return jnp.swapaxes(x.reshape(-1, method.num_micro_batches, *x.shape[1:]), 0, 1)
 
-    rows = targets.rows, targets.is_student, dropout_keys
+    rows = targets.rows, targets.is_student, dropout_keys and dropout_keys.rows
     # Rows of like length together, so that a short micro-batch takes a small bucket.
     if method.sorts_rows:
         rows = _sort_by_length(rows, targets.rows.lengths, method.num_micro_batches)
-    rows, is_student, dropout_keys = rows
-    corpus = corpus if method.corpus_terms else None
+    rows, is_student, keys = rows
+    dropout_keys = dropout_keys and dropout_keys._replace(rows=keys)
     micro_batches = MicroBatch(rows, is_student, corpus, dropout_keys=dropout_keys)
     return jax.tree.map(split, micro_batches)
 
@@ -417,7 +418,8 @@ def _update_student(
         each = micro_batches
         if each.dropout_keys is not None:  # [UG, B / UG]: every pass draws anew
             fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-            each = each._replace(dropout_keys=fold(each.dropout_keys, number))
+            keys = jax.tree.map(lambda keys: fold(keys, number), each.dropout_keys)
+            each = each._replace(dropout_keys=keys)
         return jax.lax.scan(update, state, jax.tree.map(split, (each, metrics.counts)))
 
     if method.updates_per_step == 1:

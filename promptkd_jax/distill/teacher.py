@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -104,6 +104,13 @@ def lazy_logits_and_states(
 _DROPOUT = np.uint32(2**32 - 2)
 
 
+class DropoutKeys(NamedTuple):
+    """A key of each row that the student learns from, `[B]`, and of the corpus beside them."""
+
+    rows: Key[Array, " B"]
+    corpus: Key[Array, " B"] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Models:
     """The two models; `teacher` is None where no teacher is looked at."""
@@ -179,12 +186,19 @@ class StepModels:
 
         return jax.vjp(see, student)
 
-    def dropout_keys(self, key: Key[Array, ""], rows: Batch) -> Key[Array, " B"] | None:
+    def dropout_keys(
+        self, key: Key[Array, ""], rows: Batch, corpus: Batch | None = None
+    ) -> DropoutKeys | None:
         """A key of each row, from that of a step, where the student has dropout: it depends on the
         row's number, not on micro-batches or devices."""
         if not self.drops:
             return None
-        return row_keys(jax.random.fold_in(key, _DROPOUT), np.arange(rows.lengths.shape[0]))
+
+        def keys(batch: Batch | None, place: int):
+            of_all = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), place)
+            return batch and row_keys(of_all, np.arange(batch.lengths.shape[0]))
+
+        return DropoutKeys(keys(rows, 0), keys(corpus, 1))
 
     @property
     def drops(self) -> bool:

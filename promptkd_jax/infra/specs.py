@@ -216,6 +216,28 @@ class Mistake(NamedTuple):
     message: str
 
 
+def with_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested mappings with the defaults of all fields that they lack, of elements of lists
+    too; what is there stays, right or wrong."""
+
+    def filled(spec: Any, value: Any) -> Any:
+        spec = spec.spec if isinstance(spec, Optional) else spec
+        if isinstance(spec, Group) and isinstance(value, Mapping):
+            return with_defaults(spec.cls, value)
+        if isinstance(spec, ListOf) and isinstance(value, list | tuple):
+            return tuple(filled(spec.spec, element) for element in value)
+        if isinstance(spec, Group) and isinstance(value, spec.cls):
+            return with_defaults(
+                spec.cls, {name: getattr(value, name) for name in declared(spec.cls)}
+            )
+        return value
+
+    known = declared(cls).items()
+    return {**values} | {
+        name: filled(f.metadata["spec"], values.get(name, f.default)) for name, f in known
+    }
+
+
 def mistakes(
     path: str, value: Any, spec: Any, renamed: Mapping[str, str] | None = None
 ) -> Iterator[Mistake]:

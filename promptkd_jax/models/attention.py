@@ -90,7 +90,7 @@ def keep_mask(
     def of_row(key):
         return jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, shape)
 
-    return jax.vmap(of_row)(keys) / (1 - rate)
+    return jax.vmap(of_row)(keys).astype(jnp.float32) / (1 - rate)
 
 
 def keep_weights(keys: jax.Array, rate: float, num_heads: int, begin: int, end: int) -> jax.Array:
@@ -109,7 +109,8 @@ def keep_weights(keys: jax.Array, rate: float, num_heads: int, begin: int, end: 
     of_heads = jax.vmap(of_row, (None, None, 0))  # [N, end]
     of_queries = jax.vmap(of_heads, (None, 0, None), 1)  # [N, queries, end]
     of_rows = jax.vmap(of_queries, (0, None, None))
-    return of_rows(keys, jnp.arange(begin, end), jnp.arange(num_heads)) / (1 - rate)
+    kept = of_rows(keys, jnp.arange(begin, end), jnp.arange(num_heads))
+    return kept.astype(jnp.float32) / (1 - rate)
 
 
 # Devices along `tensor` share out query heads. Query head n reads key/value head n * K // N, so a

@@ -64,20 +64,20 @@ class Experts:
     """A mixture of experts in place of the feed-forward network, see `feed_forward`.
 
     Attributes:
-      number: E; per_token: k.
-      renormalized: whether the weights of the k add up to 1.
+      num_experts: E; num_experts_per_tok: k.
+      norm_topk_prob: whether the weights of the k add up to 1.
       bias: whether router and experts have biases.
       interleaved: whether gate and up are one parameter, in turn.
-      limit: of gate, from above, and of up, on both sides, to which 1 is added (gpt-oss); None: of
-        neither.
+      swiglu_limit: of gate, from above, and of up, on both sides, to which 1 is added (gpt-oss);
+        None: of neither.
     """
 
-    number: int
-    per_token: int
-    renormalized: bool
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
     bias: bool = False
     interleaved: bool = False
-    limit: float | None = None
+    swiglu_limit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +172,8 @@ class DecoderConfig:
         )
         if self.experts is None:
             return padded.replace(mlp_width=_multiple(self.mlp_width, parts))
-        number = _multiple(self.experts.number, parts)
-        return padded.replace(experts=dataclasses.replace(self.experts, number=number))
+        number = _multiple(self.experts.num_experts, parts)
+        return padded.replace(experts=dataclasses.replace(self.experts, num_experts=number))
 
     @property
     def padding(self) -> str:
@@ -184,7 +184,7 @@ class DecoderConfig:
             for name in ("vocab_size", "num_heads", "num_kv_heads", "mlp_width")
         }
         if self.experts:
-            sizes["experts"] = self.experts.number, padded.experts.number
+            sizes["experts"] = self.experts.num_experts, padded.experts.num_experts
         return ", ".join(f"{name} {x} to {y}" for name, (x, y) in sizes.items() if x != y)
 
     def replace(self, **changes: Any) -> "DecoderConfig":

@@ -202,9 +202,15 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def for_sampling(self, params: Any) -> Any:
-        """The parameters as every step of a rollout reads them: in the dtype of computation, not
-        cut along `fsdp`. Else each written token would gather and round all of them."""
-        return unshard_fsdp(jax.tree.map(lambda x: x.astype(self.config.dtype), params))
+        """The parameters as every step of a rollout reads them: in the dtype of computation (but
+        for routers, which choose as in training), not cut along `fsdp`. Else each written token
+        would gather and round all of them."""
+
+        def rounded(path, x):
+            is_router = any(getattr(key, "key", None) == "router" for key in path)
+            return x if is_router else x.astype(self.config.dtype)
+
+        return unshard_fsdp(jax.tree.map_with_path(rounded, params))
 
     @nn.nowrap
     def prefill(
@@ -407,7 +413,7 @@ def _dropped(x: jax.Array, rate: float, keys: jax.Array | None, place: int) -> j
     """`[B, T, D]` after dropout, if there are keys `[B]`."""
     if not rate or keys is None:
         return x
-    return x * keep_mask(keys, rate, x.shape[1:], place).astype(x.dtype)
+    return (x * keep_mask(keys, rate, x.shape[1:], place)).astype(x.dtype)  # 1.11 has no bfloat16
 
 
 def _write(cache: Cache, index, key, value, positions) -> Cache:

@@ -73,18 +73,18 @@ class MixtureOfExperts(nn.Module):
         config, experts = self.config, self.config.experts
         # In float32: rounded scores would tie, and other experts be chosen.
         full = {"dtype": jnp.float32, "param_dtype": config.param_dtype}
-        router = nn.DenseGeneral(experts.number, use_bias=experts.bias, name="router", **full)
+        router = nn.DenseGeneral(experts.num_experts, use_bias=experts.bias, name="router", **full)
         scores = router(x)
         self.sow("intermediates", "router_scores", scores)
-        weights, chosen = route(scores, experts.per_token, experts.renormalized)
+        weights, chosen = route(scores, experts.num_experts_per_tok, experts.norm_topk_prob)
         width = config.mlp_width
         if experts.interleaved:
-            inner = (Weights(config, config.width, 2 * width, name="gate_up")(),)
+            inner = (ExpertLinear(config, config.width, 2 * width, name="gate_up")(),)
         else:
             inner = tuple(
-                Weights(config, config.width, width, name=name)() for name in ("gate", "up")
+                ExpertLinear(config, config.width, width, name=name)() for name in ("gate", "up")
             )
-        networks = Networks(inner, Weights(config, width, config.width, name="down")())
+        networks = Networks(inner, ExpertLinear(config, width, config.width, name="down")())
         return _mixed(config, x, weights.astype(x.dtype), chosen, networks)
 
 
@@ -103,8 +103,8 @@ class Networks(NamedTuple):
     down: Linear
 
 
-class Weights(nn.Module):
-    """The parameters of a `Linear`, in the dtype of computation."""
+class ExpertLinear(nn.Module):
+    """The parameters of a `Linear`, the kernel in the dtype of computation."""
 
     config: DecoderConfig
     inputs: int
@@ -112,28 +112,29 @@ class Weights(nn.Module):
 
     @nn.compact
     def __call__(self):
-        config, number = self.config, self.config.padded.experts.number
+        config, number = self.config, self.config.padded.experts.num_experts
         initial, dtype = nn.initializers.normal(0.02), config.param_dtype
         kernel = self.param("kernel", initial, (number, self.inputs, self.outputs), dtype)
         bias = None
         if config.experts.bias:
             zeros = nn.initializers.zeros_init()
-            bias = self.param("bias", zeros, (number, self.outputs), dtype).astype(config.dtype)
+            # In float32: the gradients of all tokens of an expert are summed in its dtype.
+            bias = self.param("bias", zeros, (number, self.outputs), dtype).astype(jnp.float32)
         return Linear(kernel.astype(config.dtype), bias)
 
 
-def route(scores: jax.Array, k: int, renormalized: bool) -> tuple[jax.Array, jax.Array]:
+def route(scores: jax.Array, k: int, norm_topk_prob: bool) -> tuple[jax.Array, jax.Array]:
     """Chooses the experts of every token.
 
     Args:
       scores: `[B, T, E]`, float32.
-      renormalized: whether the weights of the k add up to 1, or are their shares among all E.
+      norm_topk_prob: whether the weights of the k add up to 1, or are their shares among all E.
 
     Returns:
       (weights, chosen): `[B, T, k]` each, the best first.
     """
     best, chosen = jax.lax.top_k(scores, k)
-    total = jax.nn.logsumexp(best if renormalized else scores, axis=-1, keepdims=True)
+    total = jax.nn.logsumexp(best if norm_topk_prob else scores, axis=-1, keepdims=True)
     return jnp.exp(best - total), chosen
 
 
@@ -174,7 +175,8 @@ def _mixed_on_device(
     #     expert  1 0 1 1 0                                   [n], by token
     #     order   1 4 0 2 3    sizes 2 3    expert 0 0 1 1 1  by expert
     #
-    # Pairs of another device's expert come last, belong to no group and count as 0.
+    # Pairs of another device's expert come last, belong to no group and count as 0: before anything
+    # is multiplied with them, since nobody says what `ragged_dot` leaves there.
     expert = chosen.reshape(-1) - first
     expert = jnp.where((expert >= 0) & (expert < number), expert, number)
     order = jnp.argsort(expert, stable=True)  # [n]
@@ -183,19 +185,20 @@ def _mixed_on_device(
 
     def linear(x, weights: Linear):  # [n, in] -> [n, out]
         y = grouped_dot(x, weights.kernel, sizes)
-        return y if weights.bias is None else y + weights.bias[jnp.minimum(expert, number - 1)]
+        if weights.bias is not None:
+            y = (y + weights.bias[jnp.minimum(expert, number - 1)]).astype(x.dtype)
+        return jnp.where((expert < number)[:, None], y, 0)
 
     x_of_pairs = x.reshape(-1, x.shape[-1])[order // k]  # [n, D]
     hidden = _activated(config, [linear(x_of_pairs, weights) for weights in networks.inner])
-    y = linear(hidden, networks.down)
-    y = jnp.where((expert < number)[:, None], y * weights.reshape(-1)[order][:, None], 0)
+    y = linear(hidden, networks.down) * weights.reshape(-1)[order][:, None]
     # By the inverse order the k of a token stand together again: [n, D] -> [B, T, k, D].
     return jnp.sum(y[jnp.argsort(order)].reshape(*chosen.shape, -1), axis=2)
 
 
 def _activated(config: DecoderConfig, inner: list[jax.Array]) -> jax.Array:
     """act(gate) * up, `[n, F]`."""
-    activation, limit = ACTIVATIONS[config.activation], config.experts.limit
+    activation, limit = ACTIVATIONS[config.activation], config.experts.swiglu_limit
     gate, up = inner if len(inner) == 2 else (inner[0][:, ::2], inner[0][:, 1::2])
     if limit is None:
         return activation(gate) * up

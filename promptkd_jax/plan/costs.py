@@ -53,12 +53,12 @@ def matrix_parameters(config: DecoderConfig, experts: int | None = None) -> int:
     them, and D E.
 
     Args:
-      experts: how many of them count (all); of one token that is `Experts.per_token`.
+      experts: how many of them count (all); of one token that is `Experts.num_experts_per_tok`.
     """
     attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
     feed_forward = (3 if config.gated else 2) * config.width * config.mlp_width
     if config.experts:
-        every = config.experts.number
+        every = config.experts.num_experts
         feed_forward *= every if experts is None else min(experts, every)
         feed_forward += config.width * every
     return config.num_layers * (attention + feed_forward)
@@ -66,7 +66,7 @@ def matrix_parameters(config: DecoderConfig, experts: int | None = None) -> int:
 
 def token_parameters(config: DecoderConfig) -> int:
     """Of the `matrix_parameters`, those that one token is multiplied with."""
-    return matrix_parameters(config, config.experts.per_token if config.experts else None)
+    return matrix_parameters(config, config.experts.num_experts_per_tok if config.experts else None)
 
 
 def forward_flops(config: DecoderConfig, rows: int, columns: int, keys: int | None = None) -> int:
@@ -129,9 +129,12 @@ class Counter:
         """Of the inputs and outputs of all products, for one token."""
         config = self.config
         heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        networks = config.experts.per_token if config.experts else 1
-        cut = heads + networks * (4 if config.gated else 2) * config.mlp_width
-        each = 4 * config.width + cut / self.mesh["tensor"]
+        inner, each = (4 if config.gated else 2) * config.mlp_width, 4 * config.width
+        if config.experts:  # every device has places for all pairs of a token and an expert
+            each = 2 * config.width
+            each += config.experts.num_experts_per_tok * (2 * config.width + inner)
+            inner = 0
+        each += (heads + inner) / self.mesh["tensor"]
         return config.num_layers * each * self.itemsize
 
     def forward(self, rows: int, columns: int) -> Cost:
@@ -192,7 +195,7 @@ class Counter:
         rows can have chosen."""
         tokens = rows / self.row_parts
         cache = cache_bytes(self.config, rows, columns, self.mesh)
-        chosen = self.config.experts and math.ceil(tokens * self.config.experts.per_token)
+        chosen = self.config.experts and math.ceil(tokens * self.config.experts.num_experts_per_tok)
         read = matrix_parameters(self.config, chosen)
         step = Cost(
             forward_flops(self.config, rows, 1, keys=columns) + head_flops(self.config, rows, 1),

@@ -204,6 +204,7 @@ def _saved(count: Counter, rows: int, columns: int, platform: str, *, drops: boo
             head_dim=config.head_dim,
             row_parts=count.row_parts,
             head_parts=tensor,
+            plain=config.attention_soft_cap is None and not config.attention_sinks,
         )
         if drops or flash == "xla":
             return tokens * (1.5 * count.activation_bytes + scores)

@@ -33,12 +33,12 @@ from promptkd_jax.infra.files import (
     to_path,
     write_json,
 )
-from promptkd_jax.infra.specs import Group, declared, mistakes
+from promptkd_jax.infra.specs import Group, declared, mistakes, with_defaults
 from promptkd_jax.training.fields import RENAMED, RunConfig
 
 
 def load_config(
-    argv: Sequence[str], faults: list[str] | None = None
+    argv: Sequence[str], faults: list[str] | None = None, *, cls: type | None = None
 ) -> tuple[ConfigDict, list[str]]:
     """Reads `--config=FILE[:arg]` and applies every `--config.a.b[0].c=VALUE`, in order.
 
@@ -49,6 +49,7 @@ def load_config(
 
     Args:
       faults: gets the overrides whose path leads nowhere; None: they are raised.
+      cls: the dataclass whose defaults a `config.json` gets that has not got all of its fields.
 
     Returns:
       The config, locked (no new fields), and the arguments that are not about it.
@@ -60,7 +61,8 @@ def load_config(
     if len(files) != 1:
         raise ConfigError(f"config: expected one --config=FILE[:arg], found {files or 'none'}")
     file, argument = split_argument(files[0])
-    config = _own(_read_json(file, argument) if file.endswith(".json") else _import(file, argument))
+    is_run = file.endswith(".json")
+    config = _own(_read_json(file, argument, cls) if is_run else _import(file, argument))
     found = [] if faults is None else faults
     for path, text in overrides:
         try:
@@ -87,7 +89,7 @@ def read_config(arguments: Sequence[str], faults: list[str] | None = None) -> Co
       ConfigError: as `load_config`; or an argument that is not about the config.
     """
     found = [] if faults is None else faults
-    config, unknown = load_config(arguments, found)
+    config, unknown = load_config(arguments, found, cls=RunConfig)
     if unknown:
         found.append(f"unknown arguments: {' '.join(unknown)}")
     if found and faults is None:
@@ -130,6 +132,9 @@ def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...], option: str
     ours = {"fingerprint": fingerprint(config, ignore), "config": as_json(config)}
     try:
         theirs = json.loads(read_text(file)) if file.exists() else None
+        if theirs and dataclasses.is_dataclass(config):
+            theirs["config"] = as_json(_of_run(type(config), theirs["config"]))
+            theirs["fingerprint"] = fingerprint(theirs["config"], ignore)
         begun = {other.name for other in folder.iterdir()} if folder.exists() else set()
         # What stands there before the run itself begins, and decides nothing.
         used = begun - {file.name, "started.json", "tokens"}
@@ -227,7 +232,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list, list, list]:
     return files, overrides, rest
 
 
-def _read_json(file: str, argument: str) -> ConfigDict:
+def _read_json(file: str, argument: str, cls: type | None) -> ConfigDict:
     if argument:
         raise ConfigError(f"config: {file} takes no argument, but got {argument!r}")
     text = _content(file, "JSON")
@@ -240,7 +245,12 @@ def _read_json(file: str, argument: str) -> ConfigDict:
             f'config: {file} is not the config of a run; expected {{"config": {{…}}}} as a run '
             "writes it into its folder"
         )
-    return ConfigDict(_from_json(content["config"]))
+    return ConfigDict(_of_run(cls, content["config"]) if cls else _from_json(content["config"]))
+
+
+def _of_run(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as a run wrote it, with the defaults of fields that there were none of then."""
+    return with_defaults(cls, _from_json(config))
 
 
 def _content(file: str, kind: str) -> bytes:

@@ -22,12 +22,13 @@ from helpers.steps import (
 )
 from helpers.steps import log_probs as plain_log_probs
 
+from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models, StepModels
 from promptkd_jax.models.attention import attend, keep_mask, keep_weights
 from promptkd_jax.models.config import Dropout
-from promptkd_jax.models.decoder import REMAT, Decoder, head
+from promptkd_jax.models.decoder import REMAT, Decoder, _dropped, head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.sampler import row_keys
@@ -174,7 +175,7 @@ def test_the_students_own_update_has_dropout(parts):
     before, method = begin(step=3), in_parts(plain(dropout=True), parts)
     after, metrics = update(method, before)
     views = StepModels(method, Models(STUDENT, TEACHER), teacher_params())
-    keys = views.dropout_keys(jax.random.fold_in(before.key, 3), batch())
+    keys = views.dropout_keys(jax.random.fold_in(before.key, 3), batch()).rows
     value, expected = dense_dropped(before.student, keys, STUDENT)
     assert_close(gradient(after), expected)
     without, _ = update(in_parts(plain(), parts), before)
@@ -195,9 +196,34 @@ def test_the_soft_prompt_and_rollouts_see_the_student_without_dropout():
     assert moved(gradient(with_it[0]), gradient(without[0])) > 1e-3
 
 
+def test_a_corpus_has_masks_of_its_own_rows_in_any_number_of_micro_batches():
+    rows = batch()
+    text = Batch(rows.tokens, np.ones(4, np.int32), rows.lengths)
+    terms = (("cross_entropy", 0.5),)
+    one, two, without = (
+        update(in_parts(plain(dropout=drops, corpus_terms=terms), parts), begin(), corpus=text)
+        for drops, parts in ((True, 1), (True, 2), (False, 1))
+    )
+    assert_close(gradient(two[0]), gradient(one[0]))
+    found, other = (summarize(x[1])["corpus_loss"] for x in (one, without))
+    assert abs(found - other) > 1e-3
+
+
+def test_a_mask_keeps_the_mean_in_half_precision_too():
+    """1 / 0.9 itself, rounded to bfloat16, is 0.2 % less."""
+    x = jax.random.normal(jax.random.key(0), (3, 64, 64), jnp.bfloat16)
+    dropped = np.asarray(_dropped(x, 0.1, KEYS, 0), np.float64)
+    kept, x = dropped != 0, np.asarray(x, np.float64)
+    assert (dropped[kept] * x[kept]).sum() / (x[kept] ** 2).sum() == pytest.approx(
+        1 / 0.9, rel=5e-4
+    )
+
+
 def test_every_step_and_every_pass_draws_anew():
     views = StepModels(plain(dropout=True), Models(STUDENT, TEACHER), None)
-    keys = [views.dropout_keys(jax.random.fold_in(begin().key, step), batch()) for step in (0, 1)]
+    keys = [
+        views.dropout_keys(jax.random.fold_in(begin().key, step), batch()).rows for step in (0, 1)
+    ]
     assert (jax.random.key_data(keys[0]) != jax.random.key_data(keys[1])).all()
     still = Optimizers(student=optax.sgd(0.0), soft_prompt=optax.sgd(0.0))
 

@@ -182,6 +182,8 @@ CONFIGS = {  # config.json of every family and of what families differ in
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
+        "use_sliding_window": True,  # of all layers, whatever max_window_layers says
+        "sliding_window": 6,
     },
     "olmoe": {
         "model_type": "olmoe",

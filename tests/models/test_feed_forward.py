@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.models import logits, random_model
+from helpers.models import CONFIGS, logits, random_model
 
 from promptkd_jax.models import feed_forward
+from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.feed_forward import grouped_dot, route
 
 SIZES = {  # rows of each group, and rows behind the last
@@ -96,3 +97,63 @@ def test_the_instruction_of_a_tpu_gives_the_same(monkeypatch, name):
     renamed = model.decoder.config.replace(max_positions=65)  # compiled anew
     found = logits(model.replace(decoder=model.decoder.clone(config=renamed)))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_behind_the_last_group_reaches_nothing_of_a_model(monkeypatch):
+    """As a device has it whose experts are not asked for; neither in value nor in gradient."""
+    model = random_model("gpt_oss")
+    config, first = model.decoder.config, 3
+    params = jax.tree.map(lambda x: jnp.asarray(x[0]), model.params["layers"]["experts"])
+    own = [
+        feed_forward.Linear(params[x]["kernel"][first:], params[x]["bias"][first:])
+        for x in ("gate_up", "down")
+    ]
+    networks = feed_forward.Networks((own[0],), own[1])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, config.width)), jnp.float32)
+    weights, chosen = route(x[..., :6], 3, True)
+
+    def gradients():
+        def loss(x, weights, networks):
+            mixed = feed_forward._mixed_on_device(config, x, weights, chosen, networks, first)
+            return jnp.sum(mixed**2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, weights, networks)
+
+    right = gradients()
+    plain = feed_forward.grouped_dot
+
+    def spoilt(x, kernel, sizes):
+        counts = jnp.arange(len(x))[:, None] < sizes.sum()
+        return jnp.where(counts, plain(x, kernel, sizes), jnp.nan)
+
+    monkeypatch.setattr(feed_forward, "grouped_dot", spoilt)
+    jax.tree.map(np.testing.assert_array_equal, gradients(), right)
+    assert not jnp.isnan(right[0])
+
+
+def test_gradients_of_biases_are_summed_in_float32():
+    """In bfloat16, 256 + 1 is 256."""
+    hf_config = CONFIGS["gpt_oss"] | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    config = from_hugging_face(hf_config | {"hidden_size": 8, "intermediate_size": 8})
+    module = feed_forward.MixtureOfExperts(config)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 1024, 8)), jnp.float32)
+    params = module.init(jax.random.key(0), x)["params"]
+
+    def gradient(dtype):
+        half = feed_forward.MixtureOfExperts(config.replace(dtype=dtype))
+
+        def loss(params):
+            return jnp.sum(half.apply({"params": params}, x.astype(dtype)).astype(jnp.float32))
+
+        return jax.grad(loss)(params)["down"]["bias"]
+
+    np.testing.assert_allclose(gradient("bfloat16"), gradient("float32"), rtol=0.02)
+
+
+def test_rollouts_choose_experts_as_training_does():
+    model = random_model("mixtral")
+    half = model.decoder.clone(config=model.decoder.config.replace(dtype="bfloat16"))
+    found = half.for_sampling(jax.tree.map(jnp.asarray, model.params))["layers"]["experts"]
+    router = model.params["layers"]["experts"]["router"]["kernel"]
+    np.testing.assert_array_equal(found["router"]["kernel"], router)
+    assert found["gate"]["kernel"].dtype == jnp.bfloat16

@@ -116,10 +116,28 @@ def test_parameters_in_bfloat16_are_written_as_they_are(make, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
 
 
+def test_tokens_without_a_row_are_left_out(make, tmp_path):
+    model = make("llama", vocab_size=len(byte_level_tokenizer()))
+    model.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    found = load_model(in_file(model, tmp_path))
+    assert "[PAD]" not in found.tokenizer.get_vocab() and found.tokenizer.pad_token is None
+    assert found.tokenizer("say red").input_ids == model.tokenizer("say red").input_ids
+
+
+@pytest.mark.parametrize("quantize, number", [("f16", 1e5), ("bf16", np.nan), ("q8_0", np.inf)])
+def test_a_number_that_a_type_cannot_hold_is_named(make, tmp_path, quantize, number):
+    model = make("llama", hidden_size=64, intermediate_size=64)
+    model.params["layers"]["mlp"]["down"]["kernel"][0, 3, 3] = number
+    message = f"blk.0.ffn_down.weight has a NaN, or a number that {quantize} cannot hold"
+    with pytest.raises(GGUFError, match=message):
+        in_file(model, tmp_path, quantize)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("opt", {}, "llama.cpp does not run models of the family opt.*it runs gpt2, llama"),
+        ("opt", {}, "GGUF files of the family opt are not written here; those of gpt2, llama"),
         ("mistral", {}, r"its kinds\[0\]\.sliding_window is 5, but None for llama.cpp's llama"),
         ("llama_tied", {}, "its qkv_bias is True, but False"),
         ("llama_yarn", {}, r"its kinds\[0\]\.rope\.scaling is .*yarn.*, but None"),

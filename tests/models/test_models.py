@@ -29,7 +29,7 @@ from helpers.models import (
 from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import LayerKind, Rope, RopeScaling
+from promptkd_jax.models.config import Dropout, Experts, LayerKind, Rope, RopeScaling
 from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
@@ -534,6 +534,29 @@ def test_mistral_window_is_that_of_transformers():
         assert kind.sliding_window == expected
 
 
+def test_fields_that_are_null_or_absent_are_as_transformers_has_them():
+    gemma = CONFIGS["gemma2"] | {"hidden_activation": None, "query_pre_attn_scalar": None}
+    found = from_hugging_face(gemma | {"attention_dropout": None, "attn_logit_softcapping": 30})
+    assert (found.activation, found.attention_scale) == ("gelu_pytorch_tanh", 1 / 16)
+    assert found.dropout == Dropout() and type(found.attention_soft_cap) is float
+    mixtral = CONFIGS["mixtral"] | {"num_local_experts": None, "num_experts": 4}
+    found = from_hugging_face(mixtral | {"num_experts_per_tok": None})
+    assert found.experts == Experts(4, 2, norm_topk_prob=True)
+    assert found.kind(0).rope == Rope(1e6)
+    silent = {key: x for key, x in CONFIGS["gpt_oss"].items() if key != "rope_parameters"}
+    rope = from_hugging_face(silent | {"swiglu_limit": None}).kind(0).rope
+    assert (rope.theta, rope.scaling.kind, rope.scaling.factor) == (150000.0, "yarn", 32.0)
+    assert not rope.scaling.truncate
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_export_has_the_number_of_experts_of_both_transformers_versions(saved, name):
+    """Version 4 reads `num_experts` of a Qwen3 and `num_local_experts` of a Mixtral."""
+    config = json.loads((saved(name) / "config.json").read_text())
+    number = random_model(name).decoder.config.experts.num_experts
+    assert config["num_experts"] == config["num_local_experts"] == number
+
+
 REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
     "architecture": ("llama", {"model_type": "bert"}, "'bert' is not supported; .*: gpt2, opt, ll"),
     "no architecture": ("llama", {"model_type": None}, "model_type None"),
@@ -564,6 +587,21 @@ REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
         "gpt2",
         {"scale_attn_by_inverse_layer_idx": True},
         "scale_attn_by_inverse_layer_idx = True",
+    ),
+    "another kind of layer": (
+        "gemma2",
+        {"layer_types": ["chunked_attention"] * 3},
+        "layer_types has 'chunked_attention'; supported are 'sliding_attention', 'full_attention'",
+    ),
+    "too few kinds": (
+        "gpt_oss",
+        {"layer_types": ["full_attention"]},
+        "layer_types has 1 entries for 3 layers",
+    ),
+    "too many experts of a token": (
+        "olmoe",
+        {"num_experts_per_tok": 7},
+        "num_experts_per_tok = 7, but there are 6 experts",
     ),
     "bidirectional": ("gemma3", {"use_bidirectional_attention": True}, "attention = True is not"),
     "activation": ("llama", {"hidden_act": "gelu_fast"}, "'gelu_fast' is not supported.*: gelu,"),

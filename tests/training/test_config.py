@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import json
+import pathlib
 import re
 import textwrap
 
@@ -693,6 +694,24 @@ def test_a_bucket_without_its_packages_names_them(monkeypatch):
     with pytest.raises(ConfigError, match=f"^config.path: 'gs://pail/a' is not {needed}"):
         read_group(ConfigDict(dict(path="gs://pail/a")), Place)
     assert read_group(ConfigDict(dict(path="owner/name")), Place) == Place("owner/name")
+
+
+def test_a_run_of_before_a_field_was_there_goes_on_with_its_default(tmp_path):
+    """Its folder is read, and belongs to the same config; another value is another config."""
+    quickstart = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
+    config = checks.read_run([f"--config={quickstart}"])
+    claim(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("")
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    for stage in stored["config"]["stages"]:
+        del stage["dropout"], stage["sampling"]["min_p"]
+    file.write_text(json.dumps(stored | {"fingerprint": "of another time"}))
+    assert checks.read_run([f"--config={file}"]) == config
+    claim(tmp_path, config)
+    stages = (dataclasses.replace(config.stages[0], dropout=True), *config.stages[1:])
+    with pytest.raises(ConfigError, match=r"dropout: there False, now True"):
+        claim(tmp_path, dataclasses.replace(config, stages=stages))
 
 
 def test_only_the_first_process_claims(tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ class Family:
       decays_norms: whether weight decay reaches its norm scales in the published code, which
         excepts them by GPT-2's names; see `Conventions.decay_norms`.
       layer_fields: the fields of `config.json` that say of which kind each layer is.
-      gguf: None where llama.cpp does not run it.
+      gguf: None where no GGUF file of it is read or written.
       published: `config.json` by hub id, so that a run can be planned without its files.
     """
 
@@ -172,7 +172,7 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
         "K": config.num_kv_heads,
         "H": config.head_dim,
         "F": config.mlp_width,
-        "E": config.experts.number if config.experts else 0,
+        "E": config.experts.num_experts if config.experts else 0,
         "G": 2 * config.mlp_width,
         "W": config.embedding_width,
     }
@@ -331,15 +331,43 @@ def _mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def read_experts(c: Mapping[str, Any], *, per_token: int, **differing: Any) -> Experts:
+def read_experts(c: Mapping[str, Any], source: str, *, per_token: int, **differing: Any) -> Experts:
     """The experts, whose number transformers 5 also writes by the other of its two names.
 
     Args:
       per_token: where the config does not say.
       differing: further fields.
     """
-    number = c["num_local_experts" if "num_local_experts" in c else "num_experts"]
-    return Experts(number, c.get("num_experts_per_tok", per_token), **differing)
+    number = c["num_local_experts" if c.get("num_local_experts") else "num_experts"]
+    per_token = c.get("num_experts_per_tok") or per_token
+    if per_token > number:
+        raise ModelError(
+            f"{source}: num_experts_per_tok = {per_token}, but there are {number} experts"
+        )
+    return Experts(number, per_token, **differing)
+
+
+def kinds_by_name(
+    c: Mapping[str, Any], source: str, kinds: Mapping[str, LayerKind], names: Sequence[str]
+) -> list[LayerKind]:
+    """Returns the kind of every layer, by its name in `layer_types`.
+
+    Args:
+      names: where the config has no such list.
+
+    Raises:
+      ModelError: another name, or not as many as there are layers.
+    """
+    names = c.get("layer_types") or names
+    if other := sorted(set(names) - set(kinds)):
+        raise ModelError(
+            f"{source}: layer_types has {other[0]!r}; supported are {', '.join(map(repr, kinds))}"
+        )
+    if len(names) != c["num_hidden_layers"]:
+        raise ModelError(
+            f"{source}: layer_types has {len(names)} entries for {c['num_hidden_layers']} layers"
+        )
+    return [kinds[name] for name in names]
 
 
 def kinds_of_layers(layers: Sequence[LayerKind]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def _read_gemma2(c: Mapping[str, Any], source: str) -> DecoderConfig:
         "full_attention": LayerKind(rope),
     }
     caps = {
-        "attention_soft_cap": c.get("attn_logit_softcapping", 50.0),
-        "logit_soft_cap": c.get("final_logit_softcapping", 30.0),
+        "attention_soft_cap": _number(c.get("attn_logit_softcapping", 50.0)),
+        "logit_soft_cap": _number(c.get("final_logit_softcapping", 30.0)),
     }
     return _decoder(c, source, kinds, period=2, **caps)
 
@@ -50,8 +50,8 @@ def _read_gemma3(c: Mapping[str, Any], source: str) -> DecoderConfig:
         for name in theta
     }
     caps = {
-        "attention_soft_cap": c.get("attn_logit_softcapping"),
-        "logit_soft_cap": c.get("final_logit_softcapping"),
+        "attention_soft_cap": _number(c.get("attn_logit_softcapping")),
+        "logit_soft_cap": _number(c.get("final_logit_softcapping")),
     }
     period = c.get("sliding_window_pattern", 6)
     return _decoder(c, source, kinds, period=period, qk_norm="head", **caps)
@@ -63,22 +63,26 @@ def _decoder(
     """A decoder of which every `period`-th layer has no window, where the config lists no types."""
     if c.get("use_bidirectional_attention"):  # of Gemma 2 it is null
         base.require(c, source, use_bidirectional_attention=False)
-    types = c.get("layer_types") or [
+    types = [
         "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
         for layer in range(c["num_hidden_layers"])
     ]
     return read_llama(
-        c | {"hidden_act": c.get("hidden_activation", "gelu_pytorch_tanh")},
+        c | {"hidden_act": c.get("hidden_activation") or "gelu_pytorch_tanh"},
         source,
-        [kinds[name] for name in types],
+        base.kinds_by_name(c, source, kinds, types),
         tied=c.get("tie_word_embeddings", True),
         head_dim=c.get("head_dim", 256),
         norm_placement="both",
         norm_offset=1.0,
         embedding_scale=c["hidden_size"] ** 0.5,
-        attention_scale=c.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=(c.get("query_pre_attn_scalar") or 256) ** -0.5,
         **differing,
     )
+
+
+def _number(cap: float | None) -> float | None:
+    return None if cap is None else float(cap)
 
 
 def _of(name: str, c: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,29 +8,40 @@ from promptkd_jax.models.config import DecoderConfig, LayerKind
 from promptkd_jax.models.families import base
 from promptkd_jax.models.families.llama import llama_tensors, read_llama
 
+# Of a config that says nothing of positions.
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     base.require(c, source, swiglu_alpha=1.702, attention_bias=True)
+    if not (c.get("rope_parameters") or c.get("rope_scaling")):
+        c = {**c, "rope_scaling": _YARN}
     rope = base.read_rope(c, source, theta=150000.0)
     kinds = {
         "sliding_attention": LayerKind(rope, c.get("sliding_window", 128)),
         "full_attention": LayerKind(rope),
     }
-    names = c.get("layer_types") or [
-        list(kinds)[layer % 2] for layer in range(c["num_hidden_layers"])
-    ]
+    names = [list(kinds)[layer % 2] for layer in range(c["num_hidden_layers"])]
     experts = base.read_experts(
         c,
+        source,
         per_token=4,
-        renormalized=True,
+        norm_topk_prob=True,
         bias=True,
         interleaved=True,
-        limit=c.get("swiglu_limit", 7.0),
+        swiglu_limit=c.get("swiglu_limit") or 7.0,
     )
     return read_llama(
         {"rms_norm_eps": 1e-5, "head_dim": 64, **c},
         source,
-        [kinds[name] for name in names],
+        base.kinds_by_name(c, source, kinds, names),
         qkv_bias=True,
         out_bias=True,
         activation="quick_gelu",

@@ -40,7 +40,7 @@ def read_llama(
         "out_bias": bias,
         "mlp_bias": c.get("mlp_bias", False),
         "tied": c.get("tie_word_embeddings", False),
-        "dropout": Dropout(attention=c.get("attention_dropout", 0.0)),
+        "dropout": Dropout(attention=c.get("attention_dropout") or 0.0),
         **base.kinds_of_layers(layers),
     }
     return DecoderConfig(**(fields | differing))

@@ -3,17 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, LayerKind
 from promptkd_jax.models.families import base
 from promptkd_jax.models.families.llama import ROTARY_TABLES, llama_tensors, read_llama
 
 
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    rope = base.read_rope(c, source, theta=1e6)
     return read_llama(
         {"rms_norm_eps": 1e-5, **c},
         source,
-        sliding_window=c.get("sliding_window"),
-        experts=base.read_experts(c, per_token=2, renormalized=True),
+        [LayerKind(rope, c.get("sliding_window"))],
+        experts=base.read_experts(c, source, per_token=2, norm_topk_prob=True),
     )
 
 

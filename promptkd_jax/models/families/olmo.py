@@ -32,7 +32,8 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
 
 def _read_mixture(c: Mapping[str, Any], source: str) -> DecoderConfig:
     base.require(c, source, clip_qkv=None)
-    experts = base.read_experts(c, per_token=8, renormalized=c.get("norm_topk_prob", False))
+    normed = c.get("norm_topk_prob", False)
+    experts = base.read_experts(c, source, per_token=8, norm_topk_prob=normed)
     eps = c.get("rms_norm_eps", 1e-5)
     return read_llama(c, source, qk_norm="all", norm_eps=eps, experts=experts)
 

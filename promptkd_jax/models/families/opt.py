@@ -32,7 +32,9 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
         position_offset=2,
         projected_width=narrow if narrow != c["hidden_size"] else None,
         norm_placement="before" if c.get("do_layer_norm_before", True) else "sum",
-        dropout=Dropout(residual=c.get("dropout", 0.1), attention=c.get("attention_dropout", 0.0)),
+        dropout=Dropout(
+            residual=c.get("dropout", 0.1), attention=c.get("attention_dropout") or 0.0
+        ),
     )
 
 

@@ -14,7 +14,9 @@ from promptkd_jax.models.families.llama import GGUF_ENDS, GGUF_NORMS, read_llama
 def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     rope = base.read_rope(c, source, partial=True)
     layers = [LayerKind(rope, c.get("sliding_window"))]
-    dropout = Dropout(residual=c.get("resid_pdrop", 0.0), attention=c.get("attention_dropout", 0.0))
+    dropout = Dropout(
+        residual=c.get("resid_pdrop", 0.0), attention=c.get("attention_dropout") or 0.0
+    )
     eps = c.get("rms_norm_eps", 1e-5)
     return read_llama(c, source, layers, norm_eps=eps, dropout=dropout)
 

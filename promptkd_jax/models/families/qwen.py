@@ -28,12 +28,15 @@ def _read_mixture(c: Mapping[str, Any], source: str) -> DecoderConfig:
     # As all that are published; else some layers would have one network for all tokens.
     dense = c.get("mlp_only_layers") or []
     base.require({**c, "mlp_only_layers": dense}, source, mlp_only_layers=[], decoder_sparse_step=1)
+    # Its window, unlike that of the others, is for all layers.
+    window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+    normed = c.get("norm_topk_prob", False)
     return read_llama(
         {**c, "intermediate_size": c["moe_intermediate_size"]},
         source,
-        _layers(c, source),
+        [LayerKind(base.read_rope(c, source), window)],
         qk_norm="head",
-        experts=base.read_experts(c, per_token=8, renormalized=c.get("norm_topk_prob", False)),
+        experts=base.read_experts(c, source, per_token=8, norm_topk_prob=normed),
     )
 
 

@@ -153,6 +153,9 @@ def _config_json(model: Model) -> dict[str, Any]:
     kept |= _flat_rope(kept)
     # MLX takes heads for tied where nothing is said, transformers for each family otherwise.
     said = {"tie_word_embeddings": config.tied, "dtype": config.param_dtype}
+    if config.experts:  # of two names, transformers 4 knows one for each family, and 5 writes one
+        names = ("num_experts", "num_local_experts")
+        said |= dict.fromkeys(names, config.experts.num_experts)
     return {**kept, "architectures": [architecture], **said}
 
 

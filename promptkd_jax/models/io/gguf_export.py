@@ -30,6 +30,7 @@ from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
 from promptkd_jax.models.io.export import as_local, stored_shapes, stored_tensors
 from promptkd_jax.models.io.gguf import NORMS, config_of, family_of, gguf_package
 from promptkd_jax.models.io.gguf_tokenizer import tokenizer_metadata
+from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.model import Model, check_text
 
 # The types of matrices that the package gguf quantises, smaller and smaller. Others (the K-quants:
@@ -64,10 +65,12 @@ def save_gguf(file: str | os.PathLike, model: Model, *, quantize: str = "f16") -
         for name, array in stored_tensors(model.params, config)
     )
     target = _Target(files.to_path(file), layout.architecture)
-    distributed.run_on_primary(functools.partial(target.open, header))
-    for entry, array in zip(header.entries, itertools.chain(tensors, factors), strict=True):
-        distributed.run_on_primary(functools.partial(target.write, array, entry.kind))
-    distributed.run_on_primary(target.close)
+    with contextlib.ExitStack() as stack:
+        stack.callback(target.discard)
+        distributed.run_on_primary(functools.partial(target.open, header))
+        for entry, array in zip(header.entries, itertools.chain(tensors, factors), strict=True):
+            distributed.run_on_primary(functools.partial(target.write, array, entry))
+        distributed.run_on_primary(target.close)
 
 
 def check_gguf(model: Model, quantize: str) -> None:
@@ -124,7 +127,7 @@ class _Target:
 
     def __init__(self, file: epath.Path, architecture: str):
         self._file, self._architecture = file, architecture
-        self._stack = contextlib.ExitStack()
+        self._stack, self._unfinished = contextlib.ExitStack(), None
 
     def open(self, header: _Header) -> None:
         gguf = gguf_package()
@@ -144,8 +147,22 @@ class _Target:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
 
-    def write(self, array: np.ndarray, kind: Any) -> None:
-        self._writer.write_tensor_data(gguf_package().quantize(array, kind))
+    def write(self, array: np.ndarray, entry: _Entry) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = gguf_package().quantize(array, entry.kind)
+        halved = stored if stored.dtype == np.float16 else array
+        if not (all_finite(np.ascontiguousarray(array)) and all_finite(halved)):
+            raise GGUFError(
+                f"tensor {entry.name} has a NaN, or a number that {entry.kind.name.lower()} cannot "
+                "hold"
+            )
+        self._writer.write_tensor_data(stored)
+
+    def discard(self) -> None:
+        """Removes what was not finished; nothing where all was."""
+        if self._unfinished:
+            self._unfinished.unlink(missing_ok=True)
+        self._stack.close()
 
     def close(self) -> None:
         self._writer.close()
@@ -170,8 +187,8 @@ def _described(
     if family.gguf is None:
         runs = ", ".join(name for name, x in FAMILIES.items() if x.gguf)
         raise GGUFError(
-            f"{name}: llama.cpp does not run models of the family {config.family}, so that there "
-            f"are no GGUF files of them; it runs {runs}"
+            f"{name}: GGUF files of the family {config.family} are not written here; those of "
+            f"{runs} are"
         )
     architecture, factors = family.gguf.architecture, family.gguf.factors(config)
     settings = {f"{architecture}.{key}": x for key, x in _settings(family, config).items()}

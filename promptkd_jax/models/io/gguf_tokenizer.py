@@ -307,15 +307,19 @@ def _name(model: Model, state: dict[str, Any]) -> str:
 
 
 def _tokens(model: Model, state: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """The tokens by number, and the type of each."""
+    """The tokens by number, and the type of each; of as many as the model has rows."""
     rows = model.decoder.config.vocab_size
     tokens, types = [_unused(i) for i in range(rows)], [UNUSED] * rows
     sentencepiece = state["model"]["byte_fallback"]
     for token, i in state["model"]["vocab"].items():
+        if i >= rows:
+            continue
         is_byte = sentencepiece and re.fullmatch("<0x[0-9A-F]{2}>", token)
         tokens[i], types[i] = token, BYTE if is_byte else NORMAL
     for added in state["added_tokens"]:
         i, token = added["id"], added["content"]
+        if i >= rows:
+            continue
         # Llama.cpp matches them in text as it stands, before spaces become blocks.
         text = token.replace("▁", " ") if sentencepiece and not added["special"] else token
         tokens[i], types[i] = text, CONTROL if added["special"] else USER_DEFINED
@@ -342,7 +346,8 @@ def _special_metadata(model: Model) -> dict[str, Any]:
             "GGUF file can only have BOS and EOS around a text"
         )
     add_bos, add_eos = sides[added.index(whole)]
-    ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
+    rows = model.decoder.config.vocab_size
+    ids = {f"{name}_token_id": i for name, i in ids.items() if i is not None and i < rows}
     return ids | {"add_bos_token": add_bos, "add_eos_token": add_eos}
 
 
