@@ -249,7 +249,7 @@ def test_the_router_of_a_student_is_balanced_beside_its_divergences():
         scale = 0.25 / tokens  # of a micro-batch with a quarter of an update's tokens
         return objective.student_gradients(params, micro_batch, scale, 0.0, views)
 
-    found, without = jax.jit(of_student, static_argnums=0)(0.3), of_student(0.0)
+    found, without = map(jit(of_student, static_argnums=0), (0.3, 0.0))
     value, gradient = dense_balance(params["student"])
     more = jax.tree.map(jnp.subtract, found.by_group["student"], without.by_group["student"])
     assert_close(more, jax.tree.map(lambda x: 0.25 * 0.3 * x, gradient))

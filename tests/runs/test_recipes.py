@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from promptkd_jax.cli.main import main
 from promptkd_jax.data.batches import stream
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.errors import ConfigError, DataError
+from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.decoder import embed
 from promptkd_jax.training import build, experiment, loop, run_models
@@ -233,16 +233,16 @@ def test_a_cache_of_something_else_is_refused_at_the_start(models, whole_cache, 
     data.data.train = tiny.write_data(tmp_path / "data.jsonl", 11)
     kept.cache.top_k = 8
     nowhere.cache.path = str(tmp_path / "nowhere")
-    for number, (config, message) in enumerate(
+    for number, (config, error, message) in enumerate(
         (
-            (teacher, "something else.*\n  teacher: there 'sha256"),
-            (tokenizer, "tokenizer: there '275 tokens.*, now '276 tokens"),
-            (data, "rows: there '12 rows.*, now '11 rows"),
-            (kept, "top_k: there 275, now 8"),
-            (nowhere, "nowhere: holds no cache"),
+            (teacher, DataError, "something else.*\n  teacher: there 'sha256"),
+            (tokenizer, ModelError, "different tokenizers: .* the teacher, Ġpurple of the student"),
+            (data, DataError, "rows: there '12 rows.*, now '11 rows"),
+            (kept, DataError, "top_k: there 275, now 8"),
+            (nowhere, DataError, "nowhere: holds no cache"),
         )
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(error, match=message):
             run(config, tmp_path / f"run{number}")
         assert not (tmp_path / f"run{number}" / "before.json").exists()
 
