@@ -8,7 +8,7 @@ Importing does no work and touches no device; a name imports its module when it 
 
 Dimension letters, everywhere: B batch (rows), T tokens (columns), X prompt columns, M soft-prompt
 tokens, R response positions, D width, N heads, K key/value heads, H head width, F feed-forward
-width, V vocabulary, L layers, S columns of the key/value cache, Q slots of the sampler,
+width, E experts, V vocabulary, L layers, S columns of the key/value cache, Q slots of the sampler,
 G micro-batches of an update, U minibatches of a step. p is the teacher, q the student, P the soft
 prompt.
 """
