@@ -57,7 +57,7 @@ class Faults:
 
     def raise_any(self, source: str) -> None:
         """Raises DataError with all that is known, if there is any."""
-        first = [f"{', '.join(places)}: {fault}" for fault, places in self._first.items()]
+        first = [f"{_listed(places)}: {fault}" for fault, places in self._first.items()]
         if self.count == 1:
             raise DataError(first[0])
         if self.count:
@@ -65,3 +65,13 @@ class Faults:
             rest = [f"and {more} more"] if more > 0 else []
             head = f"{source}: {self.count} examples cannot be used:"
             raise DataError("\n  ".join([head, *first, *rest]))
+
+
+def _listed(places: list[str]) -> str:
+    """Lines of one file behind its name: "a.jsonl:3, 7, b.jsonl:1"."""
+    listed, last = [], ""
+    for place in places:
+        file, _, line = place.rpartition(":")
+        listed.append(line if file and file == last else place)
+        last = file
+    return ", ".join(listed)

@@ -187,8 +187,7 @@ def test_the_first_ten_are_told_in_one_error_with_their_number(tmp_path):
     path = write_lines(tmp_path / "some.jsonl", *records, b"{", b"\xe9 {")
     first, empty, number, rest = fault_of(path).split("\n")
     assert first == "FILE: 18 examples cannot be used:"
-    places = ", ".join(f"FILE:{number}" for number in range(1, 18, 2))
-    assert empty.startswith(f"  {places}: field 'instruction' is empty")
+    assert empty.startswith("  FILE:1, 3, 5, 7, 9, 11, 13, 15, 17: field 'instruction' is empty")
     assert number.startswith("  FILE:8: field 'output' is int 3")
     assert rest == "  and 8 more"
 

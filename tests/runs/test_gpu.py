@@ -160,7 +160,7 @@ def test_full_precision_is_for_xla():
 
 UNUSUAL = {
     "caps and sinks": {"attention_soft_cap": 2.0, "attention_sinks": True},
-    "experts": {"experts": Experts(6, 2, renormalized=True), "mlp_width": 32},
+    "experts": {"experts": Experts(6, 2, norm_topk_prob=True), "mlp_width": 32},
 }
 
 

@@ -767,7 +767,7 @@ def test_answers_that_no_method_reads_need_not_be_there(models, tmp_path):
     config.data.train = str(bare)
     assert prepare(config, tmp_path / "own").stages[0].method.on_policy_share == 1
     config.stages = (stage("gkd", on_policy_share=0.9),)
-    with pytest.raises(DataError, match="requests.jsonl:1: field 'output' is missing"):
+    with pytest.raises(DataError, match="requests.jsonl:1, 2, .*: field 'output' is missing"):
         prepare(config, tmp_path / "mixed")
 
 

@@ -167,7 +167,9 @@ def test_a_special_token_of_one_of_them_is_refused_in_rows(config, tmp_path):
     )
     pair = ended_alike(checked(config), *models(with_special("<think>", "<tool>"), student))
     assert [m.vocab_size for m in pair] == [VOCABULARY, VOCABULARY]
-    with pytest.raises(DataError, match=rf"train.jsonl:1: token '.turn.' has the id {VOCABULARY}"):
+    with pytest.raises(
+        DataError, match=rf"train.jsonl:1, 2, .*: token '.turn.' has the id {VOCABULARY}"
+    ):
         load_data(checked(config), pair[1])
     student.chat_template = student.chat_template.replace("<end>", "[turn]")
     with pytest.raises(ModelError, match=r"rows end with '.turn.' .*share only the tokens 0 to"):
