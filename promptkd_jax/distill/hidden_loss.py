@@ -383,7 +383,7 @@ def _scores(x: jax.Array, positions: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(seen, scores, -jnp.inf)
 
 
-# The router of a mixture of experts.
+# The router of a mixture of experts. Here E is the number of experts.
 
 
 def load_balancing(scores: jax.Array, counts: jax.Array, per_token: int) -> jax.Array:

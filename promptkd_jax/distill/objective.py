@@ -391,11 +391,9 @@ def corpus_gradient(
     # Rows of text have a "prompt" of one token: each of the others is predicted.
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
-    more = {} if dropout_keys is None else {"dropout_keys": dropout_keys}
-
     def student(params):
         view = step_models.models.student, params, corpus, where, method.vocab_size
-        return lazy_logits(*view, **more)
+        return lazy_logits(*view, dropout_keys=dropout_keys)
 
     learner, pullback = jax.vjp(student, params["student"])
     terms = {}

@@ -34,7 +34,7 @@ def lazy_logits(
     where: Responses,
     vocab_size: int,
     prefix: Float[Array, "M D"] | None = None,
-    **more: Any,
+    dropout_keys: Key[Array, " B"] | None = None,
 ) -> LazyLogits:
     """Returns a model's next-token distributions at the response positions, not yet multiplied out.
 
@@ -43,13 +43,15 @@ def lazy_logits(
       prefix: `[M, D]` embeddings in front of every row, or None for the plain model. The hidden
         states are aligned with the tokens either way. The embeddings of a text's tokens put that
         text in front: see `Decoder.input_embeddings`.
-      more: of a `Decoder` also its `dropout_keys`.
+      dropout_keys: of the rows, for the dropout of a `Decoder`; None: none.
 
     Returns:
       LazyLogits of hidden `[B, R, D]` and head `[V, D]`.
     """
     # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
-    hidden = gather(model.hidden_states(params, batch.tokens, prefix, **more), where)
+    # The functions of a `LanguageModel` take no keys.
+    keys = () if dropout_keys is None else (dropout_keys,)
+    hidden = gather(model.hidden_states(params, batch.tokens, prefix, *keys), where)
     return LazyLogits(hidden, model.output_head(params)[:vocab_size], model.logit_soft_cap)
 
 
@@ -61,7 +63,7 @@ def lazy_logits_and_states(
     vocab_size: int,
     prefix: Float[Array, "M D"] | None = None,
     taps: Sequence[hidden_loss.Tap] = (),
-    **more: Any,
+    dropout_keys: Key[Array, " B"] | None = None,
 ) -> tuple[LazyLogits, hidden_loss.States]:
     """Returns the distributions of `lazy_logits`, and states of inner layers of the same forward.
 
@@ -71,7 +73,7 @@ def lazy_logits_and_states(
     Args:
       taps: states to return, of layers counted from 0, see `hidden_loss.Tap`; only a
         `Decoder` has them.
-      more: as for `lazy_logits`.
+      dropout_keys: as for `lazy_logits`.
 
     Returns:
       The LazyLogits of `lazy_logits`; and by tap, at the response positions, "hidden" `[B, R, D]`,
@@ -79,9 +81,9 @@ def lazy_logits_and_states(
       `[B, T, K, H]`, and the scores of a router, `[B, T, E]`.
     """
     if not taps:
-        return lazy_logits(model, params, batch, where, vocab_size, prefix, **more), {}
+        return lazy_logits(model, params, batch, where, vocab_size, prefix, dropout_keys), {}
     # flax keeps what layers `sow` only if the collection is mutable.
-    how = {"prefix": prefix, "mutable": ["intermediates"], **more}
+    how = {"prefix": prefix, "dropout_keys": dropout_keys, "mutable": ["intermediates"]}
     last, sown = model.apply({"params": params}, batch.tokens, **how)
     last, layers, states = gather(last, where), sown["intermediates"]["layers"], {}
     for name, layer in taps:
@@ -179,10 +181,9 @@ class StepModels:
         self, student: Any, rows: Batch, dropout_keys: Key[Array, " B"] | None = None
     ) -> StudentForward:
         """The student's distributions and states, and their pullback to its parameters."""
-        more = {} if dropout_keys is None else {"dropout_keys": dropout_keys}
 
         def see(student):
-            return self._see(self.models.student, student, rows, None, self._taps[0], **more)
+            return self._see(self.models.student, student, rows, None, self._taps[0], dropout_keys)
 
         return jax.vjp(see, student)
 
@@ -250,6 +251,7 @@ class StepModels:
         student, teacher = hidden_loss.taps(self.hidden_terms)
         return (*student, *self.router_taps), teacher
 
-    def _see(self, model, params, rows, prefix, taps, **more):
+    def _see(self, model, params, rows, prefix, taps, dropout_keys=None):
         where, vocab_size = self.where(rows), self.method.vocab_size
-        return lazy_logits_and_states(model, params, rows, where, vocab_size, prefix, taps, **more)
+        how = prefix, taps, dropout_keys
+        return lazy_logits_and_states(model, params, rows, where, vocab_size, *how)

@@ -31,7 +31,7 @@ from promptkd_jax.models.norms import RMSNorm, make_norm
 from promptkd_jax.models.rotary import rotate
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, Int, Key
 
 NO_WINDOW = 2**30  # positions, more than any row has
 
@@ -180,10 +180,12 @@ class Decoder(nn.Module):
         params: Any,
         tokens: Int[Array, "B T"],
         prefix: Float[Array, "M D"] | None = None,
-        **more: Any,
+        dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none."""
-        return self.apply({"params": params}, tokens, prefix=prefix, **more)
+        """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none, and
+        with dropout where there are keys for it."""
+        how = {"prefix": prefix, "dropout_keys": dropout_keys}
+        return self.apply({"params": params}, tokens, **how)
 
     @nn.nowrap
     def output_head(self, params: Any) -> Float[Array, "V D"]:
@@ -259,13 +261,12 @@ class Embedding(nn.Module):
 
 def _embedded(config: DecoderConfig, tokens: jax.Array, prefix: jax.Array | None) -> jax.Array:
     """The prefix `[M, D]`, in front of every row, and the embeddings of the tokens."""
-    width = config.embedding_width
-    embed = Embedding(config, config.padded.vocab_size, width, name="embed")
+    embed = Embedding(config, config.padded.vocab_size, config.embedding_width, name="embed")
     x = _scaled(embed(tokens), config.embedding_scale)
     if prefix is not None:
         rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
         x = jnp.concatenate([rows, x], axis=1)
-    return project(config, config.width, False, "project_in")(x) if width != config.width else x
+    return project(config, config.width, False, "project_in")(x) if config.projected_width else x
 
 
 class Layer(nn.Module):

@@ -2,7 +2,8 @@
 
 Losses, train steps and the sampler ask a model for hidden states and its head, not for logits, and
 never how it is made. `Decoder` has these methods; `LanguageModel` makes them of functions from any
-library: plain JAX, flax.linen, Equinox, …
+library: plain JAX, flax.linen, Equinox, … `LazyLogits` is the one place where hidden states and a
+head become logits.
 
 B rows, T columns, M prefix columns, X prompt columns, S columns of a rollout, D width,
 V vocabulary.

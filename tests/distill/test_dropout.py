@@ -16,11 +16,11 @@ from helpers.steps import (
     assert_close,
     batch,
     jit,
+    log_probs,
     method,
     supervised,
     teacher_params,
 )
-from helpers.steps import log_probs as plain_log_probs
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
@@ -164,7 +164,7 @@ def dense_dropped(student, keys, decoder):
     rows = batch()
     hidden = decoder.hidden_states(student, rows.tokens, dropout_keys=keys)
     q = jax.nn.log_softmax((hidden @ head(student).T)[:, :-1, :VOCABULARY])
-    p = plain_log_probs(TEACHER, teacher_params(), rows.tokens)
+    p = log_probs(TEACHER, teacher_params(), rows.tokens)
     mask = supervised(rows)
     return (mask * (jnp.exp(q) * (q - p)).sum(-1)).sum() / mask.sum()
 

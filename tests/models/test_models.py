@@ -591,12 +591,22 @@ REFUSED_CONFIGS = {  # of whom, the changed fields (None: removed), what is said
     "another kind of layer": (
         "gemma2",
         {"layer_types": ["chunked_attention"] * 3},
-        "layer_types has 'chunked_attention'; supported are 'sliding_attention', 'full_attention'",
+        "layer_types has 'chunked_attention'; supported are full_attention and sliding_attention",
     ),
     "too few kinds": (
         "gpt_oss",
         {"layer_types": ["full_attention"]},
         "layer_types has 1 entries for 3 layers",
+    ),
+    "another kind of layer, where most have none": (
+        "qwen2_mixed",
+        {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+        "layer_types has 'linear_attention'",
+    ),
+    "too many kinds": (
+        "smollm3",
+        {"layer_types": ["full_attention"] * 4},
+        "layer_types has 4 entries for 3 layers",
     ),
     "too many experts of a token": (
         "olmoe",

@@ -7,7 +7,7 @@ stores it if GGUF files of it are read and written, and which shapes are publish
 A row of a table is (Hugging Face name, path in our parameter tree, pattern). The pattern is einops
 notation from the stored layout to ours and at the same time the shape: V vocabulary, P rows of the
 position table, D width, N heads, K key/value heads, H head width, F feed-forward width, E experts,
-G gate and up of an expert in turn, W width of embeddings where it is not D. `{}` in a name is the
+I gate and up of an expert in turn, W width of embeddings where it is not D. `{}` in a name is the
 layer, a second one the expert; such parameters are stacked along a leading L, or L E. Letters that
 are stored as one dimension stand together and in the same order in ours.
 """
@@ -173,7 +173,7 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
         "H": config.head_dim,
         "F": config.mlp_width,
         "E": config.experts.num_experts if config.experts else 0,
-        "G": 2 * config.mlp_width,
+        "I": 2 * config.mlp_width,
         "W": config.embedding_width,
     }
 
@@ -347,27 +347,25 @@ def read_experts(c: Mapping[str, Any], source: str, *, per_token: int, **differi
     return Experts(number, per_token, **differing)
 
 
-def kinds_by_name(
-    c: Mapping[str, Any], source: str, kinds: Mapping[str, LayerKind], names: Sequence[str]
-) -> list[LayerKind]:
-    """Returns the kind of every layer, by its name in `layer_types`.
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
-    Args:
-      names: where the config has no such list.
+
+def read_layer_types(c: Mapping[str, Any], source: str, default: Sequence[str]) -> Sequence[str]:
+    """Returns the type of every layer, one of `LAYER_TYPES`: that of the field, or the default.
 
     Raises:
-      ModelError: another name, or not as many as there are layers.
+      ModelError: another type, or not as many as there are layers.
     """
-    names = c.get("layer_types") or names
-    if other := sorted(set(names) - set(kinds)):
+    names = c.get("layer_types") or default
+    if other := sorted(set(names) - set(LAYER_TYPES)):
         raise ModelError(
-            f"{source}: layer_types has {other[0]!r}; supported are {', '.join(map(repr, kinds))}"
+            f"{source}: layer_types has {other[0]!r}; supported are {' and '.join(LAYER_TYPES)}"
         )
     if len(names) != c["num_hidden_layers"]:
         raise ModelError(
             f"{source}: layer_types has {len(names)} entries for {c['num_hidden_layers']} layers"
         )
-    return [kinds[name] for name in names]
+    return names
 
 
 def kinds_of_layers(layers: Sequence[LayerKind]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _decoder(
     return read_llama(
         c | {"hidden_act": c.get("hidden_activation") or "gelu_pytorch_tanh"},
         source,
-        base.kinds_by_name(c, source, kinds, types),
+        [kinds[name] for name in base.read_layer_types(c, source, types)],
         tied=c.get("tie_word_embeddings", True),
         head_dim=c.get("head_dim", 256),
         norm_placement="both",

@@ -41,7 +41,7 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     return read_llama(
         {"rms_norm_eps": 1e-5, "head_dim": 64, **c},
         source,
-        base.kinds_by_name(c, source, kinds, names),
+        [kinds[name] for name in base.read_layer_types(c, source, names)],
         qkv_bias=True,
         out_bias=True,
         activation="quick_gelu",
@@ -56,8 +56,8 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
         config,
         network=[
             *base.linear_rows(f"{stem}.router", f"{path}/router", "E D -> D E", bias=True),
-            base.Tensor(f"{stem}.experts.gate_up_proj", f"{path}/gate_up/kernel", "E D G -> E D G"),
-            base.Tensor(f"{stem}.experts.gate_up_proj_bias", f"{path}/gate_up/bias", "E G -> E G"),
+            base.Tensor(f"{stem}.experts.gate_up_proj", f"{path}/gate_up/kernel", "E D I -> E D I"),
+            base.Tensor(f"{stem}.experts.gate_up_proj_bias", f"{path}/gate_up/bias", "E I -> E I"),
             base.Tensor(f"{stem}.experts.down_proj", f"{path}/down/kernel", "E F D -> E F D"),
             base.Tensor(f"{stem}.experts.down_proj_bias", f"{path}/down/bias", "E D -> E D"),
             base.Tensor("layers.{}.self_attn.sinks", "layers/attention/sinks", "N -> N"),

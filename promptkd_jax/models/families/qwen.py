@@ -51,10 +51,9 @@ def _layers(c: Mapping[str, Any], source: str) -> list[LayerKind]:
     if not c.get("use_sliding_window", False) or window is None:
         return [LayerKind(rope)]
     full, depth = c.get("max_window_layers", 28), c["num_hidden_layers"]
-    kinds = c.get("layer_types") or ["sliding_attention"] * depth
-    if not c.get("layer_types"):
-        kinds = ["full_attention"] * min(full, depth) + kinds[full:]
-    return [LayerKind(rope, window if kind == "sliding_attention" else None) for kind in kinds]
+    types = [base.LAYER_TYPES[layer >= full] for layer in range(depth)]
+    types = base.read_layer_types(c, source, types)
+    return [LayerKind(rope, window if name == "sliding_attention" else None) for name in types]
 
 
 # What GGUF files of Qwen2 have beside those of a Llama.

@@ -19,9 +19,8 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     interval = c.get("no_rope_layer_interval", 4)
     turned = c.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(depth)]
     window = c.get("sliding_window") if c.get("use_sliding_window") else None
-    types = c.get("layer_types") or [
-        "full_attention" if has_rope else "sliding_attention" for has_rope in turned
-    ]
+    types = ["full_attention" if has_rope else "sliding_attention" for has_rope in turned]
+    types = base.read_layer_types(c, source, types)
     layers = [
         LayerKind(rope if has_rope else None, window if kind == "sliding_attention" else None)
         for has_rope, kind in zip(turned, types, strict=True)

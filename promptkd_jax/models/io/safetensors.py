@@ -57,7 +57,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: pathlib.Path, name: str = "", *, scaled: bool = False):
         self.path, name = str(folder), name or str(folder)
-        self._files, where = {}, {}
+        self._files, self._headers, where = {}, {}, {}
         self._where = where
         files = listed_files(folder) if scaled else weight_files(folder, name)
         self.config = read_json(folder / "config.json")
@@ -102,11 +102,14 @@ class SafetensorsFolder:
         """The tensor where it lies in its file: NumPy has no name for its dtype, by which
         safetensors would make an array."""
         file = pathlib.Path(self.path, self._where[name])
-        # https://huggingface.co/docs/safetensors: the header's size, the header, the tensors.
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            start, stop = json.loads(opened.read(size))[name]["data_offsets"]
-        stored = np.memmap(file, np.uint8, "r", offset=8 + size + start, shape=stop - start)
+        if file not in self._headers:
+            # https://huggingface.co/docs/safetensors: the header's size, the header, the tensors.
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                self._headers[file] = 8 + size, json.loads(opened.read(size))
+        begin, header = self._headers[file]
+        start, stop = header[name]["data_offsets"]
+        stored = np.memmap(file, np.uint8, "r", offset=begin + start, shape=stop - start)
         return np.asarray(stored).view(dtype).reshape(self.shape(name))
 
 
