@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 
@@ -96,6 +97,28 @@ class Dropout:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter, which alone is trained, see `lora`.
+
+    Attributes:
+      rank: r; alpha: over r it is the factor of the change, or with `use_rslora` over its root.
+      modules: the maps that every layer has one for, keys of `lora.MODULES`.
+      dropout: of the adapter's input in training, where keys for it are given.
+    """
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+    use_rslora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the change."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that distinguishes one decoder-only language model from another.
 
@@ -141,6 +164,7 @@ class DecoderConfig:
     logit_soft_cap: float | None = None  # see `LazyLogits`
     attention_soft_cap: float | None = None  # of the scores, see `attention.attend`
     dropout: Dropout = Dropout()
+    lora: LoRA | None = None  # of the adapter among the parameters
     # How it is run; not part of what the model is.
     dtype: str = "float32"
     param_dtype: str = "float32"

@@ -26,8 +26,9 @@ from promptkd_jax.models.attention import (
     repeat_kv,
 )
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts, project
+from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from promptkd_jax.models.norms import RMSNorm, make_norm
+from promptkd_jax.models.projection import project
 from promptkd_jax.models.rotary import rotate
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ class Layer(nn.Module):
             network = MixtureOfExperts(config, name="experts")
         else:
             network = FeedForward(config, name="mlp")
-        x = added(x, network(before(x, "mlp_norm")), "mlp_norm", 1)
+        x = added(x, network(before(x, "mlp_norm"), keys), "mlp_norm", 1)
         # Read by `teacher.lazy_logits_and_states`, and nothing where the collection is not mutable.
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
@@ -326,12 +327,12 @@ class Attention(nn.Module):
         index, kind = layer
 
         def heads(number: int, name: str):
-            return project(config, (number, config.head_dim), config.qkv_bias, name)
+            return project(config, (number, config.head_dim), config.qkv_bias, name)(x, keys)
 
         # [B, T, D] -> [B, T, N, H] and [B, T, K, H]
-        query = heads(padded.num_heads, "query")(x)
-        key = heads(padded.num_kv_heads, "key")(x)
-        value = heads(padded.num_kv_heads, "value")(x)
+        query = heads(padded.num_heads, "query")
+        key = heads(padded.num_kv_heads, "key")
+        value = heads(padded.num_kv_heads, "value")
         if config.qk_norm == "head":  # over H
             query = make_norm(config, "query_norm")(query)
             key = make_norm(config, "key_norm")(key)
@@ -362,7 +363,7 @@ class Attention(nn.Module):
             out = _attend_to_cache(config, query, key, value, sinks, positions, kind)
         else:
             out = _attend(config, query, key, value, sinks, kind, keys)
-        return project(config, config.width, config.out_bias, "out", axis=(-2, -1))(out), cache
+        return project(config, config.width, config.out_bias, "out", 2)(out, keys), cache
 
 
 def _of_kinds(config: DecoderConfig, name: str, kind) -> tuple[list, jax.Array | None]:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import ROWS, constrain
 from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.projection import project
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -32,32 +33,24 @@ ACTIVATIONS = {
 MIN_TILE, MAX_TILE = 8, 256  # rows of one product, see `_in_tiles`
 
 
-def project(
-    config: DecoderConfig, features, use_bias: bool, name: str, axis: int | tuple[int, ...] = -1
-) -> nn.DenseGeneral:
-    """A linear map in the dtypes of `config`."""
-    dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-    return nn.DenseGeneral(features, axis=axis, use_bias=use_bias, name=name, **dtypes)
-
-
 class FeedForward(nn.Module):
     """act(up) or act(gate) * up, then down."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout_keys=None):
         config, width = self.config, self.config.padded.mlp_width
         activation = ACTIVATIONS[config.activation]
-        up = project(config, width, config.mlp_bias, "up")(x)
+        up = project(config, width, config.mlp_bias, "up")(x, dropout_keys)
         if config.gated:
-            gate = project(config, width, config.mlp_bias, "gate")(x)
+            gate = project(config, width, config.mlp_bias, "gate")(x, dropout_keys)
             hidden = activation(gate) * up
         else:
             hidden = activation(up)
         # Units are dealt out to devices; the product with `down` adds up their shares.
         hidden = constrain(hidden, ROWS, None, "tensor")
-        return project(config, config.width, config.mlp_bias, "down")(hidden)
+        return project(config, config.width, config.mlp_bias, "down")(hidden, dropout_keys)
 
 
 class MixtureOfExperts(nn.Module):
@@ -69,7 +62,7 @@ class MixtureOfExperts(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout_keys=None):
         config, experts = self.config, self.config.experts
         # In float32: rounded scores would tie, and other experts be chosen.
         full = {"dtype": jnp.float32, "param_dtype": config.param_dtype}
