@@ -202,8 +202,8 @@ def student_gradients(
         for name, weight in method.student_terms
     }
     observations = student_observations(method)
-    d_student, loss, sums = grad_and_loss(
-        terms, observations, where.mask, lambda x: x, student, teacher
+    d_student, loss, sums = _student_grad_and_loss(
+        terms, observations, where.mask, student, step_models, teacher
     )
     # Hidden states have a gradient of their own, and join the logits' in one backward pass.
     by_group, d_states = {}, jax.tree.map(jnp.zeros_like, states)
@@ -236,6 +236,24 @@ def student_gradients(
         # mean where `summarize` divides all sums by the response tokens.
         loss, sums = loss + corpus_total, sums | {"corpus_loss": corpus_total / scale}
     return Gradients(by_group, loss / scale, sums)
+
+
+def _student_grad_and_loss(
+    terms: Terms,
+    observations: Observations,
+    mask: jax.Array,
+    student: LazyLogits,
+    step_models: StepModels,
+    *observed: Any,
+) -> tuple[LazyLogits, jax.Array, dict[str, jax.Array]]:
+    """`grad_and_loss` for the student's distributions."""
+    if step_models.frozen_student is None:
+        return grad_and_loss(terms, observations, mask, lambda x: x, student, *observed)
+    # The head is frozen, and its gradient, as large as it is, not computed.
+    d_hidden, loss, sums = grad_and_loss(
+        terms, observations, mask, lambda h: student.replace(hidden=h), student.hidden, *observed
+    )
+    return jax.tree.map(jnp.zeros_like, student).replace(hidden=d_hidden), loss, sums
 
 
 # The student's terms, and those of a teacher that learns
@@ -391,7 +409,8 @@ def corpus_gradient(
     # Rows of text have a "prompt" of one token: each of the others is predicted.
     where = responses(corpus, corpus.tokens.shape[1] - 1)
 
-    def student(params):
+    def student(trained):
+        params = step_models.student_params(trained)
         view = step_models.models.student, params, corpus, where, method.vocab_size
         return lazy_logits(*view, dropout_keys=dropout_keys)
 
@@ -406,5 +425,5 @@ def corpus_gradient(
                 step_models.models.teacher, teacher_params, corpus, where, method.vocab_size
             )
             terms[name] = Term(losses.divergence(name), target, share * weight)
-    d_learner, total, _ = grad_and_loss(terms, {}, where.mask, lambda x: x, learner)
+    d_learner, total, _ = _student_grad_and_loss(terms, {}, where.mask, learner, step_models)
     return pullback(d_learner)[0], total

@@ -37,19 +37,24 @@ from promptkd_jax.infra.buckets import run_in_smallest_bucket
 
 
 def write_ahead(
-    state: TrainState, teacher: Any, batch: Batch, *, method: Method, models: Models
+    state: TrainState,
+    teacher: Any,
+    batch: Batch,
+    frozen_student: Any = None,
+    *,
+    method: Method,
+    models: Models,
 ) -> TrainState:
-    """Begins a stage of a `one_step_off_policy` method; from then on every step writes the rows of
-    the next.
+    """Begins a stage of a `one_step_off_policy` method, of which every step writes the next's rows.
 
     Args:
-      state, teacher, method, models: as for `train_step`.
+      state, teacher, frozen_student, method, models: as for `train_step`.
       batch: the first step's, of which `train_step` gets the second's.
 
     Returns:
       The state with the rows of its next step in `pending`.
     """
-    step_models = StepModels(method, models, teacher)
+    step_models = StepModels(method, models, teacher, frozen_student)
     pending, replay = _write(state, batch, step_models, state.step)
     return state.replace(pending=pending, replay=replay)
 
@@ -59,6 +64,7 @@ def train_step(
     teacher: Any,
     batch: Batch,
     corpus: Batch | None = None,
+    frozen_student: Any = None,
     *,
     method: Method,
     models: Models,
@@ -79,6 +85,7 @@ def train_step(
         the next step.
       corpus: rows of plain text for `method.corpus_terms`, B or another multiple of
         `method.num_micro_batches`.
+      frozen_student: the parameters beside an adapter that alone is trained, see `lora.split`.
       method: the distillation method; models: student and teacher; optimizers: of each group of
         parameters in `state.params`.
 
@@ -86,7 +93,7 @@ def train_step(
       The new state, and the Metrics of the rows trained on. A step whose loss or gradient is not
       finite changes nothing but `step`, the counters and what is written ahead.
     """
-    step_models = StepModels(method, models, teacher)
+    step_models = StepModels(method, models, teacher, frozen_student)
     if method.execution.one_step_off_policy:
         if state.pending is None:
             raise ValueError("one_step_off_policy = True needs a state that write_ahead(…) began")
@@ -130,7 +137,7 @@ def _write(state: TrainState, batch: Batch, step_models: StepModels, step: jax.A
     return target_rows(
         step_models.method,
         step_models.models.student,
-        state.params["student"],
+        step_models.student_params(state.params["student"]),
         batch,
         state.replay,
         jax.random.fold_in(state.key, step),

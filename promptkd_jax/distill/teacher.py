@@ -21,6 +21,7 @@ from promptkd_jax.distill.method import Method
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
+from promptkd_jax.models.lora import join
 from promptkd_jax.models.sampler import SamplingModel, row_keys
 
 if TYPE_CHECKING:
@@ -139,13 +140,15 @@ StudentForward = tuple[tuple[LazyLogits, hidden_loss.States], Callable]
 class StepModels:
     """The views that one step of `method` has of `models`, at the response positions of its rows.
 
-    `frozen_teacher` are the parameters of a teacher that does not learn. `params` below are the
-    groups of a train state.
+    `frozen_teacher` are the parameters of a teacher that does not learn, `frozen_student` those of
+    a student of which an adapter alone does, see `models.lora`. `params` below are the groups of a
+    train state.
     """
 
     method: Method
     models: Models
     frozen_teacher: Any
+    frozen_student: Any = None
 
     def where(self, rows: Batch) -> Responses:
         """The response positions of `rows`."""
@@ -154,6 +157,10 @@ class StepModels:
     def teacher_params(self, params: Mapping[str, Any]) -> Any:
         """The teacher's parameters, trained or frozen."""
         return params["teacher"] if self.method.teacher_view == "online" else self.frozen_teacher
+
+    def student_params(self, trained: Any) -> Any:
+        """The student's parameters: those that are trained, beside frozen ones if there are any."""
+        return trained if self.frozen_student is None else join(self.frozen_student, trained)
 
     def teacher(
         self, params: Mapping[str, Any], rows: Batch, soft_prompt: Float[Array, "M D"] | None = None
@@ -180,9 +187,10 @@ class StepModels:
     def student_vjp(
         self, student: Any, rows: Batch, dropout_keys: Key[Array, " B"] | None = None
     ) -> StudentForward:
-        """The student's distributions and states, and their pullback to its parameters."""
+        """The student's distributions and states, and their pullback to its trained parameters."""
 
         def see(student):
+            student = self.student_params(student)
             return self._see(self.models.student, student, rows, None, self._taps[0], dropout_keys)
 
         return jax.vjp(see, student)
@@ -210,7 +218,10 @@ class StepModels:
                 f"dropout: the student is a {type(student).__name__}, whose functions take no key; "
                 "expected a Decoder, or dropout = False"
             )
-        return self.method.dropout and student.config.dropout != Dropout()
+        if not self.method.dropout:
+            return False
+        lora = student.config.lora
+        return student.config.dropout != Dropout() or bool(lora and lora.dropout)
 
     def mixture_model(self, params: Mapping[str, Any]) -> SamplingModel | None:
         """The teacher, where it writes rollouts together with the student."""

@@ -37,6 +37,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/mlp/(up|gate)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/(up|gate)/bias", P(None, "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/(attention|mlp)/(query|key|value|gate|up)/lora_a", P()),
+    (r"layers/attention/(query|key|value)/lora_b", P(None, None, "tensor", None)),
+    (r"layers/mlp/(gate|up)/lora_b", P(None, None, "tensor")),
+    (r"layers/(attention/out|mlp/down)/lora_a", P(None, "tensor")),
+    (r"layers/(attention/out|mlp/down)/lora_b", P()),
     (r"layers/attention/sinks", P(None, "tensor")),
     (r"layers/experts/router/(kernel|bias)", P()),
     (r"layers/experts/(gate|up|gate_up)/kernel", P(None, "tensor", "fsdp", None)),
@@ -47,7 +52,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"pending(/.*)?", P(ROWS)),
 )
 # Of grouped heads there may be fewer than devices along `tensor`: then each of these has all.
-FEW_HEADS = r"layers/attention/(key|value)/(kernel|bias)"
+FEW_HEADS = r"layers/attention/(key|value)/(kernel|bias|lora_b)"
 
 
 def make_mesh(

@@ -10,9 +10,11 @@ import numpy as np
 
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import kinds_of_layers
 from promptkd_jax.models.families.registry import FAMILIES
+from promptkd_jax.models.lora import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,16 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
             hf_config[name] = listed
     decoder = Decoder(kept)
     return model.replace(decoder=decoder, params=params, hf_config=hf_config)
+
+
+def add_adapter(model: Model, lora: LoRA, adapter: Any) -> Model:
+    """The same model with an adapter, whose parameters stand beside those that they change.
+
+    Args:
+      adapter: as `lora.init_adapter` makes it or `load_lora` reads it, padded as the model is.
+    """
+    decoder = Decoder(model.decoder.config.replace(lora=lora))
+    return model.replace(decoder=decoder, params=join(model.params, adapter))
 
 
 def chosen_layers(depth: int, chosen: int | Sequence[int]) -> tuple[int, ...]:

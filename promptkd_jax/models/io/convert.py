@@ -110,7 +110,7 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
 def _adapter(path: str, folder: pathlib.Path, base: str) -> _Source:
     if not local_path(path).is_dir():
         folder = download(path, [*SMALL_FILES, *_ADAPTER_FILES])
-    lora = _read_lora(folder)
+    lora = read_lora(folder)
     named = base or str(lora.config.get("base_model_name_or_path") or "")
     if not named:
         raise ModelError(f"{folder / ADAPTER}: names no base model; give it by --base")
@@ -220,7 +220,7 @@ def _to_numpy(tensor: Any, file: pathlib.Path) -> np.ndarray:
 # Adapters
 
 
-class _Lora(NamedTuple):
+class StoredLoRA(NamedTuple):
     """An adapter: its config, and its tensors by the modules that they belong to."""
 
     folder: pathlib.Path
@@ -228,13 +228,16 @@ class _Lora(NamedTuple):
     pairs: Mapping[str, dict[str, np.ndarray]]  # module -> "A" [r, in], "B" [out, r]
     whole: Mapping[str, np.ndarray]  # name -> what takes the place of a tensor
 
+    def scale(self, module: str) -> float:
+        """The factor s of a module's change."""
+        config, rank = self.config, len(self.pairs[module]["A"])
+        alpha = _of_module(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
     def change(self, module: str) -> np.ndarray:
         """s B A of a module, [out, in], float32."""
         a, b = (self.pairs[module][side].astype(np.float32) for side in "AB")
-        config = self.config
-        alpha = _of_module(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-        rank = math.sqrt(len(a)) if config.get("use_rslora") else len(a)
-        return (alpha / rank) * (b @ a)
+        return self.scale(module) * (b @ a)
 
 
 def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -243,7 +246,12 @@ def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return next(found, default)
 
 
-def _read_lora(folder: pathlib.Path) -> _Lora:
+def read_lora(folder: pathlib.Path) -> StoredLoRA:
+    """Reads a LoRA adapter of PEFT.
+
+    Raises:
+      ModelError: it is none, or has anything that is more than low-rank changes of matrices.
+    """
     config = read_json(folder / ADAPTER)
     if (kind := config.get("peft_type")) == "PROMPT_TUNING":
         use = soft_prompt_use(config.get("base_model_name_or_path"))
@@ -275,13 +283,13 @@ def _read_lora(folder: pathlib.Path) -> _Lora:
             whole[ours] = array
     if odd := [module for module, pair in pairs.items() if len(pair) != 2]:
         raise ModelError(f"{folder}: {odd[0]} has lora_A or lora_B, and not the other")
-    return _Lora(folder, config, pairs, whole)
+    return StoredLoRA(folder, config, pairs, whole)
 
 
-def _merged(source: SafetensorsFolder, lora: _Lora) -> Iterator[Shard]:
-    places = {_without_prefix(name): name for name in source.names()}
+def _merged(source: SafetensorsFolder, lora: StoredLoRA) -> Iterator[Shard]:
+    places = {without_prefix(name): name for name in source.names()}
     changes = {f"{module}.weight": module for module in lora.pairs}
-    wanted = {_without_prefix(name): name for name in (*changes, *lora.whole)}
+    wanted = {without_prefix(name): name for name in (*changes, *lora.whole)}
     if missing := [name for short, name in wanted.items() if short not in places]:
         raise ModelError(f"{lora.folder}: changes {missing[0]}, which {source.path} does not have")
     by_file = collections.defaultdict(list)
@@ -291,13 +299,13 @@ def _merged(source: SafetensorsFolder, lora: _Lora) -> Iterator[Shard]:
         tensors = {}
         for name in names:
             array = source.read(name)
-            if (adapted := wanted.get(_without_prefix(name))) is not None:
+            if (adapted := wanted.get(without_prefix(name))) is not None:
                 array = _adapted(array, adapted, changes.get(adapted), lora)
             tensors[name] = array
         yield file, tensors
 
 
-def _adapted(array: np.ndarray, name: str, module: str | None, lora: _Lora) -> np.ndarray:
+def _adapted(array: np.ndarray, name: str, module: str | None, lora: StoredLoRA) -> np.ndarray:
     if module is None:
         new = lora.whole[name]
     else:
@@ -311,6 +319,6 @@ def _adapted(array: np.ndarray, name: str, module: str | None, lora: _Lora) -> n
     return new.astype(array.dtype)
 
 
-def _without_prefix(name: str) -> str:
-    """Files have the names of a base model or of one with its head."""
+def without_prefix(name: str) -> str:
+    """A name as of a base model alone: files have it so, or behind that of one with its head."""
     return re.sub(r"^(transformer|model|model\.decoder)\.", "", name)

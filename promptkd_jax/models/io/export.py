@@ -30,6 +30,7 @@ from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.families.base import Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.params import PIECE_BYTES, all_finite, stored_names
+from promptkd_jax.models.lora import A, B, merged
 from promptkd_jax.models.model import Model
 
 SHARD_BYTES = 5 * 10**9
@@ -37,8 +38,8 @@ STORED_IN = ("bfloat16", "float16", "float32")  # what readers of a folder know
 
 
 def to_hugging_face(params: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
-    """All tensors under their Hugging Face names and in their layout, without padding: the inverse
-    of loading."""
+    """All tensors under their Hugging Face names and in their layout, without padding, an adapter
+    merged into them: the inverse of loading."""
     return dict(stored_tensors(params, config))
 
 
@@ -48,7 +49,7 @@ def stored_tensors(params: Any, config: DecoderConfig) -> Iterator[tuple[str, np
     letters = sizes(config)
     for names, rows in _rows_by_tensor(config):
         stack = stack_sizes(rows[0], config)
-        arrays = zip(*(_on_host(flat[row.path], stack) for row in rows), strict=True)
+        arrays = zip(*(_values(flat, row.path, stack, config) for row in rows), strict=True)
         for name, parts in zip(names, arrays, strict=True):
             # Each without padding, in the layout of the file; fused ones end to end.
             parts = [
@@ -76,6 +77,16 @@ def _rows_by_tensor(config: DecoderConfig) -> Iterator[tuple[list[str], list[Ten
         rows[row.name].append(row)
     for parts in rows.values():
         yield list(stored_names(parts[0], config, family.prefix)), parts
+
+
+def _values(flat: Mapping[str, Any], path: str, stack: tuple[int, ...], config: DecoderConfig):
+    """Yields a parameter as `_on_host` does, the change of an adapter merged into it."""
+    a, b = (path.removesuffix("kernel") + name for name in (A, B))
+    if a not in flat:
+        yield from _on_host(flat[path], stack)
+        return
+    for kernel, *change in zip(*(_on_host(flat[x], stack) for x in (path, a, b)), strict=True):
+        yield merged(kernel, *change, config.lora.scale)
 
 
 def _on_host(x: Any, stack: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -267,7 +278,9 @@ def write_tensors(file: str | os.PathLike, tensors: Mapping[str, np.ndarray]) ->
     with as_local(file.parent) as folder:
         unfinished = (folder / file.name).with_suffix(".unfinished")
         try:
-            save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+            # It writes memory as it lies, whatever the strides say.
+            whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+            save_file(whole, unfinished, metadata={"format": "pt"})
         except SafetensorError as error:
             raise ModelError(f"{file}: could not be written: {error}") from error
         unfinished.chmod(0o644)  # safetensors leaves it to its owner alone

@@ -23,6 +23,7 @@ from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD, Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
+from promptkd_jax.models.lora import adapter_shapes, join
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -141,9 +142,10 @@ def _put(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
 
 
 def abstract_params(config: DecoderConfig) -> Any:
-    """Shapes and dtypes of the parameters, nothing computed."""
+    """Shapes and dtypes of the parameters, those of an adapter among them; nothing computed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
+    shapes = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
+    return join(shapes, adapter_shapes(shapes, config.lora)) if config.lora else shapes
 
 
 def pad(params: Any, config: DecoderConfig) -> Any:

@@ -1,23 +1,41 @@
-"""Soft prompts as PEFT stores them."""
+"""Soft prompts and low-rank adapters (LoRA) as PEFT stores them.
+
+PEFT's A and B are those of `models.lora` transposed: `lora_A.weight` [r, in], `lora_B.weight`
+[out, r], for each layer by itself. Where `transformers` stores several of our maps as one (query,
+key and value of GPT-2), PEFT has one pair for all: ours become one of n r rows and columns,
+
+    A = [A1; A2; A3]    B = diag(B1, B2, B3)    with the same scale s
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import make_folder, to_path, write_json, write_text
-from promptkd_jax.models.families.registry import from_hugging_face
+from promptkd_jax.models.config import DecoderConfig, LoRA
+from promptkd_jax.models.families.base import Tensor, sizes
+from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
+from promptkd_jax.models.io.convert import ADAPTER, StoredLoRA, read_lora, without_prefix
 from promptkd_jax.models.io.export import write_tensors
 from promptkd_jax.models.io.hub import pretrained_name
 from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.io.safetensors import read_json, refuse_pointer
+from promptkd_jax.models.lora import MODULES, A, B
+from promptkd_jax.models.model import Model
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -118,3 +136,223 @@ def load_soft_prompt(folder: epath.PathLike) -> Float[Array, "M D"]:
     if not all_finite(found := np.float32(found)):
         raise ModelError(f"{weights}: prompt_embeddings is not finite: it has a NaN or an infinity")
     return jnp.asarray(found)
+
+
+# Low-rank adapters
+
+ALL = "all-linear"  # PEFT's word for every map of every layer
+
+
+def adaptable(config: DecoderConfig) -> dict[str, list[tuple[str, Tensor]]]:
+    """The linear maps of a model that may have an adapter, by the names of their modules in
+    `transformers`, with `{}` for the layer: their paths in `lora.MODULES` and rows of the table,
+    several where they are stored as one."""
+    family, found = FAMILIES[config.family], {}
+    for row in family.tensors(config):
+        module = row.path.removeprefix("layers/").removesuffix("/kernel")
+        if row.path.endswith("/kernel") and module in MODULES:
+            name = family.prefix + row.name.removesuffix(".weight")
+            found.setdefault(name, []).append((module, row))
+    return found
+
+
+def lora_modules(config: DecoderConfig, targets: Sequence[str], where: str) -> tuple[str, ...]:
+    """The maps that PEFT's `target_modules` name, as keys of `lora.MODULES`.
+
+    Args:
+      targets: names of modules or their ends ("q_proj"), as patterns; "all-linear".
+      where: the field, for messages.
+
+    Raises:
+      ModelError: one of them names nothing.
+    """
+    names, chosen = adaptable(config), set()
+    for target in targets:
+        pattern = ".*" if target == ALL else target
+        matches = [x for x in names if re.fullmatch(rf"(.*\.)?({pattern})", x.format(0))]
+        if not matches:
+            known = ", ".join(dict.fromkeys(x.rpartition(".")[2] for x in names))
+            raise ModelError(
+                f"{where}: {target!r} is no linear map of a {config.family}'s layers; expected "
+                f"{ALL}, or some of {known}"
+            )
+        chosen |= {module for name in matches for module, _ in names[name]}
+    return tuple(module for module in MODULES if module in chosen)
+
+
+def lora_config(model: Model) -> dict[str, Any]:
+    """The `adapter_config.json` of a model's adapter."""
+    config, lora = model.decoder.config, model.decoder.config.lora
+    name, revision = pretrained_name(model.name)
+    names = {x: len(parts) for x, parts in adaptable(config).items() if parts[0][0] in lora.modules}
+    others = [x for x in adaptable(config) if x not in names]
+    ends = {x: x.rpartition("{}.")[2] for x in names}
+    for x in ends:  # as short as tells it from those that have none
+        short = ends[x].rpartition(".")[2]
+        if not any(other.endswith(f".{short}") for other in others):
+            ends[x] = short
+    fused = {ends[x]: number for x, number in names.items() if number > 1}
+    root = math.sqrt if lora.use_rslora else float
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "target_modules": sorted(set(ends.values())),
+        "rank_pattern": {end: n * lora.rank for end, n in fused.items()},
+        "alpha_pattern": {end: root(n) * lora.alpha for end, n in fused.items()},
+        "fan_in_fan_out": _stores_inputs_first(config),
+        "bias": "none",
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def save_lora(folder: epath.PathLike, model: Model) -> None:
+    """Writes a model's adapter for `peft.PeftModel.from_pretrained`, in float32.
+
+    All processes of a run call this; the first writes.
+
+    Args:
+      folder: made where absent; also one in a bucket.
+      model: with the adapter among its parameters; `name` is that of the frozen one.
+    """
+    folder, config = to_path(folder), model.decoder.config
+    make_folder(folder)
+    write_json(folder / ADAPTER, lora_config(model))
+    card = _LORA_CARD.format(rank=config.lora.rank, base=model.name)
+    write_text(folder / "README.md", card)
+    tensors, flat = {}, traverse_util.flatten_dict(model.params, sep="/")
+    for name, parts in adaptable(config).items():
+        if parts[0][0] not in config.lora.modules:
+            continue
+        pairs = [_stored_pair(flat, module, row, config) for module, row in parts]
+        for layer in range(config.num_layers):
+            stem = f"base_model.model.{name.format(layer)}"
+            tensors[f"{stem}.lora_A.weight"] = np.concatenate([a[layer] for a, _ in pairs])
+            tensors[f"{stem}.lora_B.weight"] = _block_diagonal([b[layer] for _, b in pairs])
+    if distributed.is_primary():
+        write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def load_lora(folder: epath.PathLike, config: DecoderConfig) -> tuple[LoRA, Any]:
+    """Reads a LoRA adapter of PEFT.
+
+    Args:
+      config: of the model that it is for, without padding.
+
+    Returns:
+      The adapter's shape and its parameters, as `lora.join` puts them beside the model's.
+
+    Raises:
+      ModelError: it is none, is damaged, belongs to another model, or has layers or modules that
+        differ in rank or scale.
+    """
+    folder = pathlib.Path(to_path(folder))
+    stored, where = read_lora(folder), f"{folder}: "
+    if stored.whole:
+        raise ModelError(f"{where}trains {next(iter(stored.whole))} whole; {_MERGE}")
+    left = {without_prefix(name): name for name in stored.pairs}
+    adapter, scales = {}, {}
+    for name, parts in adaptable(config).items():
+        layers = [left.pop(without_prefix(name.format(i)), None) for i in range(config.num_layers)]
+        if not any(layers):
+            continue
+        if not all(layers):
+            raise ModelError(f"{where}changes {name} of some layers, not of all; {_MERGE}")
+        pairs = [_parts_of(stored, module, parts, config) for module in layers]
+        for place, (module, row) in enumerate(parts):
+            shape = [sizes(config)[x] for x in row.ours]
+            axes = MODULES[module]
+            a, b = (np.stack([pair[place][side] for pair in pairs]) for side in (0, 1))
+            adapter[f"layers/{module}/{A}"] = a.reshape(len(a), *shape[:axes], -1)
+            adapter[f"layers/{module}/{B}"] = b.reshape(*b.shape[:2], *shape[axes:])
+            scales[module] = {(a.shape[2], stored.scale(x)) for x in layers}
+    if left or not adapter:
+        wrong = next(iter(left.values()), "nothing")
+        raise ModelError(f"{where}changes {wrong}, which this {config.family} has no adapter for")
+    if len(different := set().union(*scales.values())) > 1:
+        ranks = ", ".join(f"rank {rank} times {scale:.4g}" for rank, scale in sorted(different))
+        raise ModelError(f"{where}its modules differ ({ranks}); {_MERGE}")
+    rank, scale = different.pop()
+    rslora = bool(stored.config.get("use_rslora"))
+    lora = LoRA(
+        rank,
+        scale * (math.sqrt(rank) if rslora else rank),
+        tuple(module for module in MODULES if module in scales),
+        rslora,
+        float(stored.config.get("lora_dropout") or 0.0),
+    )
+    return lora, traverse_util.unflatten_dict(adapter, sep="/")
+
+
+_MERGE = "expected one that changes all layers alike; merge it into its base: promptkd convert"
+_LORA_CARD = """\
+---
+library_name: peft
+pipeline_tag: text-generation
+tags: [knowledge-distillation, lora]
+---
+# A LoRA adapter of rank {rank}
+
+Trained with promptkd_jax, for `{base}`:
+
+```python
+model = peft.PeftModel.from_pretrained(base, "path/to/adapter")
+```
+"""
+
+
+def _stores_inputs_first(config: DecoderConfig) -> bool:
+    """Whether matrices are stored [in, out] (GPT-2)."""
+    (_, row), *_ = next(iter(adaptable(config).values()))
+    return row.stored[0] == row.ours[:1]
+
+
+def _stored_pair(flat: Any, module: str, row: Tensor, config: DecoderConfig) -> tuple:
+    """A map's A [L, r, in] and B [L, out, r], without padding."""
+    a, b = (np.asarray(sharding.to_host(flat[f"layers/{module}/{x}"]), np.float32) for x in (A, B))
+    own = [slice(sizes(config)[x]) for x in row.ours]
+    axes = MODULES[module]
+    a, b = a[(slice(None), *own[:axes])], b[(slice(None), slice(None), *own[axes:])]
+    layers, rank = b.shape[:2]
+    return a.reshape(layers, -1, rank).swapaxes(1, 2), b.reshape(layers, rank, -1).swapaxes(1, 2)
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    rows, columns = (sum(x.shape[axis] for x in blocks) for axis in (0, 1))
+    whole, row, column = np.zeros((rows, columns), np.float32), 0, 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
+
+
+def _parts_of(stored: StoredLoRA, name: str, parts: list, config: DecoderConfig) -> list[tuple]:
+    """(A [in, r], B [r, out]) of each of the maps that a module of PEFT is for."""
+    a, b = (np.float32(stored.pairs[name][side]) for side in "AB")
+    if not (all_finite(a) and all_finite(b)):
+        raise ModelError(f"{stored.folder}: {name} is not finite: it has a NaN or an infinity")
+    letters = sizes(config)
+    inputs, *_ = (math.prod(letters[x] for x in row.ours[: MODULES[m]]) for m, row in parts)
+    outputs = [math.prod(letters[x] for x in row.ours[MODULES[m] :]) for m, row in parts]
+    if a.shape[1:] != (inputs,) or b.shape != (sum(outputs), len(a)):
+        raise ModelError(
+            f"{stored.folder}: {name} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; "
+            f"expected [r, {inputs}] and [{sum(outputs)}, r]: it is for another model"
+        )
+    ends = list(itertools.accumulate(outputs))
+    b_of_parts = np.split(b, ends[:-1])
+    # One that `save_lora` wrote comes apart again into the ranks that it was made of.
+    rank, own = len(a) // len(parts), []
+    for place, one in enumerate(b_of_parts):
+        columns = slice(place * rank, (place + 1) * rank)
+        if len(a) % len(parts) or np.count_nonzero(one) != np.count_nonzero(one[:, columns]):
+            return [(a.T, one.T) for one in b_of_parts]
+        own.append((a[columns].T, one[:, columns].T))
+    return own
