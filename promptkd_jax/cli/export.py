@@ -8,16 +8,23 @@ the run began with may be gone.
 import argparse
 import functools
 from collections.abc import Sequence
+from typing import Any
+
+import jax
 
 from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra.errors import CheckpointError, ConfigError
+from promptkd_jax.infra.errors import CheckpointError, ConfigError, ModelError
 from promptkd_jax.infra.files import check_writable, of_another_machine
 from promptkd_jax.models.io.export import STORED_IN
 from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, check_gguf, save_gguf
+from promptkd_jax.models.io.peft import save_lora
+from promptkd_jax.models.lora import join
 from promptkd_jax.training.checks import read_run
+from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import with_date
+from promptkd_jax.training.run_models import load_frozen_student
 from promptkd_jax.training.save import SAVED, load_configs, save
 
 
@@ -30,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the matrices of FILE.gguf (default f16); K-quants such as Q4_K_M are made of "
         "such a file by llama.cpp's llama-quantize",
     )
+    text = "write the LoRA adapter of the student alone, for PEFT: its base model is not needed"
+    parser.add_argument("--adapter", action="store_true", help=text)
     parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
     text = "of the weights (default: as they were trained)"
     parser.add_argument("--dtype", default="", choices=STORED_IN, help=text)
@@ -59,12 +68,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             f"--dtype {options.dtype}: is for a folder; the type of {output} is --quantize's"
         )
+    if options.adapter and (to_gguf or options.dtype):
+        raise ConfigError(
+            "--adapter: is for a folder, in float32; expected neither .gguf nor --dtype"
+        )
     file = workdir / "config.json"
     with flags.naming("--workdir", workdir):
         if not distributed.run_on_primary(file.exists):
             raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
         with of_another_machine():  # the run's models and data may be gone, or out of reach
             config = with_date(read_run([f"--config={file}"]), workdir)
+    if options.adapter and not config.student.lora.is_used:
+        raise ConfigError(f"--adapter: the student of {workdir} has none (config.student.lora)")
     with flags.naming("--output", output):
         check_writable(output.parent if to_gguf else output)
     with flags.naming("--workdir", workdir):
@@ -77,16 +92,33 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             if step is None:
                 raise CheckpointError(f"{workdir}/checkpoints has no {options.step} checkpoint")
             place = functools.partial(sharding.shardings, mesh=mesh)
-            groups = ("student",) if to_gguf else SAVED
+            groups = ("student",) if to_gguf or options.adapter else SAVED
             params = checkpoints.restore_params(step, groups, place)
+    student = models[1].replace(params=params["student"])
+    if student.decoder.config.lora and not options.adapter:  # merged
+        student = student.replace(params=_whole(config, params["student"], mesh))
+    params |= {"student": student.params}
     with flags.naming("--output", output):
-        if to_gguf:
-            student = models[1].replace(params=params["student"])
+        if options.adapter:
+            save_lora(output, student)
+            paths = {"adapter": output}
+        elif to_gguf:
             save_gguf(output, student, quantize=quantize)
             paths = {"student": output}
         else:
             paths = save(config, models, params, output, dtype=options.dtype)
     print(f"step {step}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
+
+
+def _whole(config: RunConfig, adapter: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The adapter beside the parameters that it changes, which no checkpoint has."""
+    try:
+        with jax.set_mesh(mesh):
+            return join(load_frozen_student(config, mesh).params, adapter)
+    except ModelError as error:
+        raise ModelError(
+            f"the model that the adapter changes: {error}; --adapter writes it alone"
+        ) from error
 
 
 def _step(text: str) -> str:

@@ -14,7 +14,7 @@ from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import kinds_of_layers
 from promptkd_jax.models.families.registry import FAMILIES
-from promptkd_jax.models.lora import join
+from promptkd_jax.models.lora import join, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,16 @@ class Model:
         sizes = [self.decoder.config.vocab_size]
         sizes += [1 + max(self.tokenizer.get_vocab().values())] if self.tokenizer else []
         return min(sizes + ([] if self.shared_tokens is None else [self.shared_tokens]))
+
+    @property
+    def trained(self) -> Any:
+        """The parameters that a student trains: all of them, or those of its adapter."""
+        return split(self.params)[1] if self.decoder.config.lora else self.params
+
+    @property
+    def frozen(self) -> Any:
+        """The parameters beside an adapter's; None where there is none."""
+        return split(self.params)[0] if self.decoder.config.lora else None
 
     def replace(self, **changes: Any) -> "Model":
         """The same with some fields changed."""

@@ -30,7 +30,7 @@ from promptkd_jax.training.experiment import Experiment, Stage, sharded_shapes
 from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 from promptkd_jax.training.prepare import init_learned
 from promptkd_jax.training.recipes import DOLLY_ROWS
-from promptkd_jax.training.run_models import choose_models
+from promptkd_jax.training.run_models import choose_models, lora_of
 
 UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how many rows there are
 
@@ -84,9 +84,9 @@ class AbstractRun(Experiment):
             mesh=mesh,
         )
 
-    def arguments(self) -> tuple[Any, Any, Batch, Batch | None]:
-        """State, teacher, rows and corpus of a train step, each array a ShapeDtypeStruct with the
-        sharding that it has in the run.
+    def arguments(self) -> tuple[Any, Any, Batch, Batch | None, Any]:
+        """State, teacher, rows, corpus and frozen student of a train step, each array a
+        ShapeDtypeStruct with the sharding that it has in the run.
 
         Raises:
           ConfigError: an axis of the mesh does not divide a parameter, or the rows.
@@ -94,11 +94,12 @@ class AbstractRun(Experiment):
         check_mesh(self.config, self.mesh, [self.index])
         state = self.abstract_state()
         teacher = self.teacher and sharded_shapes(self.teacher.params, self.mesh)
+        frozen = self.frozen_student and sharded_shapes(self.frozen_student, self.mesh)
         method = self.stage.method
         cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
         whole = _has_whole_rows(self.config, self.config.stages[self.index])
         rows = self._rows(cached, whole)
-        return state, teacher, rows, self._rows() if method.corpus_terms else None
+        return state, teacher, rows, self._rows() if method.corpus_terms else None, frozen
 
     def _rows(self, cached: int = 0, whole: bool = False) -> Batch:
         rows, columns = self.batch_size, self.config.data.max_length
@@ -142,7 +143,8 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
         raise ConfigError(f"--stage: {stage!r} is no stage; there are {', '.join(names)}")
     index = names.index(stage or names[-1])
     sources: dict[str, str] = {}  # of the shapes, by the path of a model
-    teacher, student = choose_models(config, functools.partial(_load, sources), _keep_layers)
+    load, adapt = functools.partial(_load, sources), functools.partial(_with_adapter, config)
+    teacher, student = choose_models(config, load, _keep_layers, adapt)
     notes = []
     for role, model in (("teacher", teacher), ("student", student)):
         if model:
@@ -230,6 +232,11 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
 
 def _keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
     return _with_config(model, model.decoder.config.replace(num_layers=len(layers)))
+
+
+def _with_adapter(config: RunConfig, student: Model) -> Model:
+    lora = lora_of(config, student)
+    return _with_config(student, student.decoder.config.replace(lora=lora))
 
 
 def _with_config(model: Model, config: DecoderConfig) -> Model:

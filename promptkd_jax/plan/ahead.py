@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.models.lora import join
 from promptkd_jax.models.sampler import SamplingModel
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun
@@ -110,16 +111,18 @@ def compile_rollout(run: AbstractRun) -> Program | TooLarge:
     """Compiles a step's beginning: the student writes its answers. Raises as `compile_step`."""
     method, models = run.stage.method, run.models
 
-    def write(params, teacher, batch, replay, key, step):
+    def write(params, frozen, teacher, batch, replay, key, step):
+        params = params if frozen is None else join(frozen, params)
         voice = SamplingModel(models.teacher, teacher) if method.teacher_share else None
         return target_rows(
             method, models.student, params, batch, replay, key, step=step, teacher=voice
         )[0]
 
-    state, teacher, batch, _ = run.arguments()
+    state, teacher, batch, _, frozen = run.arguments()
     if not method.teacher_share:
         teacher = None
-    inputs = (state.params["student"], teacher, batch, state.replay, state.key, state.step)
+    inputs = (state.params["student"], frozen, teacher, batch)
+    inputs += (state.replay, state.key, state.step)
     return _compile(jax.jit(write), run, inputs)
 
 

@@ -15,6 +15,7 @@ from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.costs import Cost, Counter, cache_bytes
+from promptkd_jax.training.run_models import shares_teacher
 
 PHASES = ("prefill", "decode", "prompt update", "student update")
 
@@ -48,7 +49,7 @@ def _step(run: AbstractRun, slices: int = 1) -> _Step:
         before = len(method.demonstrations)
 
     def counter(model):
-        parameters = sum(x.size for x in jax.tree.leaves(model.params))
+        parameters = sum(x.size for x in jax.tree.leaves(model.trained))
         return Counter(model.decoder.config.padded, run.mesh.shape, slices, parameters)
 
     return _Step(
@@ -111,15 +112,16 @@ def _student(step: _Step) -> Cost:
     method, student, teacher = step.method, step.student, step.teacher
     rows, columns, positions = step.rows, step.columns, step.positions
     part = student.forward(rows, columns)
-    part += student.backward(rows, columns, weights=True)
-    part += student.head(rows, positions, 3)
+    whole = student.config.lora is None  # all is trained, the head too
+    part += student.backward(rows, columns, weights=whole)
+    part += student.head(rows, positions, 2 + whole)
     if method.student_needs_teacher and method.teacher_view != "cached":
         part += teacher.forward(rows, step.before + columns)
         part += teacher.head(rows, positions, 1)
     if method.corpus_terms:
         part += student.forward(rows, columns)
-        part += student.backward(rows, columns, weights=True)
-        part += student.head(rows, columns - 1, 3)
+        part += student.backward(rows, columns, weights=whole)
+        part += student.head(rows, columns - 1, 2 + whole)
         if any(name != CROSS_ENTROPY for name, _ in method.corpus_terms):
             part += teacher.forward(rows, columns)
             part += teacher.head(rows, columns - 1, 1)
@@ -138,11 +140,12 @@ def kept_bytes(run: AbstractRun) -> dict[str, int]:
     Raises:
       ConfigError: an axis does not divide a parameter.
     """
-    state, teacher, rows, corpus = run.arguments()
+    state, teacher, rows, corpus, frozen = run.arguments()
+    shared = frozen is not None and shares_teacher(run.config)
     written = (state.replay, state.pending)
     parts = {
         "teacher": (teacher, state.params.get("teacher")),
-        "student": state.params["student"],
+        "student": (state.params["student"], None if shared else frozen),
         "soft prompt": state.soft_prompt,
         "optimizers": state.optimizers,
         "rows and the rest": (state.params.get("projection"), written, rows, corpus),

@@ -130,7 +130,7 @@ def _optimizers(
     decay_norms = conventions.decay_norms and family.decays_norms
 
     def adamw(peak, updates, model=None):
-        mask = model and optimizer.decay_mask(model.params, decay_norms=decay_norms)
+        mask = model and optimizer.decay_mask(model.trained, decay_norms=decay_norms)
         return optimizer.adamw(
             learning_rate(stage, peak, updates, conventions),
             weight_decay=stage.weight_decay,

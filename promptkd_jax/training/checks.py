@@ -73,6 +73,20 @@ def _field_of(mistake: str) -> str:
     return meant[1] if meant else path.rpartition(".")[2]
 
 
+def _lora_contradictions(config: RunConfig):
+    lora = config.student.lora
+    if lora.rank and lora.path:
+        yield (
+            f"config.student.lora.rank: {lora.rank}, but the adapter of config.student.lora.path "
+            "has a rank of its own; expected 0"
+        )
+    if lora.dropout and not any(stage.dropout for stage in config.stages):
+        yield (
+            f"config.student.lora.dropout: {lora.dropout:g}, but no stage has dropout; expected 0, "
+            "or config.stages[i].dropout = True"
+        )
+
+
 def _contradictions(config: RunConfig):
     data = config.data
     if data.max_prompt_length >= data.max_length:
@@ -100,6 +114,7 @@ def _contradictions(config: RunConfig):
         yield "config.student: give a path, or the number of teacher layers to start from (layers)"
     if config.student.path and config.student.layers:
         yield "config.student.layers: is for a student without a path of its own; set it to 0"
+    yield from _lora_contradictions(config)
     sizes = list(config.mesh.sizes.values())
     if sizes.count(-1) > 1:
         yield "config.mesh: at most one of data, fsdp and tensor may be -1"

@@ -20,6 +20,7 @@ from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.lora import join
 from promptkd_jax.models.model import Model
 from promptkd_jax.training.fields import RunConfig
 
@@ -73,6 +74,16 @@ class Experiment:
         return Models(self.student.decoder, self.teacher and self.teacher.decoder)
 
     @property
+    def frozen_student(self) -> Any:
+        """The student's parameters beside an adapter that alone is trained; None: all are."""
+        return self.student.frozen
+
+    def trained_student(self, trained: Any) -> Model:
+        """The student with parameters as a train state has them."""
+        frozen = self.frozen_student
+        return self.student.replace(params=join(frozen, trained) if frozen else trained)
+
+    @property
     def max_new_tokens(self) -> int:
         """Room for a response beside the longest request."""
         return self.config.data.max_length - self.config.data.max_prompt_length
@@ -100,11 +111,11 @@ class Experiment:
         write = functools.partial(write_ahead, method=stage.method, models=self.models)
         write = jax.jit(write, out_shardings=self.placed(), donate_argnums=0)
         batch = sharding.place_rows(next(stream(stage.batches, 0)))
-        return write(state, self.teacher and self.teacher.params, batch)
+        return write(state, self.teacher and self.teacher.params, batch, self.frozen_student)
 
     def jitted_step(self, stage: Stage) -> Callable:
-        """`train_step` of a stage: (state, teacher, batch, corpus) to (state, metrics), with the
-        state donated and the metrics on every device."""
+        """`train_step` of a stage: (state, teacher, batch, corpus, frozen student) to (state,
+        metrics), with the state donated and the metrics on every device."""
         step = functools.partial(
             train_step, method=stage.method, models=self.models, optimizers=stage.optimizers
         )
@@ -121,6 +132,7 @@ class Experiment:
         for name, model in (("student", self.student), ("teacher", self.teacher)):
             if name in params:
                 own = abstract_params(model.decoder.config.replace(tensor_parts=1))
+                own = model.replace(params=own).trained
                 params[name] = jax.tree.map(
                     lambda x, here: jax.ShapeDtypeStruct(x.shape, here.dtype), own, params[name]
                 )
@@ -136,7 +148,7 @@ class Experiment:
         )
 
     def _params(self) -> dict[str, Any]:
-        return {"student": self.student.params, **self.learned}
+        return {"student": self.student.trained, **self.learned}
 
     def _init(self, stage: Stage, params: dict[str, Any], key: jax.Array) -> TrainState:
         """A stage's first state. All have the same structure, whatever each of them trains."""

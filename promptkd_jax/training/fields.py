@@ -68,12 +68,41 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """A low-rank adapter of the student, which alone is trained, see `models.lora`."""
+
+    rank: int = field(0, Int(low=0), "of the change; 0: no adapter, all of the student is trained")
+    alpha: float = field(16.0, Float(low=0.0, open_low=True), "over rank, the factor of the change")
+    use_rslora: bool = field(False, Bool(), "whether alpha is over the root of rank (rsLoRA)")
+    dropout: float = field(
+        0.0,
+        Float(low=0.0, high=1.0, open_high=True),
+        "of the adapter's input, in stages with dropout",
+    )
+    target_modules: tuple[str, ...] = field(
+        ("all-linear",),
+        ListOf(Str(nonempty=True), nonempty=True),
+        "linear maps of every layer that are changed, by the names that transformers has for them, "
+        "as patterns of their ends, such as ('q_proj', 'v_proj'); 'all-linear': all of them",
+    )
+    path: str = field(
+        "", Path(), "LoRA adapter of PEFT to start from, with its own rank, alpha and modules"
+    )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is an adapter."""
+        return bool(self.rank or self.path)
+
+
+@dataclasses.dataclass(frozen=True)
 class StudentConfig(ModelConfig):
     """The model that learns."""
 
     layers: int | tuple[int, ...] = field(
         0, TeacherLayers(), "of the teacher, in place of a path: how many, evenly spaced, or which"
     )
+    lora: LoRAConfig = group(LoRAConfig, "a low-rank adapter, which alone is trained")
 
 
 @dataclasses.dataclass(frozen=True)

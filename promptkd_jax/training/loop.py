@@ -35,10 +35,10 @@ def evaluate_student(
     """The student on the dev rows: closeness to the teacher, scores, and its responses ("texts").
 
     Args:
-      student: its parameters; None for those that the run starts from.
+      student: its parameters as a train state has them; None for those that the run starts from.
       soft_prompt: for the closeness to the prompted teacher.
     """
-    model = experiment.student if student is None else experiment.student.replace(params=student)
+    model = experiment.student if student is None else experiment.trained_student(student)
     config = experiment.config
     close = teacher_metrics(
         experiment.teacher,
@@ -220,13 +220,14 @@ class _Loop:
             self._adapt_replay(stage)
             self.state = experiment.write_ahead(stage, self.state)
         teacher = experiment.teacher and experiment.teacher.params
+        frozen = experiment.frozen_student
         step = experiment.jitted_step(stage)
         self._mark()
         first = self.done - stage.first
         batches = _placed_batches(stage, first)
         rows = next(batches)
         while not (self.done == end or self.over):
-            self.state, metrics = step(self.state, teacher, *rows)
+            self.state, metrics = step(self.state, teacher, *rows, frozen)
             self.done += 1
             if self.done < end:
                 rows = next(batches)  # the device is at work, and nothing has waited for it yet

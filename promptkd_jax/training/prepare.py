@@ -28,6 +28,7 @@ from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import load_or_compute, to_path
 from promptkd_jax.models.io import identity
+from promptkd_jax.models.io.convert import adapter_folder
 from promptkd_jax.models.model import Model, check_positions, text_end
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import build
@@ -189,6 +190,10 @@ def _inputs(
     for field, model in (("teacher", teacher), ("student", student)):
         if path := model and getattr(config, field).path:
             found[f"{path} (config.{field}.path)"] = identity.weights_digest(path)
+    if path := config.student.lora.path:
+        files = sorted(adapter_folder(path).glob("adapter_*"))
+        digest = distributed.run_on_primary(lambda: identity.files_digest(files))
+        found[f"{path} (config.student.lora.path)"] = digest
     found["the tokenizer"] = identity.tokenizer_digest(student.tokenizer)
     found["the tokens that end an answer"] = str(list(student.eos_ids))
     for stage in config.stages:

@@ -148,7 +148,8 @@ def finish(
     ]
     models = experiment.teacher, experiment.student
     paths = {"report": str(workdir / "report.html")}
-    paths |= save(config, models, state.params, workdir, rows)
+    params = state.params | {"student": experiment.trained_student(state.student).params}
+    paths |= save(config, models, params, workdir, rows)
     summary = _summary(trained, before, after)
     facts = {
         "Device": jax.devices()[0].device_kind,

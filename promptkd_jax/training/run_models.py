@@ -2,6 +2,8 @@
 the tokens that end a response.
 """
 
+import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -11,16 +13,30 @@ import jax
 
 from promptkd_jax.data.templates import read_chat_template
 from promptkd_jax.inference.generate import with_turn_end
-from promptkd_jax.infra import distributed
+from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
+from promptkd_jax.models.io.convert import adapter_folder
+from promptkd_jax.models.io.params import abstract_params, padded_to
+from promptkd_jax.models.io.peft import load_lora, lora_modules
 from promptkd_jax.models.load import load_model, load_tokenizer, load_without_weights
-from promptkd_jax.models.model import Model, check_text, chosen_layers, end_ids, keep_layers
+from promptkd_jax.models.lora import adapter_shapes, init_adapter
+from promptkd_jax.models.model import (
+    Model,
+    add_adapter,
+    check_text,
+    chosen_layers,
+    end_ids,
+    keep_layers,
+)
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import needs_the_teacher
 from promptkd_jax.training.field_specs import TEACHER
 from promptkd_jax.training.fields import ModelConfig, RunConfig
+
+_ADAPTER = 2**31  # folded into the seed's key
 
 
 def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:
@@ -32,19 +48,11 @@ def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | Non
       DataError: a chat template that cannot be read or rendered.
     """
 
-    def load(path, how):
-        model = load_model(
-            path,
-            dtype=how.dtype,
-            param_dtype=how.param_dtype,
-            remat=build.remat(how),
-            mesh=mesh,
-        )
-        if padding := model.decoder.config.padding:
-            print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
-        return model
+    def adapt(student):
+        return _with_adapter(config, student, mesh)
 
-    return ended_alike(config, *choose_models(config, load))
+    models = choose_models(config, functools.partial(_load, mesh), adapt=adapt)
+    return ended_alike(config, *models)
 
 
 def ended_alike(
@@ -133,26 +141,82 @@ def choose_models(
     config: RunConfig,
     load: Callable[[str, ModelConfig], Model],
     keep_layers: Callable[[Model, tuple[int, ...]], Model] = keep_layers,
+    adapt: Callable[[Model], Model] = lambda student: student,
 ) -> tuple[Model | None, Model]:
     """(teacher, student); no teacher where nothing looks at one.
 
     Args:
       load: gives the model at a path, kept and computed as its config says.
       keep_layers: as `model.keep_layers`; another one where parameters are shapes.
+      adapt: gives a student its adapter, where the config has one.
     """
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
     if needs_the_teacher(config) or measured:
         teacher = load(config.teacher.path, config.teacher)
-    if config.student.path:
-        return teacher, load(config.student.path, config.student)
-    # Some layers of the teacher; read again where the student is kept in another dtype.
-    if config.teacher.param_dtype != config.student.param_dtype:
-        whole = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
-    else:
+    lora, path = config.student.lora.is_used, config.student.path
+    if path and not (teacher and shares_teacher(config)):
+        student = load(path, config.student)
+        return teacher, adapt(student) if lora else student
+    # The teacher itself, which an adapter leaves as it is, or some of its layers; read again where
+    # the student is kept in another dtype.
+    if config.teacher.param_dtype == config.student.param_dtype:
         how = dict(dtype=config.student.dtype, remat=build.remat(config.student))
-        whole = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
-    layers = chosen_layers(whole.decoder.config.num_layers, config.student.layers)
-    return teacher, keep_layers(whole, layers)
+        student = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
+    else:
+        student = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
+    if not path:
+        layers = chosen_layers(student.decoder.config.num_layers, config.student.layers)
+        student = keep_layers(student, layers)
+    return teacher, adapt(student) if lora else student
+
+
+def load_frozen_student(config: RunConfig, mesh: jax.sharding.Mesh) -> Model:
+    """The student as it was before a run, without an adapter. Raises as `load_models`."""
+    evaluation = dataclasses.replace(config.evaluation, teacher=False)
+    alone = dataclasses.replace(config, stages=(), evaluation=evaluation)
+    return choose_models(alone, functools.partial(_load, mesh))[1]
+
+
+def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
+    dtypes = dict(dtype=how.dtype, param_dtype=how.param_dtype)
+    model = load_model(path, **dtypes, remat=build.remat(how), mesh=mesh)
+    if padding := model.decoder.config.padding:
+        print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
+    return model
+
+
+def shares_teacher(config: RunConfig) -> bool:
+    """Whether the student is the teacher with an adapter, both with the same arrays."""
+    teacher, student = config.teacher, config.student
+    same = student.path == teacher.path and student.param_dtype == teacher.param_dtype
+    return bool(student.path) and same and student.lora.is_used
+
+
+def lora_of(config: RunConfig, student: Model) -> LoRA:
+    """The shape of the student's adapter.
+
+    Raises:
+      ModelError: the adapter of `config.student.lora.path` is none, or for another model; a target
+        that the student does not have.
+    """
+    chosen, decoder = config.student.lora, student.decoder.config
+    if chosen.path:
+        return load_lora(adapter_folder(chosen.path), decoder)[0]
+    where = "config.student.lora.target_modules"
+    modules = lora_modules(decoder, chosen.target_modules, where)
+    return LoRA(chosen.rank, chosen.alpha, modules, chosen.use_rslora, chosen.dropout)
+
+
+def _with_adapter(config: RunConfig, student: Model, mesh: jax.sharding.Mesh) -> Model:
+    """The student with the adapter that it starts with, on the mesh. Raises as `lora_of`."""
+    lora, own = lora_of(config, student), student.decoder.config.replace(tensor_parts=1)
+    if path := config.student.lora.path:
+        _, adapter = load_lora(adapter_folder(path), own)
+    else:
+        key = jax.random.fold_in(jax.random.key(config.seed), _ADAPTER)
+        adapter = init_adapter(abstract_params(own), lora, key)
+    adapter = padded_to(adapter, adapter_shapes(student.params, lora))
+    return add_adapter(student, lora, jax.device_put(adapter, sharding.shardings(adapter, mesh)))
 
 
 def shared_vocabulary(teacher: Model | None, student: Model) -> int:

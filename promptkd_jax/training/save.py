@@ -10,10 +10,17 @@ from promptkd_jax.evaluation.report import model_card
 from promptkd_jax.inference.generate import with_turn_end
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.infra.files import write_json
+from promptkd_jax.infra.files import make_folder, write_json
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.io.convert import ADAPTER
 from promptkd_jax.models.io.export import save_model, save_without_weights
-from promptkd_jax.models.io.peft import save_soft_prompt
+from promptkd_jax.models.io.peft import (
+    lora_config,
+    read_lora_config,
+    save_lora,
+    save_soft_prompt,
+)
+from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.load import RECORD, RECORDED, load_without_weights
 from promptkd_jax.models.model import Model
 from promptkd_jax.training import build
@@ -32,6 +39,9 @@ def save_configs(experiment: Experiment, workdir: epath.Path) -> None:
     for name in ("student", "teacher"):
         if model := getattr(experiment, name):
             save_without_weights(workdir / CONFIGS / name, model)
+    if experiment.student.decoder.config.lora:
+        make_folder(workdir / CONFIGS / "adapter")
+        write_json(workdir / CONFIGS / "adapter" / ADAPTER, lora_config(experiment.student))
 
 
 def load_configs(config: RunConfig, workdir: epath.Path) -> tuple[Model | None, Model]:
@@ -55,6 +65,11 @@ def load_configs(config: RunConfig, workdir: epath.Path) -> tuple[Model | None, 
             "again"
         )
     student = load("student", config.student.path or config.teacher.path)
+    if config.student.lora.is_used:
+        adapter = read_json(workdir / CONFIGS / "adapter" / ADAPTER)
+        decoder = student.decoder.config
+        decoder = decoder.replace(lora=read_lora_config(adapter, decoder))
+        student = student.replace(decoder=Decoder(decoder))
     teacher = (
         load("teacher", config.teacher.path) if distributed.run_on_primary(teacher.exists) else None
     )
@@ -74,7 +89,7 @@ def save(
 
     Args:
       models: (teacher, student); their own parameters are not looked at.
-      params: by group, as in `TrainState`.
+      params: by group, as in `TrainState`; of a student with an adapter the frozen ones too.
       metrics: for the card, as `report.model_card` takes them.
       dtype: of the weights; "": as they were trained.
 
@@ -104,6 +119,9 @@ def save(
     save_model(folder / "student", learned, card=card)
     write_json(folder / "student" / RECORD, asked)
     paths = {"student": str(folder / "student")}
+    if config.student.lora.is_used and config.student.path:  # else nobody has its frozen model
+        paths["adapter"] = str(folder / "adapter")
+        save_lora(folder / "adapter", learned)
     if "teacher" in params:
         paths["teacher"] = str(folder / "teacher")
         learned = _with_params(teacher, params["teacher"], dtype or "float32")

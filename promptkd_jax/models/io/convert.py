@@ -77,7 +77,7 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
     if not folder.is_dir():
         folder = download(path, SMALL_FILES)
     if (folder / ADAPTER).exists():
-        source = _adapter(path, folder, base)
+        source = _adapter(path, base)
     elif not (folder / "config.json").exists():
         raise ModelError(
             f"{folder}: nothing to convert; expected a model's config.json with {_BIN} or with "
@@ -107,10 +107,15 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
     return source.said
 
 
-def _adapter(path: str, folder: pathlib.Path, base: str) -> _Source:
-    if not local_path(path).is_dir():
-        folder = download(path, [*SMALL_FILES, *_ADAPTER_FILES])
-    lora = read_lora(folder)
+def adapter_folder(path: str) -> pathlib.Path:
+    """The folder of an adapter: one of this machine, or of the hub. Raises ModelError: it is
+    nowhere."""
+    folder = local_path(path)
+    return folder if folder.is_dir() else download(path, [*SMALL_FILES, *_ADAPTER_FILES])
+
+
+def _adapter(path: str, base: str) -> _Source:
+    lora = read_lora(folder := adapter_folder(path))
     named = base or str(lora.config.get("base_model_name_or_path") or "")
     if not named:
         raise ModelError(f"{folder / ADAPTER}: names no base model; give it by --base")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,7 +34,11 @@ def _digest(path: str) -> str:
     repository = repository_of(path)
     if repository and re.fullmatch("[0-9a-f]{40}", commit := resolve_model(path).name):
         return f"{repository}@{commit}"  # the hub's cache names folders so
-    files = _files(path)
+    return files_digest(_files(path))
+
+
+def files_digest(files: Sequence[pathlib.Path]) -> str:
+    """A digest of the content of files, in this order."""
     with ThreadPoolExecutor() as pool:
         versions = (file.stat() for file in files)
         digests = pool.map(_file_digest, files, ((x.st_size, x.st_mtime_ns) for x in versions))

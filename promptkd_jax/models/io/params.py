@@ -150,11 +150,16 @@ def abstract_params(config: DecoderConfig) -> Any:
 
 def pad(params: Any, config: DecoderConfig) -> Any:
     """Parameters of the model's own sizes, with the zeros of `config.padded` behind them."""
+    return padded_to(params, abstract_params(config))
+
+
+def padded_to(params: Any, shapes: Any) -> Any:
+    """Parameters with zeros behind them, up to shapes of the same tree."""
 
     def fill(x, padded):
         return jnp.pad(x, [(0, there - here) for here, there in zip(x.shape, padded.shape)])
 
-    return jax.tree.map(fill, params, abstract_params(config))
+    return jax.tree.map(fill, params, shapes)
 
 
 def stored_name(row: Tensor, prefix: str, place: tuple[int, ...] = ()) -> str:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -213,6 +214,13 @@ def lora_config(model: Model) -> dict[str, Any]:
     }
 
 
+def read_lora_config(found: Mapping[str, Any], config: DecoderConfig) -> LoRA:
+    """The inverse of `lora_config`, for the model that it is for."""
+    modules = lora_modules(config, found["target_modules"], ADAPTER)
+    how = found["use_rslora"], found["lora_dropout"]
+    return LoRA(found["r"], found["lora_alpha"], modules, *how)
+
+
 def save_lora(folder: epath.PathLike, model: Model) -> None:
     """Writes a model's adapter for `peft.PeftModel.from_pretrained`, in float32.
 
@@ -240,7 +248,7 @@ def save_lora(folder: epath.PathLike, model: Model) -> None:
         write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
-def load_lora(folder: epath.PathLike, config: DecoderConfig) -> tuple[LoRA, Any]:
+def load_lora(folder: str | os.PathLike, config: DecoderConfig) -> tuple[LoRA, Any]:
     """Reads a LoRA adapter of PEFT.
 
     Args:
@@ -253,7 +261,7 @@ def load_lora(folder: epath.PathLike, config: DecoderConfig) -> tuple[LoRA, Any]
       ModelError: it is none, is damaged, belongs to another model, or has layers or modules that
         differ in rank or scale.
     """
-    folder = pathlib.Path(to_path(folder))
+    folder = pathlib.Path(folder)
     stored, where = read_lora(folder), f"{folder}: "
     if stored.whole:
         raise ModelError(f"{where}trains {next(iter(stored.whole))} whole; {_MERGE}")
