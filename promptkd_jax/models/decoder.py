@@ -27,6 +27,7 @@ from promptkd_jax.models.attention import (
 )
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
+from promptkd_jax.models.lora import without_changes
 from promptkd_jax.models.norms import RMSNorm, make_norm
 from promptkd_jax.models.projection import project
 from promptkd_jax.models.rotary import rotate
@@ -185,8 +186,7 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none, and
         with dropout where there are keys for it."""
-        how = {"prefix": prefix, "dropout_keys": dropout_keys}
-        return self.apply({"params": params}, tokens, **how)
+        return self.apply({"params": params}, tokens, prefix=prefix, dropout_keys=dropout_keys)
 
     @nn.nowrap
     def output_head(self, params: Any) -> Float[Array, "V D"]:
@@ -284,8 +284,7 @@ class Layer(nn.Module):
     # keys       [B], or None: of dropout
     @nn.compact
     def __call__(self, carry, layer, positions, decode, keys):
-        config = self.config
-        x, cache = carry
+        (x, cache), config = carry, self.config
         placement = config.norm_placement
 
         def before(x, name: str):
@@ -439,7 +438,8 @@ def _layers(config: DecoderConfig) -> nn.Module:
     layer = Layer
     if REMAT[config.remat] is not None:
         # static: `decode` (self counts as argument 0); CSE cannot happen across scan iterations.
-        layer = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False, static_argnums=(4,))
+        policy = without_changes(REMAT[config.remat], config.lora)
+        layer = nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(4,))
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0, "intermediates": 0},

@@ -9,7 +9,7 @@ A and B are parameters beside the kernel W that they change, stacked like it alo
 there computes y = x W: to take them off is all that it takes to have the frozen model back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -77,6 +77,20 @@ def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np
     """W + s A B of one layer, computed in float32, in the dtype of W."""
     change = np.tensordot(np.float32(a), np.float32(b), axes=1)
     return (np.float32(kernel) + np.float32(scale) * change).astype(kernel.dtype)
+
+
+def without_changes(policy: Callable[..., Any], lora: LoRA | None) -> Callable[..., Any]:
+    """A policy of `jax.checkpoint` that saves what `policy` does, but not the changes (x A) B: each
+    is as large as the product with W beside it, and made again of r numbers."""
+
+    def saves(primitive, *inputs, **parameters):
+        if primitive is jax.lax.dot_general_p:
+            over, _ = parameters["dimension_numbers"][0]
+            if [inputs[0].shape[axis] for axis in over] == [lora.rank]:
+                return False
+        return policy(primitive, *inputs, **parameters)
+
+    return policy if lora is None else saves
 
 
 def keep_inputs(keys: jax.Array, rate: float, shape: tuple[int, ...], module: str) -> jax.Array:

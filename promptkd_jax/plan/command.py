@@ -131,13 +131,12 @@ def estimate(
     """
     run = run.on(abstract_mesh(sizes))
     kept, temporary = roofline.kept_bytes(run), roofline.temporary_bytes(run)
-    beside = temporary["rollout"] + temporary["update"]
-    needed, chip = sum(kept.values()) + beside, slices.chip
+    needed, chip = sum(kept.values()) + temporary["all"], slices.chip
     usable = chip.per_device(chip.usable_gib) * chips.GIB
     memory = {  # of one device; the cache is one of the temporaries
         "kept": kept,
         "cache": round(temporary["cache"]),
-        "temporaries": round(beside),
+        "temporaries": round(temporary["all"]),
         "needed": round(needed),
         "usable": round(usable),
         "has": round(chip.per_device(chip.hbm_gib) * chips.GIB),

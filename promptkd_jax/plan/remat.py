@@ -44,7 +44,7 @@ def needed_bytes(config: RunConfig, mesh: jax.sharding.Mesh) -> float:
         run = abstract_run(config, stage.name).on(mesh)
         temporary = roofline.temporary_bytes(run, sharding.platform())
         kept = sum(roofline.kept_bytes(run).values())
-        needed.append(kept + temporary["rollout"] + temporary["update"])
+        needed.append(kept + temporary["all"])
     return max(needed)
 
 

@@ -158,12 +158,14 @@ def _on_device(leaf: Any) -> int:
 
 
 def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]:
-    """Bytes that a device needs beside that, an estimate: "rollout" and "update", together, as the
-    compiler was seen to do; "cache" is part of the rollout's.
+    """Bytes that a device needs beside that, an estimate: "rollout", "update", and "all" of them;
+    "cache" is part of the rollout's.
 
-    The rollout keeps the cache and a gathered copy of the student in the dtype of computation, once
-    more as it is laid out for decoding; the update gradients, what `remat` lets the layers keep, a
-    layer's gathered parameters, heads, and logits of a block.
+    The rollout keeps the cache and a copy of the student, gathered, in the dtype of computation;
+    the update gradients, what `remat` lets the layers keep, a layer's gathered parameters, heads,
+    and logits of a block. The TPU's compiler was seen to lay the copy out once more for decoding,
+    and to keep both parts at once; those of CPUs and GPUs use the memory of one for the other, and
+    copy nothing that is neither gathered nor cast.
 
     Args:
       platform: of the devices.
@@ -173,7 +175,9 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     models = [student, teacher] if teacher else [student]
     length = method.prompt_capacity + method.rollout_length
     cache = sum(cache_bytes(writer.config, step.slots, length, mesh) for writer in step.writers)
-    copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in step.writers)
+    tpu, fsdp = platform == "tpu", mesh["fsdp"] > 1
+    copied = [x for x in step.writers if tpu or fsdp or x.config.dtype != x.config.param_dtype]
+    copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in copied)
     devices = mesh["fsdp"] * mesh["tensor"]
     gradients = 4 * student.parameters / devices * (2 if method.num_micro_batches > 1 else 1)
     drops = method.dropout and student.config.dropout.attention > 0
@@ -181,11 +185,16 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     if method.prompted or method.teacher_view == "online":
         saved += _saved(teacher, step.rows, step.before + step.columns, platform)
     gathered = max(2 * model.layer_bytes / model.config.num_layers for model in models)
-    heads = sum(model.head_bytes for model in models) + 2 * student.head_bytes
+    # The student's head has a gradient, from the logits and from the embedding.
+    heads = 2 * student.head_bytes if student.config.lora is None else 0.0
+    if tpu or fsdp:
+        heads += sum(model.head_bytes for model in models)
     all_logits = step.rows * step.positions * run.vocab_size / math.prod(mesh.values())
     logits = 6 * 4 * min(chunked_loss.chunk_elements(platform), all_logits)
     update = gradients + saved + gathered + heads + logits
-    return {"cache": cache, "rollout": cache + 2 * copies, "update": update}
+    rollout = cache + (2 if tpu else 1) * copies
+    together = rollout + update if tpu else max(rollout, update)
+    return {"cache": cache, "rollout": rollout, "update": update, "all": together}
 
 
 def _saved(count: Counter, rows: int, columns: int, platform: str, *, drops: bool = False) -> float:

@@ -19,6 +19,7 @@ from helpers.models import (
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import LoRA
+from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.io.peft import load_lora, lora_modules, save_lora
@@ -235,3 +236,25 @@ def test_adapters_that_are_not_alike_in_all_layers_are_refused(tmp_path):
             }
         ),
     )
+
+
+def test_the_change_is_no_residual_of_a_backward_pass_that_keeps_products():
+    """Of rank 3 it is made again of [B, T, 3]: what is kept grows by that for every map, not by a
+    second [B, T, F]."""
+    model = adapted("llama")
+    config = model.decoder.config
+
+    def kept(lora, params):
+        decoder = Decoder(config.replace(remat="dots", lora=lora))
+
+        def loss(x):
+            return jnp.sum(decoder.hidden_states(params, TOKENS, prefix=x))
+
+        prefix = jnp.ones((1, config.width))
+        pullback = jax.eval_shape(lambda x: jax.vjp(loss, x)[1], prefix)
+        return sum(x.size for x in jax.tree.leaves(pullback))
+
+    without, with_it = kept(None, split(model.params)[0]), kept(config.lora, model.params)
+    tokens, maps = TOKENS.shape[0] * (TOKENS.shape[1] + 1), 7 * config.num_layers
+    adapter = sum(x.size for x in jax.tree.leaves(split(model.params)[1]))
+    assert 0 < with_it - without <= 2 * tokens * maps * 3 + adapter
