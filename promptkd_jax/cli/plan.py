@@ -16,7 +16,7 @@ from promptkd_jax.cli import flags, launched
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import make_folder, write_json
 from promptkd_jax.infra.specs import Float, Int
-from promptkd_jax.plan import chips
+from promptkd_jax.plan import chips, gpus
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.command import best_flags, plan_one, plan_run
 from promptkd_jax.training.checks import read_run
@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     topology = f"a slice, such as {chips.EXAMPLES}; of several, v5e:8x8,v6e, the cheapest first"
     parser.add_argument("--topology", help=f"{topology} (default: of all chips)")
     text = "for a command after --, in place of a topology"
+    text = "of one machine, in place of TPUs: 24GB, rtx4090, h100:8, or here (this machine's)"
+    parser.add_argument("--device", help=text)
     parser.add_argument("--devices", type=count, help=text)
     parser.add_argument("--slices", type=count, default=1, help="joined by the slow network")
     parser.add_argument("--mesh", help="data,fsdp,tensor; one may be -1; default: config.mesh")
@@ -44,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
+    if options.device != gpus.HERE:
+        jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
     if options.launched is not None:
         if rest:
             raise ConfigError(f"unknown arguments before --: {' '.join(rest)}")

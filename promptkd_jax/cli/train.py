@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from promptkd_jax.cli import flags
 from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.plan.remat import with_chosen_remat
+from promptkd_jax.plan.fit import fitted
 from promptkd_jax.training import run as training
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.field_help import config_help
@@ -35,4 +35,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    training.run(read_run(rest), options.workdir, with_chosen_remat)
+    training.run(read_run(rest), options.workdir, fitted)

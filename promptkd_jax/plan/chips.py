@@ -34,13 +34,15 @@ class Chip:
       tensor_cores: of a chip; cores: devices that JAX sees in one chip.
       usd_per_hour: None where no price is published.
       compiler: what the compiler has to be told to make one device of both cores of a chip.
+      platform: "tpu", or "gpu" or "cpu" for what is no TPU but is counted like one; of these
+        `hbm_gbps` and `tflops` are None where only the memory is known.
     """
 
     name: str
     hbm_gib: float
     usable_gib: float
-    hbm_gbps: float
-    tflops: float
+    hbm_gbps: float | None
+    tflops: float | None
     ici_gbps: float
     dcn_gbps: float
     dimensions: int
@@ -50,6 +52,7 @@ class Chip:
     usd_per_hour: float | None
     cores: int = 1
     compiler: str = "default"
+    platform: str = "tpu"
 
     def per_device(self, figure: float) -> float:
         """One device's part of what a chip has."""
@@ -84,7 +87,9 @@ class SliceTopology:
 
     @property
     def name(self) -> str:
-        """The compiler's name of one slice."""
+        """The compiler's name of one slice; of GPUs their own, and their number."""
+        if self.chip.platform != "tpu":
+            return f"{self.chip.name}:{self.chips}" if self.chips > 1 else self.chip.name
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property

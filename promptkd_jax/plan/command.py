@@ -11,13 +11,13 @@ from typing import Any
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.sharding import AXES
-from promptkd_jax.plan import ahead, chips, roofline
+from promptkd_jax.plan import ahead, chips, fit, gpus, roofline
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_mesh, abstract_run
 from promptkd_jax.plan.ahead import Program, TooLarge
 from promptkd_jax.plan.chips import SliceTopology
 from promptkd_jax.plan.costs import Cost
 from promptkd_jax.plan.hlo import Collective
-from promptkd_jax.plan.tables import show, show_comparison, show_search
+from promptkd_jax.plan.tables import show, show_comparison, show_fits, show_search
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
 from promptkd_jax.training.fields import RunConfig
@@ -30,6 +30,8 @@ def plan_run(config: RunConfig, options: argparse.Namespace) -> Plan:
     """Whichever plan the options ask for: of one mesh, of the best ones, of several slices."""
     if options.devices is not None:
         raise ConfigError("--devices: of unknown devices only a command can be checked, after --")
+    if options.device:
+        return _plan_gpus(config, options)
     named = chips.parse_topologies(options.topology or ",".join(chips.CHIPS), options.slices)
     if options.mesh and (options.search or len(named) > 1):
         raise ConfigError(
@@ -48,6 +50,23 @@ def plan_one(run: AbstractRun, slices: SliceTopology, options: argparse.Namespac
     plan = (compiled if compiling else estimate)(run, slices, sizes, options.price)
     show(plan, missing=missing)
     return plan
+
+
+def _plan_gpus(config: RunConfig, options: argparse.Namespace) -> Plan:
+    """The plan of this machine's devices or of named GPUs, and what would make it fit there."""
+    if options.topology or options.slices > 1:
+        raise ConfigError("--device: is of one machine's GPUs; expected no --topology, no --slices")
+    here = options.device == gpus.HERE
+    slices = gpus.devices_here() if here else gpus.parse_device(options.device)
+    run = abstract_run(config, options.stage, options.rows)
+    if options.search:
+        return _search(run, slices, options)
+    plan = plan_one(run, slices, options)
+    mesh, usable = abstract_mesh(plan["mesh"]), plan["memory"]["usable"]
+    fits = fit.tried(config, mesh, slices.chip.platform, usable)
+    show_fits(fits, usable)
+    steps = [{"words": f.words, "needed": f.needed, "flags": f.flags} for f in fits]
+    return {**plan, "fits": steps}
 
 
 def _search(run: AbstractRun, slices: SliceTopology, options: argparse.Namespace) -> Plan:
@@ -69,8 +88,10 @@ def _search(run: AbstractRun, slices: SliceTopology, options: argparse.Namespace
 
 def _compiler(options: argparse.Namespace) -> tuple[bool, str | None]:
     """Whether to compile; where that is asked for and cannot be, why."""
-    if options.no_compile:
+    if options.no_compile or (options.device and options.device != gpus.HERE):
         return False, None
+    if options.device:
+        return True, None
     return ahead.has_compiler(), None if ahead.has_compiler() else ahead.MISSING
 
 
@@ -130,8 +151,9 @@ def estimate(
       ConfigError: the mesh does not divide rows or parameters.
     """
     run = run.on(abstract_mesh(sizes))
-    kept, temporary = roofline.kept_bytes(run), roofline.temporary_bytes(run)
-    needed, chip = sum(kept.values()) + temporary["all"], slices.chip
+    chip = slices.chip
+    kept, temporary = roofline.kept_bytes(run), roofline.temporary_bytes(run, chip.platform)
+    needed = sum(kept.values()) + temporary["all"]
     usable = chip.per_device(chip.usable_gib) * chips.GIB
     memory = {  # of one device; the cache is one of the temporaries
         "kept": kept,
@@ -143,7 +165,8 @@ def estimate(
         "fits": needed <= usable,
         "by": "estimate",
     }
-    return _assembled(run, slices, price, memory, roofline.phases(run, slices.number), None)
+    costs = roofline.phases(run, slices.number) if chip.tflops else {}
+    return _assembled(run, slices, price, memory, costs, None)
 
 
 def compiled(
@@ -155,7 +178,8 @@ def compiled(
       ConfigError: the compiler does not know the topology.
     """
     memory = estimate(run, slices, sizes, price)["memory"]
-    run = run.on(ahead.described_mesh(sizes, slices))
+    tpu = slices.chip.platform == "tpu"
+    run = run.on(ahead.described_mesh(sizes, slices) if tpu else sharding.make_mesh(sizes))
     begun, programs = time.monotonic(), {"step": ahead.compile_step(run)}
     if run.stage.method.source.on_policy:
         programs["rollout"] = ahead.compile_rollout(run)
@@ -166,9 +190,8 @@ def compiled(
         memory["needed"] = step.total
         memory["temporaries"] = step.total - sum(memory["kept"].values())
         memory["fits"] = step.total <= memory["usable"]
-    costs = _with_traffic(
-        roofline.phases(run, slices.number), programs, run.stage.method.rollout_length
-    )
+    costs = roofline.phases(run, slices.number) if slices.chip.tflops else {}
+    costs = _with_traffic(costs, programs, run.stage.method.rollout_length)
     said = {
         "programs": {name: _said(program) for name, program in programs.items()},
         "seconds": round(time.monotonic() - begun, 1),
@@ -198,7 +221,7 @@ def _with_traffic(
     tokens, which is decode. The rest of the step is both updates; they share it as they share the
     estimate.
     """
-    if any(isinstance(program, TooLarge) for program in programs.values()):
+    if not costs or any(isinstance(program, TooLarge) for program in programs.values()):
         return costs
     traffic = {"prefill": (0.0, 0.0), "decode": (0.0, 0.0)}
     if "rollout" in programs:
@@ -253,9 +276,9 @@ def _assembled(
     ]
     price = slices.chip.usd_per_hour if price is None else price
     paid = price is not None and memory["fits"]  # what does not fit has no price
-    tokens = run.batch_size * run.config.data.max_length / seconds
+    tokens = run.batch_size * run.config.data.max_length / seconds if seconds else None
     per_hour = price * slices.chips if paid else None
-    hours = None if run.num_steps is None else run.num_steps * seconds / 3600
+    hours = run.num_steps * seconds / 3600 if run.num_steps and seconds else None
     counted = said and not any("message" in program for program in said["programs"].values())
     return {
         "title": build.title(run.config),
@@ -264,6 +287,7 @@ def _assembled(
         "topology": slices.name,
         "google": slices.google,
         "slices": slices.number,
+        "platform": slices.chip.platform,
         "chips": slices.chips,
         "devices": slices.devices,
         "mesh": sizes,
@@ -274,11 +298,11 @@ def _assembled(
         "memory": memory,
         "phases": phases,
         "traffic_by": "compiler" if counted else "estimate",
-        "seconds_per_step": seconds,
+        "seconds_per_step": seconds or None,
         "tokens_per_second": tokens,
         "usd_per_chip_hour": price,
         "usd_per_hour": per_hour,
-        "usd_per_million_tokens": None if per_hour is None else per_hour / 3600 / tokens * 1e6,
+        "usd_per_million_tokens": per_hour / 3600 / tokens * 1e6 if per_hour and tokens else None,
         "steps": run.num_steps,
         "hours": hours,
         "usd": None if None in (per_hour, hours) else per_hour * hours,
@@ -324,7 +348,7 @@ def search(
 
 def _rank(plan: Plan) -> tuple:
     """Sorts what fits first, compiled before estimated, then the faster; within 2 % the smaller."""
-    pace = round(math.log(plan["seconds_per_step"], 1.02))
+    pace = round(math.log(plan["seconds_per_step"] or 1.0, 1.02))
     memory = plan["memory"]
     return not memory["fits"], plan["compiled"] is None, pace, memory["needed"] or math.inf
 

@@ -8,7 +8,6 @@ import jax
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import REMAT
 from promptkd_jax.plan import roofline
-from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.training.fields import RunConfig
 
 SHARE = 0.75  # of a device's memory: an estimate does not know all
@@ -22,7 +21,7 @@ def with_chosen_remat(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
     memory = distributed.run_on_primary(device_bytes)
     for policy in REMAT:  # the first keeps most
         tried = with_remat(config, policy)
-        needed = needed_bytes(tried, mesh)
+        needed = roofline.needed_bytes(tried, mesh, sharding.platform())
         if needed <= SHARE * memory:
             break
     print(f"remat: {policy}, an estimated {needed / 1e9:.1f} of a device's {memory / 1e9:.1f} GB")
@@ -35,17 +34,6 @@ def with_remat(config: RunConfig, policy: str) -> RunConfig:
     auto = {name: model for name, model in models.items() if model.remat == "auto"}
     chosen = {name: dataclasses.replace(model, remat=policy) for name, model in auto.items()}
     return dataclasses.replace(config, **chosen)
-
-
-def needed_bytes(config: RunConfig, mesh: jax.sharding.Mesh) -> float:
-    """Bytes that a device of `mesh` needs in the stage that needs most, an estimate."""
-    needed = []
-    for stage in config.stages:
-        run = abstract_run(config, stage.name).on(mesh)
-        temporary = roofline.temporary_bytes(run, sharding.platform())
-        kept = sum(roofline.kept_bytes(run).values())
-        needed.append(kept + temporary["all"])
-    return max(needed)
 
 
 def device_bytes() -> float:

@@ -13,8 +13,9 @@ from promptkd_jax.distill import chunked_loss
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.models.attention import implementation
-from promptkd_jax.plan.abstract_run import AbstractRun
+from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
 from promptkd_jax.plan.costs import Cost, Counter, cache_bytes
+from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.run_models import shares_teacher
 
 PHASES = ("prefill", "decode", "prompt update", "student update")
@@ -157,6 +158,16 @@ def _on_device(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
+def needed_bytes(config: RunConfig, mesh: Any, platform: str) -> float:
+    """Bytes that a device of `mesh` needs in the stage that needs most, an estimate."""
+    needed = []
+    for stage in config.stages:
+        run = abstract_run(config, stage.name).on(mesh)
+        kept = sum(kept_bytes(run).values())
+        needed.append(kept + temporary_bytes(run, platform)["all"])
+    return max(needed)
+
+
 def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]:
     """Bytes that a device needs beside that, an estimate: "rollout", "update", and "all" of them;
     "cache" is part of the rollout's.
@@ -182,8 +193,9 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     gradients = 4 * student.parameters / devices * (2 if method.num_micro_batches > 1 else 1)
     drops = method.dropout and student.config.dropout.attention > 0
     saved = _saved(student, step.rows, step.columns, platform, drops=drops)
+    before = 0.0  # what the teacher's update keeps, before that of the student
     if method.prompted or method.teacher_view == "online":
-        saved += _saved(teacher, step.rows, step.before + step.columns, platform)
+        before = _saved(teacher, step.rows, step.before + step.columns, platform)
     gathered = max(2 * model.layer_bytes / model.config.num_layers for model in models)
     # The student's head has a gradient, from the logits and from the embedding.
     heads = 2 * student.head_bytes if student.config.lora is None else 0.0
@@ -191,7 +203,11 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
         heads += sum(model.head_bytes for model in models)
     all_logits = step.rows * step.positions * run.vocab_size / math.prod(mesh.values())
     logits = 6 * 4 * min(chunked_loss.chunk_elements(platform), all_logits)
-    update = gradients + saved + gathered + heads + logits
+    if tpu or method.num_micro_batches * method.passes * method.execution.length_buckets == 1:
+        update = gradients + saved + before  # of which one forward of the student serves both
+    else:
+        update = max(gradients + saved, before)
+    update += gathered + heads + logits
     rollout = cache + (2 if tpu else 1) * copies
     together = rollout + update if tpu else max(rollout, update)
     return {"cache": cache, "rollout": rollout, "update": update, "all": together}

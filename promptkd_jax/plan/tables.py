@@ -6,6 +6,7 @@ from typing import Any
 from promptkd_jax.evaluation.tables import Table, markdown
 from promptkd_jax.infra.terminal import short_number
 from promptkd_jax.plan.chips import GIB
+from promptkd_jax.plan.fit import Fit
 
 
 def show(plan: Mapping[str, Any], *, missing: str | None = None) -> None:
@@ -14,8 +15,9 @@ def show(plan: Mapping[str, Any], *, missing: str | None = None) -> None:
     Args:
       missing: why there is only an estimate, where there should be more.
     """
-    tables = markdown(_memory_table(plan)), markdown(_phases_table(plan))
-    print(*_heading(plan), "", tables[0], "", tables[1], "", *_summary(plan), sep="\n")
+    phases = [markdown(_phases_table(plan)), ""] if plan["phases"] else []
+    table = markdown(_memory_table(plan))
+    print(*_heading(plan), "", table, "", *phases, *_summary(plan), sep="\n")
     if missing:
         print(f"ESTIMATE ONLY: {missing}")
 
@@ -101,6 +103,30 @@ def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[
         print("none of them fits")
 
 
+def show_fits(fits: Sequence[Fit], usable: float) -> None:
+    """Prints what would make a run fit, one change more in every line, and the flags for it."""
+    if fits[0].needed <= usable:
+        return
+    rows = [
+        (
+            f"and {one.words}" if one.changes else one.words,
+            _gib(one.needed),
+            "yes" * (one.needed <= usable) or "NO",
+        )
+        for one in fits
+    ]
+    print(
+        "",
+        markdown(Table(("what would make it fit (estimate)", "GiB", "fits"), rows)),
+        "",
+        sep="\n",
+    )
+    if fits[-1].needed <= usable:
+        print(f"the last: {fits[-1].flags}")
+    else:
+        print("none of these makes it fit: take a larger GPU, several, or smaller models")
+
+
 def _mesh(plan: Mapping[str, Any]) -> str:
     return " x ".join(map(str, plan["mesh"].values()))
 
@@ -114,20 +140,26 @@ def _heading(plan: Mapping[str, Any], *, mesh: bool = True, slices: bool = True)
     rows = f"{plan['rows']} rows of {plan['columns']} tokens a step"
     if not slices:
         return [*lines, rows]
+    if plan["platform"] != "tpu":
+        lines.append(f"{plan['topology']}, {rows}")
+        return [*lines, *_mesh_line(plan)] if mesh else lines
     chips = f"{plan['chips']} chips"
     if plan["devices"] != plan["chips"]:
         chips += f" ({plan['devices']} devices)"
     google = plan["google"] or "by its shape alone: gcloud … --type --topology"
     lines.append(f"{_slices(plan)} ({google}): {chips}, {rows}")
-    if mesh:
-        axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-        lines.append(f"mesh: {axes}; {plan['micro_batches']} micro-batches")
-    return lines
+    return [*lines, *_mesh_line(plan)] if mesh else lines
+
+
+def _mesh_line(plan: Mapping[str, Any]) -> list[str]:
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    return [f"mesh: {axes}; {plan['micro_batches']} micro-batches"]
 
 
 def _memory_table(plan: Mapping[str, Any]) -> Table:
     memory = plan["memory"]
     each = "one device (half a chip)" if plan["devices"] > plan["chips"] else "one chip"
+    each = each if plan["platform"] == "tpu" else "one device"
     rows = [(part, _gib(size), "exact") for part, size in memory["kept"].items()]
     rows.append(("temporaries", _gib(memory["temporaries"]), memory["by"]))
     if memory["cache"]:
@@ -159,13 +191,17 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
     lines = []
     if not plan["memory"]["fits"]:
         lines.append("it does not fit: --search tries other meshes and micro-batches")
+    if plan["seconds_per_step"] is None:
+        return lines
     lines += [
         "PFLOP of all chips together, bytes and seconds of each; a real run is slower.",
         f"step: at least {plan['seconds_per_step']:.3g} s; tokens per second: at most "
         f"{plan['tokens_per_second']:,.0f}",
     ]
     price = plan["usd_per_chip_hour"]
-    if not plan["memory"]["fits"]:
+    if plan["platform"] != "tpu" and price is None:
+        pass
+    elif not plan["memory"]["fits"]:
         lines.append("cost: none, it does not fit")
     elif price is None:
         lines.append("cost: no list price is published for this chip; give --price")

@@ -205,7 +205,9 @@ def with_auto(student="auto", **changes):
 def test_the_remat_policy_is_the_first_that_fits(missing, policy, monkeypatch):
     """In as much memory as each policy needs, less a byte."""
     config, mesh = with_auto(), plan.abstract_mesh(sizes(1, 1, 1))
-    needed = [remat.needed_bytes(remat.with_remat(config, policy), mesh) for policy in REMAT]
+    needed = [
+        roofline.needed_bytes(remat.with_remat(config, policy), mesh, "cpu") for policy in REMAT
+    ]
     assert sorted(needed, reverse=True) == needed and len(set(needed)) == 3
     memory = max(needed) if missing == 0 else needed[missing - 1] - 1
     monkeypatch.setattr(remat, "device_bytes", lambda: memory / remat.SHARE)
@@ -227,7 +229,7 @@ def test_more_devices_have_room_for_more():
     def saved(number: int) -> float:
         mesh = plan.abstract_mesh(sizes(number, 1, 1))
         most, least = (remat.with_remat(config, policy) for policy in ("none", "full"))
-        return remat.needed_bytes(most, mesh) - remat.needed_bytes(least, mesh)
+        return roofline.needed_bytes(most, mesh, "cpu") - roofline.needed_bytes(least, mesh, "cpu")
 
     np.testing.assert_allclose(saved(8), saved(1) / 8)
 

@@ -1,0 +1,125 @@
+"""What would make a run fit into its devices' memory: changes of its config, tried by estimates."""
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.plan import roofline
+from promptkd_jax.plan.remat import device_bytes, with_chosen_remat
+from promptkd_jax.training.fields import RunConfig
+
+Settings = Mapping[str, Any]  # values by the paths of fields, such as "teacher.dtype"
+
+
+class Change(NamedTuple):
+    """Settings that lower what a run needs, and what they are, in words."""
+
+    words: str
+    settings: Settings
+
+
+class Fit(NamedTuple):
+    """What a run needs with some changes made, bytes of one device."""
+
+    changes: tuple[Change, ...]
+    needed: float
+
+    @property
+    def words(self) -> str:
+        """The last change; "as it is" without one."""
+        return self.changes[-1].words if self.changes else "as it is"
+
+    @property
+    def flags(self) -> str:
+        """The settings as flags of a command."""
+        settings = {path: x for change in self.changes for path, x in change.settings.items()}
+        return " ".join(shlex.quote(f"--config.{path}={x}") for path, x in settings.items())
+
+
+def changes(config: RunConfig) -> Iterator[Change]:
+    """Yields what may be changed, the least first: what alters no number, then what rounds, then
+    what is another method of training."""
+    models = {"teacher": config.teacher, "student": config.student}
+    kept = [name for name, model in models.items() if model.remat not in ("full", "auto")]
+    if kept:
+        yield Change("remat", {f"{name}.remat": "full" for name in kept})
+    parts = [(stage.batch_size, stage.gradient_accumulation_steps) for stage in config.stages]
+    for rows in (4, 2, 1):  # of a micro-batch
+        numbers = [max(number, -(-size // rows)) for size, number in parts]
+        names = [f"stages[{i}].gradient_accumulation_steps" for i in range(len(numbers))]
+        new = {name: x for name, x, (_, old) in zip(names, numbers, parts) if x > old}
+        if new:
+            yield Change(f"micro-batches of {rows} rows", new)
+    slots = {
+        f"stages[{i}].max_concurrent_rollouts": max(1, stage.batch_size // 4)
+        for i, stage in enumerate(config.stages)
+        if stage.source.on_policy and not stage.max_concurrent_rollouts and stage.batch_size > 1
+    }
+    if slots:
+        yield Change("fewer rollouts at once", slots)
+    for name, model in models.items():
+        half = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+        new = {f"{name}.{x}": to for x, to in half.items() if getattr(model, x) != to}
+        if new:
+            yield Change(f"the {name} in bfloat16", new)
+    if not config.student.lora.is_used:
+        yield Change("a LoRA student", {"student.lora.rank": 16})
+
+
+def changed(config: RunConfig, settings: Settings) -> RunConfig:
+    """A copy with other values of some fields."""
+    for path, value in settings.items():
+        config = _replaced(config, path.replace("[", ".").replace("]", "").split("."), value)
+    return config
+
+
+def _replaced(group: Any, path: list[str], value: Any) -> Any:
+    first, *rest = path
+    if isinstance(group, tuple):
+        place = int(first)
+        return (*group[:place], _replaced(group[place], rest, value), *group[place + 1 :])
+    inner = _replaced(getattr(group, first), rest, value) if rest else value
+    return dataclasses.replace(group, **{first: inner})
+
+
+def tried(config: RunConfig, mesh: Any, platform: str, usable: float) -> list[Fit]:
+    """The run as it is, then with one change more at a time until it fits; changes that gain
+    nothing are left out."""
+    fits = [Fit((), roofline.needed_bytes(config, mesh, platform))]
+    for change in changes(config):
+        if fits[-1].needed <= usable:
+            break
+        fit = fits[-1]
+        # Later micro-batches take the place of earlier ones.
+        kept = [x for x in fit.changes if x.settings.keys() != change.settings.keys()]
+        together = Fit((*kept, change), 0.0)
+        settings = {path: x for each in together.changes for path, x in each.settings.items()}
+        needed = roofline.needed_bytes(changed(config, settings), mesh, platform)
+        if needed < 0.995 * fit.needed:
+            fits.append(together._replace(needed=needed))
+    return fits
+
+
+def fitted(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
+    """`with_chosen_remat`; warns of a run that will not fit by the estimate, before anything is
+    loaded, and says what would make it fit."""
+    config = with_chosen_remat(config, mesh)
+    usable = distributed.run_on_primary(device_bytes)
+    fits = tried(config, mesh, sharding.platform(), usable)
+    if fits[0].needed <= usable:
+        return config
+    said = (
+        f"this run needs an estimated {fits[0].needed / 1e9:.1f} GB of a device, which has "
+        f"{usable / 1e9:.1f} GB for it"
+    )
+    last = fits[-1]
+    if last.needed <= usable:
+        remedy = f"it would fit, with {last.needed / 1e9:.1f} GB, by {last.flags}"
+    else:
+        remedy = "nothing that `promptkd plan --device` tries would make it fit"
+    distributed.warn(f"{said}; {remedy}")
+    return config

@@ -1,0 +1,89 @@
+"""GPUs by name or by memory: "rtx4090", "h100:8" for eight of them, "24GB".
+
+Figures of the makers' data sheets and architecture papers: dense bfloat16 products that are summed
+in float32, memory, and what one card sends to the others of its machine (NVLink where it has it,
+else PCIe), in one direction.
+"""
+
+import dataclasses
+import re
+
+import jax
+
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.plan.chips import GIB, Chip, SliceTopology
+from promptkd_jax.plan.remat import device_bytes
+
+# Of the memory of a card: CUDA, its libraries and the screen have the rest. JAX itself takes 75 %
+# unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+USABLE = 0.92
+
+
+def _gpu(name: str, gib: float, gbps: float | None, tflops: float | None, link: float = 32) -> Chip:
+    return Chip(
+        name=name,
+        hbm_gib=gib,
+        usable_gib=USABLE * gib,
+        hbm_gbps=gbps,
+        tflops=tflops,
+        ici_gbps=link,
+        dcn_gbps=12.5,
+        dimensions=1,
+        largest=8,
+        google="",
+        tensor_cores=1,
+        usd_per_hour=None,
+        platform="gpu",
+    )
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("rtx3060", 12, 360, 25.6, 16),
+        _gpu("rtx3090", 24, 936, 71),
+        _gpu("rtx4060ti-16gb", 16, 288, 44, 16),
+        _gpu("rtx4080", 16, 717, 97.5),
+        _gpu("rtx4090", 24, 1008, 165),
+        _gpu("rtx5090", 32, 1792, 209.5, 64),
+        _gpu("a10", 24, 600, 125),
+        _gpu("l4", 24, 300, 121),
+        _gpu("a6000", 48, 768, 155, 56),
+        _gpu("l40s", 48, 864, 362),
+        _gpu("a100-40gb", 40, 1555, 312, 300),
+        _gpu("a100", 80, 2039, 312, 300),
+        _gpu("h100", 80, 3350, 989, 450),
+        _gpu("h200", 141, 4800, 989, 450),
+        _gpu("b200", 180, 8000, 2250, 900),
+    )
+}
+
+
+HERE = "here"
+
+
+def devices_here() -> SliceTopology:
+    """The devices of this machine, of which JAX says the memory."""
+    device, gib = jax.local_devices()[0], device_bytes() / GIB
+    here = _gpu(device.device_kind, gib, None, None)
+    here = dataclasses.replace(here, usable_gib=gib, platform=device.platform)
+    return SliceTopology(here, (jax.device_count(),))
+
+
+def parse_device(text: str) -> SliceTopology:
+    """Reads "rtx4090", "h100:8" or "24GB", whatever the case of its letters.
+
+    Raises:
+      ConfigError: no such GPU, or no number of them; says which there are.
+    """
+    name, _, count = text.lower().partition(":")
+    number = int(count) if re.fullmatch(r"[1-9]\d?", count) else 0
+    gpu = GPUS.get(name)
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*gi?b", name):
+        gpu = _gpu(f"a GPU of {found[1]} GB", float(found[1]), None, None)
+    if gpu is None or (count and not number):
+        raise ConfigError(
+            f"--device: {text!r} names no GPU; expected its memory, such as 24GB, one of "
+            f"{', '.join(GPUS)}, or of several, such as rtx4090:2; {HERE!r} for this machine's"
+        )
+    return SliceTopology(gpu, (number or 1,))

@@ -1,0 +1,153 @@
+"""What a run needs of one machine's GPUs, and what would make it fit."""
+
+import json
+import pathlib
+import re
+import shlex
+
+import jax
+import pytest
+from helpers import tiny
+from ml_collections import ConfigDict
+
+from promptkd_jax.cli.main import main
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.models.families.registry import PUBLISHED
+from promptkd_jax.plan import ahead, fit, gpus, roofline
+from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
+from promptkd_jax.training.checks import checked
+from promptkd_jax.training.recipes import base_config, method_stage
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def config_of(teacher: str, student: str, **stage) -> ConfigDict:
+    config = base_config()
+    config.teacher.path, config.student.path = teacher, student
+    config.data.update(train="synthetic:train", dev="synthetic:dev", template="plain")
+    config.data.update(max_prompt_length=64, max_length=128)
+    config.stages = (method_stage("promptkd", **(dict(batch_size=8, steps=10) | stage)),)
+    return config
+
+
+LLAMAS = config_of("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B")
+
+
+def test_a_gpu_is_named_or_known_by_its_memory():
+    one = gpus.parse_device("RTX4090")
+    assert (one.name, one.devices, one.chip.hbm_gib) == ("rtx4090", 1, 24)
+    assert (gpus.parse_device("h100:8").name, gpus.parse_device("h100:8").devices) == ("h100:8", 8)
+    plain = gpus.parse_device("24 GB").chip
+    assert (plain.hbm_gib, plain.tflops, plain.platform) == (24, None, "gpu")
+    for wrong in ("rtx9090", "h100:0", "h100:all", "24", "GB", ""):
+        with pytest.raises(ConfigError, match="--device: .* names no GPU; expected its memory"):
+            gpus.parse_device(wrong)
+
+
+def llama(width: int, layers: int) -> dict:
+    """With heads of 64, two to a key/value head."""
+    return PUBLISHED["huggyllama/llama-7b"] | {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128,
+        "intermediate_size": 8 * width // 3 // 64 * 64,
+        "vocab_size": 8192,
+    }
+
+
+@pytest.fixture(autouse=True)
+def larger_and_smaller(monkeypatch):
+    table = PUBLISHED | {"some/larger": llama(768, 8), "some/smaller": llama(512, 6)}
+    monkeypatch.setattr("promptkd_jax.plan.abstract_run.PUBLISHED", table)
+
+
+CASES = {
+    "none": {},
+    "dots": {"teacher.remat": "dots", "student.remat": "dots"},
+    "two micro-batches": {"stages[0].gradient_accumulation_steps": 2},
+    "lora": {"student.lora.rank": 8, "student.remat": "dots"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_what_xla_says_of_the_step_on_this_machine(case):
+    """Within 10 % of the program's arguments and temporaries, in float32."""
+    config = checked(config_of("some/larger", "some/smaller"))
+    config = fit.changed(config, CASES[case])
+    mesh = sharding.make_mesh(ONE, jax.devices()[:1])
+    program = ahead.compile_step(abstract_run(config).on(mesh))
+    estimate = roofline.needed_bytes(config, mesh, "cpu")
+    assert estimate == pytest.approx(program.total - program.code, rel=0.1)
+
+
+def test_changes_are_tried_one_after_the_other_until_the_run_fits():
+    config, mesh = checked(LLAMAS), abstract_mesh(ONE)
+    as_it_is = roofline.needed_bytes(config, mesh, "gpu")
+    assert fit.tried(config, mesh, "gpu", as_it_is) == [fit.Fit((), as_it_is)]
+    fits = fit.tried(config, mesh, "gpu", 22e9)
+    needed = [one.needed for one in fits]
+    assert needed == sorted(needed, reverse=True) and needed[-1] <= 22e9 < needed[-2]
+    # The flags, given to the command, are that run.
+    flags = shlex.split(fits[-1].flags)
+    settings = {}
+    for flag in flags:
+        path, _, value = flag.removeprefix("--config.").partition("=")
+        settings[path] = int(value) if value.isdecimal() else value
+    assert roofline.needed_bytes(fit.changed(config, settings), mesh, "gpu") == needed[-1]
+    assert fit.tried(config, mesh, "gpu", 1.0)[-1].needed > 1.0
+
+
+def test_a_change_replaces_fields_of_groups_and_of_stages():
+    config = checked(LLAMAS)
+    made = fit.changed(config, {"teacher.dtype": "bfloat16", "stages[0].batch_size": 4})
+    assert (made.teacher.dtype, made.stages[0].batch_size) == ("bfloat16", 4)
+    assert (config.teacher.dtype, config.stages[0].batch_size) == ("float32", 8)
+
+
+def test_the_command_prints_what_would_make_it_fit(tmp_path, capsys):
+    file = tmp_path / "config.py"
+    teacher, student = LLAMAS.teacher.path, LLAMAS.student.path
+    file.write_text(
+        "from promptkd_jax.training.recipes import base_config, method_stage\n\n"
+        "def get_config():\n"
+        "    config = base_config()\n"
+        f"    config.teacher.path, config.student.path = {teacher!r}, {student!r}\n"
+        "    config.data.update(train='synthetic:train', dev='synthetic:dev', template='plain')\n"
+        "    config.stages = (method_stage('promptkd', batch_size=8, steps=10),)\n"
+        "    return config\n"
+    )
+    output = tmp_path / "plan.json"
+    main(["plan", f"--config={file}", "--device=24GB", f"--output={output}"])
+    printed, written = capsys.readouterr().out, json.loads(output.read_text())
+    assert "DOES NOT FIT" in printed and "at least" not in printed  # nothing is known but memory
+    flags = re.search(r"^the last: (.+)$", printed, re.MULTILINE)[1]
+    assert written["fits"][-1]["flags"] == flags
+    assert written["fits"][-1]["needed"] <= written["memory"]["usable"]
+    main(["plan", f"--config={file}", "--device=24GB", *shlex.split(flags)])
+    printed = capsys.readouterr().out
+    assert "FITS" in printed and "DOES NOT" not in printed and "would make it fit" not in printed
+    main(["plan", f"--config={file}", "--device=h200"])
+    assert "step: at least" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected no --topology"):
+        main(["plan", f"--config={file}", "--device=24GB", "--topology=v5e:2x2"])
+
+
+def test_a_run_that_will_not_fit_is_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "models"
+    config = checked(tiny.short_config(folder))
+    mesh = sharding.make_mesh(ONE, jax.devices()[:1])
+    monkeypatch.setattr(fit, "device_bytes", lambda: 1e12)
+    fit.fitted(config, mesh)
+    assert "estimated" not in capsys.readouterr().err
+    monkeypatch.setattr(fit, "device_bytes", lambda: 1000)
+    fit.fitted(config, mesh)
+    said = capsys.readouterr().err
+    assert re.search("warning: this run needs an estimated .* nothing that", said)
+
+
+def test_devices_of_this_machine_are_compiled_for(capsys):
+    config = pathlib.Path(__file__).parents[2] / "configs/rehearsal.py"
+    main(["plan", f"--config={config}", "--device=here"])
+    assert "needed (compiler)" in capsys.readouterr().out
