@@ -6,9 +6,11 @@ The same command continues a run that was stopped, and says so of one that is fi
 import argparse
 from collections.abc import Sequence
 
+import jax
+
 from promptkd_jax.cli import flags
-from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.plan.fit import fitted
+from promptkd_jax.infra.errors import ConfigError, TrainingError
+from promptkd_jax.plan.fit import fitted, out_of_memory
 from promptkd_jax.training import run as training
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.field_help import config_help
@@ -35,4 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    training.run(read_run(rest), options.workdir, fitted)
+    config = read_run(rest)
+    try:
+        training.run(config, options.workdir, fitted)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(out_of_memory(config, error)) from error

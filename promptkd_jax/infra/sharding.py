@@ -290,5 +290,14 @@ def platform() -> str:
     return {"cpu": "cpu", "TPU": "tpu"}.get(kind[:3], "gpu")
 
 
+def compute_capability() -> float:
+    """NVIDIA's number of what a GPU of this process can do, 8.0 for Ampere; 0 without one."""
+    said = getattr(jax.local_devices()[0], "compute_capability", None)
+    try:
+        return float(said or 0)
+    except ValueError:  # AMD's, such as gfx942
+        return 0.0
+
+
 def _name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -20,6 +20,7 @@ from promptkd_jax.infra import sharding
 BTNH_SPEC = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
 LANES = 128  # the columns that a TPU register holds, and the least that splash takes at once
 MAX_BLOCK = 512  # columns; the scores of a block then take 1 MiB on the chip
+AMPERE = 8.0  # the first compute capability that cuDNN has the kernel for
 MAX_PARTS = 4  # of a row, without a kernel: then 5/8 of the scores are computed, 1/2 are needed
 
 
@@ -66,6 +67,7 @@ def attend(
         row_parts=sharding.axis_size(sharding.ROWS),
         head_parts=sharding.axis_size("tensor"),
         plain=soft_cap is None and sinks is None,
+        capability=sharding.compute_capability(),
     )
     if chosen == "splash":
         return _splash(query, key, value, sinks, sliding_window, soft_cap)
@@ -175,6 +177,7 @@ def implementation(
     row_parts: int,
     head_parts: int,
     plain: bool = True,
+    capability: float = 9.0,
 ) -> str:
     """Chooses the implementation of `attend`: "splash", "cudnn" or "xla".
 
@@ -184,7 +187,7 @@ def implementation(
 
     cudnn, on "gpu": bfloat16 or float16; heads of at most 128 in multiples of 8; key/value heads
     that divide among the devices, since it wants query, key and value cut alike; neither soft caps
-    nor sinks.
+    nor sinks; NVIDIA's Ampere or later.
 
     Args:
       platform: of the devices, as `sharding.platform` says it.
@@ -193,6 +196,7 @@ def implementation(
       row_parts: over how many devices the rows are dealt out (`data` times `fsdp`).
       head_parts: over how many the heads are (`tensor`).
       plain: whether there are neither a soft cap nor sinks.
+      capability: of a GPU, as `sharding.compute_capability` says it.
     """
     if platform == "tpu":
         divides = rows % row_parts == 0 and num_heads % head_parts == 0
@@ -200,7 +204,8 @@ def implementation(
         return "splash" if divides and fits else "xla"
     if platform == "gpu":
         fits = dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
-        return "cudnn" if fits and plain and num_kv_heads % head_parts == 0 else "xla"
+        fits &= plain and num_kv_heads % head_parts == 0 and capability >= AMPERE
+        return "cudnn" if fits else "xla"
     return "xla"
 
 

@@ -109,17 +109,29 @@ def fitted(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
     loaded, and says what would make it fit."""
     config = with_chosen_remat(config, mesh)
     usable = distributed.run_on_primary(device_bytes)
-    fits = tried(config, mesh, sharding.platform(), usable)
-    if fits[0].needed <= usable:
-        return config
-    said = (
-        f"this run needs an estimated {fits[0].needed / 1e9:.1f} GB of a device, which has "
-        f"{usable / 1e9:.1f} GB for it"
-    )
-    last = fits[-1]
-    if last.needed <= usable:
-        remedy = f"it would fit, with {last.needed / 1e9:.1f} GB, by {last.flags}"
-    else:
-        remedy = "nothing that `promptkd plan --device` tries would make it fit"
-    distributed.warn(f"{said}; {remedy}")
+    needed = roofline.needed_bytes(config, mesh, sharding.platform())
+    if needed > usable:
+        distributed.warn(
+            f"this run needs an estimated {needed / 1e9:.1f} GB of a device, which has "
+            f"{usable / 1e9:.1f} GB for it; {_remedy(config, mesh, usable)}"
+        )
     return config
+
+
+def out_of_memory(config: RunConfig, error: Exception) -> str:
+    """What to set after a device had no memory left, whatever the estimate was."""
+    mesh = sharding.make_mesh(config.mesh.sizes)
+    estimate = roofline.needed_bytes(config, mesh, sharding.platform())
+    wanted = 0.8 * min(distributed.run_on_primary(device_bytes), estimate)
+    first = str(error).splitlines()[0]
+    return f"a device has no memory left ({first}); {_remedy(config, mesh, wanted)}"
+
+
+def _remedy(config: RunConfig, mesh: jax.sharding.Mesh, usable: float) -> str:
+    last = tried(config, mesh, sharding.platform(), usable)[-1]
+    if last.needed <= usable:
+        return f"{last.needed / 1e9:.1f} GB would do, by {last.flags}"
+    return (
+        "nothing that is tried by `promptkd plan --device` would make it fit: take more devices "
+        "(config.mesh.fsdp), a larger one, or smaller models"
+    )

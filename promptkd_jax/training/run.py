@@ -20,6 +20,7 @@ from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import DataError, TrainingError
 from promptkd_jax.infra.files import check_shared, load_or_compute, read_text, write_json
+from promptkd_jax.models.attention import AMPERE
 from promptkd_jax.models.io.safetensors import has_weights
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
@@ -89,6 +90,7 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
                 f"config.stages[{index}].warmup_steps: {warmup}, but the stage has {updates} "
                 f"updates: its rate never comes to config.stages[{index}].learning_rate"
             )
+    yield from _without_a_kernel(experiment)
     every = config.evaluation.every
     if every >= total:
         yield (
@@ -103,6 +105,26 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
             "config.checkpoint.minutes is 0: no checkpoint before the end, so that a run that is "
             "killed begins anew"
         )
+
+
+def _without_a_kernel(experiment: Experiment) -> Iterator[str]:
+    """Models on GPUs whose attention XLA computes, in float32 or on older cards."""
+    if sharding.platform() != "gpu":
+        return
+    capability = sharding.compute_capability()
+    for model in filter(None, (experiment.teacher, experiment.student)):
+        config = model.decoder.config
+        if capability < AMPERE and config.dtype == "bfloat16":
+            yield (
+                f"{model.name}: dtype bfloat16, which this GPU (compute capability {capability}) "
+                "has no instructions for: float32 may be as fast"
+            )
+        elif capability < AMPERE or config.dtype == "float32" or config.head_dim > 128:
+            yield (
+                f"{model.name}: XLA computes its attention, in more memory than cuDNN's kernel, "
+                f"which is for bfloat16, heads of at most 128 and compute capability {AMPERE:g}; "
+                f"here: {config.dtype}, {config.head_dim}, {capability:g}"
+            )
 
 
 def is_finished(workdir: epath.Path) -> bool:

@@ -137,6 +137,9 @@ FITS = {
         ({"head_dim": 36}, "splash", "xla"),
         ({"head_dim": 128}, "splash", "cudnn"),
         ({"head_dim": 256}, "splash", "xla"),
+        ({"capability": 7.5}, "splash", "xla"),  # Turing
+        ({"capability": 0.0}, "splash", "xla"),  # AMD's
+        ({"capability": 8.9}, "splash", "cudnn"),
     ],
 )
 def test_which_implementation_is_taken(changes, tpu, gpu):
@@ -155,7 +158,7 @@ def test_attention_asks_for_what_it_has(monkeypatch):
         assert jax.eval_shape(attend, one, few, few).shape == one.shape
     expected = {"platform": "gpu", "rows": 3, "columns": 5, "num_heads": 4, "num_kv_heads": 2}
     expected |= {"dtype": "bfloat16", "head_dim": 8, "row_parts": 1, "head_parts": 1, "plain": True}
-    assert asked == expected
+    assert asked == expected | {"capability": 0.0}
 
 
 @pytest.mark.parametrize("columns", [46, 47])
@@ -165,6 +168,7 @@ def test_jax_takes_cudnn_in_training(monkeypatch, columns, sliding_window):
     cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
     monkeypatch.setattr(cudnn, lambda: 91000)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(sharding, "compute_capability", lambda: 8.0)
     one, few = (
         jax.ShapeDtypeStruct((2, columns, num_heads, 64), jnp.bfloat16) for num_heads in (4, 2)
     )

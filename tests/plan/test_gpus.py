@@ -144,7 +144,24 @@ def test_a_run_that_will_not_fit_is_told_before_anything_is_loaded(tmp_path, mon
     monkeypatch.setattr(fit, "device_bytes", lambda: 1000)
     fit.fitted(config, mesh)
     said = capsys.readouterr().err
-    assert re.search("warning: this run needs an estimated .* nothing that", said)
+    assert re.search("warning: this run needs an estimated .* nothing that is tried", said)
+
+
+def test_no_memory_left_is_answered_by_what_to_set(tmp_path, monkeypatch):
+    tiny.short_config(folder := tmp_path / "models")
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import pathlib\nfrom helpers import tiny\n\n"
+        f"def get_config():\n    return tiny.short_config(pathlib.Path({str(folder)!r}))\n"
+    )
+
+    def run(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr("promptkd_jax.training.run.run", run)
+    with pytest.raises(SystemExit, match="has no memory left .*9 bytes.* by .--config") as stopped:
+        main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}"])
+    assert "Traceback" not in str(stopped.value)
 
 
 def test_devices_of_this_machine_are_compiled_for(capsys):
