@@ -3,6 +3,7 @@ FAMILY`. What is computed on one device comes out on every mesh of eight."""
 
 import dataclasses
 import functools
+import math
 import sys
 
 import jax
@@ -23,10 +24,13 @@ from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.specs import declared
+from promptkd_jax.models import lora as lora_module
+from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.lora import MODULES, init_adapter
 from promptkd_jax.models.sampler import Sampling
 
 LLAMA = {
@@ -199,6 +203,41 @@ def same_update_on_every_mesh(family: str) -> None:
         assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size
 
 
+def same_update_of_an_adapter() -> None:
+    """Where heads and units of the maps that it changes are padded, with dropout of its input."""
+    lora = LoRA(2, 4.0, tuple(m for m in MODULES if m != "mlp/gate"), dropout=0.2)
+    own = config_of("gpt2", 2)
+    drawn = init_adapter(abstract_params(own), lora, jax.random.key(5))
+    drawn = jax.tree.map(lambda x: x + 0.1, drawn)  # B of 0 would leave A without a gradient
+
+    def state_and_frozen(student):
+        frozen, adapter = lora_module.split(
+            pad(lora_module.join(random_params(own, 1), drawn), student)
+        )
+        state = begin(own)
+        params = state.params | {"student": adapter}
+        return init_state(params, OPTIMIZERS, jax.random.key(3)), frozen
+
+    found = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        teacher, student = (config_of("gpt2", depth, sizes[2]) for depth in (3, 2))
+        student = student.replace(lora=lora)
+        state, frozen = state_and_frozen(student)
+        fixed = dict(models=Models(Decoder(student), Decoder(teacher)), optimizers=OPTIMIZERS)
+        step = functools.partial(train_step, method=method(vocab_size=33, dropout=True), **fixed)
+        mesh = sharding.make_mesh(
+            dict(zip(sharding.AXES, sizes)), jax.devices()[: math.prod(sizes)]
+        )
+        with jax.set_mesh(mesh):
+            batch = sharding.place_rows(rows())
+            arguments = placed((state, random_params(teacher, 3)), mesh)
+            after, metrics = jax.jit(step)(*arguments, batch, None, placed(frozen, mesh))
+        found.append((after.params, summarize(metrics)))
+    (one, expected), (there, measured) = found
+    all_close(unpadded(there, one), one, "an adapter", 2e-4)
+    all_close(measured, expected, "an adapter")
+
+
 def same_rows_of_every_source() -> None:
     """Rows of two steps on all three axes, half of them in slots that the others take over: of
     replay the first are new, then from the buffer."""
@@ -335,6 +374,8 @@ def other_meshes_are_left_alone() -> None:
 if __name__ == "__main__":
     assert jax.device_count() == 8
     same_update_on_every_mesh(sys.argv[1])
+    if sys.argv[1] == "gpt2":
+        same_update_of_an_adapter()
     if sys.argv[1] == "llama":
         same_rows_of_every_source()
         same_rows_ahead()
