@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=flags.path, help="folder, or FILE.gguf")
     parser.add_argument(
         "--quantize",
-        choices=QUANTIZATIONS,
-        help="type of the matrices of FILE.gguf (default f16); K-quants such as Q4_K_M are made of "
-        "such a file by llama.cpp's llama-quantize",
+        type=_quantization,
+        help=f"type of the matrices of FILE.gguf: {', '.join(QUANTIZATIONS)} (default f16); "
+        "K-quants such as Q4_K_M are made of such a file by llama.cpp's llama-quantize",
     )
     text = "write the LoRA adapter of the student alone, for PEFT: its base model is not needed"
     parser.add_argument("--adapter", action="store_true", help=text)
-    parser.add_argument("--step", default="last", type=_step, help="last, best, or a number")
+    parser.add_argument("--step", default="last", type=_step, help="last (default), best, a number")
     text = "of the weights (default: as they were trained)"
     parser.add_argument("--dtype", default="", choices=STORED_IN, help=text)
     flags.add_mesh(parser)
@@ -119,6 +119,15 @@ def _whole(config: RunConfig, adapter: Any, mesh: jax.sharding.Mesh) -> Any:
         raise ModelError(
             f"the model that the adapter changes: {error}; --adapter writes it alone"
         ) from error
+
+
+def _quantization(text: str) -> str:
+    if (name := text.lower()) not in QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(QUANTIZATIONS)}; K-quants are made of an f16 file: "
+            f"llama-quantize FILE.gguf {text.upper()}.gguf {text.upper()}"
+        )
+    return name
 
 
 def _step(text: str) -> str:

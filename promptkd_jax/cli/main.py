@@ -16,16 +16,16 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "data": "what a model sees of data, before anything is trained: counts, lengths, rows, overlap",
-    "convert": "pytorch_model.bin or a LoRA adapter, as a folder of safetensors",
+    "convert": "pytorch_model.bin, FP8, MXFP4 or a LoRA adapter, as a folder of safetensors",
     "init": "a student that starts as some of its teacher's layers",
     "train": "distil: models and data to a student and a report",
     "evaluate": "scores of models on any sets and seeds, and standard benchmarks",
     "generate": "talk to a model from the terminal",
     "cache": "the teacher's top-k log-probabilities, written once for later runs",
     "compare": "several methods from one student within one budget, in one table and report",
-    "plan": "what a run needs of TPU chips: memory, time and cost, compiled without a TPU",
+    "plan": "what a run needs of TPUs or GPUs: memory, time and cost, counted without one",
     "reproduce": "the paper's pipeline, and its table beside the published one",
-    "export": "a checkpoint of a run as a transformers folder",
+    "export": "a checkpoint of a run as a transformers folder, a GGUF file, or an adapter",
 }
 
 

@@ -28,6 +28,7 @@ from etils import epath
 from promptkd_jax.infra import distributed, errors
 from promptkd_jax.infra.specs import Str
 
+LOCK = ".lock"  # of a folder that a run holds
 BUCKET_SECONDS = 10.0  # from one writing of a growing object to the next
 SHARED_SECONDS = 30.0  # that a file of one machine may need until others see it
 # For what is in a bucket.
@@ -238,6 +239,40 @@ class AppendOnlyFile:
 
     def __exit__(self, *exception: Any) -> None:
         self.flush()
+
+
+@contextlib.contextmanager
+def held(folder: epath.Path) -> Iterator[None]:
+    """Holds a folder of a disk for one run, whose processes all call this, until it ends, however
+    that may be.
+
+    Raises:
+      ConfigError: another run holds it.
+    """
+    opened: list[int] = []
+    distributed.run_on_primary(lambda: None if is_remote(folder) else _hold(folder, opened))
+    try:
+        yield
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _hold(folder: epath.Path, opened: list[int]) -> None:
+    import fcntl
+
+    opened.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666))
+    try:
+        # Of the kernel: it is gone with the process, by `kill -9` too.
+        fcntl.flock(opened[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened.pop())
+        raise errors.ConfigError(
+            f"{folder}: another process works in this folder; wait for it or end it, or take "
+            "another one"
+        ) from None
+    except OSError:  # a network's file system without locks
+        return
 
 
 def check_shared(folder: epath.Path) -> None:

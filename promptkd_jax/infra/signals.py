@@ -7,7 +7,8 @@ minutes of XLA. So the answer comes from a thread, which the interpreter tells o
 * the handler raises `Stopped` in the main thread, unless what was done has to be saved first
   (`deferred`), or something is being written (`awaited`): then it is called once more afterwards.
   Should the main thread not get to it, the process ends `GRACE_SECONDS` later;
-* a second signal ends the process where it is.
+* a second signal ends the process where it is. One that comes at once is none: `timeout` and some
+  schedulers signal a process and then its whole group.
 
 Of many processes JAX listens to SIGTERM, so that all save at the same step and stop
 (`Checkpoints.reached_preemption`). There a signal is answered and passed on to JAX, nothing is
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 GRACE_SECONDS = 5.0
+ECHO_SECONDS = 0.2  # within which the same signal is the first once more
 _POLL_SECONDS = 0.05
 
 
@@ -47,7 +49,7 @@ class _Listener:
     """The first signal that came, and what has to be done before it is obeyed."""
 
     def __init__(self, end_all: Callable[[int], None] | None):
-        self.number, self._end_all = 0, end_all
+        self.number, self._heard, self._end_all = 0, 0.0, end_all
         self.numbers = (signal.SIGINT,) if end_all else (signal.SIGTERM, signal.SIGINT)
         self.until, self.unsaved, self.writing = "", _no, _no
         self.raised, self._answered = False, threading.Event()
@@ -86,10 +88,12 @@ class _Listener:
                 self._own = False
                 return
             name = signal.Signals(number).name
+            if number == self.number and time.monotonic() - self._heard < ECHO_SECONDS:
+                return
             if self.number:
                 _say(f"{name} again: ending at once")
                 _end(128 + self.number)
-            self.number = number
+            self.number, self._heard = number, time.monotonic()
         after = f" after {self.until}" if self.unsaved() else ""
         _say(f"{name}: stopping{after} (a second one ends at once)")
         self._answered.set()

@@ -25,6 +25,7 @@ from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import (
     GCS_EXTRA,
+    LOCK,
     address_fault,
     io_errors,
     is_remote,
@@ -137,7 +138,7 @@ def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...], option: str
             theirs["fingerprint"] = fingerprint(theirs["config"], ignore)
         begun = {other.name for other in folder.iterdir()} if folder.exists() else set()
         # What stands there before the run itself begins, and decides nothing.
-        used = begun - {file.name, "started.json", "tokens"}
+        used = begun - {file.name, "started.json", "tokens", LOCK}
         if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
             configs = theirs["config"], ours["config"]
             raise ConfigError(_another_config(folder, *configs, ignore, option))

@@ -19,7 +19,7 @@ from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
 from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import DataError, TrainingError
-from promptkd_jax.infra.files import check_shared, load_or_compute, read_text, write_json
+from promptkd_jax.infra.files import check_shared, held, load_or_compute, read_text, write_json
 from promptkd_jax.models.attention import AMPERE
 from promptkd_jax.models.io.safetensors import has_weights
 from promptkd_jax.training import build
@@ -61,6 +61,13 @@ def run(
     distributed.assert_same("the version of jax, flax, optax or promptkd_jax", _versions())
     claim(workdir, config, NOT_IN_FINGERPRINT)
     check_shared(workdir)
+    with held(workdir):
+        return _run(config, workdir, choose_remat)
+
+
+def _run(
+    config: RunConfig, workdir: epath.Path, choose_remat: Callable | None
+) -> dict[str, Any]:
     if distributed.run_on_primary(lambda: is_finished(workdir)):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
         return distributed.run_on_primary(lambda: json.loads(read_text(workdir / "summary.json")))

@@ -61,8 +61,8 @@ def load_configs(config: RunConfig, workdir: epath.Path) -> tuple[Model | None, 
     student, teacher = (workdir / CONFIGS / name for name in ("student", "teacher"))
     if not distributed.run_on_primary(student.exists):
         raise ModelError(
-            f"{student}: no such folder; the command that began the run writes it when it is given "
-            "again"
+            f"{student}: no such folder: the run has not begun to train yet; it has a checkpoint "
+            "later, and the command that began it goes on where it was stopped"
         )
     student = load("student", config.student.path or config.teacher.path)
     if config.student.lora.is_used:

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import fsspec.config
 import pytest
@@ -166,3 +168,27 @@ def test_a_process_waits_for_what_comes_late(folder, monkeypatch):
     assert not files._appears(file, "token")
     monkeypatch.setattr(type(file), "exists", exists)
     assert files._appears(file, "token") and next(late, "all seen") == "all seen"
+
+
+def test_a_folder_is_held_by_one_run_until_it_ends_however_that_may_be(tmp_path):
+    program = f"""
+import time
+from promptkd_jax.infra import files
+with files.held(files.to_path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+    folder = files.to_path(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            refused = pytest.raises(
+                errors.ConfigError, match="another process works in this folder"
+            )
+            with refused, files.held(folder):
+                pass
+        finally:
+            other.kill()
+    for _ in range(2):
+        with files.held(folder):
+            pass

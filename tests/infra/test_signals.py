@@ -125,10 +125,21 @@ def test_a_second_signal_ends_whatever_is_lost():
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "\n"
     assert "SIGINT: stopping after this step" in process.stderr.readline()
+    time.sleep(2 * signals.ECHO_SECONDS)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
     assert errors == "\npromptkd: SIGINT again: ending at once\n"
+
+
+def test_a_signal_that_comes_twice_at_once_is_one():
+    """GNU timeout signals its child, and then the group that the child is in."""
+    process = start(STEP.replace("saved.append", "time.sleep(1)\n    saved.append"))
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert (process.returncode, "finishing" in output) == (143, True)
+    assert errors.count("promptkd:") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
