@@ -37,6 +37,13 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/mlp/(up|gate)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/(up|gate)/bias", P(None, "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    # Scales of quantised kernels lie as the outputs do; groups of inputs are not cut.
+    (r"project_(in|out)/kernel_scale", P()),
+    (r"layers/attention/(query|key|value)/kernel_scale", P(None, None, "tensor", None)),
+    (r"layers/mlp/(up|gate)/kernel_scale", P(None, None, "tensor")),
+    (r"layers/(attention/out|mlp/down)/kernel_scale", P(None, None, "fsdp")),
+    (r"layers/experts/(gate|up|gate_up)/kernel_scale", P(None, "tensor", None, None)),
+    (r"layers/experts/down/kernel_scale", P(None, "tensor", None, "fsdp")),
     (r"layers/(attention|mlp)/(query|key|value|gate|up)/lora_a", P()),
     (r"layers/attention/(query|key|value)/lora_b", P(None, None, "tensor", None)),
     (r"layers/mlp/(gate|up)/lora_b", P(None, None, "tensor")),
@@ -52,7 +59,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"pending(/.*)?", P(ROWS)),
 )
 # Of grouped heads there may be fewer than devices along `tensor`: then each of these has all.
-FEW_HEADS = r"layers/attention/(key|value)/(kernel|bias|lora_b)"
+FEW_HEADS = r"layers/attention/(key|value)/(kernel|kernel_scale|bias|lora_b)"
 
 
 def make_mesh(

@@ -119,6 +119,27 @@ class LoRA:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Kernels in few bits, which nothing trains, see `quantization`.
+
+    Attributes:
+      bits: of a weight, 8 or 4.
+      group: inputs of an output that share a scale; None: all of them.
+    """
+
+    bits: int
+    group: int | None = None
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of its number and of its share of a scale, where that is of a group."""
+        return self.bits / 8 + (2 / self.group if self.group else 0)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f" in groups of {self.group}" if self.group else "")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything that distinguishes one decoder-only language model from another.
 
@@ -165,6 +186,7 @@ class DecoderConfig:
     attention_soft_cap: float | None = None  # of the scores, see `attention.attend`
     dropout: Dropout = Dropout()
     lora: LoRA | None = None  # of the adapter among the parameters
+    quantization: Quantization | None = None  # of the kernels among the parameters
     # How it is run; not part of what the model is.
     dtype: str = "float32"
     param_dtype: str = "float32"

@@ -30,6 +30,7 @@ from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from promptkd_jax.models.lora import without_changes
 from promptkd_jax.models.norms import RMSNorm, make_norm
 from promptkd_jax.models.projection import project
+from promptkd_jax.models.quantization import SCALE
 from promptkd_jax.models.rotary import rotate
 
 if TYPE_CHECKING:
@@ -135,8 +136,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         x = _embedded(config, tokens, prefix)  # [B, M + T, D]
-        # Columns, the prefix included: [1, M + T] for whole rows, which all begin at column 0;
-        # [B, 1] for one token a row.
+        # Columns, the prefix included: [1, M + T] for whole rows, [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
         if config.learned_positions:
             # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
@@ -206,12 +206,12 @@ class Decoder(nn.Module):
     @nn.nowrap
     def for_sampling(self, params: Any) -> Any:
         """The parameters as every step of a rollout reads them: in the dtype of computation (but
-        for routers, which choose as in training), not cut along `fsdp`. Else each written token
-        would gather and round all of them."""
+        for routers, which choose as in training, and quantised kernels), not cut along `fsdp`. Else
+        each written token would gather and round all of them."""
 
         def rounded(path, x):
-            is_router = any(getattr(key, "key", None) == "router" for key in path)
-            return x if is_router else x.astype(self.config.dtype)
+            stays = {"router", SCALE}.intersection(getattr(key, "key", None) for key in path)
+            return x if stays or x.dtype == jnp.int8 else x.astype(self.config.dtype)
 
         return unshard_fsdp(jax.tree.map_with_path(rounded, params))
 

@@ -10,6 +10,7 @@ of a token and an expert.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -19,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import ROWS, constrain
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.projection import project
+from promptkd_jax.models.quantization import declare, dequantize
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -82,10 +84,12 @@ class MixtureOfExperts(nn.Module):
 
 
 class Linear(NamedTuple):
-    """Linear maps of all experts: kernel `[E, in, out]`, and bias `[E, out]` or None."""
+    """Linear maps of all experts: kernel `[E, in, out]`, and bias `[E, out]` or None; `scale` of a
+    quantised kernel, see `quantization`."""
 
     kernel: jax.Array
     bias: jax.Array | None
+    scale: jax.Array | None = None
 
 
 class Networks(NamedTuple):
@@ -97,7 +101,7 @@ class Networks(NamedTuple):
 
 
 class ExpertLinear(nn.Module):
-    """The parameters of a `Linear`, the kernel in the dtype of computation."""
+    """The parameters of a `Linear`, a plain kernel in the dtype of computation."""
 
     config: DecoderConfig
     inputs: int
@@ -106,14 +110,18 @@ class ExpertLinear(nn.Module):
     @nn.compact
     def __call__(self):
         config, number = self.config, self.config.padded.experts.num_experts
-        initial, dtype = nn.initializers.normal(0.02), config.param_dtype
-        kernel = self.param("kernel", initial, (number, self.inputs, self.outputs), dtype)
+        shape, dtype = (number, self.inputs, self.outputs), config.param_dtype
+        if config.quantization:
+            kernel, scale = declare(self, config.quantization, shape, stacks=1)
+        else:
+            kernel, scale = self.param("kernel", nn.initializers.normal(0.02), shape, dtype), None
+            kernel = kernel.astype(config.dtype)
         bias = None
         if config.experts.bias:
             zeros = nn.initializers.zeros_init()
             # In float32: the gradients of all tokens of an expert are summed in its dtype.
             bias = self.param("bias", zeros, (number, self.outputs), dtype).astype(jnp.float32)
-        return Linear(kernel.astype(config.dtype), bias)
+        return Linear(kernel, bias, scale)
 
 
 def route(scores: jax.Array, k: int, norm_topk_prob: bool) -> tuple[jax.Array, jax.Array]:
@@ -177,7 +185,10 @@ def _mixed_on_device(
     sizes = jnp.diff(jnp.searchsorted(expert, jnp.arange(number + 1)))  # [E]
 
     def linear(x, weights: Linear):  # [n, in] -> [n, out]
-        y = grouped_dot(x, weights.kernel, sizes)
+        if config.quantization:
+            y = _quantized_grouped_dot(x, weights.kernel, weights.scale, sizes, config.quantization)
+        else:
+            y = grouped_dot(x, weights.kernel, sizes)
         if weights.bias is not None:
             y = (y + weights.bias[jnp.minimum(expert, number - 1)]).astype(x.dtype)
         return jnp.where((expert < number)[:, None], y, 0)
@@ -214,6 +225,14 @@ def grouped_dot(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
     if sharding.platform() == "tpu":
         return jax.lax.ragged_dot(x, kernel, sizes)
     return _in_tiles(x, kernel, sizes)
+
+
+# As `projection` has it: for the gradient of x the kernels are made again.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
+def _quantized_grouped_dot(
+    x: jax.Array, values: jax.Array, scale: jax.Array, sizes: jax.Array, how: Quantization
+) -> jax.Array:
+    return grouped_dot(x, dequantize(values, scale, how, x.dtype, stacks=1), sizes)
 
 
 # Rows are cut into tiles of equal size, each a product with one matrix. A tile in which one group

@@ -26,6 +26,7 @@ from promptkd_jax.models.io.safetensors import (
 )
 from promptkd_jax.models.io.sentencepiece import SENTENCEPIECE, check_pieces, processor
 from promptkd_jax.models.model import Model, check_text
+from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.random_model import (
     PREFIX,
     synthetic_config,
@@ -49,6 +50,7 @@ def load_model(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
+    quantize: str = "none",
     mesh: Mesh | None = None,
 ) -> Model:
     """Loads a causal language model.
@@ -60,6 +62,8 @@ def load_model(
         `owner/name@revision`, or `synthetic:NAME` for a random model (see `synthetic_model`).
       dtype: what is computed in; param_dtype: what the parameters are kept in.
       remat: key of `decoder.REMAT`.
+      quantize: key of `quantization.QUANTIZE`: what the kernels of linear maps are kept in, of a
+        model that is not trained.
       mesh: of `sharding.make_mesh`; None for one device. Each process reads only what its devices
         hold. Where the mesh does not divide vocabulary, heads or feed-forward width, these are
         padded: see `DecoderConfig.padded`.
@@ -69,7 +73,8 @@ def load_model(
         or a weight is not finite.
     """
     if path.startswith(PREFIX):
-        return synthetic_model(path, dtype=dtype, param_dtype=param_dtype, remat=remat, mesh=mesh)
+        how = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, quantize=quantize)
+        return synthetic_model(path, **how, mesh=mesh)
     file = resolve_model(path)
     if file.suffix == ".gguf":
         source, tokenizer, card = _open_gguf(file)
@@ -85,7 +90,8 @@ def load_model(
             f"{source.path}: config: activation {config.activation!r} is not supported; "
             f"supported: {', '.join(ACTIVATIONS)}"
         )
-    config = config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat)
+    how = dict(dtype=dtype, param_dtype=param_dtype, remat=remat)
+    config = config.replace(**how, quantization=QUANTIZE[quantize])
     hf_config = source.config
     if config.tied and has_head_of_its_own(source, config):
         # As transformers 5 does; the config says so from here on, for whoever reads an export.
@@ -215,7 +221,7 @@ def _eos_ids(
     return own
 
 
-def load_with_tokenizer(path: str, *, dtype: str) -> Model:
+def load_with_tokenizer(path: str, *, dtype: str, quantize: str = "none") -> Model:
     """Reads a model, for what reads and writes text, onto the mesh in context.
 
     Raises:
@@ -223,6 +229,6 @@ def load_with_tokenizer(path: str, *, dtype: str) -> Model:
     """
     mesh = jax.sharding.get_mesh()
     mesh = None if mesh.empty else mesh
-    model = load_model(path, dtype=dtype, param_dtype=dtype, mesh=mesh)
+    model = load_model(path, dtype=dtype, param_dtype=dtype, quantize=quantize, mesh=mesh)
     check_text(model)
     return model

@@ -1,14 +1,18 @@
-"""Linear maps of a decoder, with the low-rank change of an adapter where there is one.
+"""Linear maps of a decoder, quantised ones too, with the low-rank change of an adapter where there
+is one.
 
 B rows, T columns, r rank of an adapter.
 """
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.lora import A, B, keep_inputs
+from promptkd_jax.models.quantization import declare, dequantize, unpacked
 
 
 def project(
@@ -37,10 +41,14 @@ class Projection(nn.Module):
     def __call__(self, x, dropout_keys=None):
         config, axes = self.config, self.inputs
         shape = (*x.shape[-axes:], *self.features)
-        initial = nn.initializers.lecun_normal(range(axes), range(axes, len(shape)))
-        kernel = self.param("kernel", initial, shape, config.param_dtype)
         x = x.astype(config.dtype)
-        y = _product(x, kernel.astype(config.dtype), axes)
+        if config.quantization:
+            kernel = declare(self, config.quantization, shape, inputs=axes)
+            y = _quantized_product(x, *kernel, axes, config.quantization)
+        else:
+            initial = nn.initializers.lecun_normal(range(axes), range(axes, len(shape)))
+            kernel = self.param("kernel", initial, shape, config.param_dtype)
+            y = _product(x, kernel.astype(config.dtype), axes)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, self.features, config.param_dtype)
@@ -58,3 +66,19 @@ def _product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
     """The product over the last `axes` of x, the first of the kernel."""
     over = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
     return jax.lax.dot_general(x, kernel, (over, ((), ())))
+
+
+# For the gradient of x the kernel is made again from its whole numbers: kept from the forward pass,
+# those of all layers would be the full copy that is to be spared. No iteration of the scan over
+# layers could share it with another.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+def _quantized_product(
+    x: jax.Array, values: jax.Array, scale: jax.Array, axes: int, how: Quantization
+) -> jax.Array:
+    """`_product` with a quantised kernel."""
+    if how.group:
+        return _product(x, dequantize(values, scale, how, x.dtype, inputs=axes), axes)
+    # In half precision, int8 is exact and its product with a scale is not: of that of x, there are
+    # fewer.
+    y = _product(x, unpacked(values, how, axes).astype(x.dtype), axes)
+    return y * scale[0].astype(x.dtype)

@@ -16,6 +16,7 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import pad
 from promptkd_jax.models.model import Model
+from promptkd_jax.models.quantization import QUANTIZE, quantize_params
 
 PREFIX = "synthetic:"
 END = "<end>"
@@ -37,6 +38,7 @@ def synthetic_model(
     dtype: str = "float32",
     param_dtype: str = "float32",
     remat: str = "none",
+    quantize: str = "none",
     mesh: Mesh | None = None,
 ) -> Model:
     """Returns a randomly initialized Llama with the tokenizer of the `synthetic:` data.
@@ -44,7 +46,7 @@ def synthetic_model(
     Args:
       name: "synthetic:llama-D64-L4" for width 64 and 4 layers, "synthetic:llama-D64-L4-S1" for
         another seed than 0.
-      dtype, param_dtype, remat, mesh: as `load_model` takes them.
+      dtype, param_dtype, remat, quantize, mesh: as `load_model` takes them.
 
     Raises:
       ModelError: no such name, or a width that is not a multiple of 32.
@@ -54,13 +56,17 @@ def synthetic_model(
     config = config.replace(dtype=dtype, param_dtype=param_dtype, remat=remat)
     on_mesh = config.replace(tensor_parts=1 if mesh is None else mesh.shape["tensor"])
 
+    how = QUANTIZE[quantize]
+
     def init():
         tokens = jnp.zeros((1, 2), jnp.int32)  # the same numbers on every mesh
-        return pad(Decoder(config).init(jax.random.key(seed), tokens)["params"], on_mesh)
+        params = pad(Decoder(config).init(jax.random.key(seed), tokens)["params"], on_mesh)
+        return quantize_params(params, how) if how else params
 
     placed = None if mesh is None else sharding.shardings(jax.eval_shape(init), mesh)
     params = jax.jit(init, out_shardings=placed)()
-    return Model(name, Decoder(on_mesh), params, hf_config, synthetic_tokenizer(), (0,))
+    decoder = Decoder(on_mesh.replace(quantization=how))
+    return Model(name, decoder, params, hf_config, synthetic_tokenizer(), (0,))
 
 
 def synthetic_config(name: str) -> tuple[dict[str, Any], int]:

@@ -32,6 +32,7 @@ from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.params import PIECE_BYTES, all_finite, stored_names
 from promptkd_jax.models.lora import A, B, merged
 from promptkd_jax.models.model import Model
+from promptkd_jax.models.quantization import axes_of, dequantize, is_quantized, scale_path
 
 SHARD_BYTES = 5 * 10**9
 STORED_IN = ("bfloat16", "float16", "float32")  # what readers of a folder know
@@ -82,11 +83,25 @@ def _rows_by_tensor(config: DecoderConfig) -> Iterator[tuple[list[str], list[Ten
 def _values(flat: Mapping[str, Any], path: str, stack: tuple[int, ...], config: DecoderConfig):
     """Yields a parameter as `_on_host` does, the change of an adapter merged into it."""
     a, b = (path.removesuffix("kernel") + name for name in (A, B))
+    kernels = _plain(flat, path, stack, config)
     if a not in flat:
+        yield from kernels
+        return
+    changes = (_on_host(flat[x], stack) for x in (a, b))
+    for kernel, *change in zip(kernels, *changes, strict=True):
+        yield merged(kernel, *change, config.lora.scale)
+
+
+def _plain(flat: Mapping[str, Any], path: str, stack: tuple[int, ...], config: DecoderConfig):
+    """Yields a parameter as `_on_host` does, a quantised kernel in the dtype of parameters."""
+    how = config.quantization
+    if how is None or not is_quantized(path):
         yield from _on_host(flat[path], stack)
         return
-    for kernel, *change in zip(*(_on_host(flat[x], stack) for x in (path, a, b)), strict=True):
-        yield merged(kernel, *change, config.lora.scale)
+    both = (_on_host(flat[x], stack) for x in (path, scale_path(path)))
+    for kernel in zip(*both, strict=True):
+        inputs = axes_of(path)["inputs"]
+        yield np.asarray(dequantize(*kernel, how, config.param_dtype, inputs=inputs))
 
 
 def _on_host(x: Any, stack: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -197,7 +197,8 @@ def _described(
     settings.refuse_others()
     found = from_hugging_face(described, f"{name}: as llama.cpp's {architecture}")
     # How it is trained and run is no part of what a file says.
-    unsaid = ("family", "dropout", "lora", "dtype", "param_dtype", "remat", "tensor_parts")
+    unsaid = ("family", "dropout", "lora", "quantization")
+    unsaid += ("dtype", "param_dtype", "remat", "tensor_parts")
     found = found.replace(**{field: getattr(config, field) for field in unsaid})
     if difference := _difference(config, found):
         raise GGUFError(

@@ -11,18 +11,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from promptkd_jax.infra import distributed
+from promptkd_jax.models.config import Quantization
 from promptkd_jax.models.io.hub import repository_of, resolve_model
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.random_model import PREFIX
 
 
-def teacher_identity(path: str, dtype: str, param_dtype: str) -> dict[str, str]:
-    """Identifies a teacher: by its files, and the dtypes that it is computed in.
+def teacher_identity(
+    path: str, dtype: str, param_dtype: str, quantization: Quantization | None = None
+) -> dict[str, str]:
+    """Identifies a teacher: by its files, the dtypes that it is computed in, and how its kernels
+    are quantised.
 
     A `synthetic:` one has no files, and its name decides every parameter. The files are read by the
     first process of a run, which tells the others.
     """
-    return {"teacher": weights_digest(path), "dtype": f"{dtype}, parameters {param_dtype}"}
+    kept = f"parameters {param_dtype}" + (f", kernels {quantization}" if quantization else "")
+    return {"teacher": weights_digest(path), "dtype": f"{dtype}, {kept}"}
 
 
 def weights_digest(path: str) -> str:
@@ -71,7 +76,8 @@ def quick_digest(path: str) -> str:
 def model_identity(teacher: Model) -> dict[str, str]:
     """`teacher_identity` of a loaded model."""
     config = teacher.decoder.config
-    return teacher_identity(teacher.name, config.dtype, config.param_dtype)
+    how = config.dtype, config.param_dtype, config.quantization
+    return teacher_identity(teacher.name, *how)
 
 
 @functools.lru_cache(maxsize=64)

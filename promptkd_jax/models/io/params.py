@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import einops
@@ -19,11 +19,12 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD, Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.lora import adapter_shapes, join
+from promptkd_jax.models.quantization import axes_of, is_quantized, quantize, scale_path
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -49,23 +50,41 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
 
     Only what the devices of this process hold is read, each element once. Beyond these arrays, host
     memory holds what they have of one stored tensor, for a moment twice, and a few times
-    PIECE_BYTES. All processes must call it.
+    PIECE_BYTES. Where the config has kernels quantised, the devices do it, layer by layer: they
+    hold no more than one plain one. All processes must call it.
 
     Raises:
       ModelError: a tensor is missing, of another shape, of integers, or unknown, or has an element
         that is not finite in the dtype of the parameters.
     """
-    abstract = abstract_params(config)
-    shapes = traverse_util.flatten_dict(abstract, sep="/")
-    placed = traverse_util.flatten_dict(shardings(abstract), sep="/") if shardings else {}
+    plain = config.replace(quantization=None)
+    shapes, placed = _shapes_and_places(plain, shardings)
+    kept, places = _shapes_and_places(config, shardings)
     prefix = _prefix(source, config)
     _check(source, config, prefix)  # all that is wrong is told before the first gigabyte is read
     params = {}
     for row in FAMILIES[config.family].tensors(config):
         read = functools.partial(_read, source, config, row, prefix)
-        params[row.path] = _parameter(read, shapes[row.path], placed.get(row.path), row.stacked)
-    assert params.keys() == shapes.keys(), params.keys() ^ shapes.keys()
+        shape, place = shapes[row.path], placed.get(row.path)
+        if config.quantization and is_quantized(row.path):
+            paths = row.path, scale_path(row.path)
+            both = [(kept[path], places.get(path)) for path in paths]
+            axes = axes_of(row.path)
+            kernel = _quantized(read, shape, place, both, config.quantization, axes)
+            params |= dict(zip(paths, kernel))
+        else:
+            params[row.path] = _parameter(read, shape, place, row.stacked)
+    assert params.keys() == kept.keys(), params.keys() ^ kept.keys()
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _shapes_and_places(
+    config: DecoderConfig, shardings: Any
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, NamedSharding]]:
+    """Both of each parameter, by its path; no places without a mesh."""
+    abstract = abstract_params(config)
+    places = traverse_util.flatten_dict(shardings(abstract), sep="/") if shardings else {}
+    return traverse_util.flatten_dict(abstract, sep="/"), places
 
 
 def has_head_of_its_own(source: TensorSource, config: DecoderConfig) -> bool:
@@ -99,18 +118,57 @@ def _parameter(
         return _place(read, shape.shape, sharding)
     # On the devices at once; the host holds one layer at a time.
     stack = jnp.zeros(shape.shape, shape.dtype, device=sharding)
-    if sharding is not None:
-        # That of a layer: without the axis of layers, which is not cut.
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    for layer, array in enumerate(_layers(read, shape, sharding)):
+        # Blocking, or the host would hold several layers.
+        stack = jax.block_until_ready(_put(stack, array, layer))
+    return stack
+
+
+def _quantized(
+    read: Callable[[Bounds], np.ndarray],
+    shape: jax.ShapeDtypeStruct,
+    sharding: NamedSharding | None,
+    kept: Sequence[tuple[jax.ShapeDtypeStruct, NamedSharding | None]],
+    how: Quantization,
+    axes: Mapping[str, int],
+) -> Sequence[jax.Array]:
+    """The values and scales, of the shapes and in the places of `kept`, of the kernels that `read`
+    gives parts of."""
+    if not axes["stacks"]:
+        kernel = _quantize(_place(read, shape.shape, sharding), how, **axes)
+        return jax.device_put(kernel, tuple(place for _, place in kept))
+    axes = {**axes, "stacks": axes["stacks"] - 1}
+    stacks = tuple(jnp.zeros(x.shape, x.dtype, device=place) for x, place in kept)
+    places = tuple(_of_layer(place) for _, place in kept)
+    for layer, array in enumerate(_layers(read, shape, sharding)):
+        kernel = jax.device_put(_quantize(array, how, **axes), places)
+        stacks = jax.block_until_ready(_put(stacks, kernel, layer))
+    return stacks
+
+
+_quantize = jax.jit(quantize, static_argnames=("how", "inputs", "stacks"))
+
+
+def _layers(
+    read: Callable[[Bounds], np.ndarray],
+    shape: jax.ShapeDtypeStruct,
+    sharding: NamedSharding | None,
+) -> Iterator[jax.Array]:
+    """Yields the layers of a stack one by one."""
 
     def read_layer(layer: int, bounds: Bounds) -> np.ndarray:
         return read(((layer, layer + 1), *bounds))[0]
 
     for layer in range(shape.shape[0]):
         part = functools.partial(read_layer, layer)
-        stack = _put(stack, _place(part, shape.shape[1:], sharding), layer)
-        stack.block_until_ready()  # or the host would hold several layers
-    return stack
+        yield _place(part, shape.shape[1:], _of_layer(sharding))
+
+
+def _of_layer(sharding: NamedSharding | None) -> NamedSharding | None:
+    """The sharding of one layer of a stack, whose axis of layers is not cut."""
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def _bytes_here(shape: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> int:
@@ -137,15 +195,19 @@ def _place(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, array: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, array, layer, 0)
+def _put(stack: Any, array: Any, layer: int) -> Any:
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    return jax.tree.map(put, stack, array)
 
 
 def abstract_params(config: DecoderConfig) -> Any:
     """Shapes and dtypes of the parameters, those of an adapter among them; nothing computed."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
-    return join(shapes, adapter_shapes(shapes, config.lora)) if config.lora else shapes
+    if config.lora is None:
+        return shapes
+    plain = config.replace(lora=None, quantization=None)  # an adapter is beside whole kernels
+    return join(shapes, adapter_shapes(abstract_params(plain), config.lora))
 
 
 def pad(params: Any, config: DecoderConfig) -> Any:
