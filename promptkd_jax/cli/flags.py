@@ -173,10 +173,12 @@ def recorded(model: str, *, weights: bool = True) -> dict[str, Any]:
     return record
 
 
-def load(options: argparse.Namespace, path: str, *, dtype: str | None = None) -> Model:
+def load(
+    options: argparse.Namespace, path: str, *, dtype: str | None = None, quantize: str = "none"
+) -> Model:
     """Loads a model with its tokenizer, computed in `dtype`, or that of --dtype, and with the chat
     template of --chat-template where it is given."""
-    model = load_with_tokenizer(path, dtype=dtype or options.dtype)
+    model = load_with_tokenizer(path, dtype=dtype or options.dtype, quantize=quantize)
     if options.chat_template is not None:
         model.tokenizer.chat_template = read_chat_template(options.chat_template)
     return model

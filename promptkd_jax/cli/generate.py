@@ -16,10 +16,13 @@ from promptkd_jax.data.rows import tokenize
 from promptkd_jax.inference.generate import decode, generate_responses, with_turn_end
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.specs import SEED, Int
+from promptkd_jax.training.fields import QUANTIZED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_asking(parser, temperature=0.0, no_repeat_ngram_size=0)
+    text = "what kernels are kept in (default: none, which is --dtype)"
+    parser.add_argument("--quantize", default="none", choices=QUANTIZED.options, help=text)
     parser.add_argument("--request", help="respond to this prompt and stop")
     count, seed = flags.of(Int(low=1)), flags.of(SEED)
     parser.add_argument("--max-new-tokens", type=count, default=128, help="tokens (default: 128)")
@@ -34,7 +37,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _respond_to_all(options: argparse.Namespace) -> None:
-    load = functools.cache(functools.partial(flags.load, options, options.model))
+    how = dict(quantize=options.quantize)
+    load = functools.cache(functools.partial(flags.load, options, options.model, **how))
     data, why = flags.data_config(options.model, options, load)
     prompt_format, capacity = data.prompt_format("default"), data.max_prompt_length
     model = with_turn_end(load(), prompt_format)

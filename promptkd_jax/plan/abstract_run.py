@@ -23,6 +23,7 @@ from promptkd_jax.models.io.hub import download, hub_id, resolve_model, student_
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.model import Model
+from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
@@ -148,7 +149,7 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
     notes = []
     for role, model in (("teacher", teacher), ("student", student)):
         if model:
-            size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e9
+            size = num_parameters(model.decoder.config) / 1e9
             source = f"shapes from {sources[model.name]}"
             notes.append(f"{role}: {model.name}, {size:.3g} B parameters, {source}")
     rows, source = (rows, "given") if rows else _training_rows(config)
@@ -223,7 +224,10 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
     """The model at a path, of shapes; `sources` is told where these are from."""
     hf_config, sources[path] = stored_config(path)
     config = from_hugging_face(hf_config, f"{path}: config", path).replace(
-        dtype=how.dtype, param_dtype=how.param_dtype, remat=build.remat(how)
+        dtype=how.dtype,
+        param_dtype=how.param_dtype,
+        remat=build.remat(how),
+        quantization=QUANTIZE[how.quantize],
     )
     end = hf_config.get("eos_token_id")
     eos_ids = tuple(end) if isinstance(end, list) else (end or 0,)
@@ -247,6 +251,11 @@ def _with_config(model: Model, config: DecoderConfig) -> Model:
 def _params(config: DecoderConfig) -> Any:
     """Shapes of a decoder's parameters, traced once: a search asks for each micro-batch."""
     return abstract_params(config)
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """How many a decoder has, padding included, in whatever they are kept."""
+    return sum(x.size for x in jax.tree.leaves(_params(config.replace(quantization=None))))
 
 
 def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[str, Any]:

@@ -112,7 +112,9 @@ class Counter:
     @property
     def layer_bytes(self) -> float:
         """Of the matrices of all layers, gathered along `fsdp`."""
-        return matrix_parameters(self.config) * self.itemsize / self.mesh["tensor"]
+        how = self.config.quantization
+        each = how.bytes_per_weight if how else self.itemsize
+        return matrix_parameters(self.config) * each / self.mesh["tensor"]
 
     @property
     def head_bytes(self) -> float:

@@ -87,6 +87,21 @@ def _lora_contradictions(config: RunConfig):
         )
 
 
+def _quantize_contradictions(config: RunConfig):
+    if config.student.quantize != "none" and not config.student.lora.is_used:
+        yield (
+            f"config.student.quantize: {config.student.quantize!r}: rounded kernels are not "
+            "trained, but an adapter beside them is; expected 'none', or config.student.lora.rank "
+            "above 0"
+        )
+    for index, stage in enumerate(config.stages):
+        if stage.teacher_view == "online" and config.teacher.quantize != "none":
+            yield (
+                f"config.stages[{index}].teacher_view: 'online' trains the teacher, and rounded "
+                "kernels are not trained; expected 'none' as config.teacher.quantize"
+            )
+
+
 def _contradictions(config: RunConfig):
     data = config.data
     if data.max_prompt_length >= data.max_length:
@@ -115,6 +130,7 @@ def _contradictions(config: RunConfig):
     if config.student.path and config.student.layers:
         yield "config.student.layers: is for a student without a path of its own; set it to 0"
     yield from _lora_contradictions(config)
+    yield from _quantize_contradictions(config)
     sizes = list(config.mesh.sizes.values())
     if sizes.count(-1) > 1:
         yield "config.mesh: at most one of data, fsdp and tensor may be -1"

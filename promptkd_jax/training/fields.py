@@ -53,6 +53,13 @@ REMAT = Choice(
         "full": "all but the inputs of layers",
     }
 )
+QUANTIZED = Choice(
+    {
+        "none": "param_dtype",
+        "int8": "8 bits, with a scale for each output",
+        "int4": "4.5 bits, which are 4 and a share of the scale of 32 inputs",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,9 @@ class ModelConfig:
         "float32", DTYPE, "what parameters are kept in; the optimizer works in float32"
     )
     remat: str = field("none", REMAT, "what the backward pass computes again instead of keeping it")
+    quantize: str = field(
+        "none", QUANTIZED, "what the kernels of a model that nothing trains are kept in"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from promptkd_jax.infra.files import load_or_compute, to_path
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.io.convert import adapter_folder
 from promptkd_jax.models.model import Model, check_positions, text_end
+from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import build
 from promptkd_jax.training.experiment import Experiment, Stage
@@ -246,10 +247,11 @@ def _with_data(
         seed=config.seed + stage.index,
     )
     method, cached, teacher = stage.method, None, config.teacher
+    kept = teacher.dtype, teacher.param_dtype, QUANTIZE[teacher.quantize]
     if method.teacher_view == "cached":  # by a teacher that need not be loaded
         cached = logprob_cache.open_cache(
             to_path(config.cache.path),
-            teacher=identity.teacher_identity(teacher.path, teacher.dtype, teacher.param_dtype),
+            teacher=identity.teacher_identity(teacher.path, *kept),
             tokenizer=student.tokenizer,
             rows=rows,
             vocab_size=method.vocab_size,

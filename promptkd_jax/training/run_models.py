@@ -158,8 +158,8 @@ def choose_models(
         student = load(path, config.student)
         return teacher, adapt(student) if lora else student
     # The teacher itself, which an adapter leaves as it is, or some of its layers; read again where
-    # the student is kept in another dtype.
-    if config.teacher.param_dtype == config.student.param_dtype:
+    # the student is kept otherwise.
+    if _kept_alike(config):
         how = dict(dtype=config.student.dtype, remat=build.remat(config.student))
         student = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
     else:
@@ -178,8 +178,8 @@ def load_frozen_student(config: RunConfig, mesh: jax.sharding.Mesh) -> Model:
 
 
 def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
-    dtypes = dict(dtype=how.dtype, param_dtype=how.param_dtype)
-    model = load_model(path, **dtypes, remat=build.remat(how), mesh=mesh)
+    kept = dict(dtype=how.dtype, param_dtype=how.param_dtype, quantize=how.quantize)
+    model = load_model(path, **kept, remat=build.remat(how), mesh=mesh)
     if padding := model.decoder.config.padding:
         print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
     return model
@@ -188,8 +188,13 @@ def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
 def shares_teacher(config: RunConfig) -> bool:
     """Whether the student is the teacher with an adapter, both with the same arrays."""
     teacher, student = config.teacher, config.student
-    same = student.path == teacher.path and student.param_dtype == teacher.param_dtype
+    same = student.path == teacher.path and _kept_alike(config)
     return bool(student.path) and same and student.lora.is_used
+
+
+def _kept_alike(config: RunConfig) -> bool:
+    teacher, student = ((x.param_dtype, x.quantize) for x in (config.teacher, config.student))
+    return teacher == student
 
 
 def lora_of(config: RunConfig, student: Model) -> LoRA:
@@ -209,13 +214,15 @@ def lora_of(config: RunConfig, student: Model) -> LoRA:
 
 def _with_adapter(config: RunConfig, student: Model, mesh: jax.sharding.Mesh) -> Model:
     """The student with the adapter that it starts with, on the mesh. Raises as `lora_of`."""
-    lora, own = lora_of(config, student), student.decoder.config.replace(tensor_parts=1)
+    # An adapter is beside whole kernels, in however few bits these are.
+    lora, plain = lora_of(config, student), student.decoder.config.replace(quantization=None)
+    own = plain.replace(tensor_parts=1)
     if path := config.student.lora.path:
         _, adapter = load_lora(adapter_folder(path), own)
     else:
         key = jax.random.fold_in(jax.random.key(config.seed), _ADAPTER)
         adapter = init_adapter(abstract_params(own), lora, key)
-    adapter = padded_to(adapter, adapter_shapes(student.params, lora))
+    adapter = padded_to(adapter, adapter_shapes(abstract_params(plain), lora))
     return add_adapter(student, lora, jax.device_put(adapter, sharding.shardings(adapter, mesh)))
 
 

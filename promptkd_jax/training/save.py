@@ -23,6 +23,7 @@ from promptkd_jax.models.io.peft import (
 from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.load import RECORD, RECORDED, load_without_weights
 from promptkd_jax.models.model import Model
+from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.training import build
 from promptkd_jax.training.experiment import Experiment
 from promptkd_jax.training.fields import RunConfig
@@ -53,8 +54,9 @@ def load_configs(config: RunConfig, workdir: epath.Path) -> tuple[Model | None, 
 
     def load(name: str, path: str) -> Model:
         how = getattr(config, name)
-        dtypes = dict(dtype=how.dtype, param_dtype=how.param_dtype)
-        found = load_without_weights(str(workdir / CONFIGS / name), **dtypes)
+        kept = dict(dtype=how.dtype, param_dtype=how.param_dtype)
+        kept |= dict(quantization=QUANTIZE[how.quantize])
+        found = load_without_weights(str(workdir / CONFIGS / name), **kept)
         asked = config.data.prompt_format(config.preset)
         return with_turn_end(found.replace(name=path), asked)
 
