@@ -39,10 +39,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     # Scales of quantised kernels lie as the outputs do; groups of inputs are not cut.
     (r"project_(in|out)/kernel_scale", P()),
-    (r"layers/attention/(query|key|value)/kernel_scale", P(None, None, "tensor", None)),
+    (r"layers/attention/(query|key|value)/kernel_scale", P(None, None, "tensor")),
     (r"layers/mlp/(up|gate)/kernel_scale", P(None, None, "tensor")),
     (r"layers/(attention/out|mlp/down)/kernel_scale", P(None, None, "fsdp")),
-    (r"layers/experts/(gate|up|gate_up)/kernel_scale", P(None, "tensor", None, None)),
+    (r"layers/experts/(gate|up|gate_up)/kernel_scale", P(None, "tensor")),
     (r"layers/experts/down/kernel_scale", P(None, "tensor", None, "fsdp")),
     (r"layers/(attention|mlp)/(query|key|value|gate|up)/lora_a", P()),
     (r"layers/attention/(query|key|value)/lora_b", P(None, None, "tensor", None)),

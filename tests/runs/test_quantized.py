@@ -1,0 +1,81 @@
+"""A run with a teacher in int8 and an adapter beside a student in int4."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny
+from ml_collections import ConfigDict
+
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.models.io.peft import load_lora
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import add_adapter
+from promptkd_jax.plan import roofline
+from promptkd_jax.plan.abstract_run import abstract_run
+from promptkd_jax.training import run as training
+from promptkd_jax.training.checks import checked
+from promptkd_jax.training.recipes import hidden_term, method_stage
+from promptkd_jax.training.run_models import load_models
+
+
+@pytest.fixture
+def config(tmp_path) -> ConfigDict:
+    """PromptKD on tokens and hidden states."""
+    config = tiny.short_config(tmp_path / "models")
+    config.teacher.quantize, config.student.quantize = "int8", "int4"
+    config.student.lora.update(rank=2, alpha=4.0)
+    term = hidden_term("relation")
+    how = dict(steps=2, batch_size=4, learning_rate=1e-2, hidden_terms=(term,))
+    config.stages = (method_stage("promptkd", **how),)
+    config.teacher.remat = config.student.remat = "none"
+    config.evaluation.update(every=0, teacher=False)
+    return config
+
+
+def test_a_run_trains_the_adapter_of_a_quantised_student(config, tmp_path):
+    run, workdir = checked(config), tmp_path / "run"
+    training.run(run, workdir)
+    base = load_model(config.student.path, quantize="int4")
+    lora, adapter = load_lora(workdir / "adapter", base.decoder.config)
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    student, written = add_adapter(base, lora, adapter), load_model(str(workdir))
+    found, expected, before = (
+        np.asarray(x.decoder.hidden_states(x.params, tokens)) for x in (student, written, base)
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert np.abs(found - before).max() > 1e-2
+
+
+def test_a_plan_counts_the_bytes_of_quantised_models(config):
+    run, mesh = checked(config), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        teacher, student = load_models(run, mesh)
+    planned = abstract_run(run)
+    kept = roofline.kept_bytes(planned)
+    assert kept["teacher"] == sum(x.nbytes for x in jax.tree.leaves(teacher.params))
+    assert kept["student"] == sum(x.nbytes for x in jax.tree.leaves(student.params))
+    config.teacher.quantize = config.student.quantize = "none"
+    plain = abstract_run(checked(config))
+    assert kept["teacher"] < roofline.kept_bytes(plain)["teacher"]
+    assert planned.notes[:2] == plain.notes[:2]  # numbers of parameters
+
+
+def test_layers_of_a_quantised_teacher_are_read_plain(config):
+    config.student.update(path="", layers=2, quantize="none")
+    config.student.lora.rank = 0
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh):
+        teacher, student = load_models(checked(config), mesh)
+    dtypes = [x.params["layers"]["mlp"]["up"]["kernel"].dtype for x in (teacher, student)]
+    assert dtypes == [np.int8, np.float32]
+
+
+def test_what_is_trained_is_not_quantised(config):
+    config.student.lora.rank = 0
+    with pytest.raises(ConfigError, match=r"student.quantize: 'int4': .*lora.rank above 0"):
+        checked(config)
+    config.student.quantize, config.stages[0].teacher_view = "none", "online"
+    config.stages[0].hidden_terms = ()
+    with pytest.raises(ConfigError, match=r"stages\[0\].teacher_view: 'online' .*quantize"):
+        checked(config)
