@@ -111,10 +111,16 @@ class Counter:
 
     @property
     def layer_bytes(self) -> float:
-        """Of the matrices of all layers, gathered along `fsdp`."""
+        """Of the matrices of all layers, gathered along `fsdp`, as they are read."""
         how = self.config.quantization
         each = how.bytes_per_weight if how else self.itemsize
         return matrix_parameters(self.config) * each / self.mesh["tensor"]
+
+    @property
+    def one_layer_bytes(self) -> float:
+        """Of the matrices of one layer, gathered, in the dtype of computation."""
+        whole = matrix_parameters(self.config) * self.itemsize / self.mesh["tensor"]
+        return whole / self.config.num_layers
 
     @property
     def head_bytes(self) -> float:

@@ -66,8 +66,13 @@ def changes(config: RunConfig) -> Iterator[Change]:
         new = {f"{name}.{x}": to for x, to in half.items() if getattr(model, x) != to}
         if new:
             yield Change(f"the {name} in bfloat16", new)
+    trained = any(stage.teacher_view == "online" for stage in config.stages)
+    if config.teacher.quantize == "none" and not trained:
+        yield Change("the teacher's kernels in int8", {"teacher.quantize": "int8"})
     if not config.student.lora.is_used:
         yield Change("a LoRA student", {"student.lora.rank": 16})
+    if config.student.quantize == "none":
+        yield Change("the student's frozen kernels in int8", {"student.quantize": "int8"})
 
 
 def changed(config: RunConfig, settings: Settings) -> RunConfig:

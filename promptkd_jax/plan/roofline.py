@@ -196,7 +196,7 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     before = 0.0  # what the teacher's update keeps, before that of the student
     if method.prompted or method.teacher_view == "online":
         before = _saved(teacher, step.rows, step.before + step.columns, platform)
-    gathered = max(2 * model.layer_bytes / model.config.num_layers for model in models)
+    gathered = max(2 * model.one_layer_bytes for model in models)
     # The student's head has a gradient, from the logits and from the embedding.
     heads = 2 * student.head_bytes if student.config.lora is None else 0.0
     if tpu or fsdp:

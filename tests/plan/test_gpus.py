@@ -68,6 +68,12 @@ CASES = {
     "dots": {"teacher.remat": "dots", "student.remat": "dots"},
     "two micro-batches": {"stages[0].gradient_accumulation_steps": 2},
     "lora": {"student.lora.rank": 8, "student.remat": "dots"},
+    "int8, and int4 below an adapter": {
+        "teacher.quantize": "int8",
+        "student.quantize": "int4",
+        "student.lora.rank": 8,
+        "student.remat": "dots",
+    },
 }
 
 
