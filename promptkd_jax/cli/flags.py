@@ -5,6 +5,7 @@ the flag.
 """
 
 import argparse
+import ast
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,10 @@ def _named_values(field: str) -> Callable[[str], dict[str, Any]]:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+            try:  # as a config says it
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
         if fault := "JSON of " + str(spec) if not isinstance(value, dict) else spec.fault(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {fault}")
         return value

@@ -59,6 +59,13 @@ class Fields:
         name = given[0] if given else names[0]
         return name, self._given.get(name)
 
+    def required(self, name: str) -> Any:
+        """Returns the value of a field. Raises DataError where it is not there, or null."""
+        _, value = self.pick(name)
+        if value is None:
+            raise DataError(self.missing((name,)) or f"field {name!r} is null; say what is asked")
+        return value
+
     def text(self, *names: str) -> str:
         """Returns the text of the one of these fields that is given, "" where none is or it is
         blank.
@@ -159,9 +166,7 @@ def _prompt_completion(fields: Fields) -> Record:
 
 
 def _single_turn(fields: Fields, asked: str, answers: tuple[str, ...]) -> Record:
-    _, instruction = fields.pick(asked)
-    if instruction is None:
-        raise DataError(fields.missing((asked,)) or f"field {asked!r} is null; say what is asked")
+    instruction = fields.required(asked)
     if not as_text(instruction, asked).strip():
         raise DataError(f"field {asked!r} is empty; say what is asked")
     context = fields.text("input", "context")
@@ -174,12 +179,12 @@ def _single_turn(fields: Fields, asked: str, answers: tuple[str, ...]) -> Record
 
 
 def _messages(fields: Fields) -> Record:
-    turns = _turns(fields.pick("messages")[1], "messages")
+    turns = _turns(fields.required("messages"), "messages")
     return _conversation(turns, fields.references("references"))
 
 
 def _sharegpt(fields: Fields) -> Record:
-    return _conversation(_turns(fields.pick("conversations")[1], "conversations"), ())
+    return _conversation(_turns(fields.required("conversations"), "conversations"), ())
 
 
 def _conversation(turns: tuple[Message, ...], references: tuple[str, ...]) -> Record:
@@ -225,6 +230,11 @@ def _turn(turn: Any, name: str) -> Message:
         known = ", ".join(dict.fromkeys(_ROLES))
         raise DataError(f"field '{name}' has the role {said!r}; there are {known}")
     key = "value" if "value" in rest and "content" not in rest else "content"
+    if role == "user" and turn.get(key) is None:
+        found = ", ".join(map(repr, turn))
+        raise DataError(
+            f"field '{name}.{key}' is missing or null (has: {found}); say what is asked"
+        )
     content = _content(rest.pop(key, ""), f"{name}.{key}")
     if said == "function_call":  # LLaMA-Factory's, whose content it is
         rest["tool_calls"], content = _from_json(content, f"{name}.{key}"), ""

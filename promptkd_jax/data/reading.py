@@ -75,7 +75,7 @@ class RecordStream:
                 seen |= self._columns.values() & fields.keys()
                 named, shadowed = _renamed(fields, self._columns)
                 if self.format == "auto":
-                    self.format = recognize(named)
+                    self.format = self._recognized(named, fields)
                 record, unused = to_record(named, self.format, need_output=self._need != "nothing")
             except DataError as error:
                 faults.add(where, str(error))
@@ -94,6 +94,17 @@ class RecordStream:
             raise DataError(f"{self.source}: {found}; expected at least one like {example}")
         if not self._quiet:
             self._say(seen)
+
+    def _recognized(self, named: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+        """`recognize`, which names columns that are not there, too."""
+        try:
+            return recognize(named)
+        except DataError as error:
+            absent = [repr(name) for name in self._columns.values() if name and name not in fields]
+            if not absent:
+                raise
+            said = f"{error}; data.columns names {', '.join(absent)}, which is none of the fields"
+            raise DataError(said) from None
 
     @property
     def how(self) -> dict[str, Any]:

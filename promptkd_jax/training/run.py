@@ -65,9 +65,7 @@ def run(
         return _run(config, workdir, choose_remat)
 
 
-def _run(
-    config: RunConfig, workdir: epath.Path, choose_remat: Callable | None
-) -> dict[str, Any]:
+def _run(config: RunConfig, workdir: epath.Path, choose_remat: Callable | None) -> dict[str, Any]:
     if distributed.run_on_primary(lambda: is_finished(workdir)):
         print(f"{workdir} is finished, nothing to do: see {workdir / 'report.html'}")
         return distributed.run_on_primary(lambda: json.loads(read_text(workdir / "summary.json")))

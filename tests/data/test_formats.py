@@ -165,6 +165,12 @@ def test_a_field_is_left_out_where_data_columns_says_so(tmp_path):
     assert record == example("hi", "", ("x",))
 
 
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    columns = {"prompt": "querry", "completion": "reply"}
+    fault = fault_of(tmp_path, {"query": "a", "reply": "b"}, columns=columns)
+    assert "data.columns names 'querry', which is none of the fields" in fault
+
+
 def test_columns_name_the_fields_of_a_format(tmp_path, capfd):
     fields = {"query": "hi", "gold": "yes", "persona": "be brief", "prompt": "hi!"}
     how = dict(columns=(("prompt", "query"), ("completion", "gold"), ("system", "persona")))
@@ -191,6 +197,10 @@ def test_columns_name_the_fields_of_a_format(tmp_path, capfd):
         ({"messages": []}, ["'messages' is list [], expected a list of turns"]),
         ({"messages": "hi"}, ["'messages' is text, and no JSON"]),
         ({"messages": ["hi"]}, ["'messages[0]' is str 'hi'", "role, content"]),
+        (
+            {"messages": [{"role": "user", "contents": "a"}]},
+            ["'messages[0].content' is missing or null (has: 'role', 'contents')"],
+        ),
         ({"messages": [{"role": "judge", "content": "a"}]}, ["'messages[0]'", "'judge'", "system"]),
         ({"messages": [user(" "), assistant("a")]}, ["'messages[0].content' is empty"]),
         ({"messages": [user("a"), assistant(3)]}, ["'messages[1].content' is int 3"]),
