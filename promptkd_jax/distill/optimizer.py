@@ -1,5 +1,5 @@
-"""The published learning-rate schedules; AdamW with clipping and a decay mask, whose corrections of
-bias are exact and which is right for parameters in half precision too; the sum of gradients over
+"""The published learning-rate schedules; AdamW and optimizers of less memory, with clipping and a
+decay mask, which are right for parameters in half precision too; the sum of gradients over
 micro-batches.
 """
 
@@ -12,7 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from promptkd_jax.distill.preconditioners import (
+    scale_by_adafactor,
+    scale_by_adam,
+    scale_by_adam_8bit,
+    scale_by_muon,
+)
+
 SCHEDULES = ("constant", "cosine", "noam")
+OPTIMIZERS = {  # and the state that each of them keeps
+    "adamw": "8 bytes a parameter",
+    "adamw_8bit": "AdamW, its moments in 8 bits, 2 bytes",
+    "adafactor": "a factored second moment and no first, next to none",
+    "muon": "orthogonalized momentum for the matrices of the layers, 4 bytes, their updates as large "
+    "as AdamW's; AdamW for the rest",
+}
 
 
 def schedule(
@@ -64,6 +78,33 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Clips the global norm to `max_grad_norm`, then AdamW (0.9, b2, 1e-8), decoupled decay.
 
+    The arguments are those of `make_optimizer`.
+    """
+    return make_optimizer(
+        "adamw",
+        learning_rate,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        decay_mask=decay_mask,
+        b2=b2,
+        seed=seed,
+    )
+
+
+def make_optimizer(
+    name: str,
+    learning_rate: optax.Schedule,
+    *,
+    weight_decay: float,
+    max_grad_norm: float,
+    decay_mask: Any = None,
+    b2: float = 0.999,
+    seed: int = 0,
+    unpadded: Any = None,
+) -> optax.GradientTransformation:
+    """One of `OPTIMIZERS`. All clip the global norm of gradients to `max_grad_norm` first, and
+    decay parameters, decoupled, by the learning rate.
+
     Of parameters in half precision the gradients are read, the moments kept and the updates made in
     float32, and the new parameters are rounded stochastically: an update that is smaller than the
     distance to the next number takes place with the probability that makes it right on average.
@@ -71,46 +112,27 @@ def adamw(
     Args:
       learning_rate: a function of the number of updates made; see `schedule`.
       decay_mask: tree of bools as the parameters, True where they decay; None: all of them.
+      b2: decay rate of Adam's second moment.
       seed: of the stochastic rounding.
+      unpadded: tree of arrays or shapes as the parameters, without the zeros that a mesh ends them
+        with; None: they have none. AdamW does not need it.
     """
+    preconditioners = {
+        "adamw": lambda: scale_by_adam(0.9, b2),
+        "adamw_8bit": lambda: scale_by_adam_8bit(0.9, b2, unpadded),
+        "adafactor": lambda: scale_by_adafactor(unpadded),
+        "muon": lambda: scale_by_muon(b2, unpadded),
+    }
     # The order matters: gradients are clipped before Adam sees them, and the decay is multiplied by
     # the learning rate but not divided by the second moment (decoupled, arXiv 1711.05101).
     return optax.chain(
         optax.stateless(lambda gradients, _: optax.tree.cast(gradients, jnp.float32)),
         optax.clip_by_global_norm(max_grad_norm),
-        scale_by_adam(0.9, b2),
+        preconditioners[name](),
         optax.add_decayed_weights(np.float32(weight_decay), decay_mask),  # times a float32
         optax.scale_by_learning_rate(learning_rate),
         round_stochastically(seed),
     )
-
-
-def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), its moments in float32.
-
-    `optax.scale_by_adam` takes 1 - b ** t from a b that float32 has rounded: for b = 0.999 and
-    t = 1 it is off by 1.3e-5. Here log(b) is exact to float64, and expm1 loses nothing near 0.
-    """
-
-    def init(params):
-        # Two trees of zeros: one array cannot be donated twice.
-        moments = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *moments)
-
-    def update(gradients, state, params=None):
-        count = optax.safe_increment(state.count)
-        first = optax.tree.update_moment(gradients, state.mu, b1, 1)
-        second = optax.tree.update_moment(gradients, state.nu, b2, 2)
-        # Bias corrections 1 - b^t by expm1: for b2 = 0.999 and t = 1 the difference of floats loses
-        # 3 of 7 digits.
-        logs = (math.log(b) if b else -math.inf for b in (b1, b2))
-        share1, share2 = (-jnp.expm1(count * log) for log in logs)
-        direction = jax.tree.map(
-            lambda m, v: (m / share1) / (jnp.sqrt(v / share2) + eps), first, second
-        )
-        return direction, optax.ScaleByAdamState(count, first, second)
-
-    return optax.GradientTransformation(init, update)
 
 
 class RoundingState(NamedTuple):

@@ -26,7 +26,8 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that the rows of a batch are dealt out to
 
 # (regular expression on a parameter's path, spec); the first match counts. Layers are stacked along
-# a leading axis. Optimizer moments have the paths of their parameters.
+# a leading axis. Optimizer moments have the paths of their parameters, with a name more where they
+# are quantized (codes, scales) or factored (rows, columns).
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding|lm_head", P("tensor", "fsdp")),
     (r"positions/embedding", P(None, "fsdp")),
@@ -57,6 +58,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*(norm/(scale|bias)|(out|down)/bias)", P()),
     (r"(soft_prompt|projection|replay)(/.*)?", P()),
     (r"pending(/.*)?", P(ROWS)),
+    (r".*/(rows|columns)", P()),
 )
 # Of grouped heads there may be fewer than devices along `tensor`: then each of these has all.
 FEW_HEADS = r"layers/attention/(key|value)/(kernel|kernel_scale|bias|lora_b)"
@@ -151,10 +153,12 @@ def _fitting_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec
     """The spec of an array of this shape on this mesh."""
     if not shape:
         return P()
+    # Codes lie as the array that they stand for, scales of their blocks where these divide.
+    name, _, part = re.fullmatch(r"(.*?)(/(codes|scales))?", name).groups()
     kept = []
     for size, axis in zip(shape, spec(name)):
         parts = math.prod(mesh.shape[one] for one in _names(axis))
-        if size < parts and _matches(FEW_HEADS, name):
+        if (size < parts and _matches(FEW_HEADS, name)) or (part == "scales" and size % parts):
             axis, parts = None, 1
         if size % parts:
             raise ConfigError(

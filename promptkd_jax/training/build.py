@@ -12,7 +12,7 @@ from promptkd_jax.distill.state import Optimizers
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.model import Model, end_ids
-from promptkd_jax.training.experiment import Stage
+from promptkd_jax.training.experiment import Stage, unpadded_shapes
 from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 
 
@@ -122,30 +122,32 @@ def make_stage(
 def _optimizers(
     config: RunConfig, stage: StageConfig, method: Method, teacher: Model | None, student: Model
 ) -> Optimizers:
-    """AdamW for each group of parameters, each with its own clip and schedule."""
+    """The stage's optimizer for the models, AdamW for the few other parameters; each group has its
+    own clip and schedule."""
     steps, conventions = method.total_steps, method.conventions
     # Of the student; soft prompt and teacher have one update a step.
     updates = steps * method.updates_per_step
     family = FAMILIES[student.decoder.config.family]
     decay_norms = conventions.decay_norms and family.decays_norms
 
-    def adamw(peak, updates, model=None):
-        mask = model and optimizer.decay_mask(model.trained, decay_norms=decay_norms)
-        return optimizer.adamw(
+    def make(peak, updates, model=None):
+        return optimizer.make_optimizer(
+            stage.optimizer if model else "adamw",
             learning_rate(stage, peak, updates, conventions),
             weight_decay=stage.weight_decay,
             max_grad_norm=stage.max_grad_norm,
             b2=stage.adam_beta2,
-            decay_mask=mask,
+            decay_mask=model and optimizer.decay_mask(model.trained, decay_norms=decay_norms),
             seed=config.seed,
+            unpadded=model and unpadded_shapes(model),
         )
 
     teacher_rate = stage.teacher_learning_rate or stage.learning_rate
     return Optimizers(
-        student=adamw(stage.learning_rate, updates, student),
-        soft_prompt=adamw(stage.prompt_learning_rate or stage.learning_rate, steps),
-        teacher=teacher and adamw(teacher_rate, steps, teacher),
-        projection=adamw(stage.learning_rate, updates),
+        student=make(stage.learning_rate, updates, student),
+        soft_prompt=make(stage.prompt_learning_rate or stage.learning_rate, steps),
+        teacher=teacher and make(teacher_rate, steps, teacher),
+        projection=make(stage.learning_rate, updates),
     )
 
 

@@ -152,6 +152,12 @@ def _contradictions(config: RunConfig):
             "one_step_off_policy; the rows written ahead have one place in a checkpoint, expected "
             "one batch_size"
         )
+    kinds = dict.fromkeys(stage.optimizer for stage in config.stages)
+    if len(kinds) > 1:
+        yield (
+            f"config.stages: optimizer is {' and '.join(map(repr, kinds))}; a checkpoint has one "
+            "structure in all stages, expected one optimizer"
+        )
     if data.dev == "teacher" and config.evaluation.references == "gold":
         yield (
             "config.evaluation.references: 'gold', and prompts that the teacher writes have no "

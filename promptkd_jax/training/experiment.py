@@ -131,10 +131,10 @@ class Experiment:
         params = dict(self._params())
         for name, model in (("student", self.student), ("teacher", self.teacher)):
             if name in params:
-                own = abstract_params(model.decoder.config.replace(tensor_parts=1))
-                own = model.replace(params=own).trained
                 params[name] = jax.tree.map(
-                    lambda x, here: jax.ShapeDtypeStruct(x.shape, here.dtype), own, params[name]
+                    lambda x, here: jax.ShapeDtypeStruct(x.shape, here.dtype),
+                    unpadded_shapes(model),
+                    params[name],
                 )
         return self._shapes(params)
 
@@ -168,6 +168,14 @@ class Experiment:
             replay=replay,
             pending=pending,
         )
+
+
+def unpadded_shapes(model: Model) -> Any:
+    """Shapes of the parameters that a model trains, on one device: the same for every mesh."""
+    config = model.decoder.config
+    if config.tensor_parts > 1:
+        model = model.replace(params=abstract_params(config.replace(tensor_parts=1)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.trained)
 
 
 def sharded_shapes(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:

@@ -267,6 +267,11 @@ class StageConfig(Execution, Objective):
     epochs: float = field(0.0, Float(low=0.0), "passes over the training rows; 0: see `steps`")
     replay: ReplayConfig = group(ReplayConfig, "DistiLLM's buffer and schedule")
     batch_size: int = field(8, Int(low=1), "rows of a step, over all devices and micro-batches")
+    optimizer: str = field(
+        "adamw",
+        Choice(optimizer.OPTIMIZERS),
+        "of the student and an online teacher; soft prompt and projections have AdamW",
+    )
     learning_rate: float = field(5e-5, Float(low=0.0, open_low=True), "peak rate of the student")
     prompt_learning_rate: float = field(
         0.0, Float(low=0.0), "of the soft prompt; 0: that of the student"
@@ -283,7 +288,7 @@ class StageConfig(Execution, Objective):
     max_grad_norm: float = field(
         1.0, Float(low=0.0, open_low=True), "norm that gradients are clipped to"
     )
-    adam_beta2: float = field(0.999, Float(low=0.0, high=0.999999), "of AdamW")
+    adam_beta2: float = field(0.999, Float(low=0.0, high=0.999999), "of Adam's second moment")
     sampling: Sampling = group(Sampling, "how rollouts are sampled")
 
     @property

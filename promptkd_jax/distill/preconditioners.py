@@ -1,0 +1,392 @@
+"""Preconditioners: what becomes of a gradient before rate, decay and rounding.
+
+State, in bytes a parameter: `scale_by_adam` 8, `scale_by_adam_8bit` 2 and a few hundredths,
+`scale_by_muon` 4 (and 8 outside of the layers), `scale_by_adafactor` the square root of it, so to
+say: next to none.
+
+Layers are stacked, and of a kernel `[L, D, N, H]` every layer is the matrix `[D, N H]` that it
+computes: see `matrices`. A mesh may end parameters with zeros (see `DecoderConfig.padded`), whose
+gradients are 0. The argument `unpadded` of these functions has the shapes without: means over a
+matrix are then those of one device, and a checkpoint of one mesh goes on on another. The state of
+what is padding is 0.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from promptkd_jax.models.lora import MODULES, B
+
+# Adam
+
+
+def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam's direction (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), its moments in float32.
+
+    `optax.scale_by_adam` takes 1 - b ** t from a b that float32 has rounded: for b = 0.999 and
+    t = 1 it is off by 1.3e-5. Here log(b) is exact to float64, and expm1 loses nothing near 0.
+    """
+
+    def init(params):
+        # Two trees of zeros: one array cannot be donated twice.
+        moments = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *moments)
+
+    def update(gradients, state, params=None):
+        count = optax.safe_increment(state.count)
+        first = optax.tree.update_moment(gradients, state.mu, b1, 1)
+        second = optax.tree.update_moment(gradients, state.nu, b2, 2)
+        direction = _adam_direction(count, b1, b2, eps)
+        return jax.tree.map(direction, first, second), optax.ScaleByAdamState(count, first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adam_direction(count: jax.Array, b1: float, b2: float, eps: float) -> Callable:
+    # Bias corrections 1 - b^t by expm1: for b2 = 0.999 and t = 1 the difference of floats loses
+    # 3 of 7 digits.
+    logs = (math.log(b) if b else -math.inf for b in (b1, b2))
+    share1, share2 = (-jnp.expm1(count * log) for log in logs)
+    return lambda m, v: (m / share1) / (jnp.sqrt(v / share2) + eps)
+
+
+# Adam, its moments in 8 bits
+
+BLOCK = 256  # neighbours along the last axis that share a scale, as in bitsandbytes
+MIN_SIZE = 4096  # parameters of fewer entries keep their moments in float32, as there
+
+
+class Quantized(NamedTuple):
+    """An array in 8 bits: `codes` of its shape, int8 or (not negative) uint8, and float32 `scales`
+    `[…, ceil(last axis / BLOCK)]`, the largest absolute value of each block."""
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+def scale_by_adam_8bit(
+    b1: float, b2: float, unpadded: Any = None, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Adam's direction, both moments in 8 bits between updates (Dettmers et al. 2022, arXiv
+    2110.02861), those of small parameters in float32; the arithmetic is float32.
+
+    A block's codes are logarithmic: each is 1.09 times the one before, over 16 octaves of the first
+    moment and 32 of the second. An update moves the second moment by a thousandth, so that codes
+    rounded to nearest would stand still. `_threshold` makes rounding right on average.
+
+    Args:
+      unpadded: tree of arrays or shapes like the parameters, without the zeros of a mesh.
+    """
+
+    def init(params):
+        def zeros(dtype):
+            def of_leaf(x, seen):
+                if seen.size < MIN_SIZE:
+                    return jnp.zeros(x.shape, jnp.float32)
+                blocks = -(-x.shape[-1] // BLOCK)
+                scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
+                return Quantized(jnp.zeros(x.shape, dtype), scales)
+
+            return jax.tree.map(of_leaf, params, matrices(params, unpadded))
+
+        moments = zeros(jnp.int8), zeros(jnp.uint8)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *moments)
+
+    def update(gradients, state, params=None):
+        count = optax.safe_increment(state.count)
+        direction, threshold = _adam_direction(count, b1, b2, eps), _threshold(count)
+
+        def in_float32(gradient, first, second):
+            first = optax.tree.update_moment(gradient, first, b1, 1)
+            second = optax.tree.update_moment(gradient, second, b2, 2)
+            return direction(first, second), first, second
+
+        def in_8_bits(gradient, first, second):
+            moments = dequantize(first), dequantize(second)
+            update, *moments = in_float32(gradient, *moments)
+            codes = (jnp.int8, jnp.uint8)
+            return update, *(quantize(x, code, threshold) for x, code in zip(moments, codes))
+
+        def of_leaf(gradient, seen, first, second):
+            if not isinstance(first, Quantized):
+                return in_float32(gradient, first, second)
+            # Layer by layer: beside 8 bits of all of them there is float32 of one.
+            one_by_one = in_8_bits if not seen.stack else lambda *x: _map(in_8_bits, *x)
+            return one_by_one(gradient, first, second)
+
+        seen = matrices(gradients, unpadded)
+        updates, *moments = _unzip(
+            jax.tree.map(of_leaf, gradients, seen, state.mu, state.nu), gradients
+        )
+        return updates, optax.ScaleByAdamState(count, *moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def quantize(x: jax.Array, dtype: Any, threshold: jax.Array | float = 0.5) -> Quantized:
+    """An array `[…, n]` in 8 bits. Code 0 is 0, and code c of K = 127 (int8, which has a sign) or
+    255 (uint8) is 2^(R (c - K) / (K - 1)) of the largest of its block, with R = 16 or 32.
+
+    A value between two codes becomes the upper one if it lies further than `threshold` (0 to 1) of
+    the way to it. Of uint8, only 0 becomes 0: a second moment that vanishes beside a large one of
+    its block would else make its parameter's next update as large as its gradient / 1e-8.
+    """
+    blocks = _blocks(x)
+    scales = jnp.max(jnp.abs(blocks), axis=-1)
+    ratio = jnp.abs(blocks) / jnp.where(scales > 0, scales, 1.0)[..., None]
+    top, octaves = _code(dtype)
+    place = top + jnp.log2(ratio) * ((top - 1) / octaves)  # -inf of 0
+    below = jnp.clip(jnp.floor(place), 0, top - 1)
+    low, high = _magnitude(below, dtype), _magnitude(below + 1, dtype)
+    codes = below + (ratio - low > threshold * (high - low))
+    if dtype == jnp.uint8:
+        codes = jnp.where(ratio > 0, jnp.maximum(codes, 1), 0)
+    else:
+        codes = codes * jnp.sign(blocks)
+    codes = codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return Quantized(codes.astype(dtype), scales)
+
+
+def dequantize(x: Quantized) -> jax.Array:
+    """The array in float32."""
+    codes = _blocks(x.codes.astype(jnp.float32))
+    values = jnp.sign(codes) * _magnitude(jnp.abs(codes), x.codes.dtype) * x.scales[..., None]
+    return values.reshape(*x.codes.shape[:-1], -1)[..., : x.codes.shape[-1]]
+
+
+def _code(dtype: Any) -> tuple[int, int]:
+    """The largest code, and octaves between code 1 and that one."""
+    return (255, 32) if dtype == jnp.uint8 else (127, 16)
+
+
+def _magnitude(code: jax.Array, dtype: Any) -> jax.Array:
+    top, octaves = _code(dtype)
+    return jnp.where(code > 0, jnp.exp2((code - top) * (octaves / (top - 1))), 0.0)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """`[…, n]` as `[…, ceil(n / BLOCK), BLOCK]`, or one shorter block; ends with zeros."""
+    size = x.shape[-1]
+    block = min(size, BLOCK)
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, -size % block)]
+    return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, block)
+
+
+def _threshold(count: jax.Array) -> jax.Array:
+    """The fraction of count times the golden ratio: values that fill [0, 1) evenly, so that over
+    many updates a share p of them is below p. Being one number for all parameters, it is the same
+    on any mesh, and for any padding."""
+    fraction = count.astype(jnp.uint32) * jnp.uint32(2654435769)  # 2^32 / 1.618…; wraps around
+    return (fraction >> 8).astype(jnp.float32) / 2**24
+
+
+# Adafactor
+
+
+class Factors(NamedTuple):
+    """Means of squared gradients along the outputs, `rows` `[*stack, in]`, and along the inputs,
+    `columns` `[*stack, out]`, of stacked matrices."""
+
+    rows: jax.Array
+    columns: jax.Array
+
+
+class AdafactorState(NamedTuple):
+    """Updates made, and second moments: of matrices `Factors`, of vectors all."""
+
+    count: jax.Array
+    nu: Any
+
+
+def scale_by_adafactor(
+    unpadded: Any = None, *, clipping_threshold: float = 1.0, eps: float = 1e-30
+) -> optax.GradientTransformation:
+    """Gradients over the root of a factored second moment, clipped (Shazeer & Stern 2018, arXiv
+    1804.04235, algorithms 4 and 5): u = g / sqrt(rows columns / mean(rows)), u / max(1, rms(u)).
+
+    There is no momentum, and the rate is absolute, not relative to a parameter's size. Decay rate
+    is 1 - t^-0.8. `optax.scale_by_factored_rms` takes for a matrix the two largest axes of an
+    array, layers and heads among them.
+
+    Args:
+      unpadded: tree of arrays or shapes like the parameters, without the zeros of a mesh.
+      clipping_threshold: the largest root mean square of a matrix's, or vector's, update.
+    """
+
+    def init(params):
+        def of_leaf(x, seen):
+            if seen.is_vector:
+                return jnp.zeros(x.shape, jnp.float32)
+            return Factors(*(jnp.zeros((*seen.stack, n), jnp.float32) for n in seen.shape))
+
+        nu = jax.tree.map(of_leaf, params, matrices(params, unpadded))
+        return AdafactorState(jnp.zeros((), jnp.int32), nu)
+
+    def update(gradients, state, params=None):
+        count = optax.safe_increment(state.count)
+        b2 = 1 - count.astype(jnp.float32) ** -0.8
+
+        def moved(moment, mean):
+            return b2 * moment + (1 - b2) * mean
+
+        def inverse_root(x):
+            return jax.lax.rsqrt(jnp.maximum(x, eps))
+
+        def of_leaf(gradient, seen, second):
+            x = gradient.reshape(*seen.stack, *seen.shape)
+            if seen.is_vector:
+                second = moved(second, gradient**2)
+                x *= inverse_root(second.reshape(x.shape))
+            else:
+                inputs, outputs = seen.own
+                second = Factors(
+                    moved(second.rows, jnp.sum(x**2, -1) / outputs),
+                    moved(second.columns, jnp.sum(x**2, -2) / inputs),
+                )
+                mean = jnp.sum(second.rows, -1, keepdims=True) / inputs
+                x *= inverse_root(second.rows / jnp.maximum(mean, eps))[..., None]
+                x *= inverse_root(second.columns)[..., None, :]
+            each = tuple(range(len(seen.stack), x.ndim))
+            rms = jnp.sqrt(jnp.sum(x**2, each, keepdims=True) / math.prod(seen.own))
+            x /= jnp.maximum(1.0, rms / clipping_threshold)
+            return x.reshape(gradient.shape), second
+
+        seen = matrices(gradients, unpadded)
+        updates, nu = _unzip(jax.tree.map(of_leaf, gradients, seen, state.nu), gradients)
+        return updates, AdafactorState(count, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+# Muon
+
+
+class MuonState(NamedTuple):
+    """The moving average of gradients."""
+
+    mu: Any
+
+
+def scale_by_muon(
+    b2: float, unpadded: Any = None, *, momentum: float = 0.95
+) -> optax.GradientTransformation:
+    """Orthogonalized momentum for the matrices of the layers (Jordan et al. 2024), times
+    0.2 sqrt(max(in, out)), with which rates and decays are those of AdamW (Liu et al. 2025, arXiv
+    2502.16982, equation 4); Adam for all other parameters. As `torch.optim.Muon` with
+    `match_rms_adamw`, the momentum of Nesterov.
+
+    `optax.contrib.muon` has no stacks of experts and would scale by padded sizes.
+
+    Args:
+      b2: of Adam, whose first moment decays with 0.9.
+      unpadded: tree of arrays or shapes like the parameters, without the zeros of a mesh.
+    """
+
+    def is_hidden(params):
+        seen = matrices(params)
+        return jax.tree.map(lambda one: bool(one.stack) and not one.is_vector, seen)
+
+    def is_other(params):
+        return jax.tree.map(lambda hidden: not hidden, is_hidden(params))
+
+    def init(params):
+        return MuonState(optax.tree.zeros_like(params, dtype=jnp.float32))
+
+    def update(gradients, state, params=None):
+        average = optax.tree.update_moment(gradients, state.mu, momentum, 1)
+        ahead = optax.tree.update_moment(gradients, average, momentum, 1)
+
+        def of_leaf(x, seen):
+            orthogonal = orthogonalize
+            for _ in seen.stack[1:]:
+                orthogonal = jax.vmap(orthogonal)
+            stacked = _map(orthogonal, x.reshape(*seen.stack, *seen.shape))
+            return 0.2 * math.sqrt(max(seen.own)) * stacked.reshape(x.shape)
+
+        return jax.tree.map(of_leaf, ahead, matrices(gradients, unpadded)), MuonState(average)
+
+    return optax.chain(
+        optax.masked(optax.GradientTransformation(init, update), is_hidden),
+        optax.masked(scale_by_adam(0.9, b2), is_other),
+    )
+
+
+def orthogonalize(x: jax.Array) -> jax.Array:
+    """A matrix with the singular vectors of `x` `[m, n]` and singular values near 1 (0.7 to 1.2,
+    those below a thousandth of the norm excepted): five Newton-Schulz iterations of degree 5."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T).T
+    x = x / (jnp.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+# Parameters as matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """How a parameter consists of matrices: its shape as `[*stack, in, out]`, or, of vectors,
+    `[*stack, size]`. `shape` is (in, out) or (size,), `own` the same without padding, and `size`
+    all entries without padding."""
+
+    stack: tuple[int, ...]
+    shape: tuple[int, ...]
+    own: tuple[int, ...]
+    size: int
+
+    @property
+    def is_vector(self) -> bool:
+        return len(self.shape) == 1
+
+
+def matrices(params: Any, unpadded: Any = None) -> Any:
+    """`Matrices` for every parameter of a tree of arrays or shapes, by its path: parameters in
+    `layers` are stacked along them, those of experts along these too; attention's output has two
+    axes of inputs (heads and their widths), everything else one.
+
+    Args:
+      unpadded: the same without padding; a tree with fewer leaves, or None: others have none.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(unpadded)
+    unpadded_shapes = {_path(path): x.shape for path, x in leaves}
+
+    def of_leaf(path, x):
+        path = _path(path)
+        own = unpadded_shapes.get(path, x.shape)
+        *modules, name = path.split("/")
+        experts = "experts" in modules and "router" not in modules
+        stack = ("layers" in modules) + experts
+        inputs = 1 if name == B else MODULES.get("/".join(modules[-2:]), 1)
+        is_vector = name in ("bias", "scale", "sinks")
+
+        def shape_of(shape):
+            if is_vector:
+                return (math.prod(shape[stack:]),)
+            return math.prod(shape[stack : stack + inputs]), math.prod(shape[stack + inputs :])
+
+        return Matrices(x.shape[:stack], shape_of(x.shape), shape_of(own), math.prod(own))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def _path(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _map(function: Callable, *stacked: Any) -> Any:
+    """`function` of each slice along the first axis, one after the other."""
+    return jax.lax.map(lambda slices: function(*slices), stacked)
+
+
+def _unzip(results: Any, like: Any) -> tuple[Any, ...]:
+    """A tree like `like` of tuples as a tuple of trees."""
+    structure = jax.tree.structure(like)
+    return tuple(map(structure.unflatten, zip(*structure.flatten_up_to(results))))
