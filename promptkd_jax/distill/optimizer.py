@@ -24,8 +24,8 @@ OPTIMIZERS = {  # and the state that each of them keeps
     "adamw": "8 bytes a parameter",
     "adamw_8bit": "AdamW, its moments in 8 bits, 2 bytes",
     "adafactor": "a factored second moment and no first, next to none",
-    "muon": "orthogonalized momentum for the matrices of the layers, 4 bytes, their updates as large "
-    "as AdamW's; AdamW for the rest",
+    "muon": "orthogonalized momentum for the matrices of the layers, 4 bytes, with updates of "
+    "AdamW's size; AdamW for the rest",
 }
 
 

@@ -321,11 +321,12 @@ def orthogonalize(x: jax.Array) -> jax.Array:
     those below a thousandth of the norm excepted): five Newton-Schulz iterations of degree 5."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
-    x = x / (jnp.linalg.norm(x) + 1e-7)
-    for _ in range(5):
+
+    def iteration(_, x):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
+        return 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+
+    return jax.lax.fori_loop(0, 5, iteration, x / (jnp.linalg.norm(x) + 1e-7))
 
 
 # Parameters as matrices

@@ -99,6 +99,7 @@ class Counter:
     mesh: Mapping[str, int]
     slices: int = 1
     parameters: int = 0
+    optimizer_bytes: int = 0  # of its state, of all devices
 
     @property
     def row_parts(self) -> int:
@@ -213,8 +214,9 @@ class Counter:
         return step * steps
 
     def optimizer(self) -> Cost:
-        """AdamW in float32: parameter, gradient and two moments read, all but one written."""
-        return Cost(hbm_bytes=7 * 4 * self.parameters / (self.mesh["fsdp"] * self.mesh["tensor"]))
+        """Parameter, gradient and state read, all but the gradient written."""
+        moved = 3 * 4 * self.parameters + 2 * self.optimizer_bytes
+        return Cost(hbm_bytes=moved / (self.mesh["fsdp"] * self.mesh["tensor"]))
 
     def _allgather_bytes(self, size: float) -> float:
         """Along `fsdp`."""

@@ -69,6 +69,9 @@ def changes(config: RunConfig) -> Iterator[Change]:
     trained = any(stage.teacher_view == "online" for stage in config.stages)
     if config.teacher.quantize == "none" and not trained:
         yield Change("the teacher's kernels in int8", {"teacher.quantize": "int8"})
+    optimizers = [f"stages[{i}].optimizer" for i in range(len(config.stages))]
+    if config.stages[0].optimizer == "adamw":  # one for all
+        yield Change("AdamW's moments in 8 bits", dict.fromkeys(optimizers, "adamw_8bit"))
     if not config.student.lora.is_used:
         yield Change("a LoRA student", {"student.lora.rank": 16})
     if config.student.quantize == "none":

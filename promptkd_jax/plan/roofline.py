@@ -49,14 +49,23 @@ def _step(run: AbstractRun, slices: int = 1) -> _Step:
     elif method.teacher_view == "in_context":
         before = len(method.demonstrations)
 
-    def counter(model):
-        parameters = sum(x.size for x in jax.tree.leaves(model.trained))
-        return Counter(model.decoder.config.padded, run.mesh.shape, slices, parameters)
+    def counter(model, optimizer):
+        parameters = jax.tree.leaves(model.trained)
+        state = jax.tree.leaves(jax.eval_shape(optimizer.init, model.trained))
+        return Counter(
+            model.decoder.config.padded,
+            run.mesh.shape,
+            slices,
+            parameters=sum(x.size for x in parameters),
+            optimizer_bytes=sum(x.size * x.dtype.itemsize for x in state),
+        )
+
+    optimizers = run.stage.optimizers
 
     return _Step(
         method=method,
-        student=counter(run.student),
-        teacher=run.teacher and counter(run.teacher),
+        student=counter(run.student, optimizers.student),
+        teacher=run.teacher and counter(run.teacher, optimizers.teacher),
         batch_size=run.batch_size,
         rows=run.batch_size // method.num_micro_batches,
         columns=run.config.data.max_length,

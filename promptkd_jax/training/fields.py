@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from promptkd_jax.data.formats import FORMATS
 from promptkd_jax.data.rows import LONG_PROMPTS, SUPERVISE
 from promptkd_jax.data.templates import TEMPLATES, PromptFormat
-from promptkd_jax.distill import optimizer
 from promptkd_jax.distill.method import PRESETS
 from promptkd_jax.distill.method_fields import Execution, Objective
+from promptkd_jax.distill.optimizer import OPTIMIZERS, SCHEDULES
 from promptkd_jax.distill.soft_prompt import INITS
 from promptkd_jax.evaluation.text_metrics import ROUGE_TOKENIZERS
 from promptkd_jax.inference.data_free import DataFree
@@ -269,7 +269,7 @@ class StageConfig(Execution, Objective):
     batch_size: int = field(8, Int(low=1), "rows of a step, over all devices and micro-batches")
     optimizer: str = field(
         "adamw",
-        Choice(optimizer.OPTIMIZERS),
+        Choice(OPTIMIZERS),
         "of the student and an online teacher; soft prompt and projections have AdamW",
     )
     learning_rate: float = field(5e-5, Float(low=0.0, open_low=True), "peak rate of the student")
@@ -279,7 +279,7 @@ class StageConfig(Execution, Objective):
     teacher_learning_rate: float = field(
         0.0, Float(low=0.0), "of an online teacher; 0: that of the student"
     )
-    schedule: str = field("constant", Choice(*optimizer.SCHEDULES), "of the learning rates")
+    schedule: str = field("constant", Choice(*SCHEDULES), "of the learning rates")
     warmup_steps: int = field(
         0, Int(low=0), "linear, of every schedule; with preset 'faithful' not of the cosine"
     )
