@@ -73,7 +73,7 @@ class ModelConfig:
     )
     remat: str = field("none", REMAT, "what the backward pass computes again instead of keeping it")
     quantize: str = field(
-        "none", QUANTIZED, "what the kernels of a model that nothing trains are kept in"
+        "none", QUANTIZED, "what kernels are kept in, of a teacher or below a student's adapter"
     )
 
 
