@@ -8,6 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from promptkd_jax.distill import chunked_loss
 from promptkd_jax.distill.method import Method
@@ -195,11 +196,14 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     models = [student, teacher] if teacher else [student]
     length = method.prompt_capacity + method.rollout_length
     cache = sum(cache_bytes(writer.config, step.slots, length, mesh) for writer in step.writers)
-    tpu, fsdp = platform == "tpu", mesh["fsdp"] > 1
+    tpu, fsdp, whole = platform == "tpu", mesh["fsdp"] > 1, student.config.lora is None
     copied = [x for x in step.writers if tpu or fsdp or x.config.dtype != x.config.param_dtype]
     copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in copied)
     devices = mesh["fsdp"] * mesh["tensor"]
-    gradients = 4 * student.parameters / devices * (2 if method.num_micro_batches > 1 else 1)
+    trained = jnp.dtype(student.config.param_dtype).itemsize if whole else 4
+    # Of several micro-batches the sum of gradients is in float32, beside the latest one's.
+    each = trained + 4 if method.num_micro_batches > 1 else trained
+    gradients = each * student.parameters / devices
     drops = method.dropout and student.config.dropout.attention > 0
     saved = _saved(student, step.rows, step.columns, platform, drops=drops)
     before = 0.0  # what the teacher's update keeps, before that of the student
@@ -207,7 +211,7 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
         before = _saved(teacher, step.rows, step.before + step.columns, platform)
     gathered = max(2 * model.one_layer_bytes for model in models)
     # The student's head has a gradient, from the logits and from the embedding.
-    heads = 2 * student.head_bytes if student.config.lora is None else 0.0
+    heads = 2 * student.head_bytes if whole else 0.0
     if tpu or fsdp:
         heads += sum(model.head_bytes for model in models)
     all_logits = step.rows * step.positions * run.vocab_size / math.prod(mesh.values())

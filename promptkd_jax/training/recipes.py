@@ -120,7 +120,7 @@ def paper_config(
     Raises:
       ValueError: an argument that is not one of these.
     """
-    chosen = _arguments(
+    chosen = read_arguments(
         argument,
         student=(next(iter(sizes)), tuple(sizes)),
         method=("promptkd", (*METHODS, "teacher", "init")),
@@ -191,7 +191,7 @@ def _paper_stage(method: str, size: PaperSize, teacher: tuple[str, str, float, i
     )
 
 
-def _arguments(text: str, **known: tuple[str, Sequence[str]]) -> dict[str, str]:
+def read_arguments(text: str, **known: tuple[str, Sequence[str]]) -> dict[str, str]:
     """Reads "name=value,name=value"; `known` gives each name's default and possible values."""
     chosen = {name: default for name, (default, _) in known.items()}
     for part in filter(None, text.split(",")):

@@ -1,9 +1,11 @@
 """The README's Python runs as it stands, and its configs and commands exist."""
 
 import itertools
+import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import pytest
 from helpers import tiny
 from helpers.chats import CHATML, chat_tokenizer, unmarked
 
-from promptkd_jax.cli.main import COMMANDS
+from promptkd_jax.cli.main import COMMANDS, main
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.studies.comparison import plan_comparison
 from promptkd_jax.training import field_help
@@ -67,6 +69,23 @@ def test_the_way_from_a_file_of_messages_is_walked_word_for_word(tmp_path):
     updates = [line for line in read_metrics(tmp_path / "runs/mine") if "student_loss" in line]
     assert len(updates) == 2
     assert (tmp_path / "runs/mine/student/model.safetensors").exists()
+
+
+def test_the_commands_for_a_small_gpu_run_and_say_what_the_pages_say(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    (command,) = re.findall(r"^\.venv/bin/promptkd (plan .*--device.*?)  #", README, re.MULTILINE)
+    main(shlex.split(command))
+    assert "FITS" in capsys.readouterr().out
+    for gpu, device in (("24gb", "24GB"), ("16gb", "16GB")):
+        output = tmp_path / f"{gpu}.json"
+        config = f"--config=configs/llama32.py:student=1b,gpu={gpu}"
+        main(["plan", config, f"--device={device}", f"--output={output}"])
+        memory = json.loads(output.read_text())["memory"]
+        kept = memory["kept"]
+        sizes = kept["teacher"], kept["student"], kept["optimizers"], memory["temporaries"]
+        row = " | ".join(f"{size / 2**30:.2f}" for size in (*sizes, memory["needed"]))
+        assert row in PAGES["memory.md"]
+        assert f"{memory['needed'] / 2**30:.0f} of 24 GiB" in README or gpu != "24gb"
 
 
 def test_a_first_page_is_read_in_a_sitting():
