@@ -63,6 +63,12 @@ def read_fields(source: str, faults: Faults, *, split: str = "train") -> Iterato
             raise DataError(f"{name}: cannot be read: {error}") from error
 
 
+def check_source(source: str) -> None:
+    """Raises DataError where a source is plainly not there, as `read_fields` would after models
+    were loaded; the hub is not asked."""
+    _find_files(source)
+
+
 def source_digest(source: str, *, split: str = "train") -> str:
     """A digest of all that `read_fields` would read, and of its order.
 

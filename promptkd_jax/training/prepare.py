@@ -35,7 +35,7 @@ from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import build
 from promptkd_jax.training.experiment import Experiment, Stage
 from promptkd_jax.training.fields import RunConfig
-from promptkd_jax.training.run_data import RunData, load_data, tokenized
+from promptkd_jax.training.run_data import RunData, check_sources, load_data, tokenized
 from promptkd_jax.training.run_models import agree_on_models, load_models
 
 
@@ -50,6 +50,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
       ModelError, DataError, ConfigError: a model, data or method that cannot be used.
     """
     # Load the models.
+    check_sources(config)
     teacher, student = load_models(config, mesh)
     vocab_size = student.vocab_size
     agree_on_models(teacher, student)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from promptkd_jax.data.mapped_rows import mapped_rows
 from promptkd_jax.data.reading import RecordStream, read_corpus, read_records
 from promptkd_jax.data.records import Record
 from promptkd_jax.data.rows import Rows, RowSink, concatenate_rows, pack, tokenize
-from promptkd_jax.data.sources import source_digest
+from promptkd_jax.data.sources import check_source, source_digest
 from promptkd_jax.data.templates import shows_date
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import DataError
@@ -41,6 +42,17 @@ class RunData(NamedTuple):
             return self.answered
         by_turn = stage.source.on_policy and self.turns is not None
         return self.turns if by_turn else self.train
+
+
+def check_sources(config: RunConfig) -> None:
+    """Raises DataError, before anything is loaded, where data of a run is plainly not there."""
+    data = config.data
+    sources = [] if data.train == "teacher" else [source for source, _ in data.train_sources]
+    sources += [] if data.dev == "teacher" else [data.dev]
+    if any(stage.corpus_terms for stage in config.stages):
+        sources += [source for source, _ in data.corpus_sources]
+    for source in sources:
+        distributed.run_on_primary(functools.partial(check_source, source))
 
 
 def load_data(config: RunConfig, student: Model, workdir: epath.Path | None = None) -> RunData:

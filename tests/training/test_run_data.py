@@ -285,3 +285,16 @@ def test_faults_of_records_are_named_by_their_lines(config, folder):
     with pytest.raises(DataError) as error:
         rows_of(config)
     assert "talks.jsonl:1, 2, 3: template 'plain' does not render all" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["train", "dev", "corpus"])
+def test_data_that_is_not_there_is_told_before_models_are_loaded(
+    config, tmp_path, monkeypatch, field
+):
+    config.data[field] = str(tmp_path / "none.jsonl")
+    if field == "corpus":
+        config.stages[0].corpus_terms = (("cross_entropy", 1.0),)
+    monkeypatch.setattr("promptkd_jax.training.prepare.load_models", None)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    with pytest.raises(DataError, match="none.jsonl: no such file"):
+        prepare(checked(config), tmp_path / "run", mesh)

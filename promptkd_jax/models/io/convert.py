@@ -72,6 +72,8 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
       ModelError: it is none of these, or something in it would be lost or cannot be read.
     """
     folder = local_path(path)
+    if path.startswith("package:"):
+        raise ModelError(f"{path}: is read as it is: give it itself")
     if folder.is_file():
         raise ModelError(f"{folder}: is a file; expected the folder of a model, or a hub id")
     if not folder.is_dir():
