@@ -1,0 +1,154 @@
+"""The quickstart in less memory: what each way saves, what it costs in time and in quality.
+
+python benchmarks/small_memory.py OUT [--only NAME …]
+
+Trains the quickstart (SmolLM2-135M-Instruct into 24 of its layers, float32 on a CPU) once for every
+way of `WAYS`, each in a process of its own, and writes `OUT/results.json` after each; what is there
+is not done again. Memory is XLA's account of the PromptKD step (arguments and temporaries) and the
+most that the process had; time is the median of the PromptKD updates, as a ratio to the first
+way's: figures of one machine in one sitting. Quality is that of the exported student against the
+plain teacher, on its own greedy responses to the held-out prompts.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+
+import jax
+
+from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.rows import Rows, tokenize, with_responses
+from promptkd_jax.data.templates import PromptFormat
+from promptkd_jax.evaluation.student_metrics import teacher_metrics
+from promptkd_jax.inference.generate import generate_responses, with_turn_end
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model
+from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.plan import ahead
+from promptkd_jax.plan.abstract_run import abstract_run
+from promptkd_jax.training.checks import read_run
+
+CONFIG = "--config=configs/quickstart.py"
+# Of an adapter, which wants a larger rate: ten times that of the whole student.
+ADAPTER = {
+    "student.lora.rank": 16,
+    "student.lora.alpha": 32.0,
+    "stages[0].learning_rate": 3e-3,
+    "stages[0].min_lr": 3e-4,
+    "stages[1].learning_rate": 5e-4,
+}
+WAYS = {
+    "whole, float32": {},
+    "whole, bfloat16 with stochastic rounding": {"student.param_dtype": "bfloat16"},
+    "whole, AdamW in 8 bits": {
+        "stages[0].optimizer": "adamw_8bit",
+        "stages[1].optimizer": "adamw_8bit",
+    },
+    "LoRA": ADAPTER,
+    "whole, int8 teacher": {"teacher.quantize": "int8"},
+    "whole, int4 teacher": {"teacher.quantize": "int4"},
+    "LoRA, int8 teacher and base": ADAPTER
+    | {"teacher.quantize": "int8", "student.quantize": "int8"},
+}
+CHAT, PROMPT, LENGTH = PromptFormat("chat"), 50, 96
+HELD_OUT = "package:quickstart_heldout.jsonl"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def main() -> None:
+    """Trains what is missing, and prints the table."""
+    options = _options()
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {"ways": {}}
+    results["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    results["machine"] = f"Python {platform.python_version()}, {platform.machine()}"
+    for name, settings in WAYS.items():
+        if name in results["ways"] or (options.only and name not in options.only):
+            continue
+        results["ways"][name] = _measured(name, settings, options.out)
+        file.write_text(json.dumps(results, indent=2) + "\n")
+    print(_table(results["ways"]))
+
+
+def _measured(name: str, settings: dict, out: pathlib.Path) -> dict[str, float]:
+    flags = [CONFIG, "--config.data.dev_rows=8"]
+    flags += [f"--config.{path}={value}" for path, value in settings.items()]
+    workdir = out / "".join(x if x.isalnum() else "_" for x in name)
+    command = [sys.executable, "-m", "promptkd_jax", "train", *flags, f"--workdir={workdir}"]
+    subprocess.run(command, check=True)
+    run = abstract_run(read_run(flags))
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+    program = ahead.compile_step(run.on(mesh))
+    updates = [line for line in read_metrics(workdir) if line.get("stage") == "promptkd"]
+    seconds = [line["seconds_per_update"] for line in updates if "seconds_per_update" in line]
+    summary = json.loads((workdir / "summary.json").read_text())
+    teacher, rows = _teacher_and_rows()
+    student = load_model(str(workdir))
+    found = teacher_metrics(
+        teacher, student, rows, batch_size=16, length=LENGTH, vocab_size=teacher.vocab_size
+    )
+    return {
+        "step_gb": program.total / 1e9,
+        "peak_gb": summary["peak_memory_gb"],
+        "seconds": statistics.median(seconds),
+        "kl": found["kl"],
+        "agreement": found["agreement"],
+    }
+
+
+def _teacher_and_rows() -> tuple[Model, Rows]:
+    """The plain teacher, and its greedy responses to the held-out prompts."""
+    teacher = with_turn_end(load_model(read_run([CONFIG]).teacher.path), CHAT)
+    rows = tokenize(
+        read_records(HELD_OUT),
+        teacher.tokenizer,
+        CHAT,
+        max_prompt_length=PROMPT,
+        max_length=LENGTH,
+        eos_id=teacher.eos_ids[0],
+        vocab_size=teacher.vocab_size,
+    )
+    responses = generate_responses(
+        teacher,
+        rows,
+        sampling=Sampling(temperature=0.0, eos_ids=teacher.eos_ids),
+        prompt_capacity=PROMPT,
+        max_new_tokens=LENGTH - PROMPT,
+        batch_size=16,
+        key=jax.random.key(0),
+        vocab_size=teacher.vocab_size,
+    )
+    return teacher, with_responses(rows, [response.tolist() for response in responses])
+
+
+def _table(ways: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "| the quickstart | step, GB | process, GB | time | KL, nats | agreement |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    first = next(iter(ways.values()))
+    for name, one in ways.items():
+        lines.append(
+            f"| {name} | {one['step_gb']:.2f} | {one['peak_gb']:.2f} | "
+            f"{one['seconds'] / first['seconds']:.2f} | {one['kl']:.3f} | {one['agreement']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--only", nargs="*", choices=WAYS, help="of the ways")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
