@@ -22,7 +22,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import ROWS, constrain
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.projection import project
-from promptkd_jax.models.quantization import declare, dequantize
+from promptkd_jax.models.quantization import dequantize, quantized_kernel
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -112,7 +112,7 @@ class ExpertLinear(nn.Module):
         config, number = self.config, self.config.padded.experts.num_experts
         shape, dtype = (number, self.inputs, self.outputs), config.param_dtype
         if config.quantization:
-            kernel, scale = declare(self, config.quantization, shape, stacks=1)
+            kernel, scale = quantized_kernel(self, config.quantization, shape, stacks=1)
         else:
             kernel, scale = self.param("kernel", nn.initializers.normal(0.02), shape, dtype), None
             kernel = kernel.astype(config.dtype)

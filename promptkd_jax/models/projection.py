@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.lora import A, B, keep_inputs
-from promptkd_jax.models.quantization import declare, dequantize, unpacked
+from promptkd_jax.models.quantization import dequantize, quantized_kernel, unpacked
 
 
 def project(
@@ -43,7 +43,7 @@ class Projection(nn.Module):
         shape = (*x.shape[-axes:], *self.features)
         x = x.astype(config.dtype)
         if config.quantization:
-            kernel = declare(self, config.quantization, shape, inputs=axes)
+            kernel = quantized_kernel(self, config.quantization, shape, inputs=axes)
             y = _quantized_product(x, *kernel, axes, config.quantization)
         else:
             initial = nn.initializers.lecun_normal(range(axes), range(axes, len(shape)))

@@ -72,7 +72,7 @@ def dequantize_params(params: Mapping[str, Any], how: Quantization, dtype: Any) 
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def declare(
+def quantized_kernel(
     module: nn.Module, how: Quantization, shape: tuple[int, ...], **axes: int
 ) -> tuple[jax.Array, jax.Array]:
     """The parameters (values, scales) of a module for kernels of this shape; zeros, until they are

@@ -34,6 +34,7 @@ from promptkd_jax.infra.specs import (
     group,
     mistakes,
 )
+from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.field_specs import (
     Columns,
@@ -53,13 +54,6 @@ REMAT = Choice(
         "full": "all but the inputs of layers",
     }
 )
-QUANTIZED = Choice(
-    {
-        "none": "param_dtype",
-        "int8": "8 bits, with a scale for each output",
-        "int4": "4.5 bits, which are 4 and a share of the scale of 32 inputs",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +67,9 @@ class ModelConfig:
     )
     remat: str = field("none", REMAT, "what the backward pass computes again instead of keeping it")
     quantize: str = field(
-        "none", QUANTIZED, "what kernels are kept in, of a teacher or below a student's adapter"
+        "none",
+        Choice(*QUANTIZE),
+        "bits of kernels, of a teacher or below a student's adapter: 8, 4.5, or as param_dtype has",
     )
 
 
