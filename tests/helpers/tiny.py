@@ -72,8 +72,13 @@ def write_model(
     words = words or tokenizer(extra)
     hf_config = llama_config(width=width, depth=depth, vocab_size=len(words) + pad)
     decoder = Decoder(from_hugging_face(hf_config))
-    params = decoder.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)  # not too uniform
+
+    @jax.jit  # one program, not one of each operation
+    def random_params(key):
+        params = decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)  # not too uniform
+
+    params = random_params(jax.random.key(seed))
     save_model(folder, Model(str(folder), decoder, params, hf_config, words, (0,)))
     return str(folder)
 
