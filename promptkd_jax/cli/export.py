@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import CheckpointError, ConfigError, ModelError
 from promptkd_jax.infra.files import check_writable, of_another_machine
+from promptkd_jax.infra.provenance import read_manifest
 from promptkd_jax.models.io.export import STORED_IN
 from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, check_gguf, save_gguf
 from promptkd_jax.models.io.peft import save_lora
@@ -23,7 +25,7 @@ from promptkd_jax.models.lora import join
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.loop import open_checkpoints
-from promptkd_jax.training.prepare import with_date
+from promptkd_jax.training.prepare import model_input, with_date
 from promptkd_jax.training.run_models import load_frozen_student
 from promptkd_jax.training.save import SAVED, load_configs, save
 
@@ -96,7 +98,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             params = checkpoints.restore_params(step, groups, place)
     student = models[1].replace(params=params["student"])
     if student.decoder.config.lora and not options.adapter:  # merged
-        student = student.replace(params=_whole(config, params["student"], mesh))
+        student = student.replace(params=_whole(config, workdir, params["student"], mesh))
     params |= {"student": student.params}
     with flags.naming("--output", output):
         if options.adapter:
@@ -110,9 +112,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"step {step}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
 
 
-def _whole(config: RunConfig, adapter: Any, mesh: jax.sharding.Mesh) -> Any:
+def _whole(config: RunConfig, workdir: epath.Path, adapter: Any, mesh: jax.sharding.Mesh) -> Any:
     """The adapter beside the parameters that it changes, which no checkpoint has."""
+    field = "student" if config.student.path else "teacher"
     try:
+        begun = distributed.run_on_primary(lambda: read_manifest(workdir / "inputs.json"))
+        if not model_input(config, field).items() <= begun.items():
+            path = getattr(config, field).path
+            raise ModelError(f"{path} (config.{field}.path) is not what the run began with")
         with jax.set_mesh(mesh):
             return join(load_frozen_student(config, mesh).params, adapter)
     except ModelError as error:

@@ -190,8 +190,8 @@ def _inputs(
     """Returns digests of all that the run learns from, by the fields that name it."""
     names, found = config.data, {}
     for field, model in (("teacher", teacher), ("student", student)):
-        if path := model and getattr(config, field).path:
-            found[f"{path} (config.{field}.path)"] = identity.weights_digest(path)
+        if model and getattr(config, field).path:
+            found |= model_input(config, field)
     if path := config.student.lora.path:
         files = sorted(adapter_folder(path).glob("adapter_*"))
         digest = distributed.run_on_primary(lambda: identity.files_digest(files))
@@ -208,6 +208,13 @@ def _inputs(
         digest = fingerprint_supervised(data.corpus)
         found[f"{names.corpus_name} (config.data.corpus)"] = digest
     return found | ({"the date (config.data.date)": data.dev.date} if data.dev.date else {})
+
+
+def model_input(config: RunConfig, field: str) -> dict[str, str]:
+    """The digest of the "teacher" or "student" that a run begins with, by the field that names
+    it."""
+    path = getattr(config, field).path
+    return {f"{path} (config.{field}.path)": identity.weights_digest(path)}
 
 
 def _warn_of_cut(config: RunConfig, source: str, rows: Rows) -> None:

@@ -140,6 +140,10 @@ def test_export_writes_the_adapter_alone_or_merged(finished, models, tmp_path):
         export(f"--output={tmp_path / 'again'}", "--adapter")  # its base is not needed
         with pytest.raises(SystemExit, match="the model that the adapter changes: .* --adapter"):
             export(f"--output={tmp_path / 'merged'}")
+        tiny.write_model(models / "student", width=16, depth=2, seed=2)
+        with pytest.raises(SystemExit, match="is not what the run began with; --adapter"):
+            export(f"--output={tmp_path / 'merged'}")
+        shutil.rmtree(models / "student")
     finally:
         moved.rename(models / "student")
 
