@@ -274,6 +274,15 @@ def place_rows(tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
+# The memory beside a device that it reads from without a copy by the host's programs.
+HOST_MEMORY = "pinned_host"
+
+
+def to_device(tree: Any) -> Any:
+    """Arrays in a device's own memory, for what is traced."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+
+
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy, whole, on every process, wherever their parts are."""
     return jax.device_get(jax.tree.map(_whole, tree))

@@ -95,6 +95,13 @@ def keep_mask(
     return jax.vmap(of_row)(keys).astype(jnp.float32) / (1 - rate)
 
 
+def dropped(x: jax.Array, rate: float, keys: jax.Array | None, place: int) -> jax.Array:
+    """`[B, T, D]` after dropout, if there are keys `[B]`."""
+    if not rate or keys is None:
+        return x
+    return (x * keep_mask(keys, rate, x.shape[1:], place)).astype(x.dtype)  # 1.11 has no bfloat16
+
+
 def keep_weights(keys: jax.Array, rate: float, num_heads: int, begin: int, end: int) -> jax.Array:
     """Returns the factors of dropout, as `keep_mask`, for the weights that the queries `begin` to
     `end` give the columns up to `end`: `[B, N, end - begin, end]`. Those of a query and a head

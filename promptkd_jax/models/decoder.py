@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.infra.sharding import ROWS, constrain, unshard_fsdp
+from promptkd_jax.infra.sharding import ROWS, constrain, to_device, unshard_fsdp
 from promptkd_jax.models.attention import (
     BTNH_SPEC,
     attend,
     attend_to_cache,
-    keep_mask,
+    dropped,
     kv_repeats,
     repeat_kv,
 )
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
             table = config.max_positions + config.position_offset
             at = Embedding(config, table, config.width, name="positions")
             x = x + at(positions + config.position_offset)
-        x = _dropped(_scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
+        x = dropped(_scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
         # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
         decode = column is not None
@@ -208,6 +208,9 @@ class Decoder(nn.Module):
         """The parameters as every step of a rollout reads them: in the dtype of computation (but
         for routers, which choose as in training, and quantised kernels), not cut along `fsdp`. Else
         each written token would gather and round all of them."""
+
+        if self.config.offload:  # brought to the device layer by layer, for every token
+            return params
 
         def rounded(path, x):
             stays = {"router", SCALE}.intersection(getattr(key, "key", None) for key in path)
@@ -294,7 +297,7 @@ class Layer(nn.Module):
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1 + layer[0])
 
         def added(x, y, name: str, place: int):
-            y = _dropped(y, config.dropout.residual, keys, place)
+            y = dropped(y, config.dropout.residual, keys, place)
             if placement in ("after", "both"):
                 y = make_norm(config, f"post_{name}")(y)
             x = constrain(x + _scaled(y, config.residual_scale), ROWS, None, None)
@@ -410,13 +413,6 @@ def _scaled(x: jax.Array, scale: float) -> jax.Array:
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
-def _dropped(x: jax.Array, rate: float, keys: jax.Array | None, place: int) -> jax.Array:
-    """`[B, T, D]` after dropout, if there are keys `[B]`."""
-    if not rate or keys is None:
-        return x
-    return (x * keep_mask(keys, rate, x.shape[1:], place)).astype(x.dtype)  # 1.11 has no bfloat16
-
-
 def _write(cache: Cache, index, key, value, positions) -> Cache:
     """Puts `[B, T, K, H]` into layer `index`: one column a row, or all from column 0."""
     if positions is None:
@@ -440,6 +436,8 @@ def _layers(config: DecoderConfig) -> nn.Module:
         # static: `decode` (self counts as argument 0); CSE cannot happen across scan iterations.
         policy = without_changes(REMAT[config.remat], config.lora)
         layer = nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(4,))
+    if config.offload:  # inside of the scan, so that the device has one layer at a time
+        layer = nn.map_variables(layer, "params", trans_in_fn=to_device)
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0, "intermediates": 0},

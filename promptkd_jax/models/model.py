@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
-from promptkd_jax.infra import distributed
+from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
@@ -54,9 +55,37 @@ class Model:
         """The parameters beside an adapter's; None where there is none."""
         return split(self.params)[0] if self.decoder.config.lora else None
 
+    def shardings(self, mesh: Mesh | AbstractMesh) -> Any:
+        """Where every parameter lies on a mesh, in a device's memory or the host's."""
+        placed = sharding.shardings(self.params, mesh)
+        if self.decoder.config.offload:
+            kept = jax.tree.map(
+                lambda place: place.with_memory_kind(sharding.HOST_MEMORY), placed["layers"]
+            )
+            placed = {**placed, "layers": kept}
+        return placed
+
     def replace(self, **changes: Any) -> "Model":
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def offload(model: Model, mesh: Mesh) -> Model:
+    """The same model with the parameters of its layers in the host's memory, from where each is
+    brought to the device when it is its turn.
+
+    Raises:
+      ModelError: these devices have no such memory.
+    """
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if sharding.HOST_MEMORY not in kinds:
+        raise ModelError(
+            f"{model.name}: offload: a {device.device_kind} has no memory {sharding.HOST_MEMORY!r} "
+            f"(it has {', '.join(kinds)}); expected False"
+        )
+    model = model.replace(decoder=Decoder(model.decoder.config.replace(offload=True)))
+    return model.replace(params=jax.device_put(model.params, model.shardings(mesh)))
 
 
 def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:

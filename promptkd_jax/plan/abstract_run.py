@@ -27,7 +27,7 @@ from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
-from promptkd_jax.training.experiment import Experiment, Stage, sharded_shapes
+from promptkd_jax.training.experiment import Experiment, Stage, sharded_model
 from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 from promptkd_jax.training.prepare import init_learned
 from promptkd_jax.training.recipes import DOLLY_ROWS
@@ -94,8 +94,10 @@ class AbstractRun(Experiment):
         """
         check_mesh(self.config, self.mesh, [self.index])
         state = self.abstract_state()
-        teacher = self.teacher and sharded_shapes(self.teacher.params, self.mesh)
-        frozen = self.frozen_student and sharded_shapes(self.frozen_student, self.mesh)
+        teacher = self.teacher and sharded_model(self.teacher, self.mesh)
+        frozen = self.frozen_student
+        if frozen is not None:
+            frozen = sharded_model(self.student.replace(params=frozen), self.mesh)
         method = self.stage.method
         cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
         whole = _has_whole_rows(self.config, self.config.stages[self.index])
@@ -228,6 +230,7 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
         param_dtype=how.param_dtype,
         remat=build.remat(how),
         quantization=QUANTIZE[how.quantize],
+        offload=how.offload,
     )
     end = hf_config.get("eos_token_id")
     eos_ids = tuple(end) if isinstance(end, list) else (end or 0,)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from promptkd_jax.distill import chunked_loss
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
+from promptkd_jax.infra import sharding
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
 from promptkd_jax.plan.costs import Cost, Counter, cache_bytes
@@ -165,6 +166,8 @@ def kept_bytes(run: AbstractRun) -> dict[str, int]:
 
 
 def _on_device(leaf: Any) -> int:
+    if leaf.sharding.memory_kind == sharding.HOST_MEMORY:
+        return 0
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 

@@ -87,8 +87,17 @@ def _lora_contradictions(config: RunConfig):
         )
 
 
-def _quantize_contradictions(config: RunConfig):
-    if config.student.quantize != "none" and not config.student.lora.is_used:
+def _frozen_contradictions(config: RunConfig):
+    lora = config.student.lora
+    if config.student.offload and not lora.is_used:
+        yield (
+            "config.student.offload: all of the student is trained; expected False, or "
+            "config.student.lora.rank above 0"
+        )
+    online = any(stage.teacher_view == "online" for stage in config.stages)
+    if config.teacher.offload and online:
+        yield "config.teacher.offload: a teacher_view 'online' trains the teacher; expected False"
+    if config.student.quantize != "none" and not lora.is_used:
         yield (
             f"config.student.quantize: {config.student.quantize!r}: rounded kernels are not "
             "trained, but an adapter beside them is; expected 'none', or config.student.lora.rank "
@@ -130,7 +139,7 @@ def _contradictions(config: RunConfig):
     if config.student.path and config.student.layers:
         yield "config.student.layers: is for a student without a path of its own; set it to 0"
     yield from _lora_contradictions(config)
-    yield from _quantize_contradictions(config)
+    yield from _frozen_contradictions(config)
     sizes = list(config.mesh.sizes.values())
     if sizes.count(-1) > 1:
         yield "config.mesh: at most one of data, fsdp and tensor may be -1"

@@ -178,6 +178,15 @@ def unpadded_shapes(model: Model) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.trained)
 
 
+def sharded_model(model: Model, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:
+    """Shapes and dtypes of a model's parameters, with their shardings on a mesh."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        model.params,
+        model.shardings(mesh),
+    )
+
+
 def sharded_shapes(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:
     """Shapes and dtypes of a tree of parameters, or of a state, with their shardings on a mesh."""
     return jax.tree.map(

@@ -66,6 +66,11 @@ class ModelConfig:
         "float32", DTYPE, "what parameters are kept in; the optimizer works in float32"
     )
     remat: str = field("none", REMAT, "what the backward pass computes again instead of keeping it")
+    offload: bool = field(
+        False,
+        Bool(),
+        "whether layers that nothing trains lie in the host's memory, and come to a device in turn",
+    )
     quantize: str = field(
         "none",
         Choice(*QUANTIZE),

@@ -30,6 +30,7 @@ from promptkd_jax.models.model import (
     chosen_layers,
     end_ids,
     keep_layers,
+    offload,
 )
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import needs_the_teacher
@@ -180,6 +181,7 @@ def load_frozen_student(config: RunConfig, mesh: jax.sharding.Mesh) -> Model:
 def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
     kept = dict(dtype=how.dtype, param_dtype=how.param_dtype, quantize=how.quantize)
     model = load_model(path, **kept, remat=build.remat(how), mesh=mesh)
+    model = offload(model, mesh) if how.offload else model
     if padding := model.decoder.config.padding:
         print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
     return model
@@ -193,7 +195,8 @@ def shares_teacher(config: RunConfig) -> bool:
 
 
 def _kept_alike(config: RunConfig) -> bool:
-    teacher, student = ((x.param_dtype, x.quantize) for x in (config.teacher, config.student))
+    models = config.teacher, config.student
+    teacher, student = ((x.param_dtype, x.quantize, x.offload) for x in models)
     return teacher == student
 
 

@@ -26,9 +26,9 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models, StepModels
-from promptkd_jax.models.attention import attend, keep_mask, keep_weights
+from promptkd_jax.models.attention import attend, dropped, keep_mask, keep_weights
 from promptkd_jax.models.config import Dropout
-from promptkd_jax.models.decoder import REMAT, Decoder, _dropped, head
+from promptkd_jax.models.decoder import REMAT, Decoder, head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.sampler import row_keys
@@ -212,11 +212,9 @@ def test_a_corpus_has_masks_of_its_own_rows_in_any_number_of_micro_batches():
 def test_a_mask_keeps_the_mean_in_half_precision_too():
     """1 / 0.9 itself, rounded to bfloat16, is 0.2 % less."""
     x = jax.random.normal(jax.random.key(0), (3, 64, 64), jnp.bfloat16)
-    dropped = np.asarray(_dropped(x, 0.1, KEYS, 0), np.float64)
-    kept, x = dropped != 0, np.asarray(x, np.float64)
-    assert (dropped[kept] * x[kept]).sum() / (x[kept] ** 2).sum() == pytest.approx(
-        1 / 0.9, rel=5e-4
-    )
+    found = np.asarray(dropped(x, 0.1, KEYS, 0), np.float64)
+    kept, x = found != 0, np.asarray(x, np.float64)
+    assert (found[kept] * x[kept]).sum() / (x[kept] ** 2).sum() == pytest.approx(1 / 0.9, rel=5e-4)
 
 
 def test_every_step_and_every_pass_draws_anew():

@@ -1,0 +1,102 @@
+"""Layers in the host's memory compute what they compute on a device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny
+from helpers.models import PREFIX, TOKENS, random_model
+from safetensors.numpy import load_file
+
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.models.model import offload
+from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.plan import roofline
+from promptkd_jax.plan.abstract_run import abstract_run
+from promptkd_jax.training import run as training
+from promptkd_jax.training.checks import checked
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(ONE, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_hidden_states_and_gradients_are_the_same(name, remat, mesh):
+    model = random_model(name)
+    decoder = type(model.decoder)(model.decoder.config.replace(remat=remat))
+    model = model.replace(decoder=decoder, params=jax.device_put(model.params))
+
+    def gradient(model):
+        def loss(prefix, params):
+            return jnp.sum(jnp.sin(model.decoder.hidden_states(params, TOKENS, prefix)))
+
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.value_and_grad(loss))(PREFIX, model.params)
+
+    expected = gradient(model)
+    moved = offload(model.replace(params=jax.tree.map(jnp.copy, model.params)), mesh)
+    kinds = jax.tree.map(lambda x: x.sharding.memory_kind, moved.params)
+    assert set(jax.tree.leaves(kinds["layers"])) == {"pinned_host"}
+    assert "pinned_host" not in jax.tree.leaves(kinds["embed"])
+    # To rounding: what was fused with a layer's parameters begins with a copy of them now.
+    for found, right in zip(gradient(moved), expected, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-4)
+
+
+def test_it_writes_the_same_tokens(mesh):
+    model = random_model("llama")
+    model = model.replace(params=jax.device_put(model.params))
+
+    def written(model):
+        with jax.set_mesh(mesh):
+            keys = row_keys(jax.random.key(0), np.arange(len(TOKENS)))
+            lengths = np.full(len(TOKENS), 4, np.int32)
+            how = dict(sampling=Sampling(eos_ids=(0,)), max_new_tokens=6)
+            return sample(model.decoder, model.params, TOKENS[:, :4], lengths, keys, **how).tokens
+
+    expected = written(model)
+    np.testing.assert_array_equal(written(offload(model, mesh)), expected)
+
+
+def test_a_run_with_an_offloaded_teacher_is_the_same_run(tmp_path):
+    config = tiny.short_config(tmp_path / "models")
+    config.evaluation.every, config.checkpoint.every = 0, 1000
+    config.stages = config.stages[1:]
+    students = []
+    for offloaded in (False, True):
+        config.teacher.offload = offloaded
+        workdir = tmp_path / str(offloaded)
+        training.run(checked(config), workdir)
+        students.append(load_file(workdir / "student/model.safetensors"))
+    for name, expected in students[0].items():
+        np.testing.assert_allclose(students[1][name], expected, atol=1e-5, err_msg=name)
+
+
+def test_a_plan_counts_what_is_on_a_device(tmp_path, mesh):
+    config = tiny.short_config(tmp_path / "models")
+    kept = {}
+    for offloaded in (False, True):
+        config.teacher.offload = offloaded
+        run = abstract_run(checked(config)).on(mesh)
+        kept[offloaded] = roofline.kept_bytes(run)["teacher"]
+        layers = sum(x.nbytes for x in jax.tree.leaves(run.teacher.params["layers"]))
+    assert kept[False] - kept[True] == layers > 0
+
+
+def test_what_is_trained_is_not_offloaded(tmp_path):
+    config = tiny.short_config(tmp_path / "models")
+    config.student.offload = True
+    with pytest.raises(ConfigError, match="student.offload: all of the student is trained"):
+        checked(config)
+    config.student.lora.rank = 2
+    checked(config)
+    config.stages[1].update(teacher_view="online", teacher_terms=(("forward_kl", 1.0),))
+    config.teacher.offload = True
+    with pytest.raises(ConfigError, match="teacher.offload: a teacher_view 'online' trains"):
+        checked(config)
