@@ -22,7 +22,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import ROWS, constrain
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.projection import project
-from promptkd_jax.models.quantization import dequantize, quantized_kernel
+from promptkd_jax.models.quantization import dequantize_kernels, quantized_kernel
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -232,7 +232,7 @@ def grouped_dot(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
 def _quantized_grouped_dot(
     x: jax.Array, values: jax.Array, scale: jax.Array, sizes: jax.Array, how: Quantization
 ) -> jax.Array:
-    return grouped_dot(x, dequantize(values, scale, how, x.dtype, stacks=1), sizes)
+    return grouped_dot(x, dequantize_kernels(values, scale, how, x.dtype, stacks=1), sizes)
 
 
 # Rows are cut into tiles of equal size, each a product with one matrix. A tile in which one group

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.lora import A, B, keep_inputs
-from promptkd_jax.models.quantization import dequantize, quantized_kernel, unpacked
+from promptkd_jax.models.quantization import dequantize_kernels, quantized_kernel, unpacked
 
 
 def project(
@@ -77,7 +77,7 @@ def _quantized_product(
 ) -> jax.Array:
     """`_product` with a quantised kernel."""
     if how.group:
-        return _product(x, dequantize(values, scale, how, x.dtype, inputs=axes), axes)
+        return _product(x, dequantize_kernels(values, scale, how, x.dtype, inputs=axes), axes)
     # In half precision, int8 is exact and its product with a scale is not: of that of x, there are
     # fewer.
     y = _product(x, unpacked(values, how, axes).astype(x.dtype), axes)

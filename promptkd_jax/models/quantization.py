@@ -50,7 +50,7 @@ def scale_path(path: str) -> str:
 
 
 def axes_of(path: str) -> dict[str, int]:
-    """The axes of the kernel at `path`, by their names in `quantize`."""
+    """The axes of the kernel at `path`, by their names in `quantize_kernels`."""
     layer, mixture, module = re.fullmatch(r"(layers/)?((?:experts/)?)(.*)/kernel", path).groups()
     return {"inputs": MODULES.get(module, 1), "stacks": bool(layer) + bool(mixture)}
 
@@ -59,7 +59,7 @@ def quantize_params(params: Mapping[str, Any], how: Quantization) -> Any:
     """The parameters of a model with its kernels quantised."""
     flat = traverse_util.flatten_dict(params, sep="/")
     for path in filter(is_quantized, tuple(flat)):
-        flat[path], flat[scale_path(path)] = quantize(flat[path], how, **axes_of(path))
+        flat[path], flat[scale_path(path)] = quantize_kernels(flat[path], how, **axes_of(path))
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -68,7 +68,7 @@ def dequantize_params(params: Mapping[str, Any], how: Quantization, dtype: Any) 
     flat = traverse_util.flatten_dict(params, sep="/")
     for path in filter(is_quantized, tuple(flat)):
         kernel = flat[path], flat.pop(scale_path(path))
-        flat[path] = dequantize(*kernel, how, dtype, **axes_of(path))
+        flat[path] = dequantize_kernels(*kernel, how, dtype, **axes_of(path))
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -79,10 +79,10 @@ def quantized_kernel(
     made of others.
 
     Args:
-      axes: of the shape, as `quantize` has them.
+      axes: of the shape, as `quantize_kernels` has them.
     """
     kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
-    values, scale = jax.eval_shape(lambda x: quantize(x, how, **axes), kernel)
+    values, scale = jax.eval_shape(lambda x: quantize_kernels(x, how, **axes), kernel)
 
     def zeros(name, x):
         return module.param(name, lambda _: jnp.zeros(x.shape, x.dtype))
@@ -90,7 +90,7 @@ def quantized_kernel(
     return zeros("kernel", values), zeros(SCALE, scale)
 
 
-def quantize(
+def quantize_kernels(
     kernel: jax.Array, how: Quantization, *, inputs: int = 1, stacks: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Rounds kernels `[…, *in, *out]`.
@@ -107,7 +107,7 @@ def quantize(
       ModelError: an odd number of inputs in 4 bits, which lie in pairs.
     """
     if stacks:
-        one = functools.partial(quantize, how=how, inputs=inputs, stacks=stacks - 1)
+        one = functools.partial(quantize_kernels, how=how, inputs=inputs, stacks=stacks - 1)
         return jax.vmap(one)(kernel)
     shape, size, most = kernel.shape, math.prod(kernel.shape[:inputs]), 2 ** (how.bits - 1)
     group = how.group or size
@@ -123,7 +123,7 @@ def quantize(
     return (_in_pairs(values, inputs - 1) if how.bits == 4 else values), scale
 
 
-def dequantize(
+def dequantize_kernels(
     values: jax.Array,
     scale: jax.Array,
     how: Quantization,
@@ -132,9 +132,11 @@ def dequantize(
     inputs: int = 1,
     stacks: int = 0,
 ) -> jax.Array:
-    """The kernels `[…, *in, *out]` in `dtype`, of what `quantize` gave."""
+    """The kernels `[…, *in, *out]` in `dtype`, of what `quantize_kernels` gave."""
     if stacks:
-        one = functools.partial(dequantize, how=how, dtype=dtype, inputs=inputs, stacks=stacks - 1)
+        one = functools.partial(
+            dequantize_kernels, how=how, dtype=dtype, inputs=inputs, stacks=stacks - 1
+        )
         return jax.vmap(one)(values, scale)
     values = unpacked(values, how, inputs).astype(dtype)
     size = math.prod(values.shape[:inputs])

@@ -73,7 +73,11 @@ def _field_of(mistake: str) -> str:
     return meant[1] if meant else path.rpartition(".")[2]
 
 
-def _lora_contradictions(config: RunConfig):
+def _student_contradictions(config: RunConfig):
+    if not config.student.path and not config.student.layers:
+        yield "config.student: give a path, or the number of teacher layers to start from (layers)"
+    if config.student.path and config.student.layers:
+        yield "config.student.layers: is for a student without a path of its own; set it to 0"
     lora = config.student.lora
     if lora.rank and lora.path:
         yield (
@@ -134,11 +138,7 @@ def _contradictions(config: RunConfig):
                     f"config.stages[{index}].teacher_view: 'in_context' shows conversations of the "
                     "data, whose turns would be prompts too; expected data.supervise = 'last'"
                 )
-    if not config.student.path and not config.student.layers:
-        yield "config.student: give a path, or the number of teacher layers to start from (layers)"
-    if config.student.path and config.student.layers:
-        yield "config.student.layers: is for a student without a path of its own; set it to 0"
-    yield from _lora_contradictions(config)
+    yield from _student_contradictions(config)
     yield from _frozen_contradictions(config)
     sizes = list(config.mesh.sizes.values())
     if sizes.count(-1) > 1:

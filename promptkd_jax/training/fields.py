@@ -66,16 +66,8 @@ class ModelConfig:
         "float32", DTYPE, "what parameters are kept in; the optimizer works in float32"
     )
     remat: str = field("none", REMAT, "what the backward pass computes again instead of keeping it")
-    offload: bool = field(
-        False,
-        Bool(),
-        "whether layers that nothing trains lie in the host's memory, and come to a device in turn",
-    )
-    quantize: str = field(
-        "none",
-        Choice(*QUANTIZE),
-        "bits of kernels, of a teacher or below a student's adapter: 8, 4.5, or as param_dtype has",
-    )
+    offload: bool = field(False, Bool(), "whether frozen layers lie in the host's memory")
+    quantize: str = field("none", Choice(*QUANTIZE), "what kernels that nothing trains are kept in")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +199,6 @@ class DataConfig:
         "the turns of the assistant in a conversation that a student learns from; where a model "
         "writes the responses, 'all' is 'each'",
     )
-
     token_cache: str = field(
         "",
         Path(bucket=False),

@@ -29,9 +29,9 @@ from promptkd_jax.models.lora import init_adapter
 from promptkd_jax.models.model import Model, add_adapter, keep_layers
 from promptkd_jax.models.quantization import (
     QUANTIZE,
-    dequantize,
+    dequantize_kernels,
     dequantize_params,
-    quantize,
+    quantize_kernels,
     quantize_params,
 )
 from promptkd_jax.models.sampler import Sampling, sample
@@ -75,19 +75,19 @@ def test_rounds_to_the_nearest_number_of_each_group(how):
     kernel = np.random.default_rng(0).normal(size=(14, 6)).astype(np.float32)
     kernel[:4, 2] = 0
     kernel[:, 5] = 0
-    values, scale = quantize(kernel, how)
+    values, scale = quantize_kernels(kernel, how)
     assert (values.dtype, scale.dtype) == (jnp.int8, jnp.bfloat16)
     assert values.nbytes == kernel.size * how.bits // 8
     assert scale.shape == (-(-14 // (how.group or 14)), 6)
-    found = np.asarray(dequantize(values, scale, how, jnp.float32))
+    found = np.asarray(dequantize_kernels(values, scale, how, jnp.float32))
     np.testing.assert_array_equal(found, by_numpy(kernel, how))
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_axes_of_inputs_are_one_and_stacks_many(how):
     kernel = np.random.default_rng(0).normal(size=(2, 3, 4, 6, 5)).astype(np.float32)
-    back = functools.partial(dequantize, how=how, dtype=jnp.float32, inputs=2, stacks=1)
-    found = back(*quantize(kernel, how, inputs=2, stacks=1))
+    back = functools.partial(dequantize_kernels, how=how, dtype=jnp.float32, inputs=2, stacks=1)
+    found = back(*quantize_kernels(kernel, how, inputs=2, stacks=1))
     for layer, array in enumerate(kernel):
         expected = by_numpy(array.reshape(12, 30), how).reshape(array.shape)
         np.testing.assert_array_equal(found[layer], expected)
@@ -95,7 +95,7 @@ def test_axes_of_inputs_are_one_and_stacks_many(how):
 
 def test_odd_inputs_are_no_pairs():
     with pytest.raises(ModelError, match=r"\(7, 4\) has an odd number of inputs.*'int8'"):
-        quantize(np.ones((7, 4), np.float32), Quantization(4, 32))
+        quantize_kernels(np.ones((7, 4), np.float32), Quantization(4, 32))
 
 
 # What is computed.
@@ -225,7 +225,7 @@ def test_a_folder_is_read_layer_by_layer(name, kind, tmp_path, monkeypatch):
 
     def watched(kernel, how, **axes):
         read.append(kernel.shape)
-        return quantize(kernel, how, **axes)
+        return quantize_kernels(kernel, how, **axes)
 
     monkeypatch.setattr(params, "_quantize", watched)
     found = load_model(str(tmp_path), quantize=kind)

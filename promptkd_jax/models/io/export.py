@@ -32,7 +32,7 @@ from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.params import PIECE_BYTES, all_finite, stored_names
 from promptkd_jax.models.lora import A, B, merged
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.quantization import axes_of, dequantize, is_quantized, scale_path
+from promptkd_jax.models.quantization import axes_of, dequantize_kernels, is_quantized, scale_path
 
 SHARD_BYTES = 5 * 10**9
 STORED_IN = ("bfloat16", "float16", "float32")  # what readers of a folder know
@@ -101,7 +101,7 @@ def _plain(flat: Mapping[str, Any], path: str, stack: tuple[int, ...], config: D
     both = (_on_host(flat[x], stack) for x in (path, scale_path(path)))
     for kernel in zip(*both, strict=True):
         inputs = axes_of(path)["inputs"]
-        yield np.asarray(dequantize(*kernel, how, config.param_dtype, inputs=inputs))
+        yield np.asarray(dequantize_kernels(*kernel, how, config.param_dtype, inputs=inputs))
 
 
 def _on_host(x: Any, stack: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -24,7 +24,7 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD, Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.lora import adapter_shapes, join
-from promptkd_jax.models.quantization import axes_of, is_quantized, quantize, scale_path
+from promptkd_jax.models.quantization import axes_of, is_quantized, quantize_kernels, scale_path
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -146,7 +146,7 @@ def _quantized(
     return stacks
 
 
-_quantize = jax.jit(quantize, static_argnames=("how", "inputs", "stacks"))
+_quantize = jax.jit(quantize_kernels, static_argnames=("how", "inputs", "stacks"))
 
 
 def _layers(
