@@ -78,9 +78,7 @@ class LoRAConfig:
     alpha: float = field(16.0, Float(low=0.0, open_low=True), "over rank, the factor of the change")
     use_rslora: bool = field(False, Bool(), "whether alpha is over the root of rank (rsLoRA)")
     dropout: float = field(
-        0.0,
-        Float(low=0.0, high=1.0, open_high=True),
-        "of the adapter's input, in stages with dropout",
+        0.0, Float(low=0.0, high=1.0, open_high=True), "of its input, in stages with dropout"
     )
     target_modules: tuple[str, ...] = field(
         ("all-linear",),

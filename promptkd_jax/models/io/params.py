@@ -202,7 +202,7 @@ def _put(stack: Any, array: Any, layer: int) -> Any:
 
 def abstract_params(config: DecoderConfig) -> Any:
     """Shapes and dtypes of the parameters, those of an adapter among them; nothing computed."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tokens, config = jax.ShapeDtypeStruct((1, 1), jnp.int32), config.replace(offload=False)
     shapes = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
     if config.lora is None:
         return shapes
