@@ -115,6 +115,27 @@ def _frozen_contradictions(config: RunConfig):
             )
 
 
+def _stages_contradictions(config: RunConfig):
+    for index, stage in enumerate(config.stages):
+        path = f"config.stages[{index}]"
+        yield from _stage_contradictions(path, stage, config)
+        if any(other.name == stage.name for other in config.stages[:index]):
+            yield f"{path}.name: {stage.name!r} is the name of an earlier stage too"
+    ahead = {stage.batch_size for stage in config.stages if stage.one_step_off_policy}
+    if len(ahead) > 1:
+        yield (
+            f"config.stages: batch_size is {' and '.join(map(str, sorted(ahead)))} in stages with "
+            "one_step_off_policy; the rows written ahead have one place in a checkpoint, expected "
+            "one batch_size"
+        )
+    kinds = dict.fromkeys(stage.optimizer for stage in config.stages)
+    if len(kinds) > 1:
+        yield (
+            f"config.stages: optimizer is {' and '.join(map(repr, kinds))}; a checkpoint has one "
+            "structure in all stages, expected one optimizer"
+        )
+
+
 def _contradictions(config: RunConfig):
     data = config.data
     if data.max_prompt_length >= data.max_length:
@@ -147,26 +168,9 @@ def _contradictions(config: RunConfig):
         yield "config.mesh: a size is at least 1, or -1 for the rest"
     if config.checkpoint.export == "best" and not config.evaluation.every:
         yield "config.checkpoint.export: 'best' needs scores; set config.evaluation.every"
-    for index, stage in enumerate(config.stages):
-        path = f"config.stages[{index}]"
-        yield from _stage_contradictions(path, stage, config)
-        if any(other.name == stage.name for other in config.stages[:index]):
-            yield f"{path}.name: {stage.name!r} is the name of an earlier stage too"
+    yield from _stages_contradictions(config)
     if not config.teacher.path and needs_the_teacher(config):
         yield "config.teacher.path: is empty, but the recipe needs a teacher"
-    ahead = {stage.batch_size for stage in config.stages if stage.one_step_off_policy}
-    if len(ahead) > 1:
-        yield (
-            f"config.stages: batch_size is {' and '.join(map(str, sorted(ahead)))} in stages with "
-            "one_step_off_policy; the rows written ahead have one place in a checkpoint, expected "
-            "one batch_size"
-        )
-    kinds = dict.fromkeys(stage.optimizer for stage in config.stages)
-    if len(kinds) > 1:
-        yield (
-            f"config.stages: optimizer is {' and '.join(map(repr, kinds))}; a checkpoint has one "
-            "structure in all stages, expected one optimizer"
-        )
     if data.dev == "teacher" and config.evaluation.references == "gold":
         yield (
             "config.evaluation.references: 'gold', and prompts that the teacher writes have no "

@@ -21,6 +21,7 @@ from promptkd_jax.data.batch import Batch, Responses
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.losses import cross_entropy
 from promptkd_jax.distill.optimizer import adamw
+from promptkd_jax.distill.preconditioners import scale_by_adafactor, scale_by_adam_8bit
 from promptkd_jax.distill.state import Optimizers, init_state
 from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import lazy_logits_and_states
@@ -95,6 +96,20 @@ def test_optimizer_moments_lie_where_their_parameters_do():
     assert placed.soft_prompt.spec == placed.optimizers["soft_prompt"][1][0].mu.spec == P()
     assert {place.spec for place in jax.tree.leaves(placed.pending)} == {P(ROWS)}
     assert placed.key.spec == placed.step.spec == moments.count.spec == P()
+
+
+def test_codes_lie_where_their_parameters_do_and_scales_where_blocks_divide():
+    params = {"layers": {"mlp": {"up": {"kernel": jnp.zeros((2, 64, 768))}}}}
+    params["layers"]["mlp"]["down"] = {"kernel": jnp.zeros((2, 768, 1024))}
+    state = jax.eval_shape(scale_by_adam_8bit(0.9, 0.999).init, params)
+    placed = shardings(state, mesh(1, 2, 2))
+    up, down = (placed.mu["layers"]["mlp"][name]["kernel"] for name in ("up", "down"))
+    assert up.codes.spec == P(None, "fsdp", "tensor")
+    assert up.scales.spec == P(None, "fsdp", None)  # 3 blocks
+    assert down.codes.spec == down.scales.spec == P(None, "tensor", "fsdp")
+    state = jax.eval_shape(scale_by_adafactor().init, params)
+    factors = shardings(state, mesh(1, 2, 2)).nu
+    assert {place.spec for place in jax.tree.leaves(factors)} == {P()}
 
 
 def test_a_parameter_without_a_rule_stops_the_run():

@@ -814,6 +814,15 @@ def test_rows_ahead_have_one_place(config):
     checked(config)
 
 
+def test_stages_have_one_optimizer(config):
+    config.stages = (stage("sft", optimizer="muon"), stage("imitkd"))
+    assert "config.stages: optimizer is 'muon' and 'adamw'" in refused(config)
+    config.stages = (stage("sft", optimizer="muon"), stage("imitkd", optimizer="muon"))
+    checked(config)
+    config.stages = (stage("sft", optimizer="soap"),)
+    assert "stages[0].optimizer: 'soap' is not one of 'adamw', 'adamw_8bit'" in refused(config)
+
+
 def test_all_that_contradicts_is_told_at_once(config):
     config.stages = (
         stage("imitkd", temperature=2.0, prompt_learning_rate=1e-3, **CACHED),
