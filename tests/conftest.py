@@ -52,7 +52,13 @@ def golden_cases(kind: str, wanted: Callable[[dict], bool] = lambda case: True) 
     return found
 
 
-LONGEST = ("processes", "recipes", "train", "sharding", "golden", "step", "models", "teacher")
+# Files of tests that take more than 20 seconds of CPU, the longest first.
+LONGEST = (
+    *("processes", "recipes", "readme", "sharding", "step", "train", "teacher", "sampler"),
+    *("stopped", "conversations", "benchmarks", "language_model", "run_data", "dropout"),
+    *("compare", "hidden_loss", "plan", "vocabularies", "golden", "methods", "models"),
+    *("launch", "reproduce", "checkpoint", "params", "losses", "evaluate"),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
