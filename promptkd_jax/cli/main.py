@@ -107,6 +107,11 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             importlib.import_module(f"promptkd_jax.cli.{name}").run(options, rest)
         except UserError as error:
             sys.exit(f"promptkd {name}: {error}")
+        except RuntimeError as error:  # JAX's, of XLA
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            first = str(error).splitlines()[0]
+            sys.exit(f"promptkd {name}: no memory left ({first}); try a smaller --batch-size")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

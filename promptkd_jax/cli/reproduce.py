@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from promptkd_jax.cli import flags
 from promptkd_jax.evaluation.tables import markdown
-from promptkd_jax.plan.remat import with_chosen_remat
+from promptkd_jax.plan.fit import fitted
 from promptkd_jax.studies import published
 from promptkd_jax.studies.reproduce import SEEDS, reproduce, table
 from promptkd_jax.training import recipes
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         sets=options.sets,
         overrides=rest,
         from_published=options.from_published,
-        choose_remat=with_chosen_remat,
+        choose_remat=fitted,
     )
     print(markdown(table(rows, len(options.seeds))))
     print(f"written to {options.workdir}/reproduction.json and reproduction.md")

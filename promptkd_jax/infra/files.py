@@ -243,8 +243,8 @@ class AppendOnlyFile:
 
 @contextlib.contextmanager
 def held(folder: epath.Path) -> Iterator[None]:
-    """Holds a folder of a disk for one run, whose processes all call this, until it ends, however
-    that may be.
+    """Holds a folder of a disk, made where absent, for one run, whose processes all call this,
+    until it ends, however that may be. One that cannot be written is not held.
 
     Raises:
       ConfigError: another run holds it.
@@ -261,7 +261,11 @@ def held(folder: epath.Path) -> Iterator[None]:
 def _hold(folder: epath.Path, opened: list[int]) -> None:
     import fcntl
 
-    opened.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666))
+    except OSError:  # whoever writes there says what is wrong
+        return
     try:
         # Of the kernel: it is gone with the process, by `kill -9` too.
         fcntl.flock(opened[0], fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -234,6 +234,11 @@ class DecoderConfig:
             sizes["experts"] = self.experts.num_experts, padded.experts.num_experts
         return ", ".join(f"{name} {x} to {y}" for name, (x, y) in sizes.items() if x != y)
 
+    @property
+    def has_plain_attention(self) -> bool:
+        """Whether there are neither soft caps nor sinks, which not every kernel has."""
+        return self.attention_soft_cap is None and not self.attention_sinks
+
     def replace(self, **changes: Any) -> "DecoderConfig":
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -36,6 +36,7 @@ class Chip:
       compiler: what the compiler has to be told to make one device of both cores of a chip.
       platform: "tpu", or "gpu" or "cpu" for what is no TPU but is counted like one; of these
         `hbm_gbps` and `tflops` are None where only the memory is known.
+      capability: of a GPU, see `sharding.compute_capability`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Chip:
     cores: int = 1
     compiler: str = "default"
     platform: str = "tpu"
+    capability: float = 9.0
 
     def per_device(self, figure: float) -> float:
         """One device's part of what a chip has."""

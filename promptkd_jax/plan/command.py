@@ -62,8 +62,14 @@ def _plan_gpus(config: RunConfig, options: argparse.Namespace) -> Plan:
     if options.search:
         return _search(run, slices, options)
     plan = plan_one(run, slices, options)
-    mesh, usable = abstract_mesh(plan["mesh"]), plan["memory"]["usable"]
-    fits = fit.tried(config, mesh, slices.chip.platform, usable)
+    mesh, usable, chip = abstract_mesh(plan["mesh"]), plan["memory"]["usable"], slices.chip
+    device = chip.platform, chip.capability
+    if plan["memory"]["by"] == "compiler" and plan["memory"]["needed"]:
+        # What is tried is estimated, and the estimate is off by as much as it is here.
+        stage = run.config.stages[run.index].name
+        estimated = roofline.needed_bytes(config, mesh, *device, stage)
+        usable *= estimated / plan["memory"]["needed"]
+    fits = fit.tried(config, mesh, device, usable, run.config.stages[run.index].name)
     show_fits(fits, usable)
     steps = [{"words": f.words, "needed": f.needed, "flags": f.flags} for f in fits]
     return {**plan, "fits": steps}
@@ -152,7 +158,8 @@ def estimate(
     """
     run = run.on(abstract_mesh(sizes))
     chip = slices.chip
-    kept, temporary = roofline.kept_bytes(run), roofline.temporary_bytes(run, chip.platform)
+    kept = roofline.kept_bytes(run)
+    temporary = roofline.temporary_bytes(run, chip.platform, chip.capability)
     needed = sum(kept.values()) + temporary["all"]
     usable = chip.per_device(chip.usable_gib) * chips.GIB
     memory = {  # of one device; the cache is one of the temporaries

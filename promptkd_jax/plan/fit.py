@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 from promptkd_jax.infra import distributed, sharding
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.plan import roofline
-from promptkd_jax.plan.remat import device_bytes, with_chosen_remat
+from promptkd_jax.plan.remat import device_bytes, device_kind, with_chosen_remat
+from promptkd_jax.training.checks import contradictions_of
 from promptkd_jax.training.fields import RunConfig
 
 Settings = Mapping[str, Any]  # values by the paths of fields, such as "teacher.dtype"
@@ -47,13 +49,15 @@ def changes(config: RunConfig) -> Iterator[Change]:
     kept = [name for name, model in models.items() if model.remat not in ("full", "auto")]
     if kept:
         yield Change("remat", {f"{name}.remat": "full" for name in kept})
-    parts = [(stage.batch_size, stage.gradient_accumulation_steps) for stage in config.stages]
     for rows in (4, 2, 1):  # of a micro-batch
-        numbers = [max(number, -(-size // rows)) for size, number in parts]
-        names = [f"stages[{i}].gradient_accumulation_steps" for i in range(len(numbers))]
-        new = {name: x for name, x, (_, old) in zip(names, numbers, parts) if x > old}
+        new = {}
+        for i, stage in enumerate(config.stages):
+            minibatch = stage.batch_size // stage.minibatches
+            number = next(n for n in range(1, minibatch + 1) if _gives(minibatch, n, rows))
+            if number > stage.gradient_accumulation_steps:
+                new[f"stages[{i}].gradient_accumulation_steps"] = number
         if new:
-            yield Change(f"micro-batches of {rows} rows", new)
+            yield Change("smaller micro-batches", new)
     slots = {
         f"stages[{i}].max_concurrent_rollouts": max(1, stage.batch_size // 4)
         for i, stage in enumerate(config.stages)
@@ -80,6 +84,11 @@ def changes(config: RunConfig) -> Iterator[Change]:
         yield Change("the student's frozen kernels in int8", {"student.quantize": "int8"})
 
 
+def _gives(rows: int, number: int, most: int) -> bool:
+    """Whether rows are dealt out evenly to so many micro-batches, of at most `most` each."""
+    return rows % number == 0 and rows // number <= most
+
+
 def changed(config: RunConfig, settings: Settings) -> RunConfig:
     """A copy with other values of some fields."""
     for path, value in settings.items():
@@ -96,19 +105,37 @@ def _replaced(group: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(group, **{first: inner})
 
 
-def tried(config: RunConfig, mesh: Any, platform: str, usable: float) -> list[Fit]:
+def tried(
+    config: RunConfig,
+    mesh: Any,
+    device: tuple[str, float],
+    usable: float,
+    stage: str | None = None,
+) -> list[Fit]:
     """The run as it is, then with one change more at a time until it fits; changes that gain
-    nothing are left out."""
-    fits = [Fit((), roofline.needed_bytes(config, mesh, platform))]
+    nothing, and those that this run or mesh does not allow, are left out.
+
+    Args:
+      device: platform and compute capability, as for `roofline.needed_bytes`.
+      stage: that has to fit; None: all of them.
+    """
+    fits = [Fit((), roofline.needed_bytes(config, mesh, *device, stage))]
+    known = set(contradictions_of(config))
     for change in changes(config):
         if fits[-1].needed <= usable:
             break
         fit = fits[-1]
         # Later micro-batches take the place of earlier ones.
-        kept = [x for x in fit.changes if x.settings.keys() != change.settings.keys()]
+        kept = [x for x in fit.changes if x.words != change.words]
         together = Fit((*kept, change), 0.0)
         settings = {path: x for each in together.changes for path, x in each.settings.items()}
-        needed = roofline.needed_bytes(changed(config, settings), mesh, platform)
+        new = changed(config, settings)
+        if not known.issuperset(contradictions_of(new)):
+            continue
+        try:
+            needed = roofline.needed_bytes(new, mesh, *device, stage)
+        except ConfigError:  # a mesh that does not divide what the change makes
+            continue
         if needed < 0.995 * fit.needed:
             fits.append(together._replace(needed=needed))
     return fits
@@ -119,7 +146,7 @@ def fitted(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
     loaded, and says what would make it fit."""
     config = with_chosen_remat(config, mesh)
     usable = distributed.run_on_primary(device_bytes)
-    needed = roofline.needed_bytes(config, mesh, sharding.platform())
+    needed = roofline.needed_bytes(config, mesh, *device_kind())
     if needed > usable:
         distributed.warn(
             f"this run needs an estimated {needed / 1e9:.1f} GB of a device, which has "
@@ -129,16 +156,16 @@ def fitted(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
 
 
 def out_of_memory(config: RunConfig, error: Exception) -> str:
-    """What to set after a device had no memory left, whatever the estimate was."""
+    """What to set after a device had no memory left, whatever the estimate was. Of many processes
+    one alone may have had none: nothing is asked of the others."""
     mesh = sharding.make_mesh(config.mesh.sizes)
-    estimate = roofline.needed_bytes(config, mesh, sharding.platform())
-    wanted = 0.8 * min(distributed.run_on_primary(device_bytes), estimate)
+    wanted = 0.8 * min(device_bytes(), roofline.needed_bytes(config, mesh, *device_kind()))
     first = str(error).splitlines()[0]
     return f"a device has no memory left ({first}); {_remedy(config, mesh, wanted)}"
 
 
 def _remedy(config: RunConfig, mesh: jax.sharding.Mesh, usable: float) -> str:
-    last = tried(config, mesh, sharding.platform(), usable)[-1]
+    last = tried(config, mesh, device_kind(), usable)[-1]
     if last.needed <= usable:
         return f"{last.needed / 1e9:.1f} GB would do, by {last.flags}"
     return (

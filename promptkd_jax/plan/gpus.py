@@ -1,8 +1,8 @@
 """GPUs by name or by memory: "rtx4090", "h100:8" for eight of them, "24GB".
 
 Figures of the makers' data sheets and architecture papers: dense bfloat16 products that are summed
-in float32, memory, and what one card sends to the others of its machine (NVLink where it has it,
-else PCIe), in one direction.
+in float32 (before Ampere float32's own), memory, and what one card sends to the others of its
+machine (NVLink where it has it, else PCIe), in one direction.
 """
 
 import dataclasses
@@ -11,15 +11,24 @@ import re
 import jax
 
 from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.sharding import compute_capability
 from promptkd_jax.plan.chips import GIB, Chip, SliceTopology
 from promptkd_jax.plan.remat import device_bytes
 
 # Of the memory of a card: CUDA, its libraries and the screen have the rest. JAX itself takes 75 %
 # unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
 USABLE = 0.92
+MOST = 16  # of one machine
 
 
-def _gpu(name: str, gib: float, gbps: float | None, tflops: float | None, link: float = 32) -> Chip:
+def _gpu(
+    name: str,
+    gib: float,
+    gbps: float | None,
+    tflops: float | None,
+    link: float = 32,
+    capability: float = 9.0,
+) -> Chip:
     return Chip(
         name=name,
         hbm_gib=gib,
@@ -29,17 +38,22 @@ def _gpu(name: str, gib: float, gbps: float | None, tflops: float | None, link: 
         ici_gbps=link,
         dcn_gbps=12.5,
         dimensions=1,
-        largest=8,
+        largest=MOST,
         google="",
         tensor_cores=1,
         usd_per_hour=None,
         platform="gpu",
+        capability=capability,
     )
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        # Before Ampere without bfloat16: products in float32.
+        _gpu("t4", 16, 320, 8.1, 16, 7.5),
+        _gpu("v100", 32, 900, 15.7, 150, 7.0),
+        _gpu("rtx2080ti", 11, 616, 13.4, 16, 7.5),
         _gpu("rtx3060", 12, 360, 25.6, 16),
         _gpu("rtx3090", 24, 936, 71),
         _gpu("rtx4060ti-16gb", 16, 288, 44, 16),
@@ -66,7 +80,8 @@ def devices_here() -> SliceTopology:
     """The devices of this machine, of which JAX says the memory."""
     device, gib = jax.local_devices()[0], device_bytes() / GIB
     here = _gpu(device.device_kind, gib, None, None)
-    here = dataclasses.replace(here, usable_gib=gib, platform=device.platform)
+    kind = dict(platform=device.platform, capability=compute_capability())
+    here = dataclasses.replace(here, usable_gib=gib, **kind)
     return SliceTopology(here, (jax.device_count(),))
 
 
@@ -77,10 +92,11 @@ def parse_device(text: str) -> SliceTopology:
       ConfigError: no such GPU, or no number of them; says which there are.
     """
     name, _, count = text.lower().partition(":")
-    number = int(count) if re.fullmatch(r"[1-9]\d?", count) else 0
+    number = int(count) if re.fullmatch(r"[1-9]\d?", count) and int(count) <= MOST else 0
     gpu = GPUS.get(name)
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*gi?b", name):
         gpu = _gpu(f"a GPU of {found[1]} GB", float(found[1]), None, None)
+        gpu = gpu if gpu.hbm_gib else None
     if gpu is None or (count and not number):
         raise ConfigError(
             f"--device: {text!r} names no GPU; expected its memory, such as 24GB, one of "

@@ -21,7 +21,7 @@ def with_chosen_remat(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
     memory = distributed.run_on_primary(device_bytes)
     for policy in REMAT:  # the first keeps most
         tried = with_remat(config, policy)
-        needed = roofline.needed_bytes(tried, mesh, sharding.platform())
+        needed = roofline.needed_bytes(tried, mesh, *device_kind())
         if needed <= SHARE * memory:
             break
     print(f"remat: {policy}, an estimated {needed / 1e9:.1f} of a device's {memory / 1e9:.1f} GB")
@@ -34,6 +34,11 @@ def with_remat(config: RunConfig, policy: str) -> RunConfig:
     auto = {name: model for name, model in models.items() if model.remat == "auto"}
     chosen = {name: dataclasses.replace(model, remat=policy) for name, model in auto.items()}
     return dataclasses.replace(config, **chosen)
+
+
+def device_kind() -> tuple[str, float]:
+    """Platform and compute capability of the devices here, as estimates of memory take them."""
+    return sharding.platform(), sharding.compute_capability()
 
 
 def device_bytes() -> float:

@@ -171,17 +171,28 @@ def _on_device(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def needed_bytes(config: RunConfig, mesh: Any, platform: str) -> float:
-    """Bytes that a device of `mesh` needs in the stage that needs most, an estimate."""
+def needed_bytes(
+    config: RunConfig, mesh: Any, platform: str, capability: float = 9.0, stage: str | None = None
+) -> float:
+    """Bytes that a device of `mesh` needs, an estimate: in a stage, or in that which needs most.
+
+    Args:
+      platform, capability: as for `temporary_bytes`.
+
+    Raises:
+      ConfigError: the mesh does not divide parameters or rows.
+    """
     needed = []
-    for stage in config.stages:
-        run = abstract_run(config, stage.name).on(mesh)
+    for name in [stage] if stage else [each.name for each in config.stages]:
+        run = abstract_run(config, name, rows=1).on(mesh)  # how many there are is not asked
         kept = sum(kept_bytes(run).values())
-        needed.append(kept + temporary_bytes(run, platform)["all"])
+        needed.append(kept + temporary_bytes(run, platform, capability)["all"])
     return max(needed)
 
 
-def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]:
+def temporary_bytes(
+    run: AbstractRun, platform: str = "tpu", capability: float = 9.0
+) -> dict[str, float]:
     """Bytes that a device needs beside that, an estimate: "rollout", "update", and "all" of them;
     "cache" is part of the rollout's.
 
@@ -192,7 +203,7 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     copy nothing that is neither gathered nor cast.
 
     Args:
-      platform: of the devices.
+      platform: of the devices; capability: of GPUs, see `sharding.compute_capability`.
     """
     step, mesh = _step(run), run.mesh.shape
     method, student, teacher = step.method, step.student, step.teacher
@@ -208,10 +219,11 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     each = trained + 4 if method.num_micro_batches > 1 else trained
     gradients = each * student.parameters / devices
     drops = method.dropout and student.config.dropout.attention > 0
-    saved = _saved(student, step.rows, step.columns, platform, drops=drops)
+    device = platform, capability
+    saved = _saved(student, step.rows, step.columns, *device, drops=drops)
     before = 0.0  # what the teacher's update keeps, before that of the student
     if method.prompted or method.teacher_view == "online":
-        before = _saved(teacher, step.rows, step.before + step.columns, platform)
+        before = _saved(teacher, step.rows, step.before + step.columns, *device)
     gathered = max(2 * model.one_layer_bytes for model in models)
     # The student's head has a gradient, from the logits and from the embedding.
     heads = 2 * student.head_bytes if whole else 0.0
@@ -229,7 +241,15 @@ def temporary_bytes(run: AbstractRun, platform: str = "tpu") -> dict[str, float]
     return {"cache": cache, "rollout": rollout, "update": update, "all": together}
 
 
-def _saved(count: Counter, rows: int, columns: int, platform: str, *, drops: bool = False) -> float:
+def _saved(
+    count: Counter,
+    rows: int,
+    columns: int,
+    platform: str,
+    capability: float,
+    *,
+    drops: bool = False,
+) -> float:
     """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots"
     also what its matrices give, which the backward pass reads; with "none" the inputs and outputs
     of all products, attention's weights among them where no flash kernel leaves them out (there is
@@ -248,7 +268,8 @@ def _saved(count: Counter, rows: int, columns: int, platform: str, *, drops: boo
             head_dim=config.head_dim,
             row_parts=count.row_parts,
             head_parts=tensor,
-            plain=config.attention_soft_cap is None and not config.attention_sinks,
+            plain=config.has_plain_attention,
+            capability=capability,
         )
         if drops or flash == "xla":
             return tokens * (1.5 * count.activation_bytes + scores)

@@ -190,7 +190,10 @@ def _phases_table(plan: Mapping[str, Any]) -> Table:
 def _summary(plan: Mapping[str, Any]) -> list[str]:
     lines = []
     if not plan["memory"]["fits"]:
-        lines.append("it does not fit: --search tries other meshes and micro-batches")
+        several = plan["devices"] > 1 or plan["platform"] == "tpu"
+        lines.append(
+            "it does not fit" + ": --search tries other meshes and micro-batches" * several
+        )
     if plan["seconds_per_step"] is None:
         return lines
     lines += [

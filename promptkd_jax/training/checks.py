@@ -12,7 +12,7 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Group, build, mistakes
 from promptkd_jax.training.config import as_dict, read_config
 from promptkd_jax.training.field_specs import TEACHER
-from promptkd_jax.training.fields import RENAMED, RunConfig, StageConfig
+from promptkd_jax.training.fields import RENAMED, LoRAConfig, RunConfig, StageConfig
 
 
 def read_run(arguments: Sequence[str]) -> RunConfig:
@@ -59,6 +59,11 @@ def read_group(config: ConfigDict, cls: type) -> Any:
     return made
 
 
+def contradictions_of(run: RunConfig) -> list[str]:
+    """The facts of a config in dataclasses that go against one another."""
+    return list(_contradictions(run))
+
+
 def _read(config: ConfigDict, cls: type) -> tuple[Any, list[str]]:
     """The dataclass, with defaults for what is wrong, and every mistake."""
     values = as_dict(config)
@@ -78,11 +83,21 @@ def _student_contradictions(config: RunConfig):
         yield "config.student: give a path, or the number of teacher layers to start from (layers)"
     if config.student.path and config.student.layers:
         yield "config.student.layers: is for a student without a path of its own; set it to 0"
-    lora = config.student.lora
+    lora, plain = config.student.lora, LoRAConfig()
     if lora.rank and lora.path:
         yield (
             f"config.student.lora.rank: {lora.rank}, but the adapter of config.student.lora.path "
             "has a rank of its own; expected 0"
+        )
+    names = ("alpha", "use_rslora", "dropout", "target_modules")
+    given = [name for name in names if getattr(lora, name) != getattr(plain, name)]
+    if given and not lora.rank:
+        why = (
+            "the adapter of config.student.lora.path has its own" if lora.path else "there is none"
+        )
+        yield (
+            f"config.student.lora.{given[0]}: is for a new adapter, and {why}; expected "
+            f"{getattr(plain, given[0])!r}, or config.student.lora.rank above 0"
         )
     if lora.dropout and not any(stage.dropout for stage in config.stages):
         yield (

@@ -20,7 +20,7 @@ from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import DataError, TrainingError
 from promptkd_jax.infra.files import check_shared, held, load_or_compute, read_text, write_json
-from promptkd_jax.models.attention import AMPERE
+from promptkd_jax.models.attention import AMPERE, implementation
 from promptkd_jax.models.io.safetensors import has_weights
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import check_mesh
@@ -59,9 +59,9 @@ def run(
     """
     distributed.assert_same("the config", json.dumps(as_json(config), sort_keys=True))
     distributed.assert_same("the version of jax, flax, optax or promptkd_jax", _versions())
-    claim(workdir, config, NOT_IN_FINGERPRINT)
-    check_shared(workdir)
     with held(workdir):
+        claim(workdir, config, NOT_IN_FINGERPRINT)
+        check_shared(workdir)
         return _run(config, workdir, choose_remat)
 
 
@@ -113,22 +113,32 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
 
 
 def _without_a_kernel(experiment: Experiment) -> Iterator[str]:
-    """Models on GPUs whose attention XLA computes, in float32 or on older cards."""
+    """Models on GPUs whose attention XLA computes."""
     if sharding.platform() != "gpu":
         return
-    capability = sharding.compute_capability()
+    capability, mesh = sharding.compute_capability(), experiment.mesh.shape
     for model in filter(None, (experiment.teacher, experiment.student)):
         config = model.decoder.config
-        if capability < AMPERE and config.dtype == "bfloat16":
-            yield (
-                f"{model.name}: dtype bfloat16, which this GPU (compute capability {capability}) "
-                "has no instructions for: float32 may be as fast"
-            )
-        elif capability < AMPERE or config.dtype == "float32" or config.head_dim > 128:
+        padded = config.padded
+        chosen = implementation(
+            platform="gpu",
+            dtype=config.dtype,
+            rows=1,
+            columns=experiment.config.data.max_length,
+            num_heads=padded.num_heads,
+            num_kv_heads=padded.num_kv_heads,
+            head_dim=config.head_dim,
+            row_parts=1,
+            head_parts=mesh["tensor"],
+            plain=config.has_plain_attention,
+            capability=capability,
+        )
+        if chosen == "xla":
             yield (
                 f"{model.name}: XLA computes its attention, in more memory than cuDNN's kernel, "
-                f"which is for bfloat16, heads of at most 128 and compute capability {AMPERE:g}; "
-                f"here: {config.dtype}, {config.head_dim}, {capability:g}"
+                "which is for bfloat16, heads of at most 128 in multiples of 8, neither soft caps "
+                f"nor sinks, and NVIDIA's compute capability {AMPERE:g}; here: {config.dtype}, "
+                f"heads of {config.head_dim}, compute capability {capability:g}"
             )
 
 

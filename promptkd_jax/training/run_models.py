@@ -173,6 +173,8 @@ def choose_models(
 
 def load_frozen_student(config: RunConfig, mesh: jax.sharding.Mesh) -> Model:
     """The student as it was before a run, without an adapter. Raises as `load_models`."""
+    if config.student.path:
+        return _load(mesh, config.student.path, config.student)
     evaluation = dataclasses.replace(config.evaluation, teacher=False)
     alone = dataclasses.replace(config, stages=(), evaluation=evaluation)
     return choose_models(alone, functools.partial(_load, mesh))[1]
@@ -180,11 +182,25 @@ def load_frozen_student(config: RunConfig, mesh: jax.sharding.Mesh) -> Model:
 
 def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
     kept = dict(dtype=how.dtype, param_dtype=how.param_dtype, quantize=how.quantize)
+    if how.quantize == "int4" and max(mesh.shape["fsdp"], mesh.shape["tensor"]) > 1:
+        _check_pairs(path, mesh)
     model = load_model(path, **kept, remat=build.remat(how), mesh=mesh)
     model = offload(model, mesh) if how.offload else model
     if padding := model.decoder.config.padding:
         print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
     return model
+
+
+def _check_pairs(path: str, mesh: jax.sharding.Mesh) -> None:
+    """Raises ModelError where a mesh would cut between two inputs of a kernel that share a byte."""
+    config = load_without_weights(path).decoder.config.replace(tensor_parts=mesh.shape["tensor"])
+    width, inner = config.width, config.padded.mlp_width
+    if width % (2 * mesh.shape["fsdp"]) or inner % (2 * mesh.shape["tensor"]):
+        raise ModelError(
+            f"{path}: int4 keeps two inputs of a kernel in a byte, and mesh.fsdp = "
+            f"{mesh.shape['fsdp']}, mesh.tensor = {mesh.shape['tensor']} would cut between them "
+            f"(width {width}, feed-forward {inner}); expected 'int8', or another mesh"
+        )
 
 
 def shares_teacher(config: RunConfig) -> bool:

@@ -192,3 +192,9 @@ with files.held(files.to_path({str(tmp_path)!r})):
     for _ in range(2):
         with files.held(folder):
             pass
+
+
+def test_a_folder_that_cannot_be_written_is_not_held(tmp_path):
+    (tmp_path / "file").write_text("")
+    with files.held(files.to_path(tmp_path / "file")):  # whoever writes there says so
+        pass

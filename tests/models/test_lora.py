@@ -84,7 +84,7 @@ def test_the_change_is_that_of_the_formula(rslora, scale):
 def test_peft_computes_the_same_and_gives_the_adapter_back(name, tmp_path):
     """GPT-2 and Phi-3 store several of the maps as one."""
     peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
-    model = adapted(name)
+    model = adapted(name, use_rslora=name in ("gpt2", "phi3"))
     model = model.replace(hf_config={**model.hf_config, "pad_token_id": 0})
     base = model.replace(decoder=random_model(name).decoder, params=split(model.params)[0])
     save_model(tmp_path / "base", base)
@@ -125,6 +125,7 @@ def test_an_adapter_of_peft_computes_and_learns_the_same(name, tmp_path):
     model = add_adapter(pair.model, lora, adapter)
     np.testing.assert_allclose(logits(model), reference_logits(made.base_model), atol=1e-4)
     if name == "gpt2":
+        assert lora.rank == 3
         return
     tokens, labels = TOKENS[:, :-1], TOKENS[:, 1:]
     out = made.base_model(torch.tensor(tokens), use_cache=False).logits.flatten(0, 1)
@@ -195,8 +196,20 @@ def test_targets_that_name_nothing_are_refused():
         "attention/value",
     )
     assert lora_modules(config, ("mlp.down_proj",), "targets") == ("mlp/down",)
+    with pytest.raises(ModelError, match="targets: '\\*_proj' is no pattern"):
+        lora_modules(config, ("*_proj",), "targets")
     with pytest.raises(ModelError, match="'c_attn' is no linear map of a llama's layers; expected"):
         lora_modules(config, ("q_proj", "c_attn"), "config.student.lora.target_modules")
+
+
+def test_an_untrained_adapter_of_a_fused_map_keeps_its_rank(tmp_path):
+    """B is 0: it must not be taken for one that `save_lora` put together."""
+    peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+    pair = make_pair("gpt2", tmp_path / "base")
+    how = peft.LoraConfig(r=12, target_modules=["c_attn", "mlp.c_fc"], fan_in_fan_out=True)
+    peft.get_peft_model(pair.reference, how).save_pretrained(tmp_path / "adapter")
+    lora, _ = load_lora(tmp_path / "adapter", pair.model.decoder.config)
+    assert (lora.rank, lora.alpha) == (12, 8)
 
 
 def test_adapters_that_are_not_alike_in_all_layers_are_refused(tmp_path):
@@ -214,8 +227,20 @@ def test_adapters_that_are_not_alike_in_all_layers_are_refused(tmp_path):
         with pytest.raises(ModelError, match=match):
             load_lora(tmp_path, config)
 
-    refused("modules differ .*rank 3.* merge it", alpha_pattern={"q_proj": 7})
+    refused("init_lora_weights = 'pissa', which changes the base", init_lora_weights="pissa")
+    refused("alora_invocation_tokens = .* cannot be merged", alora_invocation_tokens=[5])
     layer = "base_model.model.model.layers.1.self_attn.q_proj"
+    refused(
+        "q_proj has another rank in some layers",
+        lambda x: (
+            x
+            | {
+                f"{layer}.lora_{s}.weight": np.ones((2, 2), "f").repeat(24, 1 - "AB".index(s))
+                for s in "AB"
+            }
+        ),
+    )
+    refused("modules differ .*rank 3.* merge it", alpha_pattern={"q_proj": 7})
     refused("of some layers, not of all", lambda x: {k: v for k, v in x.items() if layer not in k})
     refused(
         "expected .* it is for another model",

@@ -16,9 +16,10 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.families.registry import PUBLISHED
 from promptkd_jax.plan import ahead, fit, gpus, roofline
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.checks import check_mesh, checked, contradictions_of
 from promptkd_jax.training.recipes import base_config, method_stage
 
+GPU = "gpu", 9.0
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
@@ -40,7 +41,7 @@ def test_a_gpu_is_named_or_known_by_its_memory():
     assert (gpus.parse_device("h100:8").name, gpus.parse_device("h100:8").devices) == ("h100:8", 8)
     plain = gpus.parse_device("24 GB").chip
     assert (plain.hbm_gib, plain.tflops, plain.platform) == (24, None, "gpu")
-    for wrong in ("rtx9090", "h100:0", "h100:all", "24", "GB", ""):
+    for wrong in ("rtx9090", "h100:0", "h100:all", "h100:99", "0GB", "24", "GB", ""):
         with pytest.raises(ConfigError, match="--device: .* names no GPU; expected its memory"):
             gpus.parse_device(wrong)
 
@@ -91,8 +92,8 @@ def test_the_estimate_is_what_xla_says_of_the_step_on_this_machine(case):
 def test_changes_are_tried_one_after_the_other_until_the_run_fits():
     config, mesh = checked(LLAMAS), abstract_mesh(ONE)
     as_it_is = roofline.needed_bytes(config, mesh, "gpu")
-    assert fit.tried(config, mesh, "gpu", as_it_is) == [fit.Fit((), as_it_is)]
-    fits = fit.tried(config, mesh, "gpu", 22e9)
+    assert fit.tried(config, mesh, GPU, as_it_is) == [fit.Fit((), as_it_is)]
+    fits = fit.tried(config, mesh, GPU, 22e9)
     needed = [one.needed for one in fits]
     assert needed == sorted(needed, reverse=True) and needed[-1] <= 22e9 < needed[-2]
     # The flags, given to the command, are that run.
@@ -102,7 +103,30 @@ def test_changes_are_tried_one_after_the_other_until_the_run_fits():
         path, _, value = flag.removeprefix("--config.").partition("=")
         settings[path] = int(value) if value.isdecimal() else value
     assert roofline.needed_bytes(fit.changed(config, settings), mesh, "gpu") == needed[-1]
-    assert fit.tried(config, mesh, "gpu", 1.0)[-1].needed > 1.0
+    assert fit.tried(config, mesh, GPU, 1.0)[-1].needed > 1.0
+
+
+@pytest.mark.parametrize(("rows", "devices"), [(10, 1), (8, 8), (6, 2)])
+def test_no_change_is_tried_that_the_run_or_its_mesh_does_not_allow(rows, devices):
+    config = checked(config_of("some/larger", "some/smaller", batch_size=rows))
+    mesh = abstract_mesh(ONE | {"data": devices})
+    for one in fit.tried(config, mesh, GPU, 1.0):
+        settings = {path: x for change in one.changes for path, x in change.settings.items()}
+        made = fit.changed(config, settings)
+        check_mesh(made, mesh)
+        assert not contradictions_of(made)
+
+
+def test_an_older_gpu_needs_more_for_attention():
+    config = fit.changed(
+        checked(config_of("some/larger", "some/smaller")),
+        {"teacher.dtype": "bfloat16", "student.dtype": "bfloat16"},
+    )
+    turing, hopper = (
+        roofline.needed_bytes(config, abstract_mesh(ONE), "gpu", capability)
+        for capability in (7.5, 9.0)
+    )
+    assert turing > hopper
 
 
 def test_a_change_replaces_fields_of_groups_and_of_stages():

@@ -26,6 +26,9 @@ from promptkd_jax.training.checks import checked
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import prepare
 
+# That of a config that has none.
+LORA = {"rank": 0, "alpha": 16.0, "target_modules": ("all-linear",)}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> pathlib.Path:
@@ -149,7 +152,7 @@ def test_export_writes_the_adapter_alone_or_merged(finished, models, tmp_path):
 
 
 def test_training_goes_on_from_an_adapter(config, finished, tmp_path):
-    config.student.lora.update(rank=0, path=str(finished / "adapter"))
+    config.student.lora.update(LORA | {"path": str(finished)})
     mesh = one_device()
     with jax.set_mesh(mesh):
         student = prepare(checked(config), tmp_path, mesh).student
@@ -159,6 +162,12 @@ def test_training_goes_on_from_an_adapter(config, finished, tmp_path):
     np.testing.assert_allclose(found, right, atol=2e-5)
     config.student.lora.rank = 4
     with pytest.raises(ConfigError, match="lora.rank: 4, but the adapter of .* expected 0"):
+        checked(config)
+    config.student.lora.update(rank=0, alpha=3.0)
+    with pytest.raises(ConfigError, match="lora.alpha: is for a new adapter, and the adapter"):
+        checked(config)
+    config.student.lora.path = ""
+    with pytest.raises(ConfigError, match="lora.alpha: is for a new adapter, and there is none"):
         checked(config)
 
 

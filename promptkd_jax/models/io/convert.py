@@ -42,7 +42,16 @@ _TORCH = "torch is needed to read it: pip install torch, or pip install -e '.[pa
 # What reading garbage as a pickle raises besides.
 _OF_GARBAGE = (ValueError, LookupError, TypeError, AttributeError)
 # What an adapter of PEFT may have that merging it needs to know; others are switched off.
-_PLAIN = {"use_dora": False, "bias": "none", "trainable_token_indices": None}
+_PLAIN = {
+    "use_dora": False,
+    "bias": "none",
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+}
+# Beginnings that leave the base model as it is; PiSSA, OLoRA, CorDA and LoftQ take from it what the
+# adapter has.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 Shard = tuple[str, Mapping[str, np.ndarray]]  # a file's name, and its tensors
 
@@ -110,9 +119,11 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
 
 
 def adapter_folder(path: str) -> pathlib.Path:
-    """The folder of an adapter: one of this machine, or of the hub. Raises ModelError: it is
-    nowhere."""
+    """The folder of an adapter: one of this machine, that of a run, or of the hub. Raises
+    ModelError: it is nowhere."""
     folder = local_path(path)
+    if (folder / "adapter" / ADAPTER).exists():  # of a run
+        return folder / "adapter"
     return folder if folder.is_dir() else download(path, [*SMALL_FILES, *_ADAPTER_FILES])
 
 
@@ -270,6 +281,12 @@ def read_lora(folder: pathlib.Path) -> StoredLoRA:
     for name, plain in _PLAIN.items():
         if config.get(name, plain) not in (plain, None):
             raise ModelError(f"{folder / ADAPTER}: {name} = {config[name]!r} cannot be merged here")
+    if (init := config.get("init_lora_weights", True)) not in _INITS:
+        raise ModelError(
+            f"{folder / ADAPTER}: init_lora_weights = {init!r}, which changes the base model too; "
+            "expected an adapter of the base itself: PEFT's save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)"
+        )
     present = [name for name in _ADAPTER_FILES if (folder / name).exists()]
     if not present:
         raise ModelError(f"{folder}: has none of {', '.join(_ADAPTER_FILES)}")

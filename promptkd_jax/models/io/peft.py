@@ -170,7 +170,10 @@ def lora_modules(config: DecoderConfig, targets: Sequence[str], where: str) -> t
     names, chosen = adaptable(config), set()
     for target in targets:
         pattern = ".*" if target == ALL else target
-        matches = [x for x in names if re.fullmatch(rf"(.*\.)?({pattern})", x.format(0))]
+        try:
+            matches = [x for x in names if re.fullmatch(rf"(.*\.)?({pattern})", x.format(0))]
+        except re.error as error:
+            raise ModelError(f"{where}: {target!r} is no pattern: {error}") from error
         if not matches:
             known = ", ".join(dict.fromkeys(x.rpartition(".")[2] for x in names))
             raise ModelError(
@@ -234,6 +237,8 @@ def save_lora(folder: epath.PathLike, model: Model) -> None:
     make_folder(folder)
     write_json(folder / ADAPTER, lora_config(model))
     card = _LORA_CARD.format(rank=config.lora.rank, base=model.name)
+    if config.quantization:
+        card += _ROUNDED.format(bits=config.quantization.bits)
     write_text(folder / "README.md", card)
     tensors, flat = {}, traverse_util.flatten_dict(model.params, sep="/")
     for name, parts in adaptable(config).items():
@@ -274,13 +279,16 @@ def load_lora(folder: str | os.PathLike, config: DecoderConfig) -> tuple[LoRA, A
         if not all(layers):
             raise ModelError(f"{where}changes {name} of some layers, not of all; {_MERGE}")
         pairs = [_parts_of(stored, module, parts, config) for module in layers]
+        if len({pair[0][0].shape for pair in pairs}) > 1:
+            raise ModelError(f"{where}{name} has another rank in some layers; {_MERGE}")
         for place, (module, row) in enumerate(parts):
             shape = [sizes(config)[x] for x in row.ours]
             axes = MODULES[module]
             a, b = (np.stack([pair[place][side] for pair in pairs]) for side in (0, 1))
             adapter[f"layers/{module}/{A}"] = a.reshape(len(a), *shape[:axes], -1)
             adapter[f"layers/{module}/{B}"] = b.reshape(*b.shape[:2], *shape[axes:])
-            scales[module] = {(a.shape[2], stored.scale(x)) for x in layers}
+            # To nine digits: what `lora_config` makes of a root comes back rounded.
+            scales[module] = {(a.shape[2], float(f"{stored.scale(x):.9g}")) for x in layers}
     if left or not adapter:
         wrong = next(iter(left.values()), "nothing")
         raise ModelError(f"{where}changes {wrong}, which this {config.family} has no adapter for")
@@ -289,9 +297,12 @@ def load_lora(folder: str | os.PathLike, config: DecoderConfig) -> tuple[LoRA, A
         raise ModelError(f"{where}its modules differ ({ranks}); {_MERGE}")
     rank, scale = different.pop()
     rslora = bool(stored.config.get("use_rslora"))
+    alpha = scale * (math.sqrt(rank) if rslora else rank)
+    if math.isclose(alpha, said := float(stored.config["lora_alpha"]), rel_tol=1e-6):
+        alpha = said
     lora = LoRA(
         rank,
-        scale * (math.sqrt(rank) if rslora else rank),
+        alpha,
         tuple(module for module in MODULES if module in scales),
         rslora,
         float(stored.config.get("lora_dropout") or 0.0),
@@ -313,6 +324,10 @@ Trained with promptkd_jax, for `{base}`:
 ```python
 model = peft.PeftModel.from_pretrained(base, "path/to/adapter")
 ```
+"""
+_ROUNDED = """
+It was trained beside kernels in {bits} bits: on the plain model it computes nearly the same. The
+merged student of the run is what it was.
 """
 
 
@@ -356,11 +371,13 @@ def _parts_of(stored: StoredLoRA, name: str, parts: list, config: DecoderConfig)
         )
     ends = list(itertools.accumulate(outputs))
     b_of_parts = np.split(b, ends[:-1])
-    # One that `save_lora` wrote comes apart again into the ranks that it was made of.
-    rank, own = len(a) // len(parts), []
+    # One that `save_lora` wrote comes apart again into the ranks that it was made of; others share
+    # their A.
+    rank, own = int(stored.config["r"]), []
     for place, one in enumerate(b_of_parts):
         columns = slice(place * rank, (place + 1) * rank)
-        if len(a) % len(parts) or np.count_nonzero(one) != np.count_nonzero(one[:, columns]):
+        ours = len(a) == len(parts) * rank
+        if not ours or np.count_nonzero(one) != np.count_nonzero(one[:, columns]):
             return [(a.T, one.T) for one in b_of_parts]
         own.append((a[columns].T, one[:, columns].T))
     return own
