@@ -22,6 +22,7 @@ from promptkd_jax.models.io.export import STORED_IN
 from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, check_gguf, save_gguf
 from promptkd_jax.models.io.peft import save_lora
 from promptkd_jax.models.lora import join
+from promptkd_jax.training import build
 from promptkd_jax.training.checks import read_run
 from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.loop import open_checkpoints
@@ -105,11 +106,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             save_lora(output, student)
             paths = {"adapter": output}
         elif to_gguf:
-            save_gguf(output, student, quantize=quantize)
+            save_gguf(output, student.replace(name=build.title(config)), quantize=quantize)
             paths = {"student": output}
         else:
             paths = save(config, models, params, output, dtype=options.dtype)
-    print(f"step {step}: " + ", ".join(f"{what} in {path}" for what, path in paths.items()))
+    begun = "" if distributed.run_on_primary((workdir / "summary.json").exists) else " (unfinished)"
+    said = ", ".join(f"{what} in {path}" for what, path in paths.items())
+    print(f"step {step} of {workdir}{begun}: {said}")
 
 
 def _whole(config: RunConfig, workdir: epath.Path, adapter: Any, mesh: jax.sharding.Mesh) -> Any:
