@@ -58,6 +58,7 @@ LONGEST = (
     *("stopped", "conversations", "benchmarks", "language_model", "run_data", "dropout"),
     *("compare", "hidden_loss", "plan", "vocabularies", "golden", "methods", "models"),
     *("launch", "reproduce", "checkpoint", "params", "losses", "evaluate"),
+    *("adapters", "gpus", "quantization", "quantized", "preconditioners", "adapter", "offload"),
 )
 
 
