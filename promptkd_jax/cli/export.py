@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """
     distributed.assert_same_options(options)
     workdir, output, mesh = options.workdir, options.output, flags.mesh_of(options)
-    to_gguf = output.suffix == ".gguf"
+    to_gguf = output.suffix.lower() == ".gguf"
     quantize = options.quantize or "f16"
     if options.quantize and not to_gguf:
         raise ConfigError(
@@ -84,6 +84,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.adapter and not config.student.lora.is_used:
         raise ConfigError(f"--adapter: the student of {workdir} has none (config.student.lora)")
     with flags.naming("--output", output):
+        if output.is_file() and not to_gguf:
+            raise ConfigError(f"--output {output}: is a file; expected a folder, or FILE.gguf")
         check_writable(output.parent if to_gguf else output)
     with flags.naming("--workdir", workdir):
         models = load_configs(config, workdir)
