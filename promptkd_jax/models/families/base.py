@@ -264,17 +264,24 @@ def read_rope(
     """
     new, old = (c.get(field) or {} for field in ("rope_parameters", "rope_scaling"))
     new = new.get(layer_type, new) if layer_type else new
-    if new and old and not layer_type and _without_theta(new) != _without_theta(old):
+    theta = float((new or old).get("rope_theta") or c.get("rope_theta") or theta)
+    rope, other = (
+        Rope(theta, _read_scaling(said, c, source), _read_share(said, c))
+        for said in (new or old, old or new)
+    )
+    # One may say what the other leaves to be computed: they are compared by what they mean.
+    if rope != other:
         raise ModelError(
             f"{source}: rope_parameters {new} and rope_scaling {old} contradict one another; "
             "remove the wrong one"
         )
-    rope = new or old
-    theta = float(rope.get("rope_theta") or c.get("rope_theta") or theta)
-    share = float(rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)))
-    if share != 1.0 and not partial:
+    if rope.share != 1.0 and not partial:
         raise ModelError(f"{source}: partial_rotary_factor other than 1 is not supported")
-    return Rope(theta, _read_scaling(rope, c, source), share)
+    return rope
+
+
+def _read_share(rope: Mapping[str, Any], c: Mapping[str, Any]) -> float:
+    return float(rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0)))
 
 
 def _read_scaling(rope: Mapping[str, Any], c: Mapping[str, Any], source: str) -> RopeScaling | None:
@@ -373,12 +380,6 @@ def kinds_of_layers(layers: Sequence[LayerKind]) -> dict[str, Any]:
     kinds = tuple(dict.fromkeys(layers))
     pattern = tuple(map(kinds.index, layers)) if len(kinds) > 1 else ()
     return {"kinds": kinds, "pattern": pattern}
-
-
-def _without_theta(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The scaling alone; theta may stand beside it."""
-    scaling = {key: x for key, x in rope.items() if key not in ("rope_theta", "rope_type", "type")}
-    return scaling | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
 
 # Published shapes.
