@@ -257,6 +257,12 @@ class DecoderConfig:
         later = [x.factor for x in scalings if x.kind in ("linear", "dynamic")]
         return int(self.max_positions * max(later, default=1.0))
 
+    @property
+    def rope(self) -> Rope | None:
+        """The rotary positions of layers without a window, or of others where those have none."""
+        kinds = sorted(self.kinds, key=lambda kind: kind.sliding_window or 0)
+        return next((kind.rope for kind in kinds if kind.rope), None)
+
     def kind(self, layer: int) -> LayerKind:
         """The kind of a layer."""
         return self.kinds[self.pattern[layer] if self.pattern else 0]

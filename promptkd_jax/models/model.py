@@ -114,16 +114,14 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
         lambda x: x.sharding if isinstance(x, jax.Array) and x.committed else None, model.params
     )
     params = jax.jit(keep, out_shardings=where)(model.params)
-    depth_field = FAMILIES[config.family].depth_field
-    hf_config = {**model.hf_config, depth_field: len(layers)}
+    family = FAMILIES[config.family]
     kinds = kinds_of_layers([config.kind(layer) for layer in layers])
     kept = config.replace(num_layers=len(layers), **kinds)
-    # Of models whose layers differ, the lists have to name those that are left.
-    for name, listed in FAMILIES[config.family].layer_fields(kept).items():
-        if hf_config.get(name) or (config.pattern and layers != tuple(range(config.num_layers))):
-            hf_config[name] = listed
-    decoder = Decoder(kept)
-    return model.replace(decoder=decoder, params=params, hf_config=hf_config)
+    # Where layers differ, the fields that say so have to name those that are left.
+    fields = {family.depth_field: len(layers), **family.export_fields(kept)}
+    return model.replace(
+        decoder=Decoder(kept), params=params, hf_config={**model.hf_config, **fields}
+    )
 
 
 def add_adapter(model: Model, lora: LoRA, adapter: Any) -> Model:

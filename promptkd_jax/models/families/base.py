@@ -143,7 +143,8 @@ class Family:
       depth_field: of `config.json`, the number of layers.
       decays_norms: whether weight decay reaches its norm scales in the published code, which
         excepts them by GPT-2's names; see `Conventions.decay_norms`.
-      layer_fields: the fields of `config.json` that say of which kind each layer is.
+      export_fields: the fields of `config.json` that an export has whatever its source says: of
+        which kind each layer is, and what other readers ask for.
       gguf: None where no GGUF file of it is read or written.
       published: `config.json` by hub id, so that a run can be planned without its files.
     """
@@ -157,7 +158,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     depth_field: str = "num_hidden_layers"
     decays_norms: bool = True
-    layer_fields: Callable[[DecoderConfig], dict[str, list]] = layer_types
+    export_fields: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
     gguf: GGUFLayout | None = None
     published: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 

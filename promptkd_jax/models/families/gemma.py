@@ -53,20 +53,21 @@ def _read_gemma3(c: Mapping[str, Any], source: str) -> DecoderConfig:
         "attention_soft_cap": _number(c.get("attn_logit_softcapping")),
         "logit_soft_cap": _number(c.get("final_logit_softcapping")),
     }
-    period = c.get("sliding_window_pattern", 6)
+    period = c.get("sliding_window_pattern", 6)  # null where layer_types has none
     return _decoder(c, source, kinds, period=period, qk_norm="head", **caps)
 
 
 def _decoder(
-    c: Mapping[str, Any], source: str, kinds: Mapping[str, LayerKind], period: int, **differing: Any
+    c: Mapping[str, Any],
+    source: str,
+    kinds: Mapping[str, LayerKind],
+    period: int | None,
+    **differing: Any,
 ) -> DecoderConfig:
     """A decoder of which every `period`-th layer has no window, where the config lists no types."""
     if c.get("use_bidirectional_attention"):  # of Gemma 2 it is null
         base.require(c, source, use_bidirectional_attention=False)
-    types = [
-        "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
-        for layer in range(c["num_hidden_layers"])
-    ]
+    types = _every(period, c["num_hidden_layers"]) if period else []
     return read_llama(
         c | {"hidden_act": c.get("hidden_activation") or "gelu_pytorch_tanh"},
         source,
@@ -79,6 +80,23 @@ def _decoder(
         attention_scale=(c.get("query_pre_attn_scalar") or 256) ** -0.5,
         **differing,
     )
+
+
+def _every(period: int, depth: int) -> list[str]:
+    full = [(layer + 1) % period == 0 for layer in range(depth)]
+    return ["full_attention" if x else "sliding_attention" for x in full]
+
+
+def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The types of layers, and their period, which MLX reads in place of the types.
+
+    The period of types that have none is null: MLX then stops; it takes 6 where nothing is said.
+    """
+    fields = base.layer_types(config)
+    types = fields["layer_types"]
+    period = types.index("full_attention") + 1 if "full_attention" in types else None
+    period = period if period and types == _every(period, len(types)) else None
+    return fields | dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), period)
 
 
 def _number(cap: float | None) -> float | None:
@@ -204,6 +222,7 @@ FAMILIES = (
         architecture="Gemma2ForCausalLM",
         read=_read_gemma2,
         tensors=_tensors,
+        export_fields=base.layer_types,
         gguf=_gguf("gemma2", {}, _gguf_gemma2, _gguf_gemma2_settings),
         published=base.published(
             ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -217,6 +236,7 @@ FAMILIES = (
         architecture="Gemma3ForCausalLM",
         read=_read_gemma3,
         tensors=_tensors,
+        export_fields=_gemma3_fields,
         gguf=_gguf("gemma3", GGUF_QK_NORMS, _gguf_gemma3, _gguf_settings),
         published=base.published(
             ("hidden_size", "num_hidden_layers", "intermediate_size"),

@@ -139,8 +139,7 @@ def rotary_fields(settings: Settings, *, partial: bool = False) -> dict[str, Any
 
 def rotary_settings(config: DecoderConfig) -> dict[str, Any]:
     """The settings that `rotary_fields` reads; of layers with a window, others may hold."""
-    ropes = [kind.rope for kind in sorted(config.kinds, key=lambda x: x.sliding_window or 0)]
-    rope = next(filter(None, ropes), Rope())
+    rope = config.rope or Rope()
     settings = {
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,

@@ -124,6 +124,7 @@ FAMILIES = (
         read=_read,
         tensors=_tensors,
         prefix="transformer.",
+        export_fields=lambda config: {"n_ctx": config.max_positions},  # MLX asks for it
         ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),  # causal masks
         depth_field="n_layer",
         decays_norms=False,

@@ -67,6 +67,10 @@ def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
 
 FAMILIES = (
     base.Family(
-        model_type="gpt_oss", architecture="GptOssForCausalLM", read=_read, tensors=_tensors
+        model_type="gpt_oss",
+        architecture="GptOssForCausalLM",
+        read=_read,
+        tensors=_tensors,
+        export_fields=base.layer_types,
     ),
 )

@@ -25,6 +25,10 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     )
 
 
+def _export_fields(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+
+
 def _gguf_fields(settings: Settings) -> dict[str, Any]:
     fields = gguf_layout.llama_fields(settings)
     return fields | {
@@ -49,6 +53,7 @@ FAMILIES = (
         architecture="GraniteForCausalLM",
         read=_read,
         tensors=llama_tensors,
+        export_fields=_export_fields,
         gguf=GGUFLayout(
             architecture="granite",
             names=GGUF_NAMES,

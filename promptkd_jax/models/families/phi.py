@@ -1,5 +1,6 @@
 """Phi-3 and Phi-4-mini: projections that are stored fused, rotary positions of a part of a head."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,29 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     )
     eps = c.get("rms_norm_eps", 1e-5)
     return read_llama(c, source, layers, norm_eps=eps, dropout=dropout)
+
+
+def _export_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The fields by which transformers 4 and MLX know rotary positions.
+
+    They know a `longrope` of three fields alone, from which its attention factor is computed. One
+    that they would compute otherwise has the fields of transformers 5; these two refuse them.
+    """
+    rope = config.kind(0).rope
+    fields = {"partial_rotary_factor": rope.share}
+    if not (scaling := rope.scaling) or scaling.kind != "longrope":
+        return fields
+    fields["original_max_position_embeddings"] = scaling.original_max_position
+    factors = {
+        "short_factor": list(scaling.short_factors),
+        "long_factor": list(scaling.long_factors),
+    }
+    three = {"type": "longrope", **factors}
+    said = fields | {"max_position_embeddings": config.max_positions, "rope_scaling": three}
+    if base.read_rope(said, "config", theta=rope.theta, partial=True) == rope:
+        return fields | {"rope_scaling": three}
+    more = {"factor": scaling.factor, "attention_factor": scaling.attention_factor}
+    return fields | {"rope_scaling": {"rope_type": "longrope", **factors, **more}}
 
 
 def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
@@ -76,7 +100,10 @@ def _gguf_fields(settings: Settings) -> dict[str, Any]:
     if all(array is not None for array in factors.values()):
         shortest = {field: [float(str(x)) for x in array] for field, array in factors.items()}
         fields["rope_scaling"] = {"rope_type": "longrope", **shortest}
-        fields["rope_scaling"]["attention_factor"] = attention_factor
+        length = {"max_position_embeddings": settings("context_length")}
+        computed = base.read_rope(fields | length, settings.path, partial=True).scaling
+        if not math.isclose(attention_factor, computed.attention_factor, rel_tol=1e-6):
+            fields["rope_scaling"]["attention_factor"] = attention_factor
     return fields
 
 
@@ -113,6 +140,7 @@ FAMILIES = (
         architecture="Phi3ForCausalLM",
         read=_read,
         tensors=_tensors,
+        export_fields=_export_fields,
         gguf=GGUFLayout(
             architecture="phi3",
             names=GGUF_ENDS | layer_names(GGUF_NORMS | _GGUF_ROWS),

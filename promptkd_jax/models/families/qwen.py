@@ -118,6 +118,7 @@ _DENSE = tuple(
         architecture=architecture,
         read=read,
         tensors=llama_tensors,
+        export_fields=base.layer_types,
         ignored=ROTARY_TABLES,
         gguf=GGUFLayout(
             architecture=model_type,
@@ -145,6 +146,7 @@ FAMILIES = (
         architecture="Qwen3MoeForCausalLM",
         read=_read_mixture,
         tensors=_mixture_tensors,
+        export_fields=lambda config: {"decoder_sparse_step": 1, "mlp_only_layers": []},
         published=base.published(
             _SIZES, (_MIXTURE, (2048, 48, 32, 4, 6144), *_names("Qwen3-30B-A3B", "-Base"))
         ),

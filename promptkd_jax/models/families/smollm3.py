@@ -28,7 +28,7 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
     return read_llama(c, source, layers, tied=c.get("tie_word_embeddings", True))
 
 
-def _layer_fields(config: DecoderConfig) -> dict[str, list]:
+def _export_fields(config: DecoderConfig) -> dict[str, list]:
     ropes = [config.kind(layer).rope for layer in range(config.num_layers)]
     return base.layer_types(config) | {"no_rope_layers": [int(x is not None) for x in ropes]}
 
@@ -52,7 +52,7 @@ FAMILIES = (
         architecture="SmolLM3ForCausalLM",
         read=_read,
         tensors=llama_tensors,
-        layer_fields=_layer_fields,
+        export_fields=_export_fields,
         gguf=GGUFLayout(
             architecture="smollm3",
             names=GGUF_NAMES,

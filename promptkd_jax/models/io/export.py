@@ -176,7 +176,7 @@ def _config_json(model: Model) -> dict[str, Any]:
     dropped = ("torch_dtype", "_name_or_path")
     kept = {key: value for key, value in model.hf_config.items() if key not in dropped}
     architecture = FAMILIES[config.family].architecture
-    kept |= _flat_rope(kept)
+    kept |= _flat_rope(kept, config) | FAMILIES[config.family].export_fields(config)
     # MLX takes heads for tied where nothing is said, transformers for each family otherwise.
     said = {"tie_word_embeddings": config.tied, "dtype": config.param_dtype}
     if config.experts:  # of two names, transformers 4 knows one for each family, and 5 writes one
@@ -185,16 +185,17 @@ def _config_json(model: Model) -> dict[str, Any]:
     return {**kept, "architectures": [architecture], **said}
 
 
-def _flat_rope(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_rope(hf_config: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
     """The fields that transformers 4 reads in place of `rope_parameters`; it would take its default
-    rotary frequencies without a word."""
+    rotary frequencies without a word. MLX asks for theta, also where it is the default."""
+    silent = config.rope and not hf_config.get("rope_theta")
+    flat = {"rope_theta": config.rope.theta} if silent else {}
     rope = hf_config.get("rope_parameters")
     if not rope or hf_config.get("rope_scaling"):
-        return {}
-    flat = {}
+        return flat
     if "full_attention" in rope:  # by the type of a layer
         local = rope.get("sliding_attention") or {}
-        flat = {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
+        flat |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
         rope = rope["full_attention"]
     flat |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if rope.get("rope_type", "default") != "default":
@@ -221,7 +222,7 @@ def _save_tensors(folder: epath.Path, model: Model) -> None:
     # the host is a collective of all processes; the first alone keeps it.
     config = model.decoder.config
     size = jnp.dtype(config.param_dtype).itemsize
-    tensor_bytes = {name: size * math.prod(x) for name, x in stored_shapes(config).items()}
+    tensor_bytes = {name: size * math.prod(shape) for name, shape in stored_shapes(config).items()}
     shards = shard_files(tensor_bytes)
     tensors = (
         (name, in_dtype(array, name, config.param_dtype))
