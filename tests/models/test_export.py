@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.models import CONFIGS, from_folder, logits, random_model, reference_logits
+from safetensors.numpy import load_file
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
@@ -156,6 +157,27 @@ def test_longrope_of_a_gguf_file_is_that_of_transformers_4(tmp_path):
     config = written(tmp_path / "folder", found)
     assert config["rope_scaling"] == LONGROPE
     assert config["original_max_position_embeddings"] == 16
+
+
+# GPT-2: as openai-community/gpt2 has it.
+
+
+def test_gpt2_has_the_names_of_published_files(tmp_path, monkeypatch):
+    """MLX reads no others. transformers 4 refuses them beside a head, which MLX cannot have."""
+    tied = random_model("gpt2")
+    assert written(tmp_path / "tied", tied)["n_ctx"] == CONFIGS["gpt2"]["n_positions"]
+    tensors = load_file(tmp_path / "tied/model.safetensors")
+    assert {"wte.weight", "wpe.weight", "ln_f.bias", "h.2.attn.c_attn.weight"} <= tensors.keys()
+    assert not any(name.startswith("transformer.") for name in tensors)
+    assert_read(tmp_path / "tied", tied)
+
+    monkeypatch.setitem(CONFIGS, "untied", CONFIGS["gpt2"] | {"tie_word_embeddings": False})
+    untied = random_model("untied")
+    save_model(tmp_path / "untied", untied)
+    tensors = load_file(tmp_path / "untied/model.safetensors")
+    assert {"transformer.wte.weight", "lm_head.weight"} <= tensors.keys()
+    assert not any(name.startswith(("h.", "w")) for name in tensors)
+    assert_read(tmp_path / "untied", untied)
 
 
 # Fields that a source may leave to its readers, and MLX does not.

@@ -383,12 +383,15 @@ def test_bfloat16_folders_of_transformers_are_read_and_ours_are_theirs(tmp_path)
     assert all(torch.equal(x, expected[name]) for name, x in found.state_dict().items())
 
 
+def _prefixed(tensors):
+    return {f"transformer.{name}": x for name, x in tensors.items()}
+
+
 def _hub_gpt2(tensors):
-    """The files of 2019: no prefix, and the causal masks among the weights."""
-    bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    """The files of 2019: the causal masks among the weights."""
     mask = np.tril(np.ones((1, 1, POSITIONS, POSITIONS), np.float32))
     masks = {f"h.{i}.attn.bias": mask for i in range(3)}
-    return bare | masks | {"h.0.attn.masked_bias": np.float32([-1e4])}
+    return tensors | masks | {"h.0.attn.masked_bias": np.float32([-1e4])}
 
 
 def _with_head(embedding: str):
@@ -396,12 +399,14 @@ def _with_head(embedding: str):
 
 
 OLDER_FILES = {
-    "gpt2 without a prefix": ("gpt2", _hub_gpt2),
+    "gpt2 with a prefix": ("gpt2", _prefixed),
+    "gpt2 with masks": ("gpt2", _hub_gpt2),
+    "gpt2 with both": ("gpt2", lambda tensors: _prefixed(_hub_gpt2(tensors))),
     "opt with a shorter prefix": (
         "opt",
         lambda tensors: {name.removeprefix("model."): x for name, x in tensors.items()},
     ),
-    "gpt2 with its head": ("gpt2", _with_head("transformer.wte.weight")),
+    "gpt2 with its head": ("gpt2", _with_head("wte.weight")),
     "opt with its head": ("opt", _with_head("model.decoder.embed_tokens.weight")),
     "tied llama with its head": ("llama_tied", _with_head("model.embed_tokens.weight")),
     "llama with its frequencies": (
@@ -647,7 +652,7 @@ REFUSED_TENSORS = {  # of whom, the changed shapes (None: removed), what is said
         {"model.layers.0.self_attn.q_proj.bias": (48,)},
         "belong to nothing.*q_proj.bias",
     ),
-    "unknown": ("gpt2", {"transformer.h.0.attn.other": (2,)}, "transformer.h.0.attn.other"),
+    "unknown": ("gpt2", {"h.0.attn.other": (2,)}, "nothing in a gpt2 of 3 layers: h.0.attn.other"),
     "too many key heads": (
         "llama",
         {"model.layers.2.self_attn.k_proj.weight": (48, 48)},
@@ -656,8 +661,8 @@ REFUSED_TENSORS = {  # of whom, the changed shapes (None: removed), what is said
     ),
     "too few positions": (
         "gpt2",
-        {"transformer.wpe.weight": (32, 48)},
-        r"transformer.wpe.weight has shape \(32, 48\); .* asks for \(64, 48\)",
+        {"wpe.weight": (32, 48)},
+        r"tensor wpe.weight has shape \(32, 48\); .* asks for \(64, 48\)",
     ),
 }
 

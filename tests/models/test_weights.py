@@ -79,7 +79,7 @@ def shards(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "embedding"),
     [
-        ("gpt2", "transformer.wte.weight"),
+        ("gpt2", "wte.weight"),
         ("opt", "model.decoder.embed_tokens.weight"),
         ("llama_tied", EMBEDDING),
     ],
@@ -187,9 +187,9 @@ def test_a_fused_tensor_of_gpt2_is_named(tmp_path):
     save_model(tmp_path, random_model("gpt2"))
 
     def spoil(tensors):
-        tensors["transformer.h.2.attn.c_attn.bias"][-1] = np.nan  # the last of the values
+        tensors["h.2.attn.c_attn.bias"][-1] = np.nan  # the last of the values
 
-    refused(store(tmp_path, spoil), "transformer.h.2.attn.c_attn.bias is not finite")
+    refused(store(tmp_path, spoil), "h.2.attn.c_attn.bias is not finite")
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "train", "cache", "init"])

@@ -145,6 +145,8 @@ class Family:
         excepts them by GPT-2's names; see `Conventions.decay_norms`.
       export_fields: the fields of `config.json` that an export has whatever its source says: of
         which kind each layer is, and what other readers ask for.
+      bare: whether files are written without `prefix`, as published ones are, if the head is tied
+        (`transformers` 4 opens no others without it).
       gguf: None where no GGUF file of it is read or written.
       published: `config.json` by hub id, so that a run can be planned without its files.
     """
@@ -159,6 +161,7 @@ class Family:
     depth_field: str = "num_hidden_layers"
     decays_norms: bool = True
     export_fields: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
+    bare: bool = False
     gguf: GGUFLayout | None = None
     published: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 

@@ -125,6 +125,7 @@ FAMILIES = (
         tensors=_tensors,
         prefix="transformer.",
         export_fields=lambda config: {"n_ctx": config.max_positions},  # MLX asks for it
+        bare=True,
         ignored=(r"h\.\d+\.attn\.(bias|masked_bias)",),  # causal masks
         depth_field="n_layer",
         decays_norms=False,

@@ -222,10 +222,15 @@ def _save_tensors(folder: epath.Path, model: Model) -> None:
     # the host is a collective of all processes; the first alone keeps it.
     config = model.decoder.config
     size = jnp.dtype(config.param_dtype).itemsize
-    tensor_bytes = {name: size * math.prod(shape) for name, shape in stored_shapes(config).items()}
+    family = FAMILIES[config.family]
+    prefix = family.prefix if family.bare and config.tied else ""
+    tensor_bytes = {
+        name.removeprefix(prefix): size * math.prod(shape)
+        for name, shape in stored_shapes(config).items()
+    }
     shards = shard_files(tensor_bytes)
     tensors = (
-        (name, in_dtype(array, name, config.param_dtype))
+        (name.removeprefix(prefix), in_dtype(array, name, config.param_dtype))
         for name, array in stored_tensors(model.params, config)
     )
     for file, names in shards.items():
