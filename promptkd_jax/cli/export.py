@@ -86,6 +86,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     with flags.naming("--output", output):
         if output.is_file() and not to_gguf:
             raise ConfigError(f"--output {output}: is a file; expected a folder, or FILE.gguf")
+        if output.is_dir() and to_gguf:
+            raise ConfigError(f"--output {output}: is a folder; expected FILE.gguf")
         check_writable(output.parent if to_gguf else output)
     with flags.naming("--workdir", workdir):
         models = load_configs(config, workdir)

@@ -113,6 +113,8 @@ def _frozen_contradictions(config: RunConfig):
             "config.student.offload: all of the student is trained; expected False, or "
             "config.student.lora.rank above 0"
         )
+    if config.student.offload and config.student.layers:
+        yield "config.student.offload: is for a student with a path of its own; expected False"
     online = any(stage.teacher_view == "online" for stage in config.stages)
     if config.teacher.offload and online:
         yield "config.teacher.offload: a teacher_view 'online' trains the teacher; expected False"
