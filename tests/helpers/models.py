@@ -1,5 +1,6 @@
 """Random models, ours and those of transformers, with the same weights."""
 
+import copy
 import functools
 import pathlib
 from typing import NamedTuple
@@ -272,7 +273,9 @@ def make_pair(name: str, folder: pathlib.Path) -> Pair:
     import transformers
 
     torch.set_num_threads(1)  # more of them wait for one another longer than they compute
-    config = transformers.AutoConfig.for_model(**CONFIGS[name], eos_token_id=0, pad_token_id=0)
+    # It changes the fields in place that are objects.
+    fields = copy.deepcopy(CONFIGS[name])
+    config = transformers.AutoConfig.for_model(**fields, eos_token_id=0, pad_token_id=0)
     reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     offset = from_hugging_face(CONFIGS[name]).norm_offset
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
