@@ -218,10 +218,10 @@ def test_layers_that_do_not_differ_have_no_types(tmp_path):
         assert "layer_types" not in written(tmp_path / name, random_model(name))
 
 
-def test_fields_of_an_export_are_those_of_the_kept_layers():
-    for name, family in CONFIGS.items():
-        student = keep_layers(random_model(name), (2, 0))
-        config = from_hugging_face(student.hf_config)
-        assert config == student.decoder.config, name
-        fields = FAMILIES[family["model_type"]].export_fields(config)
-        assert fields.items() <= student.hf_config.items(), name
+@pytest.mark.parametrize("name", ["qwen2_mixed", "gemma2", "gemma3", "smollm3_windows", "gpt_oss"])
+def test_fields_of_an_export_are_those_of_the_kept_layers(name):
+    student = keep_layers(random_model(name), (2, 0))
+    config = from_hugging_face(student.hf_config)
+    assert config == student.decoder.config
+    fields = FAMILIES[config.family].export_fields(config)
+    assert len(fields["layer_types"]) == 2 and fields.items() <= student.hf_config.items()
