@@ -91,13 +91,10 @@ def _student_contradictions(config: RunConfig):
         )
     names = ("alpha", "use_rslora", "dropout", "target_modules")
     given = [name for name in names if getattr(lora, name) != getattr(plain, name)]
-    if given and not lora.rank:
-        why = (
-            "the adapter of config.student.lora.path has its own" if lora.path else "there is none"
-        )
+    if given and lora.path:
         yield (
-            f"config.student.lora.{given[0]}: is for a new adapter, and {why}; expected "
-            f"{getattr(plain, given[0])!r}, or config.student.lora.rank above 0"
+            f"config.student.lora.{given[0]}: is for a new adapter, and that of "
+            f"config.student.lora.path has its own; expected {getattr(plain, given[0])!r}"
         )
     if lora.dropout and not any(stage.dropout for stage in config.stages):
         yield (
