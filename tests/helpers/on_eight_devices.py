@@ -124,7 +124,9 @@ def begin(student):
 
 
 def placed(tree, mesh):
-    return jax.jit(lambda tree: tree, out_shardings=sharding.shardings(tree, mesh))(tree)
+    place = jax.jit(lambda tree: tree, out_shardings=sharding.shardings(tree, mesh))
+    # Two programs at once could wait for one another's threads.
+    return jax.block_until_ready(place(tree))
 
 
 def two_steps(teacher, student, state, frozen, batch, where=None, **changes):

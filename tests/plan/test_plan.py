@@ -248,7 +248,7 @@ def test_what_layers_keep_is_what_xla_keeps():
         compiled = gradient.lower(abstract_params(config), Decoder(config)).compile()
         found[policy] = compiled.memory_analysis().temp_size_in_bytes
         count = costs.Counter(config, sizes(1, 1, 1))
-        expected[policy] = roofline._saved(count, 32, 64, "cpu")
+        expected[policy] = roofline._saved(count, 32, 64, "cpu", 9.0)
     for more, less in (("dots", "full"), ("none", "dots")):
         saved = found[more] - found[less]
         assert 0.8 < (expected[more] - expected[less]) / saved < 1.25, (found, expected)
@@ -375,7 +375,7 @@ def test_experts_take_places_for_all_pairs_on_every_device_and_sinks_no_kernel()
     assert one.activation_bytes - eight.activation_bytes == 2 * heads * 7 / 8
     assert eight.activation_bytes == 2 * (2 * 64 + 2 * (2 * 64 + 4 * 32) + heads / 8)
     plain = costs.Counter(config.replace(attention_sinks=False), sizes(1, 1, 1))
-    found, without = (roofline._saved(x, 2, 256, "gpu") for x in (one, plain))
+    found, without = (roofline._saved(x, 2, 256, "gpu", 9.0) for x in (one, plain))
     assert found - without == 2 * 256 * 3 * 4 * 8 * 256  # the scores, which cuDNN would not keep
 
 

@@ -474,7 +474,9 @@ def test_a_moved_run_is_exported_without_what_it_began_with(config, tmp_path, mo
         main(["export", f"--workdir={moved}", f"--output={tmp_path / 'again'}"])
     assert_same_student(tmp_path / "again", tmp_path / "out")
     shutil.rmtree(moved / "configs")
-    with pytest.raises(SystemExit, match="configs/student: no such folder; the command that began"):
+    with pytest.raises(
+        SystemExit, match="configs/student: no such folder: the run has not begun to train"
+    ):
         main(["export", f"--workdir={moved}", f"--output={tmp_path / 'out'}"])
 
 
