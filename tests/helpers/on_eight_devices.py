@@ -1,5 +1,5 @@
 """Run by test_sharding.py in a process with eight virtual devices: `python on_eight_devices.py
-FAMILY`. What is computed on one device comes out on every mesh of eight. Arrays are made, moved and
+FAMILY`. What is computed on one device comes out on every mesh of eight. Arrays are made and
 compared by numpy or in one program: each operation on eight devices is a program of its own."""
 
 import dataclasses
@@ -124,9 +124,7 @@ def begin(student):
 
 
 def placed(tree, mesh):
-    place = jax.jit(lambda tree: tree, out_shardings=sharding.shardings(tree, mesh))
-    # Two programs at once could wait for one another's threads.
-    return jax.block_until_ready(place(tree))
+    return jax.device_put(tree, sharding.shardings(tree, mesh))
 
 
 def two_steps(teacher, student, state, frozen, batch, where=None, **changes):
