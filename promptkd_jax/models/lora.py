@@ -46,10 +46,10 @@ def adapter_shapes(params: Any, lora: LoRA) -> Any:
     """Shapes of an adapter, in float32, for a model whose parameters or shapes are given."""
     flat, shapes = traverse_util.flatten_dict(params, sep="/"), {}
     for module in lora.modules:
-        axes, path = 1 + MODULES[module], f"layers/{module}"  # that of the layers before
-        layers, *rest = flat[f"{path}/kernel"].shape
-        shapes[f"{path}/{A}"] = (layers, *rest[: axes - 1], lora.rank)
-        shapes[f"{path}/{B}"] = (layers, lora.rank, *rest[axes - 1 :])
+        inputs, path = MODULES[module], f"layers/{module}"
+        layers, *axes = flat[f"{path}/kernel"].shape
+        shapes[f"{path}/{A}"] = (layers, *axes[:inputs], lora.rank)
+        shapes[f"{path}/{B}"] = (layers, lora.rank, *axes[inputs:])
     structs = {path: jax.ShapeDtypeStruct(x, jnp.float32) for path, x in shapes.items()}
     return traverse_util.unflatten_dict(structs, sep="/")
 

@@ -63,13 +63,12 @@ def _plan_gpus(config: RunConfig, options: argparse.Namespace) -> Plan:
         return _search(run, slices, options)
     plan = plan_one(run, slices, options)
     mesh, usable, chip = abstract_mesh(plan["mesh"]), plan["memory"]["usable"], slices.chip
-    device = chip.platform, chip.capability
+    device, stage = (chip.platform, chip.capability), run.config.stages[run.index].name
     if plan["memory"]["by"] == "compiler" and plan["memory"]["needed"]:
         # What is tried is estimated, and the estimate is off by as much as it is here.
-        stage = run.config.stages[run.index].name
         estimated = roofline.needed_bytes(config, mesh, *device, stage)
         usable *= estimated / plan["memory"]["needed"]
-    fits = fit.tried(config, mesh, device, usable, run.config.stages[run.index].name)
+    fits = fit.tried(config, mesh, device, usable, stage)
     show_fits(fits, usable)
     steps = [{"words": f.words, "needed": f.needed, "flags": f.flags} for f in fits]
     return {**plan, "fits": steps}

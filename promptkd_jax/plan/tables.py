@@ -39,8 +39,8 @@ def show_search(
             _gib(plan["memory"]["needed"]),
             "yes" if plan["memory"]["fits"] else "NO",
             plan["memory"]["by"],
-            f"{plan['seconds_per_step']:.3g}",
-            f"{plan['tokens_per_second']:,.0f}",
+            short_number(plan["seconds_per_step"], ".3g"),
+            short_number(plan["tokens_per_second"], ",.0f"),
             short_number(plan["usd_per_million_tokens"], ".3g"),
         )
         for plan in plans[:most]
@@ -201,16 +201,8 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
         f"step: at least {plan['seconds_per_step']:.3g} s; tokens per second: at most "
         f"{plan['tokens_per_second']:,.0f}",
     ]
-    price = plan["usd_per_chip_hour"]
-    if plan["platform"] != "tpu" and price is None:
-        pass
-    elif not plan["memory"]["fits"]:
-        lines.append("cost: none, it does not fit")
-    elif price is None:
-        lines.append("cost: no list price is published for this chip; give --price")
-    else:
-        cost = plan["usd_per_million_tokens"]
-        lines.append(f"cost: at least {cost:.3g} USD per million tokens at {price:g} per chip-hour")
+    if plan["platform"] == "tpu" or plan["usd_per_chip_hour"] is not None:  # GPUs may be one's own
+        lines.append(_cost(plan))
     if plan["hours"] is not None:
         cost = "" if plan["usd"] is None else f", {plan['usd']:,.0f} USD"
         lines.append(
@@ -220,6 +212,15 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
     if plan["compiled"]:
         lines.append(f"compiled in {plan['compiled']['seconds']:.0f} s")
     return lines
+
+
+def _cost(plan: Mapping[str, Any]) -> str:
+    price, cost = plan["usd_per_chip_hour"], plan["usd_per_million_tokens"]
+    if not plan["memory"]["fits"]:
+        return "cost: none, it does not fit"
+    if price is None:
+        return "cost: no list price is published for this chip; give --price"
+    return f"cost: at least {cost:.3g} USD per million tokens at {price:g} per chip-hour"
 
 
 def _gib(size: float | None) -> str:

@@ -16,6 +16,7 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.families.registry import PUBLISHED
 from promptkd_jax.plan import ahead, fit, gpus, roofline
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
+from promptkd_jax.training import run as training
 from promptkd_jax.training.checks import check_mesh, checked, contradictions_of
 from promptkd_jax.training.recipes import base_config, method_stage
 
@@ -129,6 +130,20 @@ def test_an_older_gpu_needs_more_for_attention():
     assert turing > hopper
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capability", "models"),
+    [("bfloat16", 8.9, 0), ("bfloat16", 7.5, 2), ("float32", 9, 2)],
+)
+def test_models_whose_attention_has_no_kernel_are_named(monkeypatch, dtype, capability, models):
+    config = checked(config_of("some/larger", "some/smaller"))
+    run = abstract_run(fit.changed(config, {"teacher.dtype": dtype, "student.dtype": dtype}))
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(sharding, "compute_capability", lambda: capability)
+    said = list(training._without_a_kernel(run))
+    assert len(said) == models
+    assert all(f"here: {dtype}, heads of 64, compute capability {capability:g}" in x for x in said)
+
+
 def test_a_change_replaces_fields_of_groups_and_of_stages():
     config = checked(LLAMAS)
     made = fit.changed(config, {"teacher.dtype": "bfloat16", "stages[0].batch_size": 4})
@@ -160,6 +175,8 @@ def test_the_command_prints_what_would_make_it_fit(tmp_path, capsys):
     assert "FITS" in printed and "DOES NOT" not in printed and "would make it fit" not in printed
     main(["plan", f"--config={file}", "--device=h200"])
     assert "step: at least" in capsys.readouterr().out
+    main(["plan", f"--config={file}", "--device=24GB:2", "--search"])
+    assert "n/a" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="expected no --topology"):
         main(["plan", f"--config={file}", "--device=24GB", "--topology=v5e:2x2"])
 

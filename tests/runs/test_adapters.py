@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from helpers import tiny
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from promptkd_jax.cli.main import main
@@ -37,8 +38,7 @@ def models(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture
-def config(models):
+def adapted(models: pathlib.Path) -> ConfigDict:
     """A rank of 3 on two maps of every layer."""
     config = tiny.short_config(models)
     config.student.lora.update(rank=3, alpha=6.0, target_modules=("q_proj", "down_proj"))
@@ -46,13 +46,15 @@ def config(models):
     return config
 
 
+@pytest.fixture
+def config(models):
+    return adapted(models)
+
+
 @pytest.fixture(scope="module")
 def finished(models) -> pathlib.Path:
-    config = tiny.short_config(models)
-    config.student.lora.update(rank=3, alpha=6.0, target_modules=("q_proj", "down_proj"))
-    config.checkpoint.keep = 10
     workdir = models.parent / "finished"
-    training.run(checked(config), workdir)
+    training.run(checked(adapted(models)), workdir)
     return workdir
 
 
