@@ -24,7 +24,8 @@ from promptkd_jax.infra.specs import SEED, Float, Int, declared
 from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.fields import DTYPE, DataConfig
+from promptkd_jax.training.field_specs import DTYPE
+from promptkd_jax.training.fields import DataConfig
 
 _KINDS = {Int: int, Float: float}  # of the values of a spec; those of all others are text
 

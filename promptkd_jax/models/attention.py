@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.infra import sharding
+from promptkd_jax.models.cache import LANES, LayerCache
 
 BTNH_SPEC = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
-LANES = 128  # the columns that a TPU register holds, and the least that splash takes at once
 MAX_BLOCK = 512  # columns; the scores of a block then take 1 MiB on the chip
 AMPERE = 8.0  # the first compute capability that cuDNN has the kernel for
 MAX_PARTS = 4  # of a row, without a kernel: then 5/8 of the scores are computed, 1/2 are needed
@@ -148,11 +148,9 @@ def repeat_kv(x: jax.Array, num_heads: int) -> jax.Array:
 
 def attend_to_cache(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    columns: jax.Array,
+    cache: LayerCache,
+    seen: jax.Array,
     *,
-    sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
@@ -160,16 +158,38 @@ def attend_to_cache(
 
     Args:
       query: `[B, 1, N, H]`.
-      key, value: `[B, K, S, H]`, one layer of the cache.
-      columns: `[B, 1]`, the column of each query, which sees the columns up to its own.
-      sliding_window, soft_cap, sinks: as for `attend`.
+      cache: of the layer.
+      seen: `[B, S]`, True for the columns that a row's query sees.
+      soft_cap, sinks: as for `attend`.
     """
-    # Behind the query's own column the cache has zeros, or what stood behind the prompt's end.
+    # G heads lie beside one another, C times. A query of one of them is 0 for the others, so that
+    # one product is that of all, and of what comes out its own part is taken:
+    #
+    #     queries of head 0    q q . .      q is [N / K, H], . are zeros
+    #     queries of head 1    . . q q
     rows, _, num_heads, head_dim = query.shape
-    seen = _seen(columns, jnp.arange(key.shape[2]), sliding_window)  # [B, 1, S]
-    query = query.reshape(rows, key.shape[1], -1, head_dim)  # [B, K, N / K, H]
-    attended = _weigh(query, key, value, seen[:, None], sinks, soft_cap)
-    return attended.reshape(rows, 1, num_heads, head_dim)
+    groups, width = cache.key.shape[1], cache.key.shape[3]
+    query = query.reshape(rows, groups, -1, head_dim)  # [B, C, G N / K, H]
+    beside = width // head_dim  # G
+    head_of_query = jnp.arange(query.shape[2]) // (query.shape[2] // beside)
+    own = head_of_query[:, None] == jnp.arange(width) // head_dim  # [G N / K, G H]
+    query = jnp.where(own, jnp.concatenate([query] * beside, axis=-1), 0)
+    key, value = (x.astype(query.dtype) for x in (cache.key, cache.value))
+    scores = jnp.einsum("bcnj,bcsj->bcns", query, key, preferred_element_type=jnp.float32)
+    scores = _times(scores * head_dim**-0.5, cache.key_scale)
+    shares = _times(_shares(scores, seen[:, None, None], sinks, soft_cap), cache.value_scale)
+    out = jnp.einsum("bcns,bcsj->bcnj", shares.astype(value.dtype), value)
+    out = sum(jnp.split(jnp.where(own, out, 0), beside, axis=-1))
+    return out.reshape(rows, 1, num_heads, head_dim)
+
+
+def _times(scores: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """Scores `[B, C, G N / K, S]` by the scales `[B, C, S, G]` of the heads that they are of."""
+    if scales is None:
+        return scores
+    by_head = scales.swapaxes(2, 3)[:, :, :, None].astype(scores.dtype)  # [B, C, G, 1, S]
+    scaled = scores.reshape(*scores.shape[:2], by_head.shape[2], -1, scores.shape[3]) * by_head
+    return scaled.reshape(scores.shape)
 
 
 def implementation(
@@ -266,20 +286,23 @@ def _weigh(query, key, value, seen, sinks, soft_cap: float | None, kept=None) ->
     of queries `[B, K, N / K, …, H]` and of keys and values `[B, K, S, H]`."""
     # With heads before columns XLA's CPU compiler transposes no scores.
     scores = jnp.einsum("bk...h,bksh->bk...s", query, key, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
+    shares = _shares(scores * query.shape[-1] ** -0.5, seen, sinks, soft_cap)
+    if kept is not None:
+        shares = shares * kept
+    return jnp.einsum("bk...s,bksh->bk...h", shares.astype(value.dtype), value)
+
+
+def _shares(scores, seen, sinks, soft_cap: float | None) -> jax.Array:
+    """The softmax of scores `[B, K, N / K, …, S]` over the columns that are `seen`."""
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(seen, scores, -jnp.inf)
     if sinks is None:
-        shares = jax.nn.softmax(scores, axis=-1)
-    else:
-        # One more summand of the denominator: the shares of the values add up to less than 1.
-        every = (*scores.shape[1:3], *(1,) * (scores.ndim - 3))  # [K, N / K, …, 1]
-        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        shares = jnp.exp(scores - jnp.logaddexp(total, sinks.astype(jnp.float32).reshape(every)))
-    if kept is not None:
-        shares = shares * kept
-    return jnp.einsum("bk...s,bksh->bk...h", shares.astype(value.dtype), value)
+        return jax.nn.softmax(scores, axis=-1)
+    # One more summand of the denominator: the shares of the values add up to less than 1.
+    every = (*scores.shape[1:3], *(1,) * (scores.ndim - 3))  # [K, N / K, …, 1]
+    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    return jnp.exp(scores - jnp.logaddexp(total, sinks.astype(jnp.float32).reshape(every)))
 
 
 def _cudnn(query, key, value, sliding_window: int | None) -> jax.Array:

@@ -191,6 +191,7 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"  # key of decoder.REMAT
+    kv_cache_dtype: str = "auto"  # of a rollout: "int8", or that of computation
     offload: bool = False  # whether the layers' parameters lie in the host's memory
     tensor_parts: int = 1  # devices along mesh axis `tensor`, see `padded`
 

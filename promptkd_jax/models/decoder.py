@@ -8,6 +8,7 @@ Parameters have the sizes of `DecoderConfig.padded`, outputs those of the model.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,15 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.infra.sharding import ROWS, constrain, to_device, unshard_fsdp
+from promptkd_jax.infra.sharding import ROWS, constrain, platform, to_device, unshard_fsdp
 from promptkd_jax.models.attention import (
     BTNH_SPEC,
     attend,
     attend_to_cache,
     dropped,
-    kv_repeats,
     repeat_kv,
 )
+from promptkd_jax.models.cache import Cache, LayerCache, make_cache
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from promptkd_jax.models.lora import without_changes
@@ -36,8 +37,6 @@ from promptkd_jax.models.rotary import rotate
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
 
-NO_WINDOW = 2**30  # positions, more than any row has
-
 # Values that a layer's forward pass keeps for its backward pass, from the policy that keeps all and
 # computes nothing twice to the one that keeps the layer's input alone.
 REMAT = {
@@ -45,41 +44,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-# The cache is [L, B, K, S, H], and one token a row is written: x[b], [K, H], to c[l, b, :, s_b].
-# This is a scatter of [B, K, H] at the indices (l, s_b), [B, 2]: K and H are the window that is
-# written whole, L and S are indexed (0 and 3), and B is a batching dimension of both, b's into row
-# b. That keeps rows where they are on a mesh; `cache.at[layer, rows, :, columns]`, with rows as one
-# more index, would gather what is written from all devices.
-BY_ROW = jax.lax.ScatterDimensionNumbers(
-    update_window_dims=(1, 2),
-    inserted_window_dims=(0, 3),
-    scatter_dims_to_operand_dims=(0, 3),
-    operand_batching_dims=(1,),
-    scatter_indices_batching_dims=(0,),
-)
-
-
-class Cache(NamedTuple):
-    """Keys and values of all columns seen so far, each `[L, B, K, S, H]`: the columns that a head
-    reads for the next token lie together. K includes the copies of `attention.kv_repeats`."""
-
-    key: jax.Array
-    value: jax.Array
-
-
-def empty_cache(config: DecoderConfig, rows: int, columns: int) -> Cache:
-    """A cache of zeros for `rows` rows of at most `columns` tokens, the soft prompt included."""
-    padded = config.padded
-    heads = padded.num_kv_heads * kv_repeats(padded.num_heads, padded.num_kv_heads)
-    shape = (config.num_layers, rows, heads, columns, config.head_dim)
-    return place_cache(Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)))
-
-
-def place_cache(cache: Cache) -> Cache:
-    """The cache with its rows and heads on the devices that have those of the queries."""
-    return jax.tree.map(lambda x: constrain(x, None, ROWS, "tensor", None, None), cache)
 
 
 def head(params: Mapping[str, Any]) -> Float[Array, "V D"]:
@@ -110,10 +74,11 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         *,
         prefix: jax.Array | None = None,
-        cache: Cache | None = None,
-        column: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
-    ) -> jax.Array | tuple[jax.Array, Cache]:
+        columns: int = 0,
+        cache: Cache | None = None,
+        position: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, Any]:
         """Last hidden states of `tokens`, after the final norm.
 
         Rows start at column 0, so causal attention needs no padding mask: what stands behind a
@@ -123,43 +88,38 @@ class Decoder(nn.Module):
           tokens: `[B, T]` token ids.
           prefix: `[M, D]` embeddings put before every row (the soft prompt). They take the
             positions 0..M-1 and move the tokens to M..M+T-1.
-          cache: where to write keys and values, from column 0 on.
-          column: `[B]`: decode one token a row (T = 1) that stands in this column, M included;
-            it sees the columns of the cache up to its own.
           dropout_keys: `[B]` typed keys: the dropout of the config; None: none.
+          columns: S, where keys and values for a cache are wanted; 0: they are not.
+          cache: decode one token a row (T = 1), which sees the cache and is written into it.
+          position: `[B]`, of that token, M included.
 
         Returns:
-          `[B, T, D]`, without the prefix; with a cache also the new cache.
+          `[B, T, D]`, without the prefix. With `columns` also the keys and values of all layers,
+          `[L, B, M + T, K, H]` each; with a cache also the new one.
 
         Raises:
           ModelError: more columns than a learned position table has rows.
         """
         config = self.config
         x = _embedded(config, tokens, prefix)  # [B, M + T, D]
-        # Columns, the prefix included: [1, M + T] for whole rows, [B, 1] for one token a row.
-        positions = jnp.arange(x.shape[1])[None] if column is None else column[:, None]
+        # Of columns, the prefix included: [1, M + T] for whole rows, [B, 1] for one token a row.
+        positions = jnp.arange(x.shape[1])[None] if cache is None else position[:, None]
         if config.learned_positions:
-            # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
-            columns = x.shape[1] if cache is None else cache.key.shape[3]
-            if columns > config.max_positions:
-                raise ModelError(
-                    f"{columns} columns (soft prompt and new tokens included) in a {config.family} "
-                    f"model of {config.max_positions} positions; shorten the rows or the soft "
-                    "prompt"
-                )
+            _check_positions(config, cache.columns if cache else columns or x.shape[1])
             table = config.max_positions + config.position_offset
             at = Embedding(config, table, config.width, name="positions")
             x = x + at(positions + config.position_offset)
         x = dropped(_scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
         # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
-        decode = column is not None
-        # One scan over L stacked layers: compiled once, whatever the depth. The whole cache goes
-        # along as a carry, of which each layer writes its own part in place; as one of the scan's
-        # stacked outputs it would be written anew for every token.
-        kinds = jnp.asarray(config.pattern, jnp.int32) if config.pattern else None
-        layers = jnp.arange(config.num_layers), kinds
-        (x, cache), _ = _layers(config)((x, cache), layers, positions, decode, dropout_keys)
+        if cache is None:
+            # One scan over L stacked layers: compiled once, whatever the depth.
+            kinds = jnp.asarray(config.pattern, jnp.int32) if config.pattern else None
+            layers = jnp.arange(config.num_layers), kinds
+            x, kept = _layers(config)(x, layers, positions, dropout_keys, columns)
+        else:
+            stacked = self.variables["params"]["layers"]
+            x, kept = _decode_layers(config, stacked, x, positions, cache)
         if config.norm_placement != "sum":
             x = make_norm(config, "final_norm")(x)
         if config.projected_width:
@@ -172,7 +132,7 @@ class Decoder(nn.Module):
         # Hidden states are aligned with the tokens, with a prefix and without.
         if prefix is not None:
             x = x[:, prefix.shape[0] :]
-        return x if cache is None else (x, cache)
+        return x if kept is None else (x, kept)
 
     # What losses, steps and the sampler ask of a model, see `language_model.LanguageModel`.
 
@@ -220,13 +180,22 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def prefill(
-        self, params: Any, tokens: jax.Array, prefix: jax.Array | None, columns: int
+        self,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        prefix: jax.Array | None,
+        prompt_columns: int,
+        new_columns: int,
     ) -> tuple[jax.Array, Cache]:
-        """Runs prompts `[B, X]`: their hidden states `[B, X, D]`, and a cache of S = M + `columns`
-        columns, where `columns` counts the prompt and all tokens that are still to be written."""
-        prefix_length = 0 if prefix is None else prefix.shape[0]
-        cache = empty_cache(self.config, tokens.shape[0], prefix_length + columns)
-        return self.apply({"params": params}, tokens, prefix=prefix, cache=cache)
+        """Runs prompts `[B, X]` of `lengths` `[B]`: their hidden states `[B, X, D]`, and a cache
+        with room for `prompt_columns` of a prompt, M not counted, and for `new_columns` tokens."""
+        shift = 0 if prefix is None else prefix.shape[0]
+        columns = {"prompt_columns": shift + prompt_columns, "new_columns": new_columns}
+        hidden, (keys, values) = self.apply(
+            {"params": params}, tokens, prefix=prefix, columns=sum(columns.values())
+        )
+        return hidden, make_cache(self.config, keys, values, shift + lengths, **columns)
 
     @nn.nowrap
     def decode(
@@ -239,9 +208,9 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Runs one token a row, `[B]`, in `column` `[B]`, M not counted: their hidden states
         `[B, D]`, and the cache with their keys and values."""
-        prefix_length = 0 if prefix is None else prefix.shape[0]
+        position = column if prefix is None else prefix.shape[0] + column
         hidden, cache = self.apply(
-            {"params": params}, tokens[:, None], cache=cache, column=prefix_length + column
+            {"params": params}, tokens[:, None], cache=cache, position=position
         )
         return hidden[:, 0], cache
 
@@ -263,6 +232,15 @@ class Embedding(nn.Module):
         return jnp.take(table, ids, axis=0).astype(self.config.dtype)
 
 
+def _check_positions(config: DecoderConfig, columns: int) -> None:
+    # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
+    if columns > config.max_positions:
+        raise ModelError(
+            f"{columns} columns (soft prompt and new tokens included) in a {config.family} model "
+            f"of {config.max_positions} positions; shorten the rows or the soft prompt"
+        )
+
+
 def _embedded(config: DecoderConfig, tokens: jax.Array, prefix: jax.Array | None) -> jax.Array:
     """The prefix `[M, D]`, in front of every row, and the embeddings of the tokens."""
     embed = Embedding(config, config.padded.vocab_size, config.embedding_width, name="embed")
@@ -278,23 +256,22 @@ class Layer(nn.Module):
 
     config: DecoderConfig
 
-    # carry      hidden states [B, T, D], and the whole cache or None: T is M + T of the decoder for
-    #            whole rows, 1 in decoding
-    # layer      [] twice: the layer's number, its place along L in the cache; the number of its
-    #            kind, None where there is one kind
-    # positions  [1, T] for whole rows, [B, 1] in decoding: the columns of the hidden states
-    # decode     static: whether one token a row reads the cache
+    # x          hidden states [B, T, D]: T is M + T of the decoder for whole rows, 1 in decoding
+    # layer      its number, and that of its kind, None where there is one kind
+    # positions  [1, T] for whole rows, [B, 1] in decoding
     # keys       [B], or None: of dropout
+    # columns    static: S, where keys and values for a cache are wanted, else 0
+    # turn       of decoding, else None
     @nn.compact
-    def __call__(self, carry, layer, positions, decode, keys):
-        (x, cache), config = carry, self.config
+    def __call__(self, x, layer, positions, keys, columns, turn=None):
+        config, (index, kind) = self.config, layer
         placement = config.norm_placement
 
         def before(x, name: str):
             return make_norm(config, name)(x) if placement in ("before", "both") else x
 
         if keys is not None:  # each layer has its own, beside that of the embeddings, 0
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1 + layer[0])
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1 + index)
 
         def added(x, y, name: str, place: int):
             y = dropped(y, config.dropout.residual, keys, place)
@@ -303,8 +280,8 @@ class Layer(nn.Module):
             x = constrain(x + _scaled(y, config.residual_scale), ROWS, None, None)
             return make_norm(config, name)(x) if placement == "sum" else x
 
-        attended, cache = Attention(config, name="attention")(
-            before(x, "attention_norm"), cache, layer, positions, decode, keys
+        attended, kept = Attention(config, name="attention")(
+            before(x, "attention_norm"), kind, positions, keys, columns, turn
         )
         x = added(x, attended, "attention_norm", 0)
         if config.experts:
@@ -314,7 +291,7 @@ class Layer(nn.Module):
         x = added(x, network(before(x, "mlp_norm"), keys), "mlp_norm", 1)
         # Read by `teacher.lazy_logits_and_states`, and nothing where the collection is not mutable.
         self.sow("intermediates", "hidden", x)
-        return (x, cache), None
+        return x, kept
 
 
 class Attention(nn.Module):
@@ -322,11 +299,11 @@ class Attention(nn.Module):
 
     config: DecoderConfig
 
-    # The arguments of `Layer`, its carry taken apart.
+    # The arguments of `Layer`. Returns also what is kept for a cache: keys and values
+    # [B, T, K, H], the layer's part of the new cache in decoding, or None.
     @nn.compact
-    def __call__(self, x, cache, layer, positions, decode, keys):
+    def __call__(self, x, kind, positions, keys, columns, turn):
         config, padded = self.config, self.config.padded
-        index, kind = layer
 
         def heads(number: int, name: str):
             return project(config, (number, config.head_dim), config.qkv_bias, name)(x, keys)
@@ -347,8 +324,8 @@ class Attention(nn.Module):
         self.sow("intermediates", "queries", query[:, :, : config.num_heads])
         self.sow("intermediates", "keys", key[:, :, : config.num_kv_heads])
         self.sow("intermediates", "values", value[:, :, : config.num_kv_heads])
-        columns = x.shape[1] if cache is None else cache.key.shape[3]
-        query, key = (_rotate(config, a, positions, columns, kind) for a in (query, key))
+        longest = columns or x.shape[1]
+        query, key = (_rotate(config, a, positions, longest, kind) for a in (query, key))
         if config.attention_scale is not None:  # what attends multiplies by H ** -0.5
             query = _scaled(query, config.attention_scale * config.head_dim**0.5)
         sinks = None
@@ -357,21 +334,22 @@ class Attention(nn.Module):
             sinks = self.param("sinks", initial, (padded.num_heads,), config.param_dtype)
         # Where a mesh cuts heads more finely than there are K of them, each device has its own.
         key, value = (repeat_kv(a, padded.num_heads) for a in (key, value))
-        if cache is not None:
-            cache = _write(cache, index, key, value, positions if decode else None)
-        if decode:
-            # [L, B, K, S, H] -> [B, K, S, H], the row's new column included.
-            key, value = (jax.lax.dynamic_index_in_dim(c, index, keepdims=False) for c in cache)
-            out = _attend_to_cache(config, query, key, value, sinks, positions, kind)
+        if turn is not None:
+            kept = turn.layer.write(key, value, turn.column)  # the row's own column included
+            how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
+            out = attend_to_cache(query, kept, turn.seen, **how)
         else:
+            kept = (key, value) if columns else None
             out = _attend(config, query, key, value, sinks, kind, keys)
-        return project(config, config.width, config.out_bias, "out", 2)(out, keys), cache
+        return project(config, config.width, config.out_bias, "out", 2)(out, keys), kept
 
 
 def _of_kinds(config: DecoderConfig, name: str, kind) -> tuple[list, jax.Array | None]:
     """The different values that the kinds of layers have of an attribute, and the place among them
     of that of the layer's kind; None where there is one value."""
     every = [getattr(one, name) for one in config.kinds]
+    if isinstance(kind, int):  # of a layer that is not one of a scan
+        return [every[kind]], None
     values = list(dict.fromkeys(every))
     place = None if len(values) == 1 else jnp.asarray([values.index(x) for x in every])[kind]
     return values, place
@@ -398,44 +376,51 @@ def _attend(config: DecoderConfig, query, key, value, sinks, kind, keys) -> jax.
     return jax.lax.switch(place, ways, query, key, value)
 
 
-def _attend_to_cache(config: DecoderConfig, query, key, value, sinks, positions, kind) -> jax.Array:
-    """`attend_to_cache` with the window of the layer's kind, which is only compared with."""
-    windows, place = _of_kinds(config, "sliding_window", kind)
-    window = windows[0]
-    if place is not None:
-        window = jnp.asarray([NO_WINDOW if x is None else x for x in windows])[place]
-    how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
-    return attend_to_cache(query, key, value, positions, sliding_window=window, **how)
-
-
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
     """The array by a number that is rounded to its dtype first, as `transformers` has it."""
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
-def _write(cache: Cache, index, key, value, positions) -> Cache:
-    """Puts `[B, T, K, H]` into layer `index`: one column a row, or all from column 0."""
-    if positions is None:
+class Turn(NamedTuple):
+    """What a layer gets of the cache when every row is given one token.
 
-        def write(c, x):
-            return jax.lax.dynamic_update_slice(c, x.swapaxes(1, 2)[None], (index, 0, 0, 0, 0))
-    else:
-        # [B, 2]: (layer, column) of each row's write; a column beyond the cache is dropped.
-        places = jnp.stack([jnp.full_like(positions[:, 0], index), positions[:, 0]], axis=1)
+    `layer` is the layer's part, `column` the one that is written, `[]`, and `seen` `[B, S]` says
+    which columns the token sees, its own included.
+    """
 
-        def write(c, x):
-            return jax.lax.scatter(c, places, x[:, 0], BY_ROW, unique_indices=True, mode="drop")
+    layer: LayerCache
+    column: jax.Array
+    seen: jax.Array
 
-    return place_cache(jax.tree.map(write, cache, Cache(key, value)))
+
+def _decode_layers(
+    config: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """All layers for one token a row, each with arrays of its own: taken out of stacked ones in the
+    turn of a loop, parameters and cache would be copied for every token."""
+    if platform() != "cpu":
+        params, x = jax.lax.optimization_barrier((params, x))
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        own = jax.tree.map(operator.itemgetter(index), params)
+        own = to_device(own) if config.offload else own
+        kind = config.pattern[index] if config.pattern else 0
+        seen = cache.seen(positions[:, 0], config.kinds[kind].sliding_window)
+        turn = Turn(layer, cache.column, seen)
+        x, layer = Layer(config, parent=None).apply(
+            {"params": own}, x, (index, kind), positions, None, cache.columns, turn
+        )
+        layers.append(layer)
+    return x, cache.replace(layers=tuple(layers), turn=cache.turn + 1)
 
 
 def _layers(config: DecoderConfig) -> nn.Module:
     """All layers as one scan over their stacked parameters."""
     layer = Layer
     if REMAT[config.remat] is not None:
-        # static: `decode` (self counts as argument 0); CSE cannot happen across scan iterations.
+        # static: `columns` (self counts as argument 0); CSE cannot happen across scan iterations.
         policy = without_changes(REMAT[config.remat], config.lora)
-        layer = nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(4,))
+        layer = nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(5,))
     if config.offload:  # inside of the scan, so that the device has one layer at a time
         layer = nn.map_variables(layer, "params", trans_in_fn=to_device)
     scanned = nn.scan(

@@ -86,13 +86,19 @@ class LanguageModel:
         return params
 
     def prefill(
-        self, params: Any, tokens: jax.Array, prefix: jax.Array | None, columns: int
+        self,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        prefix: jax.Array | None,
+        prompt_columns: int,
+        new_columns: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """Runs prompts `[B, X]`: their hidden states `[B, X, D]`, and S = `columns` columns of
-        tokens for `decode`, the prompts and places for all that are still to be written."""
+        """Runs prompts `[B, X]`: their hidden states `[B, X, D]`, and in place of a cache the
+        tokens themselves, `[B, S]`, with places for all that are still to be written."""
+        columns = prompt_columns + new_columns
         written = jnp.pad(tokens, ((0, 0), (0, columns - tokens.shape[1])))
-        # In place of a cache, the tokens themselves: [1, B, S], rows behind an axis of layers.
-        return self.hidden_states(params, tokens, prefix), written[None]
+        return self.hidden_states(params, tokens, prefix), written
 
     def decode(
         self,
@@ -105,5 +111,5 @@ class LanguageModel:
         """Runs one token a row, `[B]`, in `column` `[B]`, M not counted: their hidden states
         `[B, D]`, and `written` with these tokens in it."""
         rows = jnp.arange(tokens.shape[0])
-        written = written.at[0, rows, column].set(tokens, mode="drop")
-        return self.hidden_states(params, written[0], prefix)[rows, column], written
+        written = written.at[rows, column].set(tokens, mode="drop")
+        return self.hidden_states(params, written, prefix)[rows, column], written

@@ -10,7 +10,6 @@ V vocabulary, L layers, Q slots.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 from promptkd_jax.infra import specs
 from promptkd_jax.infra.buckets import run_in_smallest_bucket
 from promptkd_jax.infra.sharding import ROWS, axis_size
-from promptkd_jax.models.decoder import Cache, Decoder, place_cache
+from promptkd_jax.models.cache import Cache
+from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class _Slots(NamedTuple):
     left: jax.Array  # tokens that may still be written
     ended: jax.Array  # by an EOS
     logits: jax.Array  # [Q, V] for the token to be written next
-    caches: list[Any]  # of each model: a Cache [L, Q, …], or the tokens [1, Q, T] themselves
+    caches: list[Any]  # of each model: a Cache, or the tokens [Q, T] themselves
 
     @property
     def running(self) -> jax.Array:
@@ -186,12 +186,13 @@ class _Writer:
         # A row number of B names no row. JAX reads the last row in its place; the slot is not
         # active, and `_collect` drops it.
         prompts, lengths, keys = every if row is None else (x[row] for x in every)
-        columns, left = prompts.shape[1] + self.limit, jnp.full_like(lengths, self.limit)
+        left = jnp.full_like(lengths, self.limit)
         # A row that is not active needs no width: its first token is read.
         read_lengths = lengths if active is None else jnp.where(active, lengths, 1)
 
         def read_in(width: int):
-            return [_prefill(x, prompts[:, :width], read_lengths, columns) for x in self.models]
+            columns = prompts.shape[1], self.limit
+            return [_prefill(x, prompts[:, :width], read_lengths, *columns) for x in self.models]
 
         read = run_in_smallest_bucket(read_in, read_lengths, prompts.shape[1], self.prompt_buckets)
         return _Slots(
@@ -222,8 +223,8 @@ class _Writer:
     # The token c is chosen from them, written into column 4, and read by the decoder at position 4
     # (a soft prompt shifts that by M), which gives the logits for column 5. Every row does this in
     # every turn, for shapes are static; of one that no longer runs, tokens and length are kept, and
-    # what its cache is given lies at a column that is not part of it. The key of a token depends on
-    # the row and on how many it has written alone: neither rows beside it nor slots change it.
+    # its cache is not read any more. The key of a token depends on the row and on how many it has
+    # written alone: neither rows beside it nor slots change it.
 
     def _write_one(self, slots: _Slots) -> _Slots:
         slots = slots._replace(logits=_penalize_repeats(slots, self.sampling.repetition_penalty))
@@ -326,25 +327,28 @@ def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
     beyond its last slot is dropped."""
     devices = places.shape[0]
 
-    def put(x, y, axis=0):  # `axis` is that of the slots: 0, of a cache 1, behind its layers
-        def split(x):  # […, Q, …] as […, devices, Q / devices, …]
-            return x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
+    def put(x, y):
+        if not x.ndim:  # of all places alike
+            return x
+
+        def split(x):  # [Q, …] as [devices, Q / devices, …]
+            return x.reshape(devices, -1, *x.shape[1:])
 
         def on_device(x, y, places):
-            x, y = jnp.moveaxis(x, axis, 0), jnp.moveaxis(y, axis, 0)
-            return jnp.moveaxis(x.at[places].set(y, mode="drop"), 0, axis)
+            return x.at[places].set(y, mode="drop")
 
-        by_device = jax.vmap(on_device, (axis, axis, 0), axis)(split(x), split(y), places)
-        return by_device.reshape(x.shape)
+        return jax.vmap(on_device)(split(x), split(y), places).reshape(x.shape)
 
-    caches = jax.tree.map(functools.partial(put, axis=1), slots.caches, new.caches)
-    slots = jax.tree.map(put, slots._replace(caches=[]), new._replace(caches=[]))
-    return slots._replace(caches=[place_cache(x) if isinstance(x, Cache) else x for x in caches])
+    slots = jax.tree.map(put, slots, new)
+    return slots._replace(caches=[x.placed() if isinstance(x, Cache) else x for x in slots.caches])
 
 
-def _prefill(writing: SamplingModel, tokens, lengths, columns: int) -> tuple[jax.Array, Any]:
+def _prefill(
+    writing: SamplingModel, tokens, lengths, prompt_columns: int, new_columns: int
+) -> tuple[jax.Array, Any]:
     """The hidden state `[Q, D]` at the end of every prompt, and the cache of all of them."""
-    hidden, cache = writing.model.prefill(writing.params, tokens, writing.prefix, columns)
+    columns = prompt_columns, new_columns
+    hidden, cache = writing.model.prefill(writing.params, tokens, lengths, writing.prefix, *columns)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
 
 

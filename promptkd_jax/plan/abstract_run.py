@@ -231,6 +231,7 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
         remat=build.remat(how),
         quantization=QUANTIZE[how.quantize],
         offload=how.offload,
+        kv_cache_dtype=how.kv_cache_dtype,
     )
     end = hf_config.get("eos_token_id")
     eos_ids = tuple(end) if isinstance(end, list) else (end or 0,)

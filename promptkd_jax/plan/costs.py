@@ -242,7 +242,10 @@ class Counter:
 
 def cache_bytes(config: DecoderConfig, rows: int, columns: int, mesh: Mapping[str, int]) -> float:
     """Keys and values: 2 L B S K H, rows along `data` and `fsdp`, heads along `tensor`, each as
-    often as makes their number divide."""
+    often as makes their number divide; in 8 bits with a scale for each head and column."""
     heads = math.lcm(config.num_kv_heads, mesh["tensor"]) / mesh["tensor"]
     elements = 2 * config.num_layers * rows * columns * heads * config.head_dim
-    return elements * jnp.dtype(config.dtype).itemsize / (mesh["data"] * mesh["fsdp"])
+    itemsize = jnp.dtype(config.dtype).itemsize
+    if config.kv_cache_dtype == "int8":
+        itemsize = 1 + 2 / config.head_dim
+    return elements * itemsize / (mesh["data"] * mesh["fsdp"])

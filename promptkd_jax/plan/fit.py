@@ -70,6 +70,8 @@ def changes(config: RunConfig) -> Iterator[Change]:
         new = {f"{name}.{x}": to for x, to in half.items() if getattr(model, x) != to}
         if new:
             yield Change(f"the {name} in bfloat16", new)
+    if config.student.kv_cache_dtype == "auto":
+        yield Change("keys and values of rollouts in int8", {"student.kv_cache_dtype": "int8"})
     trained = any(stage.teacher_view == "online" for stage in config.stages)
     if config.teacher.quantize == "none" and not trained:
         yield Change("the teacher's kernels in int8", {"teacher.quantize": "int8"})

@@ -1,6 +1,7 @@
-"""Traffic of a compiled program over the network, read from its HLO text.
+"""What a compiled program sends over the network, and the cycles that the compiler of TPUs expects
+of it, read from its HLO text.
 
-A collective in a loop counts as often as the loop turns: by `known_trip_count` where the compiler
+What stands in a loop counts as often as the loop turns: by `known_trip_count` where the compiler
 wrote it down, else by the number that the loop's condition compares its counter with (JAX's scans
 count from 0), else as often as the caller says. Of a conditional, all branches are counted.
 """
@@ -76,9 +77,9 @@ def collectives(text: str, *, unknown_trips: int = 1, slice_devices: int = 0) ->
       slice_devices: devices of a slice; 0 for one slice.
     """
     computations = _computations(text)
-    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE).group(1)
     counted, beside = [], {}
-    for instruction, trips, computation, fusion in _walk(computations, entry, unknown_trips):
+    walk = _walk(computations, _entry(text), unknown_trips)
+    for instruction, trips, computation, fusion in walk:
         found = _collective(instruction, trips, computation, slice_devices)
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         if found is None:
@@ -90,11 +91,33 @@ def collectives(text: str, *, unknown_trips: int = 1, slice_devices: int = 0) ->
     return [*counted, *(one for same in beside.values() for one in _once(same))]
 
 
+def cycles(text: str, *, unknown_trips: int = 1) -> int:
+    """Returns the cycles that the TPU's compiler expects a program to take: the sum over its
+    operations, one after the other.
+
+    Without an estimate are what runs beside them (collectives, copies ahead of their use), and
+    kernels written in Pallas.
+
+    Args:
+      text, unknown_trips: as for `collectives`.
+    """
+    computations = _computations(text)
+    total = 0
+    for instruction, trips, _, fusion in _walk(computations, _entry(text), unknown_trips):
+        if not fusion and (found := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)):
+            total += trips * int(found.group(1))
+    return total
+
+
 def _once(same: list[tuple[str, Collective]]) -> list[Collective]:
     """A collective that runs beside other work stands in all fusions that it runs beside, also in
     loops that begin and end while it runs; it counts where it starts."""
     starts = [one for fusion, one in same if fusion.startswith("async-collective-start")]
     return starts or [min((one for _, one in same), key=lambda one: one.trips)]
+
+
+def _entry(text: str) -> str:
+    return re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE).group(1)
 
 
 def _computations(text: str) -> dict[str, list[_Instruction]]:

@@ -198,9 +198,10 @@ def temporary_bytes(
 
     The rollout keeps the cache and a copy of the student, gathered, in the dtype of computation;
     the update gradients, what `remat` lets the layers keep, a layer's gathered parameters, heads,
-    and logits of a block. The TPU's compiler was seen to lay the copy out once more for decoding,
-    and to keep both parts at once; those of CPUs and GPUs use the memory of one for the other, and
-    copy nothing that is neither gathered nor cast.
+    and logits of a block. What is neither gathered nor cast is not copied, but by the compiler for
+    CPUs, which takes layers out of their stack before the loop over tokens. That for TPUs was seen
+    to lay a copy out once more for decoding, and to keep both parts at once; those of CPUs and GPUs
+    use the memory of one for the other.
 
     Args:
       platform: of the devices; capability: of GPUs, see `sharding.compute_capability`.
@@ -211,8 +212,11 @@ def temporary_bytes(
     length = method.prompt_capacity + method.rollout_length
     cache = sum(cache_bytes(writer.config, step.slots, length, mesh) for writer in step.writers)
     tpu, fsdp, whole = platform == "tpu", mesh["fsdp"] > 1, student.config.lora is None
-    copied = [x for x in step.writers if tpu or fsdp or x.config.dtype != x.config.param_dtype]
-    copies = sum(writer.layer_bytes + 2 * writer.head_bytes for writer in copied)
+    copies = 0.0
+    for writer in step.writers:
+        copied = fsdp or writer.config.dtype != writer.config.param_dtype
+        copies += writer.layer_bytes if copied or platform == "cpu" else 0
+        copies += 2 * writer.head_bytes if copied else 0
     devices = mesh["fsdp"] * mesh["tensor"]
     trained = jnp.dtype(student.config.param_dtype).itemsize if whole else 4
     # Of several micro-batches the sum of gradients is in float32, beside the latest one's.
@@ -253,7 +257,7 @@ def _saved(
     """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots"
     also what its matrices give, which the backward pass reads; with "none" the inputs and outputs
     of all products, attention's weights among them where no flash kernel leaves them out (there is
-    none where some of them are dropped), and half as much again for norms, rotations and activation
+    none where some of them are dropped), and 0.4 times as much for norms, rotations and activation
     functions."""
     config, tensor, tokens = count.config, count.mesh["tensor"], rows * columns / count.row_parts
     if config.remat == "none":
@@ -272,8 +276,8 @@ def _saved(
             capability=capability,
         )
         if drops or flash == "xla":
-            return tokens * (1.5 * count.activation_bytes + scores)
-        return tokens * 1.5 * count.activation_bytes
+            return tokens * (1.4 * count.activation_bytes + scores)
+        return tokens * 1.4 * count.activation_bytes
     kept = config.width
     if config.remat == "dots":
         cut = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

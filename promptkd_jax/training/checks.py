@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from promptkd_jax.distill.method_checks import contradictions
+from promptkd_jax.distill.method_fields import POLICY_GRADIENT
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Group, build, mistakes
@@ -126,6 +127,13 @@ def _frozen_contradictions(config: RunConfig):
             yield (
                 f"config.stages[{index}].teacher_view: 'online' trains the teacher, and rounded "
                 "kernels are not trained; expected 'none' as config.teacher.quantize"
+            )
+        policy = any(name == POLICY_GRADIENT for name, _ in stage.student_terms)
+        if policy and config.student.kv_cache_dtype != "auto":
+            yield (
+                f"config.student.kv_cache_dtype: {config.student.kv_cache_dtype!r} rounds the "
+                f"distribution that rows are drawn from, and config.stages[{index}] has a policy "
+                "gradient, which supposes the student's own; expected 'auto'"
             )
 
 

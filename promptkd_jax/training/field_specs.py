@@ -7,9 +7,19 @@ from typing import Any
 
 from promptkd_jax.data.formats import column_names
 from promptkd_jax.infra.files import Path
-from promptkd_jax.infra.specs import Float
+from promptkd_jax.infra.specs import Choice, Float
 
 TEACHER = "teacher"  # in place of a file: what the teacher has
+DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
+REMAT = Choice(
+    {
+        "auto": "the first of the others that fits into memory, by an estimate",
+        "none": "nothing",
+        "dots": "all but matrix products",
+        "full": "all but the inputs of layers",
+    }
+)
+KV_CACHE_DTYPE = Choice({"auto": "dtype", "int8": "8 bits, a scale for each head and token"})
 
 
 class TeacherLayers:

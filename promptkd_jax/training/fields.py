@@ -37,22 +37,15 @@ from promptkd_jax.infra.specs import (
 from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.field_specs import (
+    DTYPE,
+    KV_CACHE_DTYPE,
+    REMAT,
     Columns,
     Date,
     Keywords,
     Sources,
     TeacherLayers,
     weighted_sources,
-)
-
-DTYPE = Choice("float32", "bfloat16")  # float16 would need a loss scale
-REMAT = Choice(
-    {
-        "auto": "the first of the others that fits into memory, by an estimate",
-        "none": "nothing",
-        "dots": "all but matrix products",
-        "full": "all but the inputs of layers",
-    }
 )
 
 
@@ -68,6 +61,7 @@ class ModelConfig:
     remat: str = field("none", REMAT, "what the backward pass computes again instead of keeping it")
     offload: bool = field(False, Bool(), "whether frozen layers lie in the host's memory")
     quantize: str = field("none", Choice(*QUANTIZE), "what kernels that nothing trains are kept in")
+    kv_cache_dtype: str = field("auto", KV_CACHE_DTYPE, "what rollouts keep keys and values in")
 
 
 @dataclasses.dataclass(frozen=True)

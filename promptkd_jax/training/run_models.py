@@ -162,6 +162,7 @@ def choose_models(
     # the student is kept otherwise.
     if _kept_alike(config):
         how = dict(dtype=config.student.dtype, remat=build.remat(config.student))
+        how |= dict(kv_cache_dtype=config.student.kv_cache_dtype)
         student = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
     else:
         student = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
@@ -185,6 +186,8 @@ def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
     if how.quantize == "int4" and max(mesh.shape["fsdp"], mesh.shape["tensor"]) > 1:
         _check_pairs(path, mesh)
     model = load_model(path, **kept, remat=build.remat(how), mesh=mesh)
+    decoder = model.decoder.config.replace(kv_cache_dtype=how.kv_cache_dtype)
+    model = model.replace(decoder=Decoder(decoder))
     model = offload(model, mesh) if how.offload else model
     if padding := model.decoder.config.padding:
         print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import Dropout, Experts, LayerKind, Rope, RopeScaling
-from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache, head
+from promptkd_jax.models.decoder import REMAT, Decoder, head
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export
@@ -112,16 +112,12 @@ def test_nothing_behind_a_rows_end_changes_it(model):
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _decoded(decoder: Decoder, params, prompts, continuation, steps: int):
     """Hidden states `[B, steps, D]` of `steps` tokens a row, one by one behind the prompts."""
-    shift = len(PREFIX)
-    cache = empty_cache(decoder.config, len(prompts), shift + prompts.shape[1] + steps)
-    _, cache = decoder.apply({"params": params}, prompts, prefix=PREFIX, cache=cache)
+    _, cache = decoder.prefill(params, prompts, LENGTHS, PREFIX, prompts.shape[1], steps)
 
     def step(cache, index):
-        token = continuation[:, index][:, None]
-        hidden, cache = decoder.apply(
-            {"params": params}, token, cache=cache, column=shift + LENGTHS + index
-        )
-        return cache, hidden[:, 0]
+        token = continuation[:, index]
+        hidden, cache = decoder.decode(params, token, PREFIX, LENGTHS + index, cache)
+        return cache, hidden
 
     _, hidden = jax.lax.scan(step, cache, jnp.arange(steps))
     return hidden.swapaxes(0, 1)
@@ -210,8 +206,7 @@ def test_more_columns_than_learned_positions_are_an_error(name):
     with pytest.raises(ModelError, match=f"69 columns .* {name} model of 64 positions"):
         model.decoder.apply({"params": model.params}, tokens, prefix=PREFIX)
     with pytest.raises(ModelError, match="65 columns"):
-        cache = empty_cache(model.decoder.config, 1, POSITIONS + 1)
-        model.decoder.apply({"params": model.params}, tokens[:, :4], cache=cache)
+        model.decoder.prefill(model.params, tokens[:, :4], np.array([4]), None, 4, POSITIONS - 3)
 
 
 # To files and back.

@@ -499,9 +499,9 @@ def test_prompts_are_read_in_the_smallest_compiled_width(llama, monkeypatch, lon
     """Prompts of at most 8 columns, in 3, 6 or 8."""
     taken, prefill = [], sampler._prefill
 
-    def counted(writing, tokens, lengths, columns):
+    def counted(writing, tokens, *arguments):
         jax.debug.callback(lambda: taken.append(tokens.shape[1]))
-        return prefill(writing, tokens, lengths, columns)
+        return prefill(writing, tokens, *arguments)
 
     def write(number):
         function = functools.partial(sample, llama.decoder, max_new_tokens=4)

@@ -20,10 +20,11 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import to_path, write_json
-from promptkd_jax.models.decoder import REMAT, Decoder, empty_cache
+from promptkd_jax.models.decoder import REMAT, Decoder
 from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io.hub import hub_id
 from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.sampler import Sampling, sample
 from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, chips, costs, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
@@ -311,10 +312,21 @@ def test_a_step_that_writes_ahead_compiles_from_shapes():
 
 def test_the_cache_counts_both_keys_and_values_of_every_column():
     config = from_hugging_face(SMALLER).replace(dtype="bfloat16")
-    real = sum(x.nbytes for x in empty_cache(config, 8, 30))
+    tokens, lengths = jnp.zeros((8, 20), jnp.int32), jnp.ones(8, jnp.int32)
+
+    def real_bytes(config):
+        def layers(params):
+            return Decoder(config).prefill(params, tokens, lengths, None, 20, 10)[1].layers
+
+        shapes = jax.eval_shape(layers, abstract_params(config))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+    real = real_bytes(config)
     assert costs.cache_bytes(config, 8, 30, sizes(1, 1, 1)) == real
     assert costs.cache_bytes(config, 8, 30, sizes(2, 2, 2)) == real / 8
     assert costs.cache_bytes(config, 8, 30, sizes(1, 2, 4)) == real / 4  # 2 heads, each twice
+    config = config.replace(kv_cache_dtype="int8")
+    assert costs.cache_bytes(config, 8, 30, sizes(1, 1, 1)) == real_bytes(config) < 0.6 * real
 
 
 # Work
@@ -511,6 +523,17 @@ def test_the_tpu_compilers_ways_of_writing():
     }
     assert (found["send"].ici_bytes, found["send"].dcn_bytes) == (0, 16)
     assert found["reduce-scatter"].ici_bytes == 7 * 16 / 2
+
+
+def test_cycles_are_counted_as_often_as_a_loop_turns():
+    text = TPU_TEXT
+    for name, cycles in (("%f =", 10), ("%permute", 100), ("%all-gather.1", 5000), ("%send", 1)):
+        line = next(line for line in text.splitlines() if name in line)
+        config = f', backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+        text = text.replace(line, line + config)
+    # 7 turns of the first loop, as many of the second as we say; none of what a fusion consists of.
+    assert hlo.cycles(text, unknown_trips=11) == 7 * 10 + 11 * 100 + 1
+    assert hlo.cycles(text, unknown_trips=0) == 7 * 10 + 1
 
 
 @pytest.mark.parametrize(
@@ -850,6 +873,38 @@ def test_the_compiler_agrees_with_what_is_counted():
     for name, phase in found["phases"].items():
         assert phase["flops"] == guess["phases"][name]["flops"]
     assert 0.3 < sent(found) / sent(guess) < 3
+
+
+@pytest.mark.skipif(not ahead.has_compiler(), reason=ahead.MISSING)
+def test_the_compiler_expects_a_token_to_take_little_more_than_reading_the_model():
+    """2 layers of Llama-3.2 1B with 64 rows of 512 columns on a v5e, heads of half a register."""
+    mesh = ahead.described_mesh(sizes(1, 1, 1), chips.parse_topology("v5e:1x1"))
+    config = from_hugging_face(PUBLISHED["meta-llama/Llama-3.2-1B"])
+    config = config.replace(dtype="bfloat16", param_dtype="bfloat16", num_layers=2, vocab_size=8192)
+    here = sharding.rows_sharding(mesh, 64)
+
+    def shape(x, dtype=None):
+        return jax.ShapeDtypeStruct(getattr(x, "shape", x), dtype or x.dtype, sharding=here)
+
+    def write(params, tokens, lengths, keys):
+        how = dict(max_new_tokens=256, sampling=Sampling(eos_ids=(2,)))
+        return sample(Decoder(config), params, tokens, lengths, keys, **how)
+
+    params = abstract_params(config)
+    params = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        params,
+        sharding.shardings(params, mesh),
+    )
+    keys = shape(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 64)))
+    inputs = shape((64, 256), jnp.int32), shape((64,), jnp.int32), keys
+    with jax.set_mesh(mesh):
+        text = jax.jit(write).lower(params, *inputs).compile().as_text()
+    # The loop over tokens is the only one whose turns the compiler does not know.
+    found = hlo.cycles(text, unknown_trips=1) - hlo.cycles(text, unknown_trips=0)
+    cost = costs.Counter(config, mesh.shape).decode(64, 512, 1)
+    least = cost.hbm_bytes / (819e9 / 1.5e9)  # bytes a cycle
+    assert least < found < 2 * least
 
 
 def sent(found) -> float:

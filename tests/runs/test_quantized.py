@@ -25,6 +25,7 @@ def config(tmp_path) -> ConfigDict:
     config = tiny.short_config(tmp_path / "models")
     config.teacher.quantize, config.student.quantize = "int8", "int4"
     config.student.lora.update(rank=2, alpha=4.0)
+    config.student.kv_cache_dtype = "int8"
     term = hidden_term("relation")
     how = dict(steps=2, batch_size=4, learning_rate=1e-2, hidden_terms=(term,))
     config.stages = (method_stage("promptkd", **how),)
@@ -71,11 +72,20 @@ def test_layers_of_a_quantised_teacher_are_read_plain(config):
     assert dtypes == [np.int8, np.float32]
 
 
-def test_what_is_trained_is_not_quantised(config):
+def test_what_is_trained_or_weighed_is_not_quantised(config):
     config.student.lora.rank = 0
     with pytest.raises(ConfigError, match=r"student.quantize: 'int4': .*lora.rank above 0"):
         checked(config)
-    config.student.quantize, config.stages[0].teacher_view = "none", "online"
+    config.student.quantize = "none"
+    checked(config)
+    config.stages[0].student_terms = (("policy_gradient", 1.0),)
+    with pytest.raises(
+        ConfigError, match=r"kv_cache_dtype: 'int8' rounds .*stages\[0\] has a policy"
+    ):
+        checked(config)
+    config.student.kv_cache_dtype = "auto"
+    config.stages[0].student_terms = (("reverse_kl", 1.0),)
+    config.stages[0].teacher_view = "online"
     config.stages[0].hidden_terms = ()
     with pytest.raises(ConfigError, match=r"stages\[0\].teacher_view: 'online' .*quantize"):
         checked(config)
