@@ -278,6 +278,22 @@ def place_rows(tree: Any) -> Any:
 HOST_MEMORY = "pinned_host"
 
 
+def in_host_memory(places: Any) -> Any:
+    """The same shardings, of arrays in the host's memory."""
+    return jax.tree.map(lambda place: place.with_memory_kind(HOST_MEMORY), places)
+
+
+def check_host_memory(what: str, mesh: Mesh) -> None:
+    """Raises ConfigError where the devices of a mesh have no host memory, which `what` asks for."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ConfigError(
+            f"{what}: a {device.device_kind} has no memory {HOST_MEMORY!r} (it has "
+            f"{', '.join(kinds)}); expected False"
+        )
+
+
 def to_device(tree: Any) -> Any:
     """Arrays in a device's own memory, for what is traced."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)

@@ -59,10 +59,7 @@ class Model:
         """Where every parameter lies on a mesh, in a device's memory or the host's."""
         placed = sharding.shardings(self.params, mesh)
         if self.decoder.config.offload:
-            kept = jax.tree.map(
-                lambda place: place.with_memory_kind(sharding.HOST_MEMORY), placed["layers"]
-            )
-            placed = {**placed, "layers": kept}
+            placed = {**placed, "layers": sharding.in_host_memory(placed["layers"])}
         return placed
 
     def replace(self, **changes: Any) -> "Model":
@@ -75,15 +72,9 @@ def offload(model: Model, mesh: Mesh) -> Model:
     brought to the device when it is its turn.
 
     Raises:
-      ModelError: these devices have no such memory.
+      ConfigError: these devices have no such memory.
     """
-    device = mesh.devices.flat[0]
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if sharding.HOST_MEMORY not in kinds:
-        raise ModelError(
-            f"{model.name}: offload: a {device.device_kind} has no memory {sharding.HOST_MEMORY!r} "
-            f"(it has {', '.join(kinds)}); expected False"
-        )
+    sharding.check_host_memory(f"{model.name}: offload", mesh)
     model = model.replace(decoder=Decoder(model.decoder.config.replace(offload=True)))
     return model.replace(params=jax.device_put(model.params, model.shardings(mesh)))
 

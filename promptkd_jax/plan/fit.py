@@ -80,6 +80,8 @@ def changes(config: RunConfig) -> Iterator[Change]:
         yield Change("AdamW's moments in 8 bits", dict.fromkeys(optimizers, "adamw_8bit"))
     if not (config.teacher.offload or trained):
         yield Change("the teacher's layers in the host's memory", {"teacher.offload": True})
+    if not config.offload_optimizer_state:
+        yield Change("the moments in the host's memory", {"offload_optimizer_state": True})
     if not config.student.lora.is_used:
         yield Change("a LoRA student", {"student.lora.rank": 16})
     if config.student.quantize == "none":

@@ -166,8 +166,10 @@ def kept_bytes(run: AbstractRun) -> dict[str, int]:
 
 
 def _on_device(leaf: Any) -> int:
-    if leaf.sharding.memory_kind == sharding.HOST_MEMORY:
-        return 0
+    return 0 if leaf.sharding.memory_kind == sharding.HOST_MEMORY else _shard_bytes(leaf)
+
+
+def _shard_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
@@ -240,6 +242,8 @@ def temporary_bytes(
     else:
         update = max(gradients + saved, before)
     update += gathered + heads + logits
+    if run.config.offload_optimizer_state:  # all of it, beside the rest, at the most
+        update += sum(map(_shard_bytes, jax.tree.leaves(run.abstract_state().optimizers)))
     rollout = cache + (2 if tpu else 1) * copies
     together = rollout + update if tpu else max(rollout, update)
     return {"cache": cache, "rollout": rollout, "update": update, "all": together}

@@ -116,15 +116,19 @@ class Experiment:
     def jitted_step(self, stage: Stage) -> Callable:
         """`train_step` of a stage: (state, teacher, batch, corpus, frozen student) to (state,
         metrics), with the state donated and the metrics on every device."""
-        step = functools.partial(
-            train_step, method=stage.method, models=self.models, optimizers=stage.optimizers
-        )
+
+        def step(state, *inputs):
+            if self.config.offload_optimizer_state:
+                state = state.replace(optimizers=sharding.to_device(state.optimizers))
+            how = dict(method=stage.method, models=self.models, optimizers=stage.optimizers)
+            return train_step(state, *inputs, **how)
+
         everywhere = NamedSharding(self.mesh, sharding.P())
         return jax.jit(step, out_shardings=(self.placed(), everywhere), donate_argnums=0)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state; they are the same in every stage."""
-        return sharded_shapes(self._shapes(self._params()), self.mesh)
+        return _in_places(self._shapes(self._params()), self.placed())
 
     def unpadded_state(self) -> TrainState:
         """Shapes and dtypes of a state on one device, the same for every mesh."""
@@ -139,8 +143,11 @@ class Experiment:
         return self._shapes(params)
 
     def placed(self) -> Any:
-        """Where every leaf of a state lies on the mesh."""
-        return sharding.shardings(self._shapes(self._params()), self.mesh)
+        """Where every leaf of a state lies on the mesh, in a device's memory or the host's."""
+        placed = sharding.shardings(self._shapes(self._params()), self.mesh)
+        if self.config.offload_optimizer_state:
+            placed = placed.replace(optimizers=sharding.in_host_memory(placed.optimizers))
+        return placed
 
     def _shapes(self, params: dict[str, Any]) -> TrainState:
         return jax.eval_shape(

@@ -374,6 +374,7 @@ class RunConfig:
     evaluation: EvaluationConfig = group(EvaluationConfig, "scores on data.dev")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "what a run saves")
     mesh: MeshConfig = group(MeshConfig, "devices by axis; -1 for one of them: all that are left")
+    offload_optimizer_state: bool = field(False, Bool(), "whether moments lie in the host's memory")
     log_every: int = field(1, Int(low=1), "steps between lines of metrics")
     stop_after_skipped: int = field(
         10, Int(low=1), "updates in a row without a finite gradient that end the run"
@@ -385,7 +386,7 @@ class RunConfig:
 NOT_IN_FINGERPRINT = (
     *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
     *("teacher.remat", "student.remat", "teacher_responses.path", "cache.path"),
-    "data.token_cache",
+    *("data.token_cache", "offload_optimizer_state"),
     *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep"),
 )
 # Names that fields had before.

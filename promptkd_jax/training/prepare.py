@@ -50,6 +50,8 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
       ModelError, DataError, ConfigError: a model, data or method that cannot be used.
     """
     # Load the models.
+    if config.offload_optimizer_state:
+        sharding.check_host_memory("config.offload_optimizer_state", mesh)
     check_sources(config)
     teacher, student = load_models(config, mesh)
     vocab_size = student.vocab_size

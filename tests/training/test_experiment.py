@@ -1,0 +1,83 @@
+"""Where the state of a run lies between its steps."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny
+
+from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.plan import fit, roofline
+from promptkd_jax.plan.abstract_run import abstract_run
+from promptkd_jax.training.checks import checked
+from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.prepare import prepare
+from promptkd_jax.training.recipes import method_stage
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> RunConfig:
+    config = tiny.short_config(tmp_path_factory.mktemp("experiment") / "models")
+    config.teacher.remat = config.student.remat = "none"
+    config.stages = (method_stage("promptkd", targets="gold", steps=2, batch_size=4),)
+    return checked(config)
+
+
+def memories(tree) -> set[str]:
+    return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+
+
+def test_moments_in_the_hosts_memory_are_those_of_a_device(config, mesh, tmp_path):
+    states = []
+    for offloaded, memory in ((False, "device"), (True, sharding.HOST_MEMORY)):
+        new = fit.changed(config, {"offload_optimizer_state": offloaded})
+        with jax.set_mesh(mesh):
+            made = prepare(new, tmp_path, mesh)
+            (stage,) = made.stages
+            step, teacher = made.jitted_step(stage), made.teacher.params
+            state = made.start(stage, None)
+            assert memories(state.optimizers) == {memory} and memories(state.params) == {"device"}
+            rows = [sharding.place_rows(stage.batches[number]) for number in (0, 1)]
+            state, _ = step(state, teacher, rows[0])
+            assert memories(state.optimizers) == {memory} and memories(state.params) == {"device"}
+            # A step that is skipped keeps them as they were.
+            before = jax.device_get((state.params, state.optimizers))
+            state, _ = step(state, jax.tree.map(lambda x: x * jnp.nan, teacher), rows[1])
+            after = jax.device_get((state.params, state.optimizers))
+            assert state.skipped == 1
+            jax.tree.map(np.testing.assert_array_equal, after, before)
+            state, _ = step(state, teacher, rows[1])
+        states.append(jax.device_get((state.params, state.optimizers)))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_plan_counts_offloaded_moments_in_the_update_alone(config, mesh):
+    runs = [
+        abstract_run(fit.changed(config, {"offload_optimizer_state": x})).on(mesh)
+        for x in (False, True)
+    ]
+    kept, kept_offloaded = map(roofline.kept_bytes, runs)
+    assert kept["optimizers"] > 0 == kept_offloaded["optimizers"]
+    assert kept_offloaded == kept | {"optimizers": 0}
+    needed, needed_offloaded = (roofline.temporary_bytes(run, "gpu") for run in runs)
+    assert needed_offloaded["update"] - needed["update"] == kept["optimizers"]
+    assert needed_offloaded["rollout"] == needed["rollout"]
+
+
+def test_devices_without_host_memory_are_refused(config, tmp_path):
+    """A fake, since every platform that JAX has here has that memory."""
+    device = SimpleNamespace(
+        device_kind="Abacus", addressable_memories=lambda: [SimpleNamespace(kind="beads")]
+    )
+    new = fit.changed(config, {"offload_optimizer_state": True})
+    said = r"config.offload_optimizer_state: a Abacus has no memory 'pinned_host' \(it has beads\)"
+    with pytest.raises(ConfigError, match=said):
+        prepare(new, tmp_path, SimpleNamespace(devices=np.array([device])))
