@@ -201,7 +201,8 @@ def _contender(name: str, path: str, options: argparse.Namespace, load: Callable
         )
     scored = EvaluationConfig(rouge_tokenizer=options.rouge_tokenizer)
     config = with_date(RunConfig(data=data, evaluation=scored), options.output)
-    return Contender(name, path, options.dtype, config, options.output / name)
+    folder = options.output / name
+    return Contender(name, path, options.dtype, config, folder, options.quantize)
 
 
 def _run_tasks(
@@ -257,7 +258,8 @@ def _asked(contender: Contender) -> dict[str, Any]:
     names = ("chat_template", "max_prompt_length", "max_length", "long_prompts")
     fields = {name: getattr(data, name) for name in names}
     asked = data.prompt_format(contender.config.preset).identity
-    return {"model": contender.path, "dtype": contender.dtype, **asked, **fields}
+    kept = {"dtype": contender.dtype, "quantize": contender.quantize}
+    return {"model": contender.path, **kept, **asked, **fields}
 
 
 def _write_samples(

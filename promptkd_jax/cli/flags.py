@@ -23,6 +23,7 @@ from promptkd_jax.infra.files import Path, io_errors, to_path
 from promptkd_jax.infra.specs import SEED, Float, Int, declared
 from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
 from promptkd_jax.models.model import Model
+from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.field_specs import DTYPE
 from promptkd_jax.training.fields import DataConfig
@@ -116,11 +117,13 @@ def add_asking(
     temperature: float,
     no_repeat_ngram_size: int,
 ) -> None:
-    """The flags of `add_prompting`, --dtype and --mesh, and the fields of `Sampling`, for
-    `sampling_of`, with these defaults."""
+    """The flags of `add_prompting`, --dtype, --quantize and --mesh, and the fields of `Sampling`,
+    for `sampling_of`, with these defaults."""
     add_prompting(parser, several=several)
     text = "what is computed in (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=DTYPE.options, help=text)
+    text = "bits of kernels (default: those of --dtype)"
+    parser.add_argument("--quantize", default="none", choices=QUANTIZE, help=text)
     add_mesh(parser)
     chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)
     for name, f in declared(Sampling).items():
@@ -178,12 +181,10 @@ def recorded(model: str, *, weights: bool = True) -> dict[str, Any]:
     return record
 
 
-def load(
-    options: argparse.Namespace, path: str, *, dtype: str | None = None, quantize: str = "none"
-) -> Model:
-    """Loads a model with its tokenizer, computed in `dtype`, or that of --dtype, and with the chat
-    template of --chat-template where it is given."""
-    model = load_with_tokenizer(path, dtype=dtype or options.dtype, quantize=quantize)
+def load(options: argparse.Namespace, path: str, *, dtype: str | None = None) -> Model:
+    """Loads a model with its tokenizer, computed in `dtype`, or that of --dtype, in the bits of
+    --quantize, and with the chat template of --chat-template where it is given."""
+    model = load_with_tokenizer(path, dtype=dtype or options.dtype, quantize=options.quantize)
     if options.chat_template is not None:
         model.tokenizer.chat_template = read_chat_template(options.chat_template)
     return model

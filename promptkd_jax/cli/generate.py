@@ -16,13 +16,10 @@ from promptkd_jax.data.rows import tokenize
 from promptkd_jax.inference.generate import decode, generate_responses, with_turn_end
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.specs import SEED, Int
-from promptkd_jax.models.quantization import QUANTIZE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_asking(parser, temperature=0.0, no_repeat_ngram_size=0)
-    text = "bits of kernels (default: those of --dtype)"
-    parser.add_argument("--quantize", default="none", choices=QUANTIZE, help=text)
     parser.add_argument("--request", help="respond to this prompt and stop")
     count, seed = flags.of(Int(low=1)), flags.of(SEED)
     parser.add_argument("--max-new-tokens", type=count, default=128, help="tokens (default: 128)")
@@ -37,8 +34,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _respond_to_all(options: argparse.Namespace) -> None:
-    how = dict(quantize=options.quantize)
-    load = functools.cache(functools.partial(flags.load, options, options.model, **how))
+    load = functools.cache(functools.partial(flags.load, options, options.model))
     data, why = flags.data_config(options.model, options, load)
     prompt_format, capacity = data.prompt_format("default"), data.max_prompt_length
     model = with_turn_end(load(), prompt_format)

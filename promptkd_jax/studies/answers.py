@@ -37,14 +37,15 @@ AVERAGE = "average"
 
 class Contender(NamedTuple):
     """A model that answers: its name in the tables, where it lies, the type that it computes in,
-    the config that says how it is asked (`data`) and scored (`evaluation.rouge_tokenizer`), and the
-    folder for its answers, `SET/seedN.json`."""
+    the config that says how it is asked (`data`) and scored (`evaluation.rouge_tokenizer`), the
+    folder for its answers, `SET/seedN.json`, and what its kernels are rounded to."""
 
     name: str
     path: str
     dtype: str
     config: RunConfig
     folder: epath.Path
+    quantize: str = "none"
 
 
 def answer_sets(
@@ -120,8 +121,9 @@ def digests(contender: Contender, tokenizer: Any = None) -> dict[str, str]:
         template = used and used.chat_template
         if file not in ("", TEACHER):
             template = read_chat_template(file)
+        rounded = "" if contender.quantize == "none" else f" in {contender.quantize}"
         return {
-            "weights": identity.quick_digest(contender.path),
+            "weights": identity.quick_digest(contender.path) + rounded,
             "tokenizer": used and identity.tokenizer_digest(used),
             "chat_template": hashlib.sha256(str(template).encode()).hexdigest(),
         }

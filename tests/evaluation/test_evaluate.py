@@ -22,7 +22,7 @@ from promptkd_jax.inference import generate
 from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import load_model
+from promptkd_jax.models.load import load_model, load_with_tokenizer
 from promptkd_jax.models.sampler import Sampling
 
 
@@ -218,6 +218,23 @@ def test_answers_of_other_settings_or_of_another_model_are_not_taken(folder, tmp
     tiny.write_model(model, width=16, depth=2, seed=2)  # trained anew
     with pytest.raises(SystemExit, match="config.weights"):
         main(["evaluate", *arguments])
+
+
+def test_a_model_in_fewer_bits_is_another_model(folder, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(*arguments, **how):
+        loaded.append(load_with_tokenizer(*arguments, **how))
+        return loaded[-1]
+
+    monkeypatch.setattr(flags, "load_with_tokenizer", load)
+    arguments = command(folder, tmp_path, "--seeds=1")
+    main(["evaluate", *arguments, "--quantize=int8"])
+    kernel = loaded[-1].params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == jnp.int8 and written(tmp_path)["quantize"] == "int8"
+    for other in ("int4", "none"):
+        with pytest.raises(SystemExit, match=r"config.weights: there '\w+ in int8', now"):
+            main(["evaluate", *arguments, f"--quantize={other}"])
 
 
 def test_all_sets_are_checked_before_the_first_is_answered(folder, tmp_path):
