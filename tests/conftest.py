@@ -58,7 +58,7 @@ LONGEST = (
     *("processes", "recipes", "readme", "sharding", "step", "train", "teacher", "sampler"),
     *("stopped", "conversations", "benchmarks", "language_model", "run_data", "dropout"),
     *("compare", "hidden_loss", "plan", "vocabularies", "golden", "methods", "models"),
-    *("launch", "reproduce", "checkpoint", "params", "losses", "evaluate"),
+    *("launch", "reproduce", "experiment", "checkpoint", "params", "losses", "evaluate"),
     *("adapters", "gpus", "quantization", "quantized", "preconditioners", "adapter", "offload"),
 )
 

@@ -1,11 +1,16 @@
-"""Where the state of a run lies between its steps."""
+"""Where the state of a run lies between its steps, and that it goes on elsewhere."""
 
+import os
+import pathlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import devices
 from helpers import tiny
 
 from promptkd_jax.infra import sharding
@@ -81,3 +86,15 @@ def test_devices_without_host_memory_are_refused(config, tmp_path):
     said = r"config.offload_optimizer_state: a Abacus has no memory 'pinned_host' \(it has beads\)"
     with pytest.raises(ConfigError, match=said):
         prepare(new, tmp_path, SimpleNamespace(devices=np.array([device])))
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    folder = pathlib.Path(__file__).parents[1]
+    environment = os.environ | {"XLA_FLAGS": devices(8), "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, folder / "helpers" / "resume_on_eight_devices.py", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout[-500:], done.stderr[-4000:])
