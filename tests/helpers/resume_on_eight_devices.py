@@ -91,9 +91,9 @@ def whole(made: Experiment, state):
 
 
 def same(path, found, expected) -> None:
-    # Sums in another order may lie beyond a threshold: a code, or bfloat16's number, is then the
-    # next one.
-    rtol, atol = {"bfloat16": (2**-7, 1e-5), "int8": (0, 1)}.get(found.dtype.name, (1e-3, 1e-5))
+    # An update is of 1e-2, and Adam's also where a gradient is hardly more than its rounding. Sums
+    # in another order may lie beyond a threshold: a code, or bfloat16's number, is then the next.
+    rtol, atol = {"bfloat16": (2**-7, 5e-4), "int8": (0, 1)}.get(found.dtype.name, (1e-3, 5e-4))
     found, expected = (np.asarray(x, np.float32) for x in (found, expected))
     apart = ~np.isclose(found, expected, rtol=rtol, atol=atol)
     assert apart.mean() < 1e-2, (jax.tree_util.keystr(path), apart.mean())
