@@ -190,11 +190,6 @@ def sharded_model(model: Model, mesh: jax.sharding.Mesh | jax.sharding.AbstractM
     return _in_places(model.params, model.shardings(mesh))
 
 
-def sharded_shapes(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Any:
-    """Shapes and dtypes of a tree of parameters, or of a state, with their shardings on a mesh."""
-    return _in_places(tree, sharding.shardings(tree, mesh))
-
-
 def _in_places(tree: Any, places: Any) -> Any:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
