@@ -8,7 +8,6 @@ Parameters have the sizes of `DecoderConfig.padded`, outputs those of the model.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -255,6 +254,7 @@ class Layer(nn.Module):
     """Attention and feed-forward, each between its norms, added to the residual stream."""
 
     config: DecoderConfig
+    experts_of: int | None = None  # see `MixtureOfExperts.layer`
 
     # x          hidden states [B, T, D]: T is M + T of the decoder for whole rows, 1 in decoding
     # layer      its number, and that of its kind, None where there is one kind
@@ -285,7 +285,7 @@ class Layer(nn.Module):
         )
         x = added(x, attended, "attention_norm", 0)
         if config.experts:
-            network = MixtureOfExperts(config, name="experts")
+            network = MixtureOfExperts(config, self.experts_of, name="experts")
         else:
             network = FeedForward(config, name="mlp")
         x = added(x, network(before(x, "mlp_norm"), keys), "mlp_norm", 1)
@@ -400,15 +400,20 @@ def _decode_layers(
     turn of a loop, parameters and cache would be copied for every token."""
     if platform() != "cpu":
         params, x = jax.lax.optimization_barrier((params, x))
-    layers = []
+    layers, stacked = [], config.experts and not (config.quantization or config.offload)
+
+    def own(path, x, index: int):
+        whole = stacked and x.ndim == 4 and getattr(path[0], "key", None) == "experts"
+        return x if whole else x[index]
+
     for index, layer in enumerate(cache.layers):
-        own = jax.tree.map(operator.itemgetter(index), params)
-        own = to_device(own) if config.offload else own
+        of_layer = jax.tree.map_with_path(functools.partial(own, index=index), params)
+        of_layer = to_device(of_layer) if config.offload else of_layer
         kind = config.pattern[index] if config.pattern else 0
         seen = cache.seen(positions[:, 0], config.kinds[kind].sliding_window)
         turn = Turn(layer, cache.column, seen)
-        x, layer = Layer(config, parent=None).apply(
-            {"params": own}, x, (index, kind), positions, None, cache.columns, turn
+        x, layer = Layer(config, index if stacked else None, parent=None).apply(
+            {"params": of_layer}, x, (index, kind), positions, None, cache.columns, turn
         )
         layers.append(layer)
     return x, cache.replace(layers=tuple(layers), turn=cache.turn + 1)

@@ -59,9 +59,14 @@ class MixtureOfExperts(nn.Module):
     """A mixture of experts, each act(gate) * up, then down.
 
     Sows the scores `[B, T, E]` as "router_scores" into the intermediates.
+
+    Attributes:
+      layer: whose experts they are, where plain kernels are those of all layers, `[L, E, in, out]`:
+        one layer's, taken out of the stack, would be a copy for what multiplies groups.
     """
 
     config: DecoderConfig
+    layer: int | None = None
 
     @nn.compact
     def __call__(self, x, dropout_keys=None):
@@ -73,19 +78,22 @@ class MixtureOfExperts(nn.Module):
         self.sow("intermediates", "router_scores", scores)
         weights, chosen = route(scores, experts.num_experts_per_tok, experts.norm_topk_prob)
         width = config.mlp_width
+
+        def linear(inputs: int, outputs: int, name: str):
+            stacked = self.layer is not None
+            return ExpertLinear(config, inputs, outputs, stacked, name=name)()
+
         if experts.interleaved:
-            inner = (ExpertLinear(config, config.width, 2 * width, name="gate_up")(),)
+            inner = (linear(config.width, 2 * width, "gate_up"),)
         else:
-            inner = tuple(
-                ExpertLinear(config, config.width, width, name=name)() for name in ("gate", "up")
-            )
-        networks = Networks(inner, ExpertLinear(config, width, config.width, name="down")())
-        return _mixed(config, x, weights.astype(x.dtype), chosen, networks)
+            inner = tuple(linear(config.width, width, name) for name in ("gate", "up"))
+        networks = Networks(inner, linear(width, config.width, "down"))
+        return _mixed(config, x, weights.astype(x.dtype), chosen, networks, self.layer)
 
 
 class Linear(NamedTuple):
-    """Linear maps of all experts: kernel `[E, in, out]`, and bias `[E, out]` or None; `scale` of a
-    quantised kernel, see `quantization`."""
+    """Linear maps of all experts: kernel `[E, in, out]`, or of all layers `[L, E, in, out]`, and
+    bias `[E, out]` or None; `scale` of a quantised kernel, see `quantization`."""
 
     kernel: jax.Array
     bias: jax.Array | None
@@ -106,6 +114,7 @@ class ExpertLinear(nn.Module):
     config: DecoderConfig
     inputs: int
     outputs: int
+    stacked: bool
 
     @nn.compact
     def __call__(self):
@@ -113,6 +122,8 @@ class ExpertLinear(nn.Module):
         shape, dtype = (number, self.inputs, self.outputs), config.param_dtype
         if config.quantization:
             kernel, scale = quantized_kernel(self, config.quantization, shape, stacks=1)
+        elif self.stacked:
+            kernel, scale = self.get_variable("params", "kernel").astype(config.dtype), None
         else:
             kernel, scale = self.param("kernel", nn.initializers.normal(0.02), shape, dtype), None
             kernel = kernel.astype(config.dtype)
@@ -144,21 +155,26 @@ def route(scores: jax.Array, k: int, norm_topk_prob: bool) -> tuple[jax.Array, j
 # and the sums of the t devices are added at the end. Nothing is sent before that.
 
 
-def _mixed(config: DecoderConfig, x, weights, chosen, networks: Networks) -> jax.Array:
+def _mixed(
+    config: DecoderConfig, x, weights, chosen, networks: Networks, layer: int | None
+) -> jax.Array:
     """The weighted sum of the chosen experts: `[B, T, D]`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2 or sharding.mesh_is_external():
-        return _mixed_on_device(config, x, weights, chosen, networks, 0)
+        return _mixed_on_device(config, x, weights, chosen, networks, layer, 0)
 
     def on_device(x, weights, chosen, networks):
-        first = jax.lax.axis_index("tensor") * networks.down.kernel.shape[0]
-        return _mixed_on_device(config, x, weights, chosen, networks, first)[None]
+        first = jax.lax.axis_index("tensor") * networks.down.kernel.shape[-3]
+        return _mixed_on_device(config, x, weights, chosen, networks, layer, first)[None]
+
+    def spec(x):
+        return P(None, "tensor") if x.ndim == 4 else P("tensor")  # of all layers, or one
 
     rows = P(ROWS if x.shape[0] % sharding.axis_size(ROWS) == 0 else None)
     # check_vma: a loop's carry begins as zeros, which do not vary along the axes.
     cut = jax.shard_map(
         on_device,
-        in_specs=(rows, rows, rows, P("tensor")),
+        in_specs=(rows, rows, rows, jax.tree.map(spec, networks)),
         out_specs=P("tensor", *rows),
         check_vma=False,
     )
@@ -166,10 +182,10 @@ def _mixed(config: DecoderConfig, x, weights, chosen, networks: Networks) -> jax
 
 
 def _mixed_on_device(
-    config: DecoderConfig, x, weights, chosen, networks: Networks, first
+    config: DecoderConfig, x, weights, chosen, networks: Networks, layer: int | None, first
 ) -> jax.Array:
     """The same of the experts that the device has, from number `first` on."""
-    number, k = networks.down.kernel.shape[0], chosen.shape[-1]
+    number, k = networks.down.kernel.shape[-3], chosen.shape[-1]
     # Pairs are put in the order of their experts, so that those of one lie together. With E = 2,
     # k = 1 and five tokens:
     #
@@ -188,7 +204,7 @@ def _mixed_on_device(
         if config.quantization:
             y = _quantized_grouped_dot(x, weights.kernel, weights.scale, sizes, config.quantization)
         else:
-            y = grouped_dot(x, weights.kernel, sizes)
+            y = grouped_dot(x, *_of_layer(weights.kernel, sizes, layer))
         if weights.bias is not None:
             y = (y + weights.bias[jnp.minimum(expert, number - 1)]).astype(x.dtype)
         return jnp.where((expert < number)[:, None], y, 0)
@@ -198,6 +214,15 @@ def _mixed_on_device(
     y = linear(hidden, networks.down) * weights.reshape(-1)[order][:, None]
     # By the inverse order the k of a token stand together again: [n, D] -> [B, T, k, D].
     return jnp.sum(y[jnp.argsort(order)].reshape(*chosen.shape, -1), axis=2)
+
+
+def _of_layer(kernel, sizes, layer: int | None) -> tuple[jax.Array, jax.Array]:
+    """Kernels `[L E, in, out]` of all layers, and sizes `[L E]`, 0 but for those of one layer."""
+    if layer is None:
+        return kernel, sizes
+    kernels = kernel.reshape(-1, *kernel.shape[2:])
+    begin = layer * len(sizes)
+    return kernels, jnp.pad(sizes, (begin, len(kernels) - begin - len(sizes)))
 
 
 def _activated(config: DecoderConfig, inner: list[jax.Array]) -> jax.Array:

@@ -21,7 +21,7 @@ from promptkd_jax.models.sampler import SamplingModel
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import EXAMPLES, GIB, SliceTopology
-from promptkd_jax.plan.hlo import Collective
+from promptkd_jax.plan.hlo import Collective, Expectation
 
 # libtpu asks the machine that it runs on what TPU it has, and lets one process at a time use it.
 _ENVIRONMENT = {
@@ -44,6 +44,8 @@ class Program(NamedTuple):
       temporaries: everything between.
       code: the program itself.
       collectives: what is sent over the network.
+      expected: the compiler's expectation of its time; `expected_once`: of all but what a loop does
+        whose turns nobody knows beforehand, which is writing tokens.
     """
 
     arguments: int
@@ -51,6 +53,8 @@ class Program(NamedTuple):
     temporaries: int
     code: int
     collectives: tuple[Collective, ...]
+    expected: Expectation
+    expected_once: Expectation
 
     @property
     def total(self) -> int:
@@ -136,9 +140,10 @@ def _compile(jitted: Any, run: AbstractRun, inputs: tuple) -> Program | TooLarge
         return _too_large(str(error))
     used = compiled.memory_analysis()
     slices = len({getattr(device, "slice_index", 0) for device in run.mesh.devices.flat})
+    text, tokens = compiled.as_text(), run.stage.method.rollout_length
     collectives = hlo.collectives(
-        compiled.as_text(),
-        unknown_trips=run.stage.method.rollout_length,
+        text,
+        unknown_trips=tokens,
         slice_devices=run.mesh.size // slices if slices > 1 else 0,
     )
     return Program(
@@ -147,6 +152,8 @@ def _compile(jitted: Any, run: AbstractRun, inputs: tuple) -> Program | TooLarge
         temporaries=used.temp_size_in_bytes,
         code=used.generated_code_size_in_bytes,
         collectives=tuple(collectives),
+        expected=hlo.expectation(text, unknown_trips=tokens),
+        expected_once=hlo.expectation(text, unknown_trips=0),
     )
 
 

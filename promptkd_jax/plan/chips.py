@@ -36,6 +36,7 @@ class Chip:
       compiler: what the compiler has to be told to make one device of both cores of a chip.
       platform: "tpu", or "gpu" or "cpu" for what is no TPU but is counted like one; of these
         `hbm_gbps` and `tflops` are None where only the memory is known.
+      flops_per_cycle: of its matrix units, which with `tflops` give its clock; None: not known.
       capability: of a GPU, see `sharding.compute_capability`.
     """
 
@@ -54,20 +55,43 @@ class Chip:
     cores: int = 1
     compiler: str = "default"
     platform: str = "tpu"
+    flops_per_cycle: int | None = None
     capability: float = 9.0
+
+    @property
+    def clock(self) -> float | None:
+        """Cycles a second, where that is known."""
+        return self.tflops * 1e12 / self.flops_per_cycle if self.flops_per_cycle else None
 
     def per_device(self, figure: float) -> float:
         """One device's part of what a chip has."""
         return figure / self.cores
 
 
+_MXU = 2 * 128**2  # operations a cycle of a matrix unit; one of a v6e is as large as four of them
+    2 * 128**2
+)  # operations a cycle of one matrix unit; those of a v6e are twice as wide and long
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32, 31.75, 1200, 275, 270, 6.25, 3, 4096, "v4", 2, 3.22, compiler="megacore"),
-        Chip("v5e", 16, 15.75, 819, 197, 200, 3.125, 2, 256, "v5litepod", 1, 1.20),
-        Chip("v5p", 95, 94.75, 2765, 459, 600, 6.25, 3, 6144, "v5p", 2, 4.20, compiler="megacore"),
-        Chip("v6e", 32, 31.25, 1638, 918, 400, 12.5, 2, 256, "v6e", 1, 2.70),
+        Chip(
+            *("v4", 32, 31.75, 1200, 275, 270, 6.25, 3, 4096, "v4", 2, 3.22),
+            compiler="megacore",
+            flops_per_cycle=8 * _MXU,
+        ),
+        Chip(
+            *("v5e", 16, 15.75, 819, 197, 200, 3.125, 2, 256, "v5litepod", 1, 1.20),
+            flops_per_cycle=4 * _MXU,
+        ),
+        Chip(
+            *("v5p", 95, 94.75, 2765, 459, 600, 6.25, 3, 6144, "v5p", 2, 4.20),
+            compiler="megacore",
+            flops_per_cycle=8 * _MXU,
+        ),
+        Chip(
+            *("v6e", 32, 31.25, 1638, 918, 400, 12.5, 2, 256, "v6e", 1, 2.70),
+            flops_per_cycle=4 * 4 * _MXU,
+        ),
         Chip("tpu7x", 192, 189.5, 7380, 2307, 600, 12.5, 3, 9216, "tpu7x", 2, None, cores=2),
     )
 }

@@ -202,13 +202,42 @@ def compiled(
         "programs": {name: _said(program) for name, program in programs.items()},
         "seconds": round(time.monotonic() - begun, 1),
     }
-    return _assembled(run, slices, price, memory, costs, said)
+    return _assembled(run, slices, price, memory, costs, said, _expected(costs, programs, slices))
+
+
+def _expected(
+    costs: Mapping[str, Cost], programs: Mapping[str, Program | TooLarge], slices: SliceTopology
+) -> dict[str, float]:
+    """Seconds that the compiler expects of each phase, one operation after the other, and its
+    traffic; not less than its bound, which knows what the compiler leaves out. Both updates share
+    the rest of the step as they share the bound. {} where there is no expectation."""
+    chip = slices.chip
+    if chip.clock is None or any(isinstance(program, TooLarge) for program in programs.values()):
+        return {}
+    rates = chip.clock, chip.tflops * 1e12, chip.hbm_gbps * 1e9
+    bounds = {name: max(cost.seconds(slices).values()) for name, cost in costs.items()}
+    found, whole = {}, programs["step"].expected.seconds(*rates)
+    if "rollout" in programs:
+        rollout = programs["rollout"]
+        found["prefill"] = rollout.expected_once.seconds(*rates)
+        found["decode"] = rollout.expected.seconds(*rates) - found["prefill"]
+    left = max(whole - sum(found.values()), 0.0)
+    updates = [name for name in costs if name not in found]
+    for name in updates:
+        found[name] = left * bounds[name] / sum(bounds[each] for each in updates)
+    for name, cost in costs.items():
+        sent = sum(
+            x for limit, x in cost.seconds(slices).items() if limit not in ("compute", "HBM")
+        )
+        found[name] = max(found[name] + sent, bounds[name])
+    return {name: found[name] for name in costs}
 
 
 def _said(program: Program | TooLarge) -> dict[str, Any]:
     said = program._asdict()
     if isinstance(program, TooLarge):
         return said
+    said |= {name: said[name]._asdict() for name in ("expected", "expected_once")}
     kinds: dict[str, dict[str, float]] = {}
     for one in said.pop("collectives"):
         kind = kinds.setdefault(one.kind, {"number": 0, "ici_bytes": 0.0, "dcn_bytes": 0.0})
@@ -263,14 +292,18 @@ def _assembled(
     memory: dict[str, Any],
     costs: Mapping[str, Cost],
     said: dict[str, Any] | None,
+    expected: Mapping[str, float] = {},
 ) -> Plan:
-    """All that is known of the run on its mesh; `said` is what the compiler said."""
-    phases, seconds = {}, 0.0
+    """All that is known of the run on its mesh; `said` is what the compiler said, and `expected`
+    the seconds that it expects of each phase."""
+    phases = {}
     for name, cost in costs.items():
         each = cost.seconds(slices)
         bound = max(each, key=each.get)
-        seconds += each[bound]
         phases[name] = {**vars(cost), "seconds": each, "bound": bound, "time": each[bound]}
+        phases[name]["expected"] = expected.get(name)
+    least = sum(phase["time"] for phase in phases.values())
+    seconds = sum(expected.values()) or least
     sizes = {axis: run.mesh.shape[axis] for axis in AXES}
     micro_batches = run.stage.method.execution.gradient_accumulation_steps
     flags = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
@@ -305,6 +338,8 @@ def _assembled(
         "phases": phases,
         "traffic_by": "compiler" if counted else "estimate",
         "seconds_per_step": seconds or None,
+        "least_seconds_per_step": least or None,
+        "time_by": "compiler" if expected else "bound",
         "tokens_per_second": tokens,
         "usd_per_chip_hour": price,
         "usd_per_hour": per_hour,

@@ -91,22 +91,54 @@ def collectives(text: str, *, unknown_trips: int = 1, slice_devices: int = 0) ->
     return [*counted, *(one for same in beside.values() for one in _once(same))]
 
 
-def cycles(text: str, *, unknown_trips: int = 1) -> int:
-    """Returns the cycles that the TPU's compiler expects a program to take: the sum over its
-    operations, one after the other.
+class Expectation(NamedTuple):
+    """What the compiler of TPUs expects a program to take: the sum over its operations, one after
+    the other.
 
-    Without an estimate are what runs beside them (collectives, copies ahead of their use), and
-    kernels written in Pallas.
+    Attributes:
+      cycles: of operations of its own.
+      kernel_flops, kernel_bytes: of kernels written in Pallas that say theirs (those of attention
+        do not).
+    """
+
+    cycles: int = 0
+    kernel_flops: int = 0
+    kernel_bytes: int = 0
+
+    def __add__(self, other: "Expectation") -> "Expectation":
+        return Expectation(*map(sum, zip(self, other)))
+
+    def __mul__(self, times: int) -> "Expectation":
+        return Expectation(*(times * each for each in self))
+
+    def seconds(self, cycles: float, flops: float, hbm_bytes: float) -> float:
+        """The time on a device that does so much in a second; kernels take their bound."""
+        kernels = max(self.kernel_flops / flops, self.kernel_bytes / hbm_bytes)
+        return self.cycles / cycles + kernels
+
+
+def expectation(text: str, *, unknown_trips: int = 1) -> Expectation:
+    """Returns what the compiler expects of a program; what runs beside other operations
+    (collectives, copies ahead of their use) has no part in it.
 
     Args:
       text, unknown_trips: as for `collectives`.
     """
-    computations = _computations(text)
-    total = 0
-    for instruction, trips, _, fusion in _walk(computations, _entry(text), unknown_trips):
-        if not fusion and (found := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)):
-            total += trips * int(found.group(1))
+    total = Expectation()
+    walk = _walk(_computations(text), _entry(text), unknown_trips)
+    for instruction, trips, _, fusion in walk:
+        if not fusion:
+            total += _expected(instruction.rest) * trips
     return total
+
+
+def _expected(rest: str) -> Expectation:
+    """Of an instruction with these attributes."""
+    if found := re.search(r'"estimated_cycles":"(\d+)"', rest):
+        return Expectation(int(found.group(1)))
+    kernel = r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"'
+    found = re.search(kernel, rest)
+    return Expectation(0, *map(int, found.groups())) if found else Expectation()
 
 
 def _once(same: list[tuple[str, Collective]]) -> list[Collective]:

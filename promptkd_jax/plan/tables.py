@@ -182,6 +182,8 @@ def _phases_table(plan: Mapping[str, Any]) -> Table:
     for limit in next(iter(phases.values()))["seconds"]:
         figures[f"{limit}, s"] = [one["seconds"][limit] for one in phases.values()]
     figures["at least, s"] = [one["time"] for one in phases.values()]
+    if plan["time_by"] == "compiler":
+        figures["expected, s"] = [one["expected"] for one in phases.values()]
     rows = [(name, *(f"{value:.3g}" for value in values)) for name, values in figures.items()]
     rows.append(("bound by", *(one["bound"] for one in phases.values())))
     return Table(("a step, by phase", *phases), rows)
@@ -196,18 +198,24 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
         )
     if plan["seconds_per_step"] is None:
         return lines
-    lines += [
-        "PFLOP of all chips together, bytes and seconds of each; a real run is slower.",
-        f"step: at least {plan['seconds_per_step']:.3g} s; tokens per second: at most "
-        f"{plan['tokens_per_second']:,.0f}",
-    ]
+    expected = plan["time_by"] == "compiler"
+    step, tokens = f"{plan['seconds_per_step']:.3g} s", f"{plan['tokens_per_second']:,.0f}"
+    lines.append("PFLOP of all chips together, bytes and seconds of each; a real run is slower.")
+    if expected:
+        least = f"{plan['least_seconds_per_step']:.3g}"
+        lines.append(
+            f"step: {step} by the compiler (at least {least}); tokens per second: {tokens}"
+        )
+    else:
+        lines.append(f"step: at least {step}; tokens per second: at most {tokens}")
     if plan["platform"] == "tpu" or plan["usd_per_chip_hour"] is not None:  # GPUs may be one's own
         lines.append(_cost(plan))
     if plan["hours"] is not None:
         cost = "" if plan["usd"] is None else f", {plan['usd']:,.0f} USD"
+        hours = f"{_at_least(plan)}{plan['hours']:.3g} h{cost}"
         lines.append(
-            f"stage: {plan['steps']} steps, at least {plan['hours']:.3g} h{cost}, without "
-            "compilation, evaluation and checkpoints"
+            f"stage: {plan['steps']} steps, {hours}, without compilation, evaluation and "
+            "checkpoints"
         )
     if plan["compiled"]:
         lines.append(f"compiled in {plan['compiled']['seconds']:.0f} s")
@@ -220,7 +228,11 @@ def _cost(plan: Mapping[str, Any]) -> str:
         return "cost: none, it does not fit"
     if price is None:
         return "cost: no list price is published for this chip; give --price"
-    return f"cost: at least {cost:.3g} USD per million tokens at {price:g} per chip-hour"
+    return f"cost: {_at_least(plan)}{cost:.3g} USD per million tokens at {price:g} per chip-hour"
+
+
+def _at_least(plan: Mapping[str, Any]) -> str:
+    return "" if plan["time_by"] == "compiler" else "at least "
 
 
 def _gib(size: float | None) -> str:
