@@ -398,7 +398,7 @@ def _decode_layers(
 ) -> tuple[jax.Array, Cache]:
     """All layers for one token a row, each with arrays of its own: taken out of stacked ones in the
     turn of a loop, parameters and cache would be copied for every token."""
-    if platform() != "cpu":
+    if platform() != "cpu":  # so that nothing is taken out of the loop, which would be a copy
         params, x = jax.lax.optimization_barrier((params, x))
     layers, stacked = [], config.experts and not (config.quantization or config.offload)
 
@@ -406,7 +406,11 @@ def _decode_layers(
         whole = stacked and x.ndim == 4 and getattr(path[0], "key", None) == "experts"
         return x if whole else x[index]
 
+    before = x  # what goes into the layer before
     for index, layer in enumerate(cache.layers):
+        if config.offload:  # a layer is fetched while that computes; all at once, else
+            params, _ = jax.lax.optimization_barrier((params, before))
+            before = x
         of_layer = jax.tree.map_with_path(functools.partial(own, index=index), params)
         of_layer = to_device(of_layer) if config.offload else of_layer
         kind = config.pattern[index] if config.pattern else 0
@@ -421,13 +425,16 @@ def _decode_layers(
 
 def _layers(config: DecoderConfig) -> nn.Module:
     """All layers as one scan over their stacked parameters."""
-    layer = Layer
-    if REMAT[config.remat] is not None:
-        # static: `columns` (self counts as argument 0); CSE cannot happen across scan iterations.
-        policy = without_changes(REMAT[config.remat], config.lora)
-        layer = nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(5,))
-    if config.offload:  # inside of the scan, so that the device has one layer at a time
+    layer, policy = Layer, REMAT[config.remat]
+    if config.offload:
+        # Inside of the scan, so that the device has one layer at a time, and inside of what is
+        # computed again, so that the backward pass fetches it again: kept, it would have all.
         layer = nn.map_variables(layer, "params", trans_in_fn=to_device)
+        policy = policy or REMAT["dots"]
+    if policy is not None:
+        # static: `columns` (self counts as argument 0); CSE cannot happen across scan iterations.
+        policy = without_changes(policy, config.lora)
+        layer = nn.remat(layer, policy=policy, prevent_cse=False, static_argnums=(5,))
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0, "intermediates": 0},

@@ -59,12 +59,18 @@ class Model:
         """Where every parameter lies on a mesh, in a device's memory or the host's."""
         placed = sharding.shardings(self.params, mesh)
         if self.decoder.config.offload:
-            placed = {**placed, "layers": sharding.in_host_memory(placed["layers"])}
+            layers = jax.tree.map(_offloaded, self.params["layers"], placed["layers"])
+            placed = {**placed, "layers": layers}
         return placed
 
     def replace(self, **changes: Any) -> "Model":
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _offloaded(x: Any, place: Any) -> Any:
+    # Of the scales of a norm, [L, D], a TPU cannot take those of a layer out of the host's memory.
+    return sharding.in_host_memory(place) if x.ndim > 2 else place
 
 
 def offload(model: Model, mesh: Mesh) -> Model:

@@ -69,8 +69,6 @@ class Chip:
 
 
 _MXU = 2 * 128**2  # operations a cycle of a matrix unit; one of a v6e is as large as four of them
-    2 * 128**2
-)  # operations a cycle of one matrix unit; those of a v6e are twice as wide and long
 CHIPS = {
     chip.name: chip
     for chip in (

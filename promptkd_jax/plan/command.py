@@ -226,9 +226,8 @@ def _expected(
     for name in updates:
         found[name] = left * bounds[name] / sum(bounds[each] for each in updates)
     for name, cost in costs.items():
-        sent = sum(
-            x for limit, x in cost.seconds(slices).items() if limit not in ("compute", "HBM")
-        )
+        each = cost.seconds(slices)
+        sent = sum(each[limit] for limit in each if limit not in ("compute", "HBM"))
         found[name] = max(found[name] + sent, bounds[name])
     return {name: found[name] for name in costs}
 

@@ -258,13 +258,13 @@ def _saved(
     *,
     drops: bool = False,
 ) -> float:
-    """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots"
-    also what its matrices give, which the backward pass reads; with "none" the inputs and outputs
-    of all products, attention's weights among them where no flash kernel leaves them out (there is
-    none where some of them are dropped), and 0.4 times as much for norms, rotations and activation
-    functions."""
+    """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots" (as
+    layers in the host's memory have it in place of "none") also what its matrices give, which the
+    backward pass reads; with "none" the inputs and outputs of all products, attention's weights
+    among them where no flash kernel leaves them out (there is none where some of them are dropped),
+    and 0.4 times as much for norms, rotations and activation functions."""
     config, tensor, tokens = count.config, count.mesh["tensor"], rows * columns / count.row_parts
-    if config.remat == "none":
+    if config.remat == "none" and not config.offload:
         scores = 3 * 4 * config.num_layers * config.num_heads / tensor * columns
         flash = implementation(
             platform=platform,
@@ -283,7 +283,7 @@ def _saved(
             return tokens * (1.4 * count.activation_bytes + scores)
         return tokens * 1.4 * count.activation_bytes
     kept = config.width
-    if config.remat == "dots":
+    if config.remat != "full":
         cut = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         if config.experts is None:  # products of experts are computed again
             cut += (2 if config.gated else 1) * config.mlp_width

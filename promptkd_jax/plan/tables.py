@@ -202,10 +202,8 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
     step, tokens = f"{plan['seconds_per_step']:.3g} s", f"{plan['tokens_per_second']:,.0f}"
     lines.append("PFLOP of all chips together, bytes and seconds of each; a real run is slower.")
     if expected:
-        least = f"{plan['least_seconds_per_step']:.3g}"
-        lines.append(
-            f"step: {step} by the compiler (at least {least}); tokens per second: {tokens}"
-        )
+        least = f"by the compiler (at least {plan['least_seconds_per_step']:.3g})"
+        lines.append(f"step: {step} {least}; tokens per second: {tokens}")
     else:
         lines.append(f"step: at least {step}; tokens per second: at most {tokens}")
     if plan["platform"] == "tpu" or plan["usd_per_chip_hour"] is not None:  # GPUs may be one's own

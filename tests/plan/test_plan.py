@@ -535,7 +535,6 @@ def test_cycles_are_counted_as_often_as_a_loop_turns():
     line = next(line for line in text.splitlines() if "%odd" in line)
     text = text.replace(line, line.replace("custom-call(%p.1)", f"custom-call(%p.1){kernel}"))
     # 7 turns of the first loop, as many of the second as we say; none of what a fusion consists of.
-    # (The kernel stands in the condition, which nobody would count: only bodies are walked.)
     found = hlo.expectation(text, unknown_trips=11)
     assert found == (7 * 10 + 11 * 100 + 1, 11 * 600, 11 * 20)
     assert hlo.expectation(text, unknown_trips=0) == (7 * 10 + 1, 0, 0)
