@@ -21,6 +21,7 @@ from promptkd_jax.models.sampler import SamplingModel
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import EXAMPLES, GIB, SliceTopology
+from promptkd_jax.plan.costs import Counter
 from promptkd_jax.plan.hlo import Collective, Expectation
 
 # libtpu asks the machine that it runs on what TPU it has, and lets one process at a time use it.
@@ -143,7 +144,7 @@ def _compile(jitted: Any, run: AbstractRun, inputs: tuple) -> Program | TooLarge
     text, tokens = compiled.as_text(), run.stage.method.rollout_length
     collectives = hlo.collectives(
         text,
-        unknown_trips=tokens,
+        unknown_trips=_trips(run, tokens),
         slice_devices=run.mesh.size // slices if slices > 1 else 0,
     )
     return Program(
@@ -152,9 +153,24 @@ def _compile(jitted: Any, run: AbstractRun, inputs: tuple) -> Program | TooLarge
         temporaries=used.temp_size_in_bytes,
         code=used.generated_code_size_in_bytes,
         collectives=tuple(collectives),
-        expected=hlo.expectation(text, unknown_trips=tokens),
-        expected_once=hlo.expectation(text, unknown_trips=0),
+        expected=hlo.expectation(text, unknown_trips=_trips(run, tokens)),
+        expected_once=hlo.expectation(text, unknown_trips=_trips(run, 0)),
     )
+
+
+def _trips(run: AbstractRun, tokens: int) -> hlo.Trips:
+    """How often loops turn whose end depends on lengths: that over `tokens` of a rollout, and those
+    of losses, over blocks of positions."""
+    method, config = run.stage.method, run.student.decoder.config
+    rows = run.batch_size // method.num_micro_batches
+    blocks = Counter(config, run.mesh.shape).blocks(rows, method.response_capacity)
+
+    def trips(operation: str) -> int:
+        if re.fullmatch(r"jit\([^)]*\)(/cond|/branch_\w+)*/while", operation):  # the outermost
+            return tokens
+        return blocks if "jvp" in operation else 1
+
+    return trips
 
 
 def _too_large(message: str) -> TooLarge:

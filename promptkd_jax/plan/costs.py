@@ -178,12 +178,10 @@ class Counter:
         each), which is gathered once and read for every block of positions."""
         vocab_size, width = self.config.vocab_size, self.config.embedding_width
         devices = math.prod(self.mesh.values())
-        on_device = max(rows * vocab_size // devices, 1)
-        block = max(chunked_loss.chunk_elements("tpu") // on_device, 1)
         logits = rows * positions * vocab_size * 4 / devices
         cost = Cost(
             products * head_flops(self.config, rows, positions),
-            products * (-(-positions // block) * self.head_bytes + logits),
+            products * (self.blocks(rows, positions) * self.head_bytes + logits),
             self._allgather_bytes(self.head_bytes),
         )
         if products > 1:
@@ -193,6 +191,11 @@ class Counter:
             in_float32 = vocab_size * width * 4 / self.mesh["tensor"]
             cost += Cost(0, 0, *self._reduce_gradient_bytes(in_float32))
         return cost
+
+    def blocks(self, rows: int, positions: int) -> int:
+        """Blocks of positions that a loss takes one after the other."""
+        on_device = max(rows * self.config.vocab_size // math.prod(self.mesh.values()), 1)
+        return -(-positions // max(chunked_loss.chunk_elements("tpu") // on_device, 1))
 
     def gathered_copy(self) -> Cost:
         """A rollout gathers what writes once."""

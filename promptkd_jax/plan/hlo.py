@@ -8,7 +8,7 @@ count from 0), else as often as the caller says. Of a conditional, all branches 
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -68,12 +68,16 @@ class _Instruction(NamedTuple):
     rest: str  # operands and attributes
 
 
-def collectives(text: str, *, unknown_trips: int = 1, slice_devices: int = 0) -> list[Collective]:
+# How often a loop turns that does not say so: a number, or a function of its JAX operation's name.
+Trips = int | Callable[[str], int]
+
+
+def collectives(text: str, *, unknown_trips: Trips = 1, slice_devices: int = 0) -> list[Collective]:
     """All that a program sends.
 
     Args:
       text: the HLO of one device, as `Compiled.as_text()` gives it.
-      unknown_trips: how often a loop turns that does not say so.
+      unknown_trips: see `Trips`.
       slice_devices: devices of a slice; 0 for one slice.
     """
     computations = _computations(text)
@@ -117,7 +121,7 @@ class Expectation(NamedTuple):
         return self.cycles / cycles + kernels
 
 
-def expectation(text: str, *, unknown_trips: int = 1) -> Expectation:
+def expectation(text: str, *, unknown_trips: Trips = 1) -> Expectation:
     """Returns what the compiler expects of a program; what runs beside other operations
     (collectives, copies ahead of their use) has no part in it.
 
@@ -164,7 +168,7 @@ def _computations(text: str) -> dict[str, list[_Instruction]]:
 
 
 def _walk(
-    computations: Mapping[str, list[_Instruction]], entry: str, unknown_trips: int
+    computations: Mapping[str, list[_Instruction]], entry: str, unknown_trips: Trips
 ) -> Iterator[tuple[_Instruction, int, str, str]]:
     """Every instruction that runs, how often, in which computation, and in which fusion or ""."""
     todo = [(entry, 1, "")]
@@ -191,7 +195,7 @@ def _called(instruction: _Instruction) -> list[str]:
     return names
 
 
-def _turns(loop: _Instruction, computations, unknown_trips: int) -> int:
+def _turns(loop: _Instruction, computations, unknown_trips: Trips) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known.group(1))
     condition = re.search(r"condition=%?([\w.-]+)", loop.rest).group(1)
@@ -201,7 +205,15 @@ def _turns(loop: _Instruction, computations, unknown_trips: int) -> int:
             constants[one.name] = int(value.group(1))
         if one.opcode == "compare" and (limit := re.search(r"([\w.-]+)\), direction=LT", one.rest)):
             limits += [constants[limit.group(1)]] if limit.group(1) in constants else []
-    return max(limits, default=unknown_trips)
+    if limits or isinstance(unknown_trips, int):
+        return max(limits, default=unknown_trips)
+    return unknown_trips(_operation(loop))
+
+
+def _operation(instruction: _Instruction) -> str:
+    """The name of the JAX operation that an instruction is for; "" where the compiler lost it."""
+    name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return name.group(1) if name else ""
 
 
 def _collective(
@@ -223,9 +235,7 @@ def _collective(
     members, slices = _groups(instruction.rest), 1
     if slice_devices:
         slices = max(len(set((group // slice_devices).tolist())) for group in members)
-    name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    name = name.group(1) if name else ""
-    return Collective(kind, int(size), members.shape[1], slices, trips, name)
+    return Collective(kind, int(size), members.shape[1], slices, trips, _operation(instruction))
 
 
 def _sizes(kind: str) -> list[float]:

@@ -538,6 +538,8 @@ def test_cycles_are_counted_as_often_as_a_loop_turns():
     found = hlo.expectation(text, unknown_trips=11)
     assert found == (7 * 10 + 11 * 100 + 1, 11 * 600, 11 * 20)
     assert hlo.expectation(text, unknown_trips=0) == (7 * 10 + 1, 0, 0)
+    by_name = hlo.expectation(text, unknown_trips={"x": 3}.__getitem__)
+    assert by_name == (7 * 10 + 3 * 100 + 1, 3 * 600, 3 * 20)
     assert found.seconds(10, 100, 1) == 117.1 + 220
 
 
