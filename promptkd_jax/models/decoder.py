@@ -8,6 +8,7 @@ Parameters have the sizes of `DecoderConfig.padded`, outputs those of the model.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import ROWS, constrain, platform, to_device, unshard_fsdp
 from promptkd_jax.models.attention import (
     BTNH_SPEC,
@@ -26,6 +26,7 @@ from promptkd_jax.models.attention import (
 )
 from promptkd_jax.models.cache import Cache, LayerCache, make_cache
 from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.embedding import Embedding, check_learned_positions, embedded, scaled
 from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from promptkd_jax.models.lora import without_changes
 from promptkd_jax.models.norms import RMSNorm, make_norm
@@ -35,6 +36,8 @@ from promptkd_jax.models.rotary import rotate
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
+
+UNSTACKED = "unstacked"  # beside a rollout's parameters, those of every layer by themselves
 
 # Values that a layer's forward pass keeps for its backward pass, from the policy that keeps all and
 # computes nothing twice to the one that keeps the layer's input alone.
@@ -100,15 +103,15 @@ class Decoder(nn.Module):
           ModelError: more columns than a learned position table has rows.
         """
         config = self.config
-        x = _embedded(config, tokens, prefix)  # [B, M + T, D]
+        x = embedded(config, tokens, prefix)  # [B, M + T, D]
         # Of columns, the prefix included: [1, M + T] for whole rows, [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if cache is None else position[:, None]
         if config.learned_positions:
-            _check_positions(config, cache.columns if cache else columns or x.shape[1])
+            check_learned_positions(config, cache.columns if cache else columns or x.shape[1])
             table = config.max_positions + config.position_offset
             at = Embedding(config, table, config.width, name="positions")
             x = x + at(positions + config.position_offset)
-        x = dropped(_scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
+        x = dropped(scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
         # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
         if cache is None:
@@ -117,13 +120,12 @@ class Decoder(nn.Module):
             layers = jnp.arange(config.num_layers), kinds
             x, kept = _layers(config)(x, layers, positions, dropout_keys, columns)
         else:
-            stacked = self.variables["params"]["layers"]
-            x, kept = _decode_layers(config, stacked, x, positions, cache)
+            x, kept = _decode_layers(config, self.variables["params"], x, positions, cache)
         if config.norm_placement != "sum":
             x = make_norm(config, "final_norm")(x)
         if config.projected_width:
             x = project(config, config.projected_width, False, "project_out")(x)
-        x = _scaled(x, config.logit_scale)
+        x = scaled(x, config.logit_scale)
         # Declared here, multiplied by the losses: no [B, T, V] array leaves the model.
         if not config.tied:
             shape = (config.padded.vocab_size, config.embedding_width)
@@ -160,7 +162,7 @@ class Decoder(nn.Module):
     @nn.nowrap
     def input_embeddings(self, params: Any, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Embeddings `[..., D]` of token ids `[...]`, as the decoder puts them behind a prefix."""
-        return _scaled(embed(params, tokens), self.config.embedding_scale)
+        return scaled(embed(params, tokens), self.config.embedding_scale)
 
     @nn.nowrap
     def for_sampling(self, params: Any) -> Any:
@@ -175,7 +177,13 @@ class Decoder(nn.Module):
             stays = {"router", SCALE}.intersection(getattr(key, "key", None) for key in path)
             return x if stays or x.dtype == jnp.int8 else x.astype(self.config.dtype)
 
-        return unshard_fsdp(jax.tree.map_with_path(rounded, params))
+        params = unshard_fsdp(jax.tree.map_with_path(rounded, params))
+        if platform() != "cpu":
+            return params
+        # XLA for CPUs would copy a layer out of the stack for every token; so it does once.
+        layers = range(self.config.num_layers)
+        unstacked = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in layers]
+        return {**params, UNSTACKED: unstacked}
 
     @nn.nowrap
     def prefill(
@@ -214,42 +222,6 @@ class Decoder(nn.Module):
         return hidden[:, 0], cache
 
 
-class Embedding(nn.Module):
-    """A table of `rows` embeddings, looked up by `[...]` ids: `[..., width]`."""
-
-    config: DecoderConfig
-    rows: int
-    width: int
-
-    @nn.compact
-    def __call__(self, ids):
-        shape = (self.rows, self.width)
-        initial = nn.initializers.normal(0.02)
-        table = self.param("embedding", initial, shape, self.config.param_dtype)
-        # Cut along the width as well, a row would have to be put together after it is looked up.
-        table = constrain(table, "tensor", None)
-        return jnp.take(table, ids, axis=0).astype(self.config.dtype)
-
-
-def _check_positions(config: DecoderConfig, columns: int) -> None:
-    # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
-    if columns > config.max_positions:
-        raise ModelError(
-            f"{columns} columns (soft prompt and new tokens included) in a {config.family} model "
-            f"of {config.max_positions} positions; shorten the rows or the soft prompt"
-        )
-
-
-def _embedded(config: DecoderConfig, tokens: jax.Array, prefix: jax.Array | None) -> jax.Array:
-    """The prefix `[M, D]`, in front of every row, and the embeddings of the tokens."""
-    embed = Embedding(config, config.padded.vocab_size, config.embedding_width, name="embed")
-    x = _scaled(embed(tokens), config.embedding_scale)
-    if prefix is not None:
-        rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
-        x = jnp.concatenate([rows, x], axis=1)
-    return project(config, config.width, False, "project_in")(x) if config.projected_width else x
-
-
 class Layer(nn.Module):
     """Attention and feed-forward, each between its norms, added to the residual stream."""
 
@@ -277,7 +249,7 @@ class Layer(nn.Module):
             y = dropped(y, config.dropout.residual, keys, place)
             if placement in ("after", "both"):
                 y = make_norm(config, f"post_{name}")(y)
-            x = constrain(x + _scaled(y, config.residual_scale), ROWS, None, None)
+            x = constrain(x + scaled(y, config.residual_scale), ROWS, None, None)
             return make_norm(config, name)(x) if placement == "sum" else x
 
         attended, kept = Attention(config, name="attention")(
@@ -327,7 +299,7 @@ class Attention(nn.Module):
         longest = columns or x.shape[1]
         query, key = (_rotate(config, a, positions, longest, kind) for a in (query, key))
         if config.attention_scale is not None:  # what attends multiplies by H ** -0.5
-            query = _scaled(query, config.attention_scale * config.head_dim**0.5)
+            query = scaled(query, config.attention_scale * config.head_dim**0.5)
         sinks = None
         if config.attention_sinks:
             initial = nn.initializers.normal(0.02)
@@ -376,11 +348,6 @@ def _attend(config: DecoderConfig, query, key, value, sinks, kind, keys) -> jax.
     return jax.lax.switch(place, ways, query, key, value)
 
 
-def _scaled(x: jax.Array, scale: float) -> jax.Array:
-    """The array by a number that is rounded to its dtype first, as `transformers` has it."""
-    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
-
-
 class Turn(NamedTuple):
     """What a layer gets of the cache when every row is given one token.
 
@@ -398,9 +365,11 @@ def _decode_layers(
 ) -> tuple[jax.Array, Cache]:
     """All layers for one token a row, each with arrays of its own: taken out of stacked ones in the
     turn of a loop, parameters and cache would be copied for every token."""
-    if platform() != "cpu":  # so that nothing is taken out of the loop, which would be a copy
+    unstacked, params = params.get(UNSTACKED), params["layers"]
+    if not unstacked:  # so that XLA takes nothing out of the loop, which would be a copy
         params, x = jax.lax.optimization_barrier((params, x))
-    layers, stacked = [], config.experts and not (config.quantization or config.offload)
+    layers, copies = [], unstacked or config.quantization or config.offload
+    stacked = config.experts and not copies
 
     def own(path, x, index: int):
         whole = stacked and x.ndim == 4 and getattr(path[0], "key", None) == "experts"
@@ -411,7 +380,10 @@ def _decode_layers(
         if config.offload:  # a layer is fetched while that computes; all at once, else
             params, _ = jax.lax.optimization_barrier((params, before))
             before = x
-        of_layer = jax.tree.map_with_path(functools.partial(own, index=index), params)
+        if unstacked:
+            of_layer = unstacked[index]
+        else:
+            of_layer = jax.tree.map_with_path(functools.partial(own, index=index), params)
         of_layer = to_device(of_layer) if config.offload else of_layer
         kind = config.pattern[index] if config.pattern else 0
         seen = cache.seen(positions[:, 0], config.kinds[kind].sliding_window)

@@ -114,7 +114,8 @@ def test_what_lies_behind_the_last_group_reaches_nothing_of_a_model(monkeypatch)
 
     def gradients():
         def loss(x, weights, networks):
-            mixed = feed_forward._mixed_on_device(config, x, weights, chosen, networks, first)
+            how = networks, None, first
+            mixed = feed_forward._mixed_on_device(config, x, weights, chosen, *how)
             return jnp.sum(mixed**2)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(x, weights, networks)
@@ -157,3 +158,23 @@ def test_rollouts_choose_experts_as_training_does():
     router = model.params["layers"]["experts"]["router"]["kernel"]
     np.testing.assert_array_equal(found["router"]["kernel"], router)
     assert found["gate"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_experts_are_read_out_of_those_of_all_layers():
+    """Kernels of four layers, and the layer's own bias: as with the third layer's kernels."""
+    config = from_hugging_face(CONFIGS["gpt_oss"])
+    number, rng = config.experts.num_experts, np.random.default_rng(0)
+    shapes = (config.width, 2 * config.mlp_width), (config.mlp_width, config.width)
+    stacks = [jnp.asarray(rng.normal(size=(4, number, *shape)), jnp.float32) for shape in shapes]
+    biases = [jnp.asarray(rng.normal(size=(number, out)), jnp.float32) for _, out in shapes]
+    x = jnp.asarray(rng.normal(size=(3, 1, config.width)), jnp.float32)
+    weights, chosen = route(x[..., :number], 2, True)
+
+    def mixed(kernels, layer):
+        inner, down = (feed_forward.Linear(*pair) for pair in zip(kernels, biases, strict=True))
+        networks = feed_forward.Networks((inner,), down)
+        return feed_forward._mixed(config, x, weights, chosen, networks, layer)
+
+    expected = mixed([stack[2] for stack in stacks], None)
+    np.testing.assert_allclose(mixed(stacks, 2), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(mixed(stacks, 1) - expected).max() > 0.1
