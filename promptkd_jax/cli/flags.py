@@ -122,7 +122,7 @@ def add_asking(
     add_prompting(parser, several=several)
     text = "what is computed in (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=DTYPE.options, help=text)
-    text = "bits of kernels (default: those of --dtype)"
+    text = "bits of kernels (default: none, they are in --dtype)"
     parser.add_argument("--quantize", default="none", choices=QUANTIZE, help=text)
     add_mesh(parser)
     chosen = Sampling(temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size)

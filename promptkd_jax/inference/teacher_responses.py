@@ -118,10 +118,12 @@ def _made_from(
     max_new_tokens: int,
     vocab_size: int,
 ) -> dict[str, Any]:
+    kept = model.decoder.config.kv_cache_dtype
     return {
         "format": provenance.FORMAT,
         "what": "answers",
         **identity.model_identity(model),
+        **({} if kept == "auto" else {"kv_cache_dtype": kept}),
         "tokenizer": identity.tokenizer_digest(model.tokenizer),
         "requests": provenance.fingerprint_rows(prompts),
         "sampling": dataclasses.asdict(sampling),

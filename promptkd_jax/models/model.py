@@ -59,7 +59,7 @@ class Model:
         """Where every parameter lies on a mesh, in a device's memory or the host's."""
         placed = sharding.shardings(self.params, mesh)
         if self.decoder.config.offload:
-            layers = jax.tree.map(_offloaded, self.params["layers"], placed["layers"])
+            layers = jax.tree.map_with_path(_offloaded, placed["layers"])
             placed = {**placed, "layers": layers}
         return placed
 
@@ -68,9 +68,10 @@ class Model:
         return dataclasses.replace(self, **changes)
 
 
-def _offloaded(x: Any, place: Any) -> Any:
-    # Of the scales of a norm, [L, D], a TPU cannot take those of a layer out of the host's memory.
-    return sharding.in_host_memory(place) if x.ndim > 2 else place
+def _offloaded(path: tuple, place: Any) -> Any:
+    # Kernels alone: of [L, D], [L, 1, D] or [L, E, D] a TPU cannot take a part out of what lies in
+    # the memory of the host, and norms, biases and scales are small.
+    return sharding.in_host_memory(place) if path[-1].key == "kernel" else place
 
 
 def offload(model: Model, mesh: Mesh) -> Model:

@@ -311,9 +311,9 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
     prompts = jnp.pad(writer.prompts, ((0, 0), (0, writer.limit)))
     out = Rollout(prompts, writer.lengths, jnp.zeros(number, bool))
     next_turn = jnp.minimum(slots, waiting)
-    _, last, out = jax.lax.while_loop(
-        lambda state: state[0] < waiting, let_in, (next_turn, write(first, next_turn), out)
-    )
+    state = next_turn, write(first, next_turn), out
+    with jax.named_scope("queue"):  # by which `plan` knows the loop in a compiled program
+        _, last, out = jax.lax.while_loop(lambda state: state[0] < waiting, let_in, state)
     return _collect(out, last)
 
 

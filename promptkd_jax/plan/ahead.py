@@ -159,15 +159,24 @@ def _compile(jitted: Any, run: AbstractRun, inputs: tuple) -> Program | TooLarge
 
 
 def _trips(run: AbstractRun, tokens: int) -> hlo.Trips:
-    """How often loops turn whose end depends on lengths: that over `tokens` of a rollout, and those
-    of losses, over blocks of positions."""
+    """How often loops turn whose end depends on lengths: that over `tokens` of a rollout, that over
+    the rows which wait for a slot, and those of losses, over blocks of positions."""
     method, config = run.stage.method, run.student.decoder.config
-    rows = run.batch_size // method.num_micro_batches
-    blocks = Counter(config, run.mesh.shape).blocks(rows, method.response_capacity)
+    micro_batch = run.batch_size // method.num_micro_batches
+    count = Counter(config, run.mesh.shape)
+    blocks = count.blocks(micro_batch, method.response_capacity)
+    slots = method.execution.max_concurrent_rollouts or run.batch_size
+    waiting = max(run.batch_size - slots, 0)
+    let_in = max(slots // count.row_parts // 4, 1) * count.row_parts  # rows of a round, see sampler
+    rounds = -(-waiting // let_in)
 
     def trips(operation: str) -> int:
-        if re.fullmatch(r"jit\([^)]*\)(/cond|/branch_\w+)*/while", operation):  # the outermost
+        if re.fullmatch(r"jit\([^)]*\)(/cond|/branch_\w+)*/while", operation):
             return tokens
+        if operation.endswith("/queue/while"):
+            return rounds
+        if "/queue/while/" in operation:
+            return -(-tokens * waiting // (slots * rounds))
         return blocks if "jvp" in operation else 1
 
     return trips

@@ -276,7 +276,8 @@ def _with_traffic(
 def _in_decode_loop(one: Collective, tokens: int) -> bool:
     if not one.name:
         return one.trips % tokens == 0
-    return re.match(r"jit\([^)]*\)(/cond|/branch_\w+)*/while/", one.name) is not None
+    loop = r"jit\([^)]*\)(/cond|/branch_\w+)*(/queue/while/body)?/while/"
+    return re.match(loop, one.name) is not None
 
 
 def _sent(collectives: Sequence[Collective]) -> tuple[float, float]:

@@ -44,7 +44,7 @@ class Fit(NamedTuple):
 
 def changes(config: RunConfig) -> Iterator[Change]:
     """Yields what may be changed, the least first: what alters no number, then what rounds, then
-    what is another method of training."""
+    what waits for the host's memory at every step, then what is another method of training."""
     models = {"teacher": config.teacher, "student": config.student}
     kept = [name for name, model in models.items() if model.remat not in ("full", "auto")]
     if kept:

@@ -3,9 +3,11 @@ of it, read from its HLO text.
 
 What stands in a loop counts as often as the loop turns: by `known_trip_count` where the compiler
 wrote it down, else by the number that the loop's condition compares its counter with (JAX's scans
-count from 0), else as often as the caller says. Of a conditional, all branches are counted.
+count from 0), else as often as the caller says. Of a conditional, the traffic of all branches is
+counted, and the time of that which takes longest.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_CALLS = ("while", "conditional", "call", "async-start")
 _ONE_TO_ONE = ("collective-permute", "send")
 
 
@@ -125,15 +128,28 @@ def expectation(text: str, *, unknown_trips: Trips = 1) -> Expectation:
     """Returns what the compiler expects of a program; what runs beside other operations
     (collectives, copies ahead of their use) has no part in it.
 
+    Of a conditional, the branch counts that takes longest.
+
     Args:
       text, unknown_trips: as for `collectives`.
     """
-    total = Expectation()
-    walk = _walk(_computations(text), _entry(text), unknown_trips)
-    for instruction, trips, _, fusion in walk:
-        if not fusion:
-            total += _expected(instruction.rest) * trips
-    return total
+    computations = _computations(text)
+
+    @functools.cache
+    def of(name: str) -> Expectation:
+        total = Expectation()
+        for one in computations.get(name, ()):
+            total += _expected(one.rest)
+            parts = [of(each) for each in _called(one)] if one.opcode in _CALLS else []
+            if one.opcode == "while":
+                turns = _turns(one, computations, unknown_trips)
+                parts = [part * turns for part in parts]
+            elif one.opcode == "conditional":
+                parts = sorted(parts)[-1:]
+            total = sum(parts, total)
+        return total
+
+    return of(_entry(text))
 
 
 def _expected(rest: str) -> Expectation:
@@ -181,7 +197,7 @@ def _walk(
                 todo += [(body, turns, fusion) for body in _called(instruction)]
             elif instruction.opcode == "fusion":
                 todo += [(body, trips, instruction.name) for body in _called(instruction)]
-            elif instruction.opcode in ("call", "conditional", "async-start"):
+            elif instruction.opcode in _CALLS:
                 todo += [(body, trips, fusion) for body in _called(instruction)]
 
 

@@ -216,6 +216,9 @@ def temporary_bytes(
     tpu, fsdp, whole = platform == "tpu", mesh["fsdp"] > 1, student.config.lora is None
     copies = 0.0
     for writer in step.writers:
+        if writer.config.offload:  # while one layer computes, the next is fetched
+            copies += 2 * writer.one_layer_bytes
+            continue
         copied = fsdp or writer.config.dtype != writer.config.param_dtype
         copies += writer.layer_bytes if copied or platform == "cpu" else 0
         copies += 2 * writer.head_bytes if copied else 0

@@ -129,12 +129,15 @@ def _frozen_contradictions(config: RunConfig):
                 "kernels are not trained; expected 'none' as config.teacher.quantize"
             )
         policy = any(name == POLICY_GRADIENT for name, _ in stage.student_terms)
-        if policy and config.student.kv_cache_dtype != "auto":
-            yield (
-                f"config.student.kv_cache_dtype: {config.student.kv_cache_dtype!r} rounds the "
-                f"distribution that rows are drawn from, and config.stages[{index}] has a policy "
-                "gradient, which supposes the student's own; expected 'auto'"
-            )
+        writers = ["student", *(["teacher"] if stage.teacher_share else [])] if policy else []
+        for name in writers:
+            kept = getattr(config, name).kv_cache_dtype
+            if kept != "auto":
+                yield (
+                    f"config.{name}.kv_cache_dtype: {kept!r} rounds the distribution that rows are "
+                    f"drawn from, and config.stages[{index}] has a policy gradient, which supposes "
+                    "the exact one; expected 'auto'"
+                )
 
 
 def _stages_contradictions(config: RunConfig):

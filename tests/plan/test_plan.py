@@ -543,6 +543,31 @@ def test_cycles_are_counted_as_often_as_a_loop_turns():
     assert found.seconds(10, 100, 1) == 117.1 + 220
 
 
+def test_of_the_branches_of_a_conditional_the_longest_counts():
+    text = ""
+    for cycles in (5, 20, 8):
+        config = f'backend_config={{"estimated_cycles":"{cycles}"}}'
+        text += (
+            f"%branch.{cycles} (p: f32[8]) -> f32[8] {{\n  %a = f32[8] add(%p, %p), {config}\n}}\n"
+        )
+    branches = "branch_computations={%branch.5, %branch.20, %branch.8}"
+    text += f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %c = f32[8] conditional(%p), {branches}\n}}"
+    assert hlo.expectation(text) == (20, 0, 0)
+
+
+def test_rows_that_wait_for_a_slot_are_written_in_rounds():
+    mesh = abstract_run_module.abstract_mesh(sizes(1, 1, 1))
+    run = small_run(batch_size=8, max_concurrent_rollouts=2).on(mesh)
+    tokens = run.stage.method.rollout_length
+    trips = ahead._trips(run, tokens)
+    first, rounds = trips("jit(step)/while"), trips("jit(step)/queue/while")
+    assert (first, rounds) == (tokens, 6)  # 6 rows wait, one is let in at a time
+    assert first + rounds * trips("jit(step)/queue/while/body/while") == tokens * 8 / 2
+    assert ahead._trips(run, 0)("jit(step)/queue/while") == 6
+    plain = ahead._trips(small_run(batch_size=8).on(mesh), tokens)
+    assert (plain("jit(step)/while"), plain("jit(step)/queue/while")) == (tokens, 0)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

@@ -83,7 +83,12 @@ def test_what_is_trained_or_weighed_is_not_quantised(config):
         ConfigError, match=r"kv_cache_dtype: 'int8' rounds .*stages\[0\] has a policy"
     ):
         checked(config)
-    config.student.kv_cache_dtype = "auto"
+    config.student.kv_cache_dtype, config.teacher.kv_cache_dtype = "auto", "int8"
+    checked(config)
+    config.stages[0].teacher_view, config.stages[0].teacher_share = "plain", 0.2
+    with pytest.raises(ConfigError, match=r"config.teacher.kv_cache_dtype: 'int8' rounds"):
+        checked(config)
+    config.stages[0].teacher_share, config.teacher.kv_cache_dtype = 0.0, "auto"
     config.stages[0].student_terms = (("reverse_kl", 1.0),)
     config.stages[0].teacher_view = "online"
     config.stages[0].hidden_terms = ()
