@@ -36,7 +36,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.batch_size = 8
     (stage,) = config.stages
     stage.dropout = False  # Llama has none
-    stage.batch_size = 8
+    if stage.minibatches == 1:  # MiniLLM takes 8 of 256 rollouts at a time
+        stage.batch_size = 8
     if chosen == "24gb":
         stage.optimizer = "adamw_8bit"
     else:

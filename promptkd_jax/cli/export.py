@@ -138,8 +138,8 @@ def _whole(config: RunConfig, workdir: epath.Path, adapter: Any, mesh: jax.shard
 def _quantization(text: str) -> str:
     if (name := text.lower()) not in QUANTIZATIONS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {', '.join(QUANTIZATIONS)}; K-quants are made of an f16 file: "
-            f"llama-quantize FILE.gguf {text.upper()}.gguf {text.upper()}"
+            f"{text!r} is none of {', '.join(QUANTIZATIONS)}; other types are made of f16 files by "
+            "llama.cpp, such as: llama-quantize FILE.gguf Q4_K_M.gguf Q4_K_M"
         )
     return name
 

@@ -159,7 +159,7 @@ def estimate(
     chip = slices.chip
     kept = roofline.kept_bytes(run)
     temporary = roofline.temporary_bytes(run, chip.platform, chip.capability)
-    needed = sum(kept.values()) + temporary["all"]
+    needed = max(sum(kept.values()) + temporary["all"], roofline.loading_bytes(run))
     usable = chip.per_device(chip.usable_gib) * chips.GIB
     memory = {  # of one device; the cache is one of the temporaries
         "kept": kept,
@@ -214,7 +214,7 @@ def _expected(
     chip = slices.chip
     if chip.clock is None or any(isinstance(program, TooLarge) for program in programs.values()):
         return {}
-    rates = chip.clock, chip.tflops * 1e12, chip.hbm_gbps * 1e9
+    rates = chip.clock, chip.tflops * 1e12
     bounds = {name: max(cost.seconds(slices).values()) for name, cost in costs.items()}
     found, whole = {}, programs["step"].expected.seconds(*rates)
     if "rollout" in programs:

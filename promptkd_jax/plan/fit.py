@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,9 +83,15 @@ def changes(config: RunConfig) -> Iterator[Change]:
     if not config.offload_optimizer_state:
         yield Change("the moments in the host's memory", {"offload_optimizer_state": True})
     if not config.student.lora.is_used:
-        yield Change("a LoRA student", {"student.lora.rank": 16})
+        settings = {"student.lora.rank": 16, "student.lora.alpha": 32.0}
+        yield Change("a LoRA student, which wants a larger learning rate", settings)
     if config.student.quantize == "none":
         yield Change("the student's frozen kernels in int8", {"student.quantize": "int8"})
+    if config.teacher.quantize != "int4" and not trained:
+        yield Change("the teacher's kernels in int4", {"teacher.quantize": "int4"})
+    if not config.student.offload:
+        words = "the student's frozen layers in the host's memory"
+        yield Change(words, {"student.offload": True})
 
 
 def _gives(rows: int, number: int, most: int) -> bool:
@@ -117,31 +123,44 @@ def tried(
     stage: str | None = None,
 ) -> list[Fit]:
     """The run as it is, then with one change more at a time until it fits; changes that gain
-    nothing, and those that this run or mesh does not allow, are left out.
+    nothing, and those that this run or mesh does not allow, are left out. If it fits without some
+    of the earlier ones, the last is without these.
 
     Args:
       device: platform and compute capability, as for `roofline.needed_bytes`.
       stage: that has to fit; None: all of them.
     """
-    fits = [Fit((), roofline.needed_bytes(config, mesh, *device, stage))]
     known = set(contradictions_of(config))
-    for change in changes(config):
-        if fits[-1].needed <= usable:
-            break
-        fit = fits[-1]
-        # Later micro-batches take the place of earlier ones.
-        kept = [x for x in fit.changes if x.words != change.words]
-        together = Fit((*kept, change), 0.0)
-        settings = {path: x for each in together.changes for path, x in each.settings.items()}
+
+    def needed(changes: Sequence[Change]) -> float | None:
+        """Bytes with these changes; None where they cannot be."""
+        settings = {path: x for change in changes for path, x in change.settings.items()}
         new = changed(config, settings)
         if not known.issuperset(contradictions_of(new)):
-            continue
+            return None
         try:
-            needed = roofline.needed_bytes(new, mesh, *device, stage)
+            return roofline.needed_bytes(new, mesh, *device, stage)
         except ConfigError:  # a mesh that does not divide what the change makes
-            continue
-        if needed < 0.995 * fit.needed:
-            fits.append(together._replace(needed=needed))
+            return None
+
+    fits = [Fit((), roofline.needed_bytes(config, mesh, *device, stage))]
+    for change in changes(config):
+        if (last := fits[-1]).needed <= usable:
+            break
+        # Later micro-batches take the place of earlier ones.
+        together = *(x for x in last.changes if x.words != change.words), change
+        found = needed(together)
+        if found is not None and found < 0.995 * last.needed:
+            fits.append(Fit(together, found))
+    if (last := fits[-1]).needed <= usable:
+        fewer = last
+        for change in reversed(last.changes[:-1]):
+            without = tuple(x for x in fewer.changes if x is not change)
+            found = needed(without)
+            if found is not None and found <= usable:
+                fewer = Fit(without, found)
+        if fewer is not last:
+            fits.append(fewer)
     return fits
 
 

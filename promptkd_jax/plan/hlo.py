@@ -104,13 +104,12 @@ class Expectation(NamedTuple):
 
     Attributes:
       cycles: of operations of its own.
-      kernel_flops, kernel_bytes: of kernels written in Pallas that say theirs (those of attention
-        do not).
+      kernel_flops: of kernels written in Pallas that say theirs (those of attention do not). Bytes
+        they say too, but of whole operands: of the experts of all layers, where they read one's.
     """
 
     cycles: int = 0
     kernel_flops: int = 0
-    kernel_bytes: int = 0
 
     def __add__(self, other: "Expectation") -> "Expectation":
         return Expectation(*map(sum, zip(self, other)))
@@ -118,10 +117,9 @@ class Expectation(NamedTuple):
     def __mul__(self, times: int) -> "Expectation":
         return Expectation(*(times * each for each in self))
 
-    def seconds(self, cycles: float, flops: float, hbm_bytes: float) -> float:
-        """The time on a device that does so much in a second; kernels take their bound."""
-        kernels = max(self.kernel_flops / flops, self.kernel_bytes / hbm_bytes)
-        return self.cycles / cycles + kernels
+    def seconds(self, cycles: float, flops: float) -> float:
+        """The time on a device that does so much in a second."""
+        return self.cycles / cycles + self.kernel_flops / flops
 
 
 def expectation(text: str, *, unknown_trips: Trips = 1) -> Expectation:
@@ -156,9 +154,8 @@ def _expected(rest: str) -> Expectation:
     """Of an instruction with these attributes."""
     if found := re.search(r'"estimated_cycles":"(\d+)"', rest):
         return Expectation(int(found.group(1)))
-    kernel = r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"'
-    found = re.search(kernel, rest)
-    return Expectation(0, *map(int, found.groups())) if found else Expectation()
+    found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', rest)
+    return Expectation(0, int(found.group(1))) if found else Expectation()
 
 
 def _once(same: list[tuple[str, Collective]]) -> list[Collective]:

@@ -107,14 +107,13 @@ def show_fits(fits: Sequence[Fit], usable: float) -> None:
     """Prints what would make a run fit, one change more in every line, and the flags for it."""
     if fits[0].needed <= usable:
         return
-    rows = [
-        (
-            f"and {one.words}" if one.changes else one.words,
-            _gib(one.needed),
-            "yes" * (one.needed <= usable) or "NO",
-        )
-        for one in fits
-    ]
+    rows, before = [], 0
+    for one in fits:
+        words = f"and {one.words}" if one.changes else one.words
+        if len(one.changes) < before:
+            words = "that is enough: " + "; ".join(change.words for change in one.changes)
+        before = len(one.changes)
+        rows.append((words, _gib(one.needed), "yes" * (one.needed <= usable) or "NO"))
     print(
         "",
         markdown(Table(("what would make it fit (estimate)", "GiB", "fits"), rows)),
@@ -122,7 +121,7 @@ def show_fits(fits: Sequence[Fit], usable: float) -> None:
         sep="\n",
     )
     if fits[-1].needed <= usable:
-        print(f"the last: {fits[-1].flags}")
+        print(f"flags of the last line: {fits[-1].flags}")
     else:
         print("none of these makes it fit: take a larger GPU, several, or smaller models")
 
@@ -190,7 +189,12 @@ def _phases_table(plan: Mapping[str, Any]) -> Table:
 
 
 def _summary(plan: Mapping[str, Any]) -> list[str]:
-    lines = []
+    lines, memory = [], plan["memory"]
+    if plan["platform"] == "gpu" and memory["fits"] and memory["needed"] > 0.75 * memory["has"]:
+        lines.append(
+            "JAX takes 75 % of a GPU's memory, and this is more: "
+            "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+        )
     if not plan["memory"]["fits"]:
         several = plan["devices"] > 1 or plan["platform"] == "tpu"
         lines.append(

@@ -28,7 +28,6 @@ from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import load_or_compute, to_path
 from promptkd_jax.models.io import identity
-from promptkd_jax.models.io.convert import adapter_folder
 from promptkd_jax.models.model import Model, check_positions, text_end
 from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
@@ -36,7 +35,7 @@ from promptkd_jax.training import build
 from promptkd_jax.training.experiment import Experiment, Stage
 from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.run_data import RunData, check_sources, load_data, tokenized
-from promptkd_jax.training.run_models import agree_on_models, load_models
+from promptkd_jax.training.run_models import agree_on_models, load_models, lora_folder
 
 
 def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Experiment:
@@ -195,7 +194,7 @@ def _inputs(
         if model and getattr(config, field).path:
             found |= model_input(config, field)
     if path := config.student.lora.path:
-        files = sorted(adapter_folder(path).glob("adapter_*"))
+        files = sorted(lora_folder(path).glob("adapter_*"))
         digest = distributed.run_on_primary(lambda: identity.files_digest(files))
         found[f"{path} (config.student.lora.path)"] = digest
     found["the tokenizer"] = identity.tokenizer_digest(student.tokenizer)

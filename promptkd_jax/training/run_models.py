@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -228,10 +229,21 @@ def lora_of(config: RunConfig, student: Model) -> LoRA:
     """
     chosen, decoder = config.student.lora, student.decoder.config
     if chosen.path:
-        return load_lora(adapter_folder(chosen.path), decoder)[0]
+        return load_lora(lora_folder(chosen.path), decoder)[0]
     where = "config.student.lora.target_modules"
     modules = lora_modules(decoder, chosen.target_modules, where)
     return LoRA(chosen.rank, chosen.alpha, modules, chosen.use_rslora, chosen.dropout)
+
+
+def lora_folder(path: str) -> pathlib.Path:
+    """The folder of the adapter of `config.student.lora.path`. Raises ModelError: there is none."""
+    try:
+        return adapter_folder(path)
+    except ModelError as error:
+        raise ModelError(
+            f"config.student.lora.path: {error}; expected the folder of an adapter of PEFT, or "
+            "that of a run which trained one"
+        ) from error
 
 
 def _with_adapter(config: RunConfig, student: Model, mesh: jax.sharding.Mesh) -> Model:
@@ -240,7 +252,7 @@ def _with_adapter(config: RunConfig, student: Model, mesh: jax.sharding.Mesh) ->
     lora, plain = lora_of(config, student), student.decoder.config.replace(quantization=None)
     own = plain.replace(tensor_parts=1)
     if path := config.student.lora.path:
-        _, adapter = load_lora(adapter_folder(path), own)
+        _, adapter = load_lora(lora_folder(path), own)
     else:
         key = jax.random.fold_in(jax.random.key(config.seed), _ADAPTER)
         adapter = init_adapter(abstract_params(own), lora, key)

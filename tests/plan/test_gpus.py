@@ -167,7 +167,7 @@ def test_the_command_prints_what_would_make_it_fit(tmp_path, capsys):
     main(["plan", f"--config={file}", "--device=24GB", f"--output={output}"])
     printed, written = capsys.readouterr().out, json.loads(output.read_text())
     assert "DOES NOT FIT" in printed and "at least" not in printed  # nothing is known but memory
-    flags = re.search(r"^the last: (.+)$", printed, re.MULTILINE)[1]
+    flags = re.search(r"^flags of the last line: (.+)$", printed, re.MULTILINE)[1]
     assert written["fits"][-1]["flags"] == flags
     assert written["fits"][-1]["needed"] <= written["memory"]["usable"]
     main(["plan", f"--config={file}", "--device=24GB", *shlex.split(flags)])

@@ -168,6 +168,9 @@ def test_training_goes_on_from_an_adapter(config, finished, tmp_path):
     config.student.lora.update(rank=0, alpha=3.0)
     with pytest.raises(ConfigError, match="lora.alpha: is for a new adapter, and that of"):
         checked(config)
+    config.student.lora.update(alpha=16.0, path=str(tmp_path / "none"))
+    with pytest.raises(ModelError, match="config.student.lora.path: .* folder of an adapter"):
+        prepare(checked(config), tmp_path, mesh)
 
 
 def test_the_teacher_is_the_student_without_its_adapter(config, models, tmp_path):
