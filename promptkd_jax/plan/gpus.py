@@ -100,6 +100,7 @@ def parse_device(text: str) -> SliceTopology:
     if gpu is None or (count and not number):
         raise ConfigError(
             f"--device: {text!r} names no GPU; expected its memory, such as 24GB, one of "
-            f"{', '.join(GPUS)}, or of several, such as rtx4090:2; {HERE!r} for this machine's"
+            f"{', '.join(GPUS)}, or of several, such as rtx4090:2, at most {MOST}; {HERE!r} for "
+            "this machine's"
         )
     return SliceTopology(gpu, (number or 1,))

@@ -314,7 +314,7 @@ class EvaluationConfig:
         "published", Choice(ROUGE_TOKENIZERS), "the tokens that ROUGE-L compares"
     )
     teacher: bool = field(
-        True, Bool(), "whether closeness to the teacher is measured, which is loaded for it"
+        True, Bool(), "whether a teacher that no stage needs is loaded, to measure closeness to it"
     )
     prompt_effect: bool = field(
         False, Bool(), "whether the teacher responds itself, without and with its soft prompt"
