@@ -178,9 +178,10 @@ class Decoder(nn.Module):
             return x if stays or x.dtype == jnp.int8 else x.astype(self.config.dtype)
 
         params = unshard_fsdp(jax.tree.map_with_path(rounded, params))
-        if platform() != "cpu":
+        if platform() != "cpu" or self.config.quantization:
             return params
-        # XLA for CPUs would copy a layer out of the stack for every token; so it does once.
+        # XLA for CPUs would copy a layer out of the stack for every token; so it does once. Of
+        # quantised kernels it would keep the whole ones that it makes of them.
         layers = range(self.config.num_layers)
         unstacked = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in layers]
         return {**params, UNSTACKED: unstacked}
@@ -365,34 +366,49 @@ def _decode_layers(
 ) -> tuple[jax.Array, Cache]:
     """All layers for one token a row, each with arrays of its own: taken out of stacked ones in the
     turn of a loop, parameters and cache would be copied for every token."""
-    unstacked, params = params.get(UNSTACKED), params["layers"]
-    if not unstacked:  # so that XLA takes nothing out of the loop, which would be a copy
+    if UNSTACKED not in params:  # so that XLA takes nothing out of the loop, which would be a copy
         params, x = jax.lax.optimization_barrier((params, x))
-    layers, copies = [], unstacked or config.quantization or config.offload
-    stacked = config.experts and not copies
-
-    def own(path, x, index: int):
-        whole = stacked and x.ndim == 4 and getattr(path[0], "key", None) == "experts"
-        return x if whole else x[index]
-
-    before = x  # what goes into the layer before
+    layers, before = [], x
     for index, layer in enumerate(cache.layers):
-        if config.offload:  # a layer is fetched while that computes; all at once, else
-            params, _ = jax.lax.optimization_barrier((params, before))
-            before = x
-        if unstacked:
-            of_layer = unstacked[index]
-        else:
-            of_layer = jax.tree.map_with_path(functools.partial(own, index=index), params)
-        of_layer = to_device(of_layer) if config.offload else of_layer
+        own, before = _layer_params(config, params, index, before), x
         kind = config.pattern[index] if config.pattern else 0
         seen = cache.seen(positions[:, 0], config.kinds[kind].sliding_window)
         turn = Turn(layer, cache.column, seen)
-        x, layer = Layer(config, index if stacked else None, parent=None).apply(
-            {"params": of_layer}, x, (index, kind), positions, None, cache.columns, turn
+        experts_of = index if _has_experts_of_all(config, params) else None
+        x, layer = Layer(config, experts_of, parent=None).apply(
+            {"params": own}, x, (index, kind), positions, None, cache.columns, turn
         )
         layers.append(layer)
     return x, cache.replace(layers=tuple(layers), turn=cache.turn + 1)
+
+
+def _layer_params(config: DecoderConfig, params: Any, index: int, before: jax.Array) -> Any:
+    """A layer's parameters in the pass of a token; `before` is what goes into the layer before."""
+    if UNSTACKED in params:
+        return params[UNSTACKED][index]
+    if config.offload or config.quantization:
+        # A layer is fetched, or dequantised, while that computes; all at once, else.
+        place = _known_with(before, index)
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, keepdims=False)
+        own = jax.tree.map(take, params["layers"])
+        return to_device(own) if config.offload else own
+
+    def take(path, x):
+        of_all = path[0].key == "experts" and x.ndim == 4  # kernels
+        return x if of_all else x[index]
+
+    return jax.tree.map_with_path(take, params["layers"])
+
+
+def _has_experts_of_all(config: DecoderConfig, params: Any) -> bool:
+    """Whether `_layer_params` gives the kernels of the experts of all layers."""
+    copied = UNSTACKED in params or config.offload or config.quantization
+    return config.experts is not None and not copied
+
+
+def _known_with(x: jax.Array, number: int) -> jax.Array:
+    """A number that XLA knows when x is there, and not before."""
+    return number + jnp.minimum(jnp.sum(jnp.isnan(x), dtype=jnp.int32), 0)
 
 
 def _layers(config: DecoderConfig) -> nn.Module:
