@@ -364,8 +364,8 @@ class Turn(NamedTuple):
 def _decode_layers(
     config: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """All layers for one token a row, each with arrays of its own: taken out of stacked ones in the
-    turn of a loop, parameters and cache would be copied for every token."""
+    """All layers for one token a row, written out: in a scan, XLA would copy the parameters and the
+    cache of each out of their stacks for every token."""
     if UNSTACKED not in params:  # so that XLA takes nothing out of the loop, which would be a copy
         params, x = jax.lax.optimization_barrier((params, x))
     layers, before = [], x
