@@ -269,6 +269,11 @@ class _Writer:
 # number B, which is dropped where they are collected and put.
 
 
+def rows_of_a_round(slots: int) -> int:
+    """How many of a device's slots have to be free to be worth a prefill."""
+    return max(slots // 4, 1)
+
+
 def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rollout:
     """Writes all rows, `slots` (Q) of them at a time.
 
@@ -278,7 +283,7 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
     number, devices = writer.lengths.shape[0], axis_size(ROWS)
     if slots % devices:
         raise ValueError(f"{slots} slots are not divisible by the {devices} devices of the rows")
-    least = max(slots // devices // 4, 1)  # free slots of a device that are worth a prefill
+    least = rows_of_a_round(slots // devices)
     queue = jnp.arange(number) if active is None else jnp.argsort(~active, stable=True)
     waiting = number if active is None else jnp.sum(active)
 

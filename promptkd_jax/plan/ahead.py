@@ -17,7 +17,7 @@ from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.lora import join
-from promptkd_jax.models.sampler import SamplingModel
+from promptkd_jax.models.sampler import SamplingModel, rows_of_a_round
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun
 from promptkd_jax.plan.chips import EXAMPLES, GIB, SliceTopology
@@ -167,8 +167,7 @@ def _trips(run: AbstractRun, tokens: int) -> hlo.Trips:
     blocks = count.blocks(micro_batch, method.response_capacity)
     slots = method.execution.max_concurrent_rollouts or run.batch_size
     waiting = max(run.batch_size - slots, 0)
-    let_in = max(slots // count.row_parts // 4, 1) * count.row_parts  # rows of a round, see sampler
-    rounds = -(-waiting // let_in)
+    rounds = -(-waiting // (rows_of_a_round(slots // count.row_parts) * count.row_parts))
 
     def trips(operation: str) -> int:
         if re.fullmatch(r"jit\([^)]*\)(/cond|/branch_\w+)*/while", operation):

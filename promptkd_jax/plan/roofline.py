@@ -234,7 +234,8 @@ def temporary_bytes(
             copies += 2 * writer.one_layer_bytes
             continue
         copied = fsdp or writer.config.dtype != writer.config.param_dtype
-        copies += writer.layer_bytes if copied or platform == "cpu" else 0
+        unstacked = platform == "cpu" and not writer.config.quantization
+        copies += writer.layer_bytes if copied or unstacked else 0
         copies += 2 * writer.head_bytes if copied else 0
     devices = mesh["fsdp"] * mesh["tensor"]
     trained = jnp.dtype(student.config.param_dtype).itemsize if whole else 4

@@ -90,6 +90,34 @@ def test_the_estimate_is_what_xla_says_of_the_step_on_this_machine(case):
     assert estimate == pytest.approx(program.total - program.code, rel=0.1)
 
 
+def test_changes_that_turn_out_not_to_be_needed_are_left_out():
+    """With an adapter, what came before it for the sake of the memory of a whole student."""
+    config, mesh = checked(LLAMAS), abstract_mesh(ONE)
+    every = fit.tried(config, mesh, GPU, 0.0)  # all that gains anything, and never enough
+    adapter = next(i for i, one in enumerate(every) if "LoRA" in one.words)
+    usable = every[adapter - 1].needed - 1
+    *_, last, fewer = fit.tried(config, mesh, GPU, usable)
+    assert "LoRA" in last.words
+    assert {x.words for x in fewer.changes} < {x.words for x in last.changes}
+    assert last.needed <= fewer.needed <= usable
+    for change in fewer.changes[:-1]:
+        without = [x for x in fewer.changes if x is not change]
+        settings = {path: x for one in without for path, x in one.settings.items()}
+        assert roofline.needed_bytes(fit.changed(config, settings), mesh, *GPU) > usable
+
+
+def test_a_model_that_goes_to_the_hosts_memory_has_to_fit_while_it_is_read():
+    settings = {"teacher.quantize": "int8", "teacher.offload": True, "student.lora.rank": 8}
+    config = fit.changed(checked(LLAMAS), settings | {"teacher.dtype": "bfloat16"})
+    config = fit.changed(config, dict.fromkeys(("teacher.remat", "student.remat"), "full"))
+    mesh = abstract_mesh(ONE)
+    plain = abstract_run(fit.changed(config, {"teacher.offload": False})).on(mesh)
+    whole = roofline.kept_bytes(plain)["teacher"]
+    run = abstract_run(config).on(mesh)
+    assert roofline.kept_bytes(run)["teacher"] < whole == roofline.loading_bytes(run)
+    assert roofline.needed_bytes(config, mesh, *GPU) >= whole and not roofline.loading_bytes(plain)
+
+
 def test_changes_are_tried_one_after_the_other_until_the_run_fits():
     config, mesh = checked(LLAMAS), abstract_mesh(ONE)
     as_it_is = roofline.needed_bytes(config, mesh, "gpu")
