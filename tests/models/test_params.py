@@ -142,8 +142,8 @@ def test_the_host_holds_no_stack_of_layers_beside_the_arrays(tmp_path, monkeypat
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert_same_params(found, model)
-    largest = 2**20  # a stack has 8 of them; JAX may let go of the last one late
-    assert peak < 3 * largest, peak
+    largest = 2**20  # a stack has 8 of them; JAX may let go of the last ones late
+    assert peak < 5 * largest, peak
 
 
 def test_parts_of_a_quantised_tensor(tmp_path, monkeypatch):
