@@ -25,7 +25,7 @@ from promptkd_jax.models.io.safetensors import (
     refuse_pointer,
 )
 from promptkd_jax.models.io.sentencepiece import SENTENCEPIECE, check_pieces, processor
-from promptkd_jax.models.model import Model, check_text
+from promptkd_jax.models.model import Model, check_text, param_shardings
 from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.random_model import (
     PREFIX,
@@ -51,6 +51,7 @@ def load_model(
     param_dtype: str = "float32",
     remat: str = "none",
     quantize: str = "none",
+    offload: bool = False,
     mesh: Mesh | None = None,
 ) -> Model:
     """Loads a causal language model.
@@ -64,6 +65,7 @@ def load_model(
       remat: key of `decoder.REMAT`.
       quantize: key of `quantization.QUANTIZE`: what the kernels of linear maps are kept in, of a
         model that is not trained.
+      offload: whether the layers' kernels lie in the host's memory; wants a mesh.
       mesh: of `sharding.make_mesh`; None for one device. Each process reads only what its devices
         hold. Where the mesh does not divide vocabulary, heads or feed-forward width, these are
         padded: see `DecoderConfig.padded`.
@@ -71,10 +73,13 @@ def load_model(
     Raises:
       ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown,
         or a weight is not finite.
+      ConfigError: `offload`, and the devices have no such memory.
     """
+    if offload:
+        sharding.check_host_memory(f"{path}: offload", mesh)
+    how = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, offload=offload)
     if path.startswith(PREFIX):
-        how = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, quantize=quantize)
-        return synthetic_model(path, **how, mesh=mesh)
+        return synthetic_model(path, **how, quantize=quantize, mesh=mesh)
     file = resolve_model(path)
     if file.suffix == ".gguf":
         source, tokenizer, card = _open_gguf(file)
@@ -90,7 +95,6 @@ def load_model(
             f"{source.path}: config: activation {config.activation!r} is not supported; "
             f"supported: {', '.join(ACTIVATIONS)}"
         )
-    how = dict(dtype=dtype, param_dtype=param_dtype, remat=remat)
     config = config.replace(**how, quantization=QUANTIZE[quantize])
     hf_config = source.config
     if config.tied and has_head_of_its_own(source, config):
@@ -102,7 +106,7 @@ def load_model(
         )
     parts = 1 if mesh is None else mesh.shape["tensor"]
     config = config.replace(tensor_parts=parts)
-    shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
+    shardings = None if mesh is None else functools.partial(param_shardings, config, mesh=mesh)
     return Model(
         name=path,
         decoder=Decoder(config),

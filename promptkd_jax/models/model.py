@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import LoRA
+from promptkd_jax.models.config import DecoderConfig, LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import kinds_of_layers
 from promptkd_jax.models.families.registry import FAMILIES
@@ -57,33 +57,27 @@ class Model:
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> Any:
         """Where every parameter lies on a mesh, in a device's memory or the host's."""
-        placed = sharding.shardings(self.params, mesh)
-        if self.decoder.config.offload:
-            layers = jax.tree.map_with_path(_offloaded, placed["layers"])
-            placed = {**placed, "layers": layers}
-        return placed
+        return param_shardings(self.decoder.config, self.params, mesh)
 
     def replace(self, **changes: Any) -> "Model":
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
+def param_shardings(config: DecoderConfig, params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Where every parameter of `Decoder(config)` lies on a mesh: the kernels of layers, if these
+    are offloaded, in the host's memory, from where each is brought to the device for its turn."""
+    placed = sharding.shardings(params, mesh)
+    if config.offload:
+        layers = jax.tree.map_with_path(_offloaded, placed["layers"])
+        placed = {**placed, "layers": layers}
+    return placed
+
+
 def _offloaded(path: tuple, place: Any) -> Any:
     # Kernels alone: of [L, D], [L, 1, D] or [L, E, D] a TPU cannot take a part out of what lies in
     # the memory of the host, and norms, biases and scales are small.
     return sharding.in_host_memory(place) if path[-1].key == "kernel" else place
-
-
-def offload(model: Model, mesh: Mesh) -> Model:
-    """The same model with the parameters of its layers in the host's memory, from where each is
-    brought to the device when it is its turn.
-
-    Raises:
-      ConfigError: these devices have no such memory.
-    """
-    sharding.check_host_memory(f"{model.name}: offload", mesh)
-    model = model.replace(decoder=Decoder(model.decoder.config.replace(offload=True)))
-    return model.replace(params=jax.device_put(model.params, model.shardings(mesh)))
 
 
 def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:

@@ -10,12 +10,11 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import pad
-from promptkd_jax.models.model import Model
+from promptkd_jax.models.model import Model, param_shardings
 from promptkd_jax.models.quantization import QUANTIZE, quantize_params
 
 PREFIX = "synthetic:"
@@ -39,6 +38,7 @@ def synthetic_model(
     param_dtype: str = "float32",
     remat: str = "none",
     quantize: str = "none",
+    offload: bool = False,
     mesh: Mesh | None = None,
 ) -> Model:
     """Returns a randomly initialized Llama with the tokenizer of the `synthetic:` data.
@@ -46,7 +46,7 @@ def synthetic_model(
     Args:
       name: "synthetic:llama-D64-L4" for width 64 and 4 layers, "synthetic:llama-D64-L4-S1" for
         another seed than 0.
-      dtype, param_dtype, remat, quantize, mesh: as `load_model` takes them.
+      dtype, param_dtype, remat, quantize, offload, mesh: as `load_model` takes them.
 
     Raises:
       ModelError: no such name, or a width that is not a multiple of 32.
@@ -63,10 +63,10 @@ def synthetic_model(
         params = pad(Decoder(config).init(jax.random.key(seed), tokens)["params"], on_mesh)
         return quantize_params(params, how) if how else params
 
-    placed = None if mesh is None else sharding.shardings(jax.eval_shape(init), mesh)
+    kept = on_mesh.replace(quantization=how, offload=offload)
+    placed = None if mesh is None else param_shardings(kept, jax.eval_shape(init), mesh)
     params = jax.jit(init, out_shardings=placed)()
-    decoder = Decoder(on_mesh.replace(quantization=how))
-    return Model(name, decoder, params, hf_config, synthetic_tokenizer(), (0,))
+    return Model(name, Decoder(kept), params, hf_config, synthetic_tokenizer(), (0,))
 
 
 def synthetic_config(name: str) -> tuple[dict[str, Any], int]:

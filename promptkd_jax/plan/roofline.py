@@ -189,21 +189,7 @@ def needed_bytes(
         run = abstract_run(config, name, rows=1).on(mesh)  # how many there are is not asked
         kept = sum(kept_bytes(run).values())
         needed.append(kept + temporary_bytes(run, platform, capability)["all"])
-        needed.append(loading_bytes(run))
     return max(needed)
-
-
-def loading_bytes(run: AbstractRun) -> float:
-    """Bytes of the larger model whose layers go to the host's memory: while it is read it lies on
-    the devices whole. 0 where there is none."""
-    _, teacher, _, _, frozen = run.arguments()
-    models = (run.teacher, teacher), (run.student, frozen)
-    return max(
-        sum(map(_shard_bytes, jax.tree.leaves(params)))
-        if model and model.decoder.config.offload
-        else 0.0
-        for model, params in models
-    )
 
 
 def temporary_bytes(

@@ -31,7 +31,6 @@ from promptkd_jax.models.model import (
     chosen_layers,
     end_ids,
     keep_layers,
-    offload,
 )
 from promptkd_jax.training import build
 from promptkd_jax.training.checks import needs_the_teacher
@@ -183,13 +182,13 @@ def load_frozen_student(config: RunConfig, mesh: jax.sharding.Mesh) -> Model:
 
 
 def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
-    kept = dict(dtype=how.dtype, param_dtype=how.param_dtype, quantize=how.quantize)
+    kept = dict(dtype=how.dtype, param_dtype=how.param_dtype)
+    kept |= dict(quantize=how.quantize, offload=how.offload)
     if how.quantize == "int4" and max(mesh.shape["fsdp"], mesh.shape["tensor"]) > 1:
         _check_pairs(path, mesh)
     model = load_model(path, **kept, remat=build.remat(how), mesh=mesh)
     decoder = model.decoder.config.replace(kv_cache_dtype=how.kv_cache_dtype)
     model = model.replace(decoder=Decoder(decoder))
-    model = offload(model, mesh) if how.offload else model
     if padding := model.decoder.config.padding:
         print(f"{path}: padded for mesh.tensor = {mesh.shape['tensor']}: {padding}")
     return model

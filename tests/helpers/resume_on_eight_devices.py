@@ -30,6 +30,7 @@ CASES = {
         "stages[0].optimizer": "adamw_8bit",
         "offload_optimizer_state": True,
         "teacher.offload": True,
+        "teacher.quantize": "int8",
     },
 }
 

@@ -12,8 +12,11 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
+from promptkd_jax.models.io import params as reading
+from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.model import Model, offload
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model
 from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 from promptkd_jax.plan import ahead, chips, roofline
@@ -27,6 +30,36 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh(ONE, jax.devices()[:1])
+
+
+def offload(model: Model, mesh: jax.sharding.Mesh) -> Model:
+    config = model.decoder.config.replace(offload=True)
+    model = model.replace(decoder=Decoder(config))
+    return model.replace(params=jax.device_put(model.params, model.shardings(mesh)))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_kernels_are_read_into_the_hosts_memory(quantize, tmp_path, mesh, monkeypatch):
+    """The devices hold no more of them than a layer at a time."""
+    save_model(tmp_path, random_model("llama"))
+    monkeypatch.setattr(reading, "PIECE_BYTES", 1000)
+    expected = load_model(str(tmp_path), quantize=quantize, mesh=mesh)
+    before, most, read = {id(x) for x in jax.live_arrays()}, 0, reading._read
+
+    def watched(*arguments):
+        nonlocal most
+        new = [x for x in jax.live_arrays() if id(x) not in before]
+        here = [x for x in new if x.sharding.memory_kind == "device" and x.ndim > 2]
+        most = max(most, sum(x.nbytes for x in here))
+        return read(*arguments)
+
+    monkeypatch.setattr(reading, "_read", watched)
+    model = load_model(str(tmp_path), quantize=quantize, offload=True, mesh=mesh)
+    assert jax.tree.map(lambda x: x.sharding, model.params) == model.shardings(mesh)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+    kernels = jax.tree.leaves(model.params["layers"])
+    kernels = [x for x in kernels if x.sharding.memory_kind == sharding.HOST_MEMORY]
+    assert 4 * most < sum(x.size * 4 for x in kernels)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

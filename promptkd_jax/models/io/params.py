@@ -19,6 +19,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.infra.sharding import HOST_MEMORY, in_host_memory
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD, Tensor, sizes, stack_sizes
@@ -50,8 +51,9 @@ def load_params(source: TensorSource, config: DecoderConfig, shardings: Any = No
 
     Only what the devices of this process hold is read, each element once. Beyond these arrays, host
     memory holds what they have of one stored tensor, for a moment twice, and a few times
-    PIECE_BYTES. Where the config has kernels quantised, the devices do it, layer by layer: they
-    hold no more than one plain one. All processes must call it.
+    PIECE_BYTES; of what goes to the host's memory, one parameter twice. Where the config has
+    kernels quantised, the devices do it, layer by layer: they hold no more than one plain one. All
+    processes must call it.
 
     Raises:
       ModelError: a tensor is missing, of another shape, of integers, or unknown, or has an element
@@ -114,7 +116,7 @@ def _parameter(
     stacked: int,
 ) -> jax.Array:
     """The array of which `read` gives parts; a large one is put together layer by layer."""
-    if not stacked or _bytes_here(shape, sharding) <= PIECE_BYTES:
+    if not stacked or _bytes_here(shape, sharding) <= PIECE_BYTES or _is_host_memory(sharding):
         return _place(read, shape.shape, sharding)
     # On the devices at once; the host holds one layer at a time.
     stack = jnp.zeros(shape.shape, shape.dtype, device=sharding)
@@ -138,12 +140,36 @@ def _quantized(
         kernel = _quantize(_place(read, shape.shape, sharding), how, **axes)
         return jax.device_put(kernel, tuple(place for _, place in kept))
     axes = {**axes, "stacks": axes["stacks"] - 1}
-    stacks = tuple(jnp.zeros(x.shape, x.dtype, device=place) for x, place in kept)
     places = tuple(_of_layer(place) for _, place in kept)
-    for layer, array in enumerate(_layers(read, shape, sharding)):
-        kernel = jax.device_put(_quantize(array, how, **axes), places)
-        stacks = jax.block_until_ready(_put(stacks, kernel, layer))
+    kernels = (_quantize(array, how, **axes) for array in _layers(read, shape, sharding))
+    if any(_is_host_memory(place) for _, place in kept):
+        # From the devices layer by layer, which hold none of them for long.
+        places = in_host_memory(places)
+        layers = [jax.block_until_ready(jax.device_put(kernel, places)) for kernel in kernels]
+        return [_stack(each, place) for each, (_, place) in zip(zip(*layers), kept)]
+    stacks = tuple(jnp.zeros(x.shape, x.dtype, device=place) for x, place in kept)
+    for layer, kernel in enumerate(kernels):
+        stacks = jax.block_until_ready(_put(stacks, jax.device_put(kernel, places), layer))
     return stacks
+
+
+def _stack(layers: Sequence[jax.Array], sharding: NamedSharding) -> jax.Array:
+    """Layers that lie in the host's memory, cut alike, as one array of `sharding`."""
+    shape = layers[0].shape
+
+    def bounds(index):
+        return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape))
+
+    parts = [{bounds(x.index): x.data for x in each.addressable_shards} for each in layers]
+
+    def part(index):
+        return np.stack([each[bounds(index[1:])] for each in parts])
+
+    return jax.make_array_from_callback((len(layers), *shape), sharding, part)
+
+
+def _is_host_memory(sharding: NamedSharding | None) -> bool:
+    return sharding is not None and sharding.memory_kind == HOST_MEMORY
 
 
 _quantize = jax.jit(quantize_kernels, static_argnames=("how", "inputs", "stacks"))
