@@ -11,6 +11,7 @@ PromptKD steps of all ways are timed one after the other, and given as ratios to
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -100,9 +101,11 @@ def _mesh() -> jax.sharding.Mesh:
 
 def _seconds(settings: dict, workdir: pathlib.Path) -> float:
     """Of a PromptKD step of the student that a run began with: the median of three behind one."""
+    config = read_run(_flags(settings))
+    config = dataclasses.replace(config, stages=config.stages[-1:])
     with jax.set_mesh(mesh := _mesh()):
-        experiment = prepare(read_run(_flags(settings)), to_path(str(workdir)), mesh)
-        stage = experiment.stages[-1]
+        experiment = prepare(config, to_path(str(workdir)), mesh)
+        (stage,) = experiment.stages
         state, step, each = experiment.start(stage, None), experiment.jitted_step(stage), []
         for batch in itertools.islice(stream(stage.batches, 0), 4):
             begun = time.monotonic()

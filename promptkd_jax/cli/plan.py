@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count, rows = flags.of(Int(low=1)), flags.of(Int(low=0))
     topology = f"a slice, such as {chips.EXAMPLES}; of several, v5e:8x8,v6e, the cheapest first"
     parser.add_argument("--topology", help=f"{topology} (default: of all chips)")
-    text = "for a command after --, in place of a topology"
     text = "of one machine, in place of TPUs: 24GB, rtx4090, h100:8, or here (this machine's)"
     parser.add_argument("--device", help=text)
+    text = "for a command after --, in place of a topology"
     parser.add_argument("--devices", type=count, help=text)
     parser.add_argument("--slices", type=count, default=1, help="joined by the slow network")
     parser.add_argument("--mesh", help="data,fsdp,tensor; one may be -1; default: config.mesh")

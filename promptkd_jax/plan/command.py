@@ -64,12 +64,13 @@ def _plan_gpus(config: RunConfig, options: argparse.Namespace) -> Plan:
     plan = plan_one(run, slices, options)
     mesh, usable, chip = abstract_mesh(plan["mesh"]), plan["memory"]["usable"], slices.chip
     device, stage = (chip.platform, chip.capability), run.config.stages[run.index].name
+    scale = 1.0
     if plan["memory"]["by"] == "compiler" and plan["memory"]["needed"]:
         # What is tried is estimated, and the estimate is off by as much as it is here.
-        estimated = roofline.needed_bytes(config, mesh, *device, stage)
-        usable *= estimated / plan["memory"]["needed"]
-    fits = fit.tried(config, mesh, device, usable, stage)
-    show_fits(fits, usable)
+        scale = plan["memory"]["needed"] / roofline.needed_bytes(config, mesh, *device, stage)
+    fits = fit.tried(config, mesh, device, usable / scale, stage)
+    fits = [each._replace(needed=scale * each.needed) for each in fits]
+    show_fits(fits, usable, scale)
     steps = [{"words": f.words, "needed": f.needed, "flags": f.flags} for f in fits]
     return {**plan, "fits": steps}
 
@@ -159,7 +160,7 @@ def estimate(
     chip = slices.chip
     kept = roofline.kept_bytes(run)
     temporary = roofline.temporary_bytes(run, chip.platform, chip.capability)
-    needed = max(sum(kept.values()) + temporary["all"], roofline.loading_bytes(run))
+    needed = sum(kept.values()) + temporary["all"]
     usable = chip.per_device(chip.usable_gib) * chips.GIB
     memory = {  # of one device; the cache is one of the temporaries
         "kept": kept,

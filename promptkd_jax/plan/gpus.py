@@ -97,7 +97,9 @@ def parse_device(text: str) -> SliceTopology:
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*gi?b", name):
         gpu = _gpu(f"a GPU of {found[1]} GB", float(found[1]), None, None)
         gpu = gpu if gpu.hbm_gib else None
-    if gpu is None or (count and not number):
+    if gpu and ":" in text and not number:
+        raise ConfigError(f"--device: {text!r}: expected 1 to {MOST} of {name!r}, found {count!r}")
+    if gpu is None:
         raise ConfigError(
             f"--device: {text!r} names no GPU; expected its memory, such as 24GB, one of "
             f"{', '.join(GPUS)}, or of several, such as rtx4090:2, at most {MOST}; {HERE!r} for "

@@ -103,8 +103,9 @@ def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[
         print("none of them fits")
 
 
-def show_fits(fits: Sequence[Fit], usable: float) -> None:
-    """Prints what would make a run fit, one change more in every line, and the flags for it."""
+def show_fits(fits: Sequence[Fit], usable: float, scale: float = 1.0) -> None:
+    """Prints what would make a run fit, one change more in every line, and the flags for it;
+    `scale`: what the estimates are multiplied by, to begin with the compiler's figure."""
     if fits[0].needed <= usable:
         return
     rows, before = [], 0
@@ -114,9 +115,10 @@ def show_fits(fits: Sequence[Fit], usable: float) -> None:
             words = "that is enough: " + "; ".join(change.words for change in one.changes)
         before = len(one.changes)
         rows.append((words, _gib(one.needed), "yes" * (one.needed <= usable) or "NO"))
+    how = "estimate" if scale == 1 else f"estimate, times {scale:.2f} as the first line's"
     print(
         "",
-        markdown(Table(("what would make it fit (estimate)", "GiB", "fits"), rows)),
+        markdown(Table((f"what would make it fit ({how})", "GiB", "fits"), rows)),
         "",
         sep="\n",
     )

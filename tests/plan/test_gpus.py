@@ -42,9 +42,12 @@ def test_a_gpu_is_named_or_known_by_its_memory():
     assert (gpus.parse_device("h100:8").name, gpus.parse_device("h100:8").devices) == ("h100:8", 8)
     plain = gpus.parse_device("24 GB").chip
     assert (plain.hbm_gib, plain.tflops, plain.platform) == (24, None, "gpu")
-    for wrong in ("rtx9090", "h100:0", "h100:all", "h100:99", "0GB", "24", "GB", ""):
+    for wrong in ("rtx9090", "0GB", "24", "GB", ""):
         with pytest.raises(ConfigError, match="--device: .* names no GPU; expected its memory"):
             gpus.parse_device(wrong)
+    for count in ("0", "all", "99", ""):
+        with pytest.raises(ConfigError, match=f"expected 1 to 16 of 'h100', found '{count}'"):
+            gpus.parse_device(f"h100:{count}")
 
 
 def llama(width: int, layers: int) -> dict:
@@ -104,18 +107,6 @@ def test_changes_that_turn_out_not_to_be_needed_are_left_out():
         without = [x for x in fewer.changes if x is not change]
         settings = {path: x for one in without for path, x in one.settings.items()}
         assert roofline.needed_bytes(fit.changed(config, settings), mesh, *GPU) > usable
-
-
-def test_a_model_that_goes_to_the_hosts_memory_has_to_fit_while_it_is_read():
-    settings = {"teacher.quantize": "int8", "teacher.offload": True, "student.lora.rank": 8}
-    config = fit.changed(checked(LLAMAS), settings | {"teacher.dtype": "bfloat16"})
-    config = fit.changed(config, dict.fromkeys(("teacher.remat", "student.remat"), "full"))
-    mesh = abstract_mesh(ONE)
-    plain = abstract_run(fit.changed(config, {"teacher.offload": False})).on(mesh)
-    whole = roofline.kept_bytes(plain)["teacher"]
-    run = abstract_run(config).on(mesh)
-    assert roofline.kept_bytes(run)["teacher"] < whole == roofline.loading_bytes(run)
-    assert roofline.needed_bytes(config, mesh, *GPU) >= whole and not roofline.loading_bytes(plain)
 
 
 def test_changes_are_tried_one_after_the_other_until_the_run_fits():
