@@ -30,7 +30,7 @@ from promptkd_jax.models.embedding import Embedding, check_learned_positions, em
 from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from promptkd_jax.models.lora import without_changes
 from promptkd_jax.models.norms import RMSNorm, make_norm
-from promptkd_jax.models.projection import project
+from promptkd_jax.models.projection import project, transposed
 from promptkd_jax.models.quantization import SCALE
 from promptkd_jax.models.rotary import rotate
 
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
         # quantised kernels it would keep the whole ones that it makes of them.
         layers = range(self.config.num_layers)
         unstacked = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in layers]
-        return {**params, UNSTACKED: unstacked}
+        return {**params, UNSTACKED: [transposed(layer) for layer in unstacked]}
 
     @nn.nowrap
     def prefill(

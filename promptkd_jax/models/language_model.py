@@ -12,6 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from promptkd_jax.infra.sharding import ROWS, constrain
+from promptkd_jax.infra.sharding import ROWS, constrain, platform
+from promptkd_jax.models.projection import product_of_few_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+
+FEW_ROWS = 64  # up to which `product_of_few_rows` is the faster one
 
 
 @struct.dataclass
@@ -43,7 +48,12 @@ class LazyLogits:
         head = self.head.astype(self.hidden.dtype)
         # Rounded to half precision, logits would be off by more than a soft prompt moves them, and
         # would tie, where top-k keeps ties.
-        logits = jnp.einsum("...d,vd->...v", self.hidden, head, preferred_element_type=jnp.float32)
+        if platform() == "cpu" and math.prod(self.hidden.shape[:-1]) <= FEW_ROWS:
+            logits = product_of_few_rows(head, self.hidden, dtype=jnp.float32)
+        else:
+            logits = jnp.einsum(
+                "...d,vd->...v", self.hidden, head, preferred_element_type=jnp.float32
+            )
         # Changes nothing, but XLA's CPU compiler does not make one kernel of the product and what
         # reads it, which for some shapes takes three times as long as the two.
         logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)

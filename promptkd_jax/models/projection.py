@@ -5,14 +5,22 @@ B rows, T columns, r rank of an adapter.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.lora import A, B, keep_inputs
-from promptkd_jax.models.quantization import dequantize_kernels, quantized_kernel, unpacked
+from promptkd_jax.models.quantization import (
+    axes_of,
+    dequantize_kernels,
+    quantized_kernel,
+    unpacked,
+)
 
 
 def project(
@@ -23,11 +31,14 @@ def project(
     return Projection(config, features, use_bias, inputs, name=name)
 
 
+TRANSPOSED = "kernel_transposed"  # in place of a kernel [*in, *out]: [*out, *in]
+
+
 class Projection(nn.Module):
     """x W + b over the last axes of x, in the dtype of computation.
 
     Where the parameters have an adapter beside the kernel, s (x A) B is added, see `lora`: the
-    parameters alone say whether it is on.
+    parameters alone say whether it is on, and whether the kernel is `transposed`.
     """
 
     config: DecoderConfig
@@ -42,7 +53,10 @@ class Projection(nn.Module):
         config, axes = self.config, self.inputs
         shape = (*x.shape[-axes:], *self.features)
         x = x.astype(config.dtype)
-        if config.quantization:
+        if self.has_variable("params", TRANSPOSED):
+            kernel = self.get_variable("params", TRANSPOSED)
+            y = product_of_few_rows(kernel.astype(config.dtype), x, axes)
+        elif config.quantization:
             kernel = quantized_kernel(self, config.quantization, shape, inputs=axes)
             y = _quantized_product(x, *kernel, axes, config.quantization)
         else:
@@ -66,6 +80,35 @@ def _product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
     """The product over the last `axes` of x, the first of the kernel."""
     over = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
     return jax.lax.dot_general(x, kernel, (over, ((), ())))
+
+
+def transposed(layer: Mapping[str, Any]) -> Any:
+    """A layer's parameters with the kernels of its projections as `product_of_few_rows` reads
+    them."""
+    flat = traverse_util.flatten_dict(layer, sep="/")
+    for path in [x for x in flat if x.endswith("/kernel") and not x.startswith("experts/")]:
+        kernel, inputs = flat.pop(path), axes_of(path)["inputs"]
+        order = *range(inputs, kernel.ndim), *range(inputs)
+        flat[path.removesuffix("kernel") + TRANSPOSED] = kernel.transpose(order)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def product_of_few_rows(
+    kernel: jax.Array, x: jax.Array, axes: int = 1, dtype: Any = None
+) -> jax.Array:
+    """The product of a kernel `[*out, *in]` and x `[…, *in]`, `axes` of them: `[…, *out]`.
+
+    As a CPU computes it at the speed of memory: XLA's kernel for the product of a few rows with a
+    matrix, in this order, reads the matrix two to three times as slowly.
+
+    Args:
+      dtype: of the product; None: that of the operands.
+    """
+    over = tuple(range(kernel.ndim - axes, kernel.ndim)), tuple(range(x.ndim - axes, x.ndim))
+    y = jax.lax.dot_general(kernel, x, (over, ((), ())), preferred_element_type=dtype)
+    # Without a barrier XLA would turn the operands round, since what follows turns the result.
+    y, outputs = jax.lax.optimization_barrier(y), kernel.ndim - axes
+    return y.transpose(*range(outputs, y.ndim), *range(outputs))
 
 
 # For the gradient of x the kernel is made again from its whole numbers: kept from the forward pass,

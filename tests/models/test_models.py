@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -38,6 +39,7 @@ from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, keep_layers, uniform_layers
+from promptkd_jax.models.projection import product_of_few_rows
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -719,3 +721,32 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="'no-owner/no-model': no such local folder, and the hub"):
         load_model("no-owner/no-model")
+
+
+def test_products_of_few_rows_are_products():
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(3, 4, 5, 6)), rng.normal(size=(2, 1, 5, 6))
+    kernel, x = kernel.astype(np.float32), x.astype(np.float32)
+    found = jax.jit(product_of_few_rows, static_argnums=2)(kernel, x, 2)
+    np.testing.assert_allclose(found, np.einsum("abij,rtij->rtab", kernel, x), rtol=1e-5)
+
+
+def test_a_cpu_reads_the_kernels_of_a_rollout_as_left_operands():
+    """XLA would turn the operands of a product round where its result is turned, and reads the
+    kernel two to three times as slowly then."""
+    model = random_model("llama")
+    params = model.decoder.for_sampling(model.params)
+    prompts = jnp.ones((2, 3), jnp.int32)
+    hidden, cache = model.decoder.prefill(params, prompts, jnp.array([3, 3]), None, 3, 2)
+
+    def logits(params, cache):
+        hidden, _ = model.decoder.decode(params, prompts[:, 0], None, jnp.array([3, 3]), cache)
+        head = model.decoder.output_head(params)
+        return LazyLogits(hidden, head).logits()
+
+    text = jax.jit(logits).lower(params, cache).compile().as_text()
+    config, layer = model.decoder.config, params["unstacked"][0]
+    kernels = [x for x in jax.tree.leaves(layer) if x.ndim > 1]
+    products = re.findall(r" = f32\[(\d+),2\]\S* dot\(", text)  # [outputs, rows]
+    assert len(products) == len(kernels) * config.num_layers + 1
+    assert str(config.vocab_size) in products
