@@ -4,8 +4,9 @@
 other of `recipes.METHODS`, with its published hyper-parameters where there are such, and what comes
 before: `teacher` (the teacher's SFT) and `init` (the student's 3 epochs). `promptkd reproduce` runs
 all of it. Batch sizes are global. Sources: PromptKD (arXiv 2402.12842) section 4.1 and the
-published scripts of PromptKD, MiniLLM and DistiLLM. The models that are the defaults here are those
-that MiniLLM published; point `--config.teacher.path` and `--config.student.path` at your own.
+published scripts of PromptKD, MiniLLM, DistiLLM and the newer methods (docs/methods.md). The models
+that are the defaults here are those that MiniLLM published; point `--config.teacher.path` and
+`--config.student.path` at your own.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +22,7 @@ SIZES = {
         supervised=(5e-4, 20),
         on_policy=(256, 16, 5e-5, 20),
         distillm=(SKEW_FORWARD, 5e-4, 20),
+        of_their_own={"amid": (1e-4, 20)},
     ),
     "medium": PaperSize(
         start="MiniLLM/init-gpt2-340M",
@@ -28,6 +30,7 @@ SIZES = {
         supervised=(1e-4, 20),
         on_policy=(64, 4, 1e-5, 20),
         distillm=(SKEW_REVERSE, 5e-4, 20),
+        of_their_own={"amid": (5e-4, 20)},
     ),
     "large": PaperSize(
         start="MiniLLM/init-gpt2-760M",
@@ -35,6 +38,7 @@ SIZES = {
         supervised=(1e-4, 10),
         on_policy=(64, 4, 5e-6, 15),
         distillm=(SKEW_REVERSE, 1e-4, 10),
+        of_their_own={"amid": (5e-4, 10)},
     ),
 }
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.top_k import TopK, log_sum_of_others
+from promptkd_jax.distill.divergence import Divergence, log_probs, needs_whole
 from promptkd_jax.distill.loss_inputs import check_inputs, check_values, shape_error
-from promptkd_jax.distill.losses import Divergence, log_probs, needs_whole
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
 from promptkd_jax.models.language_model import LazyLogits
@@ -48,9 +48,9 @@ def apply_divergence(function: Divergence, target: Any, logits: jax.Array) -> ja
     k, vocab_size = target.ids.shape[-1], logits.shape[-1]
     if needs_whole(function) and k < vocab_size:
         raise ValueError(
-            f"a divergence at a temperature or with a token weighting, and a TopK of {k} of "
-            f"{vocab_size} tokens: it needs the whole distribution; expected temperature 1 and "
-            "weighting 'uniform', or LazyLogits"
+            f"a divergence at a temperature, with a token weighting, of a mixture with alpha other "
+            f"than -1, or that weighs tokens, and a TopK of {k} of {vocab_size} tokens: it needs "
+            "the whole distribution; expected another divergence, or LazyLogits"
         )
     return function(target.logits(logits), logits)
 

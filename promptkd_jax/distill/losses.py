@@ -16,14 +16,32 @@ V vocabulary.
 
 from __future__ import annotations
 
-import ast
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from promptkd_jax.distill.adaptive_kl import akl as akl
+from promptkd_jax.distill.adaptive_kl import csd as csd
+from promptkd_jax.distill.adaptive_kl import todi as todi
+from promptkd_jax.distill.divergence import (
+    SHARE,
+    Divergence,
+    DivergenceName,
+    declare,
+    expected,
+    finite_log,
+    kl,
+    log_mixture,
+    log_pair,
+    log_probs,
+    log_ratio,
+    mark_needs_whole,
+    needs_whole,
+)
+from promptkd_jax.distill.divergence import (
+    divergence as divergence,
+)
 from promptkd_jax.infra import specs
 
 if TYPE_CHECKING:
@@ -32,96 +50,25 @@ if TYPE_CHECKING:
     Logits = Float[Array, "*B V"]
     PerPosition = Float[Array, "*B"]
 
-Divergence = Callable[[jax.Array, jax.Array], jax.Array]
-
-DIVERGENCES: dict[str, Divergence] = {}  # by name, as `declare` puts them there
-PARAMETERS: dict[str, dict[str, specs.Float]] = {}  # of each, with what their values may be
-
-
-class _Share(specs.Float):
-    """A number between 0 and 1."""
-
-    def fault(self, value: Any) -> str:
-        fault = super().fault(value)
-        return fault and f"{fault}: its limits are forward_kl and reverse_kl, by name"
-
-
-SHARE = _Share(low=0.0, high=1.0, open_low=True, open_high=True)
-
-
-def declare(**parameters: specs.Float) -> Callable[[Divergence], Divergence]:
-    """Makes a function a divergence that configs can name, "function" or "function(number, …)".
-
-    Args:
-      parameters: the function's numbers behind its two logits, in order, with their ranges.
-    """
-
-    def declared(function: Divergence) -> Divergence:
-        DIVERGENCES[function.__name__] = function
-        PARAMETERS[function.__name__] = parameters
-        return function
-
-    return declared
-
-
-def log_probs(logits: Logits) -> Logits:
-    """Log-softmax in float32 over the last axis."""
-    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-
-
-def _pair(target: Logits, learner: Logits) -> tuple[jax.Array, jax.Array]:
-    """The log-probabilities of both. Raises ValueError for different vocabularies."""
-    if target.shape[-1] != learner.shape[-1]:
-        raise ValueError(
-            f"a target {list(target.shape)} and a learner {list(learner.shape)}: of "
-            f"{target.shape[-1]} and {learner.shape[-1]} tokens; expected logits of the tokens "
-            "that both share, without the padding of either: [..., :vocab_size]"
-        )
-    return log_probs(target), log_probs(learner)
-
-
-def _finite(log_p: jax.Array) -> jax.Array:
-    """0 for the logarithm of 0. NaN stays: a broken model must not look like a finite loss."""
-    return jnp.where(jnp.isneginf(log_p), 0.0, log_p)
-
 
 def _power(log_p: jax.Array, exponent: float) -> jax.Array:
     """p ** exponent; 0 ** exponent is 0."""
     if exponent > 0:
         return jnp.exp(exponent * log_p)
-    return jnp.where(jnp.isneginf(log_p), 0.0, jnp.exp(exponent * _finite(log_p)))
-
-
-def _expected(p: jax.Array, x: jax.Array) -> jax.Array:
-    """sum_v p_v x_v: a product of vectors, which XLA's CPU compiler can do 20 times as fast as it
-    adds up what is multiplied."""
-    return jnp.einsum("...v,...v->...", p, x, precision="highest")
-
-
-def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    return _expected(jnp.exp(log_p), _finite(log_p) - _finite(log_q))
-
-
-def _mixture(log_p: jax.Array, log_q: jax.Array, weight_p: float) -> jax.Array:
-    """log(weight_p * p + (1 - weight_p) * q)."""
-    # In logarithms throughout: p and q themselves are 0 in float32 from log-probability -104 on.
-    left, right = log_p + jnp.log(weight_p), log_q + jnp.log1p(-weight_p)
-    empty = jnp.isneginf(left) & jnp.isneginf(right)  # where the gradient of logaddexp is NaN
-    left, right = jnp.where(empty, 0.0, left), jnp.where(empty, 0.0, right)
-    return jnp.where(empty, -jnp.inf, jnp.logaddexp(left, right))
+    return jnp.where(jnp.isneginf(log_p), 0.0, jnp.exp(exponent * finite_log(log_p)))
 
 
 @declare()
 def forward_kl(target: Logits, learner: Logits) -> PerPosition:
     """KL(target || learner): mass-covering. Word-level KD, Kim & Rush 2016 (arXiv 1606.07947)."""
-    return _kl(*_pair(target, learner))
+    return kl(*log_pair(target, learner))
 
 
 @declare()
 def reverse_kl(target: Logits, learner: Logits) -> PerPosition:
     """KL(learner || target): mode-seeking. PromptKD eq. 1 and 4 (arXiv 2402.12842)."""
-    log_p, log_q = _pair(target, learner)
-    return _kl(log_q, log_p)
+    log_p, log_q = log_pair(target, learner)
+    return kl(log_q, log_p)
 
 
 @declare()
@@ -130,8 +77,8 @@ def soft_cross_entropy(target: Logits, learner: Logits) -> PerPosition:
 
     The published PromptKD code reports this number for its "forward" losses.
     """
-    log_p, log_q = _pair(target, learner)
-    return -_expected(jnp.exp(log_p), _finite(log_q))
+    log_p, log_q = log_pair(target, learner)
+    return -expected(jnp.exp(log_p), finite_log(log_q))
 
 
 @declare(skew=SHARE)
@@ -140,8 +87,8 @@ def skew_forward_kl(target: Logits, learner: Logits, skew: float = 0.1) -> PerPo
 
     skew -> 0 gives `forward_kl`; at most log(1 / skew).
     """
-    log_p, log_q = _pair(target, learner)
-    return _kl(log_p, _mixture(log_p, log_q, skew))
+    log_p, log_q = log_pair(target, learner)
+    return kl(log_p, log_mixture(log_p, log_q, skew))
 
 
 @declare(skew=SHARE)
@@ -150,8 +97,8 @@ def skew_reverse_kl(target: Logits, learner: Logits, skew: float = 0.1) -> PerPo
 
     skew -> 0 gives `reverse_kl`; at most log(1 / skew).
     """
-    log_p, log_q = _pair(target, learner)
-    return _kl(log_q, _mixture(log_p, log_q, 1 - skew))
+    log_p, log_q = log_pair(target, learner)
+    return kl(log_q, log_mixture(log_p, log_q, 1 - skew))
 
 
 @declare(beta=SHARE)
@@ -161,9 +108,9 @@ def jensen_shannon(target: Logits, learner: Logits, beta: float = 0.5) -> PerPos
     GKD (arXiv 2306.13649), eq. 1, with its beta: divided by beta it tends to `forward_kl` for
     beta -> 0, divided by 1 - beta to `reverse_kl` for beta -> 1.
     """
-    log_p, log_q = _pair(target, learner)
-    log_m = _mixture(log_p, log_q, beta)
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    log_p, log_q = log_pair(target, learner)
+    log_m = log_mixture(log_p, log_q, beta)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
 @declare(alpha=specs.Float(), beta=specs.Float())
@@ -178,8 +125,8 @@ def alpha_beta(
     # With a = alpha and b = beta, of one token:
     #     D = (a / (a + b) p^(a+b) + b / (a + b) q^(a+b) - p^a q^b) / (a b)
     # Each limit below is the Taylor expansion of this where its denominator goes to 0.
-    log_p, log_q = _pair(target, learner)
-    ratio = _finite(log_p) - _finite(log_q)  # log(p / q)
+    log_p, log_q = log_pair(target, learner)
+    ratio = log_ratio(log_p, log_q)  # log(p / q)
     p_a, q_b = _power(log_p, alpha), _power(log_q, beta)
     if alpha == 0 and beta == 0:
         terms = 0.5 * ratio**2
@@ -199,8 +146,59 @@ def alpha_beta(
 @declare()
 def total_variation(target: Logits, learner: Logits) -> PerPosition:
     """Half the L1 distance of the two distributions, in [0, 1]."""
-    p, q = (jnp.exp(x) for x in _pair(target, learner))
+    p, q = (jnp.exp(x) for x in log_pair(target, learner))
     return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+
+
+# The mixture of both in the place of one
+
+
+def _mixed_needs_whole(
+    outer: Divergence = alpha_beta, alpha: float = 0.5, share: float = 0.5, held: bool = False
+) -> bool:
+    # Arithmetic mixtures add up: of sums of probabilities they are the sums of the mixture.
+    return alpha != -1 or needs_whole(outer)
+
+
+_MIXTURE = dict(outer=DivergenceName(), alpha=specs.Float(), share=SHARE)
+
+
+@declare(whole=_mixed_needs_whole, **_MIXTURE)
+def mixed_learner(
+    target: Logits,
+    learner: Logits,
+    outer: Divergence = alpha_beta,
+    alpha: float = 0.5,
+    share: float = 0.5,
+) -> PerPosition:
+    """The outer divergence of the target from a mixture of both, D(p, r): AMiD (arXiv 2510.15982).
+
+    The mixture is `log_mixture`, which weighs the target by `share`, and the gradient flows through
+    it. The defaults are those of AMiD's scripts for GPT-2. At alpha = -1 this is for `forward_kl`
+    `skew_forward_kl(share)`; share -> 0 gives the outer divergence itself.
+    """
+    log_p, log_q = log_pair(target, learner)
+    return outer(log_p, log_mixture(log_p, log_q, share, alpha))
+
+
+@declare(whole=_mixed_needs_whole, **_MIXTURE, held=specs.Bool())
+def mixed_target(
+    target: Logits,
+    learner: Logits,
+    outer: Divergence = alpha_beta,
+    alpha: float = 0.5,
+    share: float = 0.5,
+    held: bool = False,
+) -> PerPosition:
+    """The outer divergence of a mixture of both from the learner, D(r, q): AMiD, too.
+
+    The mixture is `log_mixture`, which weighs the target by `share`; the gradient flows through it,
+    unless it is `held`. At alpha = -1 this is for `reverse_kl` `skew_reverse_kl(1 - share)`, held
+    that of DistiLLM-2; share -> 1 gives the outer divergence itself.
+    """
+    log_p, log_q = log_pair(target, learner)
+    mixture = log_mixture(log_p, log_q, share, alpha)
+    return outer(jax.lax.stop_gradient(mixture) if held else mixture, log_q)
 
 
 def cross_entropy(labels: Int[Array, "*B"], learner: Logits) -> PerPosition:
@@ -219,46 +217,12 @@ def agreement(target: Logits, learner: Logits) -> PerPosition:
 def entropy(logits: Logits) -> PerPosition:
     """The entropy of the distribution, in nats."""
     log_p = log_probs(logits)
-    return -_expected(jnp.exp(log_p), _finite(log_p))
+    return -expected(jnp.exp(log_p), finite_log(log_p))
 
 
 def confidence(logits: Logits) -> PerPosition:
     """1 - entropy / log V: 0 for the uniform distribution, 1 where one token has all mass."""
     return 1 - entropy(logits) / jnp.log(logits.shape[-1])
-
-
-@functools.cache
-def divergence(text: str) -> Divergence:
-    """Returns the divergence that a config names, such as "reverse_kl" or "alpha_beta(0.2, 0.7)".
-
-    Equal texts give the identical function, so that it can be a static argument of `jax.jit`.
-
-    Raises:
-      ValueError: an unknown name or numbers that cannot be read.
-    """
-    name, bracket, rest = text.partition("(")
-    if name not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {text!r}; there are: {', '.join(DIVERGENCES)}")
-    if not bracket:
-        return DIVERGENCES[name]
-    try:
-        numbers = ast.literal_eval(bracket + rest)
-        numbers = numbers if isinstance(numbers, tuple) else (numbers,)
-        return _with_numbers(name, numbers)
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"divergence {text!r}: expected {name}(number, …): {error}") from error
-
-
-def _with_numbers(name: str, numbers: tuple[float, ...]) -> Divergence:
-    """The divergence of that name at these parameters, the first of those it has."""
-    parameters = PARAMETERS[name]
-    if not 0 < len(numbers) <= len(parameters):
-        raise TypeError(f"its parameters are ({', '.join(parameters)}), got {numbers}")
-    chosen = dict(zip(parameters, numbers))
-    for parameter, number in chosen.items():
-        if fault := parameters[parameter].fault(number):
-            raise ValueError(f"{parameter}: {number!r} is not {fault}")
-    return functools.partial(DIVERGENCES[name], **chosen)
 
 
 # How much a position counts, from (target, learner); a constant, no gradient goes through it.
@@ -278,30 +242,24 @@ def weighted(function: Divergence, weighting: str) -> Divergence:
     def weighted_divergence(target, learner):
         return jax.lax.stop_gradient(weight(target, learner)) * function(target, learner)
 
-    return _mark_needs_whole(weighted_divergence)
+    return mark_needs_whole(weighted_divergence)
 
 
-def tempered(function: Divergence, temperature: float) -> Divergence:
-    """`function` of both distributions at a temperature, times its square (Hinton et al. 2015).
+def tempered(
+    function: Divergence, temperature: float, learner_temperature: float | None = None
+) -> Divergence:
+    """`function` of target and learner, each at its temperature, times the product of these; the
+    learner's is by default the target's.
 
-    The square keeps the gradient's size: for high temperatures it no longer depends on it.
+    For one temperature that is its square (Hinton et al. 2015), which keeps the gradient's size:
+    for high temperatures it no longer depends on it. Where only the learner's is above 1 (WASD), a
+    learner that fits is sharper than the target when it is sampled at temperature 1.
     """
-    if temperature == 1:
+    own = learner_temperature or temperature
+    if temperature == own == 1:
         return function
 
     def tempered_divergence(target, learner):
-        return temperature**2 * function(target / temperature, learner / temperature)
+        return temperature * own * function(target / temperature, learner / own)
 
-    return _mark_needs_whole(tempered_divergence)
-
-
-def _mark_needs_whole(function: Divergence) -> Divergence:
-    """Marks a divergence for `needs_whole`."""
-    function.needs_whole = True
-    return function
-
-
-def needs_whole(function: Divergence) -> bool:
-    """Whether `function` needs every probability of its target: a divergence at a temperature or
-    with a weighting means nothing where the probabilities of the tail are known only as a sum."""
-    return getattr(function, "needs_whole", False)
+    return mark_needs_whole(tempered_divergence)

@@ -1,5 +1,6 @@
 """Choices of a method that mean nothing together."""
 
+from promptkd_jax.distill.divergence import divergence, needs_whole
 from promptkd_jax.distill.method_fields import (
     CROSS_ENTROPY,
     POLICY_GRADIENT,
@@ -114,11 +115,19 @@ def _about_cache(method: Objective, names: list[str]) -> list[str]:
             "hidden_terms: a cached teacher has log-probabilities but no hidden states; expected "
             "another teacher_view, or no hidden_terms"
         )
-    if method.temperature != 1:
-        messages.append(
-            f"temperature: {method.temperature:g} needs the whole distribution, a cached teacher "
-            "keeps the largest log-probabilities; expected 1"
-        )
+    for name in ("temperature", "student_temperature"):
+        if (temperature := getattr(method, name)) not in (0, 1):
+            messages.append(
+                f"{name}: {temperature:g} needs the whole distribution, a cached teacher keeps the "
+                "largest log-probabilities; expected 1"
+            )
+    for name in set(names) - {CROSS_ENTROPY, POLICY_GRADIENT}:
+        if needs_whole(divergence(name)):
+            messages.append(
+                f"student_terms: {name} needs the whole distribution, a cached teacher keeps the "
+                "largest log-probabilities; expected a divergence that is a sum over tokens of "
+                "their two probabilities, such as reverse_kl or mixed_learner(…, alpha=-1)"
+            )
     if method.token_weighting != "uniform":
         messages.append(
             f"token_weighting: {method.token_weighting!r} needs whole distributions, a cached "

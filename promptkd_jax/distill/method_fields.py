@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from promptkd_jax.distill import losses
+from promptkd_jax.distill.divergence import DivergenceName
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.policy_gradient import PolicyGradient
 from promptkd_jax.infra.specs import Bool, Choice, Float, Group, Int, ListOf, field, group
@@ -73,22 +74,6 @@ REGULARIZATIONS = {
 WeightedNames = tuple[tuple[str, float], ...]  # of the terms of a loss
 
 
-class DivergenceName:
-    """The spec of a name from `losses.DIVERGENCES`, with numbers where it takes them."""
-
-    def __str__(self) -> str:
-        return "a divergence such as 'reverse_kl' or 'alpha_beta(0.2, 0.7)'"
-
-    def fault(self, value: Any) -> str:
-        if not isinstance(value, str):
-            return str(self)
-        try:
-            losses.divergence(value)
-        except ValueError as error:
-            return f"{self} ({error})"
-        return ""
-
-
 @dataclasses.dataclass(frozen=True)
 class WeightedName:
     """The spec of a pair (name, weight): the name of a divergence, or one of `others`."""
@@ -133,6 +118,9 @@ class Objective:
         1.0,
         Float(low=0.0, open_low=True),
         "of both distributions in the student's divergences, see losses.tempered",
+    )
+    student_temperature: float = field(
+        0.0, Float(low=0.0), "of the student's distribution there; 0: the same"
     )
     token_weighting: str = field(
         "uniform", Choice("uniform", *losses.WEIGHTINGS), "of the student's divergences"

@@ -274,7 +274,8 @@ def student_term(
         clip = method.policy_gradient.ratio_clip
         function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
         return Term(function, micro_batch.policy, weight)
-    function = losses.tempered(losses.divergence(name), method.temperature)
+    temperatures = method.temperature, method.student_temperature
+    function = losses.tempered(losses.divergence(name), *temperatures)
     return Term(losses.weighted(function, method.token_weighting), teacher, weight)
 
 

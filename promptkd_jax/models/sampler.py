@@ -371,7 +371,7 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_k:
         logits = _keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
-        logits = _keep_top_p(logits, sampling.top_p)
+        logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p:
         logits = _keep_min_p(logits, sampling.min_p)
     # By Gumbel noise, which a rounding error seldom turns to another token. By inversion of the
@@ -385,9 +385,9 @@ def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
-def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """-inf outside of the smallest set of tokens whose probability reaches p; tokens that are
-    equally probable stay together."""
+def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
+    """-inf outside of the smallest set of tokens whose probability reaches p, of logits
+    `[..., V]`; tokens that are equally probable stay together."""
     # The set is {probability >= t} for the largest t whose sum reaches p. Sorting [B, V] would find
     # it; bisecting for t does in a few passes. The bits of a positive float32, read as an integer,
     # are in the order of the floats, so that 31 halvings of an interval of integers are exact.
@@ -402,7 +402,7 @@ def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     none = jax.lax.bitcast_convert_type(jnp.float32(2), jnp.int32)
-    bounds = jnp.zeros_like(rank[:, :1]), jnp.full_like(rank[:, :1], none)
+    bounds = jnp.zeros_like(rank[..., :1]), jnp.full_like(rank[..., :1], none)
     low, _ = jax.lax.fori_loop(0, 31, halve, bounds)
     return jnp.where(rank < low, -jnp.inf, logits)
 

@@ -4,6 +4,7 @@ A config file imports `base_config` and `stage_config`, `method_stage` or `paper
 and changes a few fields.
 """
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ def hidden_term(kind: str, **changes: Any) -> ConfigDict:
 
 
 _RKL, _ABKD = (("reverse_kl", 1.0),), (("alpha_beta(0.2, 0.7)", 1.0),)
+_AMID = "mixed_learner(alpha_beta(0.2, 0.7), 0.5, 0.5)"
 _PROMPTKD = dict(targets="student", teacher_view="prompted")
 
 # By name: what makes a method a method; how long and how fast it learns is said elsewhere.
@@ -64,8 +66,14 @@ METHODS: dict[str, dict[str, Any]] = {
     ),
     "distillm": dict(targets="replay", student_terms=(("skew_reverse_kl(0.1)", 1.0),)),
     "abkd": dict(student_terms=_ABKD),
+    "amid": dict(targets="replay", student_terms=((_AMID, 1.0),)),
+    # No factor of the temperatures there, losses.tempered has one of 4.
+    "todi": dict(student_terms=((CROSS_ENTROPY, 0.5), ("todi", 0.125)), temperature=2.0),
+    "akl": dict(student_terms=((CROSS_ENTROPY, 0.5), ("akl(0.5)", 0.5))),
+    "csd": dict(student_terms=(("csd(learner, learner, 1.5)", 1.0),)),
     "promptkd": dict(_PROMPTKD, student_terms=_RKL),
     "promptkd_abkd": dict(_PROMPTKD, student_terms=_ABKD, prompt_divergence="alpha_beta(0.2, 0.7)"),
+    "promptkd_amid": dict(_PROMPTKD, student_terms=((_AMID, 1.0),), prompt_divergence=_AMID),
 }
 
 
@@ -90,7 +98,8 @@ class PaperSize(NamedTuple):
 
     `start` is the student after 3 epochs of SFT, `pretrained` before; (rate, epochs) of the
     `supervised` methods; global batch, micro-batches, rate and epochs of the on-policy ones;
-    DistiLLM's divergence, rate and epochs.
+    DistiLLM's divergence, rate and epochs; (rate, epochs) of methods of `OF_THEIR_OWN`, which
+    without a published value have the supervised ones.
     """
 
     start: str
@@ -98,10 +107,14 @@ class PaperSize(NamedTuple):
     supervised: tuple[float, int]
     on_policy: tuple[int, int, float, int]
     distillm: tuple[str, float, int]
+    of_their_own: Mapping[str, tuple[float, int]] = types.MappingProxyType({})
 
 
 # Where MiniLLM, GKD, PromptKD and their kind begin: a student that has had 3 epochs of SFT.
-FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "abkd", "promptkd", "promptkd_abkd")
+FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "abkd", "amid")
+FROM_SFT += ("promptkd", "promptkd_abkd", "promptkd_amid")
+# Those that were published with batches of 32 rows and a cosine, as the supervised ones are.
+OF_THEIR_OWN = ("amid", "todi", "akl", "csd")
 
 
 def paper_config(
@@ -162,6 +175,10 @@ def _paper_stage(method: str, size: PaperSize, teacher: tuple[str, str, float, i
         return stage_config("init", **(supervised | dict(epochs=3.0)))
     if method in ("sft", "kd", "seqkd", "abkd"):
         return method_stage(method, **supervised)
+    if method in OF_THEIR_OWN:
+        rate, epochs = size.of_their_own.get(method, size.supervised)
+        changes = dict(learning_rate=rate, epochs=float(epochs))
+        return method_stage(method, **(supervised | changes))
     if method == "distillm":
         divergence, rate, epochs = size.distillm
         changes = dict(batch_size=8, learning_rate=rate, epochs=float(epochs))

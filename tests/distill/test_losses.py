@@ -11,9 +11,9 @@ from helpers.tiny import equations
 
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import chunked_loss, losses
+from promptkd_jax.distill import divergence as names
 from promptkd_jax.distill.chunked_loss import linear_loss, linear_values
-from promptkd_jax.distill.losses import DIVERGENCES, divergence
-from promptkd_jax.distill.method_fields import DivergenceName
+from promptkd_jax.distill.divergence import DIVERGENCES, DivergenceName, divergence, needs_whole
 from promptkd_jax.infra.specs import Float
 from promptkd_jax.models.language_model import LazyLogits
 
@@ -30,7 +30,16 @@ SPECS = (
     "alpha_beta(0, 0)",
     "alpha_beta(0.6, -0.6)",
     "alpha_beta(1.5, -0.4)",
+    "mixed_learner(reverse_kl, 3, 0.3)",
+    "mixed_learner(forward_kl, 1, 0.3)",
+    "mixed_learner(forward_kl, -1, 0.3)",
+    "mixed_target(reverse_kl, -5, 0.3, True)",
+    "akl(0.9)",
+    "csd(target, learner, 1)",
+    "csd(uniform, learner)",
 )
+# Those that are at least as large as of the sums of the tail.
+BUCKETED = [spec for spec in SPECS if not needs_whole(divergence(spec))]
 
 
 def logits(seed: int, shape=SHAPE, scale: float = 3.0) -> np.ndarray:
@@ -90,6 +99,53 @@ def alpha_beta(p, q, alpha=0.2, beta=0.7):
     return terms.sum(axis=-1)
 
 
+def mixture(p, q, alpha, share):
+    """AMiD's assistant; at alpha = 1 the geometric mean is the limit of power means."""
+    e = (1 - alpha) / 2
+    m = p**share * q ** (1 - share)
+    if e:
+        m = (share * p**e + (1 - share) * q**e) ** (1 / e)
+    return m / m.sum(axis=-1, keepdims=True)
+
+
+def mixed_learner(p, q, outer="alpha_beta", alpha=0.5, share=0.5):
+    return DEFINITIONS[outer](p, mixture(p, q, alpha, share))
+
+
+def mixed_target(p, q, outer="alpha_beta", alpha=0.5, share=0.5, held=False, at=None):
+    """Here and below, `at` is the learner that what is held was made of."""
+    return DEFINITIONS[outer](mixture(p, q if at is None or not held else at, alpha, share), q)
+
+
+def todi(p, q, at=None):
+    s = 1 / (1 + np.exp(-np.log(p / (q if at is None else at))))
+    return (s * p * np.log(p / q) + (1 - s) * q * np.log(q / p)).sum(axis=-1)
+
+
+def akl(p, q, mass=0.5, at=None):
+    """Token by token, as in the published code: the likeliest until they reach the mass."""
+    values = np.empty(p.shape[:-1])
+    for place in np.ndindex(p.shape[:-1]):
+        order = np.argsort(-p[place])
+        number = 1 + int(np.sum(np.cumsum(p[place][order]) < mass))
+        gap = np.abs(p - (q if at is None else at))[place][order]
+        h = gap[:number].sum() / gap.sum()
+        values[place] = h * kl(p, q)[place] + (1 - h) * kl(q, p)[place]
+    return values
+
+
+def csd(p, q, first="learner", second="learner", temperature=1.5, at=None):
+    def weights(name):
+        w = {"learner": q if at is None else at, "target": p, "uniform": np.ones_like(q)}[name] ** (
+            1 / temperature
+        )
+        return w / w.sum(axis=-1, keepdims=True)
+
+    d = np.log(q / p)
+    pairs = (d[..., :, None] - d[..., None, :]) ** 2
+    return np.einsum("...x,...y,...xy->...", weights(first), weights(second), pairs) / 4
+
+
 DEFINITIONS = {
     "forward_kl": kl,
     "reverse_kl": lambda p, q: kl(q, p),
@@ -99,6 +155,11 @@ DEFINITIONS = {
     "jensen_shannon": jensen_shannon,
     "alpha_beta": alpha_beta,
     "total_variation": lambda p, q: np.abs(p - q).sum(axis=-1) / 2,
+    "todi": todi,
+    "akl": akl,
+    "csd": csd,
+    "mixed_learner": mixed_learner,
+    "mixed_target": mixed_target,
 }
 
 
@@ -106,13 +167,19 @@ def test_every_divergence_has_a_definition_here():
     assert DEFINITIONS.keys() == DIVERGENCES.keys()
 
 
+def definition(spec: str):
+    """The definition at the parameters that `spec` names."""
+    name, _, rest = spec.partition("(")
+    given = [x.strip() for x in rest.rstrip(")").split(",")] if rest else []
+    given = [{"True": True}.get(x, x) if x[0].isalpha() else float(x) for x in given]
+    return lambda p, q, **held: DEFINITIONS[name](p, q, *given, **held)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("shape", [SHAPE, (1, 2), (7,)])
 def test_divergence_equals_its_definition(spec, shape):
     target, learner = logits(2, shape), logits(3, shape)
-    name, _, numbers = spec.partition("(")
-    numbers = [float(x) for x in numbers.rstrip(")").split(",")] if numbers else []
-    expected = DEFINITIONS[name](probabilities(target), probabilities(learner), *numbers)
+    expected = definition(spec)(probabilities(target), probabilities(learner))
     found = divergence(spec)(target, learner)
     assert found.shape == shape[:-1] and found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
@@ -188,6 +255,95 @@ def test_alpha_beta_is_continuous_at_its_special_cases(at):
         alpha, beta = (x + step * side * d for x, side, d in zip(at, sides, (0.9, 1.1)))
         near = losses.alpha_beta(target, learner, alpha, beta)
         np.testing.assert_allclose(near, exact, rtol=20 * step)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_are_differences_of_the_definition(spec):
+    """Along one direction, in float64, with what is held as it was."""
+    (target, learner), way = gentle_pair(), logits(4, scale=1.0).astype(np.float64)
+    p, q = probabilities(target), probabilities(learner)
+    held = {"at": q} if spec.startswith(("todi", "akl", "csd", "mixed_target")) else {}
+    there, back = (
+        definition(spec)(p, probabilities(learner + step * way), **held).sum()
+        for step in (1e-5, -1e-5)
+    )
+    slope = jax.grad(lambda x: divergence(spec)(target, x).sum())(learner)
+    np.testing.assert_allclose((slope * way).sum(), (there - back) / 2e-5, rtol=2e-4)
+
+
+def test_mixtures_are_the_skew_divergences():
+    target, learner = pair()
+    for mixed, skewed in (
+        ("mixed_learner(forward_kl, -1, 0.1)", losses.skew_forward_kl),
+        ("mixed_target(reverse_kl, -1, 0.9)", losses.skew_reverse_kl),
+    ):
+        found, right = (
+            jax.value_and_grad(lambda x, f=f: f(target, x).sum())(learner)
+            for f in (divergence(mixed), skewed)
+        )
+        np.testing.assert_allclose(found[0], right[0], rtol=1e-5)
+        np.testing.assert_allclose(found[1], right[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [-5, -1, 0.5, 1, 3])
+def test_a_mixture_of_one_alone_is_that_one(alpha):
+    target, learner = gentle_pair()
+    for outer in (losses.reverse_kl, losses.alpha_beta):
+        right = outer(target, learner)
+        for f, of_learner in ((losses.mixed_learner, 0), (losses.mixed_target, 1)):
+            for share, value in ((1e-6, of_learner == 0), (1 - 1e-6, of_learner == 1)):
+                found = f(target, learner, outer, alpha, share)
+                np.testing.assert_allclose(found, right * value, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.8, 1.2])  # the geometric mean, and another formula beyond
+def test_mixtures_are_continuous_in_alpha(alpha):
+    target, learner = pair()
+    below, at, above = (
+        losses.mixed_learner(target, learner, losses.forward_kl, alpha + step, 0.3)
+        for step in (-1e-5, 0, 1e-5)
+    )
+    np.testing.assert_allclose(below, at, rtol=1e-3)
+    np.testing.assert_allclose(above, at, rtol=1e-3)
+
+
+def test_a_mixture_is_possible_where_either_is_or_both_are():
+    half, none = np.log(0.5), -np.inf
+    log_p, log_q = np.array([[half, half, none, none], [none, half, half, none]], np.float32)
+    for alpha, possible in ((-1, 3), (0.9, 3), (1, 1), (1.1, 1), (3, 1)):
+        found = names.log_mixture(log_p, log_q, 0.5, alpha)
+        assert np.isfinite(found).sum() == possible and np.isneginf(found).sum() == 4 - possible
+        assert np.isfinite(found[1])
+
+
+def test_todi_has_the_value_of_both_kls_and_csd_the_gradient_of_one():
+    target, learner = pair()
+    both = losses.forward_kl(target, learner) + losses.reverse_kl(target, learner)
+    np.testing.assert_allclose(losses.todi(target, learner), both, rtol=1e-5)
+    slopes = [
+        jax.grad(lambda x, spec=spec: divergence(spec)(target, x).sum())(learner)
+        for spec in ("csd(learner, learner, 1)", "reverse_kl", "csd")
+    ]
+    np.testing.assert_allclose(slopes[0], slopes[1], atol=1e-5)
+    assert np.abs(slopes[2] - slopes[1]).max() > 0.1  # at another temperature it is another one
+
+
+def test_akl_is_forward_kl_where_the_head_is_wrong_and_reverse_kl_where_the_tail_is():
+    target = np.log(np.array([0.6, 0.2, 0.2]))
+    for learner, right in (([0.6, 0.1, 0.3], losses.reverse_kl), ([0.4, 0.2, 0.4], None)):
+        learner = np.log(np.array(learner))
+        both = [f(target, learner) for f in (losses.forward_kl, losses.reverse_kl)]
+        expected = both[1] if right else 0.5 * sum(both)
+        np.testing.assert_allclose(losses.akl(target, learner), expected, rtol=1e-5)
+
+
+def test_each_of_both_may_have_a_temperature_of_its_own():
+    target, learner = pair()
+    found = losses.tempered(losses.forward_kl, 1.0, 2.0)(target, learner)
+    np.testing.assert_allclose(found, 2 * losses.forward_kl(target, learner / 2), rtol=1e-6)
+    found = losses.tempered(losses.forward_kl, 2.0)(target, learner)
+    np.testing.assert_allclose(found, 4 * losses.forward_kl(target / 2, learner / 2), rtol=1e-6)
+    assert losses.tempered(losses.forward_kl, 1.0) is losses.forward_kl
 
 
 def test_soft_cross_entropy_is_forward_kl_plus_entropy_with_the_same_gradient():
@@ -304,7 +460,7 @@ def test_divergence_by_name():
 @pytest.mark.parametrize(
     "spec, says",
     [
-        ("kl", "unknown divergence 'kl'; there are: forward_kl, reverse_kl"),
+        ("kl", "unknown divergence 'kl'; there are: .*, forward_kl, reverse_kl"),
         ("", "unknown divergence ''"),
         ("cross_entropy", "unknown divergence"),
         ("reverse_kl(1)", r"its parameters are \(\), got \(1,\)"),
@@ -317,6 +473,16 @@ def test_divergence_by_name():
         ("jensen_shannon(1.5)", "beta: 1.5 is not < 1"),
         ("skew_forward_kl(-0.1)", "skew: -0.1 is not > 0"),
         ("reverse_kl(", "expected reverse_kl"),
+        ("reverse_kl() + todi()", "expected reverse_kl"),
+        (
+            "mixed_learner(kl, 1)",
+            "outer: 'kl' is not a divergence such as .*unknown divergence 'kl'",
+        ),
+        ("mixed_learner(alpha_beta('x'))", "outer: .*alpha: 'x' is not a number"),
+        ("mixed_learner(reverse_kl, shares=1)", "its parameters are .*and {'shares': 1}"),
+        ("mixed_learner(reverse_kl, outer=todi)", "its parameters are"),
+        ("mixed_target(reverse_kl, 1, 1)", "share: 1 is not < 1"),
+        ("csd(teacher)", "first: 'teacher' is not one of 'learner', 'target', 'uniform'"),
     ],
 )
 def test_wrong_names_are_told_what_would_be_right(spec, says):
@@ -691,12 +857,13 @@ def test_a_mask_may_be_a_list():
     [
         losses.tempered(losses.forward_kl, 2.0),
         losses.weighted(losses.reverse_kl, "teacher_confidence"),
-        losses.weighted(losses.tempered(losses.reverse_kl, 2.0), "student_uncertainty"),
+        losses.weighted(losses.tempered(losses.reverse_kl, 1.0, 2.0), "student_uncertainty"),
     ],
 )
 def test_a_function_of_whole_distributions_needs_whole_distributions(function):
     learner, teacher, _, mask = problem()
     says = "a TopK of 4 of 29 tokens: it needs the whole distribution"
+    assert needs_whole(function)
     with pytest.raises(ValueError, match=says):
         linear_loss([function], learner, [top_k()], mask)
     with pytest.raises(ValueError, match=says):
@@ -740,7 +907,7 @@ def of_one_position(spec: str, target: TopK, student: np.ndarray):
 
 
 @pytest.mark.parametrize("kept", SURE)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", BUCKETED)
 def test_a_sure_teacher_whose_tail_is_cached_is_the_dense_one(spec, kept):
     """Teacher and student are uniform within the tail: then its sum says all."""
     cached, whole = sure(kept)
@@ -753,7 +920,7 @@ def test_a_sure_teacher_whose_tail_is_cached_is_the_dense_one(spec, kept):
 
 
 @pytest.mark.parametrize("kept", SURE)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", BUCKETED)
 def test_a_sure_teacher_whose_tail_is_not_cached_is_near_the_dense_one(spec, kept):
     """Never with another sign: mass in the tail has to leave it."""
     cached, whole = sure(kept)
@@ -767,7 +934,7 @@ def test_a_sure_teacher_whose_tail_is_not_cached_is_near_the_dense_one(spec, kep
 
 
 @pytest.mark.parametrize("kept", SURE)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", BUCKETED)
 def test_a_tail_that_a_user_rounds_to_nothing_is_as_if_not_given(spec, kept):
     cached, _ = sure(kept)
     tail = jnp.log1p(-jnp.exp(jax.nn.logsumexp(cached.log_probs, axis=-1)))
@@ -802,7 +969,7 @@ def test_of_a_short_list_that_could_hold_all_tokens_the_others_have_no_probabili
     np.testing.assert_allclose(np.exp(found), [0.7, 0, 0, 0.3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", BUCKETED)
 def test_the_tail_is_divided_as_the_learner_divides_its_own(spec):
     """So a cached teacher is the dense one whose tail has the student's proportions."""
     learner, _, _, mask = problem()
@@ -849,7 +1016,11 @@ def test_the_tail_of_an_unsure_teacher_is_what_the_kept_leave():
 
     @jax.jit
     def of_every_divergence(target):
-        return [linear_loss([divergence(x)], learner, [target], mask)[0] for x in DIVERGENCES]
+        return [
+            linear_loss([divergence(x)], learner, [target], mask)[0]
+            for x in DIVERGENCES
+            if x in BUCKETED
+        ]
 
     given, derived = map(of_every_divergence, (top_k(), top_k()._replace(tail=None)))
     np.testing.assert_allclose(given, derived, rtol=1e-5)
@@ -1009,10 +1180,10 @@ def test_numbers_of_a_divergence_are_finite():
 
 def test_a_function_that_declares_itself_is_a_divergence(monkeypatch):
     """As CONTRIBUTING says: one function, and configs and chunked losses take its name."""
-    monkeypatch.setattr(losses, "DIVERGENCES", dict(losses.DIVERGENCES))
-    monkeypatch.setattr(losses, "PARAMETERS", dict(losses.PARAMETERS))
+    monkeypatch.setattr(names, "DIVERGENCES", dict(names.DIVERGENCES))
+    monkeypatch.setattr(names, "PARAMETERS", dict(names.PARAMETERS))
 
-    @losses.declare(order=Float(low=1.0))
+    @names.declare(order=Float(low=1.0))
     def power_distance(target, learner, order=2.0):
         p, q = (jnp.exp(losses.log_probs(x)) for x in (target, learner))
         return jnp.sum(jnp.abs(p - q) ** order, axis=-1)
