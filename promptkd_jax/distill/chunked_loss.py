@@ -19,7 +19,12 @@ import numpy as np
 
 from promptkd_jax.data.top_k import TopK, log_sum_of_others
 from promptkd_jax.distill.divergence import Divergence, log_probs, needs_whole
-from promptkd_jax.distill.loss_inputs import check_inputs, check_values, shape_error
+from promptkd_jax.distill.loss_inputs import (
+    check_inputs,
+    check_values,
+    is_distribution,
+    shape_error,
+)
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
 from promptkd_jax.models.language_model import LazyLogits
@@ -37,22 +42,26 @@ def chunk_elements(platform: str) -> int:
 
 
 def apply_divergence(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
-    """Returns `function(target, logits)` per position; a `TopK` target becomes logits first, with
-    its tail divided as the learner's (`TopK.logits`).
+    """Returns `function(target, logits)` per position; each `TopK` of the target becomes logits
+    first, with its tail divided as the learner's (`TopK.logits`).
 
     Raises:
       ValueError: a function that needs the whole distribution, and a `TopK` that has not got it.
     """
-    if not isinstance(target, TopK):
-        return function(target, logits)
-    k, vocab_size = target.ids.shape[-1], logits.shape[-1]
-    if needs_whole(function) and k < vocab_size:
+
+    def whole(part):
+        if not isinstance(part, TopK):
+            return part
+        k, vocab_size = part.ids.shape[-1], logits.shape[-1]
+        if not needs_whole(function) or k == vocab_size:
+            return part.logits(logits)
         raise ValueError(
             f"a divergence at a temperature, with a token weighting, of a mixture with alpha other "
             f"than -1, or that weighs tokens, and a TopK of {k} of {vocab_size} tokens: it needs "
             "the whole distribution; expected another divergence, or LazyLogits"
         )
-    return function(target.logits(logits), logits)
+
+    return function(jax.tree.map(whole, target, is_leaf=lambda x: isinstance(x, TopK)), logits)
 
 
 def linear_loss(
@@ -76,8 +85,9 @@ def linear_loss(
       terms: functions of (target, learner logits), each `[B, T]`; see `DIVERGENCES`.
       learner: hidden states and head of the model that is trained.
       targets: one per term, then any that `observe` alone reads; each a `LazyLogits`, a `TopK`,
-        integer labels `[B, T]` for `cross_entropy`, or any tree of arrays `[B, T, …]` that the
-        term knows how to read. The same object given twice is multiplied out once.
+        integer labels `[B, T]` for `cross_entropy`, or any tree of these and of arrays
+        `[B, T, …]` that the term knows how to read. The same LazyLogits given twice is multiplied
+        out once.
       mask: `[B, T]`, an array or lists; positions that count, possibly weighted.
       weights: `[len(terms)]`; 1 for each where absent. May be traced.
       observe: functions of (targets, learner logits), each `[B, T]`, of which only the masked sum
@@ -110,8 +120,9 @@ def linear_loss(
         raise ValueError(f"weights: {list(weights.shape)}; expected one per term, [{len(terms)}]")
     # By identity: the teacher of several terms is one object, whose head is multiplied once. Equal
     # arrays in two objects are not compared, and traced ones could not be.
-    different = {id(target): target for target in targets}
-    order = tuple(list(different).index(id(target)) for target in targets)
+    leaves, tree = jax.tree.flatten(list(targets), is_leaf=is_distribution)
+    different = {id(leaf): leaf for leaf in leaves}
+    order = tuple(list(different).index(id(leaf)) for leaf in leaves)
     learner, *targets = _gathered([learner, *different.values()])
     # From here on B are the devices of the rows, and T the positions of all rows of a device; on an
     # external mesh, where `_packed` changes nothing, rows and positions as before.
@@ -119,7 +130,7 @@ def linear_loss(
     chunk = chunk or _default_chunk(mask.shape, learner.head.shape[0])
     chunk = min(max(chunk, 1), mask.shape[1])
     constants = jax.lax.stop_gradient((tuple(targets), mask, weights))
-    functions = _Functions(tuple(terms), tuple(observe), order)
+    functions = _Functions(tuple(terms), tuple(observe), order, tree)
     loss, sums = _linear_loss(functions, chunk, learner, *constants)
     return loss, jax.lax.stop_gradient(sums)
 
@@ -145,15 +156,16 @@ def linear_values(
     check_inputs(learner, targets)
     if len(functions) != len(targets):
         raise ValueError(f"{len(functions)} functions need as many targets, got {len(targets)}")
-    learner, *targets = _gathered(jax.lax.stop_gradient([learner, *targets]))
+    leaves, tree = jax.tree.flatten(list(targets), is_leaf=is_distribution)
+    learner, *leaves = _gathered(jax.lax.stop_gradient([learner, *leaves]))
     shape = learner.hidden.shape[:2]
     chunk = min(chunk or _default_chunk(shape, learner.head.shape[0]), shape[1])
-    parts, join = _sequences(targets)
+    parts, join = _sequences(leaves)
 
     def body(_, block):
         hidden, parts = block
         logits = learner.replace(hidden=hidden).logits()
-        references = _references(join(parts))
+        references = tree.unflatten(_references(join(parts)))
         values = [apply_divergence(f, t, logits) for f, t in zip(functions, references)]
         return None, [_per_position(value, hidden.shape[:2]) for value in values]
 
@@ -196,12 +208,13 @@ def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
 
 
 class _Functions(NamedTuple):
-    """The static arguments of a loss; `order` has for each given target its place among the
-    different ones."""
+    """The static arguments of a loss; `order` has for each leaf of the given targets its place
+    among the different ones, `tree` their structure."""
 
     terms: tuple[Divergence, ...]
     observe: tuple[Observation, ...]
     order: tuple[int, ...]
+    tree: Any
 
     @property
     def num_sums(self) -> int:
@@ -214,7 +227,7 @@ def _block_loss(functions: _Functions, learner: LazyLogits, targets, mask, weigh
     Positions that do not count are selected away twice: from the arguments of the functions, since
     0 times the gradient of a NaN is NaN, and from their values.
     """
-    terms, observe, order = functions
+    terms, observe, order, tree = functions
     counts = mask != 0
 
     def counted(x):
@@ -226,7 +239,7 @@ def _block_loss(functions: _Functions, learner: LazyLogits, targets, mask, weigh
     parts, join = _sequences(targets)
     logits = learner.replace(hidden=counted(learner.hidden)).logits()
     different = _references(join(jax.tree.map(counted, parts)))
-    references = [different[i] for i in order]
+    references = tree.unflatten([different[i] for i in order])
     sums = jnp.stack([total(apply_divergence(f, t, logits)) for f, t in zip(terms, references)])
     constant = jax.lax.stop_gradient(logits)
     observed = [total(f(references, constant)) for f in observe]

@@ -20,30 +20,39 @@ from promptkd_jax.distill.losses import cross_entropy
 from promptkd_jax.models.language_model import LazyLogits
 
 
+def is_distribution(target: Any) -> bool:
+    """Whether this part of a target is a distribution, which the loss makes logits of."""
+    return isinstance(target, LazyLogits | TopK)
+
+
 def check_inputs(learner: LazyLogits, targets: Sequence[Any]) -> None:
     """Raises ValueError where shapes do not belong together."""
     if not isinstance(learner, LazyLogits):
         raise ValueError(f"learner: {type(learner).__name__}; expected LazyLogits(hidden, head)")
     bare = "array" if hasattr(targets, "shape") else type(targets).__name__
-    if bare == "array" or isinstance(targets, LazyLogits | TopK):
+    if bare == "array" or is_distribution(targets):
         raise ValueError(f"targets: a bare {bare}; expected a sequence, one per term: [target]")
     _check_linear("learner", learner)
     for number, target in enumerate(targets):
-        name = f"targets[{number}]"
-        if isinstance(target, LazyLogits):
-            _check_linear(name, target)
-            if target.head.shape[0] != learner.head.shape[0]:
-                raise ValueError(
-                    f"{name}: a vocabulary of {target.head.shape[0]}, the learner's has "
-                    f"{learner.head.shape[0]}; expected the tokens that both share, without the "
-                    "padding of either: head[:vocab_size]"
-                )
-        if isinstance(target, TopK):
-            _check_top_k(name, target, learner.head.shape[0])
-        parts = target.hidden if isinstance(target, LazyLogits) else target
-        for part in jax.tree.leaves(parts):
-            if jnp.shape(part)[:2] != learner.hidden.shape[:2]:
-                raise ValueError(shape_error(name, jnp.shape(part), learner))
+        for part in jax.tree.leaves(target, is_leaf=is_distribution):
+            _check_part(f"targets[{number}]", part, learner)
+
+
+def _check_part(name: str, part: Any, learner: LazyLogits) -> None:
+    if isinstance(part, LazyLogits):
+        _check_linear(name, part)
+        if part.head.shape[0] != learner.head.shape[0]:
+            raise ValueError(
+                f"{name}: a vocabulary of {part.head.shape[0]}, the learner's has "
+                f"{learner.head.shape[0]}; expected the tokens that both share, without the "
+                "padding of either: head[:vocab_size]"
+            )
+        part = part.hidden
+    if isinstance(part, TopK):
+        _check_top_k(name, part, learner.head.shape[0])
+    for array in jax.tree.leaves(part):
+        if jnp.shape(array)[:2] != learner.hidden.shape[:2]:
+            raise ValueError(shape_error(name, jnp.shape(array), learner))
 
 
 def shape_error(name: str, shape: tuple[int, ...], learner: LazyLogits) -> str:

@@ -97,7 +97,7 @@ class Method(Objective):
     def student_needs_teacher(self) -> bool:
         """Whether the student's update looks at the teacher on the target rows."""
         return bool(self.hidden_terms) or any(
-            name != CROSS_ENTROPY for name, _ in self.student_terms
+            name != CROSS_ENTROPY for name, _ in (*self.student_terms, *self.off_policy_terms)
         )
 
     @property

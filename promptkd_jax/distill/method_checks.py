@@ -18,14 +18,14 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
     messages = []
     if len(set(names)) < len(names):
         messages.append(f"student_terms: {', '.join(names)}: expected each name once")
-    if CROSS_ENTROPY in names and method.source.on_policy and not method.reads_responses:
+    if CROSS_ENTROPY in names and method.source.on_policy and not method.others_write:
         messages.append(
             f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write, and "
             f"targets = {method.targets!r} has none; name a divergence instead, or other targets"
         )
     if not any(weight > 0 for _, weight in method.student_terms):
         messages.append("student_terms: all weights are 0; expected one above 0")
-    for terms in ("teacher_terms", "corpus_terms"):
+    for terms in ("off_policy_terms", "teacher_terms", "corpus_terms"):
         others = [name for name, _ in getattr(method, terms)]
         if len(set(others)) < len(others):
             messages.append(f"{terms}: {', '.join(others)}: expected each name once")
@@ -40,12 +40,41 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
             f"teacher_view: {method.teacher_view!r} is of no use where neither student_terms nor "
             "hidden_terms look at the teacher; name a divergence there"
         )
+    messages += _about_rows(method, names)
+    if method.interpolation.schedule == "adaptive" and method.interpolation.start > (
+        end := method.interpolation.end
+    ):
+        messages.append(
+            f"interpolation.start: {method.interpolation.start:g} is above end = {end:g}; expected "
+            "a share that rises"
+        )
     if not method.source.on_policy:
         messages += _without_rollouts(method, execution)
     if POLICY_GRADIENT in names:
         messages += _about_policy_gradient(method, execution, sampling)
     if method.teacher_view == "cached":
         messages += _about_cache(method, names)
+    return messages
+
+
+def _about_rows(method: Objective, names: list[str]) -> list[str]:
+    messages = []
+    if method.off_policy_terms and not (method.source.on_policy and method.others_write):
+        messages.append(
+            f"off_policy_terms: tell rows that the student wrote from others, and targets = "
+            f"{method.targets!r} has one kind alone; expected 'mixed', 'replay' or "
+            "'teacher_and_student', or no off_policy_terms"
+        )
+    if method.row_weights != "even" and not method.off_policy_terms:
+        messages.append(
+            f"row_weights: {method.row_weights!r} weighs student_terms against off_policy_terms, "
+            "of which there are none; expected 'even'"
+        )
+    if method.off_policy_terms and CROSS_ENTROPY in names:
+        messages.append(
+            f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write; expected "
+            "it among off_policy_terms, where there are any"
+        )
     return messages
 
 
@@ -128,6 +157,11 @@ def _about_cache(method: Objective, names: list[str]) -> list[str]:
                 "largest log-probabilities; expected a divergence that is a sum over tokens of "
                 "their two probabilities, such as reverse_kl or mixed_learner(…, alpha=-1)"
             )
+    if method.interpolation.schedule != "none":
+        messages.append(
+            f"interpolation.schedule: {method.interpolation.schedule!r} mixes whole distributions, "
+            "a cached teacher keeps the largest log-probabilities; expected 'none'"
+        )
     if method.token_weighting != "uniform":
         messages.append(
             f"token_weighting: {method.token_weighting!r} needs whole distributions, a cached "

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from promptkd_jax.distill import losses
+from promptkd_jax.distill.curriculum import ROW_WEIGHTS, Interpolation
 from promptkd_jax.distill.divergence import DivergenceName
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.policy_gradient import PolicyGradient
@@ -50,6 +51,12 @@ TARGETS = {
         "a row is the student's with probability on_policy_share, else the data's",
         on_policy=True,
         reads_responses=True,
+    ),
+    "teacher_and_student": TargetSource(
+        "a row is the student's with probability on_policy_share, else what the teacher wrote "
+        "before training",
+        on_policy=True,
+        teacher_writes=True,
     ),
     "replay": TargetSource(
         "the data's, the student's, or what it wrote before, by DistiLLM's schedule",
@@ -105,6 +112,14 @@ class Objective:
         "the sum that the student minimizes: divergences from the teacher with their weights, "
         f"'{CROSS_ENTROPY}' on tokens that it did not write, '{POLICY_GRADIENT}' MiniLLM's",
     )
+    off_policy_terms: WeightedNames = field(
+        (),
+        ListOf(WeightedName()),
+        "the same on rows that the student did not write; where there are any, student_terms are "
+        "of the student's own rows alone",
+    )
+    row_weights: str = field("even", Choice(ROW_WEIGHTS), "of student_terms and off_policy_terms")
+    interpolation: Interpolation = group(Interpolation, "TAID's moving target")
     teacher_view: str = field("plain", Choice(VIEWS), "how the teacher is seen")
     on_policy_share: float = field(
         0.5, Float(low=0.0, high=1.0), "lambda of GKD, for 'mixed' targets"
@@ -183,11 +198,16 @@ class Objective:
         return self.source.reads_responses and not never
 
     @property
+    def others_write(self) -> bool:
+        """Whether rows may be of another than the student."""
+        return self.reads_responses or self.source.teacher_writes
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the teacher's parameters are looked at in an update."""
         if self.teacher_view == "cached":
             return False
-        terms = (*self.student_terms, *self.corpus_terms)
+        terms = (*self.student_terms, *self.off_policy_terms, *self.corpus_terms)
         return (
             self.teacher_view in ("prompted", "online")
             or self.teacher_share > 0

@@ -14,51 +14,29 @@ B rows of a micro-batch, R response positions, M soft-prompt tokens, D width, V 
 G micro-batches of one update.
 """
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.batch import Batch, responses
-from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill import hidden_loss, losses, policy_gradient
-from promptkd_jax.distill.chunked_loss import Observation, apply_divergence, linear_loss
+from promptkd_jax.distill import hidden_loss, losses
+from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
+from promptkd_jax.distill.method_fields import CROSS_ENTROPY
 from promptkd_jax.distill.optimizer import Gradients
-from promptkd_jax.distill.policy_gradient import PolicyTarget
-from promptkd_jax.distill.teacher import DropoutKeys, StepModels, StudentForward, lazy_logits
+from promptkd_jax.distill.teacher import StepModels, StudentForward, lazy_logits
+from promptkd_jax.distill.terms import (
+    MicroBatch,
+    Observations,
+    Term,
+    Terms,
+    student_observations,
+    student_terms,
+    teacher_term,
+)
 from promptkd_jax.models.language_model import LazyLogits
-
-
-class MicroBatch(NamedTuple):
-    """The inputs of the losses of one micro-batch.
-
-    `is_student` `[B]` says which rows the student wrote, `corpus` are rows of plain text,
-    `soft_prompt` `[M, D]` is the one of the student's loss, `policy` the advantages of sampled
-    tokens, `dropout_keys` `[B]` those of the student's own update, of the rows and of the corpus.
-    """
-
-    rows: Batch
-    is_student: jax.Array
-    corpus: Batch | None
-    soft_prompt: jax.Array | None = None
-    policy: PolicyTarget | None = None
-    dropout_keys: DropoutKeys | None = None
-
-
-class Term(NamedTuple):
-    """One summand of a loss: a function of (target, learner logits), its target, its weight."""
-
-    function: losses.Divergence
-    target: Any
-    weight: jax.Array
-
-
-Terms = dict[str, Term]
-Observations = dict[str, Observation]
 
 
 def grad_and_loss(
@@ -197,10 +175,7 @@ def student_gradients(
     teacher, teacher_states = None, {}
     if method.student_needs_teacher:
         teacher, teacher_states = step_models.teacher(params, rows, micro_batch.soft_prompt)
-    terms = {
-        name: student_term(name, weight * scale, micro_batch, teacher, step_models)
-        for name, weight in method.student_terms
-    }
+    terms = student_terms(scale, micro_batch, teacher, step_models)
     observations = student_observations(method)
     d_student, loss, sums = _student_grad_and_loss(
         terms, observations, where.mask, student, step_models, teacher
@@ -254,89 +229,6 @@ def _student_grad_and_loss(
         terms, observations, mask, lambda h: student.replace(hidden=h), student.hidden, *observed
     )
     return jax.tree.map(jnp.zeros_like, student).replace(hidden=d_hidden), loss, sums
-
-
-# The student's terms, and those of a teacher that learns
-
-
-def student_term(
-    name: str,
-    weight: jax.Array,
-    micro_batch: MicroBatch,
-    teacher: LazyLogits | TopK | None,
-    step_models: StepModels,
-) -> Term:
-    """Returns the student's term `name`; its divergences are from `teacher`."""
-    method = step_models.method
-    if name == CROSS_ENTROPY:
-        return _cross_entropy_term(weight, micro_batch, step_models)
-    if name == POLICY_GRADIENT:
-        clip = method.policy_gradient.ratio_clip
-        function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
-        return Term(function, micro_batch.policy, weight)
-    temperatures = method.temperature, method.student_temperature
-    function = losses.tempered(losses.divergence(name), *temperatures)
-    return Term(losses.weighted(function, method.token_weighting), teacher, weight)
-
-
-def teacher_term(
-    name: str,
-    weight: jax.Array,
-    micro_batch: MicroBatch,
-    student: LazyLogits,
-    step_models: StepModels,
-) -> Term:
-    """Returns an online teacher's term `name`; its divergences are from `student`."""
-    if name == CROSS_ENTROPY:
-        return _cross_entropy_term(weight, micro_batch, step_models)
-    return Term(losses.divergence(name), student, weight)
-
-
-def _cross_entropy_term(
-    weight: jax.Array, micro_batch: MicroBatch, step_models: StepModels
-) -> Term:
-    labels = step_models.where(micro_batch.rows).labels
-    if not step_models.method.source.on_policy:
-        return Term(losses.cross_entropy, labels, weight)
-    # [B] -> [B, R]: cross-entropy counts only rows that the student did not write itself.
-    written_by_others = jnp.broadcast_to(~micro_batch.is_student[:, None], labels.shape)
-    return Term(_cross_entropy_of_others, (labels, written_by_others), weight)
-
-
-def _cross_entropy_of_others(target, logits):
-    """Cross-entropy on rows that the student did not write: on its own, it would only sharpen the
-    student's distributions."""
-    labels, counts = target
-    return losses.cross_entropy(labels, logits) * counts
-
-
-def student_observations(method: Method) -> Observations:
-    """Functions that are measured beside the student's loss; the last of their targets is the
-    teacher in the method's view."""
-    observations = {"student_entropy": _entropy}
-    if method.student_needs_teacher:
-        observations["agreement"] = _agreement
-        if not method.prompted:
-            observations[f"kl_{method.teacher_view}"] = _learner_to_teacher
-    return observations
-
-
-def _learner_to_teacher(targets, student):
-    """KL(q || p)."""
-    return apply_divergence(losses.reverse_kl, targets[-1], student)
-
-
-def _agreement(targets, student):
-    teacher = targets[-1]
-    if isinstance(teacher, TopK):  # of which the first token is the likeliest
-        # [B, R]: the student's logit of the teacher's likeliest token, against its own largest.
-        there = jnp.take_along_axis(student, teacher.ids[..., :1], axis=-1)[..., 0]
-        return (there == jnp.max(student, axis=-1)).astype(jnp.float32)
-    return losses.agreement(teacher, student)
-
-
-def _entropy(targets, student):
-    return losses.entropy(student)
 
 
 # The soft prompt's terms

@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax.distill.method import PRESETS, Conventions
+from promptkd_jax.distill.curriculum import (
+    InterpolationState,
+    linear_share,
+    next_interpolation,
+)
+from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.replay import Replay
 from promptkd_jax.distill.targets import TargetBatch
 
@@ -41,9 +46,10 @@ class TrainState:
 
     `params` and `optimizers` have the groups of `Optimizers`: "student", and where they are trained
     "soft_prompt" `[M, D]`, "teacher", "projection". `step` counts the steps of this stage,
-    `regularization` is the coefficient of L_reg where that adapts, `replay` the buffer of "replay"
-    targets, `pending` the rows of this step where rows are written a step ahead, see `write_ahead`.
-    `skipped` counts the non-finite steps in all, `skipped_in_a_row` the latest of them.
+    `regularization` is the coefficient of L_reg where that adapts, `interpolation` the schedule of
+    a moving target where that does, `replay` the buffer of "replay" targets, `pending` the rows of
+    this step where rows are written a step ahead, see `write_ahead`. `skipped` counts the
+    non-finite steps in all, `skipped_in_a_row` the latest of them.
     """
 
     step: jax.Array
@@ -55,6 +61,7 @@ class TrainState:
     pending: TargetBatch | None
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    interpolation: InterpolationState | None = None
 
     @property
     def student(self) -> Any:
@@ -98,6 +105,7 @@ def init_state(
     regularization: float = 1.0,
     replay: Replay | None = None,
     pending: TargetBatch | None = None,
+    interpolation: InterpolationState | None = None,
 ) -> TrainState:
     """A state at step 0.
 
@@ -108,6 +116,7 @@ def init_state(
       replay: `empty_replay(…)` where a method has "replay" targets.
       pending: an `empty_target_batch` for the rows of `write_ahead`, so that states of several
         methods have one structure.
+      interpolation: `first_interpolation(…)` where a method's `interpolation` is "adaptive".
     """
     # A group that nothing trains is not there at all: no optimizer state, no checkpoint of it.
     params = {name: group for name, group in params.items() if group is not None}
@@ -121,7 +130,20 @@ def init_state(
         pending=pending,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
+        interpolation=interpolation,
     )
+
+
+def advance(state: TrainState, metrics: Metrics, method: Method) -> tuple[TrainState, Metrics]:
+    """The state with the moving target of its next step, where that adapts to the loss of this."""
+    settings = method.interpolation
+    if settings.schedule != "adaptive":
+        return state, metrics
+    loss = jnp.sum(metrics.losses["student"]) / jnp.sum(metrics.counts)
+    floor = linear_share(settings, (state.step + 1) / method.total_steps)
+    after = next_interpolation(settings, state.interpolation, loss, floor)
+    scalars = metrics.scalars | {"teacher_share": state.interpolation.share}
+    return state.replace(interpolation=after), metrics._replace(scalars=scalars)
 
 
 def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:

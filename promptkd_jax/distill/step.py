@@ -25,13 +25,14 @@ import optax
 from promptkd_jax.data.batch import Batch, responses, truncate
 from promptkd_jax.distill import losses, objective, policy_gradient
 from promptkd_jax.distill.chunked_loss import linear_values
+from promptkd_jax.distill.curriculum import curriculum
 from promptkd_jax.distill.method import Conventions, Method
 from promptkd_jax.distill.method_fields import POLICY_GRADIENT
-from promptkd_jax.distill.objective import MicroBatch
 from promptkd_jax.distill.optimizer import accumulate, gradient_norm
-from promptkd_jax.distill.state import Metrics, Optimizers, TrainState
+from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, advance
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import DropoutKeys, Models, StepModels, StudentForward
+from promptkd_jax.distill.terms import MicroBatch
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.buckets import run_in_smallest_bucket
 
@@ -109,6 +110,7 @@ def train_step(
     keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch, corpus)
     micro_batches = _split(targets, corpus, method, keys)
     metrics = _measure_rows(targets, micro_batches, new, method)
+    micro_batches = micro_batches._replace(curriculum=curriculum(method, state))
     # Where the student's forward serves both updates, it is computed once, here.
     student_forward = _shared_forward(state, micro_batches, step_models)
     if method.prompted:
@@ -128,7 +130,7 @@ def train_step(
     new, metrics = _update_student(
         new, micro_batches, metrics, step_models, optimizers, student_forward
     )
-    return _skip_if_not_finite(state, new, metrics)
+    return _skip_if_not_finite(state, *advance(new, metrics, method))
 
 
 def _write(state: TrainState, batch: Batch, step_models: StepModels, step: jax.Array):
@@ -246,11 +248,8 @@ def _measure_rows(
 
 
 def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
-    """Factors `[G]` with which the micro-batches' sums over tokens add up to the mean of an update.
-
-    Args:
-      counts: `[G]`, response tokens of each micro-batch of one update (the teacher's has all UG).
-    """
+    """Factors `[G]` with which the micro-batches' sums over tokens add up to the mean of an update;
+    `counts` `[G]` are the response tokens of each (the teacher's update has all UG)."""
     # As published, the mean over micro-batches of their means; else the mean over all tokens.
     if conventions.mean_of_means:
         return 1 / (counts * counts.shape[0])

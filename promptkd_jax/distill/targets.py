@@ -152,7 +152,7 @@ def row_statistics(
     rows, is_student, hit_eos = written
     lengths = rows.num_supervised.astype(jnp.float32)  # [B]
     statistics = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
-    if method.source.on_policy and method.source.reads_responses:
+    if method.source.on_policy and method.others_write:
         statistics["on_policy_share"] = is_student.mean()
     if method.source.on_policy and not method.source.keeps_replay:
         statistics["eos_rate"] = jnp.sum(hit_eos) / jnp.maximum(jnp.sum(is_student), 1)
@@ -209,4 +209,9 @@ def _replayed_rows(method: Method, write: Callable, batch: Batch, replay, draw_k
     return TargetBatch(rows, is_student, jnp.zeros(number, bool)), replay
 
 
-WRITERS = {"student": _student_rows, "mixed": _mixed_rows, "replay": _replayed_rows}
+WRITERS = {
+    "student": _student_rows,
+    "mixed": _mixed_rows,
+    "teacher_and_student": _mixed_rows,
+    "replay": _replayed_rows,
+}

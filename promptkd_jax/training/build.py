@@ -20,7 +20,8 @@ def describe(stage: StageConfig) -> str:
     """A stage in one line: name, where targets come from, divergences, teacher view."""
     terms = " + ".join(f"{weight:g} {name}" for name, weight in stage.student_terms)
     view = "" if stage.teacher_view == "plain" else f", {stage.teacher_view} teacher"
-    more = [f"{term.weight:g} {term.kind}" for term in stage.hidden_terms]
+    off = [f"{weight:g} {name} on rows of others" for name, weight in stage.off_policy_terms]
+    more = off + [f"{term.weight:g} {term.kind}" for term in stage.hidden_terms]
     more += [f"{weight:g} {name} on a corpus" for name, weight in stage.corpus_terms]
     return " + ".join([f"{stage.name}: {terms} on rows from {stage.targets}{view}", *more])
 

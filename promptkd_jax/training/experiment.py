@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from promptkd_jax.data.batches import stream
 from promptkd_jax.data.rows import Rows
+from promptkd_jax.distill.curriculum import first_interpolation
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.state import Optimizers, TrainState, init_state
@@ -167,6 +168,9 @@ class Experiment:
         ahead = [s.batch_size for s in config.stages if s.one_step_off_policy]
         if ahead:  # all alike, see `checks`
             pending = empty_target_batch(ahead[0], config.data.max_length)
+        interpolation = None
+        if any(s.interpolation.schedule == "adaptive" for s in config.stages):
+            interpolation = first_interpolation(stage.method.interpolation)
         return init_state(
             params,
             stage.optimizers,
@@ -174,6 +178,7 @@ class Experiment:
             regularization=stage.method.regularization,
             replay=replay,
             pending=pending,
+            interpolation=interpolation,
         )
 
 

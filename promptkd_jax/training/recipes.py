@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from promptkd_jax.distill.curriculum import Interpolation
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
 from promptkd_jax.distill.policy_gradient import PolicyGradient
@@ -71,6 +72,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "todi": dict(student_terms=((CROSS_ENTROPY, 0.5), ("todi", 0.125)), temperature=2.0),
     "akl": dict(student_terms=((CROSS_ENTROPY, 0.5), ("akl(0.5)", 0.5))),
     "csd": dict(student_terms=(("csd(learner, learner, 1.5)", 1.0),)),
+    "taid": dict(
+        student_terms=(("soft_cross_entropy", 1.0),),
+        interpolation=_defaults(Interpolation, schedule="adaptive"),
+    ),
+    "distillm2": dict(
+        targets="teacher_and_student",
+        student_terms=(("mixed_target(reverse_kl, -1, 0.9, True)", 1.0),),
+        off_policy_terms=(("skew_forward_kl(0.1)", 1.0),),
+        row_weights="rising",
+    ),
     "promptkd": dict(_PROMPTKD, student_terms=_RKL),
     "promptkd_abkd": dict(_PROMPTKD, student_terms=_ABKD, prompt_divergence="alpha_beta(0.2, 0.7)"),
     "promptkd_amid": dict(_PROMPTKD, student_terms=((_AMID, 1.0),), prompt_divergence=_AMID),
@@ -111,10 +122,10 @@ class PaperSize(NamedTuple):
 
 
 # Where MiniLLM, GKD, PromptKD and their kind begin: a student that has had 3 epochs of SFT.
-FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "abkd", "amid")
+FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "distillm2", "abkd", "amid")
 FROM_SFT += ("promptkd", "promptkd_abkd", "promptkd_amid")
 # Those that were published with batches of 32 rows and a cosine, as the supervised ones are.
-OF_THEIR_OWN = ("amid", "todi", "akl", "csd")
+OF_THEIR_OWN = ("amid", "todi", "akl", "csd", "taid", "distillm2")
 
 
 def paper_config(

@@ -42,6 +42,7 @@ from promptkd_jax.distill import hidden_loss, losses, objective
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.state import TrainState, summarize
 from promptkd_jax.distill.teacher import Models, StepModels, lazy_logits_and_states
+from promptkd_jax.distill.terms import MicroBatch
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 
@@ -240,7 +241,7 @@ def dense_balance(student):
 
 def test_the_router_of_a_student_is_balanced_beside_its_divergences():
     params = {"student": random_params(MIXTURE.config, 3)}
-    micro_batch = objective.MicroBatch(batch(), jnp.zeros(4, bool), None)
+    micro_batch = MicroBatch(batch(), jnp.zeros(4, bool), None)
     tokens, teacher = supervised(batch()).sum(), teacher_params()
 
     def of_student(weight):

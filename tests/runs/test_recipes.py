@@ -111,6 +111,8 @@ LOGGED = {
     "opd": {*CLOSE, "eos_rate"},
     "distillm": {*CLOSE, "on_policy_share", "replay_threshold"},
     "abkd": CLOSE,
+    "taid": {*CLOSE, "soft_cross_entropy", "teacher_share"},
+    "distillm2": {*CLOSE, "on_policy_share", "eos_rate", "off_policy_skew_forward_kl(0.1)"},
     "promptkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
     "promptkd_abkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
 }
@@ -623,6 +625,26 @@ IMPOSSIBLE = {
     "a temperature of the student's, cache": (
         stage("kd", student_temperature=2.0, **CACHED),
         ["stages[0].student_temperature: 2 needs the whole distribution"],
+    ),
+    "moving target, cache": (
+        stage("taid", **CACHED),
+        ["stages[0].interpolation.schedule: 'adaptive' mixes whole distributions"],
+    ),
+    "terms of rows of others, of which there are none": (
+        stage("imitkd", off_policy_terms=(("forward_kl", 1.0),), row_weights="rising"),
+        ["stages[0].off_policy_terms: tell rows that the student wrote from others"],
+    ),
+    "a weight of rows of one kind": (
+        stage("gkd", row_weights="rising"),
+        ["stages[0].row_weights: 'rising' weighs student_terms against off_policy_terms"],
+    ),
+    "cross-entropy on own rows": (
+        stage("distillm2", student_terms=(CE, ("reverse_kl", 1.0))),
+        ["stages[0].student_terms: cross_entropy counts rows that the student did not write"],
+    ),
+    "a share that falls": (
+        stage("taid", interpolation=dict(schedule="adaptive", start=0.9, end=0.5)),
+        ["stages[0].interpolation.start: 0.9 is above end = 0.5"],
     ),
     "tokens of the tail against each other, cache": (
         stage("csd", **CACHED),
