@@ -16,13 +16,15 @@ class TopK(NamedTuple):
     the largest first, and `tail` `[B, T]`, the log-probability of all other tokens together.
 
     Where it is compared with a learner, its tail is divided among the other tokens as the learner
-    divides its own. So KL divergences compare k + 1 probabilities, which bounds them from below,
-    and nothing is learned about the inside of the tail; with k = V nothing is lost.
+    divides its own. So KL divergences, and all others that are sums of q f(p / q), compare k + 1
+    probabilities, which bounds them from below, and nothing is learned about the inside of the
+    tail; with k = V nothing is lost. (An alpha-beta divergence is such a sum if alpha + beta = 1.)
 
-    Where the tail is not given (None, or rounded to -inf), it is what the k largest leave of 1. Of
-    a sure teacher that is lost in rounding, and the least that can be told from 1 in the dtype of
-    `log_probs` (its machine epsilon) stands for it, or less where so many tokens that are no
-    likelier than the k-th cannot have as much.
+    Where the tail is not given (None, or rounded to -inf), it is what the k largest leave of 1, and
+    at most what so many tokens that are no likelier than the k-th can have. Of a sure teacher that
+    is lost in rounding: it may be as much as can just not be told from 1 in the dtype of
+    `log_probs` (its machine epsilon), or nothing. Of what it may be, the tail is then what is
+    nearest to the learner's: no learner is told to put more into the tail than it has.
 
     A log-probability of -inf fills up a list of fewer than k tokens, and its id says nothing: a
     token that stands nowhere else is one of the tail or, with k = V, has probability 0.
@@ -47,17 +49,24 @@ class TopK(NamedTuple):
             nothing = jnp.isneginf(sum_of_others)
             others = self._others(vocab_size)[..., None]
             shares = jnp.where(nothing, -jnp.log(others), whole - sum_of_others)
-            whole = self.tail_below(vocab_size)[..., None] + shares
+            own = sum_of_others[..., 0] - jax.nn.logsumexp(whole, axis=-1)
+            whole = self.tail_below(vocab_size, own)[..., None] + shares
         return jnp.put_along_axis(whole, ids, log_probs, axis=-1, inplace=False, mode="drop")
 
-    def tail_below(self, vocab_size: int) -> Float[Array, "B T"]:
-        """The log-probability of the tokens of `vocab_size` > k that are not kept, `[B, T]`."""
+    def tail_below(
+        self, vocab_size: int, learner: Float[Array, "B T"] | float = jnp.inf
+    ) -> Float[Array, "B T"]:
+        """The log-probability of the tokens of `vocab_size` > k that are not kept, `[B, T]`: where
+        it is not given, as near to the `learner`'s as rounding leaves open."""
         kept = self.log_probs.astype(jnp.float32)
-        least = jnp.finfo(self.log_probs.dtype).eps
-        left = jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(kept), axis=-1), least))
+        epsilon = jnp.finfo(self.log_probs.dtype).eps
+        left = 1 - jnp.sum(jnp.exp(kept), axis=-1)
         # None of the others is likelier than the last that is kept.
         last = jnp.min(jnp.where(jnp.isneginf(kept), jnp.inf, kept), axis=-1)
-        derived = jnp.minimum(left, last + jnp.log(self._others(vocab_size)))
+        most = jnp.log(jnp.maximum(left, epsilon))
+        most = jnp.minimum(most, last + jnp.log(self._others(vocab_size)))
+        least = jnp.minimum(jnp.log(jnp.maximum(left - epsilon, 0)), most)
+        derived = jnp.clip(learner, least, most)
         if self.tail is None:
             return derived
         return jnp.where(jnp.isneginf(self.tail), derived, self.tail)

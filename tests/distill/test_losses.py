@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.tiny import equations
 
-from promptkd_jax.data.top_k import TopK
+from promptkd_jax.data.top_k import TopK, log_sum_of_others
 from promptkd_jax.distill import chunked_loss, losses
 from promptkd_jax.distill import divergence as names
 from promptkd_jax.distill.chunked_loss import linear_loss, linear_values
@@ -943,6 +943,35 @@ def test_a_tail_that_a_user_rounds_to_nothing_is_as_if_not_given(spec, kept):
     found = of_one_position(spec, cached._replace(tail=tail), student)
     right = of_one_position(spec, cached, student)
     jax.tree.map(np.testing.assert_array_equal, found, right)
+
+
+@pytest.mark.parametrize("spec", BUCKETED)
+def test_no_learner_is_told_to_put_more_into_a_tail_that_rounds_to_nothing(spec):
+    """Students from surer than their teacher to less sure: the slope of a tail token is not
+    negative. The value is at most the whole one, if that is a sum of q f(p / q)."""
+    cached, whole = sure(3)
+    cached = cached._replace(tail=jnp.full((1, 1), -jnp.inf))
+    for tail in (-90.0, -60.0, -41.0, -35.0, -20.0, -15.0, -5.0):
+        student = np.where(np.arange(200) < 3, whole, tail).astype(np.float32)
+        value, gradient = of_one_position(spec, cached, student)
+        right, slope = defined(spec, whole, student)
+        assert gradient[3:].min() >= -1e-7 * max(1.0, np.abs(slope).max()), tail
+        if not spec.startswith("alpha_beta"):
+            assert value <= right * (1 + 1e-4) + 2e-6, tail
+
+
+@pytest.mark.parametrize("spec", [x for x in BUCKETED if not x.startswith("alpha_beta")])
+def test_what_is_kept_bounds_the_whole_from_below(spec):
+    """Of a teacher that is not sure, and of one whose tail is lost in rounding."""
+    for scale, seed in ((1.0, 0), (3.0, 1), (9.0, 2)):
+        teacher, student = logits(seed, (200,), scale), logits(seed + 9, (200,), 3.0)
+        log_p = losses.log_probs(jnp.asarray(teacher))
+        values, ids = jax.lax.top_k(log_p, 4)
+        for tail in (None, log_sum_of_others(log_p, ids)[None, None]):
+            kept = TopK(ids[None, None], values[None, None], tail)
+            found, _ = of_one_position(spec, kept, student)
+            right, _ = defined(spec, teacher, student)
+            assert found <= right + 1e-5 * max(1.0, abs(right)), (scale, tail)
 
 
 @pytest.mark.parametrize("filler", [0, 3, 6])
