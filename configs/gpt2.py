@@ -22,7 +22,7 @@ SIZES = {
         supervised=(5e-4, 20),
         on_policy=(256, 16, 5e-5, 20),
         distillm=(SKEW_FORWARD, 5e-4, 20),
-        of_their_own={"amid": (1e-4, 20)},
+        of_their_own={"amid": (1e-4, 20), "wasd": (1e-4, 20)},
     ),
     "medium": PaperSize(
         start="MiniLLM/init-gpt2-340M",
@@ -30,7 +30,7 @@ SIZES = {
         supervised=(1e-4, 20),
         on_policy=(64, 4, 1e-5, 20),
         distillm=(SKEW_REVERSE, 5e-4, 20),
-        of_their_own={"amid": (5e-4, 20)},
+        of_their_own={"amid": (5e-4, 20), "wasd": (1e-4, 20)},
     ),
     "large": PaperSize(
         start="MiniLLM/init-gpt2-760M",
@@ -38,7 +38,7 @@ SIZES = {
         supervised=(1e-4, 10),
         on_policy=(64, 4, 5e-6, 15),
         distillm=(SKEW_REVERSE, 1e-4, 10),
-        of_their_own={"amid": (5e-4, 10)},
+        of_their_own={"amid": (5e-4, 10), "wasd": (1e-4, 20)},
     ),
 }
 

@@ -22,9 +22,10 @@ from promptkd_jax.distill.divergence import Divergence, log_probs, needs_whole
 from promptkd_jax.distill.loss_inputs import (
     check_inputs,
     check_values,
-    is_distribution,
+    is_part,
     shape_error,
 )
+from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
 from promptkd_jax.models.language_model import LazyLogits
@@ -120,7 +121,7 @@ def linear_loss(
         raise ValueError(f"weights: {list(weights.shape)}; expected one per term, [{len(terms)}]")
     # By identity: the teacher of several terms is one object, whose head is multiplied once. Equal
     # arrays in two objects are not compared, and traced ones could not be.
-    leaves, tree = jax.tree.flatten(list(targets), is_leaf=is_distribution)
+    leaves, tree = jax.tree.flatten(list(targets), is_leaf=is_part)
     different = {id(leaf): leaf for leaf in leaves}
     order = tuple(list(different).index(id(leaf)) for leaf in leaves)
     learner, *targets = _gathered([learner, *different.values()])
@@ -156,7 +157,7 @@ def linear_values(
     check_inputs(learner, targets)
     if len(functions) != len(targets):
         raise ValueError(f"{len(functions)} functions need as many targets, got {len(targets)}")
-    leaves, tree = jax.tree.flatten(list(targets), is_leaf=is_distribution)
+    leaves, tree = jax.tree.flatten(list(targets), is_leaf=is_part)
     learner, *leaves = _gathered(jax.lax.stop_gradient([learner, *leaves]))
     shape = learner.hidden.shape[:2]
     chunk = min(chunk or _default_chunk(shape, learner.head.shape[0]), shape[1])
@@ -306,16 +307,19 @@ def _unblocked(blocks: jax.Array, length: int) -> jax.Array:
 
 def _sequences(targets):
     """The arrays of the targets that run along T, and a function that makes targets of such arrays
-    again, with the same heads."""
-    parts = [t.hidden if isinstance(t, LazyLogits) else t for t in targets]
+    again, with the same heads and kernels."""
 
-    def join(parts):
-        return [
-            t.replace(hidden=part) if isinstance(t, LazyLogits) else part
-            for part, t in zip(parts, targets)
-        ]
+    def part_of(target):
+        if isinstance(target, TokenKernel):
+            return None
+        return target.hidden if isinstance(target, LazyLogits) else target
 
-    return parts, join
+    def joined(target, part):
+        if isinstance(target, TokenKernel):
+            return target
+        return target.replace(hidden=part) if isinstance(target, LazyLogits) else part
+
+    return list(map(part_of, targets)), lambda parts: list(map(joined, targets, parts))
 
 
 def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = None):

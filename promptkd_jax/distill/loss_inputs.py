@@ -17,12 +17,19 @@ import jax.numpy as jnp
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill.divergence import Divergence
 from promptkd_jax.distill.losses import cross_entropy
+from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.models.language_model import LazyLogits
 
 
 def is_distribution(target: Any) -> bool:
     """Whether this part of a target is a distribution, which the loss makes logits of."""
     return isinstance(target, LazyLogits | TopK)
+
+
+def is_part(target: Any) -> bool:
+    """Whether this part of a target is looked at as one: a distribution, or a kernel, which is the
+    same at every position."""
+    return is_distribution(target) or isinstance(target, TokenKernel)
 
 
 def check_inputs(learner: LazyLogits, targets: Sequence[Any]) -> None:
@@ -34,11 +41,18 @@ def check_inputs(learner: LazyLogits, targets: Sequence[Any]) -> None:
         raise ValueError(f"targets: a bare {bare}; expected a sequence, one per term: [target]")
     _check_linear("learner", learner)
     for number, target in enumerate(targets):
-        for part in jax.tree.leaves(target, is_leaf=is_distribution):
+        for part in jax.tree.leaves(target, is_leaf=is_part):
             _check_part(f"targets[{number}]", part, learner)
 
 
 def _check_part(name: str, part: Any, learner: LazyLogits) -> None:
+    if isinstance(part, TokenKernel):
+        if part.vocab_size != learner.head.shape[0]:
+            raise ValueError(
+                f"{name}: a kernel of {part.vocab_size} tokens, the learner has "
+                f"{learner.head.shape[0]}; expected that of the tokens that both models share"
+            )
+        return
     if isinstance(part, LazyLogits):
         _check_linear(name, part)
         if part.head.shape[0] != learner.head.shape[0]:

@@ -5,6 +5,7 @@ from promptkd_jax.distill.method_fields import (
     CROSS_ENTROPY,
     POLICY_GRADIENT,
     TARGETS,
+    TRANSPORT,
     Execution,
     Objective,
 )
@@ -74,6 +75,11 @@ def _about_rows(method: Objective, names: list[str]) -> list[str]:
         messages.append(
             f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write; expected "
             "it among off_policy_terms, where there are any"
+        )
+    if method.interpolation.schedule != "none" and method.needs_token_kernel:
+        messages.append(
+            f"interpolation.schedule: {method.interpolation.schedule!r} mixes teacher and student "
+            f"by steps, {TRANSPORT} by transport.share; expected 'none'"
         )
     return messages
 
@@ -151,7 +157,7 @@ def _about_cache(method: Objective, names: list[str]) -> list[str]:
                 "largest log-probabilities; expected 1"
             )
     for name in set(names) - {CROSS_ENTROPY, POLICY_GRADIENT}:
-        if needs_whole(divergence(name)):
+        if name == TRANSPORT or needs_whole(divergence(name)):
             messages.append(
                 f"student_terms: {name} needs the whole distribution, a cached teacher keeps the "
                 "largest log-probabilities; expected a divergence that is a sum over tokens of "

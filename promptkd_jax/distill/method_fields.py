@@ -10,10 +10,12 @@ from promptkd_jax.distill.curriculum import ROW_WEIGHTS, Interpolation
 from promptkd_jax.distill.divergence import DivergenceName
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.transport import Transport
 from promptkd_jax.infra.specs import Bool, Choice, Float, Group, Int, ListOf, field, group
 
 CROSS_ENTROPY = "cross_entropy"  # the student term that looks at the tokens instead of the teacher
 POLICY_GRADIENT = "policy_gradient"  # the one that looks at both
+TRANSPORT = "transport"  # the one that looks at tokens that are near each other, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +110,10 @@ class Objective:
     targets: str = field("gold", Choice(TARGETS), "where the rows of a step come from")
     student_terms: WeightedNames = field(
         ((CROSS_ENTROPY, 1.0),),
-        ListOf(WeightedName((CROSS_ENTROPY, POLICY_GRADIENT)), nonempty=True),
+        ListOf(WeightedName((CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT)), nonempty=True),
         "the sum that the student minimizes: divergences from the teacher with their weights, "
-        f"'{CROSS_ENTROPY}' on tokens that it did not write, '{POLICY_GRADIENT}' MiniLLM's",
+        f"'{CROSS_ENTROPY}' on tokens that it did not write, '{POLICY_GRADIENT}' MiniLLM's, "
+        f"'{TRANSPORT}' WASD's",
     )
     off_policy_terms: WeightedNames = field(
         (),
@@ -120,6 +123,7 @@ class Objective:
     )
     row_weights: str = field("even", Choice(ROW_WEIGHTS), "of student_terms and off_policy_terms")
     interpolation: Interpolation = group(Interpolation, "TAID's moving target")
+    transport: Transport = group(Transport, "WASD's settings")
     teacher_view: str = field("plain", Choice(VIEWS), "how the teacher is seen")
     on_policy_share: float = field(
         0.5, Float(low=0.0, high=1.0), "lambda of GKD, for 'mixed' targets"
@@ -201,6 +205,11 @@ class Objective:
     def others_write(self) -> bool:
         """Whether rows may be of another than the student."""
         return self.reads_responses or self.source.teacher_writes
+
+    @property
+    def needs_token_kernel(self) -> bool:
+        """Whether the costs between the teacher's tokens are looked at."""
+        return any(name == TRANSPORT for name, _ in self.student_terms)
 
     @property
     def needs_teacher(self) -> bool:

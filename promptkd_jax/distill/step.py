@@ -6,9 +6,8 @@
     P <- P - eta_P d/dP [KL(p_P || q) + alpha_k KL(p_P || p)]     `_update_prompt`
     theta <- theta - eta d/dtheta KL(q || p_P)                    `_update_student`
 
-Gradients are accumulated over micro-batches, which `objective` computes one at a time. Row i of B
-is in micro-batch i mod UG, so that each device keeps its own rows of every micro-batch:
-`[B, ...]` is seen as `[UG, B / UG, ...]`.
+Gradients are accumulated over micro-batches, one at a time (`objective`). Row i of B is in number
+i mod UG, so that each device keeps its own rows of each: `[B, ...]` is seen as `[UG, B / UG, ...]`.
 
 B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabulary,
 G micro-batches of one update, UG of a whole step: the student has an update for each of U
@@ -33,6 +32,7 @@ from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, advance
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import DropoutKeys, Models, StepModels, StudentForward
 from promptkd_jax.distill.terms import MicroBatch
+from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.buckets import run_in_smallest_bucket
 
@@ -66,6 +66,7 @@ def train_step(
     batch: Batch,
     corpus: Batch | None = None,
     frozen_student: Any = None,
+    token_kernel: TokenKernel | None = None,
     *,
     method: Method,
     models: Models,
@@ -87,14 +88,14 @@ def train_step(
       corpus: rows of plain text for `method.corpus_terms`, B or another multiple of
         `method.num_micro_batches`.
       frozen_student: the parameters beside an adapter that alone is trained, see `lora.split`.
-      method: the distillation method; models: student and teacher; optimizers: of each group of
-        parameters in `state.params`.
+      token_kernel: `transport.token_kernel` of the teacher, where `method.needs_token_kernel`.
+      method; models: student and teacher; optimizers: of each group in `state.params`.
 
     Returns:
       The new state, and the Metrics of the rows trained on. A step whose loss or gradient is not
       finite changes nothing but `step`, the counters and what is written ahead.
     """
-    step_models = StepModels(method, models, teacher, frozen_student)
+    step_models = StepModels(method, models, teacher, frozen_student, token_kernel)
     if method.execution.one_step_off_policy:
         if state.pending is None:
             raise ValueError("one_step_off_policy = True needs a state that write_ahead(…) began")

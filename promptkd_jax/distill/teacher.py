@@ -18,6 +18,7 @@ from promptkd_jax.data.batch import Batch, Responses, gather, responses
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import hidden_loss
 from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
@@ -141,14 +142,15 @@ class StepModels:
     """The views that one step of `method` has of `models`, at the response positions of its rows.
 
     `frozen_teacher` are the parameters of a teacher that does not learn, `frozen_student` those of
-    a student of which an adapter alone does, see `models.lora`. `params` below are the groups of a
-    train state.
+    a student of which an adapter alone does, see `models.lora`; `token_kernel` is that of the
+    teacher's tokens, for "transport". `params` below are the groups of a train state.
     """
 
     method: Method
     models: Models
     frozen_teacher: Any
     frozen_student: Any = None
+    token_kernel: TokenKernel | None = None
 
     def where(self, rows: Batch) -> Responses:
         """The response positions of `rows`."""

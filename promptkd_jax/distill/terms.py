@@ -14,11 +14,12 @@ from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill import losses, policy_gradient
 from promptkd_jax.distill.chunked_loss import Observation, apply_divergence
 from promptkd_jax.distill.curriculum import Curriculum, interpolated
-from promptkd_jax.distill.divergence import needs_whole
+from promptkd_jax.distill.divergence import mark_needs_whole, needs_whole
 from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
+from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT
 from promptkd_jax.distill.policy_gradient import PolicyTarget
 from promptkd_jax.distill.teacher import DropoutKeys, StepModels
+from promptkd_jax.distill.transport import transport
 from promptkd_jax.models.language_model import LazyLogits
 
 
@@ -107,6 +108,8 @@ def _student_term(
         function = functools.partial(policy_gradient.clipped_policy_gradient, ratio_clip=clip)
         return Term(function, micro_batch.policy, weight)
     temperatures = method.temperature, method.student_temperature
+    if name == TRANSPORT:
+        return Term(_transport(method), (teacher, step_models.token_kernel), weight)
     function = losses.tempered(losses.divergence(name), *temperatures)
     function = losses.weighted(function, method.token_weighting)
     if method.interpolation.schedule == "none":
@@ -114,6 +117,23 @@ def _student_term(
     shape = step_models.where(micro_batch.rows).mask.shape
     share = jnp.broadcast_to(micro_batch.curriculum.teacher_share, shape)
     return Term(interpolated(function), (teacher, share), weight)
+
+
+def _transport(method: Method) -> losses.Divergence:
+    """WASD's loss, of (target, kernel of its tokens)."""
+
+    def with_kernel(target, learner):
+        target, kernel = target
+        if kernel is None:
+            raise ValueError(
+                f"{TRANSPORT}: train_step needs token_kernel=token_kernel(embeddings, "
+                "method.transport), of the teacher's input embeddings"
+            )
+        function = functools.partial(transport, kernel=kernel, settings=method.transport)
+        function = losses.tempered(function, method.temperature, method.student_temperature)
+        return losses.weighted(function, method.token_weighting)(target, learner)
+
+    return mark_needs_whole(with_kernel)
 
 
 def teacher_term(

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.sources import read_fields
 from promptkd_jax.data.top_k import TopK
+from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, Faults, ModelError
 from promptkd_jax.infra.files import io_errors, is_remote, to_path
@@ -85,9 +86,9 @@ class AbstractRun(Experiment):
             mesh=mesh,
         )
 
-    def arguments(self) -> tuple[Any, Any, Batch, Batch | None, Any]:
-        """State, teacher, rows, corpus and frozen student of a train step, each array a
-        ShapeDtypeStruct with the sharding that it has in the run.
+    def arguments(self) -> tuple[Any, Any, Batch, Batch | None, Any, TokenKernel | None]:
+        """State, teacher, rows, corpus, frozen student and token kernel of a train step, each array
+        a ShapeDtypeStruct with the sharding that it has in the run.
 
         Raises:
           ConfigError: an axis of the mesh does not divide a parameter, or the rows.
@@ -102,7 +103,20 @@ class AbstractRun(Experiment):
         cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
         whole = _has_whole_rows(self.config, self.config.stages[self.index])
         rows = self._rows(cached, whole)
-        return state, teacher, rows, self._rows() if method.corpus_terms else None, frozen
+        corpus = self._rows() if method.corpus_terms else None
+        return state, teacher, rows, corpus, frozen, self._token_kernel()
+
+    def _token_kernel(self) -> TokenKernel | None:
+        """With as many pairs as there can be, if the stage needs one."""
+        method = self.stage.method
+        if not method.needs_token_kernel:
+            return None
+        pairs = (2 * method.transport.neighbours * self.vocab_size,)
+        place = NamedSharding(self.mesh, sharding.P())
+        ids, entries = (
+            jax.ShapeDtypeStruct(pairs, dtype, sharding=place) for dtype in (jnp.int32, jnp.float32)
+        )
+        return TokenKernel(ids, ids, entries, self.vocab_size)
 
     def _rows(self, cached: int = 0, whole: bool = False) -> Batch:
         rows, columns = self.batch_size, self.config.data.max_length

@@ -153,6 +153,12 @@ def _stages_contradictions(config: RunConfig):
             "one_step_off_policy; the rows written ahead have one place in a checkpoint, expected "
             "one batch_size"
         )
+    kernels = {(stage.transport.epsilon, stage.transport.neighbours) for stage in config.stages}
+    if len(kernels) > 1 and any(stage.needs_token_kernel for stage in config.stages):
+        yield (
+            "config.stages: transport.epsilon and transport.neighbours differ between stages, and "
+            "a run has one kernel of the teacher's tokens; expected one of each"
+        )
     kinds = dict.fromkeys(stage.optimizer for stage in config.stages)
     if len(kinds) > 1:
         yield (

@@ -19,6 +19,7 @@ from promptkd_jax.distill.state import Optimizers, TrainState, init_state
 from promptkd_jax.distill.step import train_step, write_ahead
 from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import Models
+from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.lora import join
@@ -50,7 +51,8 @@ class Experiment:
     `student` is the one that the run starts from, `learned` what is trained beside it, by its group
     in the train state, `vocab_size` what teacher and student share, `dev` the held-out rows with
     their reference answers, `train` the rows to learn from, with their own responses, and then, if
-    it writes any, with those of the teacher. An experiment that is planned has shapes for arrays,
+    it writes any, with those of the teacher, `token_kernel` that of the teacher's tokens where a
+    stage has "transport". An experiment that is planned has shapes for arrays,
     no rows, and a mesh that may be abstract.
     """
 
@@ -63,6 +65,7 @@ class Experiment:
     dev: Rows | None
     stages: tuple[Stage, ...]
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+    token_kernel: TokenKernel | None = None
 
     @property
     def total_steps(self) -> int:

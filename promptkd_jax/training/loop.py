@@ -220,14 +220,14 @@ class _Loop:
             self._adapt_replay(stage)
             self.state = experiment.write_ahead(stage, self.state)
         teacher = experiment.teacher and experiment.teacher.params
-        frozen = experiment.frozen_student
+        last = experiment.frozen_student, experiment.token_kernel
         step = experiment.jitted_step(stage)
         self._mark()
         first = self.done - stage.first
         batches = _placed_batches(stage, first)
         rows = next(batches)
         while not (self.done == end or self.over):
-            self.state, metrics = step(self.state, teacher, *rows, frozen)
+            self.state, metrics = step(self.state, teacher, *rows, *last)
             self.done += 1
             if self.done < end:
                 rows = next(batches)  # the device is at work, and nothing has waited for it yet

@@ -22,6 +22,7 @@ from promptkd_jax.distill.soft_prompt import (
     pooled_soft_prompt,
     random_soft_prompt,
 )
+from promptkd_jax.distill.transport import TokenKernel, token_kernel
 from promptkd_jax.inference import logprob_cache, teacher_responses
 from promptkd_jax.inference.data_free import generate_prompts
 from promptkd_jax.infra import distributed, provenance, sharding
@@ -92,6 +93,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
         )
         stages.append(_with_data(config, made, rows, data.corpus, student))
     learned = init_learned(config, teacher, student, vocab_size, demonstrations)
+    kernel = _token_kernel(config, teacher, vocab_size)
     return Experiment(
         config=config,
         teacher=teacher,
@@ -102,6 +104,7 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
         dev=data.dev,
         stages=tuple(stages),
         mesh=mesh,
+        token_kernel=jax.device_put(kernel, jax.sharding.NamedSharding(mesh, sharding.P())),
     )
 
 
@@ -311,6 +314,20 @@ def init_learned(
         widths = student.decoder.config.width, teacher.decoder.config.width
         learned["projection"] = hidden_loss.init_projections(terms, *widths, key)
     return learned
+
+
+def _token_kernel(config: RunConfig, teacher: Model | None, vocab_size: int) -> TokenKernel | None:
+    """That of the teacher's input embeddings, where a stage has "transport"; the settings are the
+    same in all that have, see `checks`."""
+    settings = [stage.transport for stage in config.stages if stage.needs_token_kernel]
+    if not settings:
+        return None
+    embeddings = teacher.decoder.input_embeddings(teacher.params, np.arange(vocab_size))
+    kernel = token_kernel(embeddings, settings[0])
+    tokens = len(np.unique(kernel.rows))
+    if distributed.is_primary():
+        print(f"transport: {tokens} of {vocab_size} tokens have neighbours")
+    return kernel
 
 
 def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.Array:

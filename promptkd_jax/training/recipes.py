@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from promptkd_jax.distill.curriculum import Interpolation
 from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
+from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT
 from promptkd_jax.distill.policy_gradient import PolicyGradient
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config import as_dict
@@ -43,6 +43,8 @@ def hidden_term(kind: str, **changes: Any) -> ConfigDict:
 
 _RKL, _ABKD = (("reverse_kl", 1.0),), (("alpha_beta(0.2, 0.7)", 1.0),)
 _AMID = "mixed_learner(alpha_beta(0.2, 0.7), 0.5, 0.5)"
+# Weight 100 there, without a factor of the temperatures, which losses.tempered has.
+_WASD = dict(student_terms=((TRANSPORT, 50.0),), student_temperature=2.0)
 _PROMPTKD = dict(targets="student", teacher_view="prompted")
 
 # By name: what makes a method a method; how long and how fast it learns is said elsewhere.
@@ -82,9 +84,11 @@ METHODS: dict[str, dict[str, Any]] = {
         off_policy_terms=(("skew_forward_kl(0.1)", 1.0),),
         row_weights="rising",
     ),
+    "wasd": dict(targets="replay", **_WASD),
     "promptkd": dict(_PROMPTKD, student_terms=_RKL),
     "promptkd_abkd": dict(_PROMPTKD, student_terms=_ABKD, prompt_divergence="alpha_beta(0.2, 0.7)"),
     "promptkd_amid": dict(_PROMPTKD, student_terms=((_AMID, 1.0),), prompt_divergence=_AMID),
+    "promptkd_wasd": dict(_PROMPTKD, **_WASD),
 }
 
 
@@ -122,10 +126,10 @@ class PaperSize(NamedTuple):
 
 
 # Where MiniLLM, GKD, PromptKD and their kind begin: a student that has had 3 epochs of SFT.
-FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "distillm2", "abkd", "amid")
-FROM_SFT += ("promptkd", "promptkd_abkd", "promptkd_amid")
+FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "distillm2", "abkd", "amid", "wasd")
+FROM_SFT += ("promptkd", "promptkd_abkd", "promptkd_amid", "promptkd_wasd")
 # Those that were published with batches of 32 rows and a cosine, as the supervised ones are.
-OF_THEIR_OWN = ("amid", "todi", "akl", "csd", "taid", "distillm2")
+OF_THEIR_OWN = ("amid", "wasd", "todi", "akl", "csd", "taid", "distillm2")
 
 
 def paper_config(

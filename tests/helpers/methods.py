@@ -67,11 +67,11 @@ def compiled(method: Method):
     return jit(functools.partial(train_step, method=method, models=models, optimizers=OPTIMIZERS))
 
 
-def update(method: Method, before: TrainState, rows=None, corpus=None, teacher=None):
+def update(method: Method, before: TrainState, rows=None, corpus=None, teacher=None, kernel=None):
     """New state and metrics; without a teacher where the method says that it needs none."""
     frozen = method.needs_teacher and method.teacher_view != "online"
     teacher = teacher or (teacher_params() if frozen else None)
-    return compiled(method)(before, teacher, rows or batch(), corpus)
+    return compiled(method)(before, teacher, rows or batch(), corpus, None, kernel)
 
 
 def gradient(after: TrainState, group: str = "student"):

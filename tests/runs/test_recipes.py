@@ -114,6 +114,7 @@ LOGGED = {
     "taid": {*CLOSE, "soft_cross_entropy", "teacher_share"},
     "distillm2": {*CLOSE, "on_policy_share", "eos_rate", "off_policy_skew_forward_kl(0.1)"},
     "promptkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
+    "promptkd_wasd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
     "promptkd_abkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
 }
 
@@ -626,6 +627,14 @@ IMPOSSIBLE = {
         stage("kd", student_temperature=2.0, **CACHED),
         ["stages[0].student_temperature: 2 needs the whole distribution"],
     ),
+    "transport, cache": (
+        stage("wasd", targets="gold", **CACHED),
+        ["stages[0].student_terms: transport needs the whole distribution"],
+    ),
+    "transport to a moving target": (
+        stage("promptkd_wasd", interpolation=dict(schedule="linear")),
+        ["stages[0].interpolation.schedule: 'linear' mixes teacher and student by steps"],
+    ),
     "moving target, cache": (
         stage("taid", **CACHED),
         ["stages[0].interpolation.schedule: 'adaptive' mixes whole distributions"],
@@ -910,7 +919,13 @@ DISTILLM = {
 PUBLISHED = dict.fromkeys(("sft", "kd", "seqkd"), SUPERVISED)
 PUBLISHED |= dict.fromkeys(("gkd", "promptkd"), ON_POLICY) | {"distillm": DISTILLM}
 AMID = {"base": (32, 1e-4, 20), "medium": (32, 5e-4, 20), "large": (32, 5e-4, 10)}
-PUBLISHED |= {"amid": SUPERVISED | AMID, "todi": SUPERVISED, "csd": SUPERVISED}
+WASD = dict.fromkeys(AMID, (32, 1e-4, 20))
+PUBLISHED |= {
+    "amid": SUPERVISED | AMID,
+    "wasd": SUPERVISED | WASD,
+    "todi": SUPERVISED,
+    "csd": SUPERVISED,
+}
 PAPER = [(family, size) for family in ("gpt2", "opt", "llama") for size in STUDENTS[family]]
 EPOCH = {256: 44, 64: 178, 32: 357, 8: 1429}  # updates in 11,435 rows
 
@@ -957,7 +972,8 @@ def test_published_rates_batches_and_epochs(family, student, method):
     accumulated = {256: 16, 64: 4 if family == "gpt2" else 1}
     assert found.gradient_accumulation_steps == accumulated.get(found.batch_size, 1)
     pretrained = recipe(family, student, "sft").student.path
-    assert (config.student.path == pretrained) == (method in ("sft", "kd", "seqkd"))
+    raw = ("sft", "kd", "seqkd", "todi", "csd")
+    assert (config.student.path == pretrained) == (method in raw)
 
 
 @pytest.mark.parametrize("family, student", PAPER)

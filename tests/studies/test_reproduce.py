@@ -99,7 +99,7 @@ def texts(file: pathlib.Path) -> list[str]:
 def test_where_each_run_starts(folder, method):
     source, workdir = f"{folder}/gpt2.py:student=base", folder / "work"
     runs = reproduce.plan_reproduction(source, workdir, [method], (), from_published=False)
-    pretrained = method in ("sft", "kd", "seqkd")
+    pretrained = method in ("sft", "kd", "seqkd", "todi", "akl", "csd", "taid")
     assert list(runs) == ["teacher", *["init"] * (not pretrained), method]
     raw = f"{folder}/models/student"
     configs = {name: run.config for name, run in runs.items()}
