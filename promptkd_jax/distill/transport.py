@@ -9,14 +9,15 @@ and K = exp(-C / epsilon), the potentials f, g of entropic transport between r a
 and the divergence is S(r, p) = r.(f - f_rr) + p.(g - f_pp), f_rr and f_pp those of r and p to
 themselves. Its derivative by r is f - f_rr (envelope theorem): only r is differentiated.
 
-V vocabulary, k neighbours of a token, E pairs of neighbours.
+V vocabulary, n tokens that have up to w neighbours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
 import jax
@@ -53,15 +54,27 @@ class Transport:
         validate(self)
 
 
+class Neighbours(NamedTuple):
+    """Tokens `ids` `[n]` and the entries of K in their rows, beside the diagonal: the logarithms
+    `log_entries` `[n, w]` in `columns` `[n, w]`, filled up with -inf."""
+
+    ids: Ints[Array, " n"]
+    columns: Ints[Array, "n w"]
+    log_entries: Floats[Array, "n w"]
+
+
 @flax.struct.dataclass
 class TokenKernel:
-    """K as its entries beside the diagonal, which is 1, in order of their rows: `rows` and
-    `columns` `[E]`, `log_entries` `[E]`. Symmetric."""
+    """K, symmetric, 1 on the diagonal: the tokens that have neighbours, in groups of about as many,
+    so that little is filled up. A token that is in none is alone."""
 
-    rows: Ints[Array, " E"]
-    columns: Ints[Array, " E"]
-    log_entries: Floats[Array, " E"]
+    groups: tuple[Neighbours, ...]
     vocab_size: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of those that have neighbours."""
+        return sum(len(group.ids) for group in self.groups)
 
 
 def token_kernel(embeddings: Floats[Array, "V D"], settings: Transport) -> TokenKernel:
@@ -76,29 +89,42 @@ def token_kernel(embeddings: Floats[Array, "V D"], settings: Transport) -> Token
     x = embeddings.astype(jnp.float32)
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     vocab_size = x.shape[0]
-    number = min(settings.neighbours, vocab_size - 1)
+    number, block = min(settings.neighbours, vocab_size - 1), min(512, vocab_size)
 
     @jax.jit
-    def nearest(first):  # [block] -> ([block, number], [block, number])
-        ids = first + jnp.arange(block)
+    def nearest(first):  # [] -> cosines and ids [block, number]
         near = jax.lax.dynamic_slice_in_dim(x, first, block) @ x.T
-        near = near.at[jnp.arange(block), ids].set(-jnp.inf)
-        return jax.lax.top_k(near, number)
+        own = first + jnp.arange(block)
+        return jax.lax.top_k(near.at[jnp.arange(block), own].set(-jnp.inf), number)
 
-    block = min(512, vocab_size)
-    starts = [min(i, vocab_size - block) for i in range(0, vocab_size, block)]
-    found = {}
-    for first in starts:  # the last block may overlap the one before it
+    entries: list[dict[int, float]] = [{} for _ in range(vocab_size)]  # of each row, by column
+    for first in range(0, vocab_size, block):
+        first = min(first, vocab_size - block)  # the last block may overlap the one before it
         cosines, ids = map(np.asarray, nearest(first))
-        log_entries = (cosines.astype(np.float64) - 1) / settings.epsilon
-        live = log_entries > np.log(np.finfo(np.float32).smallest_subnormal)
-        for row, column in zip(*np.nonzero(live)):
-            pair = first + int(row), int(ids[row, column])
-            value = min(float(log_entries[row, column]), 0.0)
-            found[pair] = found[pair[::-1]] = max(value, found.get(pair, -np.inf))
-    edges = np.array(sorted(found), np.int32).reshape(-1, 2)
-    values = np.array([found[tuple(edge)] for edge in edges.tolist()], np.float32)
-    return TokenKernel(*map(jnp.asarray, (edges[:, 0], edges[:, 1], values)), vocab_size)
+        values = np.minimum((cosines.astype(np.float64) - 1) / settings.epsilon, 0)
+        live = values > np.log(np.finfo(np.float32).smallest_subnormal)
+        for row, place in zip(*np.nonzero(live)):
+            i, j, value = first + int(row), int(ids[row, place]), float(values[row, place])
+            entries[i][j] = entries[j][i] = max(value, entries[i].get(j, -np.inf))
+    return TokenKernel(_grouped(entries), vocab_size)
+
+
+def _grouped(entries: Sequence[Mapping[int, float]]) -> tuple[Neighbours, ...]:
+    """The rows of a kernel that have entries, up to 1, 2, 4, … of them in one group."""
+    groups = {}
+    for i, row in enumerate(entries):
+        if row:
+            groups.setdefault(1 << (len(row) - 1).bit_length(), []).append(i)
+    made = []
+    for width, ids in sorted(groups.items()):
+        columns = np.zeros((len(ids), width), np.int32)
+        values = np.full((len(ids), width), -np.inf, np.float32)
+        for place, i in enumerate(ids):
+            columns[place, : len(entries[i])] = list(entries[i])
+            values[place, : len(entries[i])] = list(entries[i].values())
+        arrays = np.array(ids, np.int32), columns, values
+        made.append(Neighbours(*map(jnp.asarray, arrays)))
+    return tuple(made)
 
 
 def transport(
@@ -169,13 +195,13 @@ def _self_potential(apply: Any, p: jax.Array, iterations: int) -> jax.Array:
 
 def _log_product(kernel: TokenKernel, x: jax.Array) -> jax.Array:
     """log(K e^x) `[..., V]` of x `[..., V]`, where the logarithm of 0 counts as 0."""
-    if not kernel.rows.shape[0]:
-        return finite_log(x)
-    # Each token's largest summand is taken out, so that nothing over- or underflows.
-    of_edges = x[..., kernel.columns] + kernel.log_entries
-    sorted_rows = dict(indices_are_sorted=True)
-    largest = x.at[..., kernel.rows].max(of_edges, **sorted_rows)
-    largest = finite_log(largest)
-    of_edges = jnp.exp(of_edges - largest[..., kernel.rows])
-    total = jnp.exp(x - largest).at[..., kernel.rows].add(of_edges, **sorted_rows)
-    return largest + finite_log(jnp.log(total))
+    product = x  # of tokens that are alone
+    for ids, columns, log_entries in kernel.groups:
+        others = x[..., columns] + log_entries  # [..., n, w]
+        both = jnp.concatenate([x[..., ids][..., None], others], axis=-1)
+        # Every sum's largest summand is taken out, so that nothing over- or underflows.
+        largest = jnp.max(both, axis=-1, keepdims=True)
+        total = jnp.sum(jnp.exp(both - finite_log(largest)), axis=-1)
+        total = jnp.log(total) + largest[..., 0]
+        product = product.at[..., ids].set(total, indices_are_sorted=True, unique_indices=True)
+    return finite_log(product)

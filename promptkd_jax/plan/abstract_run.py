@@ -13,7 +13,7 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.reading import read_records
 from promptkd_jax.data.sources import read_fields
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill.transport import TokenKernel
+from promptkd_jax.distill.transport import Neighbours, TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, Faults, ModelError
 from promptkd_jax.infra.files import io_errors, is_remote, to_path
@@ -107,16 +107,21 @@ class AbstractRun(Experiment):
         return state, teacher, rows, corpus, frozen, self._token_kernel()
 
     def _token_kernel(self) -> TokenKernel | None:
-        """With as many pairs as there can be, if the stage needs one."""
+        """With all neighbours that were asked for and as many others, if the stage needs one."""
         method = self.stage.method
         if not method.needs_token_kernel:
             return None
-        pairs = (2 * method.transport.neighbours * self.vocab_size,)
         place = NamedSharding(self.mesh, sharding.P())
-        ids, entries = (
-            jax.ShapeDtypeStruct(pairs, dtype, sharding=place) for dtype in (jnp.int32, jnp.float32)
+        tokens, width = self.vocab_size, 2 * method.transport.neighbours
+        ids, columns, entries = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            for shape, dtype in (
+                ((tokens,), jnp.int32),
+                ((tokens, width), jnp.int32),
+                ((tokens, width), jnp.float32),
+            )
         )
-        return TokenKernel(ids, ids, entries, self.vocab_size)
+        return TokenKernel((Neighbours(ids, columns, entries),), self.vocab_size)
 
     def _rows(self, cached: int = 0, whole: bool = False) -> Batch:
         rows, columns = self.batch_size, self.config.data.max_length

@@ -324,9 +324,8 @@ def _token_kernel(config: RunConfig, teacher: Model | None, vocab_size: int) -> 
         return None
     embeddings = teacher.decoder.input_embeddings(teacher.params, np.arange(vocab_size))
     kernel = token_kernel(embeddings, settings[0])
-    tokens = len(np.unique(kernel.rows))
     if distributed.is_primary():
-        print(f"transport: {tokens} of {vocab_size} tokens have neighbours")
+        print(f"transport: {kernel.num_tokens} of {vocab_size} tokens have neighbours")
     return kernel
 
 
