@@ -83,10 +83,11 @@ def next_interpolation(
 
 
 class Curriculum(NamedTuple):
-    """The values of a step, for each of its micro-batches `[UG]`: `teacher_share` of the moving
-    target (None: there is none), and the weight of rows that the student wrote, `own_rows`."""
+    """The values of a step, for each of its micro-batches `[UG]`: the teacher's share in the moving
+    target, `interpolation` (None: there is none), and the weight of rows that the student wrote,
+    `own_rows`."""
 
-    teacher_share: jax.Array | None
+    interpolation: jax.Array | None
     own_rows: jax.Array
 
 

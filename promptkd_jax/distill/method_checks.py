@@ -42,6 +42,11 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
             "hidden_terms look at the teacher; name a divergence there"
         )
     messages += _about_rows(method, names)
+    if method.teacher_share and method.teacher_top_k:
+        messages.append(
+            f"teacher_top_k: {method.teacher_top_k} draws from the teacher in one way and "
+            f"teacher_share = {method.teacher_share:g} in another; expected one of them to be 0"
+        )
     if method.interpolation.schedule == "adaptive" and method.interpolation.start > (
         end := method.interpolation.end
     ):
@@ -97,6 +102,11 @@ def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
             f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "
             f"targets = {method.targets!r} has none; expected targets = 'student'"
         )
+    if method.teacher_top_k:
+        messages.append(
+            f"teacher_top_k: {method.teacher_top_k} has the teacher write along in rollouts, but "
+            f"targets = {method.targets!r} has none; expected targets = 'student'"
+        )
     if execution.one_step_off_policy:
         on_policy = [name for name, source in TARGETS.items() if source.on_policy]
         messages.append(
@@ -130,6 +140,11 @@ def _about_policy_gradient(
                 f"sampling.{name}: {chosen!r}, but {POLICY_GRADIENT} values tokens as drawn from "
                 f"the models as they are; expected {option.default!r}"
             )
+    if method.teacher_top_k:
+        messages.append(
+            f"teacher_top_k: {method.teacher_top_k}, but {POLICY_GRADIENT} has weights for tokens "
+            "of a mixture alone; expected teacher_share, or 0"
+        )
     if method.teacher_share and method.teacher_view != "plain":
         messages.append(
             f"teacher_share: {method.teacher_share:g} mixes the plain teacher into rollouts, of "

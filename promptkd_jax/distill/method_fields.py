@@ -133,6 +133,12 @@ class Objective:
         Float(low=0.0, high=0.99),
         "share of the teacher in the mixture that rollouts are drawn from (MiniLLM)",
     )
+    teacher_top_k: int = field(
+        0,
+        Int(low=0),
+        "tokens of a rollout that are not among so many likeliest ones of the teacher are drawn "
+        "from the teacher instead (speculative KD: 25); 0: none",
+    )
     temperature: float = field(
         1.0,
         Float(low=0.0, open_low=True),
@@ -207,6 +213,11 @@ class Objective:
         return self.reads_responses or self.source.teacher_writes
 
     @property
+    def teacher_writes_along(self) -> bool:
+        """Whether rollouts are of student and teacher together."""
+        return self.teacher_share > 0 or self.teacher_top_k > 0
+
+    @property
     def needs_token_kernel(self) -> bool:
         """Whether the costs between the teacher's tokens are looked at."""
         return any(name == TRANSPORT for name, _ in self.student_terms)
@@ -219,7 +230,7 @@ class Objective:
         terms = (*self.student_terms, *self.off_policy_terms, *self.corpus_terms)
         return (
             self.teacher_view in ("prompted", "online")
-            or self.teacher_share > 0
+            or self.teacher_writes_along
             or bool(self.hidden_terms)
             or any(name != CROSS_ENTROPY for name, _ in terms)
         )

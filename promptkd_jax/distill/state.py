@@ -142,7 +142,7 @@ def advance(state: TrainState, metrics: Metrics, method: Method) -> tuple[TrainS
     loss = jnp.sum(metrics.losses["student"]) / jnp.sum(metrics.counts)
     floor = linear_share(settings, (state.step + 1) / method.total_steps)
     after = next_interpolation(settings, state.interpolation, loss, floor)
-    scalars = metrics.scalars | {"teacher_share": state.interpolation.share}
+    scalars = metrics.scalars | {"interpolation_share": state.interpolation.share}
     return state.replace(interpolation=after), metrics._replace(scalars=scalars)
 
 

@@ -38,6 +38,7 @@ def rollout(
     active: jax.Array | None = None,
     second: SamplingModel | None = None,
     second_share: float = 0.0,
+    second_top_k: int = 0,
     slots: int = 0,
     prompt_buckets: int = 1,
 ) -> tuple[Batch, jax.Array]:
@@ -70,6 +71,7 @@ def rollout(
         active=active,
         second=second,
         second_share=second_share,
+        second_top_k=second_top_k,
         slots=slots,
         prompt_buckets=prompt_buckets,
     )
@@ -116,7 +118,7 @@ def target_rows(
       batch: rows of the data.
       replay: the buffer of "replay" targets.
       step: number of the step in its stage, from 0.
-      teacher: the model that writes with the student, at `method.teacher_share`.
+      teacher: the model that writes with the student, where `method.teacher_writes_along`.
     """
     # Rows of the data, or that the teacher wrote before training, are the batch itself.
     if not method.source.on_policy:
@@ -137,6 +139,7 @@ def target_rows(
         force_eos=method.conventions.force_eos and not values_samples,
         second=teacher,
         second_share=method.teacher_share,
+        second_top_k=method.teacher_top_k,
         slots=method.execution.max_concurrent_rollouts,
         prompt_buckets=method.execution.length_buckets,
     )

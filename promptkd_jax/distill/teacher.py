@@ -227,7 +227,7 @@ class StepModels:
 
     def mixture_model(self, params: Mapping[str, Any]) -> SamplingModel | None:
         """The teacher, where it writes rollouts together with the student."""
-        if not self.method.teacher_share:
+        if not self.method.teacher_writes_along:
             return None
         return SamplingModel(self.models.teacher, self.teacher_params(params))
 

@@ -115,7 +115,7 @@ def _student_term(
     if method.interpolation.schedule == "none":
         return Term(function, teacher, weight)
     shape = step_models.where(micro_batch.rows).mask.shape
-    share = jnp.broadcast_to(micro_batch.curriculum.teacher_share, shape)
+    share = jnp.broadcast_to(micro_batch.curriculum.interpolation, shape)
     return Term(interpolated(function), (teacher, share), weight)
 
 

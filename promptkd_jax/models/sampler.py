@@ -20,6 +20,7 @@ from promptkd_jax.infra.buckets import run_in_smallest_bucket
 from promptkd_jax.infra.sharding import ROWS, axis_size
 from promptkd_jax.models.cache import Cache
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.joint_sampling import interleaved, mixed
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def sample(
     active: Bool[Array, " B"] | None = None,
     second: SamplingModel | None = None,
     second_share: float = 0.0,
+    second_top_k: int = 0,
     slots: int = 0,
     prompt_buckets: int = 1,
 ) -> Rollout:
@@ -112,9 +114,10 @@ def sample(
       vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
         model's own.
       active: `[B]`, the rows to continue (all, where absent); others keep their prompt alone.
-      second: a model that decodes jointly: each token is drawn from (1 - second_share) times the
-        first's distribution plus second_share times the second's (MiniLLM, arXiv 2306.08543, eq. 4:
-        the teacher, at a share of 0.2).
+      second: a model that decodes jointly, in one of two ways: each token is drawn from the mixture
+        of both with `second_share` of the second (MiniLLM: the teacher, at a share of 0.2), or by
+        the first, and where its token is not among the `second_top_k` likeliest of the second, by
+        that (speculative KD); see `joint_sampling`. Without either it does nothing.
       slots: rows that are written at once; 0: all. When a quarter of them have ended, others take
         their places, so that no row waits for the longest, and the cache is that of `slots` rows.
         What is written is the same, where rounding does not turn a token.
@@ -127,12 +130,14 @@ def sample(
     Raises:
       ValueError: the mesh does not divide the slots.
     """
-    models = [SamplingModel(model, params, prefix), *([second] if second_share else [])]
+    jointly = second_share or second_top_k
+    models = [SamplingModel(model, params, prefix), *([second] if jointly else [])]
     models = [x._replace(params=x.model.for_sampling(x.params)) for x in models]
     writer = _Writer(
         models=models,
         heads=[x.model.output_head(x.params)[:vocab_size] for x in models],
         share=second_share,
+        top_k=second_top_k,
         sampling=sampling,
         limit=max_new_tokens,
         prompts=jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 0),
@@ -173,6 +178,7 @@ class _Writer:
     models: list[SamplingModel]
     heads: list[jax.Array]  # [V, D] of each model
     share: float  # of the second model
+    top_k: int  # of the second model, among which the first's tokens are kept
     sampling: Sampling
     limit: int  # new tokens of a row
     prompts: jax.Array  # [B, X]
@@ -253,7 +259,9 @@ class _Writer:
             LazyLogits(h, head, x.model.logit_soft_cap).logits()
             for h, head, x in zip(hidden, self.heads, self.models)
         ]
-        return each[0] if len(each) == 1 else _mixed(*each, self.share)
+        if len(each) == 1:
+            return each[0]
+        return interleaved(*each, self.top_k) if self.top_k else mixed(*each, self.share)
 
 
 # Continuous batching: Q slots decode, the other rows wait in a queue.
@@ -355,12 +363,6 @@ def _prefill(
     columns = prompt_columns, new_columns
     hidden, cache = writing.model.prefill(writing.params, tokens, lengths, writing.prefix, *columns)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
-
-
-def _mixed(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
-    """Logits of the mixture: log((1 - share) softmax(first) + share softmax(second))."""
-    log_q, log_p = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
-    return jnp.logaddexp(log_q + jnp.log1p(-share), log_p + jnp.log(share))
 
 
 def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:

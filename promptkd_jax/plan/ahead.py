@@ -118,13 +118,13 @@ def compile_rollout(run: AbstractRun) -> Program | TooLarge:
 
     def write(params, frozen, teacher, batch, replay, key, step):
         params = params if frozen is None else join(frozen, params)
-        voice = SamplingModel(models.teacher, teacher) if method.teacher_share else None
+        voice = SamplingModel(models.teacher, teacher) if method.teacher_writes_along else None
         return target_rows(
             method, models.student, params, batch, replay, key, step=step, teacher=voice
         )[0]
 
-    state, teacher, batch, _, frozen = run.arguments()
-    if not method.teacher_share:
+    state, teacher, batch, _, frozen, _ = run.arguments()
+    if not method.teacher_writes_along:
         teacher = None
     inputs = (state.params["student"], frozen, teacher, batch)
     inputs += (state.replay, state.key, state.step)

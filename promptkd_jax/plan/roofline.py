@@ -41,7 +41,7 @@ class _Step(NamedTuple):
         """The models that write the rows of a rollout."""
         if not self.method.source.on_policy:
             return []
-        return [self.student, self.teacher] if self.method.teacher_share else [self.student]
+        return [self.student, self.teacher] if self.method.teacher_writes_along else [self.student]
 
 
 def _step(run: AbstractRun, slices: int = 1) -> _Step:
@@ -152,7 +152,7 @@ def kept_bytes(run: AbstractRun) -> dict[str, int]:
     Raises:
       ConfigError: an axis does not divide a parameter.
     """
-    state, teacher, rows, corpus, frozen = run.arguments()
+    state, teacher, rows, corpus, frozen, _ = run.arguments()
     shared = frozen is not None and shares_teacher(run.config)
     written = (state.replay, state.pending)
     parts = {

@@ -85,6 +85,7 @@ METHODS: dict[str, dict[str, Any]] = {
         row_weights="rising",
     ),
     "wasd": dict(targets="replay", **_WASD),
+    "skd": dict(targets="student", teacher_top_k=25, student_terms=(("forward_kl", 1.0),)),
     "promptkd": dict(_PROMPTKD, student_terms=_RKL),
     "promptkd_abkd": dict(_PROMPTKD, student_terms=_ABKD, prompt_divergence="alpha_beta(0.2, 0.7)"),
     "promptkd_amid": dict(_PROMPTKD, student_terms=((_AMID, 1.0),), prompt_divergence=_AMID),
@@ -126,8 +127,8 @@ class PaperSize(NamedTuple):
 
 
 # Where MiniLLM, GKD, PromptKD and their kind begin: a student that has had 3 epochs of SFT.
-FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "distillm2", "abkd", "amid", "wasd")
-FROM_SFT += ("promptkd", "promptkd_abkd", "promptkd_amid", "promptkd_wasd")
+FROM_SFT = ("imitkd", "gkd", "minillm", "opd", "distillm", "abkd", "amid", "wasd", "distillm2")
+FROM_SFT += ("skd", "promptkd", "promptkd_abkd", "promptkd_amid", "promptkd_wasd")
 # Those that were published with batches of 32 rows and a cosine, as the supervised ones are.
 OF_THEIR_OWN = ("amid", "wasd", "todi", "akl", "csd", "taid", "distillm2")
 

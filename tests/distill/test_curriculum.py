@@ -103,7 +103,7 @@ def test_the_schedule_is_part_of_the_state():
     for _ in range(2):
         state, metrics = update(method, state)
         losses.append(summarize(metrics)["student_loss"])
-        shares.append(float(metrics.scalars["teacher_share"]))
+        shares.append(float(metrics.scalars["interpolation_share"]))
     expected = published(losses, start=0.3, rate=0.5, momentum=0.0, total=STEPS)
     np.testing.assert_allclose([*shares, state.interpolation.share], [0.3, *expected], rtol=1e-5)
     assert state.interpolation.loss == pytest.approx(losses[1])

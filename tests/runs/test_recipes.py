@@ -111,7 +111,8 @@ LOGGED = {
     "opd": {*CLOSE, "eos_rate"},
     "distillm": {*CLOSE, "on_policy_share", "replay_threshold"},
     "abkd": CLOSE,
-    "taid": {*CLOSE, "soft_cross_entropy", "teacher_share"},
+    "taid": {*CLOSE, "soft_cross_entropy", "interpolation_share"},
+    "skd": {*CLOSE, "eos_rate"},
     "distillm2": {*CLOSE, "on_policy_share", "eos_rate", "off_policy_skew_forward_kl(0.1)"},
     "promptkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
     "promptkd_wasd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
@@ -634,6 +635,18 @@ IMPOSSIBLE = {
     "transport to a moving target": (
         stage("promptkd_wasd", interpolation=dict(schedule="linear")),
         ["stages[0].interpolation.schedule: 'linear' mixes teacher and student by steps"],
+    ),
+    "two ways to write along": (
+        stage("skd", teacher_share=0.2),
+        ["stages[0].teacher_top_k: 25 draws from the teacher in one way and teacher_share = 0.2"],
+    ),
+    "a teacher that writes along, gold rows": (
+        stage("kd", teacher_top_k=5),
+        ["stages[0].teacher_top_k: 5 has the teacher write along in rollouts"],
+    ),
+    "a teacher that writes along, policy gradient": (
+        stage("opd", teacher_top_k=5),
+        ["stages[0].teacher_top_k: 5, but policy_gradient has weights for tokens of a mixture"],
     ),
     "moving target, cache": (
         stage("taid", **CACHED),
