@@ -139,7 +139,7 @@ def missing_sets(given: Mapping[str, Any]) -> list[str]:
 
 
 def published_numbers(source: str) -> dict[str, dict[str, float]]:
-    """By method and set, for "FAMILY.py:student=SIZE"; says so where none are published.
+    """By method and set (or "average"), for "FAMILY.py:student=SIZE"; says so where there are none.
 
     Without a size it is the first, as in `recipes.paper_config`.
     """
@@ -262,7 +262,8 @@ def table_rows(
     """Ours beside the published: for each method a row per test set, and their average.
 
     The average, ours and the published one, is over the sets that were evaluated (all five where
-    none was); its deviation is that of the seeds' averages.
+    none was); its deviation is that of the seeds' averages. Of some methods nothing is published
+    but the average over all five.
     """
     rows = []
     for method, ours in scores.items():
@@ -272,7 +273,9 @@ def table_rows(
             rows.append(_row(method, name, spreads.get(name), numbers.get(name)))
         taken = [name for name in published.SETS if name in ours] or published.SETS
         title = AVERAGE if len(taken) == len(published.SETS) else f"{AVERAGE} of {len(taken)}"
-        number = fmean(numbers[name] for name in taken) if numbers else None
+        number = numbers.get(AVERAGE) if len(taken) == len(published.SETS) else None
+        if numbers.keys() >= set(taken):
+            number = fmean(numbers[name] for name in taken)
         rows.append(_row(method, title, spreads.get(AVERAGE), number))
     return rows
 
