@@ -7,6 +7,8 @@ from promptkd_jax.distill import losses as losses
 from promptkd_jax.distill.chunked_loss import linear_loss as linear_loss
 from promptkd_jax.distill.chunked_loss import linear_values as linear_values
 from promptkd_jax.distill.chunked_loss import top_k as top_k
+from promptkd_jax.distill.curriculum import Interpolation as Interpolation
+from promptkd_jax.distill.curriculum import first_interpolation as first_interpolation
 from promptkd_jax.distill.hidden_loss import HiddenTerm as HiddenTerm
 from promptkd_jax.distill.hidden_loss import hidden_loss as hidden_loss
 from promptkd_jax.distill.losses import divergence as divergence
@@ -31,6 +33,8 @@ from promptkd_jax.distill.step import write_ahead as write_ahead
 from promptkd_jax.distill.teacher import Models as Models
 from promptkd_jax.distill.teacher import lazy_logits as lazy_logits
 from promptkd_jax.distill.teacher import lazy_logits_and_states as lazy_logits_and_states
+from promptkd_jax.distill.transport import Transport as Transport
+from promptkd_jax.distill.transport import token_kernel as token_kernel
 from promptkd_jax.models.decoder import Decoder as Decoder
 from promptkd_jax.models.decoder import head as head
 from promptkd_jax.models.io.export import save_model as save_model

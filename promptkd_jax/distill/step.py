@@ -85,8 +85,7 @@ def train_step(
       teacher: the teacher's parameters (None where `method.needs_teacher` is False or it learns).
       batch: B rows, B divisible by `method.num_micro_batches`; with `one_step_off_policy` those of
         the next step.
-      corpus: rows of plain text for `method.corpus_terms`, B or another multiple of
-        `method.num_micro_batches`.
+      corpus: rows of text for `method.corpus_terms`, a multiple of `method.num_micro_batches`.
       frozen_student: the parameters beside an adapter that alone is trained, see `lora.split`.
       token_kernel: `transport.token_kernel` of the teacher, where `method.needs_token_kernel`.
       method; models: student and teacher; optimizers: of each group in `state.params`.
@@ -112,7 +111,6 @@ def train_step(
     micro_batches = _split(targets, corpus, method, keys)
     metrics = _measure_rows(targets, micro_batches, new, method)
     micro_batches = micro_batches._replace(curriculum=curriculum(method, state))
-    # Where the student's forward serves both updates, it is computed once, here.
     student_forward = _shared_forward(state, micro_batches, step_models)
     if method.prompted:
         new, metrics = _update_prompt(

@@ -65,7 +65,7 @@ class Experiment:
     dev: Rows | None
     stages: tuple[Stage, ...]
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-    token_kernel: TokenKernel | None = None
+    token_kernel: TokenKernel | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def total_steps(self) -> int:
