@@ -313,10 +313,11 @@ REPLAY = dict(capacity=8, threshold=1.0, tolerance=0.1, step=0.1)
 @pytest.mark.usefixtures("no_report")
 def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, monkeypatch, capsys):
     """What it needs is all there: replayed rows and those written ahead, the position among them,
-    the teacher that learns."""
+    the teacher that learns, and a moving target."""
     replay = stage("distillm", steps=6, replay=REPLAY, one_step_off_policy=True)
     minillm = stage("minillm", minibatches=2, passes=2, warmup_steps=8)
     online = stage("kd", teacher_view="online", teacher_learning_rate=2e-3)
+    online.interpolation.update(schedule="adaptive", rate=0.5)
     config = short(models, replay, minillm, online)
     config.checkpoint.every = 1
     config.evaluation.every = 2
@@ -342,6 +343,8 @@ def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, mo
     assert [row["on_policy_share"] for row in rows["distillm"]] == [1.0] * 6
     rates = [row["learning_rate"] for row in rows["minillm"]]  # 4 updates a step, from rate 0 on
     assert rates == pytest.approx([1e-3 * 3 / 8, 1e-3 * 7 / 8, 1e-3])
+    shares = [row["interpolation_share"] for row in rows["kd"]]
+    assert shares[0] == pytest.approx(0.4) and shares == sorted(set(shares))
     for row in rows["kd"]:
         parts = row["teacher_cross_entropy"] + row["teacher_forward_kl"]
         assert row["teacher_loss"] == pytest.approx(parts, rel=1e-5)
