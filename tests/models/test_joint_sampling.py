@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.methods import begin, plain
-from helpers.steps import STUDENT, TEACHER, VOCABULARY, batch, student_rows, teacher_params
+from helpers.steps import STUDENT, TEACHER, VOCABULARY, batch, jit, student_rows, teacher_params
 
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.models.joint_sampling import interleaved, mixed
@@ -44,13 +44,15 @@ def test_limits():
     np.testing.assert_allclose(np.exp(mixed(*pair(), 0.25)), shares, rtol=1e-6)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
+def written(method, student, teacher, key):
+    second = SamplingModel(TEACHER, teacher)
+    return target_rows(method, STUDENT, student, batch(), None, key, step=0, teacher=second)[0].rows
+
+
 def rows(top_k: int, key):
     method = plain(targets="student", teacher_top_k=top_k)
-    second = SamplingModel(TEACHER, teacher_params())
-    return target_rows(
-        method, STUDENT, begin().student, batch(), None, key, step=0, teacher=second
-    )[0].rows
+    return written(method, begin().student, teacher_params(), key)
 
 
 def test_rows_with_a_teacher_that_accepts_all_are_the_students_own():
