@@ -225,6 +225,12 @@ class Execution:
         "lengths that an update, and the prompts of a rollout, are compiled for, up to a whole row "
         "in even steps; micro-batches get rows of like length, and take the least that fits",
     )
+    packed_rows: int = field(
+        0,
+        Int(low=0),
+        "rows of data.max_length tokens that the batch_size rows of a step are packed into, some "
+        "in each, none seeing another; for targets that no student writes; 0: rows are not packed",
+    )
     max_concurrent_rollouts: int = field(
         0,
         Int(low=0),

@@ -218,7 +218,7 @@ def student_gradients(
     if taps := step_models.router_taps:
         per_token = step_models.models.student.config.experts.num_experts_per_tok
         scores = {tap: states[tap] for tap in taps}
-        d_scores, balance = hidden_loss.balance_gradient(scores, rows.lengths, per_token)
+        d_scores, balance = hidden_loss.balance_gradient(scores, rows.has_token, per_token)
         # A mean over the micro-batch, which counts as much as the micro-batch's tokens do.
         tokens = jnp.sum(where.mask)
         weight = method.router_balance * scale * tokens

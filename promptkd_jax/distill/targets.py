@@ -150,8 +150,8 @@ def row_statistics(
 ) -> dict[str, jax.Array]:
     """Means and counts of the rows that a step trains on; the threshold of the buffer after it."""
     rows, is_student, hit_eos = written
-    lengths = rows.num_supervised.astype(jnp.float32)  # [B]
-    statistics = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
+    length = jnp.sum(rows.num_supervised) / jnp.sum(rows.num_segments)
+    statistics = {"response_length": length, "tokens": jnp.sum(rows.has_token)}
     if method.source.on_policy and method.source.reads_responses:
         statistics["on_policy_share"] = is_student.mean()
     if method.source.on_policy and not method.source.keeps_replay:

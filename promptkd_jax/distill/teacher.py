@@ -50,9 +50,15 @@ def lazy_logits(
       LazyLogits of hidden `[B, R, D]` and head `[V, D]`.
     """
     # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
-    # The functions of a `LanguageModel` take no keys.
-    keys = () if dropout_keys is None else (dropout_keys,)
-    hidden = gather(model.hidden_states(params, batch.tokens, prefix, *keys), where)
+    # The functions of a `LanguageModel` take neither keys nor segments.
+    more = {"dropout_keys": dropout_keys, "segment_ids": batch.segment_ids}
+    more = {name: x for name, x in more.items() if x is not None}
+    if batch.segment_ids is not None and not isinstance(model, Decoder):
+        raise ValueError(
+            f"segment_ids: packed rows, and a {type(model).__name__}, whose functions cannot keep "
+            "segments apart; expected a Decoder, or rows that are not packed"
+        )
+    hidden = gather(model.hidden_states(params, batch.tokens, prefix, **more), where)
     return LazyLogits(hidden, model.output_head(params)[:vocab_size], model.logit_soft_cap)
 
 
@@ -84,8 +90,8 @@ def lazy_logits_and_states(
     if not taps:
         return lazy_logits(model, params, batch, where, vocab_size, prefix, dropout_keys), {}
     # flax keeps what layers `sow` only if the collection is mutable.
-    how = {"prefix": prefix, "dropout_keys": dropout_keys, "mutable": ["intermediates"]}
-    last, sown = model.apply({"params": params}, batch.tokens, **how)
+    how = {"prefix": prefix, "dropout_keys": dropout_keys, "segment_ids": batch.segment_ids}
+    last, sown = model.apply({"params": params}, batch.tokens, **how, mutable=["intermediates"])
     last, layers, states = gather(last, where), sown["intermediates"]["layers"], {}
     for name, layer in taps:
         # The last layer's are those behind the final norm, which the head sees, if it sees all D.
