@@ -2,8 +2,9 @@
 alone.
 
 The batch stays what it is: the same rows in the same step, in fewer columns. It is packed as a
-whole, so that a step is still a function of its number alone, and nothing is carried from one step
-to the next.
+whole, so that a step is still a function of its number alone. Grain's `FirstFitPackIterDataset`
+carries open rows from batch to batch: where a run stands would be more than one number, and how
+many rows a step has would be luck.
 
 B rows of a batch, T columns, R response positions, k kept tokens of a cached teacher.
 """
