@@ -132,6 +132,9 @@ class Models:
 # LazyLogits, gradient for the states) -> (gradient for the parameters,), as `jax.vjp` returns it.
 StudentForward = tuple[tuple[LazyLogits, hidden_loss.States], Callable]
 
+# The same of the prompted teacher: gradient for the hidden states [B, R, D] -> (gradient for P,).
+PromptedForward = tuple[tuple[LazyLogits, hidden_loss.States], Callable]
+
 # The forward pass of the teacher in each view:
 #
 #     plain, online    hidden states of the rows alone, [B, T, D]
@@ -189,6 +192,18 @@ class StepModels:
             demonstrations = np.asarray(self.method.demonstrations, np.int32)
             prefix = self.models.teacher.input_embeddings(teacher, demonstrations)
         return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
+
+    def prompted_vjp(self, params: Mapping[str, Any], rows: Batch) -> PromptedForward:
+        """The prompted teacher's distributions and states, and the pullback of its hidden states to
+        the soft prompt."""
+
+        def prompted(soft_prompt):  # [M, D] -> hidden [B, R, D]; the head does not depend on it
+            teacher, states = self.teacher(params, rows, soft_prompt)
+            return teacher.hidden, (teacher, states)
+
+        # The teacher is frozen: its backward pass carries gradients to P alone, none to weights.
+        _, pullback, seen = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
+        return seen, pullback
 
     def student_vjp(
         self, student: Any, rows: Batch, dropout_keys: Key[Array, " B"] | None = None

@@ -643,6 +643,18 @@ IMPOSSIBLE = {
         stage("kd", max_concurrent_rollouts=2),
         ["stages[0].max_concurrent_rollouts: 2 rows are to be written at once"],
     ),
+    "lag of no prompt": (
+        stage("kd", prompt_lag=1),
+        ["stages[0].prompt_lag: 1, but teacher_view = 'plain' has no soft prompt"],
+    ),
+    "lag, several updates": (
+        stage("promptkd", prompt_lag=1, passes=2),
+        ["stages[0].prompt_lag: saves a forward of the teacher where a step has one update"],
+    ),
+    "lag, policy gradient": (
+        stage("promptkd", prompt_lag=1, student_terms=(("policy_gradient", 1.0),)),
+        ["stages[0].prompt_lag: policy_gradient values all rows of a step by the teacher before"],
+    ),
     "packed rows of the student": (
         stage("imitkd", packed_rows=2),
         ["stages[0].packed_rows: rows are packed when their lengths are known, before a step"],
