@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 # `__init__.pyi` says the same to editors and type checkers; a test compares the two.
 _NAMES = {
     "data.batch": "Batch Responses gather responses",
+    "data.packing": "pack_batch",
     "data.top_k": "TopK",
     "distill.losses": "losses divergence",
     "distill.chunked_loss": "linear_loss linear_values top_k",

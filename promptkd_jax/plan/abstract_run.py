@@ -55,8 +55,9 @@ class AbstractRun(Experiment):
 
     @property
     def batch_size(self) -> int:
-        """Rows of a step, over all devices."""
-        return self.config.stages[self.index].batch_size
+        """Rows of a step, packed if they are, over all devices."""
+        stage = self.config.stages[self.index]
+        return stage.packed_rows or stage.batch_size
 
     def with_micro_batches(self, number: int) -> "AbstractRun":
         """The same run, the rows of its stage dealt out to so many micro-batches."""
@@ -100,12 +101,15 @@ class AbstractRun(Experiment):
             frozen = sharded_model(self.student.replace(params=frozen), self.mesh)
         method = self.stage.method
         cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
-        whole = _has_whole_rows(self.config, self.config.stages[self.index])
-        rows = self._rows(cached, whole)
-        return state, teacher, rows, self._rows() if method.corpus_terms else None, frozen
+        stage = self.config.stages[self.index]
+        packed = stage.packed_rows > 0
+        whole = _has_whole_rows(self.config, stage) or packed
+        rows = self._rows(self.batch_size, cached, whole, packed)
+        corpus = self._rows(stage.batch_size) if method.corpus_terms else None
+        return state, teacher, rows, corpus, frozen
 
-    def _rows(self, cached: int = 0, whole: bool = False) -> Batch:
-        rows, columns = self.batch_size, self.config.data.max_length
+    def _rows(self, rows: int, cached: int = 0, whole: bool = False, packed: bool = False) -> Batch:
+        columns = self.config.data.max_length
         place = sharding.rows_sharding(self.mesh, rows)
 
         def struct(*shape, dtype=jnp.int32):
@@ -117,7 +121,9 @@ class AbstractRun(Experiment):
             values, tail = (struct(*s, dtype=jnp.float32) for s in (shape, shape[:2]))
             top_k = TopK(struct(*shape), values, tail)
         supervised = struct(rows, columns, dtype=jnp.bool_) if whole else None
-        return Batch(struct(rows, columns), struct(rows), struct(rows), top_k, supervised)
+        segment_ids = struct(rows, columns) if packed else None
+        ends = struct(rows), struct(rows)
+        return Batch(struct(rows, columns), *ends, top_k, supervised, segment_ids)
 
 
 def _has_whole_rows(config: RunConfig, stage: StageConfig) -> bool:

@@ -643,6 +643,38 @@ IMPOSSIBLE = {
         stage("kd", max_concurrent_rollouts=2),
         ["stages[0].max_concurrent_rollouts: 2 rows are to be written at once"],
     ),
+    "lag of no prompt": (
+        stage("kd", prompt_lag=1),
+        ["stages[0].prompt_lag: 1, but teacher_view = 'plain' has no soft prompt"],
+    ),
+    "lag, several updates": (
+        stage("promptkd", prompt_lag=1, passes=2),
+        ["stages[0].prompt_lag: saves a forward of the teacher where a step has one update"],
+    ),
+    "lag, policy gradient": (
+        stage("promptkd", prompt_lag=1, student_terms=(("policy_gradient", 1.0),)),
+        ["stages[0].prompt_lag: policy_gradient values all rows of a step by the teacher before"],
+    ),
+    "packed rows of the student": (
+        stage("imitkd", packed_rows=2),
+        ["stages[0].packed_rows: rows are packed when their lengths are known, before a step"],
+    ),
+    "packed minibatches": (
+        stage("kd", packed_rows=2, minibatches=2),
+        ["stages[0].packed_rows: packed by their lengths, other rows would be in each of 2"],
+    ),
+    "packed rows, relations": (
+        stage("kd", packed_rows=2, hidden_terms=(hidden_term("relation"),)),
+        ["stages[0].packed_rows: a 'relation' of hidden_terms compares a token with all before"],
+    ),
+    "more packed rows than rows": (
+        stage("kd", packed_rows=6, gradient_accumulation_steps=4),
+        [
+            "stages[0].gradient_accumulation_steps: 4 in each of 1 minibatches do not divide "
+            "packed_rows = 6",
+            "stages[0].packed_rows: 6 are more than the rows that are packed into them",
+        ],
+    ),
     "rows ahead, gold rows": (
         stage("kd", one_step_off_policy=True),
         ["stages[0].one_step_off_policy: rows are written a step ahead, but targets = 'gold'"],
