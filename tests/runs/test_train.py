@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import environment
 from helpers import tiny
 from helpers.records import example
 from safetensors.numpy import load_file
@@ -86,7 +86,7 @@ def start(models: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=environment(PYTHONUNBUFFERED="1"),
     )
 
 
