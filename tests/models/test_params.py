@@ -40,6 +40,12 @@ WIDE = {  # the layers are most of it
 }
 
 
+def test_shapes_that_are_asked_for_again_are_a_tree_of_their_own():
+    config = from_hugging_face(WIDE)
+    abstract_params(config)["layers"]["mlp"].clear()
+    assert abstract_params(config)["layers"]["mlp"].keys() == {"gate", "up", "down"}
+
+
 class Counted:
     """Tensors in memory, whose elements all differ, that remember how often each was read."""
 
