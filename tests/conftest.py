@@ -72,6 +72,12 @@ LONGEST = (
 )
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing it takes a third of a run, and other tests do."""
+    monkeypatch.setattr("promptkd_jax.training.run.write_report", lambda *_, **__: None)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled():
     """Every compiled program holds memory maps, of which Linux grants a process 65,530: where XLA

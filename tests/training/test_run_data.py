@@ -131,6 +131,7 @@ def test_each_turn_may_be_a_row(config, folder, tmp_path):
     assert len(rows_of(config, tmp_path).tokens) == 4  # the prompt that nobody answered
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_folder_is_free_again_after_a_mistake_in_the_data(config, folder, tmp_path):
     config.data.train = write_lines(folder / "odd.jsonl", *[{"q": "say", "a": "red"}] * 8)
     for columns in ({}, {"question": "q", "answer": "a"}):
