@@ -112,11 +112,16 @@ def test_dropout_is_where_transformers_has_it(name, masks, tmp_path, monkeypatch
         expected = reference(torch.tensor(TOKENS), use_cache=False).logits.numpy()
     assert next(asked, None) is None, "fewer places than ours"
     decoder = Decoder(config.replace(dropout=rates))
+
+    @jax.jit
+    def logits(keys):
+        hidden = decoder.hidden_states(model.params, TOKENS, dropout_keys=keys)
+        return LazyLogits(hidden, head(model.params)).logits()
+
     with jax.default_matmul_precision("highest"):
-        hidden = decoder.hidden_states(model.params, TOKENS, dropout_keys=KEYS)
-        found = LazyLogits(hidden, head(model.params)).logits()
+        found = logits(KEYS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    without = LazyLogits(decoder.hidden_states(model.params, TOKENS), head(model.params)).logits()
+    without = logits(None)
     assert np.abs(found - without).max() > 0.5
 
 
