@@ -183,7 +183,7 @@ def test_the_students_own_update_has_dropout(parts):
     keys = views.dropout_keys(jax.random.fold_in(before.key, 3), batch()).rows
     value, expected = dense_dropped(before.student, keys, STUDENT)
     assert_close(gradient(after), expected)
-    without, _ = update(in_parts(plain(), parts), before)
+    without, _ = update(plain(), before)
     assert moved(gradient(without), expected) > 1e-2
     assert_close(summarize(metrics)["student_loss"], value)
 
