@@ -57,7 +57,8 @@ def _full_precision():
 
 @pytest.fixture(scope="module")
 def llama():
-    return random_model("llama")
+    """Of one layer: a rollout is compiled with all of them written out."""
+    return random_model("llama", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -358,8 +359,8 @@ def test_a_token_without_probability_is_never_drawn():
     possible = np.array([0, 255, 256, 700, 1023, 1024, 1025, 2048, 2999])
     row = np.full(3000, -np.inf, np.float32)
     row[possible] = np.linspace(-1, 1, 9)
-    rows = jnp.broadcast_to(row, (9000, 3000))
-    tokens = np.asarray(choose(rows, row_keys(jax.random.key(6), jnp.arange(9000)), PLAIN))
+    rows = jnp.broadcast_to(row, (2000, 3000))
+    tokens = np.asarray(choose(rows, row_keys(jax.random.key(6), jnp.arange(2000)), PLAIN))
     assert_frequencies(np.searchsorted(possible, tokens), softmax(row[possible]))
     assert set(tokens) == set(possible)
 
