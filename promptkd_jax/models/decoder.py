@@ -440,5 +440,6 @@ def _layers(config: DecoderConfig) -> nn.Module:
         split_rngs={"params": True},
         in_axes=(0, *(nn.broadcast,) * 4),
         length=config.num_layers,
+        check_constancy_invariants=False,  # a layer has none; checked, it is traced twice
     )
     return scanned(config, name="layers")

@@ -241,7 +241,7 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
     )
     end = hf_config.get("eos_token_id")
     eos_ids = tuple(end) if isinstance(end, list) else (end or 0,)
-    return Model(path, Decoder(config), _params(config), dict(hf_config), None, eos_ids)
+    return Model(path, Decoder(config), abstract_params(config), dict(hf_config), None, eos_ids)
 
 
 def _keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
@@ -254,18 +254,12 @@ def _with_adapter(config: RunConfig, student: Model) -> Model:
 
 
 def _with_config(model: Model, config: DecoderConfig) -> Model:
-    return model.replace(decoder=Decoder(config), params=_params(config))
-
-
-@functools.cache
-def _params(config: DecoderConfig) -> Any:
-    """Shapes of a decoder's parameters, traced once: a search asks for each micro-batch."""
-    return abstract_params(config)
+    return model.replace(decoder=Decoder(config), params=abstract_params(config))
 
 
 def num_parameters(config: DecoderConfig) -> int:
     """How many a decoder has, padding included, in whatever they are kept."""
-    return sum(x.size for x in jax.tree.leaves(_params(config.replace(quantization=None))))
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config.replace(quantization=None))))
 
 
 def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[str, Any]:

@@ -405,10 +405,17 @@ def test_published_conventions(step, alpha):
 
 
 def test_gradients_in_half_precision_are_summed_in_float32():
-    """In bfloat16, 256 + 1 is 256."""
+    """In bfloat16, 256 + 1 is 256. A micro-batch is traced once, for shapes and loop."""
     one = {"x": jnp.ones((512, 3), jnp.bfloat16)}
     gradients = Gradients(one, jnp.float32(2), {"kl": jnp.float32(3)})
-    found = accumulate(lambda x: gradients._replace(by_group=x), (one,))
+    traced = []
+
+    def gradients_of(x):
+        traced.append(x)
+        return gradients._replace(by_group=x)
+
+    found = accumulate(gradients_of, (one,))
+    assert len(traced) == 1
     assert found.by_group["x"].dtype == jnp.bfloat16
     assert found.loss.shape == found.sums["kl"].shape == (512,)
     np.testing.assert_array_equal(found.by_group["x"], 512)

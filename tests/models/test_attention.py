@@ -4,8 +4,6 @@ TPU's kernel runs interpreted here, JAX's side of cuDNN is only lowered, and whe
 installed its compiler says whether a TPU would take the kernel.
 """
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -13,14 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import devices
+from conftest import devices, environment
 from helpers.models import VOCAB, random_model
 
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
 from promptkd_jax.models.attention import attend, implementation
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def force(monkeypatch, chosen: str) -> None:
@@ -197,11 +193,11 @@ def test_jax_takes_cudnn_in_training(monkeypatch, columns, sliding_window, packe
     assert f"__cudnn$fmha{bias}SoftmaxBackward(" in lowered
 
 
-def run_script(script: str, **environment: str) -> str:
+def run_script(script: str, **variables: str) -> str:
     """The standard output of Python code in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment,
+        env=environment(**variables),
         capture_output=True,
         text=True,
     )

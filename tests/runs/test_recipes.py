@@ -46,12 +46,6 @@ def config(models) -> ConfigDict:
     return short(models, stage("kd"))
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    """Drawing it takes a third of a run, and other tests do."""
-    monkeypatch.setattr(training, "write_report", lambda *_, **__: None)
-
-
 def short(models: pathlib.Path, *stages: ConfigDict) -> ConfigDict:
     config = tiny.short_config(models)
     config.evaluation.every = 0
@@ -116,6 +110,7 @@ LOGGED = {
 }
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_named_method_trains(models, tmp_path, method):
     config = short(models, stage(method))
@@ -469,16 +464,12 @@ def test_a_short_text_is_repeated(models, tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
-def test_the_regularisation_stays_or_adapts(models, tmp_path):
-    changes = dict(regularization=0.5, prompt_learning_rate=2e-3)
-    stages = [
-        stage("promptkd", name=schedule, regularization_schedule=schedule, **changes)
-        for schedule in ("constant", "adaptive")
-    ]
-    run(short(models, *stages), tmp_path)
+def test_the_regularisation_adapts(models, tmp_path):
+    how = dict(regularization=0.5, regularization_schedule="adaptive", prompt_learning_rate=2e-3)
+    run(short(models, stage("promptkd", **how)), tmp_path)
     rows = updates(tmp_path)
     coefficients = [row["regularization_weight"] for row in rows]
-    assert coefficients == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.51, 0.5202], rel=1e-5)
+    assert coefficients == pytest.approx([0.5, 0.51, 0.5202], rel=1e-5)
     for row in rows:
         assert row["prompt_regularizer"] > 1.2 * 0.01  # of target_kl: the coefficient has to rise
         total = row["prompt_kd"] + row["regularization_weight"] * row["prompt_regularizer"]

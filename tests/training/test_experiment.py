@@ -1,6 +1,5 @@
 """Where the state of a run lies between its steps, and that it goes on elsewhere."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import devices
+from conftest import devices, environment
 from helpers import tiny
 
 from promptkd_jax.infra import sharding
@@ -90,10 +89,9 @@ def test_devices_without_host_memory_are_refused(config, tmp_path):
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     folder = pathlib.Path(__file__).parents[1]
-    environment = os.environ | {"XLA_FLAGS": devices(8), "PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, folder / "helpers" / "resume_on_eight_devices.py", tmp_path],
-        env=environment,
+        env=environment(XLA_FLAGS=devices(8)),
         capture_output=True,
         text=True,
     )
