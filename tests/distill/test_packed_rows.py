@@ -40,6 +40,7 @@ def test_an_update_on_packed_rows_is_that_on_the_rows():
     whole = method(
         student_terms=(("cross_entropy", 0.5), ("reverse_kl", 1.0)),
         hidden_terms=(term,),
+        prompt_lag=1,  # fewer forward passes to compile
         response_capacity=COLUMNS - 1,
     )
     execution = dataclasses.replace(whole.execution, packed_rows=2, gradient_accumulation_steps=2)

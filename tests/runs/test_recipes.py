@@ -201,6 +201,7 @@ def cached_config(models: pathlib.Path, folder: pathlib.Path) -> ConfigDict:
 
 @pytest.mark.usefixtures("no_report")
 def test_a_whole_cache_stands_for_the_teacher(models, whole_cache, tmp_path, monkeypatch):
+    """On packed rows as on rows by themselves."""
     loaded, load = [], run_models.load_model
 
     def recorded(path, **how):
@@ -208,7 +209,9 @@ def test_a_whole_cache_stands_for_the_teacher(models, whole_cache, tmp_path, mon
         return load(path, **how)
 
     monkeypatch.setattr(run_models, "load_model", recorded)
-    summary = run(cached_config(models, whole_cache), tmp_path / "cached")
+    config = cached_config(models, whole_cache)
+    config.stages[0].packed_rows = 2
+    summary = run(config, tmp_path / "cached")
     assert loaded == [str(models / "student")]
     assert not {"kl_after", "agreement_after"} & summary.keys() and "loss_after" in summary
     run(short(models, stage("kd")), tmp_path / "online")
@@ -217,6 +220,7 @@ def test_a_whole_cache_stands_for_the_teacher(models, whole_cache, tmp_path, mon
     for ours, theirs in zip(updates(tmp_path / "cached"), updates(tmp_path / "online")):
         assert ours["student_loss"] == pytest.approx(theirs["student_loss"], rel=1e-5)
         assert ours["kl_cached"] == pytest.approx(theirs["kl_plain"], rel=1e-4)
+        assert all(ours[name] == theirs[name] for name in ("tokens", "response_length"))
 
 
 def test_a_cache_of_something_else_is_refused_at_the_start(models, whole_cache, tmp_path):
