@@ -24,7 +24,8 @@ import sys
 import jax
 
 from promptkd_jax.infra.metrics import read_metrics
-from promptkd_jax.studies import compare, comparison
+from promptkd_jax.studies import comparison
+from promptkd_jax.studies.runs import train_apart
 from promptkd_jax.training.config import claim, load_config
 from promptkd_jax.training.fields import NOT_IN_FINGERPRINT
 
@@ -48,7 +49,7 @@ def main() -> None:
         if not (run.folder / "summary.json").exists():
             print(f"{run.name} …", file=sys.stderr, flush=True)
             claim(run.folder, run.config, NOT_IN_FINGERPRINT)
-            compare.train(run, options.workdir / "cache")
+            train_apart(run, options.workdir / "cache")
     found = {key: _figures(run) for key, run in runs.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"`python {shlex.join(sys.argv)}`", end=": ")
