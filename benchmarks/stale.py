@@ -1,7 +1,9 @@
-"""Rows written a step ahead (`one_step_off_policy`) against fresh ones, and the student they make.
+"""Rows written a step ahead (`one_step_off_policy`) against fresh ones, and the student they make;
+or a soft prompt as it was before its update (`prompt_lag`) against the fresh one.
 
-python benchmarks/stale.py [--workdir .cache/stale] [--method gkd] [--seeds 10 20 30] [--steps 150]
-  [--rate 5e-4]
+python benchmarks/stale.py [--stale rows] [--workdir .cache/stale] [--method gkd]
+  [--seeds 10 20 30] [--steps 150] [--rate 5e-4]
+python benchmarks/stale.py --stale prompt --method promptkd
 
 The models and the generated text of `configs/compare.py:small`: both are pretrained once, then the
 student learns from the teacher on its own answers, once in each way for every seed, in a process of
@@ -22,13 +24,15 @@ import sys
 import jax
 
 from promptkd_jax.infra.metrics import read_metrics
-from promptkd_jax.studies import compare, comparison
+from promptkd_jax.studies import comparison
+from promptkd_jax.studies.runs import train_apart
 from promptkd_jax.training.config import claim, load_config
 from promptkd_jax.training.fields import NOT_IN_FINGERPRINT
 
 HERE = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 LAST = 50  # updates
+STALE = {"rows": {"one_step_off_policy": True}, "prompt": {"prompt_lag": 1}}
 FIGURES = {  # of a run: name, format
     "loss": (f"student loss, last {LAST} updates", ".4f"),
     "kl_after": ("dev KL(p‖q), nats", ".4f"),
@@ -45,7 +49,7 @@ def main() -> None:
         if not (run.folder / "summary.json").exists():
             print(f"{run.name} …", file=sys.stderr, flush=True)
             claim(run.folder, run.config, NOT_IN_FINGERPRINT)
-            compare.train(run, options.workdir / "cache")
+            train_apart(run, options.workdir / "cache")
     found = {key: _figures(run) for key, run in runs.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"`python {shlex.join(sys.argv)}`", end=": ")
@@ -66,10 +70,11 @@ def _runs(options: argparse.Namespace) -> tuple[list[comparison.Run], dict]:
     for seed in options.seeds:
         for stale in (False, True):
             run = made.runs[options.method, seed]
-            (stage,), kind = run.config.stages, "stale" if stale else "fresh"
-            stage = dataclasses.replace(stage, one_step_off_policy=stale)
-            title = f"{run.name}, {kind} rows"
+            (stage,), kind = run.config.stages, f"stale {options.stale}" if stale else "fresh"
+            stage = dataclasses.replace(stage, **STALE[options.stale] if stale else {})
+            title = f"{run.name}, {kind}"
             own = dataclasses.replace(run.config, stages=(stage,), title=title)
+            kind = kind.replace(" ", "-")
             folder = f"{options.method}-{options.steps}-{options.rate:g}-{kind}-seed{seed}"
             runs[stale, seed] = comparison.Run(own.title, own, options.workdir / folder)
     return list(made.pretraining.values()), runs
@@ -83,7 +88,7 @@ def _figures(run: comparison.Run) -> dict[str, float]:
 
 def _table(found: dict, seeds: list[int]) -> list[str]:
     """Mean and deviation over the seeds of each way, and of the difference of both."""
-    lines = [["rows", *(name for name, _ in FIGURES.values())], ["---"] * (1 + len(FIGURES))]
+    lines = [["way", *(name for name, _ in FIGURES.values())], ["---"] * (1 + len(FIGURES))]
     ways = {
         "before training": lambda key, seed: found[False, seed].get(key.replace("after", "before")),
         "fresh": lambda key, seed: found[False, seed][key],
@@ -118,6 +123,7 @@ def _device() -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = pathlib.Path(".cache/stale")
+    parser.add_argument("--stale", choices=STALE, default="rows")
     parser.add_argument("--workdir", type=pathlib.Path, default=default)
     parser.add_argument("--method", default="gkd", help="one that writes rows during training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30])

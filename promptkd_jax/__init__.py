@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 # `__init__.pyi` says the same to editors and type checkers; a test compares the two.
 _NAMES = {
     "data.batch": "Batch Responses gather responses",
+    "data.packing": "pack_batch",
     "data.top_k": "TopK",
     "distill.losses": "losses divergence",
     "distill.curriculum": "Interpolation first_interpolation",

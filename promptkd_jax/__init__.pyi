@@ -2,6 +2,7 @@ from promptkd_jax.data.batch import Batch as Batch
 from promptkd_jax.data.batch import Responses as Responses
 from promptkd_jax.data.batch import gather as gather
 from promptkd_jax.data.batch import responses as responses
+from promptkd_jax.data.packing import pack_batch as pack_batch
 from promptkd_jax.data.top_k import TopK as TopK
 from promptkd_jax.distill import losses as losses
 from promptkd_jax.distill.chunked_loss import linear_loss as linear_loss

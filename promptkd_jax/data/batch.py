@@ -23,13 +23,16 @@ class Batch(NamedTuple):
     `[B]`: where the response begins and where the row ends. `cached` `[B, R, k]`: what the teacher
     said of every response position, where it was written down beforehand. `supervised` `[B, T]`:
     the tokens that a student learns from, such as all turns of the assistant in a conversation;
-    None: those of the response."""
+    None: those of the response. `segment_ids` `[B, T]`: of packed rows, which have several rows of
+    the data in each, the number of each token's within its row, from 1, and 0 where there is no
+    token; these have `supervised`, and their `prompt_lengths` mean nothing. See `packing`."""
 
     tokens: Int[Array, "B T"]
     prompt_lengths: Int[Array, " B"]
     lengths: Int[Array, " B"]
     cached: TopK | None = None
     supervised: Bool[Array, "B T"] | None = None
+    segment_ids: Int[Array, "B T"] | None = None
 
     @property
     def num_supervised(self) -> Int[Array, " B"]:
@@ -37,6 +40,20 @@ class Batch(NamedTuple):
         if self.supervised is None:
             return self.lengths - self.prompt_lengths
         return jnp.sum(self.supervised, axis=1)
+
+    @property
+    def has_token(self) -> Bool[Array, "B T"]:
+        """Whether there is a token in a column."""
+        if self.segment_ids is None:
+            return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        return self.segment_ids > 0
+
+    @property
+    def num_segments(self) -> Int[Array, " B"]:
+        """How many rows of the data are in each row: 1, but for packed rows."""
+        if self.segment_ids is None:
+            return jnp.ones_like(self.lengths)
+        return jnp.max(self.segment_ids, axis=1)
 
 
 class Responses(NamedTuple):
@@ -57,7 +74,8 @@ def responses(batch: Batch, capacity: int) -> Responses:
     """The positions of `batch` that predict supervised tokens, R = `capacity` for each row.
 
     A supervised token has none, and no loss sees it, where it is beyond the capacity or the columns
-    of the batch, or the first of its row. `beyond` counts them, `train_step` as `tokens_beyond`.
+    of the batch, or the first of its row, or of its segment in a packed one. `beyond` counts them,
+    `train_step` as `tokens_beyond`.
 
     Raises:
       ValueError: arrays of shapes that do not belong together, or no position at all.
@@ -70,6 +88,8 @@ def responses(batch: Batch, capacity: int) -> Responses:
         )
     if capacity < 1:
         raise ValueError(f"capacity: {capacity}; expected at least 1 response token")
+    if batch.segment_ids is not None and batch.supervised is None:
+        raise ValueError("segment_ids without supervised: expected both, as pack_batch gives them")
     if batch.supervised is None:
         positions = batch.prompt_lengths[:, None] - 1 + jnp.arange(capacity)
         ends_at = jnp.minimum(batch.lengths, tokens[1])[:, None] - 1
@@ -77,6 +97,8 @@ def responses(batch: Batch, capacity: int) -> Responses:
     else:
         columns = jnp.arange(tokens[1])
         there = batch.supervised & (columns > 0) & (columns < batch.lengths[:, None])
+        if batch.segment_ids is not None:  # what predicts a token is in its segment, right before
+            there &= batch.segment_ids == jnp.roll(batch.segment_ids, 1, axis=1)
         # [B, R]: the columns of supervised tokens in their order, then others, which do not count.
         first = jnp.argsort(~there, axis=1, stable=True)[:, :capacity]
         first = jnp.pad(first, ((0, 0), (0, max(capacity - tokens[1], 0))))
@@ -104,8 +126,12 @@ def choose_rows(chosen: jax.Array, one: Batch, other: Batch) -> Batch:
 
 def truncate(batch: Batch, width: int) -> Batch:
     """The first `width` columns, of rows that are no longer."""
-    supervised = None if batch.supervised is None else batch.supervised[..., :width]
-    return batch._replace(tokens=batch.tokens[..., :width], supervised=supervised)
+
+    def cut(x):
+        return None if x is None else x[..., :width]
+
+    wide = {name: cut(getattr(batch, name)) for name in ("tokens", "supervised", "segment_ids")}
+    return batch._replace(**wide)
 
 
 def pad_to(batch: Batch, width: int) -> Batch:

@@ -12,6 +12,7 @@ import numpy as np
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.logprobs import Cached
+from promptkd_jax.data.packing import Packing, check_packing, pack_batch
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.infra.errors import DataError
 
@@ -46,6 +47,7 @@ def train_batches(
     seed: int,
     cached: Cached | None = None,
     capacity: int | None = None,
+    packing: Packing | None = None,
 ) -> grain.MapDataset:
     """An endless data set: element i is the Batch of step i, a pure function of (rows, seed, i).
 
@@ -57,10 +59,11 @@ def train_batches(
       cached: what the teacher wrote down about these rows, to go with each batch.
       capacity: R, the response positions of a batch; for `cached`, and as large as the longest
         response where it is not given.
+      packing: of the rows of each batch, which are the same as without it; None: not packed.
 
     Raises:
-      DataError: there are fewer rows than batch_size, or a row is longer than `length` or than
-        `capacity`.
+      DataError: there are fewer rows than batch_size, a row is longer than `length` or than
+        `capacity`, or those of a step do not fit into its packed rows.
     """
     count = len(rows.tokens)
     if batch_size > count:
@@ -77,23 +80,32 @@ def train_batches(
             return batch
         return batch._replace(cached=cached.rows(indices, capacity))
 
-    for lengths in (list(map(len, rows.tokens)), responses):
-        make([int(np.argmax(lengths))])  # a row that is too long stops the run here
+    def make_packed(indices: Sequence[int]) -> Batch:
+        return pack_batch(make(indices), packing.rows, gap=packing.gap, capacity=capacity)
+
+    lengths = np.array(list(map(len, rows.tokens)))
+    for each in (lengths, responses):
+        make([int(np.argmax(each))])  # a row that is too long stops the run here
 
     # Grain shuffles epoch e with seed + e: unspread, epoch 1 of seed 0 would be epoch 0 of seed 1.
     def spread(*seed: int) -> int:
         return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
-    batch = dict(batch_size=batch_size, drop_remainder=True, batch_fn=make)
+    batch = dict(batch_size=batch_size, drop_remainder=True, batch_fn=list)
     if not rows.shares:
-        return grain.MapDataset.range(count).shuffle(spread(seed)).batch(**batch).repeat()
-    counts, shares = zip(*rows.shares)
-    ends = itertools.accumulate(counts)
-    sources = [
-        grain.MapDataset.range(end - count, end).shuffle(spread(seed, place)).repeat()
-        for place, (count, end) in enumerate(zip(counts, ends))
-    ]
-    return grain.MapDataset.mix(sources, shares).batch(**batch)
+        order = grain.MapDataset.range(count).shuffle(spread(seed)).batch(**batch).repeat()
+    else:
+        counts, shares = zip(*rows.shares)
+        ends = itertools.accumulate(counts)
+        sources = [
+            grain.MapDataset.range(end - count, end).shuffle(spread(seed, place)).repeat()
+            for place, (count, end) in enumerate(zip(counts, ends))
+        ]
+        order = grain.MapDataset.mix(sources, shares).batch(**batch)
+    if packing is None:
+        return order.map(make)
+    check_packing(lengths, order, packing, length)
+    return order.map(make_packed)
 
 
 def stream(dataset: grain.MapDataset, start: int) -> Iterator[Batch]:

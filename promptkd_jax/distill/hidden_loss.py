@@ -408,19 +408,17 @@ def load_balancing(scores: jax.Array, counts: jax.Array, per_token: int) -> jax.
     return jnp.mean(number * jnp.sum(f * p, axis=-1))
 
 
-def balance_gradient(
-    states: States, lengths: jax.Array, per_token: int
-) -> tuple[States, jax.Array]:
+def balance_gradient(states: States, counts: jax.Array, per_token: int) -> tuple[States, jax.Array]:
     """Returns the gradient and the value of `load_balancing`.
 
     Args:
       states: the scores `[B, T, E]` of the router of every layer.
-      lengths: `[B]`, the tokens of each row.
+      counts: as for `load_balancing`.
     """
 
     def loss(states):
         scores = jnp.stack(list(states.values()))  # [L, B, T, E]
-        return load_balancing(scores, jnp.arange(scores.shape[2]) < lengths[:, None], per_token)
+        return load_balancing(scores, counts, per_token)
 
     value, gradient = jax.value_and_grad(loss)(states)
     return gradient, value

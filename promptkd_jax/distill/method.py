@@ -5,7 +5,12 @@ minimized. SFT, KD, SeqKD, GKD, MiniLLM, DistiLLM, ABKD and PromptKD are values 
 import dataclasses
 
 from promptkd_jax.distill.method_checks import contradictions
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY, Execution, Objective
+from promptkd_jax.distill.method_fields import (
+    CROSS_ENTROPY,
+    POLICY_GRADIENT,
+    Execution,
+    Objective,
+)
 from promptkd_jax.infra.specs import validate
 from promptkd_jax.models.sampler import Sampling
 
@@ -101,6 +106,11 @@ class Method(Objective):
         )
 
     @property
+    def has_policy_gradient(self) -> bool:
+        """Whether the student's terms value the tokens that it sampled."""
+        return any(name == POLICY_GRADIENT for name, _ in self.student_terms)
+
+    @property
     def rollout_length(self) -> int:
         """The most new tokens of a row of a rollout."""
         return self.max_new_tokens or self.response_capacity
@@ -128,3 +138,13 @@ class Method(Objective):
     def updates_per_step(self) -> int:
         """Updates of the student in a step."""
         return self.minibatches * self.passes
+
+    @property
+    def updates_together(self) -> bool:
+        """Whether the teacher's and the student's gradient are of the same forward pass of the
+        student: it has one update a step, and sees either the soft prompt before its update, or one
+        micro-batch, whose gradient is all that the prompt's update needs."""
+        at_once = self.num_micro_batches == 1 or self.prompt_lag > 0
+        # All of an online teacher would be updated within the branch of a bucket.
+        small = self.teacher_view != "online" or self.execution.length_buckets == 1
+        return self.updates_per_step == 1 and at_once and small

@@ -56,6 +56,10 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
         )
     if not method.source.on_policy:
         messages += _without_rollouts(method, execution)
+    if method.prompt_lag:
+        messages += _about_prompt_lag(method, names)
+    if execution.packed_rows:
+        messages += _about_packing(method)
     if POLICY_GRADIENT in names:
         messages += _about_policy_gradient(method, execution, sampling)
     if method.teacher_view == "cached":
@@ -113,6 +117,48 @@ def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
             f"one_step_off_policy: rows are written a step ahead, but targets = "
             f"{method.targets!r} has none that are written during training; expected False, or one "
             f"of {', '.join(on_policy)}"
+        )
+    return messages
+
+
+def _about_prompt_lag(method: Objective, names: list[str]) -> list[str]:
+    messages = []
+    if method.teacher_view != "prompted":
+        messages.append(
+            f"prompt_lag: {method.prompt_lag}, but teacher_view = {method.teacher_view!r} has no "
+            "soft prompt; expected 0, or 'prompted'"
+        )
+    if method.minibatches * method.passes > 1:
+        messages.append(
+            f"prompt_lag: saves a forward of the teacher where a step has one update, and has "
+            f"{method.minibatches * method.passes}; expected 0, or minibatches = passes = 1"
+        )
+    if POLICY_GRADIENT in names:
+        messages.append(
+            f"prompt_lag: {POLICY_GRADIENT} values all rows of a step by the teacher before the "
+            "update, so that no forward is saved; expected 0"
+        )
+    return messages
+
+
+def _about_packing(method: Objective) -> list[str]:
+    messages = []
+    if method.source.on_policy:
+        messages.append(
+            "packed_rows: rows are packed when their lengths are known, before a step, and targets "
+            f"= {method.targets!r} has rows that are written in it; expected 0, or 'gold' or "
+            "'teacher' as targets"
+        )
+    if method.minibatches > 1:
+        messages.append(
+            f"packed_rows: packed by their lengths, other rows would be in each of "
+            f"{method.minibatches} minibatches, each with an update of its own; expected 0, or "
+            "minibatches = 1"
+        )
+    if any(term.kind == "relation" for term in method.hidden_terms):
+        messages.append(
+            "packed_rows: a 'relation' of hidden_terms compares a token with all before it in its "
+            "row, packed ones of other rows too; expected 0, or terms 'cosine' and 'mse'"
         )
     return messages
 

@@ -165,6 +165,12 @@ class Objective:
     target_kl: float = field(
         0.01, Float(low=0.0, open_low=True), "of the 'adaptive' schedule, nats a token"
     )
+    prompt_lag: int = field(
+        0,
+        Int(low=0, high=1),
+        "updates that the soft prompt of the student's loss is behind: 0: it was just updated (the "
+        "paper); 1: it is that before, for which the teacher's forward is there already",
+    )
     teacher_terms: WeightedNames = field(
         ((CROSS_ENTROPY, 1.0), ("forward_kl", 1.0)),
         ListOf(WeightedName(), nonempty=True),
@@ -252,6 +258,12 @@ class Execution:
         Int(low=1, high=16),
         "lengths that an update, and the prompts of a rollout, are compiled for, up to a whole row "
         "in even steps; micro-batches get rows of like length, and take the least that fits",
+    )
+    packed_rows: int = field(
+        0,
+        Int(low=0),
+        "rows of data.max_length tokens that the batch_size rows of a step are packed into, some "
+        "in each, none seeing another; for targets that no student writes; 0: rows are not packed",
     )
     max_concurrent_rollouts: int = field(
         0,

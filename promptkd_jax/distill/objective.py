@@ -8,7 +8,8 @@ with sums that are only measured.
     dL/dθ = (dh/dθ)ᵀ · dL/dh        h: hidden states [B, R, D] and head [V, D] of the learner
 
 `dL/dh` comes from the chunked loss, which makes no [B, R, V] array; the pullback `(dh/dθ)ᵀ` from
-`jax.vjp` of the forward pass, which the prompt's and the student's update can share.
+`jax.vjp` of the forward pass. The prompt's and the student's update can share that of the student
+and that of the prompted teacher.
 
 B rows of a micro-batch, R response positions, M soft-prompt tokens, D width, V vocabulary,
 G micro-batches of one update.
@@ -26,7 +27,12 @@ from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.method_fields import CROSS_ENTROPY
 from promptkd_jax.distill.optimizer import Gradients
-from promptkd_jax.distill.teacher import StepModels, StudentForward, lazy_logits
+from promptkd_jax.distill.teacher import (
+    PromptedForward,
+    StepModels,
+    StudentForward,
+    lazy_logits,
+)
 from promptkd_jax.distill.terms import (
     MicroBatch,
     Observations,
@@ -89,6 +95,7 @@ def prompt_gradients(
     coefficient: jax.Array,
     step_models: StepModels,
     student_forward: StudentForward | None = None,
+    prompted_forward: PromptedForward | None = None,
 ) -> Gradients:
     """Returns the gradient of L_kd + alpha_k L_reg for the soft prompt (paper, eq. 1 to 3).
 
@@ -97,15 +104,10 @@ def prompt_gradients(
       scale: `[]`, the factor that makes this micro-batch's sum its share of the mean.
       coefficient: `[]`, alpha_k.
       student_forward: `step_models.student_vjp` of these rows, if it was computed already.
+      prompted_forward: `step_models.prompted_vjp` of them, likewise.
     """
     rows = micro_batch.rows
-
-    def prompted(soft_prompt):  # [M, D] -> hidden [B, R, D]; the head does not depend on it
-        teacher, _ = step_models.teacher(params, rows, soft_prompt)
-        return teacher.hidden, teacher
-
-    # The teacher is frozen: its backward pass carries gradients to P alone, none to weights.
-    hidden, pullback, teacher = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
+    (teacher, _), pullback = prompted_forward or step_models.prompted_vjp(params, rows)
     (student, _), _ = student_forward or step_models.student_vjp(params["student"], rows)
     # The plain teacher is a constant of L_reg; without L_reg its forward pass is not made.
     plain = step_models.teacher(params, rows)[0] if step_models.method.regularization else None
@@ -113,7 +115,7 @@ def prompt_gradients(
     mask = step_models.where(rows).mask
     # dL/dh [B, R, D] of the prompted teacher's hidden states, then (dh/dP)^T dL/dh.
     d_hidden, loss, sums = grad_and_loss(
-        terms, observations, mask, lambda h: teacher.replace(hidden=h), hidden
+        terms, observations, mask, lambda h: teacher.replace(hidden=h), teacher.hidden
     )
     return Gradients({"soft_prompt": pullback(d_hidden)[0]}, loss / scale, sums)
 
@@ -156,6 +158,7 @@ def student_gradients(
     corpus_scale: jax.Array,
     step_models: StepModels,
     student_forward: StudentForward | None = None,
+    prompted_forward: PromptedForward | None = None,
 ) -> Gradients:
     """Returns the gradient of all losses of the student, for it and for its projections.
 
@@ -163,7 +166,8 @@ def student_gradients(
       params: the groups of a train state.
       scale: `[]`, the factor that makes this micro-batch's sum its share of the mean.
       corpus_scale: `[]`, the same of the sum over the tokens of plain text.
-      student_forward: as for `prompt_gradients`.
+      student_forward, prompted_forward: as for `prompt_gradients`; the latter in place of the
+        teacher behind `micro_batch.soft_prompt`.
     """
     method, rows = step_models.method, micro_batch.rows
     where = step_models.where(rows)
@@ -173,7 +177,9 @@ def student_gradients(
     (student, states), pullback = student_forward
     # Nothing looks at the teacher where only tokens or plain text are learned from.
     teacher, teacher_states = None, {}
-    if method.student_needs_teacher:
+    if prompted_forward is not None:
+        (teacher, teacher_states), _ = prompted_forward
+    elif method.student_needs_teacher:
         teacher, teacher_states = step_models.teacher(params, rows, micro_batch.soft_prompt)
     terms = student_terms(scale, micro_batch, teacher, step_models)
     observations = student_observations(method)
@@ -193,7 +199,7 @@ def student_gradients(
     if taps := step_models.router_taps:
         per_token = step_models.models.student.config.experts.num_experts_per_tok
         scores = {tap: states[tap] for tap in taps}
-        d_scores, balance = hidden_loss.balance_gradient(scores, rows.lengths, per_token)
+        d_scores, balance = hidden_loss.balance_gradient(scores, rows.has_token, per_token)
         # A mean over the micro-batch, which counts as much as the micro-batch's tokens do.
         tokens = jnp.sum(where.mask)
         weight = method.router_balance * scale * tokens

@@ -229,6 +229,9 @@ def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gr
         gradients = gradients_of(*first)
         return gradients._replace(**jax.tree.map(lambda x: x[None], _measured(gradients)))
 
+    # Traced once, for the shapes and for the loop.
+    gradients_of = jax.jit(gradients_of, inline=True)
+
     def body(total, micro_batch):
         gradients = gradients_of(*micro_batch)
         return jax.tree.map(jnp.add, total, gradients.by_group), _measured(gradients)

@@ -3,17 +3,18 @@
 `Method` describes a distillation method; this module executes one step of it, `train_step`.
 
     y ~ q(.|x)                                                    `target_rows`: a rollout
-    P <- P - eta_P d/dP [KL(p_P || q) + alpha_k KL(p_P || p)]     `_update_prompt`
+    P <- P - eta_P d/dP [KL(p_P || q) + alpha_k KL(p_P || p)]     `_update_teacher`
     theta <- theta - eta d/dtheta KL(q || p_P)                    `_update_student`
 
-Gradients are accumulated over micro-batches, one at a time (`objective`). Row i of B is in number
-i mod UG, so that each device keeps its own rows of each: `[B, ...]` is seen as `[UG, B / UG, ...]`.
+Gradients are accumulated over `micro_batches`, which `objective` computes one at a time. Where both
+updates may see the same forward passes, they do: `_update_together`.
 
 B rows, T columns, R response positions, M soft-prompt tokens, D width, V vocabulary,
 G micro-batches of one update, UG of a whole step: the student has an update for each of U
 minibatches.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,20 +22,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax.data.batch import Batch, responses, truncate
+from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.distill import losses, objective, policy_gradient
 from promptkd_jax.distill.chunked_loss import linear_values
 from promptkd_jax.distill.curriculum import curriculum
-from promptkd_jax.distill.method import Conventions, Method
-from promptkd_jax.distill.method_fields import POLICY_GRADIENT
-from promptkd_jax.distill.optimizer import accumulate, gradient_norm
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.micro_batches import (
+    corpus_scale,
+    deal_out,
+    in_smallest_bucket,
+    token_scales,
+)
+from promptkd_jax.distill.optimizer import Gradients, accumulate, gradient_norm
 from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, advance
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
-from promptkd_jax.distill.teacher import DropoutKeys, Models, StepModels, StudentForward
+from promptkd_jax.distill.teacher import Models, PromptedForward, StepModels, StudentForward
 from promptkd_jax.distill.terms import MicroBatch
 from promptkd_jax.distill.transport import TokenKernel
-from promptkd_jax.infra import sharding
-from promptkd_jax.infra.buckets import run_in_smallest_bucket
 
 
 def write_ahead(
@@ -75,7 +79,8 @@ def train_step(
     """Makes one step. Pure: jit it with the keyword arguments bound and the state donated.
 
     Algorithm 1 of the paper, see the top of this module; the student learns from the P just
-    updated. Without a soft prompt there is only the last line, with the terms that `method` names.
+    updated, with `prompt_lag` from that before. Without a soft prompt there is only the last line,
+    with the terms that `method` names.
 
     With `one_step_off_policy` the rows trained on are `state.pending`, and the student before the
     update writes those of the next step: neither needs the other's result.
@@ -108,27 +113,23 @@ def train_step(
     # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
     corpus = corpus if method.corpus_terms else None
     keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch, corpus)
-    micro_batches = _split(targets, corpus, method, keys)
+    micro_batches = deal_out(targets, corpus, method, keys)
     metrics = _measure_rows(targets, micro_batches, new, method)
     micro_batches = micro_batches._replace(curriculum=curriculum(method, state))
-    student_forward = _shared_forward(state, micro_batches, step_models)
+    if method.updates_together:
+        new, metrics = _update_together(new, micro_batches, metrics, step_models, optimizers)
+        return _skip_if_not_finite(state, *advance(new, metrics, method))
+    if method.prompted or method.teacher_view == "online":
+        new, metrics = _update_teacher(new, micro_batches, metrics, step_models, optimizers)
     if method.prompted:
-        new, metrics = _update_prompt(
-            new, micro_batches, metrics, step_models, optimizers, student_forward
-        )
         # [UG, M, D]: the student learns from the prompt that was just updated.
         soft_prompt = _prompt_of_student_loss(state, new, method)
         micro_batches = micro_batches._replace(soft_prompt=soft_prompt)
-    elif method.teacher_view == "online":
-        new, metrics = _update_teacher(
-            new, micro_batches, metrics, step_models, optimizers, student_forward
-        )
-    if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
-        policy = _policy_targets(new, micro_batches, step_models, student_forward)
-        micro_batches = micro_batches._replace(policy=policy)
-    new, metrics = _update_student(
-        new, micro_batches, metrics, step_models, optimizers, student_forward
-    )
+    if method.has_policy_gradient:
+        log_probs = functools.partial(_log_probs, state=new, step_models=step_models)
+        log_probs = jax.lax.map(in_smallest_bucket(log_probs, method), micro_batches)
+        micro_batches = micro_batches._replace(policy=_policy_targets(log_probs, method))
+    new, metrics = _update_student(new, micro_batches, metrics, step_models, optimizers)
     return _skip_if_not_finite(state, *advance(new, metrics, method))
 
 
@@ -164,76 +165,6 @@ def _skip_if_not_finite(
     return next_state, metrics._replace(scalars=metrics.scalars | {"skipped_in_a_row": in_a_row})
 
 
-# How rows are split into micro-batches
-
-
-def _split(
-    targets: TargetBatch, corpus: Batch | None, method: Method, dropout_keys: DropoutKeys | None
-) -> MicroBatch:
-    """All `[B, …]` as `[UG, B / UG, …]`, row i in micro-batch i mod UG: devices keep their rows."""
-
-    def split(x):
-        return jnp.swapaxes(x.reshape(-1, method.num_micro_batches, *x.shape[1:]), 0, 1)
-
-    rows = targets.rows, targets.is_student, dropout_keys and dropout_keys.rows
-    # Rows of like length together, so that a short micro-batch takes a small bucket.
-    if method.sorts_rows:
-        rows = _sort_by_length(rows, targets.rows.lengths, method.num_micro_batches)
-    rows, is_student, keys = rows
-    dropout_keys = dropout_keys and dropout_keys._replace(rows=keys)
-    micro_batches = MicroBatch(rows, is_student, corpus, dropout_keys=dropout_keys)
-    return jax.tree.map(split, micro_batches)
-
-
-def _sort_by_length(rows: Any, lengths: jax.Array, number: int) -> Any:
-    """A tree of `[B, …]`, every device's rows in such an order that `_split` deals the shortest out
-    to the first of `number` micro-batches, the longest to the last."""
-    devices = sharding.num_row_shards(lengths.shape[0] // number)
-    # One device with six rows, and two micro-batches:
-    #
-    #     lengths            9 4 7 2 8 3     [devices, B / devices]
-    #     shortest_first     3 5 1 2 4 0     rows of lengths 2 3 4 7 8 9
-    #     by micro-batch     3 5 1 | 2 4 0   [devices, number, B / devices / number]
-    #     order              3 2 5 4 1 0     [devices, B / devices]: one row of each in turn
-    #
-    # `_split` puts places 0, 2, 4 of `order` into micro-batch 0: the rows 3, 5, 1.
-    shortest_first = jnp.argsort(lengths.reshape(devices, -1), axis=1, stable=True)
-    by_micro_batch = shortest_first.reshape(devices, number, -1)
-    order = by_micro_batch.swapaxes(1, 2).reshape(devices, -1)
-    return jax.tree.map(lambda x: sharding.take_local_rows(x, order).reshape(x.shape), rows)
-
-
-def _bucketed(gradients_of: Callable, method: Method) -> Callable:
-    """`gradients_of`, called with its micro-batch's rows in the smallest bucket that holds them."""
-
-    def bucketed(micro_batch: MicroBatch, *others):
-        def in_width(width: int):
-            rows = truncate(micro_batch.rows, width)
-            return gradients_of(micro_batch._replace(rows=rows), *others)
-
-        columns = micro_batch.rows.tokens.shape[-1]
-        lengths = micro_batch.rows.lengths
-        return run_in_smallest_bucket(in_width, lengths, columns, method.execution.length_buckets)
-
-    return bucketed
-
-
-def _shared_forward(
-    state: TrainState, micro_batches: MicroBatch, step_models: StepModels
-) -> StudentForward | None:
-    """The student's forward pass and pullback, if one can serve both updates, else None.
-
-    It can if both see the same parameters on the same columns: with one micro-batch a step, one
-    pass, rows that are not truncated to buckets, and no dropout.
-    """
-    method = step_models.method
-    shared = method.num_micro_batches * method.passes * method.execution.length_buckets == 1
-    if not shared or step_models.drops:
-        return None
-    rows = jax.tree.map(lambda x: x[0], micro_batches.rows)
-    return step_models.student_vjp(state.params["student"], rows)
-
-
 def _measure_rows(
     targets: TargetBatch, micro_batches: MicroBatch, state: TrainState, method: Method
 ) -> Metrics:
@@ -246,55 +177,151 @@ def _measure_rows(
     return Metrics({}, {}, {}, jnp.sum(where.mask, axis=(1, 2)), scalars)
 
 
-def _scales(counts: jax.Array, conventions: Conventions) -> jax.Array:
-    """Factors `[G]` with which the micro-batches' sums over tokens add up to the mean of an update;
-    `counts` `[G]` are the response tokens of each (the teacher's update has all UG)."""
-    # As published, the mean over micro-batches of their means; else the mean over all tokens.
-    if conventions.mean_of_means:
-        return 1 / (counts * counts.shape[0])
-    return jnp.broadcast_to(1 / jnp.sum(counts), counts.shape)
+# Both updates at once
 
 
-# The teacher's update: its soft prompt, or all of it
-
-
-def _update_prompt(
+def _update_together(
     state: TrainState,
     micro_batches: MicroBatch,
     metrics: Metrics,
     step_models: StepModels,
     optimizers: Optimizers,
-    student_forward: StudentForward | None,
 ) -> tuple[TrainState, Metrics]:
-    """P <- P - eta grad [L_kd + alpha_k L_reg]."""
-    method = step_models.method
+    """The teacher's update, if it has one, and the student's, a micro-batch at a time in one bucket
+    and of the same forward passes: that of the student, and with `prompt_lag` that of the prompted
+    teacher as well. `Method.updates_together` says when.
+    """
+    method, text_scale = step_models.method, corpus_scale(micro_batches)
 
-    def gradients_of(micro_batch: MicroBatch, scale, coefficient):
-        return objective.prompt_gradients(
-            state.params, micro_batch, scale, coefficient, step_models, student_forward
+    def gradients_of(micro_batch: MicroBatch, scale, coefficient) -> Gradients:
+        params, after, student = state.params, state, None
+        if not step_models.drops:  # in its own update alone, which then has another forward
+            student = step_models.student_vjp(params["student"], micro_batch.rows)
+        prompted = step_models.prompted_vjp(params, micro_batch.rows) if method.prompted else None
+        found = _teacher_gradients(
+            params, micro_batch, scale, coefficient, step_models, student, prompted
         )
+        if not method.prompt_lag:
+            # There is one micro-batch, and so the teacher's whole gradient. It is applied here for
+            # the student to see, and again below, which XLA may do but once.
+            for gradients in found.values():
+                after = _apply(after, gradients.by_group, optimizers)
+            micro_batch, prompted = micro_batch._replace(soft_prompt=after.soft_prompt), None
+        if method.has_policy_gradient:
+            log_probs = _log_probs(micro_batch, after, step_models, student)
+            policy = _policy_targets(jax.tree.map(lambda x: x[None], log_probs), method)
+            micro_batch = micro_batch._replace(policy=jax.tree.map(lambda x: x[0], policy))
+        found["student"] = objective.student_gradients(
+            after.params, micro_batch, scale, text_scale, step_models, student, prompted
+        )
+        return found
+
+    found = _accumulated(gradients_of, state, micro_batches, metrics, method)
+    return _learn(found, state, metrics, method, optimizers)
+
+
+def _accumulated(
+    gradients_of: Callable[..., dict[str, Gradients]],
+    state: TrainState,
+    micro_batches: MicroBatch,
+    metrics: Metrics,
+    method: Method,
+) -> dict[str, Gradients]:
+    """What `gradients_of` gives, by who learns, over all micro-batches, each in its bucket."""
+
+    def by_part(*inputs) -> Gradients:  # each part by who learns
+        found = gradients_of(*inputs)
+        return Gradients(*({name: x[i] for name, x in found.items()} for i in range(3)))
 
     coefficients = _coefficients(state, method)
-    scales = _scales(metrics.counts, method.conventions)
-    gradients = accumulate(_bucketed(gradients_of, method), (micro_batches, scales, coefficients))
+    scales = token_scales(metrics.counts, method.conventions)
+    inputs = micro_batches, scales, coefficients
+    parts = accumulate(in_smallest_bucket(by_part, method), inputs)
+    return {name: Gradients(*(part[name] for part in parts)) for name in parts.by_group}
+
+
+def _learn(
+    found: dict[str, Gradients],
+    state: TrainState,
+    metrics: Metrics,
+    method: Method,
+    optimizers: Optimizers,
+) -> tuple[TrainState, Metrics]:
+    """The state and metrics after the updates of all learners, "prompt", "teacher", "student"."""
+    for learner, gradients in found.items():
+        state, metrics = _learn_one(learner, gradients, state, metrics, method, optimizers)
+    return state, metrics
+
+
+def _learn_one(
+    learner: str,
+    gradients: Gradients,
+    state: TrainState,
+    metrics: Metrics,
+    method: Method,
+    optimizers: Optimizers,
+) -> tuple[TrainState, Metrics]:
     new = _apply(state, gradients.by_group, optimizers)
+    norm = gradient_norm(gradients.by_group["soft_prompt" if learner == "prompt" else learner])
+    new_metrics = metrics.add(learner, gradients.loss, gradients.sums, norm)
+    if learner != "prompt":
+        return new, new_metrics
     if method.regularization and method.regularization_schedule == "adaptive":
         kl = jnp.sum(gradients.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
         new = new.replace(regularization=_adapted(state.regularization, kl / method.target_kl))
     scalars = {
         "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
-        "regularization_weight": coefficients[0],
+        "regularization_weight": _coefficients(state, method)[0],
     }
-    norm = gradient_norm(gradients.by_group)
-    metrics = metrics.add("prompt", gradients.loss, gradients.sums, norm)
-    return new, metrics._replace(scalars=metrics.scalars | scalars)
+    return new, new_metrics._replace(scalars=metrics.scalars | scalars)
+
+
+# The teacher's update: its soft prompt, or all of it
+
+
+def _update_teacher(
+    state: TrainState,
+    micro_batches: MicroBatch,
+    metrics: Metrics,
+    step_models: StepModels,
+    optimizers: Optimizers,
+) -> tuple[TrainState, Metrics]:
+    """P <- P - eta grad [L_kd + alpha_k L_reg]; or mutual learning (Zhang et al. 2018, arXiv
+    1706.00384): the teacher learns from the student, which then learns from what the teacher has
+    become."""
+    method = step_models.method
+
+    def gradients_of(micro_batch: MicroBatch, scale, coefficient):
+        return _teacher_gradients(state.params, micro_batch, scale, coefficient, step_models)
+
+    found = _accumulated(gradients_of, state, micro_batches, metrics, method)
+    return _learn(found, state, metrics, method, optimizers)
+
+
+def _teacher_gradients(
+    params: dict[str, Any],
+    micro_batch: MicroBatch,
+    scale: jax.Array,
+    coefficient: jax.Array,
+    step_models: StepModels,
+    student: StudentForward | None = None,
+    prompted: PromptedForward | None = None,
+) -> dict[str, Gradients]:
+    """Those of the teacher's update, by who learns: the "prompt", the "teacher", or nobody."""
+    if step_models.method.prompted:
+        how = scale, coefficient, step_models, student, prompted
+        return {"prompt": objective.prompt_gradients(params, micro_batch, *how)}
+    if step_models.method.teacher_view == "online":
+        how = scale, step_models, student
+        return {"teacher": objective.teacher_gradients(params, micro_batch, *how)}
+    return {}
 
 
 def _coefficients(state: TrainState, method: Method) -> jax.Array:
     """The coefficient alpha_k of L_reg for each micro-batch, `[UG]`, in step k, counted from 1.
 
     "constant": `method.regularization`. "linear": that times 1 - k / total_steps (eq. 3).
-    "adaptive": `state.regularization`, which `_update_prompt` moves.
+    "adaptive": `state.regularization`, which `_learn` moves.
     """
     number = method.num_micro_batches
     if method.regularization_schedule == "adaptive":
@@ -324,58 +351,37 @@ def _prompt_of_student_loss(before: TrainState, after: TrainState, method: Metho
     return jnp.where(fresh[:, None, None], after.soft_prompt, before.soft_prompt)
 
 
-def _update_teacher(
-    state: TrainState,
-    micro_batches: MicroBatch,
-    metrics: Metrics,
-    step_models: StepModels,
-    optimizers: Optimizers,
-    student_forward: StudentForward | None,
-) -> tuple[TrainState, Metrics]:
-    """Mutual learning (Zhang et al. 2018, arXiv 1706.00384): the teacher learns from the student,
-    which then learns from what the teacher has become."""
-
-    def gradients_of(micro_batch: MicroBatch, scale):
-        return objective.teacher_gradients(
-            state.params, micro_batch, scale, step_models, student_forward
-        )
-
-    method = step_models.method
-    scales = _scales(metrics.counts, method.conventions)
-    gradients = accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
-    norm = gradient_norm(gradients.by_group)
-    metrics = metrics.add("teacher", gradients.loss, gradients.sums, norm)
-    return _apply(state, gradients.by_group, optimizers), metrics
-
-
 # The student's update
 
 
-def _policy_targets(
+def _log_probs(
+    micro_batch: MicroBatch,
     state: TrainState,
-    micro_batches: MicroBatch,
     step_models: StepModels,
-    student_forward: StudentForward | None,
-) -> policy_gradient.PolicyTarget:
-    """The advantages of the sampled tokens, valued over the whole step, `[UG, B / UG, R]` each."""
+    student_forward: StudentForward | None = None,
+) -> tuple[jax.Array, ...]:
+    """The sampled tokens of a micro-batch, which of them count, and their log-probabilities by
+    student and teacher, `[B / UG, R]` each."""
 
     def log_prob_of_labels(labels, logits):
         return -losses.cross_entropy(labels, logits)
 
-    def log_probs(micro_batch: MicroBatch):  # [B / UG, R] of student and teacher
-        rows = micro_batch.rows
-        where = step_models.where(rows)
-        (student, _), _ = student_forward or step_models.student_vjp(state.params["student"], rows)
-        teacher, _ = step_models.teacher(state.params, rows, micro_batch.soft_prompt)
-        both = [
-            linear_values([log_prob_of_labels], model, [where.labels])[0]
-            for model in (student, teacher)
-        ]
-        return where.labels, where.mask, *both
+    rows = micro_batch.rows
+    where = step_models.where(rows)
+    (student, _), _ = student_forward or step_models.student_vjp(state.params["student"], rows)
+    teacher, _ = step_models.teacher(state.params, rows, micro_batch.soft_prompt)
+    both = [
+        linear_values([log_prob_of_labels], model, [where.labels])[0]
+        for model in (student, teacher)
+    ]
+    return where.labels, where.mask, *both
 
-    method = step_models.method
-    # Labels, mask, and the labels' log-probabilities of student and teacher: [UG, B / UG, R].
-    by_micro_batch = jax.lax.map(_bucketed(log_probs, method), micro_batches)
+
+def _policy_targets(
+    by_micro_batch: tuple[jax.Array, ...], method: Method
+) -> policy_gradient.PolicyTarget:
+    """The advantages of the sampled tokens, valued over the whole step, `[UG, B / UG, R]` each, of
+    `_log_probs` of all micro-batches."""
     # Whitening needs the mean and variance of all rows of the step, not of a micro-batch.
     whole = [x.reshape(-1, x.shape[-1]) for x in by_micro_batch]  # [B, R]
     target = policy_gradient.policy_target(*whole, method.teacher_share, method.policy_gradient)
@@ -388,7 +394,6 @@ def _update_student(
     metrics: Metrics,
     step_models: StepModels,
     optimizers: Optimizers,
-    student_forward: StudentForward | None,
 ) -> tuple[TrainState, Metrics]:
     """theta <- theta - eta grad of the student's terms, `method.updates_per_step` times.
 
@@ -399,17 +404,14 @@ def _update_student(
 
     def update(state: TrainState, xs):
         micro_batches, counts = xs
-        corpus_scale = 0.0
-        if micro_batches.corpus is not None:
-            corpus_scale = 1 / jnp.sum(micro_batches.corpus.lengths - 1)
+        text_scale = corpus_scale(micro_batches)
 
         def gradients_of(micro_batch: MicroBatch, scale):
-            return objective.student_gradients(
-                state.params, micro_batch, scale, corpus_scale, step_models, student_forward
-            )
+            scales = scale, text_scale
+            return objective.student_gradients(state.params, micro_batch, *scales, step_models)
 
-        scales = _scales(counts, method.conventions)
-        gradients = accumulate(_bucketed(gradients_of, method), (micro_batches, scales))
+        scales = token_scales(counts, method.conventions)
+        gradients = accumulate(in_smallest_bucket(gradients_of, method), (micro_batches, scales))
         norm = gradient_norm(gradients.by_group["student"])
         new = _apply(state, gradients.by_group, optimizers)
         return new, (gradients.loss, gradients.sums, norm)

@@ -14,7 +14,6 @@ import numpy as np
 
 from promptkd_jax.data.batch import Batch, choose_rows, pad_to
 from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import POLICY_GRADIENT
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
@@ -124,7 +123,6 @@ def target_rows(
     if not method.source.on_policy:
         nobody = jnp.zeros(batch.lengths.shape[0], bool)
         return TargetBatch(batch, nobody, nobody), replay
-    values_samples = any(name == POLICY_GRADIENT for name, _ in method.student_terms)
     write = functools.partial(
         rollout,
         student,
@@ -136,7 +134,7 @@ def target_rows(
         sampling=method.sampling,
         vocab_size=method.vocab_size,
         # The policy gradient values sampled tokens: one that was not sampled has no value.
-        force_eos=method.conventions.force_eos and not values_samples,
+        force_eos=method.conventions.force_eos and not method.has_policy_gradient,
         second=teacher,
         second_share=method.teacher_share,
         second_top_k=method.teacher_top_k,
@@ -153,8 +151,8 @@ def row_statistics(
 ) -> dict[str, jax.Array]:
     """Means and counts of the rows that a step trains on; the threshold of the buffer after it."""
     rows, is_student, hit_eos = written
-    lengths = rows.num_supervised.astype(jnp.float32)  # [B]
-    statistics = {"response_length": jnp.mean(lengths), "tokens": jnp.sum(rows.lengths)}
+    length = jnp.sum(rows.num_supervised) / jnp.sum(rows.num_segments)
+    statistics = {"response_length": length, "tokens": jnp.sum(rows.has_token)}
     if method.source.on_policy and method.others_write:
         statistics["on_policy_share"] = is_student.mean()
     if method.source.on_policy and not method.source.keeps_replay:

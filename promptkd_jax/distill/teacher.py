@@ -51,9 +51,15 @@ def lazy_logits(
       LazyLogits of hidden `[B, R, D]` and head `[V, D]`.
     """
     # [B, T, D] -> [B, R, D]: the head is multiplied at response positions alone.
-    # The functions of a `LanguageModel` take no keys.
-    keys = () if dropout_keys is None else (dropout_keys,)
-    hidden = gather(model.hidden_states(params, batch.tokens, prefix, *keys), where)
+    # The functions of a `LanguageModel` take neither keys nor segments.
+    more = {"dropout_keys": dropout_keys, "segment_ids": batch.segment_ids}
+    more = {name: x for name, x in more.items() if x is not None}
+    if batch.segment_ids is not None and not isinstance(model, Decoder):
+        raise ValueError(
+            f"segment_ids: packed rows, and a {type(model).__name__}, whose functions cannot keep "
+            "segments apart; expected a Decoder, or rows that are not packed"
+        )
+    hidden = gather(model.hidden_states(params, batch.tokens, prefix, **more), where)
     return LazyLogits(hidden, model.output_head(params)[:vocab_size], model.logit_soft_cap)
 
 
@@ -85,8 +91,8 @@ def lazy_logits_and_states(
     if not taps:
         return lazy_logits(model, params, batch, where, vocab_size, prefix, dropout_keys), {}
     # flax keeps what layers `sow` only if the collection is mutable.
-    how = {"prefix": prefix, "dropout_keys": dropout_keys, "mutable": ["intermediates"]}
-    last, sown = model.apply({"params": params}, batch.tokens, **how)
+    how = {"prefix": prefix, "dropout_keys": dropout_keys, "segment_ids": batch.segment_ids}
+    last, sown = model.apply({"params": params}, batch.tokens, **how, mutable=["intermediates"])
     last, layers, states = gather(last, where), sown["intermediates"]["layers"], {}
     for name, layer in taps:
         # The last layer's are those behind the final norm, which the head sees, if it sees all D.
@@ -126,6 +132,9 @@ class Models:
 # A forward pass of the student at response positions, and its pullback: (gradient for the
 # LazyLogits, gradient for the states) -> (gradient for the parameters,), as `jax.vjp` returns it.
 StudentForward = tuple[tuple[LazyLogits, hidden_loss.States], Callable]
+
+# The same of the prompted teacher: gradient for the hidden states [B, R, D] -> (gradient for P,).
+PromptedForward = tuple[tuple[LazyLogits, hidden_loss.States], Callable]
 
 # The forward pass of the teacher in each view:
 #
@@ -185,6 +194,18 @@ class StepModels:
             demonstrations = np.asarray(self.method.demonstrations, np.int32)
             prefix = self.models.teacher.input_embeddings(teacher, demonstrations)
         return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
+
+    def prompted_vjp(self, params: Mapping[str, Any], rows: Batch) -> PromptedForward:
+        """The prompted teacher's distributions and states, and the pullback of its hidden states to
+        the soft prompt."""
+
+        def prompted(soft_prompt):  # [M, D] -> hidden [B, R, D]; the head does not depend on it
+            teacher, states = self.teacher(params, rows, soft_prompt)
+            return teacher.hidden, (teacher, states)
+
+        # The teacher is frozen: its backward pass carries gradients to P alone, none to weights.
+        _, pullback, seen = jax.vjp(prompted, params["soft_prompt"], has_aux=True)
+        return seen, pullback
 
     def student_vjp(
         self, student: Any, rows: Batch, dropout_keys: Key[Array, " B"] | None = None

@@ -32,6 +32,7 @@ def attend(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
@@ -45,6 +46,7 @@ def attend(
       sliding_window: columns that a column sees, itself and those before it; None: all of them.
       soft_cap: c, where scores s become c tanh(s / c); None: they stay as they are.
       sinks: `[N]`, a score of every head that takes part in the softmax and has no value; or None.
+      segment_ids: `[B, T]`, of packed rows: a column sees those of its own segment alone; or None.
       dropout: the share of the weights that are 0, the others being so much larger.
       dropout_keys: `[B]`, a key of each row, which says the weights; None: no dropout.
 
@@ -55,7 +57,7 @@ def attend(
     key, value = (repeat_kv(x, num_heads) for x in (key, value))  # [B, T, K, H], K may have grown
     if dropout and dropout_keys is not None:  # no kernel draws what is the same on every mesh
         drop = functools.partial(keep_weights, dropout_keys, dropout, num_heads)
-        return _in_parts(query, key, value, sinks, sliding_window, soft_cap, drop)
+        return _in_parts(query, key, value, sinks, segment_ids, sliding_window, soft_cap, drop)
     chosen = implementation(
         platform=sharding.platform(),
         dtype=query.dtype.name,
@@ -70,10 +72,10 @@ def attend(
         capability=sharding.compute_capability(),
     )
     if chosen == "splash":
-        return _splash(query, key, value, sinks, sliding_window, soft_cap)
+        return _splash(query, key, value, sinks, segment_ids, sliding_window, soft_cap)
     if chosen == "cudnn":
-        return _cudnn(query, key, value, sliding_window)
-    return _in_parts(query, key, value, sinks, sliding_window, soft_cap)
+        return _cudnn(query, key, value, segment_ids, sliding_window)
+    return _in_parts(query, key, value, sinks, segment_ids, sliding_window, soft_cap)
 
 
 def keep_mask(
@@ -251,6 +253,7 @@ def _in_parts(
     key,
     value,
     sinks,
+    segment_ids,
     sliding_window: int | None,
     soft_cap: float | None,
     drop: Callable[[int, int], jax.Array] | None = None,
@@ -266,6 +269,9 @@ def _in_parts(
         end = min(begin + size, columns)
         first = 0 if sliding_window is None else max(0, begin + 1 - sliding_window)
         seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), sliding_window)
+        if segment_ids is not None:  # [B, size, S] as [B, 1, 1, size, S]
+            same = segment_ids[:, begin:end, None] == segment_ids[:, None, first:end]
+            seen = (seen & same)[:, None, None]
         seen_keys = key[:, :, first:end], value[:, :, first:end]
         queries = query[:, :, :, begin:end]
         kept = drop and drop(begin, end)[..., first:].reshape(*queries.shape[:4], -1)
@@ -305,9 +311,13 @@ def _shares(scores, seen, sinks, soft_cap: float | None) -> jax.Array:
     return jnp.exp(scores - jnp.logaddexp(total, sinks.astype(jnp.float32).reshape(every)))
 
 
-def _cudnn(query, key, value, sliding_window: int | None) -> jax.Array:
+def _cudnn(query, key, value, segment_ids, sliding_window: int | None) -> jax.Array:
     """JAX refuses cuDNN's gradient of an odd number of columns, and wants all three cut alike."""
-    columns = query.shape[1]
+    columns, same = query.shape[1], None
+    if segment_ids is not None:  # JAX adds it to the scores, as [B, 1, T, T] in half precision
+        ids = jnp.pad(segment_ids, ((0, 0), (0, columns % 2)), mode="edge")
+        same = ids[:, None, :, None] == ids[:, None, None, :]
+        same = sharding.constrain(same, sharding.ROWS, None, None, None)
     query, key, value = (
         sharding.constrain(_pad(x, columns % 2), *BTNH_SPEC) for x in (query, key, value)
     )
@@ -315,6 +325,7 @@ def _cudnn(query, key, value, sliding_window: int | None) -> jax.Array:
         query,
         key,
         value,
+        mask=same,
         is_causal=True,
         local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
         implementation="cudnn",
@@ -328,24 +339,24 @@ def _pad(x: jax.Array, columns: int) -> jax.Array:
 
 
 def _splash(
-    query, key, value, sinks, sliding_window: int | None, soft_cap: float | None
+    query, key, value, sinks, segment_ids, sliding_window: int | None, soft_cap: float | None
 ) -> jax.Array:
     """The kernel on each device's own rows and heads."""
     kernel = functools.partial(_splash_on_device, sliding_window=sliding_window, soft_cap=soft_cap)
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(query, key, value, sinks)
+        return kernel(query, key, value, sinks, segment_ids)
     # check_vma: the kernel does not say along which axes its outputs vary.
     cut = jax.shard_map(
         kernel,
-        in_specs=(*(P(*BTNH_SPEC),) * 3, P("tensor")),
+        in_specs=(*(P(*BTNH_SPEC),) * 3, P("tensor"), P(sharding.ROWS)),
         out_specs=P(*BTNH_SPEC),
         check_vma=False,
     )
-    return cut(query, key, value, sinks)
+    return cut(query, key, value, sinks, segment_ids)
 
 
 def _splash_on_device(
-    query, key, value, sinks, *, sliding_window: int | None, soft_cap: float | None
+    query, key, value, sinks, segment_ids, *, sliding_window: int | None, soft_cap: float | None
 ) -> jax.Array:
     """The kernel wants `[N, T, H]`, scaled queries, and columns that are whole blocks."""
     # Padded columns come behind all others: as keys no query of the row sees them, as queries they
@@ -355,12 +366,17 @@ def _splash_on_device(
     padded = block * math.ceil(columns / block)
     query = (query * head_dim**-0.5).astype(query.dtype)
     query, key, value = (_pad(x, padded - columns).swapaxes(1, 2) for x in (query, key, value))
-    kernel = _kernel(padded, num_heads, block, sliding_window, soft_cap)
+    kernel, segments = _kernel(padded, num_heads, block, sliding_window, soft_cap), None
+    if segment_ids is not None:
+        from jax.experimental.pallas.ops.tpu import splash_attention
 
-    def attend_row(query, key, value):
-        return kernel(query, key, value, sinks=sinks)
+        ids = jnp.pad(segment_ids, ((0, 0), (0, padded - columns)), mode="edge")
+        segments = splash_attention.SegmentIds(ids, ids)  # of queries, of keys
 
-    return jax.vmap(attend_row)(query, key, value).swapaxes(1, 2)[:, :columns]
+    def attend_row(query, key, value, segments):
+        return kernel(query, key, value, segments, sinks=sinks)
+
+    return jax.vmap(attend_row)(query, key, value, segments).swapaxes(1, 2)[:, :columns]
 
 
 def _block(columns: int) -> int:

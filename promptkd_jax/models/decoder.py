@@ -33,6 +33,7 @@ from promptkd_jax.models.norms import RMSNorm, make_norm
 from promptkd_jax.models.projection import project, transposed
 from promptkd_jax.models.quantization import SCALE
 from promptkd_jax.models.rotary import rotate
+from promptkd_jax.models.segments import packed_columns
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
@@ -77,6 +78,7 @@ class Decoder(nn.Module):
         *,
         prefix: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         columns: int = 0,
         cache: Cache | None = None,
         position: jax.Array | None = None,
@@ -91,6 +93,9 @@ class Decoder(nn.Module):
           prefix: `[M, D]` embeddings put before every row (the soft prompt). They take the
             positions 0..M-1 and move the tokens to M..M+T-1.
           dropout_keys: `[B]` typed keys: the dropout of the config; None: none.
+          segment_ids: `[B, T]`, of packed rows: of the segment of each token, from 1, 0 where there
+            is none. A segment is computed as a row of its own, behind the prefix, for which M
+            columns are empty in front of every segment but the first. None: rows are not packed.
           columns: S, where keys and values for a cache are wanted; 0: they are not.
           cache: decode one token a row (T = 1), which sees the cache and is written into it.
           position: `[B]`, of that token, M included.
@@ -102,10 +107,13 @@ class Decoder(nn.Module):
         Raises:
           ModelError: more columns than a learned position table has rows.
         """
-        config = self.config
-        x = embedded(config, tokens, prefix)  # [B, M + T, D]
+        config, packed, segments = self.config, None, None
+        if segment_ids is not None:  # [B, M + T] each
+            packed, segments = packed_columns(segment_ids, 0 if prefix is None else len(prefix))
+        x = embedded(config, tokens, prefix, packed)  # [B, M + T, D]
         # Of columns, the prefix included: [1, M + T] for whole rows, [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if cache is None else position[:, None]
+        positions = positions if packed is None else packed
         if config.learned_positions:
             check_learned_positions(config, cache.columns if cache else columns or x.shape[1])
             table = config.max_positions + config.position_offset
@@ -118,7 +126,7 @@ class Decoder(nn.Module):
             # One scan over L stacked layers: compiled once, whatever the depth.
             kinds = jnp.asarray(config.pattern, jnp.int32) if config.pattern else None
             layers = jnp.arange(config.num_layers), kinds
-            x, kept = _layers(config)(x, layers, positions, dropout_keys, columns)
+            x, kept = _layers(config)(x, layers, positions, dropout_keys, columns, segments)
         else:
             x, kept = _decode_layers(config, self.variables["params"], x, positions, cache)
         if config.norm_placement != "sum":
@@ -144,10 +152,12 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         prefix: Float[Array, "M D"] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none, and
-        with dropout where there are keys for it."""
-        return self.apply({"params": params}, tokens, prefix=prefix, dropout_keys=dropout_keys)
+        """Last hidden states `[B, T, D]` of tokens `[B, T]`, behind a prefix `[M, D]` or none, with
+        dropout where there are keys for it, and of packed rows where there are `segment_ids`."""
+        how = {"prefix": prefix, "dropout_keys": dropout_keys, "segment_ids": segment_ids}
+        return self.apply({"params": params}, tokens, **how)
 
     @nn.nowrap
     def output_head(self, params: Any) -> Float[Array, "V D"]:
@@ -231,12 +241,13 @@ class Layer(nn.Module):
 
     # x          hidden states [B, T, D]: T is M + T of the decoder for whole rows, 1 in decoding
     # layer      its number, and that of its kind, None where there is one kind
-    # positions  [1, T] for whole rows, [B, 1] in decoding
+    # positions  [1, T] for whole rows, [B, T] for packed ones, [B, 1] in decoding
     # keys       [B], or None: of dropout
     # columns    static: S, where keys and values for a cache are wanted, else 0
+    # segments   [B, T] of packed rows, else None
     # turn       of decoding, else None
     @nn.compact
-    def __call__(self, x, layer, positions, keys, columns, turn=None):
+    def __call__(self, x, layer, positions, keys, columns, segments=None, turn=None):
         config, (index, kind) = self.config, layer
         placement = config.norm_placement
 
@@ -254,7 +265,7 @@ class Layer(nn.Module):
             return make_norm(config, name)(x) if placement == "sum" else x
 
         attended, kept = Attention(config, name="attention")(
-            before(x, "attention_norm"), kind, positions, keys, columns, turn
+            before(x, "attention_norm"), kind, positions, keys, columns, segments, turn
         )
         x = added(x, attended, "attention_norm", 0)
         if config.experts:
@@ -275,7 +286,7 @@ class Attention(nn.Module):
     # The arguments of `Layer`. Returns also what is kept for a cache: keys and values
     # [B, T, K, H], the layer's part of the new cache in decoding, or None.
     @nn.compact
-    def __call__(self, x, kind, positions, keys, columns, turn):
+    def __call__(self, x, kind, positions, keys, columns, segments, turn):
         config, padded = self.config, self.config.padded
 
         def heads(number: int, name: str):
@@ -313,7 +324,7 @@ class Attention(nn.Module):
             out = attend_to_cache(query, kept, turn.seen, **how)
         else:
             kept = (key, value) if columns else None
-            out = _attend(config, query, key, value, sinks, kind, keys)
+            out = _attend(config, query, key, value, sinks, kind, keys, segments)
         return project(config, config.width, config.out_bias, "out", 2)(out, keys), kept
 
 
@@ -338,10 +349,10 @@ def _rotate(config: DecoderConfig, x: jax.Array, positions, columns: int, kind) 
     return turned[0] if place is None else jax.lax.select_n(place, *turned)
 
 
-def _attend(config: DecoderConfig, query, key, value, sinks, kind, keys) -> jax.Array:
+def _attend(config: DecoderConfig, query, key, value, sinks, kind, keys, segments) -> jax.Array:
     """`attend` with the window of the layer's kind, which its kernels have to know."""
     windows, place = _of_kinds(config, "sliding_window", kind)
-    how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
+    how = {"soft_cap": config.attention_soft_cap, "sinks": sinks, "segment_ids": segments}
     how |= {"dropout": config.dropout.attention, "dropout_keys": keys}
     ways = [functools.partial(attend, sliding_window=window, **how) for window in windows]
     if place is None:
@@ -376,7 +387,7 @@ def _decode_layers(
         turn = Turn(layer, cache.column, seen)
         experts_of = index if _has_experts_of_all(config, params) else None
         x, layer = Layer(config, experts_of, parent=None).apply(
-            {"params": own}, x, (index, kind), positions, None, cache.columns, turn
+            {"params": own}, x, (index, kind), positions, None, cache.columns, turn=turn
         )
         layers.append(layer)
     return x, cache.replace(layers=tuple(layers), turn=cache.turn + 1)
@@ -427,7 +438,8 @@ def _layers(config: DecoderConfig) -> nn.Module:
         layer,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, *(nn.broadcast,) * 4),
         length=config.num_layers,
+        check_constancy_invariants=False,  # a layer has none; checked, it is traced twice
     )
     return scanned(config, name="layers")

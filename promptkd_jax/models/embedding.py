@@ -30,13 +30,30 @@ class Embedding(nn.Module):
         return jnp.take(table, ids, axis=0).astype(self.config.dtype)
 
 
-def embedded(config: DecoderConfig, tokens: jax.Array, prefix: jax.Array | None) -> jax.Array:
-    """The prefix `[M, D]`, in front of every row, and the embeddings of the tokens."""
+def embedded(
+    config: DecoderConfig,
+    tokens: jax.Array,
+    prefix: jax.Array | None,
+    packed_positions: jax.Array | None = None,
+) -> jax.Array:
+    """The prefix `[M, D]` in front of every row, and the embeddings of the tokens `[B, T]`.
+
+    Args:
+      packed_positions: `[B, M + T]`, of packed rows, where the prefix is in front of every segment,
+        see `segments.packed_columns`; None: rows are not packed.
+
+    Returns:
+      `[B, M + T, D]`.
+    """
     embed = Embedding(config, config.padded.vocab_size, config.embedding_width, name="embed")
     x = scaled(embed(tokens), config.embedding_scale)
     if prefix is not None:
         rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
         x = jnp.concatenate([rows, x], axis=1)
+    if prefix is not None and packed_positions is not None:
+        last = prefix.shape[0] - 1
+        own = jnp.take(prefix.astype(x.dtype), jnp.minimum(packed_positions, last), axis=0)
+        x = jnp.where((packed_positions <= last)[..., None], own, x)
     return project(config, config.width, False, "project_in")(x) if config.projected_width else x
 
 

@@ -82,8 +82,7 @@ def load_model(
         return synthetic_model(path, **how, quantize=quantize, mesh=mesh)
     file = resolve_model(path)
     if file.suffix == ".gguf":
-        source, tokenizer, card = _open_gguf(file)
-        generation = {}
+        source, tokenizer, card, generation = *_open_gguf(file), {}
     else:
         source = SafetensorsFolder(file, path if repository_of(path) else "")
         tokenizer, generation, card = _tokenizer(file), _generation(file), read_card(file)
@@ -95,7 +94,8 @@ def load_model(
             f"{source.path}: config: activation {config.activation!r} is not supported; "
             f"supported: {', '.join(ACTIVATIONS)}"
         )
-    config = config.replace(**how, quantization=QUANTIZE[quantize])
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    config = config.replace(**how, quantization=QUANTIZE[quantize], tensor_parts=parts)
     hf_config = source.config
     if config.tied and has_head_of_its_own(source, config):
         # As transformers 5 does; the config says so from here on, for whoever reads an export.
@@ -104,8 +104,6 @@ def load_model(
             f"{path}: its config ties the head to the embedding, but {HEAD} is another "
             "matrix than the embedding; it is used"
         )
-    parts = 1 if mesh is None else mesh.shape["tensor"]
-    config = config.replace(tensor_parts=parts)
     shardings = None if mesh is None else functools.partial(param_shardings, config, mesh=mesh)
     return Model(
         name=path,

@@ -56,8 +56,9 @@ class AbstractRun(Experiment):
 
     @property
     def batch_size(self) -> int:
-        """Rows of a step, over all devices."""
-        return self.config.stages[self.index].batch_size
+        """Rows of a step, packed if they are, over all devices."""
+        stage = self.config.stages[self.index]
+        return stage.packed_rows or stage.batch_size
 
     def with_micro_batches(self, number: int) -> "AbstractRun":
         """The same run, the rows of its stage dealt out to so many micro-batches."""
@@ -101,9 +102,11 @@ class AbstractRun(Experiment):
             frozen = sharded_model(self.student.replace(params=frozen), self.mesh)
         method = self.stage.method
         cached = self.config.cache.top_k if method.teacher_view == "cached" else 0
-        whole = _has_whole_rows(self.config, self.config.stages[self.index])
-        rows = self._rows(cached, whole)
-        corpus = self._rows() if method.corpus_terms else None
+        stage = self.config.stages[self.index]
+        packed = stage.packed_rows > 0
+        whole = _has_whole_rows(self.config, stage) or packed
+        rows = self._rows(self.batch_size, cached, whole, packed)
+        corpus = self._rows(stage.batch_size) if method.corpus_terms else None
         return state, teacher, rows, corpus, frozen, self._token_kernel()
 
     def _token_kernel(self) -> TokenKernel | None:
@@ -123,8 +126,8 @@ class AbstractRun(Experiment):
         )
         return TokenKernel((Neighbours(ids, columns, entries),), self.vocab_size)
 
-    def _rows(self, cached: int = 0, whole: bool = False) -> Batch:
-        rows, columns = self.batch_size, self.config.data.max_length
+    def _rows(self, rows: int, cached: int = 0, whole: bool = False, packed: bool = False) -> Batch:
+        columns = self.config.data.max_length
         place = sharding.rows_sharding(self.mesh, rows)
 
         def struct(*shape, dtype=jnp.int32):
@@ -136,7 +139,9 @@ class AbstractRun(Experiment):
             values, tail = (struct(*s, dtype=jnp.float32) for s in (shape, shape[:2]))
             top_k = TopK(struct(*shape), values, tail)
         supervised = struct(rows, columns, dtype=jnp.bool_) if whole else None
-        return Batch(struct(rows, columns), struct(rows), struct(rows), top_k, supervised)
+        segment_ids = struct(rows, columns) if packed else None
+        ends = struct(rows), struct(rows)
+        return Batch(struct(rows, columns), *ends, top_k, supervised, segment_ids)
 
 
 def _has_whole_rows(config: RunConfig, stage: StageConfig) -> bool:
@@ -254,7 +259,7 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
     )
     end = hf_config.get("eos_token_id")
     eos_ids = tuple(end) if isinstance(end, list) else (end or 0,)
-    return Model(path, Decoder(config), _params(config), dict(hf_config), None, eos_ids)
+    return Model(path, Decoder(config), abstract_params(config), dict(hf_config), None, eos_ids)
 
 
 def _keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
@@ -267,18 +272,12 @@ def _with_adapter(config: RunConfig, student: Model) -> Model:
 
 
 def _with_config(model: Model, config: DecoderConfig) -> Model:
-    return model.replace(decoder=Decoder(config), params=_params(config))
-
-
-@functools.cache
-def _params(config: DecoderConfig) -> Any:
-    """Shapes of a decoder's parameters, traced once: a search asks for each micro-batch."""
-    return abstract_params(config)
+    return model.replace(decoder=Decoder(config), params=abstract_params(config))
 
 
 def num_parameters(config: DecoderConfig) -> int:
     """How many a decoder has, padding included, in whatever they are kept."""
-    return sum(x.size for x in jax.tree.leaves(_params(config.replace(quantization=None))))
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config.replace(quantization=None))))
 
 
 def _learned(config: RunConfig, teacher: Model | None, student: Model) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def changes(config: RunConfig) -> Iterator[Change]:
     for rows in (4, 2, 1):  # of a micro-batch
         new = {}
         for i, stage in enumerate(config.stages):
-            minibatch = stage.batch_size // stage.minibatches
+            minibatch = (stage.packed_rows or stage.batch_size) // stage.minibatches
             number = next(n for n in range(1, minibatch + 1) if _gives(minibatch, n, rows))
             if number > stage.gradient_accumulation_steps:
                 new[f"stages[{i}].gradient_accumulation_steps"] = number

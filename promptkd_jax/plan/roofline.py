@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from promptkd_jax.distill import chunked_loss
 from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT
+from promptkd_jax.distill.method_fields import CROSS_ENTROPY
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.attention import implementation
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
@@ -113,7 +113,7 @@ def _teacher(step: _Step) -> Cost:
     if method.prompted and method.regularization:
         part += teacher.forward(rows, columns) + teacher.head(rows, positions, 1)
     # One forward of the student may serve both updates; then it counts in the student's.
-    if not method.num_micro_batches * method.passes == method.execution.length_buckets == 1:
+    if not method.updates_together:
         part += student.forward(rows, columns)
     update = teacher.optimizer() if online else Cost()
     return part * method.num_micro_batches + update
@@ -128,7 +128,8 @@ def _student(step: _Step) -> Cost:
     part += student.backward(rows, columns, weights=whole)
     part += student.head(rows, positions, 2 + whole)
     if method.student_needs_teacher and method.teacher_view != "cached":
-        part += teacher.forward(rows, step.before + columns)
+        if not method.prompt_lag:  # else that of the prompt's update
+            part += teacher.forward(rows, step.before + columns)
         part += teacher.head(rows, positions, 1)
     if method.corpus_terms:
         part += student.forward(rows, columns)
@@ -138,7 +139,7 @@ def _student(step: _Step) -> Cost:
             part += teacher.forward(rows, columns)
             part += teacher.head(rows, columns - 1, 1)
     cost = part * (method.num_micro_batches * method.passes)
-    if any(name == POLICY_GRADIENT for name, _ in method.student_terms):
+    if method.has_policy_gradient:
         for model in (student, teacher):
             log_probs = model.forward(rows, columns) + model.head(rows, positions, 1)
             cost += log_probs * method.num_micro_batches
@@ -241,7 +242,7 @@ def temporary_bytes(
         heads += sum(model.head_bytes for model in models)
     all_logits = step.rows * step.positions * run.vocab_size / math.prod(mesh.values())
     logits = 6 * 4 * min(chunked_loss.chunk_elements(platform), all_logits)
-    if tpu or method.num_micro_batches * method.passes * method.execution.length_buckets == 1:
+    if tpu or method.updates_together:
         update = gradients + saved + before  # of which one forward of the student serves both
     else:
         update = max(gradients + saved, before)

@@ -92,7 +92,9 @@ def make_stage(
     """
     stage, conventions = config.stages[index], PRESETS[config.preset]
     room = config.data.max_length - config.data.max_prompt_length
-    capacity = {"student": room, "gold": longest_response, "teacher": longest_response}
+    # Of packed rows all tokens may be of responses, but for the first.
+    written = config.data.max_length - 1 if stage.packed_rows else longest_response
+    capacity = {"student": room, "gold": written, "teacher": written}
     objective = {name: getattr(stage, name) for name in declared(Objective)}
     execution = Execution(**{name: getattr(stage, name) for name in declared(Execution)})
     method = Method(

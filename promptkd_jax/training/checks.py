@@ -225,9 +225,18 @@ def check_mesh(config: RunConfig, mesh: Any, stages: Iterable[int] | None = None
     cannot be dealt out evenly to the devices of a mesh, which may be an abstract one."""
     for index in range(len(config.stages)) if stages is None else stages:
         path, stage = f"config.stages[{index}]", config.stages[index]
+        for name, number in _rows_of_step(stage).items():
+            sharding.check_rows(f"{path}.{name}", number, stage.num_micro_batches, mesh)
         slots = stage.max_concurrent_rollouts
-        sharding.check_rows(f"{path}.batch_size", stage.batch_size, stage.num_micro_batches, mesh)
         sharding.check_rows(f"{path}.max_concurrent_rollouts", slots, 1, mesh)
+
+
+def _rows_of_step(stage: StageConfig) -> dict[str, int]:
+    """The rows of the arrays that a step gets, by the field that says so: packed ones, or all of
+    them; and those of a corpus."""
+    names = ["packed_rows"] if stage.packed_rows else []
+    names += ["batch_size"] if stage.corpus_terms or not names else []
+    return {name: getattr(stage, name) for name in names}
 
 
 def needs_the_teacher(config: RunConfig) -> bool:
@@ -244,10 +253,16 @@ def needs_the_teacher(config: RunConfig) -> bool:
 def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
     if (stage.steps > 0) == (stage.epochs > 0):
         yield f"{path}: give either steps or epochs (the other 0)"
-    if stage.batch_size % stage.num_micro_batches:
+    for name, number in _rows_of_step(stage).items():
+        if number % stage.num_micro_batches:
+            yield (
+                f"{path}.gradient_accumulation_steps: {stage.gradient_accumulation_steps} in each "
+                f"of {stage.minibatches} minibatches do not divide {name} = {number}"
+            )
+    if stage.packed_rows > stage.batch_size:
         yield (
-            f"{path}.gradient_accumulation_steps: {stage.gradient_accumulation_steps} in each of "
-            f"{stage.minibatches} minibatches do not divide batch_size = {stage.batch_size}"
+            f"{path}.packed_rows: {stage.packed_rows} are more than the rows that are packed into "
+            f"them; expected at most batch_size = {stage.batch_size}, or 0"
         )
     if stage.max_concurrent_rollouts > stage.batch_size:
         yield (

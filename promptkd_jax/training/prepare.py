@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from promptkd_jax.data.batches import train_batches
+from promptkd_jax.data.packing import Packing
 from promptkd_jax.data.rows import Rows, fingerprint_records, fingerprint_supervised, select_rows
 from promptkd_jax.data.special_tokens import unknown_token
 from promptkd_jax.distill import hidden_loss
@@ -258,7 +259,7 @@ def _with_data(
         length=config.data.max_length,
         seed=config.seed + stage.index,
     )
-    method, cached, teacher = stage.method, None, config.teacher
+    method, cached, packing, teacher = stage.method, None, None, config.teacher
     kept = teacher.dtype, teacher.param_dtype, QUANTIZE[teacher.quantize]
     if method.teacher_view == "cached":  # by a teacher that need not be loaded
         cached = logprob_cache.open_cache(
@@ -269,9 +270,12 @@ def _with_data(
             vocab_size=method.vocab_size,
             top_k=config.cache.top_k,
         )
+    if number := method.execution.packed_rows:
+        prefix = config.soft_prompt.length if method.prompted else len(method.demonstrations)
+        packing = Packing(number, prefix, stage.steps)
     return dataclasses.replace(
         stage,
-        batches=batches(rows, cached=cached, capacity=method.response_capacity),
+        batches=batches(rows, cached=cached, capacity=method.response_capacity, packing=packing),
         corpus=batches(corpus) if method.corpus_terms else None,
     )
 

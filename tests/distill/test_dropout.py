@@ -60,8 +60,9 @@ def test_dropped_weights_do_not_depend_on_columns_or_heads_beside_them():
     # A row in four stripes with a window, against one that is shorter and one stripe.
     query, key, value = np.random.default_rng(0).normal(size=(3, 3, 300, 2, 8)).astype(np.float32)
     how = dict(sliding_window=40, dropout=0.5, dropout_keys=KEYS)
-    found = attend(query, key, value, **how)[:, :90]
-    expected = attend(query[:, :90], key[:, :90], value[:, :90], **how)
+    attended = jax.jit(functools.partial(attend, **how))
+    found = attended(query, key, value)[:, :90]
+    expected = attended(query[:, :90], key[:, :90], value[:, :90])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -112,11 +113,16 @@ def test_dropout_is_where_transformers_has_it(name, masks, tmp_path, monkeypatch
         expected = reference(torch.tensor(TOKENS), use_cache=False).logits.numpy()
     assert next(asked, None) is None, "fewer places than ours"
     decoder = Decoder(config.replace(dropout=rates))
+
+    @jax.jit
+    def logits(keys):
+        hidden = decoder.hidden_states(model.params, TOKENS, dropout_keys=keys)
+        return LazyLogits(hidden, head(model.params)).logits()
+
     with jax.default_matmul_precision("highest"):
-        hidden = decoder.hidden_states(model.params, TOKENS, dropout_keys=KEYS)
-        found = LazyLogits(hidden, head(model.params)).logits()
+        found = logits(KEYS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    without = LazyLogits(decoder.hidden_states(model.params, TOKENS), head(model.params)).logits()
+    without = logits(None)
     assert np.abs(found - without).max() > 0.5
 
 
@@ -178,15 +184,16 @@ def test_the_students_own_update_has_dropout(parts):
     keys = views.dropout_keys(jax.random.fold_in(before.key, 3), batch()).rows
     value, expected = dense_dropped(before.student, keys, STUDENT)
     assert_close(gradient(after), expected)
-    without, _ = update(in_parts(plain(), parts), before)
+    without, _ = update(plain(), before)
     assert moved(gradient(without), expected) > 1e-2
     assert_close(summarize(metrics)["student_loss"], value)
 
 
 def test_the_soft_prompt_and_rollouts_see_the_student_without_dropout():
     before = begin(soft_prompt=jnp.full((3, 32), 0.1))
+    how = dict(response_capacity=8, regularization=0.0)
     with_it, without = (
-        compiled(method(targets="student", response_capacity=8, dropout=dropout))(
+        compiled(method(targets="student", dropout=dropout, **how))(
             before, teacher_params(), batch(), None
         )
         for dropout in (True, False)

@@ -578,8 +578,8 @@ def test_soft_caps_bound_the_logits_of_both_models():
         target = teacher.replace(soft_cap=3.0)
         return linear_loss([losses.reverse_kl], learner.replace(soft_cap=1.5), [target], mask)[0]
 
-    expected, right = jax.value_and_grad(dense)(learner)
-    found, gradient = jax.value_and_grad(chunked)(learner)
+    expected, right = jax.jit(jax.value_and_grad(dense))(learner)
+    found, gradient = jax.jit(jax.value_and_grad(chunked))(learner)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), gradient, right)
     likeliest = chunked_loss.top_k(teacher.replace(soft_cap=3.0), 1).log_probs
@@ -599,7 +599,8 @@ def test_the_loss_without_a_gradient_is_the_same_and_weights_default_to_1():
 
 
 def test_gradients_follow_what_the_loss_is_multiplied_with():
-    once, thrice = (jax.grad(lambda x, c=c: c * kl_loss(x)[0])(problem()[0]) for c in (1, 3))
+    gradient = jax.jit(jax.grad(lambda x, times: times * kl_loss(x)[0]))
+    once, thrice = (gradient(problem()[0], times) for times in (1.0, 3.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-6), once, thrice)
 
 
@@ -649,9 +650,9 @@ def test_a_tied_embedding_gets_the_gradients_of_both_uses():
         return (mask * losses.reverse_kl(teacher.logits(), own)).sum()
 
     embedding = problem()[0].head
-    found = jax.grad(chunked)(embedding)
-    expected = jax.grad(lambda e: whole(hidden(e), e))(embedding)
-    as_head_only = jax.grad(lambda e: whole(hidden(embedding), e))(embedding)
+    found = jax.jit(jax.grad(chunked))(embedding)
+    expected = jax.jit(jax.grad(lambda e: whole(hidden(e), e)))(embedding)
+    as_head_only = jax.jit(jax.grad(lambda e: whole(hidden(embedding), e)))(embedding)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(expected - as_head_only).max() > 0.1
 
@@ -659,9 +660,9 @@ def test_a_tied_embedding_gets_the_gradients_of_both_uses():
 def test_half_precision_gradients_have_the_dtypes_of_what_they_belong_to():
     learner = problem()[0]
     half = LazyLogits(learner.hidden.astype(jnp.bfloat16), learner.head)
-    gradient = jax.grad(lambda x: kl_loss(x)[0])(half)
+    of_kl = jax.jit(jax.grad(lambda x: kl_loss(x)[0]))
+    gradient, exact = of_kl(half), of_kl(learner)
     assert (gradient.hidden.dtype, gradient.head.dtype) == (jnp.bfloat16, jnp.float32)
-    exact = jax.grad(lambda x: kl_loss(x)[0])(learner)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.1), gradient, exact)
 
 
@@ -1022,7 +1023,7 @@ def test_the_tail_is_divided_as_the_learner_divides_its_own(spec):
         logits = LazyLogits(hidden, learner.head).logits()
         return (mask * divergence(spec)(jnp.asarray(whole, jnp.float32), logits)).sum()
 
-    found, right = (jax.value_and_grad(f)(learner.hidden) for f in (chunked, dense))
+    found, right = (jax.jit(jax.value_and_grad(f))(learner.hidden) for f in (chunked, dense))
     np.testing.assert_allclose(found[0], right[0], rtol=1e-5)
     np.testing.assert_allclose(found[1], right[1], atol=1e-4)
 
@@ -1078,14 +1079,16 @@ def test_the_tail_where_it_is_not_given(log_probs, tail):
 def test_a_position_outside_of_the_mask_changes_nothing():
     learner, teacher, labels, mask = problem()
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(learner):
         return linear_loss(
             [losses.reverse_kl, losses.cross_entropy], learner, [teacher, labels], mask, chunk=3
         )[0]
 
     other = jnp.where(mask[..., None] > 0, learner.hidden, 100.0)
-    value, gradient = jax.value_and_grad(loss)(learner.replace(hidden=other))
-    right, right_gradient = jax.value_and_grad(loss)(learner)
+    value, gradient = loss(learner.replace(hidden=other))
+    right, right_gradient = loss(learner)
     np.testing.assert_allclose(value, right, rtol=1e-6)
     assert (gradient.hidden[mask == 0] == 0).all()
     np.testing.assert_allclose(gradient.head, right_gradient.head, atol=1e-5)

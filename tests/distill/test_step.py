@@ -34,8 +34,8 @@ from helpers.steps import (
 )
 from helpers.tiny import equations
 
-import promptkd_jax.distill.step as step_module
 from promptkd_jax.data.batch import Batch, truncate
+from promptkd_jax.distill import micro_batches
 from promptkd_jax.distill.hidden_loss import HiddenTerm
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.optimizer import Gradients, accumulate, adamw
@@ -243,6 +243,18 @@ def test_the_regularisation_falls_linearly_to_exactly_0():
     assert_close(summarize(metrics)["prompt_loss"], loss)
 
 
+def test_with_a_lag_the_student_sees_the_prompt_before_its_update():
+    """Which is no other update of the prompt."""
+    before = state()
+    after, metrics = update(method(prompt_lag=1, gradient_accumulation_steps=2), before)
+    (_, sums), expected = dense_student(before.student, before.soft_prompt)
+    assert_close(student_gradient(after), expected)
+    reverse_kl = metrics.sums["reverse_kl"].sum()
+    np.testing.assert_allclose(reverse_kl, sums["reverse_kl"].sum(), rtol=1e-5)
+    _, expected = dense_prompt(before.soft_prompt, before.student, alpha=1 - 1 / STEPS)
+    assert_close(prompt_gradient(after), expected)
+
+
 def test_no_regularisation_is_the_last_update_without_the_plain_teacher():
     last = state(step=STEPS - 1)
     with_it, measured = update(method(), last)
@@ -308,11 +320,11 @@ def test_accumulation_changes_nothing(make, parts):
 
 @pytest.mark.parametrize(
     "make, parts, widths",
-    [(sft, 1, [12]), (sft, 2, [8, 12]), (method, 4, 2 * [4, 8, 12, 12])],
+    [(method, 1, [12]), (sft, 2, [8, 12]), (method, 4, 2 * [4, 8, 12, 12])],
 )
 def test_rows_of_like_length_in_fewer_columns(make, parts, widths, monkeypatch):
     """Rows of 12, 2, 9 and 7 tokens, in 4, 8 or 12 columns; in the soft prompt's update, and then
-    in the student's."""
+    in the student's; of one micro-batch in both at once."""
     whole, expected = update(make())
     taken = []
 
@@ -320,7 +332,7 @@ def test_rows_of_like_length_in_fewer_columns(make, parts, widths, monkeypatch):
         jax.debug.callback(lambda: taken.append(width))
         return truncate(rows, width)
 
-    monkeypatch.setattr(step_module, "truncate", noted)
+    monkeypatch.setattr(micro_batches, "truncate", noted)
     cut, found = update(make(gradient_accumulation_steps=parts, length_buckets=3))
     jax.effects_barrier()
     assert taken == widths
@@ -393,10 +405,17 @@ def test_published_conventions(step, alpha):
 
 
 def test_gradients_in_half_precision_are_summed_in_float32():
-    """In bfloat16, 256 + 1 is 256."""
+    """In bfloat16, 256 + 1 is 256. A micro-batch is traced once, for shapes and loop."""
     one = {"x": jnp.ones((512, 3), jnp.bfloat16)}
     gradients = Gradients(one, jnp.float32(2), {"kl": jnp.float32(3)})
-    found = accumulate(lambda x: gradients._replace(by_group=x), (one,))
+    traced = []
+
+    def gradients_of(x):
+        traced.append(x)
+        return gradients._replace(by_group=x)
+
+    found = accumulate(gradients_of, (one,))
+    assert len(traced) == 1
     assert found.by_group["x"].dtype == jnp.bfloat16
     assert found.loss.shape == found.sums["kl"].shape == (512,)
     np.testing.assert_array_equal(found.by_group["x"], 512)
@@ -529,7 +548,7 @@ def products(jaxpr) -> list[tuple[tuple[int, ...], int, bool]]:
     return found
 
 
-def traced_products(regularization: float, teacher: Decoder, student: Decoder):
+def traced_products(teacher: Decoder, student: Decoder, **changes):
     rows, length, prompt = 4, 64, 2
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     each = method(
@@ -537,7 +556,7 @@ def traced_products(regularization: float, teacher: Decoder, student: Decoder):
         response_capacity=length - 1,
         prompt_capacity=1,
         vocab_size=512,
-        regularization=regularization,
+        **changes,
     )
     step = functools.partial(
         train_step, method=each, models=Models(student, teacher), optimizers=OPTIMIZERS
@@ -561,14 +580,16 @@ def weights(decoder: Decoder) -> int:
     return sum(kernels) + decoder.config.vocab_size * decoder.config.width
 
 
-@pytest.mark.parametrize("teacher", [llama(6, 256, 1024, 512), llama(1, 64, 256, 512)])
-def test_matrix_products_of_an_update(teacher):
+@pytest.mark.parametrize(
+    "teacher, parts", [(llama(6, 256, 1024, 512), 4), (llama(1, 64, 256, 512), 1)]
+)
+def test_matrix_products_of_an_update(teacher, parts):
     """Three forwards and a backward without weights of the teacher; forward and backward of the
     student: 8 N_T + 6 N_S operations a token, attention scores apart. Once with a large teacher
     and once with a small one, beside which a second forward of the student would show."""
     teacher, student = Decoder(teacher), Decoder(llama(4, 128, 512, 512))
     tokens = 4 * 64
-    found = traced_products(1.0, teacher, student)
+    found = traced_products(teacher, student)
     total = sum(flops for _, flops, attention in found if not attention)
     needed = (8 * weights(teacher) + 6 * weights(student)) * tokens
     print(f"products: {total / needed:.3f} of what is needed")
@@ -577,9 +598,18 @@ def test_matrix_products_of_an_update(teacher):
     assert (128, 512) in shapes  # gradients of the student's feed-forward
     assert (teacher.config.width, teacher.config.mlp_width) not in shapes  # and none of this
 
-    without = traced_products(0.0, teacher, student)
-    saved = total - sum(flops for _, flops, attention in without if not attention)
-    assert saved == pytest.approx(2 * weights(teacher) * tokens, rel=0.02)
+    def saved(**changes) -> float:
+        """Operations, in forwards of the teacher: with a lag none of the student is added where
+        there are several micro-batches."""
+        fewer = traced_products(teacher, student, **changes)
+        fewer = sum(flops for _, flops, attention in fewer if not attention)
+        return (total - fewer) / (2 * weights(teacher) * tokens)
+
+    assert saved(regularization=0.0) == pytest.approx(1, rel=0.02)
+    assert saved(prompt_lag=1, gradient_accumulation_steps=parts) == pytest.approx(1, rel=0.02)
+    # Of two buckets one is taken: a whole step, and one of half as many columns.
+    more = -saved(length_buckets=2) * 2 * weights(teacher) * tokens
+    assert more == pytest.approx(total / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

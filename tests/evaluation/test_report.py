@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import os
-import pathlib
 import re
 import signal
 import struct
@@ -15,6 +13,7 @@ from html.parser import HTMLParser
 
 import jinja2
 import pytest
+from conftest import environment
 from helpers import bucket
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
@@ -175,8 +174,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path, rest):
     """SIGKILL leaves the rows but not their events, or one torn; what comes after the checkpoint,
     here step 15, is written again."""
-    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment)
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment())
     assert killed.returncode == -signal.SIGKILL
     before = time.time()
     write_rows(tmp_path / "partly", [{"step": step, "loss": 0.0} for step in range(1, 8)])

@@ -252,9 +252,9 @@ class Pair(NamedTuple):
     model: Model
 
 
-def random_model(name: str, seed: int = 0) -> Model:
+def random_model(name: str, seed: int = 0, **changes) -> Model:
     """A model with all parameters random, norms and biases too; needs no torch."""
-    hf_config = {**CONFIGS[name], "eos_token_id": 0, "bos_token_id": 0}
+    hf_config = {**CONFIGS[name], "eos_token_id": 0, "bos_token_id": 0, **changes}
     config = from_hugging_face(hf_config)
     flat = traverse_util.flatten_dict(abstract_params(config), sep="/")
     rng = np.random.default_rng(seed)

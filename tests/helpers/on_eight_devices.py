@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.data.batch import Batch
+from promptkd_jax.data.packing import pack_batch
 from promptkd_jax.distill import losses, optimizer, preconditioners
 from promptkd_jax.distill.chunked_loss import linear_loss
 from promptkd_jax.distill.method import Method
@@ -179,9 +180,9 @@ def same_update_on_every_mesh(family: str) -> None:
     before, after = map(jax.tree.leaves, jax.device_get((state.student, one.student)))
     assert np.mean([np.abs(a - b).max() > 0.005 for a, b in zip(before, after)]) > 0.9
     in_parts = dict(gradient_accumulation_steps=2, length_buckets=2)  # which changes nothing
-    # Llama has a mesh along each axis. Those without `tensor` pad nothing and deal out no experts,
-    # and the last has their axes too.
-    for sizes in MESHES if family == "llama" else MESHES[2:]:
+    # Meshes without `tensor` pad nothing and deal out no experts, and the last has their axes too:
+    # Llama has these, the others that along `tensor`.
+    for sizes in (*MESHES[:2], MESHES[3]) if family == "llama" else MESHES[2:]:
         teacher, student = config_of(teachers, 3, sizes[2]), config_of(family, 2, sizes[2])
         state, frozen = begin(student), random_params(teacher, 3)
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
@@ -296,6 +297,26 @@ def same_rows_of_every_source() -> None:
             assert np.all(own)
         if targets == "replay":
             assert here[1].count == 8
+
+
+def same_update_on_packed_rows() -> None:
+    """Of the data, each with a soft prompt of its own, dealt out to four devices."""
+    teacher, student = config_of("llama", 3), config_of("llama", 2)
+    state, frozen, data = begin(student), random_params(teacher, 3), rows()
+    data = data._replace(tokens=np.pad(data.tokens, ((0, 0), (0, 9))))
+    how = dict(targets="gold", response_capacity=18, vocab_size=VOCABULARY["llama"])
+    one, expected = two_steps(teacher, student, state, frozen, data, **how)
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))
+    with jax.set_mesh(mesh):
+        packed = sharding.place_rows(pack_batch(data, 4, gap=3))
+        assert packed.segment_ids.addressable_shards[0].data.shape == (1, 19)
+        arguments = placed(state, mesh), placed(frozen, mesh), packed
+        there, measured = two_steps(teacher, student, *arguments, **how, packed_rows=4)
+    for found, right in zip(measured, expected, strict=True):
+        assert found.keys() == right.keys()
+        for name in right:
+            close(found[name], right[name], name)
+    all_close(there.optimizers, one.optimizers, "packed rows")
 
 
 def same_rows_ahead() -> None:
@@ -459,6 +480,7 @@ if __name__ == "__main__":
         same_update_of_an_adapter()
     if sys.argv[1] == "llama":
         same_rows_of_every_source()
+        same_update_on_packed_rows()
         same_rows_ahead()
         same_rounding()
         other_meshes_are_left_alone()

@@ -5,7 +5,7 @@ how long a step takes at least; `FAIL_ON=PROCESS`, this one cannot read its data
 the first writes it and never reads its data.
 """
 
-import hashlib
+import ctypes
 import os
 import pathlib
 import re
@@ -44,7 +44,9 @@ def failing_read(*args, **kwargs):
         raise DataError("there is no such file")
     if "HANG_IN" in os.environ and jax.process_index() == 0:
         pathlib.Path(os.environ["HANG_IN"]).touch()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # never back in Python
+        mutex = ctypes.create_string_buffer(64)
+        while True:  # the second time without end, and never back in Python
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
     return read(*args, **kwargs)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import devices
+from conftest import devices, environment
 from flax import traverse_util
 from helpers.families import FAMILIES, GPT2
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
@@ -323,16 +322,11 @@ def test_without_a_mesh_nothing_is_constrained():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])  # the last of a Gemma 3
 def test_eight_devices_give_the_update_of_one(family):
     """Two PromptKD updates with their rollouts on meshes along each axis and all three; the rows of
-    mixed targets and of a replay buffer; and meshes that are none of ours."""
+    mixed targets and of a replay buffer; packed rows; and meshes that are none of ours."""
     folder = pathlib.Path(__file__).parents[1] / "helpers"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": devices(8),
-        "PYTHONPATH": str(folder.parent),
-    }
     done = subprocess.run(
         [sys.executable, folder / "on_eight_devices.py", family],
-        env=environment,
+        env=environment(XLA_FLAGS=devices(8)),
         capture_output=True,
         text=True,
     )

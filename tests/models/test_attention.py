@@ -4,8 +4,6 @@ TPU's kernel runs interpreted here, JAX's side of cuDNN is only lowered, and whe
 installed its compiler says whether a TPU would take the kernel.
 """
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -13,14 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import devices
+from conftest import devices, environment
 from helpers.models import VOCAB, random_model
 
 from promptkd_jax.infra import sharding
 from promptkd_jax.models import attention
 from promptkd_jax.models.attention import attend, implementation
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def force(monkeypatch, chosen: str) -> None:
@@ -32,13 +28,19 @@ def random(*shapes) -> list:
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
-def output_and_gradients(inputs, sliding_window, soft_cap=None, sinks=None):
+def segments(columns: int) -> jax.Array:
+    """Of two packed rows, some of one column, none at the borders of blocks or parts."""
+    ends = np.array([[0.2, 0.21, 0.6], [0.5, 0.9, 0.9]]) * columns
+    return 1 + jnp.sum(jnp.arange(columns) >= ends[..., None], axis=1)
+
+
+def output_and_gradients(inputs, sliding_window, soft_cap=None, sinks=None, segment_ids=None):
     """What attention gives and what it hands back, compiled afresh."""
 
     def run(query, key, value, cotangent, sinks):
         def attended(query, key, value, sinks):
             how = {"sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks}
-            return attend(query, key, value, **how)
+            return attend(query, key, value, **how, segment_ids=segment_ids)
 
         out, back = jax.vjp(attended, query, key, value, sinks)
         return [out, *(x for x in back(cotangent) if x is not None)]
@@ -54,15 +56,16 @@ def output_and_gradients(inputs, sliding_window, soft_cap=None, sinks=None):
         (3, 1, 80, 300, 40, None),  # a window shorter than a block
     ],
 )
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("with_more", [False, True])
 def test_splash_agrees_with_xla(
-    monkeypatch, num_heads, num_kv_heads, head_dim, columns, sliding_window, soft_cap, with_sinks
+    monkeypatch, num_heads, num_kv_heads, head_dim, columns, sliding_window, soft_cap, with_more
 ):
-    """In value and in all gradients."""
+    """In value and in all gradients, with more: of packed rows and with sinks."""
     monkeypatch.setattr(attention, "MAX_BLOCK", 128)
     one, few = (2, columns, num_heads, head_dim), (2, columns, num_kv_heads, head_dim)
     *inputs, sinks = random(one, few, few, one, (num_heads,))
-    how = inputs, sliding_window, soft_cap, 3 * sinks if with_sinks else None
+    more = (3 * sinks, segments(columns)) if with_more else ()
+    how = inputs, sliding_window, soft_cap, *more
     expected = output_and_gradients(*how)
     force(monkeypatch, "splash")
     for ours, theirs in zip(output_and_gradients(*how), expected, strict=True):
@@ -83,21 +86,24 @@ def test_caps_and_sinks_are_those_of_the_definition(columns):
 
 
 @pytest.mark.parametrize("columns", [1, 128, 131, 600])  # one part, one, two, four
-@pytest.mark.parametrize("sliding_window", [None, 40])
-def test_parts_of_a_row_agree_with_whole_rows(columns, sliding_window):
+@pytest.mark.parametrize("sliding_window, packed", [(None, False), (40, False), (40, True)])
+def test_parts_of_a_row_agree_with_whole_rows(columns, sliding_window, packed):
     """Without a kernel; in value and in all three gradients, against JAX's own."""
-    one, few = (1, columns, 4, 8), (1, columns, 2, 8)
+    one, few = (2, columns, 4, 8), (2, columns, 2, 8)
     *inputs, cotangent = random(one, few, few, one)
+    ids = segments(columns) if packed else None
+    mask = (ids[:, None, :, None] == ids[:, None, None, :]) if packed else None
 
     def whole(query, key, value):
         local = None if sliding_window is None else (sliding_window - 1, 0)
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, local_window_size=local, implementation="xla"
+            query, key, value, mask=mask, is_causal=True, local_window_size=local
         )
 
     expected, back = jax.vjp(jax.jit(whole), *inputs)
     for ours, theirs in zip(
-        output_and_gradients([*inputs, cotangent], sliding_window), (expected, *back(cotangent))
+        output_and_gradients([*inputs, cotangent], sliding_window, segment_ids=ids),
+        (expected, *back(cotangent)),
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -162,8 +168,8 @@ def test_attention_asks_for_what_it_has(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [46, 47])
-@pytest.mark.parametrize("sliding_window", [None, 9])
-def test_jax_takes_cudnn_in_training(monkeypatch, columns, sliding_window):
+@pytest.mark.parametrize("sliding_window, packed", [(None, False), (9, False), (None, True)])
+def test_jax_takes_cudnn_in_training(monkeypatch, columns, sliding_window, packed):
     """JAX checks shapes when it lowers, which needs no GPU; odd columns it would refuse."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
     monkeypatch.setattr(cudnn, lambda: 91000)
@@ -174,21 +180,24 @@ def test_jax_takes_cudnn_in_training(monkeypatch, columns, sliding_window):
     )
 
     def run(query, key, value, cotangent):
-        out, back = jax.vjp(lambda *a: attend(*a, sliding_window=sliding_window), query, key, value)
+        how = {"sliding_window": sliding_window}
+        how |= {"segment_ids": segments(columns)} if packed else {}
+        out, back = jax.vjp(lambda *a: attend(*a, **how), query, key, value)
         assert out.shape == query.shape
         return back(cotangent)
 
     traced = jax.jit(run).trace(one, few, few, one)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaSoftmax(" in lowered
-    assert "__cudnn$fmhaSoftmaxBackward(" in lowered
+    bias = "ScaleBias" if packed else ""  # what a mask is made into
+    assert f"__cudnn$fmha{bias}Softmax(" in lowered
+    assert f"__cudnn$fmha{bias}SoftmaxBackward(" in lowered
 
 
-def run_script(script: str, **environment: str) -> str:
+def run_script(script: str, **variables: str) -> str:
     """The standard output of Python code in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment,
+        env=environment(**variables),
         capture_output=True,
         text=True,
     )

@@ -102,6 +102,7 @@ def test_it_writes_the_same_tokens(mesh):
     np.testing.assert_array_equal(written(offload(model, mesh)), expected)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_with_an_offloaded_teacher_is_the_same_run(tmp_path):
     config = tiny.short_config(tmp_path / "models")
     config.evaluation.every, config.checkpoint.every = 0, 1000

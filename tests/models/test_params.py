@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -29,7 +28,6 @@ from promptkd_jax.models.io.params import abstract_params, load_params
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, keep_layers
 
-ROOT = pathlib.Path(__file__).parents[2]
 WIDE = {  # the layers are most of it
     "model_type": "llama",
     "vocab_size": 64,
@@ -40,6 +38,12 @@ WIDE = {  # the layers are most of it
     "intermediate_size": 1024,
     "max_position_embeddings": 64,
 }
+
+
+def test_shapes_that_are_asked_for_again_are_a_tree_of_their_own():
+    config = from_hugging_face(WIDE)
+    abstract_params(config)["layers"]["mlp"].clear()
+    assert abstract_params(config)["layers"]["mlp"].keys() == {"gate", "up", "down"}
 
 
 class Counted:
@@ -344,16 +348,11 @@ def on_a_mesh(folder: pathlib.Path, configs: dict[str, dict], processes: int, de
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": conftest.devices(devices),
-        "PYTHONPATH": str(ROOT),
-    }
     command = [sys.executable, "-c", ON_A_MESH, str(folder), json.dumps(configs), str(processes)]
     started = [
         subprocess.Popen(
             [*command, str(process), str(port)],
-            env=environment,
+            env=conftest.environment(XLA_FLAGS=conftest.devices(devices)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

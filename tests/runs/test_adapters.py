@@ -27,6 +27,8 @@ from promptkd_jax.training.checks import checked
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("no_report")  # but of `finished`, which is made before
+
 # That of a config that has none.
 LORA = {"rank": 0, "alpha": 16.0, "target_modules": ("all-linear",)}
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import environment
 
 import promptkd_jax
 
@@ -103,7 +104,8 @@ for module in {CORE}:
     importlib.import_module(module)
 print(*sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    how = dict(env=environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], **how)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert set(CORE) <= loaded and not loaded & IMPURE

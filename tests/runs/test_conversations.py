@@ -24,6 +24,8 @@ from promptkd_jax.training import run as training
 from promptkd_jax.training.checks import checked
 from promptkd_jax.training.recipes import base_config, stage_config
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 TEMPLATE, END, EOS = unmarked(CHATML), 2, 0
 TERMS = (("forward_kl", 0.5), ("cross_entropy", 0.5))
 

@@ -88,13 +88,19 @@ def assert_close(found, right, allowed: float, what: str) -> None:
 
 @pytest.mark.parametrize("chosen", [pytest.param("cudnn", marks=needs_gpu), "xla"])
 @pytest.mark.parametrize(
-    ("columns", "heads", "num_kv_heads", "head_dim", "window"),
-    [(519, 4, 2, 64, None), (128, 3, 3, 128, None), (47, 4, 1, 64, 9)],
+    ("columns", "heads", "num_kv_heads", "head_dim", "window", "packed"),
+    [
+        (519, 4, 2, 64, None, False),
+        (519, 4, 2, 64, None, True),
+        (128, 3, 3, 128, None, False),
+        (47, 4, 1, 64, 9, False),
+        (47, 4, 1, 64, 9, True),
+    ],
 )
 def test_attention_in_bfloat16_is_that_of_float32(
-    monkeypatch, chosen, columns, heads, num_kv_heads, head_dim, window
+    monkeypatch, chosen, columns, heads, num_kv_heads, head_dim, window, packed
 ):
-    """Of an odd number of columns too, as a soft prompt makes it."""
+    """Of an odd number of columns too, as a soft prompt makes it, and of packed rows."""
     rng = np.random.default_rng(columns)
     shapes = [
         (2, columns, number, head_dim) for number in (heads, num_kv_heads, num_kv_heads, heads)
@@ -103,7 +109,8 @@ def test_attention_in_bfloat16_is_that_of_float32(
 
     def attended(query, key, value, cotangent):
         """And the gradients of all three."""
-        attend = functools.partial(attention.attend, sliding_window=window)
+        ids = jnp.broadcast_to(jnp.arange(columns) // 31, (2, columns)) if packed else None
+        attend = functools.partial(attention.attend, sliding_window=window, segment_ids=ids)
         found, pull = jax.vjp(attend, query, key, value)
         return found, *pull(cotangent)
 
@@ -111,7 +118,8 @@ def test_attention_in_bfloat16_is_that_of_float32(
     right = on_cpu(lambda *x: attended(*x), *(x.astype(jnp.float32) for x in rounded))
     monkeypatch.setattr(attention, "implementation", lambda **_: chosen)
     compiled = jax.jit(attended).lower(*rounded).compile()
-    assert ("__cudnn$fmhaSoftmaxBackward" in compiled.as_text()) == (chosen == "cudnn")
+    kernel = f"__cudnn$fmha{'ScaleBias' if packed else ''}SoftmaxBackward"
+    assert (kernel in compiled.as_text()) == (chosen == "cudnn")
     # On a CPU jax 0.11 adds the parts of a long row up coarsely: 0.02 where 0.10 has 0.003.
     assert_close(compiled(*rounded), right, 1e-2 if ON_GPU else 3e-2, chosen)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import platform
 import signal
@@ -13,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import environment
 from helpers import tiny
 from safetensors.numpy import load_file
 
@@ -60,11 +60,12 @@ def training(folder, workdir, *arguments) -> list:
 
 
 def alone(*words) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    how = dict(env=environment(), capture_output=True, text=True)
+    return subprocess.run([sys.executable, *words], **how)
 
 
 @contextlib.contextmanager
-def two_processes(*words, each=((), ()), **environment):
+def two_processes(*words, each=((), ()), **variables):
     """Starts them, yields both, and leaves none behind."""
     port, running = free_port(), []
     for number in (0, 1):
@@ -75,7 +76,7 @@ def two_processes(*words, each=((), ()), **environment):
         running.append(
             subprocess.Popen(
                 [sys.executable, *words, *flags],
-                env=os.environ | {"PYTHONPATH": f"{TESTS.parent}"} | environment,
+                env=environment(**variables),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -253,7 +254,7 @@ def test_the_tasks_of_a_slurm_step_find_each_other():
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", ON_SLURM],
-            env=os.environ | step | {"SLURM_PROCID": task, "SLURM_LOCALID": task},
+            env=environment(**step, SLURM_PROCID=task, SLURM_LOCALID=task),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

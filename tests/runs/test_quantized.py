@@ -34,6 +34,7 @@ def config(tmp_path) -> ConfigDict:
     return config
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_trains_the_adapter_of_a_quantised_student(config, tmp_path):
     run, workdir = checked(config), tmp_path / "run"
     training.run(run, workdir)

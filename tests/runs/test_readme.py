@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -12,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import environment
 from helpers import tiny
 from helpers.chats import CHATML, chat_tokenizer, unmarked
 
@@ -68,11 +68,10 @@ def test_the_way_from_a_file_of_messages_is_walked_word_for_word(tmp_path):
     command.parent.mkdir(parents=True)
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m promptkd_jax "$@"\n')
     command.chmod(0o755)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         ["bash", "-e", "-c", commands],
         cwd=tmp_path,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
     )

@@ -2,7 +2,6 @@
 kept, the status is 143, and the same command goes on to what it would have written at once."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 
 import pytest
+from conftest import environment
 from helpers import tiny
 
 from promptkd_jax.cli.main import main
@@ -58,10 +58,9 @@ def rows_written(output: pathlib.Path) -> int:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    root = str(pathlib.Path(__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, "-m", "promptkd_jax", *arguments],
-        env=os.environ | {"PYTHONPATH": root, "PYTHONUNBUFFERED": "1"},
+        env=environment(PYTHONUNBUFFERED="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

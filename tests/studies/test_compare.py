@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import environment
 from ml_collections import ConfigDict
 
 from promptkd_jax.cli.main import main
@@ -418,6 +419,7 @@ print("goes on", flush=True)
 def test_a_comparison_that_is_stopped_lets_its_training_save(number):
     process = subprocess.Popen(
         [sys.executable, "-c", COMPARISON],
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import devices
+from conftest import devices, environment
 from helpers import bucket
 
 from promptkd_jax.infra.errors import CheckpointError
@@ -352,13 +352,12 @@ PRELUDE = """
 
 
 def run_python(
-    script: str, folder: Path, prefix=(), arguments=(), **environment
+    script: str, folder: Path, prefix=(), arguments=(), **variables
 ) -> subprocess.CompletedProcess:
     source = textwrap.dedent(PRELUDE) + textwrap.dedent(script)
-    root = str(Path(__file__).parents[2])
     return subprocess.run(
         [*prefix, sys.executable, "-c", source, str(folder), *arguments],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root, **environment},
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=900,

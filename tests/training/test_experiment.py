@@ -1,6 +1,5 @@
 """Where the state of a run lies between its steps, and that it goes on elsewhere."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import devices
+from conftest import devices, environment
 from helpers import tiny
 
 from promptkd_jax.infra import sharding
@@ -90,11 +89,22 @@ def test_devices_without_host_memory_are_refused(config, tmp_path):
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     folder = pathlib.Path(__file__).parents[1]
-    environment = os.environ | {"XLA_FLAGS": devices(8), "PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, folder / "helpers" / "resume_on_eight_devices.py", tmp_path],
-        env=environment,
+        env=environment(XLA_FLAGS=devices(8)),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, (done.stdout[-500:], done.stderr[-4000:])
+
+
+def test_packed_rows_have_room_for_the_soft_prompt(config, mesh, tmp_path):
+    """Of two vectors: two rows of 11 tokens in 24 columns. In shapes that a plan counts on."""
+    new = fit.changed(config, {"stages[0].packed_rows": 2, "soft_prompt.length": 2})
+    with jax.set_mesh(mesh):
+        (stage,) = prepare(new, tmp_path, mesh).stages
+        batch = stage.batches[0]
+        planned = abstract_run(new).on(mesh).arguments()[2]
+    jax.tree.map(np.testing.assert_equal, *[jax.tree.map(jnp.shape, x) for x in (batch, planned)])
+    assert stage.method.response_capacity == config.data.max_length - 1 == 23
+    assert batch.segment_ids.tolist() == 2 * [[1] * 11 + [0] * 2 + [2] * 11]

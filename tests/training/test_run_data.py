@@ -1,7 +1,6 @@
 """The rows of a config: of one source or several, tokenised once, into files."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import environment
 from helpers import tiny
 from helpers.chats import THINKING, chat_tokenizer
 from helpers.files import write_lines
@@ -27,8 +27,6 @@ from promptkd_jax.training.checks import checked
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import stage_config
 from promptkd_jax.training.run_data import load_data
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -133,6 +131,7 @@ def test_each_turn_may_be_a_row(config, folder, tmp_path):
     assert len(rows_of(config, tmp_path).tokens) == 4  # the prompt that nobody answered
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_folder_is_free_again_after_a_mistake_in_the_data(config, folder, tmp_path):
     config.data.train = write_lines(folder / "odd.jsonl", *[{"q": "say", "a": "red"}] * 8)
     for columns in ({}, {"question": "q", "answer": "a"}):
@@ -176,11 +175,9 @@ def test_processes_that_write_at_once_have_the_same_rows(config, folder, tmp_pat
         "rows = rows or load_data(run, load_without_weights(run.student.path)).train\n"
         "print(fingerprint_supervised(rows))\n"
     )
-    places = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
-    environment = os.environ | {"PYTHONPATH": places, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(tmp_path / "read.py")]
     started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     said = [process.communicate()[0].splitlines()[-1] for process in started]

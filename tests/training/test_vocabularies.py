@@ -28,6 +28,8 @@ from promptkd_jax.training.recipes import method_stage, stage_config
 from promptkd_jax.training.run_data import load_data
 from promptkd_jax.training.run_models import ended_alike, shared_vocabulary
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 VOCABULARY = len(tiny.tokenizer())
 
 

@@ -228,12 +228,18 @@ def _put(stack: Any, array: Any, layer: int) -> Any:
 
 def abstract_params(config: DecoderConfig) -> Any:
     """Shapes and dtypes of the parameters, those of an adapter among them; nothing computed."""
-    tokens, config = jax.ShapeDtypeStruct((1, 1), jnp.int32), config.replace(offload=False)
-    shapes = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
+    shapes = jax.tree.map(lambda x: x, _abstract(config.replace(offload=False)))  # one's own tree
     if config.lora is None:
         return shapes
     plain = config.replace(lora=None, quantization=None)  # an adapter is beside whole kernels
     return join(shapes, adapter_shapes(abstract_params(plain), config.lora))
+
+
+@functools.cache
+def _abstract(config: DecoderConfig) -> Any:
+    """Traced once a config: a run asks for the shapes of a model six times, a search for more."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
 
 
 def pad(params: Any, config: DecoderConfig) -> Any:
