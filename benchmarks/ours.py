@@ -104,7 +104,7 @@ class Side:
             with Checkpoints(folder, keep=1, every=1) as checkpoints:
                 checkpoints.save(1, self._state, {})
                 checkpoints.wait()
-                _, restored, *_ = checkpoints.restore_latest(jax.eval_shape(lambda: self._state))
+                _, restored, *_ = checkpoints.restore_latest(self._state)
             jax.block_until_ready(restored)
 
     def matmul(self) -> float:

@@ -58,7 +58,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     workdir = pathlib.Path(workdir).resolve()
     made = plan_comparison(config, workdir)
     claim(workdir, made.settings, COMPARISON_NOT_IN_FINGERPRINT)
-    train_all(made.trainings, functools.partial(train_apart, cache=workdir / "cache"))
+    train_all(made.trainings, train_apart)
     found = summarize_comparison(made, measure(made, workdir))
     write_json(workdir / "comparison.json", found)
     comparison_report.write(workdir, found, made.settings)

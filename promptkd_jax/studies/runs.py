@@ -68,11 +68,8 @@ def train_all(runs: Sequence[Run], train: Callable[[Run], Any]) -> None:
         print(f"{name}: {summary['seconds']:.0f} s, {score}", flush=True)
 
 
-def train_apart(run: Run, cache: epath.PathLike) -> None:
+def train_apart(run: Run) -> None:
     """Trains in a process of its own, whose output is in `log.txt` of the run's folder.
-
-    Args:
-      cache: for compiled code, where the environment does not name a folder for it.
 
     Raises:
       ComparisonError: it did not finish; with the end of what it printed.
@@ -80,7 +77,7 @@ def train_apart(run: Run, cache: epath.PathLike) -> None:
     log = run.folder / "log.txt"
     module = [sys.executable, "-m", "promptkd_jax", "train"]
     command = [*module, f"--config={run.folder / 'config.json'}", f"--workdir={run.folder}"]
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"} | os.environ
+    environment = {"PYTHONUNBUFFERED": "1"} | os.environ
     with log.open("a", encoding="utf-8") as out:
         status = _exit_status(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     if status or not (run.folder / "summary.json").exists():

@@ -37,14 +37,13 @@ from promptkd_jax.infra.errors import CheckpointError
 from promptkd_jax.infra.files import io_errors, is_remote, read_text, to_path, write_json
 from promptkd_jax.training.checkpoint_files import (
     HashingHandler,
-    HashingRestore,
-    HashingSave,
     LatestAndBest,
     arrays_to_numpy_scalars,
     describe_leaves,
     find_damage,
     leaf_differences,
-    numpy_scalars_to_arrays,
+    restore_arguments,
+    save_arguments,
     shape_of,
     write_checksums,
 )
@@ -162,7 +161,7 @@ class Checkpoints:
         self._forget(step)
         self._pending = step
         items = ocp.args.Composite(
-            state=HashingSave(numpy_scalars_to_arrays(state)),
+            state=save_arguments(state),
             meta=ocp.args.JsonSave(record),
         )
         self._manager.save(step, args=items, force=True)
@@ -379,8 +378,7 @@ class Checkpoints:
         if differences:
             listing = "".join(f"\n  {line}" for line in differences)
             raise CheckpointError(f"checkpoint {step} is whole, but of another state:{listing}")
-        # Beyond these shapes there is padding alone, of which Orbax drops or appends what it takes.
-        target = HashingRestore(numpy_scalars_to_arrays(abstract_state), strict=False)
+        target = restore_arguments(abstract_state)
         state = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         self._at = step
         return arrays_to_numpy_scalars(state, like=abstract_state), record["meta"]

@@ -104,7 +104,7 @@ def config():
     return tiny_comparison()
 
 
-def train_here(run, cache):
+def train_here(run):
     """A training in this process: as `train_apart` but for starting Python again."""
     config, _ = load_config([f"--config={run.folder / 'config.json'}"])
     training.run(checked(config), run.folder)
@@ -282,9 +282,7 @@ def test_a_finished_comparison_trains_and_measures_nothing(finished, config, mon
 
 def test_a_further_seed_trains_only_that(finished, config, monkeypatch):
     trained = []
-    monkeypatch.setattr(
-        compare, "train_apart", lambda run, cache: trained.append(run.name) or 1 / 0
-    )
+    monkeypatch.setattr(compare, "train_apart", lambda run: trained.append(run.name) or 1 / 0)
     config.seeds = (10, 20, 30)
     with pytest.raises(ZeroDivisionError):
         compare.compare(config, finished[0])

@@ -19,6 +19,7 @@ from conftest import devices, environment
 from helpers import bucket
 
 from promptkd_jax.infra.errors import CheckpointError
+from promptkd_jax.training import checkpoint_files
 from promptkd_jax.training.checkpoint import Checkpoints
 from promptkd_jax.training.checkpoint_files import find_damage
 
@@ -107,6 +108,19 @@ def test_every_kind_of_leaf_returns_bit_for_bit(three):
     assert (step, meta) == (30, {"at": 30})
     assert_same_bits(restored, state)
     assert isinstance(restored["optimizer"][1][0], optax.ScaleByAdamState)
+
+
+def test_a_large_array_lies_in_files_that_are_hashed_side_by_side(tmp_path, monkeypatch):
+    part = 4096
+    monkeypatch.setattr(checkpoint_files, "PART", part)
+    state = {"zeros": jnp.zeros((64, 4 * part // 64), jnp.uint8)}
+    with Checkpoints(tmp_path, keep=1, every=1) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        sizes = [file.stat().st_size for file in tmp_path.rglob("d/*") if file.is_file()]
+        # All bytes of the array, though they are alike, and never two parts in a file.
+        assert sum(sizes) >= 4 * part and max(sizes) < 2 * part
+        assert_same_bits(checkpoints.restore_latest(abstract(state))[1], state)
 
 
 def test_parameters_can_be_had_without_the_rest(tmp_path):
