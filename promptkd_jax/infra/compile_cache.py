@@ -82,4 +82,4 @@ def _cpuinfo() -> str:
     try:
         return pathlib.Path("/proc/cpuinfo").read_text()
     except FileNotFoundError:  # not Linux
-        return platform.processor_kind()
+        return platform.processor() or platform.machine()
