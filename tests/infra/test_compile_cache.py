@@ -1,13 +1,15 @@
 """Compiled programs outlive a process, if the user wants it, on the processor that made them."""
 
 import os
+import pathlib
+import platform
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
-from promptkd_jax.infra.compile_cache import processor_kind
+from promptkd_jax.infra.compile_cache import default_folder, processor_kind
 
 CPU = """processor : {number}
 vendor_id : AuthenticAMD
@@ -49,6 +51,14 @@ def test_the_kind_of_processor_is_what_it_can_do():
     assert processor_kind(two) == processor_kind(CPU.format(number=7, mhz=1500, more=""))
     assert processor_kind(two) != processor_kind(CPU.format(number=0, mhz=2450, more=" avx512f"))
     assert processor_kind("arm") != processor_kind("i386")
+
+
+def test_a_processor_has_a_name_where_there_is_no_proc(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", missing)
+    assert default_folder().name.startswith(platform.machine())
 
 
 def test_programs_are_kept_in_the_users_cache_folder(tmp_path):
