@@ -24,6 +24,7 @@ from promptkd_jax.distill.policy_gradient import PolicyGradient as PolicyGradien
 from promptkd_jax.distill.replay import Replay as Replay
 from promptkd_jax.distill.replay import empty_replay as empty_replay
 from promptkd_jax.distill.soft_prompt import init_soft_prompt as init_soft_prompt
+from promptkd_jax.distill.soft_prompt import zero_gated as zero_gated
 from promptkd_jax.distill.state import Metrics as Metrics
 from promptkd_jax.distill.state import Optimizers as Optimizers
 from promptkd_jax.distill.state import TrainState as TrainState
@@ -38,6 +39,7 @@ from promptkd_jax.distill.transport import Transport as Transport
 from promptkd_jax.distill.transport import token_kernel as token_kernel
 from promptkd_jax.models.decoder import Decoder as Decoder
 from promptkd_jax.models.decoder import head as head
+from promptkd_jax.models.gated_prefix import GatedPrefix as GatedPrefix
 from promptkd_jax.models.io.export import save_model as save_model
 from promptkd_jax.models.io.gguf_export import save_gguf as save_gguf
 from promptkd_jax.models.io.peft import load_soft_prompt as load_soft_prompt

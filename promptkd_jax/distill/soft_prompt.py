@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -63,3 +64,13 @@ def pooled_soft_prompt(
 def random_soft_prompt(key: jax.Array, length: int, width: int) -> Float[Array, "M D"]:
     """Standard normal numbers, `[M, D]` float32: PEFT's RANDOM. Far larger than embeddings are."""
     return jax.random.normal(key, (length, width), jnp.float32)
+
+
+def zero_gated(model: Decoder, vectors: Float[Array, "M D"]) -> GatedPrefix:
+    """A soft prompt behind gates of 0, which leaves the model as it is, see `GatedPrefix`.
+
+    Only the gates have a gradient then, and the vectors as soon as a gate is above 0: they must not
+    be 0 as well.
+    """
+    shape = model.config.num_layers, model.config.num_heads
+    return GatedPrefix(vectors, jnp.zeros(shape, jnp.float32))

@@ -23,6 +23,7 @@ from promptkd_jax.evaluation.text_metrics import (
 from promptkd_jax.inference.generate import decode, generate_responses, round_up_to_devices
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 
@@ -35,7 +36,7 @@ def teacher_metrics(
     batch_size: int,
     length: int,
     vocab_size: int,
-    soft_prompt: jax.Array | None = None,
+    soft_prompt: jax.Array | GatedPrefix | None = None,
 ) -> dict[str, float]:
     """How far the student is from the rows' responses, and from its teacher on them, per token.
 
@@ -91,7 +92,7 @@ def generation_metrics(
     batch_size: int,
     seed: int,
     vocab_size: int | None = None,
-    soft_prompt: jax.Array | None = None,
+    soft_prompt: jax.Array | GatedPrefix | None = None,
     rouge_tokenizer: str = "published",
 ) -> tuple[dict[str, float], list[str]]:
     """ROUGE-L, chrF and exact match (in percent) of one response to every row, and the responses'

@@ -12,6 +12,7 @@ from promptkd_jax.data.rows import Rows
 from promptkd_jax.data.templates import PromptFormat, turn_end
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.gated_prefix import GatedPrefix, prefix_columns
 from promptkd_jax.models.model import Model, check_positions
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
@@ -43,7 +44,7 @@ def generate_responses(
     key: jax.Array,
     vocab_size: int | None = None,
     first: int = 0,
-    soft_prompt: jax.Array | None = None,
+    soft_prompt: jax.Array | GatedPrefix | None = None,
 ) -> Iterator[np.ndarray]:
     """The model's response to every row's prompt from row `first` on, in order.
 
@@ -51,8 +52,8 @@ def generate_responses(
       Response tokens, an EOS included where the response ended with one. Row i's response depends
       on `key`, i and its prompt only.
     """
-    prefix = 0 if soft_prompt is None else len(soft_prompt)
-    check_positions(model, prefix + int(max(rows.prompt_lengths)) + max_new_tokens)
+    moved = 0 if isinstance(soft_prompt, GatedPrefix) else prefix_columns(soft_prompt)
+    check_positions(model, moved + int(max(rows.prompt_lengths)) + max_new_tokens)
     batch_size = round_up_to_devices(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
     length = max(prompt_capacity, *map(len, rows.tokens))

@@ -155,6 +155,7 @@ def attend_to_cache(
     *,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Lets one query a row attend to the cache: `[B, 1, N, H]`.
 
@@ -163,6 +164,7 @@ def attend_to_cache(
       cache: of the layer.
       seen: `[B, S]`, True for the columns that a row's query sees.
       soft_cap, sinks: as for `attend`.
+      bias: `[N, S]`, added to the scores, behind the soft cap; None: nothing.
     """
     # G heads lie beside one another, C times. A query of one of them is 0 for the others, so that
     # one product is that of all, and of what comes out its own part is taken:
@@ -179,7 +181,9 @@ def attend_to_cache(
     key, value = (x.astype(query.dtype) for x in (cache.key, cache.value))
     scores = jnp.einsum("bcnj,bcsj->bcns", query, key, preferred_element_type=jnp.float32)
     scores = _times(scores * head_dim**-0.5, cache.key_scale)
-    shares = _times(_shares(scores, seen[:, None, None], sinks, soft_cap), cache.value_scale)
+    bias = None if bias is None else bias.reshape(scores.shape[1:])
+    shares = _shares(scores, seen[:, None, None], sinks, soft_cap, bias)
+    shares = _times(shares, cache.value_scale)
     out = jnp.einsum("bcns,bcsj->bcnj", shares.astype(value.dtype), value)
     out = sum(jnp.split(jnp.where(own, out, 0), beside, axis=-1))
     return out.reshape(rows, 1, num_heads, head_dim)
@@ -298,10 +302,12 @@ def _weigh(query, key, value, seen, sinks, soft_cap: float | None, kept=None) ->
     return jnp.einsum("bk...s,bksh->bk...h", shares.astype(value.dtype), value)
 
 
-def _shares(scores, seen, sinks, soft_cap: float | None) -> jax.Array:
+def _shares(scores, seen, sinks, soft_cap: float | None, bias=None) -> jax.Array:
     """The softmax of scores `[B, K, N / K, …, S]` over the columns that are `seen`."""
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if bias is not None:
+        scores = scores + bias
     scores = jnp.where(seen, scores, -jnp.inf)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)

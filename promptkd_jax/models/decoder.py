@@ -26,8 +26,16 @@ from promptkd_jax.models.attention import (
 )
 from promptkd_jax.models.cache import Cache, LayerCache, make_cache
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.embedding import Embedding, check_learned_positions, embedded, scaled
+from promptkd_jax.models.embedding import embedded, learned_positions, scaled
 from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
+from promptkd_jax.models.gated_prefix import (
+    GatedPrefix,
+    attend_gated,
+    gate_of,
+    prefix_columns,
+    prefix_vectors,
+)
+from promptkd_jax.models.layer_params import UNSTACKED, has_experts_of_all, layer_params
 from promptkd_jax.models.lora import without_changes
 from promptkd_jax.models.norms import RMSNorm, make_norm
 from promptkd_jax.models.projection import project, transposed
@@ -37,8 +45,6 @@ from promptkd_jax.models.segments import packed_columns
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
-
-UNSTACKED = "unstacked"  # beside a rollout's parameters, those of every layer by themselves
 
 # Values that a layer's forward pass keeps for its backward pass, from the policy that keeps all and
 # computes nothing twice to the one that keeps the layer's input alone.
@@ -76,7 +82,7 @@ class Decoder(nn.Module):
         self,
         tokens: jax.Array,
         *,
-        prefix: jax.Array | None = None,
+        prefix: Float[Array, "M D"] | GatedPrefix | None = None,
         dropout_keys: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         columns: int = 0,
@@ -91,7 +97,8 @@ class Decoder(nn.Module):
         Args:
           tokens: `[B, T]` token ids.
           prefix: `[M, D]` embeddings put before every row (the soft prompt). They take the
-            positions 0..M-1 and move the tokens to M..M+T-1.
+            positions 0..M-1 and move the tokens to M..M+T-1; a `GatedPrefix` leaves them at 0..T-1.
+            With a cache, of a prefix that is in it, the gates.
           dropout_keys: `[B]` typed keys: the dropout of the config; None: none.
           segment_ids: `[B, T]`, of packed rows: of the segment of each token, from 1, 0 where there
             is none. A segment is computed as a row of its own, behind the prefix, for which M
@@ -105,30 +112,30 @@ class Decoder(nn.Module):
           `[L, B, M + T, K, H]` each; with a cache also the new one.
 
         Raises:
-          ModelError: more columns than a learned position table has rows.
+          ModelError: more columns than a learned position table has rows; packed rows behind gates.
         """
         config, packed, segments = self.config, None, None
+        gates = gate_of(prefix, config.padded.num_heads, segment_ids)
         if segment_ids is not None:  # [B, M + T] each
-            packed, segments = packed_columns(segment_ids, 0 if prefix is None else len(prefix))
-        x = embedded(config, tokens, prefix, packed)  # [B, M + T, D]
-        # Of columns, the prefix included: [1, M + T] for whole rows, [B, 1] for one token a row.
+            packed, segments = packed_columns(segment_ids, prefix_columns(prefix))
+        x = embedded(config, tokens, None if cache else prefix_vectors(prefix), packed)
+        # x: [B, M + T, D]. Positions: [1, M + T] for whole rows, [B, 1] for one token a row.
         positions = jnp.arange(x.shape[1])[None] if cache is None else position[:, None]
-        positions = positions if packed is None else packed
+        unmoved = gates.columns if gates else 0
+        positions = (positions if packed is None else packed) - unmoved
         if config.learned_positions:
-            check_learned_positions(config, cache.columns if cache else columns or x.shape[1])
-            table = config.max_positions + config.position_offset
-            at = Embedding(config, table, config.width, name="positions")
-            x = x + at(positions + config.position_offset)
+            longest = cache.columns if cache else columns or x.shape[1]
+            x = x + learned_positions(config, positions, longest, unmoved)
         x = dropped(scaled(x, config.input_scale), config.dropout.embedding, dropout_keys, 0)
         # Constrained at every layer's edge: left to itself, the partitioner may gather rows.
         x = constrain(x, ROWS, None, None)
         if cache is None:
             # One scan over L stacked layers: compiled once, whatever the depth.
             kinds = jnp.asarray(config.pattern, jnp.int32) if config.pattern else None
-            layers = jnp.arange(config.num_layers), kinds
+            layers = jnp.arange(config.num_layers), kinds, gates
             x, kept = _layers(config)(x, layers, positions, dropout_keys, columns, segments)
         else:
-            x, kept = _decode_layers(config, self.variables["params"], x, positions, cache)
+            x, kept = _decode_layers(config, self.variables["params"], x, position, cache, gates)
         if config.norm_placement != "sum":
             x = make_norm(config, "final_norm")(x)
         if config.projected_width:
@@ -139,8 +146,7 @@ class Decoder(nn.Module):
             shape = (config.padded.vocab_size, config.embedding_width)
             self.param("lm_head", nn.initializers.normal(0.02), shape, config.param_dtype)
         # Hidden states are aligned with the tokens, with a prefix and without.
-        if prefix is not None:
-            x = x[:, prefix.shape[0] :]
+        x = x if cache else x[:, prefix_columns(prefix) :]
         return x if kept is None else (x, kept)
 
     # What losses, steps and the sampler ask of a model, see `language_model.LanguageModel`.
@@ -150,7 +156,7 @@ class Decoder(nn.Module):
         self,
         params: Any,
         tokens: Int[Array, "B T"],
-        prefix: Float[Array, "M D"] | None = None,
+        prefix: Float[Array, "M D"] | GatedPrefix | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
@@ -202,13 +208,13 @@ class Decoder(nn.Module):
         params: Any,
         tokens: jax.Array,
         lengths: jax.Array,
-        prefix: jax.Array | None,
+        prefix: Float[Array, "M D"] | GatedPrefix | None,
         prompt_columns: int,
         new_columns: int,
     ) -> tuple[jax.Array, Cache]:
         """Runs prompts `[B, X]` of `lengths` `[B]`: their hidden states `[B, X, D]`, and a cache
         with room for `prompt_columns` of a prompt, M not counted, and for `new_columns` tokens."""
-        shift = 0 if prefix is None else prefix.shape[0]
+        shift = prefix_columns(prefix)
         columns = {"prompt_columns": shift + prompt_columns, "new_columns": new_columns}
         hidden, (keys, values) = self.apply(
             {"params": params}, tokens, prefix=prefix, columns=sum(columns.values())
@@ -220,15 +226,15 @@ class Decoder(nn.Module):
         self,
         params: Any,
         tokens: jax.Array,
-        prefix: jax.Array | None,
+        prefix: Float[Array, "M D"] | GatedPrefix | None,
         column: jax.Array,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         """Runs one token a row, `[B]`, in `column` `[B]`, M not counted: their hidden states
         `[B, D]`, and the cache with their keys and values."""
-        position = column if prefix is None else prefix.shape[0] + column
+        position = prefix_columns(prefix) + column
         hidden, cache = self.apply(
-            {"params": params}, tokens[:, None], cache=cache, position=position
+            {"params": params}, tokens[:, None], prefix=prefix, cache=cache, position=position
         )
         return hidden[:, 0], cache
 
@@ -240,7 +246,7 @@ class Layer(nn.Module):
     experts_of: int | None = None  # see `MixtureOfExperts.layer`
 
     # x          hidden states [B, T, D]: T is M + T of the decoder for whole rows, 1 in decoding
-    # layer      its number, and that of its kind, None where there is one kind
+    # layer      its number, that of its kind, None where there is one kind, and its gate or None
     # positions  [1, T] for whole rows, [B, T] for packed ones, [B, 1] in decoding
     # keys       [B], or None: of dropout
     # columns    static: S, where keys and values for a cache are wanted, else 0
@@ -248,7 +254,7 @@ class Layer(nn.Module):
     # turn       of decoding, else None
     @nn.compact
     def __call__(self, x, layer, positions, keys, columns, segments=None, turn=None):
-        config, (index, kind) = self.config, layer
+        config, (index, kind, gate) = self.config, layer
         placement = config.norm_placement
 
         def before(x, name: str):
@@ -265,7 +271,7 @@ class Layer(nn.Module):
             return make_norm(config, name)(x) if placement == "sum" else x
 
         attended, kept = Attention(config, name="attention")(
-            before(x, "attention_norm"), kind, positions, keys, columns, segments, turn
+            before(x, "attention_norm"), kind, gate, positions, keys, columns, segments, turn
         )
         x = added(x, attended, "attention_norm", 0)
         if config.experts:
@@ -286,7 +292,7 @@ class Attention(nn.Module):
     # The arguments of `Layer`. Returns also what is kept for a cache: keys and values
     # [B, T, K, H], the layer's part of the new cache in decoding, or None.
     @nn.compact
-    def __call__(self, x, kind, positions, keys, columns, segments, turn):
+    def __call__(self, x, kind, gate, positions, keys, columns, segments, turn):
         config, padded = self.config, self.config.padded
 
         def heads(number: int, name: str):
@@ -308,7 +314,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "queries", query[:, :, : config.num_heads])
         self.sow("intermediates", "keys", key[:, :, : config.num_kv_heads])
         self.sow("intermediates", "values", value[:, :, : config.num_kv_heads])
-        longest = columns or x.shape[1]
+        longest = (columns or x.shape[1]) - (gate.columns if gate else 0)
         query, key = (_rotate(config, a, positions, longest, kind) for a in (query, key))
         if config.attention_scale is not None:  # what attends multiplies by H ** -0.5
             query = scaled(query, config.attention_scale * config.head_dim**0.5)
@@ -321,10 +327,11 @@ class Attention(nn.Module):
         if turn is not None:
             kept = turn.layer.write(key, value, turn.column)  # the row's own column included
             how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
-            out = attend_to_cache(query, kept, turn.seen, **how)
+            bias = gate and gate.log_weights(turn.seen.shape[1])
+            out = attend_to_cache(query, kept, turn.seen, bias=bias, **how)
         else:
             kept = (key, value) if columns else None
-            out = _attend(config, query, key, value, sinks, kind, keys, segments)
+            out = _attend(config, query, key, value, sinks, kind, gate, keys, segments)
         return project(config, config.width, config.out_bias, "out", 2)(out, keys), kept
 
 
@@ -349,12 +356,18 @@ def _rotate(config: DecoderConfig, x: jax.Array, positions, columns: int, kind) 
     return turned[0] if place is None else jax.lax.select_n(place, *turned)
 
 
-def _attend(config: DecoderConfig, query, key, value, sinks, kind, keys, segments) -> jax.Array:
+def _attend(
+    config: DecoderConfig, query, key, value, sinks, kind, gate, keys, segments
+) -> jax.Array:
     """`attend` with the window of the layer's kind, which its kernels have to know."""
     windows, place = _of_kinds(config, "sliding_window", kind)
-    how = {"soft_cap": config.attention_soft_cap, "sinks": sinks, "segment_ids": segments}
-    how |= {"dropout": config.dropout.attention, "dropout_keys": keys}
-    ways = [functools.partial(attend, sliding_window=window, **how) for window in windows]
+    how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
+    if gate:
+        run = functools.partial(attend_gated, gate=gate)
+    else:
+        run, rate = attend, config.dropout.attention
+        how |= {"segment_ids": segments, "dropout": rate, "dropout_keys": keys}
+    ways = [functools.partial(run, sliding_window=window, **how) for window in windows]
     if place is None:
         return ways[0](query, key, value)
     return jax.lax.switch(place, ways, query, key, value)
@@ -373,53 +386,26 @@ class Turn(NamedTuple):
 
 
 def _decode_layers(
-    config: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: Cache
+    config: DecoderConfig, params: Any, x: jax.Array, position: jax.Array, cache: Cache, gates
 ) -> tuple[jax.Array, Cache]:
     """All layers for one token a row, written out: in a scan, XLA would copy the parameters and the
     cache of each out of their stacks for every token."""
+    positions = position[:, None] - (gates.columns if gates else 0)
     if UNSTACKED not in params:  # so that XLA takes nothing out of the loop, which would be a copy
         params, x = jax.lax.optimization_barrier((params, x))
     layers, before = [], x
     for index, layer in enumerate(cache.layers):
-        own, before = _layer_params(config, params, index, before), x
+        own, before = layer_params(config, params, index, before), x
         kind = config.pattern[index] if config.pattern else 0
-        seen = cache.seen(positions[:, 0], config.kinds[kind].sliding_window)
+        seen = cache.seen(position, config.kinds[kind].sliding_window)
         turn = Turn(layer, cache.column, seen)
-        experts_of = index if _has_experts_of_all(config, params) else None
+        experts_of = index if has_experts_of_all(config, params) else None
+        gate = jax.tree.map(operator.itemgetter(index), gates)
         x, layer = Layer(config, experts_of, parent=None).apply(
-            {"params": own}, x, (index, kind), positions, None, cache.columns, turn=turn
+            {"params": own}, x, (index, kind, gate), positions, None, cache.columns, turn=turn
         )
         layers.append(layer)
     return x, cache.replace(layers=tuple(layers), turn=cache.turn + 1)
-
-
-def _layer_params(config: DecoderConfig, params: Any, index: int, before: jax.Array) -> Any:
-    """A layer's parameters in the pass of a token; `before` is what goes into the layer before."""
-    if UNSTACKED in params:
-        return params[UNSTACKED][index]
-    if config.offload or config.quantization:
-        # A layer is fetched, or dequantised, while that computes; all at once, else.
-        place = _known_with(before, index)
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=place, keepdims=False)
-        own = jax.tree.map(take, params["layers"])
-        return to_device(own) if config.offload else own
-
-    def take(path, x):
-        of_all = path[0].key == "experts" and x.ndim == 4  # kernels
-        return x if of_all else x[index]
-
-    return jax.tree.map_with_path(take, params["layers"])
-
-
-def _has_experts_of_all(config: DecoderConfig, params: Any) -> bool:
-    """Whether `_layer_params` gives the kernels of the experts of all layers."""
-    copied = UNSTACKED in params or config.offload or config.quantization
-    return config.experts is not None and not copied
-
-
-def _known_with(x: jax.Array, number: int) -> jax.Array:
-    """A number that XLA knows when x is there, and not before."""
-    return number + jnp.minimum(jnp.sum(jnp.isnan(x), dtype=jnp.int32), 0)
 
 
 def _layers(config: DecoderConfig) -> nn.Module:

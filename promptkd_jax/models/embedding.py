@@ -57,14 +57,26 @@ def embedded(
     return project(config, config.width, False, "project_in")(x) if config.projected_width else x
 
 
-def check_learned_positions(config: DecoderConfig, columns: int) -> None:
-    """Raises ModelError where a model of learned positions has fewer of them than columns."""
+def learned_positions(
+    config: DecoderConfig, positions: jax.Array, columns: int, unmoved: int = 0
+) -> jax.Array:
+    """The embeddings of `positions`, of rows that have room for `columns`; of a gated prefix, whose
+    `unmoved` columns stand at negative positions, those of an ordinary prefix.
+
+    Raises:
+      ModelError: the model has fewer positions than columns.
+    """
     # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
-    if columns > config.max_positions:
+    if columns - unmoved > config.max_positions:
         raise ModelError(
             f"{columns} columns (soft prompt and new tokens included) in a {config.family} model "
             f"of {config.max_positions} positions; shorten the rows or the soft prompt"
         )
+    table = Embedding(
+        config, config.max_positions + config.position_offset, config.width, name="positions"
+    )
+    rows = jnp.where(positions < 0, positions + unmoved, positions)
+    return table(rows + config.position_offset)
 
 
 def scaled(x: jax.Array, scale: float) -> jax.Array:

@@ -20,6 +20,7 @@ from promptkd_jax.infra.buckets import run_in_smallest_bucket
 from promptkd_jax.infra.sharding import ROWS, axis_size
 from promptkd_jax.models.cache import Cache
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.joint_sampling import interleaved, mixed
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
 
@@ -78,7 +79,7 @@ class SamplingModel(NamedTuple):
 
     model: Decoder | LanguageModel
     params: Any
-    prefix: Float[Array, "M D"] | None = None
+    prefix: Float[Array, "M D"] | GatedPrefix | None = None
 
 
 def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
@@ -95,7 +96,7 @@ def sample(
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
-    prefix: Float[Array, "M D"] | None = None,
+    prefix: Float[Array, "M D"] | GatedPrefix | None = None,
     vocab_size: int | None = None,
     active: Bool[Array, " B"] | None = None,
     second: SamplingModel | None = None,
@@ -110,7 +111,7 @@ def sample(
       model, params: the model that writes.
       tokens: `[B, X]` prompts, each from column 0 on; lengths: `[B]`, each at least 1.
       keys: `[B]` typed PRNG keys, see `row_keys`.
-      prefix: `[M, D]` soft prompt in front of every row.
+      prefix: `[M, D]` soft prompt in front of every row, or a gated one.
       vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
         model's own.
       active: `[B]`, the rows to continue (all, where absent); others keep their prompt alone.

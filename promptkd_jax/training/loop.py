@@ -18,6 +18,7 @@ from promptkd_jax.evaluation.student_metrics import generation_metrics, teacher_
 from promptkd_jax.infra import distributed, sharding, signals
 from promptkd_jax.infra.errors import CheckpointError, TrainingError
 from promptkd_jax.infra.metrics import MetricWriter, truncate_metrics
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.model import Model
 from promptkd_jax.training import build
 from promptkd_jax.training.checkpoint import Checkpoints
@@ -30,7 +31,7 @@ SELECTION = "selection"  # the score that chooses the best checkpoint, higher is
 
 
 def evaluate_student(
-    experiment: Experiment, student: Any = None, soft_prompt: jax.Array | None = None
+    experiment: Experiment, student: Any = None, soft_prompt: jax.Array | GatedPrefix | None = None
 ) -> dict[str, Any]:
     """The student on the dev rows: closeness to the teacher, scores, and its responses ("texts").
 
@@ -54,7 +55,7 @@ def evaluate_student(
 
 
 def dev_generation_metrics(
-    experiment: Experiment, model: Model, soft_prompt: jax.Array | None = None
+    experiment: Experiment, model: Model, soft_prompt: jax.Array | GatedPrefix | None = None
 ):
     """(scores, texts) of a model's responses to all dev rows, see
     `student_metrics.generation_metrics`."""

@@ -12,6 +12,7 @@ from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import make_folder, write_json
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.io.convert import ADAPTER
 from promptkd_jax.models.io.export import save_model, save_without_weights
 from promptkd_jax.models.io.peft import (
@@ -129,11 +130,13 @@ def save(
         learned = _with_params(teacher, params["teacher"], dtype or "float32")
         save_model(folder / "teacher", learned, card=card)
         write_json(folder / "teacher" / RECORD, asked)
-    if "soft_prompt" in params:
+    if (soft_prompt := params.get("soft_prompt")) is not None:
+        if isinstance(soft_prompt, Mapping):  # a checkpoint knows its parts by name alone
+            soft_prompt = GatedPrefix(**soft_prompt)
         paths["soft prompt"] = str(folder / "soft_prompt")
         save_soft_prompt(
             folder / "soft_prompt",
-            params["soft_prompt"],
+            soft_prompt,
             teacher=teacher.name,
             hf_config=teacher.hf_config,
         )

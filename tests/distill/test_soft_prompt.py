@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from promptkd_jax.distill.soft_prompt import init_soft_prompt, pooled_soft_prompt
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.io.peft import load_soft_prompt, save_soft_prompt
 from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
@@ -131,6 +132,17 @@ def test_half_precision_is_saved_as_float32(tmp_path):
     stored = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
     assert stored.dtype == np.float32
     np.testing.assert_array_equal(load_soft_prompt(tmp_path), half.astype(jnp.float32))
+
+
+def test_a_gated_prompt_is_no_adapter_of_peft(tmp_path):
+    prefix = GatedPrefix(PREFIX, np.float32([[0.0, 0.5, 2.0, 1.0]] * 3))
+    hf_config = random_model("opt").hf_config
+    save_soft_prompt(tmp_path, prefix, teacher="teacher", hf_config=hf_config)
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "gated_prompt.safetensors"}
+    assert "Not a PEFT adapter" in (tmp_path / "README.md").read_text()
+    found = load_soft_prompt(tmp_path)
+    np.testing.assert_array_equal(found.vectors, prefix.vectors)
+    np.testing.assert_array_equal(found.gates, prefix.gates)
 
 
 @needs_adapters

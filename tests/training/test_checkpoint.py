@@ -19,6 +19,7 @@ from conftest import devices, environment
 from helpers import bucket
 
 from promptkd_jax.infra.errors import CheckpointError
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.training import checkpoint_files
 from promptkd_jax.training.checkpoint import Checkpoints
 from promptkd_jax.training.checkpoint_files import find_damage
@@ -37,6 +38,7 @@ def make_state(seed: int) -> dict:
         "key": jax.random.key(seed, impl="rbg"),
         "old_key": jax.random.PRNGKey(seed),
         "soft_prompt": None,
+        "gated": GatedPrefix(jnp.full((2, 3), float(seed)), jnp.zeros((2, 4))),
         "step": seed,
         "scale": 0.1,
         "count": np.int64(seed),

@@ -30,6 +30,7 @@ from promptkd_jax.infra.files import make_folder, to_path, write_json, write_tex
 from promptkd_jax.models.config import DecoderConfig, LoRA
 from promptkd_jax.models.families.base import Tensor, sizes
 from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
+from promptkd_jax.models.gated_prefix import GatedPrefix, prefix_vectors
 from promptkd_jax.models.io.convert import ADAPTER, StoredLoRA, read_lora, without_prefix
 from promptkd_jax.models.io.export import write_tensors
 from promptkd_jax.models.io.hub import pretrained_name
@@ -62,9 +63,26 @@ generate other text; `model.generate(..., use_cache=False)` is right there too.
 """
 
 
+_GATED_CARD = """\
+---
+tags: [knowledge-distillation, promptkd, prompt-tuning]
+---
+# A gated soft prompt of {length} vectors
+
+Trained with promptkd_jax for the teacher {teacher}. In every layer and head its columns have
+`gates` times the weight of others in attention, and the text keeps the positions that it has
+without it.
+
+**Not a PEFT adapter.** PEFT's prompt tuning can say neither: it puts `prompt_embeddings` before the
+text with a weight of 1, which is another teacher. `promptkd_jax.load_soft_prompt` reads both
+arrays. The student needs none of this.
+"""
+_GATED = "gated_prompt.safetensors"
+
+
 def save_soft_prompt(
     folder: epath.PathLike,
-    soft_prompt: Float[Array, "M D"],
+    soft_prompt: Float[Array, "M D"] | GatedPrefix,
     *,
     teacher: str,
     hf_config: dict[str, Any],
@@ -72,17 +90,23 @@ def save_soft_prompt(
     """Writes a PEFT prompt-tuning adapter that `peft.PeftModel.from_pretrained` loads.
 
     Its README.md says with which versions of PEFT and `transformers` it generates what it should.
+    Of a `GatedPrefix`, which no adapter of PEFT can express, a file of its own, with a README.md
+    that says so; `load_soft_prompt` reads both.
     All processes of a run call this; the first writes.
 
     Args:
       folder: made where absent; also one in a bucket.
-      soft_prompt: `[M, D]`.
+      soft_prompt: `[M, D]`, or a `GatedPrefix`.
       teacher: name or path of the model that it belongs to, as `load_model` takes it.
       hf_config: the teacher's `config.json`.
     """
     folder = to_path(folder)
     make_folder(folder)
-    length, width = soft_prompt.shape
+    length, width = prefix_vectors(soft_prompt).shape
+    if isinstance(soft_prompt, GatedPrefix):
+        write_text(folder / "README.md", _GATED_CARD.format(length=length, teacher=teacher))
+        _write(folder / _GATED, prompt_embeddings=soft_prompt.vectors, gates=soft_prompt.gates)
+        return
     name, revision = pretrained_name(teacher)
     decoder = from_hugging_face(hf_config, f"{teacher}: config")
     config = {
@@ -101,18 +125,26 @@ def save_soft_prompt(
     }
     write_json(folder / "adapter_config.json", config)
     write_text(folder / "README.md", _CARD.format(length=length))
-    tensors = {"prompt_embeddings": np.asarray(sharding.to_host(soft_prompt), np.float32)}
+    _write(folder / "adapter_model.safetensors", prompt_embeddings=soft_prompt)
+
+
+def _write(file: epath.Path, **tensors: Any) -> None:
+    on_host = {n: np.asarray(sharding.to_host(x), np.float32) for n, x in tensors.items()}
     if distributed.is_primary():
-        write_tensors(folder / "adapter_model.safetensors", tensors)
+        write_tensors(file, on_host)
 
 
-def load_soft_prompt(folder: epath.PathLike) -> Float[Array, "M D"]:
-    """Reads a PEFT prompt-tuning adapter, `[M, D]` float32.
+def load_soft_prompt(folder: epath.PathLike) -> Float[Array, "M D"] | GatedPrefix:
+    """Reads a PEFT prompt-tuning adapter, `[M, D]` float32, or what `save_soft_prompt` wrote of a
+    `GatedPrefix`.
 
     Raises:
       ModelError: an adapter of another kind, or one that is damaged or not finite.
     """
     folder = to_path(folder)
+    if (gated := folder / _GATED).exists():
+        dimensions = {"prompt_embeddings": "tokens, width", "gates": "layers, heads"}
+        return GatedPrefix(*_read(gated, dimensions))
     file = folder / "adapter_config.json"
     if not file.exists():
         raise ModelError(f"{file}: no such file (a folder as save_soft_prompt or PEFT writes it)")
@@ -121,22 +153,32 @@ def load_soft_prompt(folder: epath.PathLike) -> Float[Array, "M D"]:
     weights = folder / "adapter_model.safetensors"
     if not weights.exists():
         raise ModelError(f"{weights}: no such file (weights are read from safetensors only)")
+    (vectors,) = _read(weights, {"prompt_embeddings": "tokens, width"})
+    return vectors
+
+
+def _read(weights: epath.Path, expected: Mapping[str, str]) -> list[Float[Array, "A B"]]:
+    """The tensors of a file, float32, in the order of `expected`: by name their two dimensions."""
     refuse_pointer(weights)
     try:
         tensors = load(weights.read_bytes())
     except SafetensorError as error:
         raise ModelError(f"{weights}: damaged or truncated: {error}") from error
-    if tensors.keys() != {"prompt_embeddings"}:
-        raise ModelError(f"{folder}: expected one tensor prompt_embeddings, found {list(tensors)}")
-    found = tensors["prompt_embeddings"]
-    if found.ndim != 2 or not jnp.issubdtype(found.dtype, jnp.floating):
+    if tensors.keys() != expected.keys():
+        number = "one tensor" if len(expected) == 1 else "tensors"
         raise ModelError(
-            f"{weights}: prompt_embeddings is {found.dtype} {list(found.shape)}; expected floating "
-            "point numbers [tokens, width]"
+            f"{weights.parent}: expected {number} {', '.join(expected)}, found {list(tensors)}"
         )
-    if not all_finite(found := np.float32(found)):
-        raise ModelError(f"{weights}: prompt_embeddings is not finite: it has a NaN or an infinity")
-    return jnp.asarray(found)
+    for name, dimensions in expected.items():
+        x = tensors[name]
+        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ModelError(
+                f"{weights}: {name} is {x.dtype} {list(x.shape)}; expected floating point numbers "
+                f"[{dimensions}]"
+            )
+        if not all_finite(np.float32(x)):
+            raise ModelError(f"{weights}: {name} is not finite: it has a NaN or an infinity")
+    return [jnp.asarray(np.float32(tensors[name])) for name in expected]
 
 
 # Low-rank adapters
