@@ -25,13 +25,14 @@ from promptkd_jax.distill.loss_inputs import (
     is_part,
     shape_error,
 )
+from promptkd_jax.distill.losses import cross_entropy
 from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
 from promptkd_jax.models.language_model import LazyLogits
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, Float, Num
+    from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
@@ -172,6 +173,18 @@ def linear_values(
 
     _, values = jax.lax.scan(body, None, _blocks((learner.hidden, parts), chunk))
     return tuple(_unblocked(value, shape[1]) for value in values)
+
+
+def label_log_probs(
+    model: LazyLogits, labels: Int[Array, "B T"], *, chunk: int | None = None
+) -> Float[Array, "B T"]:
+    """Returns the log-probability of every label, without a gradient.
+
+    Args:
+      model: distributions at `[B, T]` positions; labels: `[B, T]`; chunk: as for `linear_loss`.
+    """
+    (values,) = linear_values([cross_entropy], model, [labels], chunk=chunk)
+    return -values
 
 
 def top_k(model: LazyLogits, k: int) -> TopK:

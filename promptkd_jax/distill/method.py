@@ -90,6 +90,12 @@ class Method(Objective):
         mistakes = contradictions(self, self.execution, self.sampling)
         if self.teacher_view == "in_context" and not self.demonstrations:
             mistakes.append("demonstrations: are none, but teacher_view = 'in_context' needs some")
+        warmup = self.prompt_warmup_steps
+        if warmup and warmup >= self.total_steps:
+            mistakes.append(
+                f"prompt_warmup_steps: {warmup} of {self.total_steps} steps leave none with the "
+                "soft prompt; expected fewer"
+            )
         if mistakes:
             raise ValueError("; ".join(mistakes))
 
@@ -147,4 +153,6 @@ class Method(Objective):
         at_once = self.num_micro_batches == 1 or self.prompt_lag > 0
         # All of an online teacher would be updated within the branch of a bucket.
         small = self.teacher_view != "online" or self.execution.length_buckets == 1
-        return self.updates_per_step == 1 and at_once and small
+        # Rules for the prompt need its updates done before they say what the student sees.
+        ruled = self.prompt_updates > 1 or self.prompt_warmup_steps > 0 or self.prompt_fallback
+        return self.updates_per_step == 1 and at_once and small and not ruled

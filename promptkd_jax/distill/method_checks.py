@@ -54,6 +54,7 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
             f"interpolation.start: {method.interpolation.start:g} is above end = {end:g}; expected "
             "a share that rises"
         )
+    messages += _about_soft_prompt(method, execution)
     if not method.source.on_policy:
         messages += _without_rollouts(method, execution)
     if method.prompt_lag:
@@ -89,6 +90,34 @@ def _about_rows(method: Objective, names: list[str]) -> list[str]:
         messages.append(
             f"interpolation.schedule: {method.interpolation.schedule!r} mixes teacher and student "
             f"by steps, {TRANSPORT} by transport.share; expected 'none'"
+        )
+    return messages
+
+
+def _about_soft_prompt(method: Objective, execution: Execution) -> list[str]:
+    messages = []
+    rules = dict(prompt_updates=1, prompt_warmup_steps=0, prompt_fallback=False)
+    for name, default in rules.items():
+        if (chosen := getattr(method, name)) != default and method.teacher_view != "prompted":
+            messages.append(
+                f"{name}: {chosen!r} is for a soft prompt, but teacher_view = "
+                f"{method.teacher_view!r}; expected {default!r}, or 'prompted'"
+            )
+        elif chosen != default and method.prompt_lag:
+            messages.append(
+                f"{name}: {chosen!r}, but with prompt_lag = 1 the student's loss has the forward "
+                f"of the prompt's own update; expected {default!r}, or prompt_lag = 0"
+            )
+    if method.prompt_warmup_steps and not method.regularization:
+        messages.append(
+            "prompt_warmup_steps: the soft prompt warms up on L_reg, but regularization = 0 leaves "
+            "that out; expected 0, or another regularization"
+        )
+    if method.prompt_fallback and (method.source.keeps_replay or execution.one_step_off_policy):
+        name = "targets = 'replay'" if method.source.keeps_replay else "one_step_off_policy"
+        messages.append(
+            "prompt_fallback: compares the two teachers on the data's responses to the prompts of "
+            f"a step, but with {name} its rows are of other prompts; expected False"
         )
     return messages
 

@@ -171,6 +171,21 @@ class Objective:
         "updates that the soft prompt of the student's loss is behind: 0: it was just updated (the "
         "paper); 1: it is that before, for which the teacher's forward is there already",
     )
+    prompt_updates: int = field(
+        1, Int(low=1), "updates of the soft prompt in a step, all on the same rows"
+    )
+    prompt_warmup_steps: int = field(
+        0,
+        Int(low=0),
+        "steps in the beginning in which the soft prompt learns from L_reg alone, and the student "
+        "from the plain teacher; the regularization's schedule begins behind them",
+    )
+    prompt_fallback: bool = field(
+        False,
+        Bool(),
+        "whether the student learns a row from the plain teacher where the prompted one finds the "
+        "data's own response to its prompt less likely",
+    )
     teacher_terms: WeightedNames = field(
         ((CROSS_ENTROPY, 1.0), ("forward_kl", 1.0)),
         ListOf(WeightedName(), nonempty=True),

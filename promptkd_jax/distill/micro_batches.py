@@ -23,20 +23,28 @@ from promptkd_jax.infra.buckets import run_in_smallest_bucket
 
 
 def deal_out(
-    targets: TargetBatch, corpus: Batch | None, method: Method, dropout_keys: DropoutKeys | None
+    targets: TargetBatch,
+    corpus: Batch | None,
+    method: Method,
+    dropout_keys: DropoutKeys | None,
+    references: Batch | None = None,
 ) -> MicroBatch:
-    """All `[B, …]` as `[UG, B / UG, …]`, row i in micro-batch i mod UG: devices keep their rows."""
+    """All `[B, …]` as `[UG, B / UG, …]`, row i in micro-batch i mod UG: devices keep their rows.
+
+    Args:
+      references: the data's own rows to the prompts of the target rows, where they are looked at.
+    """
 
     def split(x):
         return jnp.swapaxes(x.reshape(-1, method.num_micro_batches, *x.shape[1:]), 0, 1)
 
-    rows = targets.rows, targets.is_student, dropout_keys and dropout_keys.rows
+    rows = targets.rows, targets.is_student, references, dropout_keys and dropout_keys.rows
     # Rows of like length together, so that a short micro-batch takes a small bucket.
     if method.sorts_rows:
         rows = _sort_by_length(rows, targets.rows.lengths, method.num_micro_batches)
-    rows, is_student, keys = rows
+    rows, is_student, references, keys = rows
     dropout_keys = dropout_keys and dropout_keys._replace(rows=keys)
-    micro_batches = MicroBatch(rows, is_student, corpus, dropout_keys=dropout_keys)
+    micro_batches = MicroBatch(rows, is_student, corpus, references, dropout_keys=dropout_keys)
     return jax.tree.map(split, micro_batches)
 
 

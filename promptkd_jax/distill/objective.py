@@ -92,6 +92,7 @@ def prompt_gradients(
     params: Mapping[str, Any],
     micro_batch: MicroBatch,
     scale: jax.Array,
+    kd_weight: jax.Array,
     coefficient: jax.Array,
     step_models: StepModels,
     student_forward: StudentForward | None = None,
@@ -102,7 +103,7 @@ def prompt_gradients(
     Args:
       params: the groups of a train state.
       scale: `[]`, the factor that makes this micro-batch's sum its share of the mean.
-      coefficient: `[]`, alpha_k.
+      kd_weight, coefficient: `[]` each, the weight of L_kd, and alpha_k.
       student_forward: `step_models.student_vjp` of these rows, if it was computed already.
       prompted_forward: `step_models.prompted_vjp` of them, likewise.
     """
@@ -111,7 +112,8 @@ def prompt_gradients(
     (student, _), _ = student_forward or step_models.student_vjp(params["student"], rows)
     # The plain teacher is a constant of L_reg; without L_reg its forward pass is not made.
     plain = step_models.teacher(params, rows)[0] if step_models.method.regularization else None
-    terms, observations = prompt_terms(step_models.method, student, plain, scale, coefficient)
+    weights = scale * kd_weight, scale * coefficient
+    terms, observations = prompt_terms(step_models.method, student, plain, *weights)
     mask = step_models.where(rows).mask
     # dL/dh [B, R, D] of the prompted teacher's hidden states, then (dh/dP)^T dL/dh.
     d_hidden, loss, sums = grad_and_loss(
@@ -180,7 +182,8 @@ def student_gradients(
     if prompted_forward is not None:
         (teacher, teacher_states), _ = prompted_forward
     elif method.student_needs_teacher:
-        teacher, teacher_states = step_models.teacher(params, rows, micro_batch.soft_prompt)
+        view = rows, micro_batch.soft_prompt, micro_batch.plain_rows
+        teacher, teacher_states = step_models.teacher(params, *view)
     terms = student_terms(scale, micro_batch, teacher, step_models)
     observations = student_observations(method)
     d_student, loss, sums = _student_grad_and_loss(
@@ -244,26 +247,26 @@ def prompt_terms(
     method: Method,
     student: LazyLogits,
     plain: LazyLogits | None,
-    weight: jax.Array,
-    coefficient: jax.Array,
+    kd_weight: jax.Array,
+    regularizer_weight: jax.Array,
 ) -> tuple[Terms, Observations]:
     """Returns the terms of L_kd + alpha_k L_reg, and what is measured beside them.
 
     Args:
       student: the student's distributions.
       plain: those of the teacher without the soft prompt; None where there is no L_reg.
-      weight: of both terms; coefficient: alpha_k.
+      kd_weight, regularizer_weight: of the two terms.
     """
     entropy_free = method.conventions.entropy_free
     divergence = _prompt_divergence(method.prompt_divergence, entropy_free=entropy_free)
-    terms = {"prompt_kd": Term(divergence, student, weight)}
+    terms = {"prompt_kd": Term(divergence, student, kd_weight)}
     observations = {"kl_prompted": _student_to_learner}
     if plain is not None:
         # The adaptive schedule compares the value of L_reg with its target, a KL divergence: with
         # the entropy of the plain teacher in it, no coefficient would bring it there.
         entropy_free &= method.regularization_schedule != "adaptive"
         divergence = _prompt_divergence(method.prompt_regularizer, entropy_free=entropy_free)
-        terms["prompt_regularizer"] = Term(divergence, plain, weight * coefficient)
+        terms["prompt_regularizer"] = Term(divergence, plain, regularizer_weight)
         observations["kl_plain"] = _student_to_plain
     return terms, observations
 

@@ -20,6 +20,7 @@ from promptkd_jax.distill.curriculum import (
 from promptkd_jax.distill.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.replay import Replay
 from promptkd_jax.distill.targets import TargetBatch
+from promptkd_jax.models.gated_prefix import GatedPrefix
 
 
 class Optimizers(NamedTuple):
@@ -45,11 +46,11 @@ class TrainState:
     """All arrays that a step changes; a frozen teacher is not among them.
 
     `params` and `optimizers` have the groups of `Optimizers`: "student", and where they are trained
-    "soft_prompt" `[M, D]`, "teacher", "projection". `step` counts the steps of this stage,
-    `regularization` is the coefficient of L_reg where that adapts, `interpolation` the schedule of
-    a moving target where that does, `replay` the buffer of "replay" targets, `pending` the rows of
-    this step where rows are written a step ahead, see `write_ahead`. `skipped` counts the
-    non-finite steps in all, `skipped_in_a_row` the latest of them.
+    "soft_prompt" `[M, D]` or a `GatedPrefix`, "teacher", "projection". `step` counts the steps of
+    this stage, `regularization` is the coefficient of L_reg where that adapts, `interpolation` the
+    schedule of a moving target where that does, `replay` the buffer of "replay" targets, `pending`
+    the rows of this step where rows are written a step ahead, see `write_ahead`. `skipped` counts
+    the non-finite steps in all, `skipped_in_a_row` the latest of them.
     """
 
     step: jax.Array
@@ -69,8 +70,8 @@ class TrainState:
         return self.params["student"]
 
     @property
-    def soft_prompt(self) -> jax.Array | None:
-        """`[M, D]`, None where there is none."""
+    def soft_prompt(self) -> jax.Array | GatedPrefix | None:
+        """`[M, D]` or a `GatedPrefix`, None where there is none."""
         return self.params.get("soft_prompt")
 
 
@@ -144,6 +145,20 @@ def advance(state: TrainState, metrics: Metrics, method: Method) -> tuple[TrainS
     after = next_interpolation(settings, state.interpolation, loss, floor)
     scalars = metrics.scalars | {"interpolation_share": state.interpolation.share}
     return state.replace(interpolation=after), metrics._replace(scalars=scalars)
+
+
+def apply_gradients(
+    state: TrainState, gradients: Mapping[str, Any], optimizers: Optimizers
+) -> TrainState:
+    """The state after one update of every group of parameters that has a gradient."""
+    params, states = dict(state.params), dict(state.optimizers)
+    for name, gradient in gradients.items():
+        optimizer = getattr(optimizers, name)
+        updates, states[name] = optimizer.update(gradient, states[name], params[name])
+        params[name] = optax.apply_updates(params[name], updates)
+        if isinstance(params[name], GatedPrefix):
+            params[name] = params[name].projected()
+    return state.replace(params=params, optimizers=states)
 
 
 def summarize(metrics: Metrics, conventions: Conventions = PRESETS["default"]) -> dict[str, float]:

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.distill import losses, objective, policy_gradient
@@ -34,7 +33,20 @@ from promptkd_jax.distill.micro_batches import (
     token_scales,
 )
 from promptkd_jax.distill.optimizer import Gradients, accumulate, gradient_norm
-from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, advance
+from promptkd_jax.distill.prompt_update import (
+    PromptWeights,
+    adapted,
+    prompt_scalars,
+    prompt_weights,
+    with_prompt,
+)
+from promptkd_jax.distill.state import (
+    Metrics,
+    Optimizers,
+    TrainState,
+    advance,
+    apply_gradients,
+)
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import Models, PromptedForward, StepModels, StudentForward
 from promptkd_jax.distill.terms import MicroBatch
@@ -113,7 +125,8 @@ def train_step(
     # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
     corpus = corpus if method.corpus_terms else None
     keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch, corpus)
-    micro_batches = deal_out(targets, corpus, method, keys)
+    references = batch if method.prompt_fallback else None
+    micro_batches = deal_out(targets, corpus, method, keys, references)
     metrics = _measure_rows(targets, micro_batches, new, method)
     micro_batches = micro_batches._replace(curriculum=curriculum(method, state))
     if method.updates_together:
@@ -122,9 +135,8 @@ def train_step(
     if method.prompted or method.teacher_view == "online":
         new, metrics = _update_teacher(new, micro_batches, metrics, step_models, optimizers)
     if method.prompted:
-        # [UG, M, D]: the student learns from the prompt that was just updated.
-        soft_prompt = _prompt_of_student_loss(state, new, method)
-        micro_batches = micro_batches._replace(soft_prompt=soft_prompt)
+        # The student learns from the prompt that was just updated, or from the plain teacher.
+        micro_batches, metrics = with_prompt(state, new, micro_batches, metrics, step_models)
     if method.has_policy_gradient:
         log_probs = functools.partial(_log_probs, state=new, step_models=step_models)
         log_probs = jax.lax.map(in_smallest_bucket(log_probs, method), micro_batches)
@@ -193,19 +205,19 @@ def _update_together(
     """
     method, text_scale = step_models.method, corpus_scale(micro_batches)
 
-    def gradients_of(micro_batch: MicroBatch, scale, coefficient) -> Gradients:
+    def gradients_of(micro_batch: MicroBatch, scale, weights: PromptWeights) -> Gradients:
         params, after, student = state.params, state, None
         if not step_models.drops:  # in its own update alone, which then has another forward
             student = step_models.student_vjp(params["student"], micro_batch.rows)
         prompted = step_models.prompted_vjp(params, micro_batch.rows) if method.prompted else None
         found = _teacher_gradients(
-            params, micro_batch, scale, coefficient, step_models, student, prompted
+            params, micro_batch, scale, weights, step_models, student, prompted
         )
         if not method.prompt_lag:
             # There is one micro-batch, and so the teacher's whole gradient. It is applied here for
             # the student to see, and again below, which XLA may do but once.
             for gradients in found.values():
-                after = _apply(after, gradients.by_group, optimizers)
+                after = apply_gradients(after, gradients.by_group, optimizers)
             micro_batch, prompted = micro_batch._replace(soft_prompt=after.soft_prompt), None
         if method.has_policy_gradient:
             log_probs = _log_probs(micro_batch, after, step_models, student)
@@ -233,9 +245,9 @@ def _accumulated(
         found = gradients_of(*inputs)
         return Gradients(*({name: x[i] for name, x in found.items()} for i in range(3)))
 
-    coefficients = _coefficients(state, method)
+    weights = prompt_weights(state, method)
     scales = token_scales(metrics.counts, method.conventions)
-    inputs = micro_batches, scales, coefficients
+    inputs = micro_batches, scales, weights
     parts = accumulate(in_smallest_bucket(by_part, method), inputs)
     return {name: Gradients(*(part[name] for part in parts)) for name in parts.by_group}
 
@@ -261,18 +273,15 @@ def _learn_one(
     method: Method,
     optimizers: Optimizers,
 ) -> tuple[TrainState, Metrics]:
-    new = _apply(state, gradients.by_group, optimizers)
+    new = apply_gradients(state, gradients.by_group, optimizers)
     norm = gradient_norm(gradients.by_group["soft_prompt" if learner == "prompt" else learner])
     new_metrics = metrics.add(learner, gradients.loss, gradients.sums, norm)
     if learner != "prompt":
         return new, new_metrics
     if method.regularization and method.regularization_schedule == "adaptive":
         kl = jnp.sum(gradients.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
-        new = new.replace(regularization=_adapted(state.regularization, kl / method.target_kl))
-    scalars = {
-        "prompt_norm": jnp.linalg.norm(new.params["soft_prompt"]),
-        "regularization_weight": _coefficients(state, method)[0],
-    }
+        new = new.replace(regularization=adapted(state.regularization, kl / method.target_kl))
+    scalars = prompt_scalars(state, new, method)
     return new, new_metrics._replace(scalars=metrics.scalars | scalars)
 
 
@@ -291,64 +300,36 @@ def _update_teacher(
     become."""
     method = step_models.method
 
-    def gradients_of(micro_batch: MicroBatch, scale, coefficient):
-        return _teacher_gradients(state.params, micro_batch, scale, coefficient, step_models)
+    def update(state: TrainState, _=None):
+        def gradients_of(micro_batch: MicroBatch, scale, weights: PromptWeights):
+            return _teacher_gradients(state.params, micro_batch, scale, weights, step_models)
 
-    found = _accumulated(gradients_of, state, micro_batches, metrics, method)
-    return _learn(found, state, metrics, method, optimizers)
+        found = _accumulated(gradients_of, state, micro_batches, metrics, method)
+        return _learn(found, state, metrics, method, optimizers)
+
+    if method.prompt_updates == 1:
+        return update(state)
+    new, measured = jax.lax.scan(update, state, length=method.prompt_updates)
+    return new, jax.tree.map(lambda x: x.mean(axis=0), measured)
 
 
 def _teacher_gradients(
     params: dict[str, Any],
     micro_batch: MicroBatch,
     scale: jax.Array,
-    coefficient: jax.Array,
+    weights: PromptWeights,
     step_models: StepModels,
     student: StudentForward | None = None,
     prompted: PromptedForward | None = None,
 ) -> dict[str, Gradients]:
     """Those of the teacher's update, by who learns: the "prompt", the "teacher", or nobody."""
     if step_models.method.prompted:
-        how = scale, coefficient, step_models, student, prompted
+        how = scale, *weights, step_models, student, prompted
         return {"prompt": objective.prompt_gradients(params, micro_batch, *how)}
     if step_models.method.teacher_view == "online":
         how = scale, step_models, student
         return {"teacher": objective.teacher_gradients(params, micro_batch, *how)}
     return {}
-
-
-def _coefficients(state: TrainState, method: Method) -> jax.Array:
-    """The coefficient alpha_k of L_reg for each micro-batch, `[UG]`, in step k, counted from 1.
-
-    "constant": `method.regularization`. "linear": that times 1 - k / total_steps (eq. 3).
-    "adaptive": `state.regularization`, which `_learn` moves.
-    """
-    number = method.num_micro_batches
-    if method.regularization_schedule == "adaptive":
-        return jnp.broadcast_to(state.regularization, (number,))
-    if method.regularization_schedule == "constant":
-        return jnp.full(number, method.regularization)
-    # Counted from 1: in the last step the coefficient is 0.
-    k = jnp.broadcast_to(state.step + 1, (number,))
-    if method.conventions.early_clock and number > 1:
-        k = k + (jnp.arange(number) == number - 1)
-    return method.regularization * jnp.maximum(1 - k / method.total_steps, 0.0)
-
-
-def _adapted(coefficient: jax.Array, ratio: jax.Array) -> jax.Array:
-    """The coefficient, moved by at most 2 % (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
-
-    Args:
-      ratio: the measured KL over the target; above 1 the coefficient rises.
-    """
-    return coefficient * (1 + 0.1 * jnp.clip(ratio - 1, -0.2, 0.2))
-
-
-def _prompt_of_student_loss(before: TrainState, after: TrainState, method: Method) -> jax.Array:
-    """The soft prompt of the student's loss of each micro-batch, `[UG, M, D]`."""
-    is_last = jnp.arange(method.num_micro_batches) == method.num_micro_batches - 1
-    fresh = is_last | (not method.conventions.stale_prompt)
-    return jnp.where(fresh[:, None, None], after.soft_prompt, before.soft_prompt)
 
 
 # The student's update
@@ -369,7 +350,9 @@ def _log_probs(
     rows = micro_batch.rows
     where = step_models.where(rows)
     (student, _), _ = student_forward or step_models.student_vjp(state.params["student"], rows)
-    teacher, _ = step_models.teacher(state.params, rows, micro_batch.soft_prompt)
+    teacher, _ = step_models.teacher(
+        state.params, rows, micro_batch.soft_prompt, micro_batch.plain_rows
+    )
     both = [
         linear_values([log_prob_of_labels], model, [where.labels])[0]
         for model in (student, teacher)
@@ -413,7 +396,7 @@ def _update_student(
         scales = token_scales(counts, method.conventions)
         gradients = accumulate(in_smallest_bucket(gradients_of, method), (micro_batches, scales))
         norm = gradient_norm(gradients.by_group["student"])
-        new = _apply(state, gradients.by_group, optimizers)
+        new = apply_gradients(state, gradients.by_group, optimizers)
         return new, (gradients.loss, gradients.sums, norm)
 
     def split(x):  # [UG, …] -> [U, G, …]
@@ -438,13 +421,3 @@ def _update_student(
         loss, sums = jax.tree.map(lambda x: x.reshape(-1), (loss, sums))  # [UG]
         norm = norm.mean()
     return state, metrics.add("student", loss, sums, norm)
-
-
-def _apply(state: TrainState, gradients: dict[str, Any], optimizers: Optimizers) -> TrainState:
-    """The state after one update of every group of parameters that has a gradient."""
-    params, states = dict(state.params), dict(state.optimizers)
-    for name, gradient in gradients.items():
-        optimizer = getattr(optimizers, name)
-        updates, states[name] = optimizer.update(gradient, states[name], params[name])
-        params[name] = optax.apply_updates(params[name], updates)
-    return state.replace(params=params, optimizers=states)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.batch import Batch, Responses, gather, responses
@@ -21,12 +22,13 @@ from promptkd_jax.distill.method import Method
 from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
 from promptkd_jax.models.lora import join
 from promptkd_jax.models.sampler import SamplingModel, row_keys
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Key
+    from jaxtyping import Array, Bool, Float, Key
 
 
 def lazy_logits(
@@ -35,7 +37,7 @@ def lazy_logits(
     batch: Batch,
     where: Responses,
     vocab_size: int,
-    prefix: Float[Array, "M D"] | None = None,
+    prefix: Float[Array, "M D"] | GatedPrefix | None = None,
     dropout_keys: Key[Array, " B"] | None = None,
 ) -> LazyLogits:
     """Returns a model's next-token distributions at the response positions, not yet multiplied out.
@@ -59,6 +61,11 @@ def lazy_logits(
             f"segment_ids: packed rows, and a {type(model).__name__}, whose functions cannot keep "
             "segments apart; expected a Decoder, or rows that are not packed"
         )
+    if isinstance(prefix, GatedPrefix) and not isinstance(model, Decoder):
+        raise ValueError(
+            f"prefix: a GatedPrefix, but the model is a {type(model).__name__}, whose attention "
+            "has no gates; expected a Decoder, or the prefix's vectors [M, D]"
+        )
     hidden = gather(model.hidden_states(params, batch.tokens, prefix, **more), where)
     return LazyLogits(hidden, model.output_head(params)[:vocab_size], model.logit_soft_cap)
 
@@ -69,7 +76,7 @@ def lazy_logits_and_states(
     batch: Batch,
     where: Responses,
     vocab_size: int,
-    prefix: Float[Array, "M D"] | None = None,
+    prefix: Float[Array, "M D"] | GatedPrefix | None = None,
     taps: Sequence[hidden_loss.Tap] = (),
     dropout_keys: Key[Array, " B"] | None = None,
 ) -> tuple[LazyLogits, hidden_loss.States]:
@@ -174,9 +181,18 @@ class StepModels:
         return trained if self.frozen_student is None else join(self.frozen_student, trained)
 
     def teacher(
-        self, params: Mapping[str, Any], rows: Batch, soft_prompt: Float[Array, "M D"] | None = None
+        self,
+        params: Mapping[str, Any],
+        rows: Batch,
+        soft_prompt: Float[Array, "M D"] | GatedPrefix | None = None,
+        plain_rows: Bool[Array, " B"] | None = None,
     ) -> tuple[LazyLogits | TopK, hidden_loss.States]:
-        """The teacher's distributions, and the states that the method's hidden terms look at."""
+        """The teacher's distributions, and the states that the method's hidden terms look at.
+
+        Args:
+          soft_prompt: in front of all rows; None: of none.
+          plain_rows: `[B]`, True for rows that it is not in front of after all; None: for none.
+        """
         # Top-k log-probabilities that were read from disk travel in the batch.
         if self.method.teacher_view == "cached":
             if rows.cached is None:
@@ -193,7 +209,38 @@ class StepModels:
                 )
             demonstrations = np.asarray(self.method.demonstrations, np.int32)
             prefix = self.models.teacher.input_embeddings(teacher, demonstrations)
-        return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
+        if plain_rows is None:
+            return self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
+        return self._see_either(teacher, rows, prefix, plain_rows)
+
+    def _see_either(
+        self,
+        teacher: Any,
+        rows: Batch,
+        soft_prompt: Float[Array, "M D"] | GatedPrefix,
+        plain_rows: Any,
+    ):
+        """The plain teacher of `plain_rows` and the prompted one of others, each run only where a
+        row wants it."""
+
+        def see(prefix):  # without the head, which a `cond` would copy
+            seen, states = self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
+            return seen.hidden, states
+
+        nothing = jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(lambda: see(None))
+        )
+        prompted, plain = (
+            jax.lax.cond(jnp.any(own), lambda prefix=prefix: see(prefix), lambda: nothing)
+            for own, prefix in ((~plain_rows, soft_prompt), (plain_rows, None))
+        )
+
+        def choose(plain, prompted):
+            return jnp.where(plain_rows.reshape(-1, *(1,) * (plain.ndim - 1)), plain, prompted)
+
+        hidden, states = jax.tree.map(choose, plain, prompted)
+        head = self.models.teacher.output_head(teacher)[: self.method.vocab_size]
+        return LazyLogits(hidden, head, self.models.teacher.logit_soft_cap), states
 
     def prompted_vjp(self, params: Mapping[str, Any], rows: Batch) -> PromptedForward:
         """The prompted teacher's distributions and states, and the pullback of its hidden states to

@@ -20,6 +20,7 @@ from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, T
 from promptkd_jax.distill.policy_gradient import PolicyTarget
 from promptkd_jax.distill.teacher import DropoutKeys, StepModels
 from promptkd_jax.distill.transport import transport
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.language_model import LazyLogits
 
 
@@ -27,15 +28,18 @@ class MicroBatch(NamedTuple):
     """The inputs of the losses of one micro-batch.
 
     `is_student` `[B]` says which rows the student wrote, `corpus` are rows of plain text,
-    `soft_prompt` `[M, D]` is the one of the student's loss, `policy` the advantages of sampled
-    tokens, `dropout_keys` `[B]` those of the student's own update, of the rows and of the corpus,
-    `curriculum` what changes in the student's loss from step to step, `[]` each.
+    `references` the data's own rows to the same prompts, `soft_prompt` `[M, D]` is the one of the
+    student's loss, `plain_rows` `[B]` the rows that are learned without it, `policy` the advantages
+    of sampled tokens, `dropout_keys` `[B]` those of the student's own update, of the rows and of
+    the corpus, `curriculum` what changes in the student's loss from step to step, `[]` each.
     """
 
     rows: Batch
     is_student: jax.Array
     corpus: Batch | None
-    soft_prompt: jax.Array | None = None
+    references: Batch | None = None
+    soft_prompt: jax.Array | GatedPrefix | None = None
+    plain_rows: jax.Array | None = None
     policy: PolicyTarget | None = None
     dropout_keys: DropoutKeys | None = None
     curriculum: Curriculum | None = None

@@ -116,7 +116,7 @@ def _teacher(step: _Step) -> Cost:
     if not method.updates_together:
         part += student.forward(rows, columns)
     update = teacher.optimizer() if online else Cost()
-    return part * method.num_micro_batches + update
+    return part * (method.num_micro_batches * method.prompt_updates) + update
 
 
 def _student(step: _Step) -> Cost:
@@ -131,6 +131,9 @@ def _student(step: _Step) -> Cost:
         if not method.prompt_lag:  # else that of the prompt's update
             part += teacher.forward(rows, step.before + columns)
         part += teacher.head(rows, positions, 1)
+    if method.prompt_fallback:  # the plain teacher too, and both of them on the data's responses
+        part += teacher.forward(rows, columns) * 2 + teacher.forward(rows, step.before + columns)
+        part += teacher.head(rows, positions, 2)
     if method.corpus_terms:
         part += student.forward(rows, columns)
         part += student.backward(rows, columns, weights=whole)

@@ -128,7 +128,7 @@ def _optimizers(
     """The stage's optimizer for the models, AdamW for the few other parameters; each group has its
     own clip and schedule."""
     steps, conventions = method.total_steps, method.conventions
-    # Of the student; soft prompt and teacher have one update a step.
+    # Of the student; an online teacher has one update a step.
     updates = steps * method.updates_per_step
     family = FAMILIES[student.decoder.config.family]
     decay_norms = conventions.decay_norms and family.decays_norms
@@ -148,7 +148,9 @@ def _optimizers(
     teacher_rate = stage.teacher_learning_rate or stage.learning_rate
     return Optimizers(
         student=make(stage.learning_rate, updates, student),
-        soft_prompt=make(stage.prompt_learning_rate or stage.learning_rate, steps),
+        soft_prompt=make(
+            stage.prompt_learning_rate or stage.learning_rate, steps * method.prompt_updates
+        ),
         teacher=teacher and make(teacher_rate, steps, teacher),
         projection=make(stage.learning_rate, updates),
     )

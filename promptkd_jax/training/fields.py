@@ -108,6 +108,9 @@ class SoftPromptConfig:
     init: str = field("text", Choice(INITS), "where the vectors start")
     text: str = field("Suppose you are a student.", Str(nonempty=True), "for init = 'text'")
     add_special_tokens: bool = field(False, Bool(), "whether the text gets a BOS")
+    gated: bool = field(
+        False, Bool(), "whether its weight in every head starts at 0, and is learned"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from promptkd_jax.distill.soft_prompt import (
     init_soft_prompt,
     pooled_soft_prompt,
     random_soft_prompt,
+    zero_gated,
 )
 from promptkd_jax.distill.transport import TokenKernel, token_kernel
 from promptkd_jax.inference import logprob_cache, teacher_responses
@@ -29,6 +30,7 @@ from promptkd_jax.inference.data_free import generate_prompts
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import load_or_compute, to_path
+from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, check_positions, text_end
 from promptkd_jax.models.quantization import QUANTIZE
@@ -128,7 +130,8 @@ def _check_lengths(
     check_positions(student, data.max_length)
     if teacher is None:
         return
-    prompted = config.soft_prompt.length if "prompted" in views else 0
+    moves = "prompted" in views and not config.soft_prompt.gated
+    prompted = config.soft_prompt.length if moves else 0
     shown = len(demonstrations) if "in_context" in views else 0
     decoder = teacher.decoder.config
     if shown and decoder.learned_positions and shown + data.max_length > decoder.max_positions:
@@ -333,7 +336,12 @@ def _token_kernel(config: RunConfig, teacher: Model | None, vocab_size: int) -> 
     return kernel
 
 
-def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.Array:
+def _soft_prompt(config, teacher, vocab_size: int, demonstrations, key) -> jax.Array | GatedPrefix:
+    vectors = _vectors(config, teacher, vocab_size, demonstrations, key)
+    return zero_gated(teacher.decoder, vectors) if config.soft_prompt.gated else vectors
+
+
+def _vectors(config, teacher, vocab_size: int, demonstrations, key) -> jax.Array:
     chosen, tokenizer = config.soft_prompt, teacher.tokenizer
     if chosen.init == "random":
         return random_soft_prompt(key, chosen.length, teacher.decoder.config.embedding_width)

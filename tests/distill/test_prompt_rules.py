@@ -1,0 +1,197 @@
+"""Rules that keep a soft prompt from harm: each is what its formula says, in one train step.
+
+Models are tiny and random, the optimizer is SGD, whose update is the gradient times the rate.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.steps import (
+    ON_POLICY,
+    STUDENT,
+    TEACHER,
+    assert_close,
+    batch,
+    changed,
+    jit,
+    kl,
+    log_probs,
+    method,
+    random_params,
+    supervised,
+    teacher_params,
+)
+
+from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.soft_prompt import zero_gated
+from promptkd_jax.distill.state import Optimizers, TrainState, init_state, summarize
+from promptkd_jax.distill.step import train_step
+from promptkd_jax.distill.teacher import Models, lazy_logits
+from promptkd_jax.models.gated_prefix import GatedPrefix
+from promptkd_jax.models.language_model import LanguageModel
+
+RATE = 0.5
+OPTIMIZERS = Optimizers(optax.sgd(RATE), optax.sgd(RATE))
+VECTORS = np.random.default_rng(2).normal(0, 0.5, (3, 32)).astype(np.float32)
+
+
+def state(soft_prompt=VECTORS, step: int = 0) -> TrainState:
+    params = {"student": random_params(STUDENT.config, 22), "soft_prompt": soft_prompt}
+    made = init_state(jax.tree.map(jnp.asarray, params), OPTIMIZERS, jax.random.key(4))
+    return made.replace(step=jnp.full((), step, jnp.int32))
+
+
+@functools.cache
+def compiled(method: Method):
+    models = Models(STUDENT, TEACHER)
+    return jit(functools.partial(train_step, method=method, models=models, optimizers=OPTIMIZERS))
+
+
+def update(method: Method, before: TrainState):
+    return compiled(method)(before, teacher_params(), batch())
+
+
+def gradient(before, after):
+    """That SGD has followed."""
+    return jax.tree.map(lambda a, b: (a - b) / RATE, before, after)
+
+
+# The dense definitions
+
+
+@jit
+def dense_teacher(prefix):
+    """log p_P, or log p: `[B, T - 1, V]`."""
+    return log_probs(TEACHER, teacher_params(), batch().tokens, prefix)
+
+
+@jit
+@jax.grad
+def dense_student(student, teacher):
+    """The gradient of KL(q || teacher), the mean over response tokens."""
+    learner = log_probs(STUDENT, student, batch().tokens)
+    return (supervised(batch()) * kl(learner, teacher)).sum() / supervised(batch()).sum()
+
+
+@jit
+@jax.grad
+def dense_prompt(prefix, student, kd_weight, alpha):
+    """The gradient of kd_weight KL(p_P || q) + alpha KL(p_P || p)."""
+    prompted, plain = (
+        log_probs(TEACHER, teacher_params(), batch().tokens, x) for x in (prefix, None)
+    )
+    learner = log_probs(STUDENT, student, batch().tokens)
+    each = kd_weight * kl(prompted, learner) + alpha * kl(prompted, plain)
+    return (supervised(batch()) * each).sum() / supervised(batch()).sum()
+
+
+def likelihoods(prefix) -> np.ndarray:
+    """Of the data's own responses, `[B]`."""
+    labels = batch().tokens[:, 1:, None]
+    each = np.take_along_axis(np.asarray(dense_teacher(prefix)), labels, axis=-1)[..., 0]
+    return (supervised(batch()) * each).sum(-1)
+
+
+# A gate
+
+
+def test_gates_of_0_are_the_plain_teacher_and_open_where_that_helps():
+    before = state(zero_gated(TEACHER, jnp.asarray(VECTORS)))
+    after, metrics = update(method(), before)
+    assert abs(metrics.sums["prompt_regularizer"]).max() < 1e-5
+    assert_close(metrics.sums["kl_prompted"], metrics.sums["kl_plain"])
+    # At 0 only gates have a gradient, and they do not become negative.
+    expected = dense_prompt(before.soft_prompt, before.student, 1.0, 0.75)
+    assert_close(after.soft_prompt.vectors, VECTORS, 0)
+    assert_close(after.soft_prompt.gates, jnp.maximum(-RATE * expected.gates, 0))
+    assert (expected.gates > 0).any() and (expected.gates < 0).any()
+    assert_close(summarize(metrics)["prompt_gate"], after.soft_prompt.gates.mean())
+    again = dense_prompt(after.soft_prompt, before.student, 1.0, 0.5)
+    assert jnp.abs(again.vectors).max() > 1e-4, "open gates, and the vectors move"
+
+
+def test_a_model_of_functions_has_no_gates():
+    model = LanguageModel(lambda params, tokens, prefix: tokens, lambda params: params)
+    prefix = GatedPrefix(VECTORS, np.zeros((2, 4), np.float32))
+    with pytest.raises(ValueError, match="prefix: a GatedPrefix, but the model is a LanguageModel"):
+        lazy_logits(model, {}, batch(), None, 61, prefix)
+
+
+# A warm-up
+
+
+def test_a_prompt_warms_up_on_the_regularizer_while_the_student_has_the_plain_teacher():
+    warm = method(prompt_warmup_steps=2)
+    before = state(step=1)
+    after, metrics = update(warm, before)
+    expected = dense_prompt(VECTORS, before.student, 0.0, 1.0)
+    assert_close(gradient(before.soft_prompt, after.soft_prompt), expected)
+    plain = dense_student(before.student, dense_teacher(None))
+    assert_close(gradient(before.student, after.student), plain)
+    assert summarize(metrics)["plain_share"] == 1
+
+    before = state(step=2)  # the first of the two behind it: alpha = 1 - 1 / 2
+    after, metrics = update(warm, before)
+    expected = dense_prompt(VECTORS, before.student, 1.0, 0.5)
+    assert_close(gradient(before.soft_prompt, after.soft_prompt), expected)
+    prompted = dense_student(before.student, dense_teacher(after.soft_prompt))
+    assert_close(gradient(before.student, after.student), prompted)
+    found = summarize(metrics)
+    assert (found["plain_share"], found["regularization_weight"]) == (0, 0.5)
+
+
+# Several updates of the prompt
+
+
+def test_the_student_learns_behind_the_last_of_several_updates():
+    before = state()
+    after, metrics = update(method(prompt_updates=3), before)
+    expected = VECTORS
+    for _ in range(3):
+        expected = expected - RATE * dense_prompt(expected, before.student, 1.0, 0.75)
+    assert_close(after.soft_prompt, expected, 1e-5)
+    prompted = dense_student(before.student, dense_teacher(after.soft_prompt))
+    assert_close(gradient(before.student, after.student), prompted, 1e-5)
+    assert metrics.losses["prompt"].shape == (1,)
+
+
+# The plain teacher where the prompted one is worse
+
+
+def test_rows_of_which_the_prompt_makes_the_answer_less_likely_have_the_plain_teacher():
+    falls_back = method(prompt_fallback=True, gradient_accumulation_steps=2)
+    before = state()
+    after, metrics = update(falls_back, before)
+    worse = likelihoods(after.soft_prompt) < likelihoods(None)
+    assert 0 < worse.sum() < 4, "there are rows of both kinds"
+    teacher = jnp.where(worse[:, None, None], dense_teacher(None), dense_teacher(after.soft_prompt))
+    assert_close(gradient(before.student, after.student), dense_student(before.student, teacher))
+    assert_close(summarize(metrics)["plain_share"], worse.mean())
+
+
+def test_what_the_student_wrote_is_judged_by_the_answer_to_its_prompt():
+    after, metrics = update(changed(ON_POLICY, prompt_fallback=True, response_capacity=11), state())
+    worse = likelihoods(after.soft_prompt) < likelihoods(None)
+    assert_close(summarize(metrics)["plain_share"], worse.mean())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(teacher_view="plain", prompt_updates=2), "prompt_updates: 2 is for a soft prompt"),
+        (dict(prompt_warmup_steps=1, regularization=0.0), "prompt_warmup_steps: .* on L_reg"),
+        (dict(prompt_warmup_steps=4), "prompt_warmup_steps: 4 of 4 steps leave none"),
+        (dict(targets="replay", prompt_fallback=True), "with targets = 'replay' its rows are of"),
+        (
+            dict(targets="student", prompt_fallback=True, one_step_off_policy=True),
+            "with one_step_off_policy its rows are of other prompts",
+        ),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        method(**changes)
