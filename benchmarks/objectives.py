@@ -80,7 +80,7 @@ def main() -> None:
     result = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "settings": vars(options),
+        "settings": {name: x for name, x in vars(options).items() if name != "output"},
         "seconds": median,
         "time": {name: median[name] / median["reverse_kl"] for name in median},
         "temporaries": {name: memory[name] / memory["reverse_kl"] for name in memory},
