@@ -608,10 +608,10 @@ def test_matrix_products_of_an_update(teacher, parts):
     # With a lag its head alone is multiplied again; several micro-batches add no forward pass.
     layers = 1 - 512 * teacher.config.width / weights(teacher)
     saved_by_lag = saved(prompt_lag=1, gradient_accumulation_steps=parts)
-    assert saved_by_lag == pytest.approx(layers, rel=0.02)
-    # Of two buckets one is taken: a whole step, and one of half as many columns.
+    assert saved_by_lag == pytest.approx(layers * (64 + 2) / 64, rel=0.01)
+    # Of two buckets one is taken: a whole step, and one with half as many columns in its layers.
     more = -saved(length_buckets=2) * 2 * weights(teacher) * tokens
-    assert more == pytest.approx(total / 2, rel=0.05)
+    assert total / 2 < more < 0.6 * total
 
 
 @pytest.mark.parametrize("family", FAMILIES)
