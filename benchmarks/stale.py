@@ -49,7 +49,7 @@ def main() -> None:
         if not (run.folder / "summary.json").exists():
             print(f"{run.name} …", file=sys.stderr, flush=True)
             claim(run.folder, run.config, NOT_IN_FINGERPRINT)
-            train_apart(run, options.workdir / "cache")
+            train_apart(run)
     found = {key: _figures(run) for key, run in runs.items()}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     print(f"`python {shlex.join(sys.argv)}`", end=": ")
