@@ -47,7 +47,7 @@ class Training:
         self.parts = self.hyper["gradient_accumulation_steps"]
         self.batch = self._batch()
         self.models = Models(self.student.decoder, self.teacher.decoder)
-        self.gradients = {"student": [], "prompt": []}  # of every update, before clipping
+        self.gradients = {"student": {}, "prompt": {}}  # by update, before clipping
         self.optimizers = Optimizers(
             optax.chain(self._recorder("student"), self._optimizer("student_lr", self._decayed())),
             optax.chain(self._recorder("prompt"), self._optimizer("prompt_lr", None)),
@@ -89,13 +89,17 @@ class Training:
         )
 
     def _recorder(self, name: str) -> optax.GradientTransformation:
-        """Passes gradients on and keeps a copy of each."""
+        """Passes gradients on and keeps a copy of that of each update, by its number: one that is
+        written twice, for the student to see its result, is one."""
 
-        def update(gradient, state, params=None):
-            jax.debug.callback(self.gradients[name].append, gradient, ordered=True)
-            return gradient, state
+        def keep(number, gradient):
+            self.gradients[name][int(number)] = gradient
 
-        return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+        def update(gradient, number, params=None):
+            jax.debug.callback(keep, number, gradient, ordered=True)
+            return gradient, number + 1
+
+        return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
 
     def _method(self) -> Method:
         names = {"reverse": "reverse_kl", "forward": "forward_kl"}
