@@ -153,7 +153,8 @@ def row_statistics(
     rows, is_student, hit_eos = written
     length = jnp.sum(rows.num_supervised) / jnp.sum(rows.num_segments)
     statistics = {"response_length": length, "tokens": jnp.sum(rows.has_token)}
-    if method.source.on_policy and method.others_write:
+    source = method.source
+    if source.on_policy and (source.reads_responses or source.teacher_writes):
         statistics["on_policy_share"] = is_student.mean()
     if method.source.on_policy and not method.source.keeps_replay:
         statistics["eos_rate"] = jnp.sum(hit_eos) / jnp.maximum(jnp.sum(is_student), 1)
