@@ -58,7 +58,7 @@ def _full_precision():
 @pytest.fixture(scope="module")
 def llama():
     """Of one layer: a rollout is compiled with all of them written out."""
-    return random_model("llama", num_hidden_layers=1)
+    return random_model("llama", seed=1, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_top_k_keeps_the_k_largest(k):
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
     values = random_logits(200)
-    found = np.asarray(sampler._keep_top_p(jnp.asarray(values), p))
+    found = np.asarray(sampler.keep_top_p(jnp.asarray(values), p))
     for row, kept in zip(values, found):
         order = np.argsort(row)[::-1]
         reached = np.cumsum(softmax(row)[order])

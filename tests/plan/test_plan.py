@@ -22,6 +22,7 @@ from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import to_path, write_json
 from promptkd_jax.models.decoder import REMAT, Decoder
 from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
+from promptkd_jax.models.io import params as params_module
 from promptkd_jax.models.io.hub import hub_id
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.sampler import Sampling, sample
@@ -625,14 +626,13 @@ def test_the_search_leaves_out_what_does_not_divide_and_ranks_the_rest():
 
 def test_a_search_traces_each_padding_of_each_model_once(monkeypatch):
     traced, config = [], small_config()
-    real = abstract_params
 
-    def counted(decoder):
-        traced.append(decoder)
-        return real(decoder)
+    def counted(config):
+        traced.append(config)
+        return Decoder(config)
 
-    monkeypatch.setattr("promptkd_jax.plan.abstract_run.abstract_params", counted)
-    abstract_run_module._params.cache_clear()
+    monkeypatch.setattr(params_module, "Decoder", counted)
+    params_module._abstract.cache_clear()
     run = abstract_run(checked(config))
     plan.search(run, chips.parse_topology("v5e:2x4"))
     plan.search(run, chips.parse_topology("v6e:2x4"))
