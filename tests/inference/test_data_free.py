@@ -209,11 +209,11 @@ def test_a_topic_longer_than_a_prompt_is_refused(teacher, student, settings, tmp
 
 
 def test_a_request_that_fits_no_prompt_is_dropped(teacher, student, settings, tmp_path):
-    tight = HOW | {"prompt_capacity": 13}
+    tight = HOW | {"prompt_capacity": 14}
     file = tmp_path / "requests.jsonl"
     few = dataclasses.replace(settings, requests=2)
     for record in generate_prompts(teacher, student, file, few, **tight):
-        assert len(teacher.tokenizer(record.prompt_text)["input_ids"]) <= 13
+        assert len(teacher.tokenizer(record.prompt_text)["input_ids"]) <= 14
     assert "too long" in {line.get("fault") for line in lines(file)}
 
 

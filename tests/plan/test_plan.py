@@ -416,9 +416,10 @@ def test_phases_follow_the_method():
     gold = small_config()
     gold.stages = (method_stage("kd", batch_size=8, steps=10),)
     assert list(roofline.phases(abstract_run(checked(gold)))) == ["student update"]
-    in_buckets = roofline.phases(small_run(length_buckets=2))
+    assert run_flops(roofline.phases(small_run(length_buckets=2))) == run_flops(prompted)
+    in_parts = roofline.phases(small_run(gradient_accumulation_steps=2))
     again = costs.forward_flops(small_run().student.decoder.config, 8, 256)
-    assert run_flops(in_buckets) - run_flops(prompted) == again  # it is not shared then
+    assert run_flops(in_parts) - run_flops(prompted) == again  # it is not shared then
     without = small_run(regularization=0.0)
     plain = run_flops(prompted) - run_flops(roofline.phases(without))
     teacher = without.teacher.decoder.config

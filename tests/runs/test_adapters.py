@@ -94,7 +94,7 @@ def test_the_adapter_beside_its_base_is_the_student(finished, models):
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     with_adapter, merged = add_adapter(base, lora, adapter), load_model(str(finished))
     found, expected = (x.decoder.hidden_states(x.params, tokens) for x in (with_adapter, merged))
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 def test_peft_computes_the_students_logits_and_tokens(finished):
@@ -163,7 +163,7 @@ def test_training_goes_on_from_an_adapter(config, finished, tmp_path):
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     expected = load_model(str(finished))
     found, right = (x.decoder.hidden_states(x.params, tokens) for x in (student, expected))
-    np.testing.assert_allclose(found, right, atol=2e-5)
+    np.testing.assert_allclose(found, right, atol=2e-4)
     config.student.lora.rank = 4
     with pytest.raises(ConfigError, match="lora.rank: 4, but the adapter of .* expected 0"):
         checked(config)

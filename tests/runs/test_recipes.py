@@ -561,7 +561,7 @@ def test_layers_are_given_on_the_command_line(text, layers):
 @pytest.mark.usefixtures("no_report")
 def test_the_lowest_dev_loss_can_choose_the_checkpoint(models, tmp_path, capsys):
     config = short(models, stage("sft", steps=4, learning_rate=0.5))
-    config.seed, config.evaluation.every = 4, 1
+    config.seed, config.evaluation.every = 0, 1
     config.checkpoint.update(export="best", select="loss")
     config.teacher.path, config.evaluation.teacher = "", False  # as the paper's SFT runs
     summary = run(config, tmp_path)

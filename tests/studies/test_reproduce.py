@@ -43,7 +43,7 @@ def get_config(arg=""):
         config.student.path = {models!r} + "/teacher"
     elif chosen["method"] not in ("init", "sft"):
         config.teacher.path = "hub/teacher"
-        if chosen["method"] not in ("kd", "seqkd"):
+        if chosen["method"] not in ("kd", "seqkd", "todi", "akl", "csd", "taid"):
             config.student.path = "hub/init"
     if chosen["method"] == "promptkd":
         config.stages = (method_stage("promptkd", **how),)
