@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 
-FEW_ROWS = 64  # up to which `product_of_few_rows` is the faster one
+FEW_ROWS = 32  # up to which `product_of_few_rows` is the faster one
 
 
 @struct.dataclass

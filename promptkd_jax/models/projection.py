@@ -98,8 +98,8 @@ def product_of_few_rows(
 ) -> jax.Array:
     """The product of a kernel `[*out, *in]` and x `[…, *in]`, `axes` of them: `[…, *out]`.
 
-    As a CPU computes it at the speed of memory: XLA's kernel for the product of a few rows with a
-    matrix, in this order, reads the matrix two to three times as slowly.
+    As a CPU computes it the fastest: XLA's code for the product of 4 to 32 rows with a matrix, in
+    this order, reads the matrix about half as fast.
 
     Args:
       dtype: of the product; None: that of the operands.

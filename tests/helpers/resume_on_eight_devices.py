@@ -25,7 +25,7 @@ CASES = {
         "student.quantize": "int8",
         "teacher.quantize": "int8",
     },
-    "bfloat16, moments in 8 bits, these and the teacher offloaded": {
+    "bfloat16, moments in 8 bits, these and an int8 teacher offloaded": {
         "student.param_dtype": "bfloat16",
         "stages[0].optimizer": "adamw_8bit",
         "offload_optimizer_state": True,

@@ -733,7 +733,7 @@ def test_products_of_few_rows_are_products():
 
 def test_a_cpu_reads_the_kernels_of_a_rollout_as_left_operands():
     """XLA would turn the operands of a product round where its result is turned, and reads the
-    kernel two to three times as slowly then."""
+    kernel about half as fast then."""
     model = random_model("llama")
     params = model.decoder.for_sampling(model.params)
     prompts = jnp.ones((2, 3), jnp.int32)
