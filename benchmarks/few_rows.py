@@ -14,7 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.models.projection import product_of_few_rows
+from promptkd_jax.models.layers.projection import product_of_few_rows
 
 KERNELS, TURNS = 24, 12
 

@@ -14,7 +14,7 @@ import threading
 import time
 
 from promptkd_jax.data.mapped_rows import mapped_rows
-from promptkd_jax.data.reading import RecordStream, read_corpus, read_records
+from promptkd_jax.data.reading.record_stream import RecordStream, read_corpus, read_records
 from promptkd_jax.data.rows import fingerprint_supervised, pack, tokenize
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.models.load import load_without_weights

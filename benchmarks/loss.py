@@ -13,8 +13,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
 from promptkd_jax.models.language_model import LazyLogits
 
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import promptkd_jax as pkd
-from promptkd_jax.distill.curriculum import Interpolation, first_interpolation
+from promptkd_jax.distill.losses.transport import Neighbours, TokenKernel
+from promptkd_jax.distill.methods.curriculum import Interpolation, first_interpolation
 from promptkd_jax.distill.step import train_step
-from promptkd_jax.distill.transport import Neighbours, TokenKernel
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.training.recipes import METHODS

@@ -14,7 +14,7 @@ from transformers import GPT2TokenizerFast
 
 from promptkd_jax.data.batches import train_batches
 from promptkd_jax.data.packing import packed_places
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import PromptFormat
 

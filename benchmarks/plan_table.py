@@ -22,8 +22,8 @@ from promptkd_jax.plan import ahead, chips
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.chips import GIB
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import load_config
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import load_config
 
 PAIRS = {
     "GPT-2 XL into base": "configs/gpt2.py:student=base",

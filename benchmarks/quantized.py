@@ -17,16 +17,16 @@ import sys
 
 import jax
 
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.rows import Rows, tokenize, with_responses
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.student_metrics import teacher_metrics
 from promptkd_jax.inference.generate import generate_responses, with_turn_end
 from promptkd_jax.models.config import Quantization
 from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.layers.quantization import quantize_params
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.quantization import quantize_params
 from promptkd_jax.models.sampler import Sampling
 
 HOW = (Quantization(8), *(Quantization(4, group) for group in (32, 64, 128)), Quantization(4))

@@ -25,7 +25,7 @@ import time
 import jax
 
 from promptkd_jax.data.batches import stream
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.rows import Rows, tokenize, with_responses
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.student_metrics import teacher_metrics
@@ -37,7 +37,7 @@ from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.plan import ahead
 from promptkd_jax.plan.abstract_run import abstract_run
-from promptkd_jax.training.checks import read_run
+from promptkd_jax.training.config.checks import read_run
 from promptkd_jax.training.prepare import prepare
 
 CONFIG = "--config=configs/quickstart.py"

@@ -26,8 +26,8 @@ import jax
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.studies import comparison
 from promptkd_jax.studies.runs import train_apart
-from promptkd_jax.training.config import claim, load_config
-from promptkd_jax.training.fields import NOT_IN_FINGERPRINT
+from promptkd_jax.training.config.config_file import claim, load_config
+from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT
 
 HERE = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")

@@ -34,8 +34,8 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.files import load_or_compute, make_folder, write_text
 from promptkd_jax.studies.comparison import plan_comparison
 from promptkd_jax.studies.runs import Run, train_all, train_apart
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.fields import RunConfig, StageConfig
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.fields import RunConfig, StageConfig
 from promptkd_jax.training.loop import dev_generation_metrics, evaluate_student
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import METHODS

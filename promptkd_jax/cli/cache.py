@@ -20,9 +20,9 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import check_shared, make_folder
 from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.model import check_positions
-from promptkd_jax.training.checks import read_run
-from promptkd_jax.training.config import as_json
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.checks import read_run
+from promptkd_jax.training.config.config_file import as_json
+from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.prepare import with_date
 from promptkd_jax.training.run_data import training_rows
 from promptkd_jax.training.run_models import load_models

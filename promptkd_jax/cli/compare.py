@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from promptkd_jax.cli import flags
 from promptkd_jax.studies import comparison_report
 from promptkd_jax.studies.compare import compare
-from promptkd_jax.training.config import read_config
+from promptkd_jax.training.config.config_file import read_config
 
 USAGE = "--config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]"
 

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 
 from promptkd_jax.cli import flags
-from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.record_stream import read_records
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.data_page import show_data, write_data_page
 from promptkd_jax.evaluation.data_report import DataReport, Split, describe_data
@@ -27,9 +27,9 @@ from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.load import RECORDED, load_without_weights
 from promptkd_jax.models.model import Model
 from promptkd_jax.training.build import title
-from promptkd_jax.training.checks import read_run
-from promptkd_jax.training.config import as_json
-from promptkd_jax.training.fields import DataConfig, RunConfig
+from promptkd_jax.training.config.checks import read_run
+from promptkd_jax.training.config.config_file import as_json
+from promptkd_jax.training.config.fields import DataConfig, RunConfig
 from promptkd_jax.training.run_data import (
     load_data,
     tokenized,

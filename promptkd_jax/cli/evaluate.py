@@ -20,8 +20,8 @@ import numpy as np
 from etils import epath
 
 from promptkd_jax.cli import flags
-from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.record_stream import read_records
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.evaluation.benchmarks import find_tasks, run_tasks
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
@@ -44,8 +44,8 @@ from promptkd_jax.studies.answers import (
     differences,
     digests,
 )
-from promptkd_jax.training.config import claim, fingerprint
-from promptkd_jax.training.fields import DataConfig, EvaluationConfig, RunConfig
+from promptkd_jax.training.config.config_file import claim, fingerprint
+from promptkd_jax.training.config.fields import DataConfig, EvaluationConfig, RunConfig
 from promptkd_jax.training.prepare import with_date
 
 # By model and set, what `answer_sets` returns of each seed.

@@ -21,10 +21,10 @@ from promptkd_jax.infra.provenance import read_manifest
 from promptkd_jax.models.io.export import STORED_IN
 from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, check_gguf, save_gguf
 from promptkd_jax.models.io.peft import save_lora
-from promptkd_jax.models.lora import join
+from promptkd_jax.models.layers.lora import join
 from promptkd_jax.training import build
-from promptkd_jax.training.checks import read_run
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.checks import read_run
+from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import model_input, with_date
 from promptkd_jax.training.run_models import load_frozen_student

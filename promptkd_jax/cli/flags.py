@@ -14,19 +14,19 @@ from typing import Any
 import jax
 from etils import epath
 
-from promptkd_jax.data.formats import FORMATS
+from promptkd_jax.data.reading.formats import FORMATS
 from promptkd_jax.data.rows import LONG_PROMPTS
 from promptkd_jax.data.templates import TEMPLATES, read_chat_template
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.infra.files import Path, io_errors, to_path
 from promptkd_jax.infra.specs import SEED, Float, Int, declared
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.field_specs import DTYPE
-from promptkd_jax.training.fields import DataConfig
+from promptkd_jax.training.config.field_specs import DTYPE
+from promptkd_jax.training.config.fields import DataConfig
 
 _KINDS = {Int: int, Float: float}  # of the values of a spec; those of all others are text
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from promptkd_jax.cli import flags
-from promptkd_jax.data.records import user_record
+from promptkd_jax.data.reading.records import user_record
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.inference.generate import decode, generate_responses, with_turn_end
 from promptkd_jax.infra import distributed

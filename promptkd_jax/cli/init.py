@@ -18,7 +18,7 @@ from promptkd_jax.infra.files import check_writable
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import chosen_layers, keep_layers
-from promptkd_jax.training.field_specs import DTYPE
+from promptkd_jax.training.config.field_specs import DTYPE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

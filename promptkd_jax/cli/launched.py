@@ -9,9 +9,9 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import of_another_machine
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.studies import comparison, reproduce
-from promptkd_jax.training.checks import check_mesh, read_run
-from promptkd_jax.training.config import read_config
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.checks import check_mesh, read_run
+from promptkd_jax.training.config.config_file import read_config
+from promptkd_jax.training.config.fields import RunConfig
 
 ALONE = ("init", "data", "compare")  # of one process
 

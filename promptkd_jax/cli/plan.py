@@ -19,7 +19,7 @@ from promptkd_jax.infra.specs import Float, Int
 from promptkd_jax.plan import chips, gpus
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.plan.command import best_flags, plan_one, plan_run
-from promptkd_jax.training.checks import read_run
+from promptkd_jax.training.config.checks import read_run
 
 TAKES_COMMAND = True
 USAGE = "--config FILE[:arg] [options] [--config.a.b=VALUE …], or [options] -- promptkd COMMAND …"

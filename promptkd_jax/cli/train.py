@@ -12,8 +12,8 @@ from promptkd_jax.cli import flags
 from promptkd_jax.infra.errors import ConfigError, TrainingError
 from promptkd_jax.plan.fit import fitted, out_of_memory
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import read_run
-from promptkd_jax.training.field_help import config_help
+from promptkd_jax.training.config.checks import read_run
+from promptkd_jax.training.config.field_help import config_help
 
 USAGE = "--config FILE[:arg] --workdir DIR [--config.a.b=VALUE …]"
 

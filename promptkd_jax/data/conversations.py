@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from promptkd_jax.data.records import Message, Record, responses_of
+from promptkd_jax.data.reading.records import Message, Record, responses_of
 from promptkd_jax.data.special_tokens import encode_rendered, special_tokens, spellings
 from promptkd_jax.data.templates import (
     PromptFormat,

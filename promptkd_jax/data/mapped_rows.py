@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.data.rows import Rows, RowSink
 from promptkd_jax.infra.errors import DataError
 

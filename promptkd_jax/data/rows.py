@@ -23,7 +23,7 @@ from promptkd_jax.data.conversations import (
     shorter_histories,
     tokenize_conversations,
 )
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.data.special_tokens import encode, unknown_token
 from promptkd_jax.data.templates import PromptFormat, shows_date
 from promptkd_jax.infra.errors import DataError, Faults

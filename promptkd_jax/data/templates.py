@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from promptkd_jax.data.records import Message, Record, user_record
+from promptkd_jax.data.reading.records import Message, Record, user_record
 from promptkd_jax.data.special_tokens import encode_rendered, escape, spellings
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import io_errors, read_text, to_path

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.batch import Batch, truncate
-from promptkd_jax.distill.method import Conventions, Method
+from promptkd_jax.distill.methods.method import Conventions, Method
 from promptkd_jax.distill.targets import TargetBatch
 from promptkd_jax.distill.teacher import DropoutKeys
 from promptkd_jax.distill.terms import MicroBatch

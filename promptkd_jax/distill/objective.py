@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.batch import Batch, responses
-from promptkd_jax.distill import hidden_loss, losses
-from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY
+from promptkd_jax.distill.losses import hidden_loss, losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
+from promptkd_jax.distill.methods.method import Method
+from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY
 from promptkd_jax.distill.optimizer import Gradients
 from promptkd_jax.distill.teacher import (
     PromptedForward,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax.models.lora import MODULES, B
+from promptkd_jax.models.layers.lora import MODULES, B
 
 # Adam
 

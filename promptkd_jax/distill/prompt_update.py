@@ -2,7 +2,7 @@
 
 Three rules keep a prompt from harm; each is a field of the method:
 
-    gates from 0           p_P = p at the start, see `models.gated_prefix`
+    gates from 0           p_P = p at the start, see `models.layers.gated_prefix`
     prompt_warmup_steps    first L_reg alone, while the student learns from p
     prompt_fallback        p where p_P finds the data's own response less likely
 
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.batch import responses
-from promptkd_jax.distill.chunked_loss import label_log_probs
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.losses.chunked_loss import label_log_probs
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.state import Metrics, TrainState
 from promptkd_jax.distill.teacher import StepModels, lazy_logits
 from promptkd_jax.distill.terms import MicroBatch
-from promptkd_jax.models.gated_prefix import GatedPrefix, prefix_vectors
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix, prefix_vectors
 
 
 class PromptWeights(NamedTuple):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.language_model import LanguageModel
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

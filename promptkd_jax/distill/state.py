@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from promptkd_jax.distill.curriculum import (
+from promptkd_jax.distill.methods.curriculum import (
     InterpolationState,
     linear_share,
     next_interpolation,
 )
-from promptkd_jax.distill.method import PRESETS, Conventions, Method
+from promptkd_jax.distill.methods.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.replay import Replay
 from promptkd_jax.distill.targets import TargetBatch
-from promptkd_jax.models.gated_prefix import GatedPrefix
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 
 
 class Optimizers(NamedTuple):

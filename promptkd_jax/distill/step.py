@@ -22,10 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.batch import Batch, responses
-from promptkd_jax.distill import losses, objective, policy_gradient
-from promptkd_jax.distill.chunked_loss import linear_values
-from promptkd_jax.distill.curriculum import curriculum
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill import objective
+from promptkd_jax.distill.losses import losses, policy_gradient
+from promptkd_jax.distill.losses.chunked_loss import linear_values
+from promptkd_jax.distill.losses.transport import TokenKernel
+from promptkd_jax.distill.methods.curriculum import curriculum
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.micro_batches import (
     corpus_scale,
     deal_out,
@@ -50,7 +52,6 @@ from promptkd_jax.distill.state import (
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import Models, PromptedForward, StepModels, StudentForward
 from promptkd_jax.distill.terms import MicroBatch
-from promptkd_jax.distill.transport import TokenKernel
 
 
 def write_ahead(

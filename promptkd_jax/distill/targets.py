@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.batch import Batch, choose_rows, pad_to
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel

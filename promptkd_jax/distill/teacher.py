@@ -17,14 +17,14 @@ import numpy as np
 
 from promptkd_jax.data.batch import Batch, Responses, gather, responses
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill import hidden_loss
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.transport import TokenKernel
+from promptkd_jax.distill.losses import hidden_loss
+from promptkd_jax.distill.losses.transport import TokenKernel
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
-from promptkd_jax.models.lora import join
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
+from promptkd_jax.models.layers.lora import join
 from promptkd_jax.models.sampler import SamplingModel, row_keys
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class StepModels:
     """The views that one step of `method` has of `models`, at the response positions of its rows.
 
     `frozen_teacher` are the parameters of a teacher that does not learn, `frozen_student` those of
-    a student of which an adapter alone does, see `models.lora`; `token_kernel` is that of the
+    a student of which an adapter alone does, see `layers.lora`; `token_kernel` is that of the
     teacher's tokens, for "transport". `params` below are the groups of a train state.
     """
 

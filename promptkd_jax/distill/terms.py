@@ -11,17 +11,17 @@ import jax.numpy as jnp
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill import losses, policy_gradient
-from promptkd_jax.distill.chunked_loss import Observation, apply_divergence
-from promptkd_jax.distill.curriculum import Curriculum, interpolated
-from promptkd_jax.distill.divergence import mark_needs_whole, needs_whole
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT
-from promptkd_jax.distill.policy_gradient import PolicyTarget
+from promptkd_jax.distill.losses import losses, policy_gradient
+from promptkd_jax.distill.losses.chunked_loss import Observation, apply_divergence
+from promptkd_jax.distill.losses.divergence import mark_needs_whole, needs_whole
+from promptkd_jax.distill.losses.policy_gradient import PolicyTarget
+from promptkd_jax.distill.losses.transport import transport
+from promptkd_jax.distill.methods.curriculum import Curriculum, interpolated
+from promptkd_jax.distill.methods.method import Method
+from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT
 from promptkd_jax.distill.teacher import DropoutKeys, StepModels
-from promptkd_jax.distill.transport import transport
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 
 
 class MicroBatch(NamedTuple):

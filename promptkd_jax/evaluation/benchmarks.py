@@ -21,11 +21,11 @@ import numpy as np
 
 from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.data.batches import eval_batches
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.data.special_tokens import unknown_token
-from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import linear_values
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.chunked_loss import linear_values
 from promptkd_jax.inference.generate import generate_responses, round_up_to_devices
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.duplicates import Duplicate, near_duplicates

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from promptkd_jax.data.rows import Rows, with_responses
-from promptkd_jax.distill.losses import forward_kl
+from promptkd_jax.distill.losses.losses import forward_kl
 from promptkd_jax.inference.generate import generate_responses
 from promptkd_jax.inference.response_values import response_values
 from promptkd_jax.models.model import Model, end_ids

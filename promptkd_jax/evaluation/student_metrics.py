@@ -11,8 +11,8 @@ import numpy as np
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.rows import Rows
-from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.evaluation.text_metrics import (
     ROUGE_TOKENIZERS,
@@ -23,7 +23,7 @@ from promptkd_jax.evaluation.text_metrics import (
 from promptkd_jax.inference.generate import decode, generate_responses, round_up_to_devices
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.gated_prefix import GatedPrefix
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
 
@@ -71,7 +71,10 @@ def _comparison(teacher: Decoder | None, student: Decoder, capacity: int, vocab_
         terms = {"loss": (losses.cross_entropy, where.labels)}
         if teacher is not None:
             plain = lazy_logits(teacher, teacher_params, batch, where, vocab_size)
-            terms |= {"kl": (losses.forward_kl, plain), "agreement": (losses.agreement, plain)}
+            terms |= {
+                "kl": (losses.forward_kl, plain),
+                "agreement": (losses.agreement, plain),
+            }
         if soft_prompt is not None:
             prompted = lazy_logits(teacher, teacher_params, batch, where, vocab_size, soft_prompt)
             terms["kl_prompted"] = (losses.forward_kl, prompted)

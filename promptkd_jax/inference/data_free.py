@@ -40,11 +40,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from promptkd_jax.data.records import Record, user_record
+from promptkd_jax.data.reading.records import Record, user_record
 from promptkd_jax.data.rows import Rows, select_rows, tokenize, with_responses
 from promptkd_jax.data.special_tokens import encode
 from promptkd_jax.data.templates import PromptFormat, render_prompt
-from promptkd_jax.distill.losses import Divergence, cross_entropy, forward_kl
+from promptkd_jax.distill.losses.losses import Divergence, cross_entropy, forward_kl
 from promptkd_jax.inference import topic_policy
 from promptkd_jax.inference.generate import decode, generate_responses
 from promptkd_jax.inference.response_values import response_values

@@ -12,7 +12,7 @@ from promptkd_jax.data.rows import Rows
 from promptkd_jax.data.templates import PromptFormat, turn_end
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.gated_prefix import GatedPrefix, prefix_columns
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix, prefix_columns
 from promptkd_jax.models.model import Model, check_positions
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 

@@ -26,7 +26,7 @@ from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.logprobs import ARRAYS, Cached, on_a_file_system, open_array
 from promptkd_jax.data.rows import Rows, fingerprint_supervised
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill.chunked_loss import top_k as most_likely
+from promptkd_jax.distill.losses.chunked_loss import top_k as most_likely
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import DataError

@@ -12,8 +12,8 @@ import numpy as np
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.data.batches import eval_batches
 from promptkd_jax.data.rows import Rows
-from promptkd_jax.distill.chunked_loss import linear_values
-from promptkd_jax.distill.losses import Divergence
+from promptkd_jax.distill.losses.chunked_loss import linear_values
+from promptkd_jax.distill.losses.losses import Divergence
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.records import Record
-from promptkd_jax.distill.losses import entropy
+from promptkd_jax.data.reading.record_stream import read_records
+from promptkd_jax.data.reading.records import Record
+from promptkd_jax.distill.losses.losses import entropy
 from promptkd_jax.infra.errors import DataError
 
 # The policy over the bank

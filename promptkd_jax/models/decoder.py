@@ -17,31 +17,31 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.infra.sharding import ROWS, constrain, platform, to_device, unshard_fsdp
-from promptkd_jax.models.attention import (
+from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.layers.attention import (
     BTNH_SPEC,
     attend,
     attend_to_cache,
     dropped,
     repeat_kv,
 )
-from promptkd_jax.models.cache import Cache, LayerCache, make_cache
-from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.embedding import embedded, learned_positions, scaled
-from promptkd_jax.models.feed_forward import FeedForward, MixtureOfExperts
-from promptkd_jax.models.gated_prefix import (
+from promptkd_jax.models.layers.cache import Cache, LayerCache, make_cache
+from promptkd_jax.models.layers.embedding import embedded, learned_positions, scaled
+from promptkd_jax.models.layers.feed_forward import FeedForward, MixtureOfExperts
+from promptkd_jax.models.layers.gated_prefix import (
     GatedPrefix,
     attend_gated,
     gate_of,
     prefix_columns,
     prefix_vectors,
 )
-from promptkd_jax.models.layer_params import UNSTACKED, has_experts_of_all, layer_params
-from promptkd_jax.models.lora import without_changes
-from promptkd_jax.models.norms import RMSNorm, make_norm
-from promptkd_jax.models.projection import project, transposed
-from promptkd_jax.models.quantization import SCALE
-from promptkd_jax.models.rotary import rotate
-from promptkd_jax.models.segments import packed_columns
+from promptkd_jax.models.layers.layer_params import UNSTACKED, has_experts_of_all, layer_params
+from promptkd_jax.models.layers.lora import without_changes
+from promptkd_jax.models.layers.norms import RMSNorm, make_norm
+from promptkd_jax.models.layers.projection import project, transposed
+from promptkd_jax.models.layers.quantization import SCALE
+from promptkd_jax.models.layers.rotary import rotate
+from promptkd_jax.models.layers.segments import packed_columns
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from promptkd_jax.infra.sharding import ROWS, constrain, platform
-from promptkd_jax.models.projection import product_of_few_rows
+from promptkd_jax.models.layers.projection import product_of_few_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int

@@ -14,7 +14,6 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
-from promptkd_jax.models.feed_forward import ACTIVATIONS
 from promptkd_jax.models.io.hub import repository_of, resolve_model
 from promptkd_jax.models.io.params import has_head_of_its_own, load_params
 from promptkd_jax.models.io.safetensors import (
@@ -25,8 +24,9 @@ from promptkd_jax.models.io.safetensors import (
     refuse_pointer,
 )
 from promptkd_jax.models.io.sentencepiece import SENTENCEPIECE, check_pieces, processor
+from promptkd_jax.models.layers.feed_forward import ACTIVATIONS
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.model import Model, check_text, param_shardings
-from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.random_model import (
     PREFIX,
     synthetic_config,

@@ -15,7 +15,7 @@ from promptkd_jax.models.config import DecoderConfig, LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import kinds_of_layers
 from promptkd_jax.models.families.registry import FAMILIES
-from promptkd_jax.models.lora import join, split
+from promptkd_jax.models.layers.lora import join, split
 
 
 @dataclasses.dataclass(frozen=True)

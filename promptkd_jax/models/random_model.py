@@ -14,8 +14,8 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import pad
+from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_params
 from promptkd_jax.models.model import Model, param_shardings
-from promptkd_jax.models.quantization import QUANTIZE, quantize_params
 
 PREFIX = "synthetic:"
 END = "<end>"

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from promptkd_jax.infra import specs
 from promptkd_jax.infra.buckets import run_in_smallest_bucket
 from promptkd_jax.infra.sharding import ROWS, axis_size
-from promptkd_jax.models.cache import Cache
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.joint_sampling import interleaved, mixed
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
+from promptkd_jax.models.layers.cache import Cache
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Key

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.sources import read_fields
+from promptkd_jax.data.reading.record_stream import read_records
+from promptkd_jax.data.reading.sources import read_fields
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill.transport import Neighbours, TokenKernel
+from promptkd_jax.distill.losses.transport import Neighbours, TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, Faults, ModelError
 from promptkd_jax.infra.files import io_errors, is_remote, to_path
@@ -23,13 +23,13 @@ from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io.hub import download, hub_id, resolve_model, student_of_run
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.io.safetensors import read_json
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.training import build
-from promptkd_jax.training.checks import check_mesh
+from promptkd_jax.training.config.checks import check_mesh
+from promptkd_jax.training.config.fields import ModelConfig, RunConfig, StageConfig
 from promptkd_jax.training.experiment import Experiment, Stage, sharded_model
-from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 from promptkd_jax.training.prepare import init_learned
 from promptkd_jax.training.recipes import DOLLY_ROWS
 from promptkd_jax.training.run_models import choose_models, lora_of

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
-from promptkd_jax.models.lora import join
+from promptkd_jax.models.layers.lora import join
 from promptkd_jax.models.sampler import SamplingModel, rows_of_a_round
 from promptkd_jax.plan import hlo
 from promptkd_jax.plan.abstract_run import AbstractRun

@@ -19,8 +19,8 @@ from promptkd_jax.plan.costs import Cost
 from promptkd_jax.plan.hlo import Collective
 from promptkd_jax.plan.tables import show, show_comparison, show_fits, show_search
 from promptkd_jax.training import build
-from promptkd_jax.training.checks import check_mesh
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.checks import check_mesh
+from promptkd_jax.training.config.fields import RunConfig
 
 Sizes = Mapping[str, int]  # devices along `data`, `fsdp`, `tensor`
 Plan = dict[str, Any]  # all that is known of a run on one mesh, as it is written to JSON

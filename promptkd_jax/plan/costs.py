@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from promptkd_jax.distill import chunked_loss
+from promptkd_jax.distill.losses import chunked_loss
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.plan.chips import SliceTopology
 

@@ -11,8 +11,8 @@ from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.plan import roofline
 from promptkd_jax.plan.remat import device_bytes, device_kind, with_chosen_remat
-from promptkd_jax.training.checks import contradictions_of
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.checks import contradictions_of
+from promptkd_jax.training.config.fields import RunConfig
 
 Settings = Mapping[str, Any]  # values by the paths of fields, such as "teacher.dtype"
 

@@ -8,7 +8,7 @@ import jax
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import REMAT
 from promptkd_jax.plan import roofline
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.fields import RunConfig
 
 SHARE = 0.75  # of a device's memory: an estimate does not know all
 

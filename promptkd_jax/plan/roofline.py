@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.distill import chunked_loss
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY
+from promptkd_jax.distill.losses import chunked_loss
+from promptkd_jax.distill.methods.method import Method
+from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY
 from promptkd_jax.infra import sharding
-from promptkd_jax.models.attention import implementation
+from promptkd_jax.models.layers.attention import implementation
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
 from promptkd_jax.plan.costs import Cost, Counter, cache_bytes
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.run_models import shares_teacher
 
 PHASES = ("prefill", "decode", "prompt update", "student update")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import read_chat_template
 from promptkd_jax.evaluation.bootstrap import mean_and_std, paired_difference
@@ -28,9 +28,9 @@ from promptkd_jax.models.io import identity
 from promptkd_jax.models.load import load_tokenizer
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.config import claim, fingerprint
-from promptkd_jax.training.field_specs import TEACHER
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.config_file import claim, fingerprint
+from promptkd_jax.training.config.field_specs import TEACHER
+from promptkd_jax.training.config.fields import RunConfig
 
 AVERAGE = "average"
 

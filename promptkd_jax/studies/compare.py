@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.special_tokens import unknown_token
 from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.exposure_bias import exposure_bias, generate_samples
@@ -39,7 +39,7 @@ from promptkd_jax.studies.comparison import (
 )
 from promptkd_jax.studies.comparison_report import BEHAVIOUR, COST, PROMPT, START, TEACHER
 from promptkd_jax.studies.runs import Run, train_all, train_apart
-from promptkd_jax.training.config import claim
+from promptkd_jax.training.config.config_file import claim
 from promptkd_jax.training.prepare import tokenized
 from promptkd_jax.training.run_models import set_chat_template, shared_vocabulary
 

@@ -25,9 +25,9 @@ from promptkd_jax.infra.specs import (
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies.runs import Run
 from promptkd_jax.training import recipes
-from promptkd_jax.training.checks import checked, read_group
-from promptkd_jax.training.config import as_dict
-from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RENAMED, RunConfig, StageConfig
+from promptkd_jax.training.config.checks import checked, read_group
+from promptkd_jax.training.config.config_file import as_dict
+from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT, RENAMED, RunConfig, StageConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from promptkd_jax.evaluation.tables import Table, mean_and_deviation, section
 from promptkd_jax.infra.files import write_text
 from promptkd_jax.studies.answers import AVERAGE
 from promptkd_jax.studies.comparison import ComparisonConfig
-from promptkd_jax.training.config import as_json
+from promptkd_jax.training.config.config_file import as_json
 
 TEACHER, START = "teacher", "student before"
 

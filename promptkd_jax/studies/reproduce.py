@@ -17,8 +17,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.record_stream import read_records
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.evaluation.tables import Table, markdown, mean_and_deviation
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import DataError
@@ -30,9 +30,9 @@ from promptkd_jax.studies import published
 from promptkd_jax.studies.answers import AVERAGE, Contender, answer_sets, over_seeds
 from promptkd_jax.studies.runs import Run, train_all
 from promptkd_jax.training import build, recipes, run
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import ConfigError, load_config, split_argument
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import ConfigError, load_config, split_argument
+from promptkd_jax.training.config.fields import RunConfig
 
 PROTOCOL = Sampling(temperature=1.0, top_k=0, top_p=1.0, no_repeat_ngram_size=6)
 SEEDS = (10, 20, 30, 40, 50)

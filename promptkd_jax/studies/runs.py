@@ -23,8 +23,8 @@ from etils import epath
 from promptkd_jax.infra import distributed, signals
 from promptkd_jax.infra.errors import ComparisonError
 from promptkd_jax.infra.files import read_text
-from promptkd_jax.training.config import as_json, claim
-from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RunConfig
+from promptkd_jax.training.config.config_file import as_json, claim
+from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.run import is_finished
 
 _POLL_SECONDS = 0.1

@@ -6,14 +6,14 @@ import re
 import optax
 
 from promptkd_jax.distill import optimizer
-from promptkd_jax.distill.method import PRESETS, Conventions, Method
-from promptkd_jax.distill.method_fields import Execution, Objective
+from promptkd_jax.distill.methods.method import PRESETS, Conventions, Method
+from promptkd_jax.distill.methods.method_fields import Execution, Objective
 from promptkd_jax.distill.state import Optimizers
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.model import Model, end_ids
+from promptkd_jax.training.config.fields import ModelConfig, RunConfig, StageConfig
 from promptkd_jax.training.experiment import Stage, unpadded_shapes
-from promptkd_jax.training.fields import ModelConfig, RunConfig, StageConfig
 
 
 def describe(stage: StageConfig) -> str:

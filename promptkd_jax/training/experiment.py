@@ -12,19 +12,19 @@ from jax.sharding import NamedSharding
 
 from promptkd_jax.data.batches import stream
 from promptkd_jax.data.rows import Rows
-from promptkd_jax.distill.curriculum import first_interpolation
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.losses.transport import TokenKernel
+from promptkd_jax.distill.methods.curriculum import first_interpolation
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.state import Optimizers, TrainState, init_state
 from promptkd_jax.distill.step import train_step, write_ahead
 from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import Models
-from promptkd_jax.distill.transport import TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.lora import join
+from promptkd_jax.models.layers.lora import join
 from promptkd_jax.models.model import Model
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.fields import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,13 @@ from promptkd_jax.evaluation.student_metrics import generation_metrics, teacher_
 from promptkd_jax.infra import distributed, sharding, signals
 from promptkd_jax.infra.errors import CheckpointError, TrainingError
 from promptkd_jax.infra.metrics import MetricWriter, truncate_metrics
-from promptkd_jax.models.gated_prefix import GatedPrefix
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.model import Model
 from promptkd_jax.training import build
 from promptkd_jax.training.checkpoint import Checkpoints
-from promptkd_jax.training.config import fingerprint
+from promptkd_jax.training.config.config_file import fingerprint
+from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.experiment import Experiment, Stage
-from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.progress import TrainingProgress
 
 SELECTION = "selection"  # the score that chooses the best checkpoint, higher is better

@@ -17,27 +17,27 @@ from promptkd_jax.data.batches import train_batches
 from promptkd_jax.data.packing import Packing
 from promptkd_jax.data.rows import Rows, fingerprint_records, fingerprint_supervised, select_rows
 from promptkd_jax.data.special_tokens import unknown_token
-from promptkd_jax.distill import hidden_loss
+from promptkd_jax.distill.losses import hidden_loss
+from promptkd_jax.distill.losses.transport import TokenKernel, token_kernel
 from promptkd_jax.distill.soft_prompt import (
     init_soft_prompt,
     pooled_soft_prompt,
     random_soft_prompt,
     zero_gated,
 )
-from promptkd_jax.distill.transport import TokenKernel, token_kernel
 from promptkd_jax.inference import logprob_cache, teacher_responses
 from promptkd_jax.inference.data_free import generate_prompts
 from promptkd_jax.infra import distributed, provenance, sharding
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.files import load_or_compute, to_path
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.io import identity
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.model import Model, check_positions, text_end
-from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import build
+from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.experiment import Experiment, Stage
-from promptkd_jax.training.fields import RunConfig
 from promptkd_jax.training.run_data import RunData, check_sources, load_data, tokenized
 from promptkd_jax.training.run_models import agree_on_models, load_models, lora_folder
 

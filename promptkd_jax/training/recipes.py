@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.distill.curriculum import Interpolation
-from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT
-from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.losses.hidden_loss import HiddenTerm
+from promptkd_jax.distill.losses.policy_gradient import PolicyGradient
+from promptkd_jax.distill.methods.curriculum import Interpolation
+from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.config import as_dict
-from promptkd_jax.training.fields import RunConfig, StageConfig
+from promptkd_jax.training.config.config_file import as_dict
+from promptkd_jax.training.config.fields import RunConfig, StageConfig
 
 DOLLY_ROWS = 11_435  # that the published experiments train on
 

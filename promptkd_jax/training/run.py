@@ -20,14 +20,14 @@ from promptkd_jax.evaluation.report import summary_table, write_report
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import DataError, TrainingError
 from promptkd_jax.infra.files import check_shared, held, load_or_compute, read_text, write_json
-from promptkd_jax.models.attention import AMPERE, implementation
 from promptkd_jax.models.io.safetensors import has_weights
+from promptkd_jax.models.layers.attention import AMPERE, implementation
 from promptkd_jax.training import build
-from promptkd_jax.training.checks import check_mesh
-from promptkd_jax.training.config import as_json, claim
+from promptkd_jax.training.config.checks import check_mesh
+from promptkd_jax.training.config.config_file import as_json, claim
+from promptkd_jax.training.config.field_specs import TEACHER
+from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.experiment import Experiment
-from promptkd_jax.training.field_specs import TEACHER
-from promptkd_jax.training.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.loop import Trained, dev_generation_metrics, evaluate_student, fit
 from promptkd_jax.training.prepare import prepare, with_date
 from promptkd_jax.training.run_data import training_records

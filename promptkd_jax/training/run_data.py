@@ -14,17 +14,17 @@ from etils import epath
 from promptkd_jax.data import conversations
 from promptkd_jax.data.conversations import one_turn_each
 from promptkd_jax.data.mapped_rows import mapped_rows
-from promptkd_jax.data.reading import RecordStream, read_corpus, read_records
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.record_stream import RecordStream, read_corpus, read_records
+from promptkd_jax.data.reading.records import Record
+from promptkd_jax.data.reading.sources import check_source, source_digest
 from promptkd_jax.data.rows import Rows, RowSink, concatenate_rows, pack, tokenize
-from promptkd_jax.data.sources import check_source, source_digest
 from promptkd_jax.data.templates import shows_date
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import is_remote, to_path
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, text_end
-from promptkd_jax.training.fields import RunConfig, StageConfig
+from promptkd_jax.training.config.fields import RunConfig, StageConfig
 
 
 class RunData(NamedTuple):
@@ -161,7 +161,7 @@ def _check_unchanged(source: str, split: str, digest: str) -> None:
 def _code() -> dict[str, str]:
     """What else decides the tokens of records: the code that makes them."""
     whole = hashlib.sha256()
-    for file in sorted(pathlib.Path(conversations.__file__).parent.glob("*.py")):
+    for file in sorted(pathlib.Path(conversations.__file__).parent.rglob("*.py")):
         whole.update(file.read_bytes())
     names = ("transformers", "tokenizers", "jinja2")
     return {"data": whole.hexdigest()[:16]} | {name: version(name) for name in names}

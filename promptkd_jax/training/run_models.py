@@ -22,8 +22,8 @@ from promptkd_jax.models.io import identity
 from promptkd_jax.models.io.convert import adapter_folder
 from promptkd_jax.models.io.params import abstract_params, padded_to
 from promptkd_jax.models.io.peft import load_lora, lora_modules
+from promptkd_jax.models.layers.lora import adapter_shapes, init_adapter
 from promptkd_jax.models.load import load_model, load_tokenizer, load_without_weights
-from promptkd_jax.models.lora import adapter_shapes, init_adapter
 from promptkd_jax.models.model import (
     Model,
     add_adapter,
@@ -33,9 +33,9 @@ from promptkd_jax.models.model import (
     keep_layers,
 )
 from promptkd_jax.training import build
-from promptkd_jax.training.checks import needs_the_teacher
-from promptkd_jax.training.field_specs import TEACHER
-from promptkd_jax.training.fields import ModelConfig, RunConfig
+from promptkd_jax.training.config.checks import needs_the_teacher
+from promptkd_jax.training.config.field_specs import TEACHER
+from promptkd_jax.training.config.fields import ModelConfig, RunConfig
 
 _ADAPTER = 2**31  # folded into the seed's key
 

@@ -12,7 +12,6 @@ from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import make_folder, write_json
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.io.convert import ADAPTER
 from promptkd_jax.models.io.export import save_model, save_without_weights
 from promptkd_jax.models.io.peft import (
@@ -22,12 +21,13 @@ from promptkd_jax.models.io.peft import (
     save_soft_prompt,
 )
 from promptkd_jax.models.io.safetensors import read_json
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.load import RECORD, RECORDED, load_without_weights
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.training import build
+from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.experiment import Experiment
-from promptkd_jax.training.fields import RunConfig
 
 SAVED = ("student", "soft_prompt", "teacher")  # the groups of parameters that `save` writes
 

@@ -181,7 +181,7 @@ def test_other_addresses_are_no_paths(address):
 
 
 def test_a_cache_in_a_bucket_is_a_mistake_of_the_config():
-    from promptkd_jax.training.checks import checked
+    from promptkd_jax.training.config.checks import checked
     from promptkd_jax.training.recipes import base_config
 
     config = base_config()

@@ -9,12 +9,12 @@ import pytest
 from helpers.files import write_lines
 from helpers.records import example
 
-from promptkd_jax.data import formats
-from promptkd_jax.data.formats import FORMATS, Fields, Format, to_record
-from promptkd_jax.data.reading import read_records
-from promptkd_jax.data.records import responses_of, user_record
+from promptkd_jax.data.reading import formats
+from promptkd_jax.data.reading.formats import FORMATS, Fields, Format, to_record
+from promptkd_jax.data.reading.record_stream import read_records
+from promptkd_jax.data.reading.records import responses_of, user_record
 from promptkd_jax.infra.errors import DataError
-from promptkd_jax.training.fields import DataConfig
+from promptkd_jax.training.config.fields import DataConfig
 
 
 def read(folder, *records, **how):

@@ -9,7 +9,7 @@ from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from promptkd_jax.data import templates
 from promptkd_jax.data.batches import collate, eval_batches, stream, train_batches
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.rows import Rows, pack, tokenize, with_responses
 from promptkd_jax.data.templates import PromptFormat, render_prompt
 from promptkd_jax.infra.errors import DataError

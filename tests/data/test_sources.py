@@ -15,9 +15,9 @@ from helpers import bucket
 from helpers.files import write_lines
 from helpers.records import example
 
-from promptkd_jax.data import parsers
-from promptkd_jax.data.reading import read_corpus, read_records
-from promptkd_jax.data.sources import source_digest
+from promptkd_jax.data.reading import parsers
+from promptkd_jax.data.reading.record_stream import read_corpus, read_records
+from promptkd_jax.data.reading.sources import source_digest
 from promptkd_jax.infra.errors import DataError
 
 GOOD = {"instruction": "a", "output": "b"}

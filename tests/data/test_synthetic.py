@@ -7,7 +7,7 @@ import pytest
 from helpers import make_synthetic
 from helpers.make_synthetic import REFERENCES, SIZES
 
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.rows import tokenize
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.infra.errors import DataError, ModelError

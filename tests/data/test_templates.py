@@ -20,7 +20,7 @@ from helpers.records import example
 from transformers import PreTrainedTokenizerFast
 
 from promptkd_jax.data.conversations import one_turn_each
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.data.rows import fingerprint_supervised, select_rows, tokenize
 from promptkd_jax.data.special_tokens import encode, encode_rendered, escape, spellings
 from promptkd_jax.data.templates import PromptFormat, read_chat_template, render_prompt, turn_end

@@ -28,7 +28,7 @@ from promptkd_jax.distill.step import train_step, write_ahead
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.lora import MODULES, init_adapter, join, merged, split
+from promptkd_jax.models.layers.lora import MODULES, init_adapter, join, merged, split
 
 SGD = optax.sgd(1.0)
 OPTIMIZERS = Optimizers(student=SGD, soft_prompt=SGD)

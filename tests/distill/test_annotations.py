@@ -15,8 +15,8 @@ import pytest
 from helpers.steps import STUDENT, TEACHER, VOCABULARY, batch, random_params, teacher_params
 
 import promptkd_jax as pkd
-from promptkd_jax.distill import losses
-from promptkd_jax.distill.divergence import DIVERGENCES
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.divergence import DIVERGENCES
 
 jaxtyping = pytest.importorskip("jaxtyping")
 

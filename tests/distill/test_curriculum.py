@@ -18,7 +18,7 @@ from helpers.steps import (
     teacher_params,
 )
 
-from promptkd_jax.distill.curriculum import (
+from promptkd_jax.distill.methods.curriculum import (
     Interpolation,
     curriculum,
     first_interpolation,

@@ -26,11 +26,11 @@ from promptkd_jax.data.batch import Batch
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models, StepModels
-from promptkd_jax.models.attention import attend, dropped, keep_mask, keep_weights
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import REMAT, Decoder, head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.layers.attention import attend, dropped, keep_mask, keep_weights
 from promptkd_jax.models.sampler import row_keys
 
 KEYS = row_keys(jax.random.key(8), np.arange(len(TOKENS)))

@@ -11,7 +11,7 @@ from helpers.steps import STUDENT, TEACHER, VOCABULARY, batch, llama, random_par
 from helpers.tiny import equations
 
 from promptkd_jax.data.batch import Responses, responses
-from promptkd_jax.distill.hidden_loss import (
+from promptkd_jax.distill.losses.hidden_loss import (
     KINDS,
     RELATIONS,
     HiddenTerm,

@@ -41,10 +41,10 @@ from helpers.steps import (
 )
 
 from promptkd_jax.data.batch import Batch, gather, responses
-from promptkd_jax.distill import policy_gradient
-from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.policy_gradient import PolicyGradient
+from promptkd_jax.distill.losses import policy_gradient
+from promptkd_jax.distill.losses.hidden_loss import HiddenTerm
+from promptkd_jax.distill.losses.policy_gradient import PolicyGradient
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import Replay, adapt, draw, empty_replay, push
 from promptkd_jax.distill.state import TrainState, summarize
 from promptkd_jax.distill.step import write_ahead

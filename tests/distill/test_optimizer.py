@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from promptkd_jax.distill.method import PRESETS
+from promptkd_jax.distill.methods.method import PRESETS
 from promptkd_jax.distill.optimizer import (
     SCHEDULES,
     adamw,

@@ -11,11 +11,11 @@ from helpers.steps import STUDENT, TEACHER, VOCABULARY, assert_close, batch, met
 
 from promptkd_jax.data.batch import Batch, responses, truncate
 from promptkd_jax.data.packing import pack_batch
-from promptkd_jax.distill.hidden_loss import HiddenTerm, init_projections, resolve_terms
+from promptkd_jax.distill.losses.hidden_loss import HiddenTerm, init_projections, resolve_terms
 from promptkd_jax.distill.state import summarize
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.models.language_model import LanguageModel
-from promptkd_jax.models.segments import packed_columns
+from promptkd_jax.models.layers.segments import packed_columns
 
 COLUMNS, M = 24, 3
 

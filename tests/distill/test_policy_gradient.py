@@ -13,9 +13,9 @@ from conftest import golden_cases
 from helpers.golden import assert_close
 
 from promptkd_jax.data.batch import Batch, gather, responses
-from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.policy_gradient import (
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
+from promptkd_jax.distill.losses.policy_gradient import (
     PolicyGradient,
     PolicyTarget,
     advantages,

@@ -26,13 +26,13 @@ from helpers.steps import (
     teacher_params,
 )
 
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.soft_prompt import zero_gated
 from promptkd_jax.distill.state import Optimizers, TrainState, init_state, summarize
 from promptkd_jax.distill.step import train_step
 from promptkd_jax.distill.teacher import Models, lazy_logits
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.language_model import LanguageModel
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 
 RATE = 0.5
 OPTIMIZERS = Optimizers(optax.sgd(RATE), optax.sgd(RATE))

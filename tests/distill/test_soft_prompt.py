@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from promptkd_jax.distill.soft_prompt import init_soft_prompt, pooled_soft_prompt
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.gated_prefix import GatedPrefix
 from promptkd_jax.models.io.peft import load_soft_prompt, save_soft_prompt
 from promptkd_jax.models.language_model import LanguageModel
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
 STUDENT = [15979, 577, 345, 389, 257, 3710, 13]  # "Suppose you are a student." for GPT-2

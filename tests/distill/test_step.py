@@ -36,8 +36,8 @@ from helpers.tiny import equations
 
 from promptkd_jax.data.batch import Batch, truncate
 from promptkd_jax.distill import micro_batches
-from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.method import PRESETS, Conventions, Method
+from promptkd_jax.distill.losses.hidden_loss import HiddenTerm
+from promptkd_jax.distill.methods.method import PRESETS, Conventions, Method
 from promptkd_jax.distill.optimizer import Gradients, accumulate, adamw
 from promptkd_jax.distill.state import Metrics, Optimizers, TrainState, init_state, summarize
 from promptkd_jax.distill.step import train_step

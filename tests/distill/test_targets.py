@@ -9,10 +9,11 @@ import pytest
 from helpers import steps
 
 from promptkd_jax.data.batch import Batch, choose_rows, gather, responses, truncate
-from promptkd_jax.distill import losses, targets
-from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import TARGETS, TargetSource
+from promptkd_jax.distill import targets
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
+from promptkd_jax.distill.methods.method import Method
+from promptkd_jax.distill.methods.method_fields import TARGETS, TargetSource
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.distill.teacher import lazy_logits

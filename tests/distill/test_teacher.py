@@ -38,8 +38,9 @@ from helpers.steps import (
 
 from promptkd_jax.data.batch import Batch, gather, responses
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill import hidden_loss, losses, objective
-from promptkd_jax.distill.hidden_loss import HiddenTerm
+from promptkd_jax.distill import objective
+from promptkd_jax.distill.losses import hidden_loss, losses
+from promptkd_jax.distill.losses.hidden_loss import HiddenTerm
 from promptkd_jax.distill.state import TrainState, summarize
 from promptkd_jax.distill.teacher import Models, StepModels, lazy_logits_and_states
 from promptkd_jax.distill.terms import MicroBatch

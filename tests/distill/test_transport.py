@@ -10,9 +10,9 @@ from helpers.methods import begin, gradient, in_parts, plain, seen, update
 from helpers.steps import STUDENT, TEACHER, VOCABULARY, assert_close, batch, supervised
 from helpers.steps import teacher_params as params_of_teacher
 
-from promptkd_jax.distill import losses
-from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.transport import Transport, token_kernel, transport
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
+from promptkd_jax.distill.losses.transport import Transport, token_kernel, transport
 from promptkd_jax.models.language_model import LazyLogits
 
 TOKENS = 23

@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny
 from rich.console import Console
 
-from promptkd_jax.data.records import Record, user_record
+from promptkd_jax.data.reading.records import Record, user_record
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import PromptFormat
 from promptkd_jax.evaluation.data_page import bin_edges, show_data, write_data_page

@@ -6,7 +6,7 @@ from helpers.tiny import WORDS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 
 # As the models of these names have them, with marks around what the assistant says.
 CHATML = (

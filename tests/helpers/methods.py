@@ -22,7 +22,7 @@ from helpers.steps import (
 )
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import Replay
 from promptkd_jax.distill.state import Optimizers, TrainState, init_state
 from promptkd_jax.distill.step import train_step

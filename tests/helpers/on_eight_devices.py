@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.data.batch import Batch
 from promptkd_jax.data.packing import pack_batch
-from promptkd_jax.distill import losses, optimizer, preconditioners
-from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import Execution
+from promptkd_jax.distill import optimizer, preconditioners
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
+from promptkd_jax.distill.methods.method import Method
+from promptkd_jax.distill.methods.method_fields import Execution
 from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.state import Optimizers, init_state, summarize
 from promptkd_jax.distill.step import train_step, write_ahead
@@ -29,13 +30,13 @@ from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.specs import declared
-from promptkd_jax.models import lora as lora_module
 from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.language_model import LazyLogits
-from promptkd_jax.models.lora import MODULES, init_adapter
+from promptkd_jax.models.layers import lora as lora_module
+from promptkd_jax.models.layers.lora import MODULES, init_adapter
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.checkpoint import Checkpoints
 

@@ -1,6 +1,6 @@
 """Records as files of instruction, input and output make them."""
 
-from promptkd_jax.data.records import Record, user_record
+from promptkd_jax.data.reading.records import Record, user_record
 
 
 def example(instruction: str, given: str = "", outputs: tuple[str, ...] = ()) -> Record:

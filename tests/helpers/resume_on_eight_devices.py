@@ -11,7 +11,7 @@ from helpers import tiny
 
 from promptkd_jax.infra import sharding
 from promptkd_jax.plan.fit import changed
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.experiment import Experiment
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import prepare

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.distill.method import Method
-from promptkd_jax.distill.method_fields import Execution
+from promptkd_jax.distill.methods.method import Method
+from promptkd_jax.distill.methods.method_fields import Execution
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.config import DecoderConfig

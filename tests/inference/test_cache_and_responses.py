@@ -18,11 +18,11 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.data import logprobs
 from promptkd_jax.data.batch import responses
 from promptkd_jax.data.batches import collate, stream, train_batches
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.rows import Rows, tokenize
 from promptkd_jax.data.templates import PromptFormat
-from promptkd_jax.distill import chunked_loss, losses
-from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.losses import chunked_loss, losses
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
 from promptkd_jax.inference import logprob_cache, teacher_responses
 from promptkd_jax.inference.generate import generate_responses
 from promptkd_jax.infra import distributed
@@ -34,7 +34,7 @@ from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 
 LENGTH = 24
 SAMPLING = Sampling(eos_ids=(0,))

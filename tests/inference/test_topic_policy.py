@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from promptkd_jax.distill.losses import entropy
+from promptkd_jax.distill.losses.losses import entropy
 from promptkd_jax.inference import topic_policy
 from promptkd_jax.infra.errors import DataError
 

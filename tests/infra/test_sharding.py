@@ -17,8 +17,8 @@ from helpers.families import FAMILIES, GPT2
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from promptkd_jax.data.batch import Batch, Responses
-from promptkd_jax.distill.chunked_loss import linear_loss
-from promptkd_jax.distill.losses import cross_entropy
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
+from promptkd_jax.distill.losses.losses import cross_entropy
 from promptkd_jax.distill.optimizer import adamw
 from promptkd_jax.distill.preconditioners import scale_by_adafactor, scale_by_adam_8bit
 from promptkd_jax.distill.state import Optimizers, init_state

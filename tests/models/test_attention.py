@@ -15,8 +15,8 @@ from conftest import devices, environment
 from helpers.models import VOCAB, random_model
 
 from promptkd_jax.infra import sharding
-from promptkd_jax.models import attention
-from promptkd_jax.models.attention import attend, implementation
+from promptkd_jax.models.layers import attention
+from promptkd_jax.models.layers.attention import attend, implementation
 
 
 def force(monkeypatch, chosen: str) -> None:
@@ -209,7 +209,7 @@ ON_EIGHT_DEVICES = '''
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 from promptkd_jax.infra import sharding
-from promptkd_jax.models import attention
+from promptkd_jax.models.layers import attention
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.params import abstract_params
@@ -284,7 +284,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from promptkd_jax.infra import sharding
-from promptkd_jax.models.attention import attend
+from promptkd_jax.models.layers.attention import attend
 
 def run(query, key, value):
     out, back = jax.vjp(lambda *a: attend(*a, window=200), query, key, value)

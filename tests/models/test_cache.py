@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers.models import LENGTHS, PREFIX, TOKENS, random_model
 
-from promptkd_jax.models import cache as caches
-from promptkd_jax.models.cache import Cache, LayerCache, make_cache
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.layers import cache as caches
+from promptkd_jax.models.layers.cache import Cache, LayerCache, make_cache
 
 PROMPTS, RING = 5, 4
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers.models import CONFIGS, logits, random_model
 
-from promptkd_jax.models import feed_forward
 from promptkd_jax.models.families.registry import from_hugging_face
-from promptkd_jax.models.feed_forward import grouped_dot, route
+from promptkd_jax.models.layers import feed_forward
+from promptkd_jax.models.layers.feed_forward import grouped_dot, route
 
 SIZES = {  # rows of each group, and rows behind the last
     "even": ([3, 3, 3], 0),

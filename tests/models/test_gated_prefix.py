@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.models import PREFIX, TOKENS, logits, random_model
 
-from promptkd_jax.models.gated_prefix import Gate, GatedPrefix, attend_gated
+from promptkd_jax.models.layers.gated_prefix import Gate, GatedPrefix, attend_gated
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
 

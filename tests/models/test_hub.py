@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from promptkd_jax.cli.main import main
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.files import to_path
 from promptkd_jax.models.io import export, hub, identity

@@ -23,8 +23,8 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.io.peft import load_lora, lora_modules, save_lora
+from promptkd_jax.models.layers.lora import MODULES, init_adapter, join, keep_inputs, split
 from promptkd_jax.models.load import load_model
-from promptkd_jax.models.lora import MODULES, init_adapter, join, keep_inputs, split
 from promptkd_jax.models.model import add_adapter
 
 

@@ -37,9 +37,9 @@ from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.layers.projection import product_of_few_rows
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, keep_layers, uniform_layers
-from promptkd_jax.models.projection import product_of_few_rows
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -15,14 +15,14 @@ from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io import params as reading
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 from promptkd_jax.plan import ahead, chips, roofline
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 

@@ -24,16 +24,16 @@ from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import identity, params
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.io.params import abstract_params, load_params
-from promptkd_jax.models.load import load_model
-from promptkd_jax.models.lora import init_adapter
-from promptkd_jax.models.model import Model, add_adapter, keep_layers
-from promptkd_jax.models.quantization import (
+from promptkd_jax.models.layers.lora import init_adapter
+from promptkd_jax.models.layers.quantization import (
     QUANTIZE,
     dequantize_kernels,
     dequantize_params,
     quantize_kernels,
     quantize_params,
 )
+from promptkd_jax.models.load import load_model
+from promptkd_jax.models.model import Model, add_adapter, keep_layers
 from promptkd_jax.models.sampler import Sampling, sample
 
 KINDS = ("int8", "int4")

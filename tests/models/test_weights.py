@@ -27,8 +27,8 @@ from promptkd_jax.models.io.safetensors import has_weights, read_card
 from promptkd_jax.models.load import load_model, load_with_tokenizer, load_without_weights
 from promptkd_jax.models.model import keep_layers
 from promptkd_jax.training import prepare
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import as_json
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import as_json
 
 UP = "model.layers.1.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"

@@ -17,9 +17,10 @@ from helpers.golden import assert_close
 from safetensors.numpy import load_file
 
 from promptkd_jax.data.batch import Batch
-from promptkd_jax.distill import losses, optimizer
-from promptkd_jax.distill.method import PRESETS, Method
-from promptkd_jax.distill.method_fields import Execution
+from promptkd_jax.distill import optimizer
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.methods.method import PRESETS, Method
+from promptkd_jax.distill.methods.method_fields import Execution
 from promptkd_jax.distill.soft_prompt import init_soft_prompt
 from promptkd_jax.distill.state import Optimizers, init_state
 from promptkd_jax.distill.step import train_step

@@ -14,7 +14,7 @@ import pytest
 from conftest import golden_cases
 from helpers.golden import assert_close
 
-from promptkd_jax.distill.losses import forward_kl
+from promptkd_jax.distill.losses.losses import forward_kl
 from promptkd_jax.evaluation.text_metrics import text_scores
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io.peft import load_soft_prompt

@@ -17,7 +17,7 @@ from promptkd_jax.models.families.registry import PUBLISHED
 from promptkd_jax.plan import ahead, fit, gpus, roofline
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import check_mesh, checked, contradictions_of
+from promptkd_jax.training.config.checks import check_mesh, checked, contradictions_of
 from promptkd_jax.training.recipes import base_config, method_stage
 
 GPU = "gpu", 9.0

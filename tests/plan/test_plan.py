@@ -30,8 +30,8 @@ from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, chips, costs, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
 from promptkd_jax.plan.abstract_run import abstract_run, stored_config
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import load_config
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import load_config
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import base_config, hidden_term, method_stage
 

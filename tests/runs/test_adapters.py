@@ -17,13 +17,13 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.models.io.peft import load_lora
+from promptkd_jax.models.layers.lora import join
 from promptkd_jax.models.load import load_model
-from promptkd_jax.models.lora import join
 from promptkd_jax.models.model import add_adapter
 from promptkd_jax.plan import roofline
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import prepare
 

@@ -51,6 +51,12 @@ def test_every_module_is_in_a_room():
     assert {room(module) for module in MODULES} == set(FLOOR_OF)
 
 
+def test_a_folder_is_taken_in_at_a_glance():
+    """At most a dozen files, but where each is a command or a family of models."""
+    for folder, files in collections.Counter(file.parent for file in MODULES.values()).items():
+        assert files <= 12 or folder.name in ("cli", "families"), folder
+
+
 def test_imports_point_down():
     wrong = [
         f"{module} imports {other}"
@@ -91,7 +97,7 @@ CORE = sorted(
     module
     for module in MODULES
     if room(module) == "distill"
-    or module.endswith(("models.decoder", "models.attention", "models.sampler"))
+    or module.endswith(("models.decoder", "models.layers.attention", "models.sampler"))
 )
 SHELL = {"cli", "training", "evaluation", "inference", "studies", "plan"}
 IMPURE = {"promptkd_jax.infra.files", "promptkd_jax.infra.distributed", "orbax", "ml_collections"}

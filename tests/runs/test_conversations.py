@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 
 from promptkd_jax.cli import cache
 from promptkd_jax.cli.main import main
-from promptkd_jax.data.records import Record
+from promptkd_jax.data.reading.records import Record
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, DataError, ModelError
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import prepare
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.recipes import base_config, stage_config
 
 pytestmark = pytest.mark.usefixtures("no_report")

@@ -14,13 +14,13 @@ import optax
 import pytest
 
 import promptkd_jax as pkd
-from promptkd_jax.distill.chunked_loss import linear_loss
+from promptkd_jax.distill.losses.chunked_loss import linear_loss
 from promptkd_jax.infra import sharding
-from promptkd_jax.models import attention
 from promptkd_jax.models.config import Experts, LayerKind, Rope
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.layers import attention
 
 ON_GPU = jax.default_backend() == "gpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU (JAX_PLATFORMS=cuda,cpu)")

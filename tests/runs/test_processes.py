@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.training import run
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.recipes import method_stage
 
 TESTS = pathlib.Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from promptkd_jax.models.model import add_adapter
 from promptkd_jax.plan import roofline
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.recipes import hidden_term, method_stage
 from promptkd_jax.training.run_models import load_models
 

@@ -18,9 +18,9 @@ from helpers.chats import CHATML, chat_tokenizer, unmarked
 from promptkd_jax.cli.main import COMMANDS, main
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.studies.comparison import plan_comparison
-from promptkd_jax.training import field_help
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import load_config
+from promptkd_jax.training.config import field_help
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import load_config
 from promptkd_jax.training.recipes import METHODS
 
 ROOT = pathlib.Path(__file__).parents[2]

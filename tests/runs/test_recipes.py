@@ -24,8 +24,8 @@ from promptkd_jax.training import build, experiment, loop, run_models
 from promptkd_jax.training import prepare as preparation
 from promptkd_jax.training import run as training
 from promptkd_jax.training.build import stage_steps
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import claim, load_config
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import claim, load_config
 from promptkd_jax.training.recipes import METHODS, hidden_term, method_stage, sampling_config
 
 VOCABULARY = len(tiny.tokenizer())

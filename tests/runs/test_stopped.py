@@ -13,7 +13,7 @@ from conftest import environment
 from helpers import tiny
 
 from promptkd_jax.cli.main import main
-from promptkd_jax.training.config import as_json
+from promptkd_jax.training.config.config_file import as_json
 
 ROWS = 400  # in batches of 4, so that a signal comes amid them
 

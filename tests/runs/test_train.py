@@ -33,8 +33,8 @@ from promptkd_jax.models.load import load_model
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import experiment, loop, prepare, run_data
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import claim
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import claim
 from promptkd_jax.training.recipes import method_stage, stage_config
 
 pytestmark = pytest.mark.usefixtures("no_report")  # but of `finished`, which is made before

@@ -18,8 +18,8 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra.errors import ComparisonError, ConfigError
 from promptkd_jax.studies import answers, compare, comparison, comparison_report
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked, read_group
-from promptkd_jax.training.config import load_config
+from promptkd_jax.training.config.checks import checked, read_group
+from promptkd_jax.training.config.config_file import load_config
 from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
 
 ROOT = pathlib.Path(__file__).parents[2]

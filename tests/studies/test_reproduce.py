@@ -10,7 +10,7 @@ import pytest
 from helpers import bucket, tiny
 
 from promptkd_jax.cli.main import main
-from promptkd_jax.data.reading import read_records
+from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.io.export import save_model
@@ -19,7 +19,7 @@ from promptkd_jax.studies import published, reproduce
 from promptkd_jax.studies.answers import Contender
 from promptkd_jax.studies.published import ROUGE_L, SETS
 from promptkd_jax.training import recipes
-from promptkd_jax.training.config import load_config
+from promptkd_jax.training.config.config_file import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CONFIG = """

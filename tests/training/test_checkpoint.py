@@ -19,7 +19,7 @@ from conftest import devices, environment
 from helpers import bucket
 
 from promptkd_jax.infra.errors import CheckpointError
-from promptkd_jax.models.gated_prefix import GatedPrefix
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.training import checkpoint_files
 from promptkd_jax.training.checkpoint import Checkpoints
 from promptkd_jax.training.checkpoint_files import find_damage

@@ -14,7 +14,7 @@ from helpers import bucket
 from ml_collections import ConfigDict
 
 from promptkd_jax.data.templates import TEMPLATES
-from promptkd_jax.distill.method import Method
+from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import Path, write_text
@@ -33,9 +33,10 @@ from promptkd_jax.infra.specs import (
 )
 from promptkd_jax.infra.specs import mistakes as mistakes_of
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training import checks, field_help, fields, recipes
-from promptkd_jax.training.checks import read_group
-from promptkd_jax.training.config import as_json, claim, fingerprint, load_config
+from promptkd_jax.training import recipes
+from promptkd_jax.training.config import checks, field_help, fields
+from promptkd_jax.training.config.checks import read_group
+from promptkd_jax.training.config.config_file import as_json, claim, fingerprint, load_config
 
 FILE = """
     from ml_collections import ConfigDict

@@ -16,8 +16,8 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.plan import fit, roofline
 from promptkd_jax.plan.abstract_run import abstract_run
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.fields import RunConfig
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import method_stage
 

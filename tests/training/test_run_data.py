@@ -23,7 +23,7 @@ from promptkd_jax.models.load import load_without_weights
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import build, run_data
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
+from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import stage_config
 from promptkd_jax.training.run_data import load_data
@@ -165,7 +165,7 @@ def test_processes_that_write_at_once_have_the_same_rows(config, folder, tmp_pat
         "from helpers import tiny\n"
         "from promptkd_jax.data.rows import fingerprint_supervised\n"
         "from promptkd_jax.models.load import load_without_weights\n"
-        "from promptkd_jax.training.checks import checked\n"
+        "from promptkd_jax.training.config.checks import checked\n"
         "from promptkd_jax.training.run_data import load_data\n"
         "import pathlib\n"
         f"config = tiny.short_config(pathlib.Path({str(folder)!r}))\n"

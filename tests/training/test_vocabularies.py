@@ -21,8 +21,8 @@ from promptkd_jax.models.load import load_model, load_with_tokenizer, load_witho
 from promptkd_jax.models.model import Model
 from promptkd_jax.plan.remat import with_chosen_remat
 from promptkd_jax.training import run as training
-from promptkd_jax.training.checks import checked
-from promptkd_jax.training.config import as_json
+from promptkd_jax.training.config.checks import checked
+from promptkd_jax.training.config.config_file import as_json
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import method_stage, stage_config
 from promptkd_jax.training.run_data import load_data

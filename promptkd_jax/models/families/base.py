@@ -24,7 +24,7 @@ import numpy as np
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig, Experts, LayerKind, Rope, RopeScaling
 from promptkd_jax.models.families.gguf_layout import GGUFLayout
-from promptkd_jax.models.rotary import KINDS
+from promptkd_jax.models.layers.rotary import KINDS
 
 HEAD = "lm_head.weight"  # the one name that stands outside of the prefix
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,7 @@ import numpy as np
 
 from promptkd_jax.infra.errors import GGUFError
 from promptkd_jax.models.config import DecoderConfig, Rope, RopeScaling
-from promptkd_jax.models.rotary import rotary_frequencies, rotary_width
+from promptkd_jax.models.layers.rotary import rotary_frequencies, rotary_width
 
 ROPE_FREQS = "rope_freqs.weight"
 _ORIGINAL_LENGTH = "rope.scaling.original_context_length"

@@ -30,9 +30,14 @@ from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.families.base import Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
 from promptkd_jax.models.io.params import PIECE_BYTES, all_finite, stored_names
-from promptkd_jax.models.lora import A, B, merged
+from promptkd_jax.models.layers.lora import A, B, merged
+from promptkd_jax.models.layers.quantization import (
+    axes_of,
+    dequantize_kernels,
+    is_quantized,
+    scale_path,
+)
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.quantization import axes_of, dequantize_kernels, is_quantized, scale_path
 
 SHARD_BYTES = 5 * 10**9
 STORED_IN = ("bfloat16", "float16", "float32")  # what readers of a folder know

@@ -24,8 +24,13 @@ from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD, Tensor, sizes, stack_sizes
 from promptkd_jax.models.families.registry import FAMILIES
-from promptkd_jax.models.lora import adapter_shapes, join
-from promptkd_jax.models.quantization import axes_of, is_quantized, quantize_kernels, scale_path
+from promptkd_jax.models.layers.lora import adapter_shapes, join
+from promptkd_jax.models.layers.quantization import (
+    axes_of,
+    is_quantized,
+    quantize_kernels,
+    scale_path,
+)
 
 PIECE_BYTES = 64 * 2**20  # what is read at once; a stack of layers that is larger goes one by one
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")

@@ -1,6 +1,6 @@
 """Soft prompts and low-rank adapters (LoRA) as PEFT stores them.
 
-PEFT's A and B are those of `models.lora` transposed: `lora_A.weight` [r, in], `lora_B.weight`
+PEFT's A and B are those of `layers.lora` transposed: `lora_A.weight` [r, in], `lora_B.weight`
 [out, r], for each layer by itself. Where `transformers` stores several of our maps as one (query,
 key and value of GPT-2), PEFT has one pair for all: ours become one of n r rows and columns,
 
@@ -30,13 +30,13 @@ from promptkd_jax.infra.files import make_folder, to_path, write_json, write_tex
 from promptkd_jax.models.config import DecoderConfig, LoRA
 from promptkd_jax.models.families.base import Tensor, sizes
 from promptkd_jax.models.families.registry import FAMILIES, from_hugging_face
-from promptkd_jax.models.gated_prefix import GatedPrefix, prefix_vectors
 from promptkd_jax.models.io.convert import ADAPTER, StoredLoRA, read_lora, without_prefix
 from promptkd_jax.models.io.export import write_tensors
 from promptkd_jax.models.io.hub import pretrained_name
 from promptkd_jax.models.io.params import all_finite
 from promptkd_jax.models.io.safetensors import read_json, refuse_pointer
-from promptkd_jax.models.lora import MODULES, A, B
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix, prefix_vectors
+from promptkd_jax.models.layers.lora import MODULES, A, B
 from promptkd_jax.models.model import Model
 
 if TYPE_CHECKING:

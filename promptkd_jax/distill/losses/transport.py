@@ -24,7 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from promptkd_jax.distill.divergence import SHARE, finite_log, log_mixture, log_pair, log_probs
+from promptkd_jax.distill.losses.divergence import (
+    SHARE,
+    finite_log,
+    log_mixture,
+    log_pair,
+    log_probs,
+)
 from promptkd_jax.infra.specs import Choice, Float, Int, field, validate
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Choices of a method that mean nothing together."""
 
-from promptkd_jax.distill.divergence import divergence, needs_whole
-from promptkd_jax.distill.method_fields import (
+from promptkd_jax.distill.losses.divergence import divergence, needs_whole
+from promptkd_jax.distill.methods.method_fields import (
     CROSS_ENTROPY,
     POLICY_GRADIENT,
     TARGETS,

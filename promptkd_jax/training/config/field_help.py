@@ -7,7 +7,7 @@ from typing import Any
 
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import ListOf, unknown_field
-from promptkd_jax.training.fields import RENAMED, Entry, entries
+from promptkd_jax.training.config.fields import RENAMED, Entry, entries
 
 WIDTH = 96
 HEAD = """# Fields of a run's config

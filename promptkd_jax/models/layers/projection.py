@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from promptkd_jax.models.config import DecoderConfig, Quantization
-from promptkd_jax.models.lora import A, B, keep_inputs
-from promptkd_jax.models.quantization import (
+from promptkd_jax.models.layers.lora import A, B, keep_inputs
+from promptkd_jax.models.layers.quantization import (
     axes_of,
     dequantize_kernels,
     quantized_kernel,

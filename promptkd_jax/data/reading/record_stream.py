@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from promptkd_jax.data.formats import (
+from promptkd_jax.data.reading.formats import (
     DOCUMENT,
     FORMATS,
     recognize,
@@ -13,8 +13,8 @@ from promptkd_jax.data.formats import (
     to_document,
     to_record,
 )
-from promptkd_jax.data.records import NEEDED, NEEDS, Record
-from promptkd_jax.data.sources import read_fields
+from promptkd_jax.data.reading.records import NEEDED, NEEDS, Record
+from promptkd_jax.data.reading.sources import read_fields
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import DataError, Faults
 

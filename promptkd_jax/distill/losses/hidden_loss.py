@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.batch import Responses
-from promptkd_jax.distill.losses import forward_kl
+from promptkd_jax.distill.losses.losses import forward_kl
 from promptkd_jax.infra.specs import Bool, Choice, Float, Int, field, validate
 from promptkd_jax.models.config import DecoderConfig
 

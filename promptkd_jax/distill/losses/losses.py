@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.distill.adaptive_kl import akl as akl
-from promptkd_jax.distill.adaptive_kl import csd as csd
-from promptkd_jax.distill.adaptive_kl import todi as todi
-from promptkd_jax.distill.divergence import (
+from promptkd_jax.distill.losses.adaptive_kl import akl as akl
+from promptkd_jax.distill.losses.adaptive_kl import csd as csd
+from promptkd_jax.distill.losses.adaptive_kl import todi as todi
+from promptkd_jax.distill.losses.divergence import (
     SHARE,
     Divergence,
     DivergenceName,
@@ -39,7 +39,7 @@ from promptkd_jax.distill.divergence import (
     mark_needs_whole,
     needs_whole,
 )
-from promptkd_jax.distill.divergence import (
+from promptkd_jax.distill.losses.divergence import (
     divergence as divergence,
 )
 from promptkd_jax.infra import specs

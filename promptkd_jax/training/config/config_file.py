@@ -35,7 +35,7 @@ from promptkd_jax.infra.files import (
     write_json,
 )
 from promptkd_jax.infra.specs import Group, declared, mistakes, with_defaults
-from promptkd_jax.training.fields import RENAMED, RunConfig
+from promptkd_jax.training.config.fields import RENAMED, RunConfig
 
 
 def load_config(

@@ -5,12 +5,12 @@ from, how the teacher is seen, what is minimized, and how a step is computed.
 import dataclasses
 from typing import Any
 
-from promptkd_jax.distill import losses
-from promptkd_jax.distill.curriculum import ROW_WEIGHTS, Interpolation
-from promptkd_jax.distill.divergence import DivergenceName
-from promptkd_jax.distill.hidden_loss import HiddenTerm
-from promptkd_jax.distill.policy_gradient import PolicyGradient
-from promptkd_jax.distill.transport import Transport
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.losses.divergence import DivergenceName
+from promptkd_jax.distill.losses.hidden_loss import HiddenTerm
+from promptkd_jax.distill.losses.policy_gradient import PolicyGradient
+from promptkd_jax.distill.losses.transport import Transport
+from promptkd_jax.distill.methods.curriculum import ROW_WEIGHTS, Interpolation
 from promptkd_jax.infra.specs import Bool, Choice, Float, Group, Int, ListOf, field, group
 
 CROSS_ENTROPY = "cross_entropy"  # the student term that looks at the tokens instead of the teacher

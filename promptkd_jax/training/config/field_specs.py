@@ -5,7 +5,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from promptkd_jax.data.formats import column_names
+from promptkd_jax.data.reading.formats import column_names
 from promptkd_jax.infra.files import Path
 from promptkd_jax.infra.specs import Choice, Float
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.distill.method_checks import contradictions
-from promptkd_jax.distill.method_fields import POLICY_GRADIENT
+from promptkd_jax.distill.methods.method_checks import contradictions
+from promptkd_jax.distill.methods.method_fields import POLICY_GRADIENT
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.specs import Group, build, mistakes
-from promptkd_jax.training.config import as_dict, read_config
-from promptkd_jax.training.field_specs import TEACHER
-from promptkd_jax.training.fields import RENAMED, LoRAConfig, RunConfig, StageConfig
+from promptkd_jax.training.config.config_file import as_dict, read_config
+from promptkd_jax.training.config.field_specs import TEACHER
+from promptkd_jax.training.config.fields import RENAMED, LoRAConfig, RunConfig, StageConfig
 
 
 def read_run(arguments: Sequence[str]) -> RunConfig:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.attention import attend
+from promptkd_jax.models.layers.attention import attend
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

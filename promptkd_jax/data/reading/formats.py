@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from promptkd_jax.data.records import Message, Record, responses_of, user_record
+from promptkd_jax.data.reading.records import Message, Record, responses_of, user_record
 from promptkd_jax.infra.errors import DataError
 
 _ROLES = {

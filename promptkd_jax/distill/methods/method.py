@@ -4,8 +4,8 @@ minimized. SFT, KD, SeqKD, GKD, MiniLLM, DistiLLM, ABKD and PromptKD are values 
 
 import dataclasses
 
-from promptkd_jax.distill.method_checks import contradictions
-from promptkd_jax.distill.method_fields import (
+from promptkd_jax.distill.methods.method_checks import contradictions
+from promptkd_jax.distill.methods.method_fields import (
     CROSS_ENTROPY,
     POLICY_GRADIENT,
     Execution,

@@ -28,7 +28,7 @@ from flax import traverse_util
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import Quantization
-from promptkd_jax.models.lora import MODULES
+from promptkd_jax.models.layers.lora import MODULES
 
 SCALE = "kernel_scale"
 QUANTIZE = {  # by their names in a config

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from promptkd_jax.data.top_k import TopK
-from promptkd_jax.distill.divergence import Divergence
-from promptkd_jax.distill.losses import cross_entropy
-from promptkd_jax.distill.transport import TokenKernel
+from promptkd_jax.distill.losses.divergence import Divergence
+from promptkd_jax.distill.losses.losses import cross_entropy
+from promptkd_jax.distill.losses.transport import TokenKernel
 from promptkd_jax.models.language_model import LazyLogits
 
 

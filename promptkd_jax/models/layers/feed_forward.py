@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import ROWS, constrain
 from promptkd_jax.models.config import DecoderConfig, Quantization
-from promptkd_jax.models.projection import project
-from promptkd_jax.models.quantization import dequantize_kernels, quantized_kernel
+from promptkd_jax.models.layers.projection import project
+from promptkd_jax.models.layers.quantization import dequantize_kernels, quantized_kernel
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

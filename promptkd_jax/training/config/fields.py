@@ -2,7 +2,7 @@
 
 `recipes` makes the `ConfigDict` of a config file from these defaults, `checks` reads one back into
 a `RunConfig`, and `promptkd train --help-config` and docs/fields.md show the table. The fields of a
-stage are declared with the mathematics that they belong to: `distill.method_fields.Objective`,
+stage are declared with the mathematics that they belong to: `method_fields.Objective`,
 `Execution`, `PolicyGradient`, `HiddenTerm`, `sampler.Sampling`, `data_free.DataFree`.
 """
 
@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from promptkd_jax.data.formats import FORMATS
+from promptkd_jax.data.reading.formats import FORMATS
 from promptkd_jax.data.rows import LONG_PROMPTS, SUPERVISE
 from promptkd_jax.data.templates import TEMPLATES, PromptFormat
-from promptkd_jax.distill.method import PRESETS
-from promptkd_jax.distill.method_fields import Execution, Objective
+from promptkd_jax.distill.methods.method import PRESETS
+from promptkd_jax.distill.methods.method_fields import Execution, Objective
 from promptkd_jax.distill.optimizer import OPTIMIZERS, SCHEDULES
 from promptkd_jax.distill.soft_prompt import INITS
 from promptkd_jax.evaluation.text_metrics import ROUGE_TOKENIZERS
@@ -34,9 +34,9 @@ from promptkd_jax.infra.specs import (
     group,
     mistakes,
 )
-from promptkd_jax.models.quantization import QUANTIZE
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling
-from promptkd_jax.training.field_specs import (
+from promptkd_jax.training.config.field_specs import (
     DTYPE,
     KV_CACHE_DTYPE,
     REMAT,
@@ -66,7 +66,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """A low-rank adapter of the student, which alone is trained, see `models.lora`."""
+    """A low-rank adapter of the student, which alone is trained, see `models.layers.lora`."""
 
     rank: int = field(0, Int(low=0), "of the change; 0: no adapter, all of the student is trained")
     alpha: float = field(16.0, Float(low=0.0, open_low=True), "over rank, the factor of the change")

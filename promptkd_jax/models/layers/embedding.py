@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.infra.sharding import constrain
 from promptkd_jax.models.config import DecoderConfig
-from promptkd_jax.models.projection import project
+from promptkd_jax.models.layers.projection import project
 
 
 class Embedding(nn.Module):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from etils import epath
 
-from promptkd_jax.data.parsers import (
+from promptkd_jax.data.reading.parsers import (
     READ,
     File,
     Located,

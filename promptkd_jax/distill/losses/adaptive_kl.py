@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.distill.divergence import (
+from promptkd_jax.distill.losses.divergence import (
     SHARE,
     declare,
     expected,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from promptkd_jax.infra import sharding
-from promptkd_jax.models.cache import LANES, LayerCache
+from promptkd_jax.models.layers.cache import LANES, LayerCache
 
 BTNH_SPEC = (sharding.ROWS, None, "tensor", None)  # how rows and heads lie on the mesh
 MAX_BLOCK = 512  # columns; the scores of a block then take 1 MiB on the chip

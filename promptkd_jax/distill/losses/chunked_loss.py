@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from promptkd_jax.data.top_k import TopK, log_sum_of_others
-from promptkd_jax.distill.divergence import Divergence, log_probs, needs_whole
-from promptkd_jax.distill.loss_inputs import (
+from promptkd_jax.distill.losses.divergence import Divergence, log_probs, needs_whole
+from promptkd_jax.distill.losses.loss_inputs import (
     check_inputs,
     check_values,
     is_part,
     shape_error,
 )
-from promptkd_jax.distill.losses import cross_entropy
-from promptkd_jax.distill.transport import TokenKernel
+from promptkd_jax.distill.losses.losses import cross_entropy
+from promptkd_jax.distill.losses.transport import TokenKernel
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import constrain
 from promptkd_jax.models.language_model import LazyLogits

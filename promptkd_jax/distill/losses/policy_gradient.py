@@ -9,8 +9,8 @@ on the same rows (its single-step term) and `cross_entropy` on plain text.
 
 With gamma = 0, no whitening and no length normalisation this is on-policy distillation with the
 reverse KL of sampled tokens: A_t = r_t / reward_scaling, and over y_t ~ q the expected gradient
-is that of `losses.reverse_kl` at that position, divided by `reward_scaling`. What it saves is the
-teacher's distribution, of which it asks for one number a token; what it pays is variance.
+is that of `losses.reverse_kl` at that position, divided by `reward_scaling`. What it saves is
+the teacher's distribution, of which it asks for one number a token; what it pays is variance.
 
 All functions are pure and take `[B, R]` float32 arrays: B rows, R response positions, the mask 1
 where there is a response token, V vocabulary. Rewards, weights and advantages are constants of the
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.distill import losses
+from promptkd_jax.distill.losses import losses
 from promptkd_jax.infra import specs
 
 if TYPE_CHECKING:

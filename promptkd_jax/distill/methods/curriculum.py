@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.distill.divergence import (
+from promptkd_jax.distill.losses.divergence import (
     Divergence,
     log_mixture,
     log_pair,
