@@ -30,7 +30,7 @@ from scipy import stats
 from configs import compare, quickstart
 from promptkd_jax.data.batches import stream
 from promptkd_jax.distill.state import summarize
-from promptkd_jax.infra import sharding
+from promptkd_jax.infra import compile_cache, sharding
 from promptkd_jax.infra.files import load_or_compute, make_folder, write_text
 from promptkd_jax.studies.comparison import plan_comparison
 from promptkd_jax.studies.runs import Run, train_all, train_apart
@@ -197,11 +197,11 @@ def main() -> None:
     parser.add_argument("--only-train", action="store_true")
     chosen = parser.parse_args()
     workdir = chosen.workdir.resolve()
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
+    compile_cache.keep_compiled_programs()
     folder = workdir / f"{chosen.pair}-{chosen.steps}"
     make_folder(epath.Path(folder))
     before, base = base_of(chosen.pair, workdir, chosen.steps)
-    train_all(before, functools.partial(train_apart, cache=workdir / "cache"))
+    train_all(before, train_apart)
     for seed, rule in itertools.product(chosen.seeds, chosen.rules):
         file, run = folder / f"{rule}-seed{seed}.json", with_rule(base, rule, seed)
         one = load_or_compute(epath.Path(file), functools.partial(train, run, folder / "rows"))
