@@ -3,11 +3,12 @@
 Counts a train step's memory, work and traffic from shapes, and has XLA's TPU compiler, where it is
 installed, compile the very step for these chips. No weights, no data, no TPU. Of several slices it
 compares the best mesh of each; `-- promptkd COMMAND …` in place of a config checks a whole command
-before it is launched.
+before it is launched. The exit status is 1 if nothing of what was asked for fits into the memory.
 """
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -59,6 +60,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             make_folder(options.output.parent)
             write_json(options.output, plan)
         print(f"written to {options.output}")
+    if not any(each["memory"]["fits"] for each in plan.get("plans", [plan])):
+        sys.exit(1)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -266,6 +266,8 @@ def mistakes(
                 yield Mistake("missing", f"{path}.{name}: is missing, it should be {inner}")
     else:
         fault = str(spec) if isinstance(spec, (Group, ListOf)) else spec.fault(value)
+        if isinstance(spec, ListOf) and not any(mistakes(path, value, spec.spec)):
+            fault += f"; for this one write ({value!r},)"
         if fault:
             kind = "group" if isinstance(spec, Group) else "value"
             yield Mistake(kind, f"{path}: {value!r} is not {fault}")

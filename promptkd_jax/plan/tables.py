@@ -52,6 +52,8 @@ def show_search(
         f"{left_out or 'none'}",
         f"data x fsdp x tensor and micro-batches, {len(rows)} of {len(plans)}: the fastest first, "
         "in classes of 2 % of the time; in a class the smallest first",
+        "(seconds by the compiler are expected, those by the estimate the least possible: what is "
+        "compiled comes first)",
         "",
         markdown(Table(header, rows)),
         "",

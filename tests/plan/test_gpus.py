@@ -183,7 +183,9 @@ def test_the_command_prints_what_would_make_it_fit(tmp_path, capsys):
         "    return config\n"
     )
     output = tmp_path / "plan.json"
-    main(["plan", f"--config={file}", "--device=24GB", f"--output={output}"])
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", f"--config={file}", "--device=24GB", f"--output={output}"])
+    assert ended.value.code == 1
     printed, written = capsys.readouterr().out, json.loads(output.read_text())
     assert "DOES NOT FIT" in printed and "at least" not in printed  # nothing is known but memory
     flags = re.search(r"^flags of the last line: (.+)$", printed, re.MULTILINE)[1]
@@ -192,9 +194,11 @@ def test_the_command_prints_what_would_make_it_fit(tmp_path, capsys):
     main(["plan", f"--config={file}", "--device=24GB", *shlex.split(flags)])
     printed = capsys.readouterr().out
     assert "FITS" in printed and "DOES NOT" not in printed and "would make it fit" not in printed
-    main(["plan", f"--config={file}", "--device=h200"])
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={file}", "--device=h200"])
     assert "step: at least" in capsys.readouterr().out
-    main(["plan", f"--config={file}", "--device=24GB:2", "--search"])
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={file}", "--device=24GB:2", "--search"])
     assert "n/a" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="expected no --topology"):
         main(["plan", f"--config={file}", "--device=24GB", "--topology=v5e:2x2"])

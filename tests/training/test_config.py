@@ -380,6 +380,11 @@ def test_a_config_file_too_may_set_what_its_default_is_not(tmp_path):
             f"config.stages[0].student_terms: 'reverse_kl' is not a non-empty tuple, {PAIR}",
         ),
         (
+            "student.lora.target_modules=q_proj",
+            "config.student.lora.target_modules: 'q_proj' is not a non-empty tuple, each element a "
+            "string that is not empty; for this one write ('q_proj',)",
+        ),
+        (
             "stages[0].corpus_terms=('reverse_kl', 1",
             f"config.stages[0].corpus_terms: \"('reverse_kl', 1\" is not a tuple, {PAIR}",
         ),
