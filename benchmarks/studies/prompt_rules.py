@@ -64,6 +64,14 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gated_low_rate": (dict(prompt_learning_rate=1e-3), dict(gated=True)),
     "gated_constant": (dict(_RATE, regularization_schedule="constant"), dict(gated=True)),
     "gated_fallback": (dict(_RATE, prompt_fallback=True), dict(gated=True)),
+    "gated_strong": (
+        dict(_RATE, regularization_schedule="constant", regularization=3.0),
+        dict(gated=True),
+    ),
+    "gated_constant_fallback": (
+        dict(_RATE, regularization_schedule="constant", prompt_fallback=True),
+        dict(gated=True),
+    ),
 }
 # Of an update: heading and name of the metric, of the prompt before the update.
 CURVES = (
