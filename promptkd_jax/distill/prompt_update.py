@@ -46,7 +46,7 @@ def prompt_weights(state: TrainState, method: Method) -> PromptWeights:
 
     "constant": `method.regularization`. "linear": that times 1 - k / total_steps (eq. 3).
     "adaptive": `state.regularization`, which an update moves, see `adapted`. In the steps of the
-    prompt's warm-up L_kd has none, and k and total_steps count from its end.
+    prompt's warm-up L_kd has none, "adaptive" rests, and k and total_steps count from its end.
     """
     number, warmup = method.num_micro_batches, method.prompt_warmup_steps
     kd = jnp.broadcast_to(jnp.where(state.step < warmup, 0.0, 1.0), (number,))

@@ -281,7 +281,11 @@ def _learn_one(
         return new, new_metrics
     if method.regularization and method.regularization_schedule == "adaptive":
         kl = jnp.sum(gradients.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
-        new = new.replace(regularization=adapted(state.regularization, kl / method.target_kl))
+        # In a warm-up on L_reg alone its value says nothing of what it costs to keep it there.
+        warming = state.step < method.prompt_warmup_steps
+        coefficient = adapted(state.regularization, kl / method.target_kl)
+        coefficient = jnp.where(warming, state.regularization, coefficient)
+        new = new.replace(regularization=coefficient)
     scalars = prompt_scalars(state, new, method)
     return new, new_metrics._replace(scalars=metrics.scalars | scalars)
 

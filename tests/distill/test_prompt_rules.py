@@ -144,6 +144,14 @@ def test_a_prompt_warms_up_on_the_regularizer_while_the_student_has_the_plain_te
     assert (found["plain_share"], found["regularization_weight"]) == (0, 0.5)
 
 
+def test_an_adaptive_coefficient_rests_while_the_prompt_warms_up():
+    """Else a loss of L_reg alone, which falls below the target, would have worn it away."""
+    warm = method(prompt_warmup_steps=2, regularization_schedule="adaptive", target_kl=100.0)
+    for step, expected in [(1, 1.0), (2, 0.98)]:  # far below the target: as low as it may fall
+        after, _ = update(warm, state(step=step))
+        assert_close(after.regularization, expected)
+
+
 # Several updates of the prompt
 
 
