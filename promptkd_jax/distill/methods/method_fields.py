@@ -229,6 +229,11 @@ class Objective:
         return self.source.reads_responses and not never
 
     @property
+    def needs_responses(self) -> bool:
+        """Whether the data's own responses are looked at: as rows, or by `prompt_fallback`."""
+        return self.reads_responses or self.prompt_fallback
+
+    @property
     def others_write(self) -> bool:
         """Whether rows may be of another than the student."""
         return self.reads_responses or self.source.teacher_writes
