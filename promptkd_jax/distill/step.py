@@ -26,7 +26,6 @@ from promptkd_jax.distill import objective
 from promptkd_jax.distill.losses import losses, policy_gradient
 from promptkd_jax.distill.losses.chunked_loss import linear_values
 from promptkd_jax.distill.losses.transport import TokenKernel
-from promptkd_jax.distill.methods.curriculum import curriculum
 from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.micro_batches import (
     corpus_scale,
@@ -48,6 +47,7 @@ from promptkd_jax.distill.state import (
     TrainState,
     advance,
     apply_gradients,
+    curriculum,
 )
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import Models, PromptedForward, StepModels, StudentForward

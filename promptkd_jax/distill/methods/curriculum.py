@@ -5,7 +5,7 @@ V vocabulary, B rows, R response positions, UG micro-batches of a step.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -85,33 +85,10 @@ def next_interpolation(
 class Curriculum(NamedTuple):
     """The values of a step, for each of its micro-batches `[UG]`: the teacher's share in the moving
     target, `interpolation` (None: there is none), and the weight of rows that the student wrote,
-    `own_rows`."""
+    `own_rows`. See `state.curriculum`."""
 
     interpolation: jax.Array | None
     own_rows: jax.Array
-
-
-def curriculum(method: Any, state: Any) -> Curriculum:
-    """The `Curriculum` of a step of a `Method`, from the `TrainState` before it.
-
-    Raises:
-      ValueError: an "adaptive" schedule without its state.
-    """
-    settings, step, share = method.interpolation, state.step, None
-    if settings.schedule == "linear":
-        share = linear_share(settings, step / method.total_steps)
-    elif settings.schedule == "adaptive":
-        if state.interpolation is None:
-            raise ValueError(
-                "interpolation.schedule = 'adaptive' needs init_state(…, "
-                "interpolation=first_interpolation(method.interpolation))"
-            )
-        share = state.interpolation.share
-    own_rows = jnp.ones(())
-    if method.row_weights == "rising":
-        own_rows = 1 + 0.5 * jnp.minimum(1.0, 2 * step / method.total_steps)
-    made = Curriculum(share, own_rows)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (method.num_micro_batches,)), made)
 
 
 def linear_share(settings: Interpolation, progress: jax.Array) -> jax.Array:
