@@ -101,6 +101,7 @@ def pack_batch(batch: Batch, rows: int, *, gap: int = 0, capacity: int = 0) -> B
     new_supervised = np.zeros((rows, len(columns)), bool)
     new_lengths, nothing = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     for place, indices in enumerate(places):
+        # Columns [begin, end) of packed row `place`; then `gap` empty ones, and the next segment.
         begin = 0
         for segment, index in enumerate(indices, start=1):
             end = begin + lengths[index]
@@ -121,6 +122,8 @@ def _pack_responses(
 ) -> np.ndarray:
     """The first `counts` `[B]` of `[B, R, …]`, those of the rows of a packed row one behind the
     other: `[rows, capacity, …]`, 0 behind them."""
+    # `responses` finds the supervised tokens of a packed row in the order of its columns, which is
+    # that of its segments: so position r of the packed row is where these parts put it.
     packed = np.zeros((len(places), capacity, *x.shape[2:]), x.dtype)
     for place, indices in enumerate(places):
         parts = np.concatenate([x[index, : counts[index]] for index in indices])

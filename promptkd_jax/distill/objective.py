@@ -208,6 +208,7 @@ def student_gradients(
         weight = method.router_balance * scale * tokens
         d_states |= jax.tree.map(lambda x: weight * x, d_scores)
         loss, sums = loss + weight * balance, sums | {"router_balance": balance * tokens}
+    # One backward pass of the student for all terms on its rows.
     by_group["student"] = pullback((d_student, d_states))[0]
     # Plain text is another forward: rows of another shape, without a teacher as a rule.
     if micro_batch.corpus is not None:

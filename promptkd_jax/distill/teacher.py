@@ -294,7 +294,8 @@ class StepModels:
         return student.config.dropout != Dropout() or bool(lora and lora.dropout)
 
     def mixture_model(self, params: Mapping[str, Any]) -> SamplingModel | None:
-        """The teacher, where it writes rollouts together with the student."""
+        """The teacher, where it writes rollouts together with the student: as it is, whatever view
+        the losses have of it."""
         if not self.method.teacher_writes_along:
             return None
         return SamplingModel(self.models.teacher, self.teacher_params(params))

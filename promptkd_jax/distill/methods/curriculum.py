@@ -75,6 +75,7 @@ def next_interpolation(
     """
     fall = (state.loss - loss) / (state.loss + 1e-15)
     fall = settings.momentum * state.fall + (1 - settings.momentum) * fall
+    # Of the first step inf: NaN above, selected away here, as is what it would have moved.
     fall = jnp.where(jnp.isinf(state.loss), state.fall, fall)  # nothing yet to compare with
     step = settings.rate * jax.nn.sigmoid(fall) * (1 - state.share)
     step = jnp.where(jnp.isinf(state.loss), 0.0, step)
@@ -102,7 +103,7 @@ def interpolated(function: Divergence) -> Divergence:
 
     def interpolated_divergence(target, learner):
         target, share = target
-        log_p, log_q = log_pair(target, learner)
+        log_p, log_q = log_pair(target, learner)  # [..., V]; the share is one number a position
         mixture = log_mixture(log_p, log_q, share[..., None], 1)
         return function(jax.lax.stop_gradient(mixture), learner)
 
