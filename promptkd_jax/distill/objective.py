@@ -234,7 +234,8 @@ def _student_grad_and_loss(
     """`grad_and_loss` for the student's distributions."""
     if step_models.frozen_student is None:
         return grad_and_loss(terms, observations, mask, lambda x: x, student, *observed)
-    # The head is frozen, and its gradient, as large as it is, not computed.
+    # The head is frozen, and its gradient, as large as it is, not computed. The pullback wants one:
+    # zeros, which it takes nowhere.
     d_hidden, loss, sums = grad_and_loss(
         terms, observations, mask, lambda h: student.replace(hidden=h), student.hidden, *observed
     )
