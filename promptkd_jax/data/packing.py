@@ -38,6 +38,7 @@ def packed_places(lengths: Sequence[int], number: int, columns: int, gap: int) -
     Args:
       lengths: `[B]`; columns: T, of a packed row; gap: columns between two rows.
     """
+    # A heap, of which the first is the least: so the room of each packed row is negative.
     room, places = [(-columns, place) for place in range(number)], [[] for _ in range(number)]
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         most, place = room[0]
@@ -95,10 +96,12 @@ def pack_batch(batch: Batch, rows: int, *, gap: int = 0, capacity: int = 0) -> B
     if supervised is None:
         supervised = columns >= batch.prompt_lengths[:, None]
     supervised = np.asarray(supervised) & (columns < lengths[:, None])
+    # From here on `rows` packed rows of T columns: [rows, T], and [rows] of their lengths.
     new_tokens, segment_ids = (np.zeros((rows, len(columns)), np.int32) for _ in range(2))
     new_supervised = np.zeros((rows, len(columns)), bool)
     new_lengths, nothing = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     for place, indices in enumerate(places):
+        # Columns [begin, end) of packed row `place`; then `gap` empty ones, and the next segment.
         begin = 0
         for segment, index in enumerate(indices, start=1):
             end = begin + lengths[index]
@@ -108,7 +111,8 @@ def pack_batch(batch: Batch, rows: int, *, gap: int = 0, capacity: int = 0) -> B
             new_lengths[place], begin = end, end + gap
     cached = batch.cached
     if cached is not None:
-        counts = supervised.sum(axis=1)
+        # A row's first token is predicted by nothing: it has no position, and nothing cached.
+        counts = supervised[:, 1:].sum(axis=1)
         cached = jax.tree.map(lambda x: _pack_responses(x, counts, places, capacity), cached)
     return Batch(new_tokens, nothing, new_lengths, cached, new_supervised, segment_ids)
 
@@ -118,6 +122,8 @@ def _pack_responses(
 ) -> np.ndarray:
     """The first `counts` `[B]` of `[B, R, …]`, those of the rows of a packed row one behind the
     other: `[rows, capacity, …]`, 0 behind them."""
+    # `responses` finds the supervised tokens of a packed row in the order of its columns, which is
+    # that of its segments: so position r of the packed row is where these parts put it.
     packed = np.zeros((len(places), capacity, *x.shape[2:]), x.dtype)
     for place, indices in enumerate(places):
         parts = np.concatenate([x[index, : counts[index]] for index in indices])

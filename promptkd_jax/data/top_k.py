@@ -47,8 +47,11 @@ class TopK(NamedTuple):
             sum_of_others = log_sum_of_others(whole, ids)[..., None]
             # A learner that has nothing there divides nothing: all tokens alike.
             nothing = jnp.isneginf(sum_of_others)
-            others = self._others(vocab_size)[..., None]
+            others = self._others(vocab_size)[..., None]  # [B, T, 1], V - k or more
+            # [B, T, V]: the log of a token's share in the tail; of kept tokens it means nothing and
+            # is overwritten below.
             shares = jnp.where(nothing, -jnp.log(others), whole - sum_of_others)
+            # log-probability of the tail under the learner, [B, T].
             own = sum_of_others[..., 0] - jax.nn.logsumexp(whole, axis=-1)
             whole = self.tail_below(vocab_size, own)[..., None] + shares
         return jnp.put_along_axis(whole, ids, log_probs, axis=-1, inplace=False, mode="drop")
@@ -60,6 +63,7 @@ class TopK(NamedTuple):
         it is not given, as near to the `learner`'s as rounding leaves open."""
         kept = self.log_probs.astype(jnp.float32)
         epsilon = jnp.finfo(self.log_probs.dtype).eps
+        # The kept ones are rounded: the tail is something from left - epsilon to left (or epsilon).
         left = 1 - jnp.sum(jnp.exp(kept), axis=-1)
         # None of the others is likelier than the last that is kept.
         last = jnp.min(jnp.where(jnp.isneginf(kept), jnp.inf, kept), axis=-1)

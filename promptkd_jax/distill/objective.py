@@ -208,6 +208,7 @@ def student_gradients(
         weight = method.router_balance * scale * tokens
         d_states |= jax.tree.map(lambda x: weight * x, d_scores)
         loss, sums = loss + weight * balance, sums | {"router_balance": balance * tokens}
+    # One backward pass of the student for all terms on its rows.
     by_group["student"] = pullback((d_student, d_states))[0]
     # Plain text is another forward: rows of another shape, without a teacher as a rule.
     if micro_batch.corpus is not None:
@@ -233,7 +234,8 @@ def _student_grad_and_loss(
     """`grad_and_loss` for the student's distributions."""
     if step_models.frozen_student is None:
         return grad_and_loss(terms, observations, mask, lambda x: x, student, *observed)
-    # The head is frozen, and its gradient, as large as it is, not computed.
+    # The head is frozen, and its gradient, as large as it is, not computed. The pullback wants one:
+    # zeros, which it takes nowhere.
     d_hidden, loss, sums = grad_and_loss(
         terms, observations, mask, lambda h: student.replace(hidden=h), student.hidden, *observed
     )

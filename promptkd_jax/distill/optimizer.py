@@ -225,7 +225,7 @@ def accumulate(gradients_of: Callable[..., Gradients], micro_batches: Any) -> Gr
     Returns:
       Gradients with `loss` and `sums` stacked, `[G]`.
     """
-    first = jax.tree.map(lambda x: x[0], micro_batches)
+    first = jax.tree.map(lambda x: x[0], micro_batches)  # without the axis G
     # G = 1: no loop, so that XLA may fuse the backward pass with the update.
     if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
         gradients = gradients_of(*first)

@@ -148,11 +148,13 @@ def quantize(x: jax.Array, dtype: Any, threshold: jax.Array | float = 0.5) -> Qu
     the way to it. Of uint8, only 0 becomes 0: a second moment that vanishes beside a large one of
     its block would else make its parameter's next update as large as its gradient / 1e-8.
     """
-    blocks = _blocks(x)
+    blocks = _blocks(x)  # […, n / BLOCK, BLOCK]
     scales = jnp.max(jnp.abs(blocks), axis=-1)
     ratio = jnp.abs(blocks) / jnp.where(scales > 0, scales, 1.0)[..., None]
     top, octaves = _code(dtype)
     place = top + jnp.log2(ratio) * ((top - 1) / octaves)  # -inf of 0
+    # The two codes around a value; `ratio` decides between them, since `place` is a logarithm, and
+    # a mean over many roundings has to be right of the values themselves.
     below = jnp.clip(jnp.floor(place), 0, top - 1)
     low, high = _magnitude(below, dtype), _magnitude(below + 1, dtype)
     codes = below + (ratio - low > threshold * (high - low))
@@ -250,11 +252,12 @@ def scale_by_adafactor(
             return jax.lax.rsqrt(jnp.maximum(x, eps))
 
         def of_leaf(gradient, seen, second):
-            x = gradient.reshape(*seen.stack, *seen.shape)
+            x = gradient.reshape(*seen.stack, *seen.shape)  # [*stack, in, out], or [*stack, size]
             if seen.is_vector:
                 second = moved(second, gradient**2)
                 x *= inverse_root(second.reshape(x.shape))
             else:
+                # Sums over what is padded too, where gradients are 0, divided by what is not.
                 inputs, outputs = seen.own
                 second = Factors(
                     moved(second.rows, jnp.sum(x**2, -1) / outputs),
@@ -311,9 +314,10 @@ def scale_by_muon(
 
     def update(gradients, state, params=None):
         average = optax.tree.update_moment(gradients, state.mu, momentum, 1)
-        ahead = optax.tree.update_moment(gradients, average, momentum, 1)
+        ahead = optax.tree.update_moment(gradients, average, momentum, 1)  # Nesterov's
 
         def of_leaf(x, seen):
+            # Layers one after the other, the experts of each at once.
             orthogonal = orthogonalize
             for _ in seen.stack[1:]:
                 orthogonal = jax.vmap(orthogonal)
@@ -331,9 +335,12 @@ def scale_by_muon(
 def orthogonalize(x: jax.Array) -> jax.Array:
     """A matrix with the singular vectors of `x` `[m, n]` and singular values near 1 (0.7 to 1.2,
     those below a thousandth of the norm excepted): five Newton-Schulz iterations of degree 5."""
+    # The smaller of the two products of x with itself, [m, m] with m <= n.
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
 
+    # With x = U S V^T an iteration is U p(S) V^T, p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5, which
+    # brings what is between 0 and 1 near 1. The norm is at least the largest singular value.
     def iteration(_, x):
         gram = x @ x.T
         return 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

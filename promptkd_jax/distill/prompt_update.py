@@ -46,7 +46,7 @@ def prompt_weights(state: TrainState, method: Method) -> PromptWeights:
 
     "constant": `method.regularization`. "linear": that times 1 - k / total_steps (eq. 3).
     "adaptive": `state.regularization`, which an update moves, see `adapted`. In the steps of the
-    prompt's warm-up L_kd has none, and k and total_steps count from its end.
+    prompt's warm-up L_kd has none, "adaptive" rests, and k and total_steps count from its end.
     """
     number, warmup = method.num_micro_batches, method.prompt_warmup_steps
     kd = jnp.broadcast_to(jnp.where(state.step < warmup, 0.0, 1.0), (number,))
@@ -92,6 +92,8 @@ def with_prompt(
 
 def _prompt_of_student_loss(before: TrainState, after: TrainState, method: Method):
     """The soft prompt of the student's loss of each micro-batch, `[UG, M, D]`."""
+    # [UG]: published, each micro-batch trains the prompt and then the student, but the prompt moves
+    # when the last one has; so all others see the one before.
     is_last = jnp.arange(method.num_micro_batches) == method.num_micro_batches - 1
     fresh = is_last | (not method.conventions.stale_prompt)
 
@@ -113,6 +115,8 @@ def _plain_rows(
     method = step_models.method
     if not method.prompt_warmup_steps and not method.prompt_fallback:
         return None
+    # A value, not a branch of Python: the step is traced. `StepModels.teacher` runs no teacher that
+    # none of the rows wants.
     warming = state.step < method.prompt_warmup_steps
     if not method.prompt_fallback:
         return jnp.broadcast_to(warming, micro_batches.is_student.shape)
@@ -121,6 +125,7 @@ def _plain_rows(
         rows = micro_batch.references
         where = responses(rows, method.response_capacity)
         teacher = step_models.models.teacher, step_models.teacher_params(state.params)
+        # [B / UG, R] each: log p of the response's tokens.
         prompted, plain = (
             label_log_probs(
                 lazy_logits(*teacher, rows, where, method.vocab_size, prefix), where.labels

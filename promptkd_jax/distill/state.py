@@ -4,6 +4,7 @@ M soft-prompt tokens, D width, G micro-batches of one update, UG of a whole step
 minibatches.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from promptkd_jax.distill.methods.curriculum import (
+    Curriculum,
     InterpolationState,
     linear_share,
     next_interpolation,
@@ -133,6 +135,29 @@ def init_state(
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         interpolation=interpolation,
     )
+
+
+def curriculum(method: Method, state: TrainState) -> Curriculum:
+    """What changes in the student's loss from step to step, in the step after `state`.
+
+    Raises:
+      ValueError: an "adaptive" schedule without its state.
+    """
+    settings, share, own_rows = method.interpolation, None, jnp.ones(())
+    if settings.schedule == "linear":
+        share = linear_share(settings, state.step / method.total_steps)
+    elif settings.schedule == "adaptive":
+        if state.interpolation is None:
+            raise ValueError(
+                "interpolation.schedule = 'adaptive' needs init_state(…, "
+                "interpolation=first_interpolation(method.interpolation))"
+            )
+        share = state.interpolation.share
+    if method.row_weights == "rising":
+        own_rows = 1 + 0.5 * jnp.minimum(1.0, 2 * state.step / method.total_steps)
+    # [] -> [UG]: micro-batches are mapped and scanned over, and each has its own.
+    of_each = functools.partial(jnp.broadcast_to, shape=(method.num_micro_batches,))
+    return jax.tree.map(of_each, Curriculum(share, own_rows))
 
 
 def advance(state: TrainState, metrics: Metrics, method: Method) -> tuple[TrainState, Metrics]:

@@ -26,7 +26,6 @@ from promptkd_jax.distill import objective
 from promptkd_jax.distill.losses import losses, policy_gradient
 from promptkd_jax.distill.losses.chunked_loss import linear_values
 from promptkd_jax.distill.losses.transport import TokenKernel
-from promptkd_jax.distill.methods.curriculum import curriculum
 from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.micro_batches import (
     corpus_scale,
@@ -48,6 +47,7 @@ from promptkd_jax.distill.state import (
     TrainState,
     advance,
     apply_gradients,
+    curriculum,
 )
 from promptkd_jax.distill.targets import TargetBatch, row_statistics, target_rows
 from promptkd_jax.distill.teacher import Models, PromptedForward, StepModels, StudentForward
@@ -123,13 +123,16 @@ def train_step(
     else:
         targets, replay = _write(state, batch, step_models, state.step)
         new = state.replace(replay=replay)
-    # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
+    # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG. What all micro-batches
+    # share, the soft prompt and the schedules, stands there UG times: a scan takes slices of all.
     corpus = corpus if method.corpus_terms else None
     keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch, corpus)
     references = batch if method.prompt_fallback else None
     micro_batches = deal_out(targets, corpus, method, keys, references)
     metrics = _measure_rows(targets, micro_batches, new, method)
     micro_batches = micro_batches._replace(curriculum=curriculum(method, state))
+    # `new` goes from update to update; `state` is kept whole, for a step that is skipped, and for
+    # the soft prompt as it was.
     if method.updates_together:
         new, metrics = _update_together(new, micro_batches, metrics, step_models, optimizers)
         return _skip_if_not_finite(state, *advance(new, metrics, method))
@@ -139,6 +142,8 @@ def train_step(
         # The student learns from the prompt that was just updated, or from the plain teacher.
         micro_batches, metrics = with_prompt(state, new, micro_batches, metrics, step_models)
     if method.has_policy_gradient:
+        # [UG, B / UG, R] each, under the student as it sampled: later updates of the step, of other
+        # minibatches and passes, are measured against it.
         log_probs = functools.partial(_log_probs, state=new, step_models=step_models)
         log_probs = jax.lax.map(in_smallest_bucket(log_probs, method), micro_batches)
         micro_batches = micro_batches._replace(policy=_policy_targets(log_probs, method))
@@ -167,7 +172,7 @@ def _skip_if_not_finite(
     """The new state if losses and gradients are finite, else the old one; its step and counters
     move on in either case."""
     # A NaN in any gradient makes its norm NaN, so that the norms tell of all of them.
-    norms = jnp.stack(list(metrics.grad_norms.values()))
+    norms = jnp.stack(list(metrics.grad_norms.values()))  # [learners]
     finite = jnp.all(jnp.isfinite(metrics.losses["student"])) & jnp.all(jnp.isfinite(norms))
     # A select, not a branch: both states exist already, and a branch would wait for the CPU.
     next_state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
@@ -214,6 +219,7 @@ def _update_together(
         found = _teacher_gradients(
             params, micro_batch, scale, weights, step_models, student, prompted
         )
+        # With `prompt_lag` the student sees the prompt before its update, whose forward is there.
         if not method.prompt_lag:
             # There is one micro-batch, and so the teacher's whole gradient. It is applied here for
             # the student to see, and again below, which XLA may do but once.
@@ -242,7 +248,9 @@ def _accumulated(
 ) -> dict[str, Gradients]:
     """What `gradients_of` gives, by who learns, over all micro-batches, each in its bucket."""
 
-    def by_part(*inputs) -> Gradients:  # each part by who learns
+    # {who: Gradients} is turned to Gradients of {who: part}, which is what `accumulate` sums and
+    # stacks by its fields, and turned back behind it.
+    def by_part(*inputs) -> Gradients:
         found = gradients_of(*inputs)
         return Gradients(*({name: x[i] for name, x in found.items()} for i in range(3)))
 
@@ -279,9 +287,14 @@ def _learn_one(
     new_metrics = metrics.add(learner, gradients.loss, gradients.sums, norm)
     if learner != "prompt":
         return new, new_metrics
+    # The rest is of the prompt alone: its coefficient, and figures of its update.
     if method.regularization and method.regularization_schedule == "adaptive":
         kl = jnp.sum(gradients.sums["prompt_regularizer"]) / jnp.sum(metrics.counts)
-        new = new.replace(regularization=adapted(state.regularization, kl / method.target_kl))
+        # In a warm-up on L_reg alone its value says nothing of what it costs to keep it there.
+        warming = state.step < method.prompt_warmup_steps
+        coefficient = adapted(state.regularization, kl / method.target_kl)
+        coefficient = jnp.where(warming, state.regularization, coefficient)
+        new = new.replace(regularization=coefficient)
     scalars = prompt_scalars(state, new, method)
     return new, new_metrics._replace(scalars=metrics.scalars | scalars)
 
@@ -298,9 +311,13 @@ def _update_teacher(
 ) -> tuple[TrainState, Metrics]:
     """P <- P - eta grad [L_kd + alpha_k L_reg]; or mutual learning (Zhang et al. 2018, arXiv
     1706.00384): the teacher learns from the student, which then learns from what the teacher has
-    become."""
+    become.
+
+    With `prompt_updates` the metrics are means over these."""
     method = step_models.method
 
+    # The carry of the scan is the whole state, so that momentum and an adaptive coefficient move
+    # with each update; the rows, and the student on them, are the same in all.
     def update(state: TrainState, _=None):
         def gradients_of(micro_batch: MicroBatch, scale, weights: PromptWeights):
             return _teacher_gradients(state.params, micro_batch, scale, weights, step_models)
@@ -400,6 +417,7 @@ def _update_student(
         new = apply_gradients(state, gradients.by_group, optimizers)
         return new, (gradients.loss, gradients.sums, norm)
 
+    # Micro-batch u G + g of a step is the g-th of its minibatch u.
     def split(x):  # [UG, …] -> [U, G, …]
         return x.reshape(
             method.minibatches, method.execution.gradient_accumulation_steps, *x.shape[1:]

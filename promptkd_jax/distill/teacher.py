@@ -227,6 +227,7 @@ class StepModels:
             seen, states = self._see(self.models.teacher, teacher, rows, prefix, self._taps[1])
             return seen.hidden, states
 
+        # Both branches of a `cond` give the same shapes, which do not depend on the prefix.
         nothing = jax.tree.map(
             lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(lambda: see(None))
         )
@@ -273,6 +274,7 @@ class StepModels:
         if not self.drops:
             return None
 
+        # A key of its own for the rows and for the corpus, whose row numbers are the same.
         def keys(batch: Batch | None, place: int):
             of_all = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), place)
             return batch and row_keys(of_all, np.arange(batch.lengths.shape[0]))
@@ -294,7 +296,8 @@ class StepModels:
         return student.config.dropout != Dropout() or bool(lora and lora.dropout)
 
     def mixture_model(self, params: Mapping[str, Any]) -> SamplingModel | None:
-        """The teacher, where it writes rollouts together with the student."""
+        """The teacher, where it writes rollouts together with the student: as it is, whatever view
+        the losses have of it."""
         if not self.method.teacher_writes_along:
             return None
         return SamplingModel(self.models.teacher, self.teacher_params(params))

@@ -28,10 +28,11 @@ class MicroBatch(NamedTuple):
     """The inputs of the losses of one micro-batch.
 
     `is_student` `[B]` says which rows the student wrote, `corpus` are rows of plain text,
-    `references` the data's own rows to the same prompts, `soft_prompt` `[M, D]` is the one of the
-    student's loss, `plain_rows` `[B]` the rows that are learned without it, `policy` the advantages
-    of sampled tokens, `dropout_keys` `[B]` those of the student's own update, of the rows and of
-    the corpus, `curriculum` what changes in the student's loss from step to step, `[]` each.
+    `references` the data's own rows to the same prompts, `soft_prompt`, `[M, D]` or gated, the one
+    of the student's loss, `plain_rows` `[B]` the rows that are learned without it, `policy` the
+    advantages of sampled tokens, `dropout_keys` `[B]` those of the student's own update, of the
+    rows and of the corpus, `curriculum` what changes in the student's loss from step to step, `[]`
+    each.
     """
 
     rows: Batch
@@ -79,6 +80,7 @@ def student_terms(
         ("", own, of_own, method.student_terms),
         ("off_policy_", ~own, 2 - of_own, method.off_policy_terms),
     ):
+        # [B] -> [B, R]: the chunked loss cuts by position, and so whatever a term reads.
         counts = jnp.broadcast_to(counts[:, None], shape)
         for name, weight in named:
             function, target, weight = term(name, weight * share)
@@ -114,6 +116,8 @@ def _student_term(
     temperatures = method.temperature, method.student_temperature
     if name == TRANSPORT:
         return Term(_transport(method), (teacher, step_models.token_kernel), weight)
+    # From the inside out: the divergence at its temperatures, the weight of a position, the moving
+    # target. So weights are of logits at no temperature, and of the mixture where there is one.
     function = losses.tempered(losses.divergence(name), *temperatures)
     function = losses.weighted(function, method.token_weighting)
     if method.interpolation.schedule == "none":

@@ -33,7 +33,10 @@ def interleaved(first: Logits, second: Logits, top_k: int) -> Logits:
     second model as the last of S are in it. With all tokens in S it is the first model alone.
     """
     log_q, log_p = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
+    # S by a threshold, the last of the top_k log-probabilities [Q, 1].
     last = jax.lax.top_k(log_p, min(top_k, log_p.shape[-1]))[0][..., -1:]
     accepted = log_p >= last
+    # log(1 - q(S)) as the sum of what is outside: 1 - q(S) would be 0 by rounding where q(S) is
+    # near 1. Of all tokens in S it is -inf, and the second summand vanishes.
     log_rejected = jax.nn.logsumexp(jnp.where(accepted, -jnp.inf, log_q), axis=-1, keepdims=True)
     return jnp.logaddexp(jnp.where(accepted, log_q, -jnp.inf), log_rejected + log_p)

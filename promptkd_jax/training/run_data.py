@@ -82,7 +82,7 @@ def training_records(config: RunConfig, *, quiet: bool = False) -> Iterator[Reco
     """Yields the records of each source of the training data, to be read; `quiet`: without a word
     about what reading leaves out."""
     data, need = config.data, "nothing"
-    if any(stage.reads_responses for stage in config.stages):
+    if any(stage.needs_responses for stage in config.stages):
         need = "response" if data.supervise == "last" else "some response"
     for source, _ in data.train_sources:
         how = dict(split=data.train_split, format=data.format, columns=data.columns)

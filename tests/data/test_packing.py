@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from promptkd_jax.data.batch import responses
 from promptkd_jax.data.batches import collate, stream, train_batches
 from promptkd_jax.data.packing import Packing, pack_batch, packed_places
 from promptkd_jax.data.rows import Rows
@@ -52,6 +53,18 @@ def test_segments_are_the_rows_with_what_is_said_of_them():
         together = np.concatenate(begins)
         np.testing.assert_array_equal(packed.cached.ids[place, : len(together)], together)
     assert packed.cached.tail.shape == (2, 15)
+
+
+def test_what_is_cached_stays_with_its_token_where_whole_rows_are_supervised():
+    """Of a row's first token, which nothing predicts, nothing is cached."""
+    batch = collate(rows([7, 4, 9, 3]), [0, 1, 2, 3], length=16)
+    batch = batch._replace(supervised=np.ones((4, 16), bool))
+    ids = np.asarray(responses(batch, 15).labels)[..., None]  # the label itself is kept
+    packed = pack_batch(batch._replace(cached=TopK(ids, 0.0 * ids)), 2, capacity=15)
+    where = responses(packed, 15)
+    counts = np.asarray(where.mask) > 0
+    assert counts.sum() == 6 + 3 + 8 + 2
+    np.testing.assert_array_equal(packed.cached.ids[counts][:, 0], where.labels[counts])
 
 
 def test_a_step_has_the_rows_that_it_has_unpacked():

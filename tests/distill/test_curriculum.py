@@ -20,12 +20,11 @@ from helpers.steps import (
 
 from promptkd_jax.distill.methods.curriculum import (
     Interpolation,
-    curriculum,
     first_interpolation,
     linear_share,
     next_interpolation,
 )
-from promptkd_jax.distill.state import summarize
+from promptkd_jax.distill.state import curriculum, summarize
 from promptkd_jax.distill.targets import target_rows
 
 # TAID

@@ -1,15 +1,14 @@
 """Rules that keep a soft prompt from harm: each is what its formula says, in one train step.
 
-Models are tiny and random, the optimizer is SGD, whose update is the gradient times the rate.
+Models are tiny and random, those of `helpers.methods`; gradients are the first traces of momentum.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from helpers import methods
+from helpers.methods import gradient, update
 from helpers.steps import (
     ON_POLICY,
     STUDENT,
@@ -21,43 +20,22 @@ from helpers.steps import (
     kl,
     log_probs,
     method,
-    random_params,
     supervised,
     teacher_params,
 )
 
-from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.soft_prompt import zero_gated
-from promptkd_jax.distill.state import Optimizers, TrainState, init_state, summarize
-from promptkd_jax.distill.step import train_step
-from promptkd_jax.distill.teacher import Models, lazy_logits
+from promptkd_jax.distill.state import TrainState, summarize
+from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 
-RATE = 0.5
-OPTIMIZERS = Optimizers(optax.sgd(RATE), optax.sgd(RATE))
+RATE, MOMENTUM = 0.5, 0.9  # of the prompt's updates
 VECTORS = np.random.default_rng(2).normal(0, 0.5, (3, 32)).astype(np.float32)
 
 
-def state(soft_prompt=VECTORS, step: int = 0) -> TrainState:
-    params = {"student": random_params(STUDENT.config, 22), "soft_prompt": soft_prompt}
-    made = init_state(jax.tree.map(jnp.asarray, params), OPTIMIZERS, jax.random.key(4))
-    return made.replace(step=jnp.full((), step, jnp.int32))
-
-
-@functools.cache
-def compiled(method: Method):
-    models = Models(STUDENT, TEACHER)
-    return jit(functools.partial(train_step, method=method, models=models, optimizers=OPTIMIZERS))
-
-
-def update(method: Method, before: TrainState):
-    return compiled(method)(before, teacher_params(), batch())
-
-
-def gradient(before, after):
-    """That SGD has followed."""
-    return jax.tree.map(lambda a, b: (a - b) / RATE, before, after)
+def begin(soft_prompt=VECTORS, step: int = 0) -> TrainState:
+    return methods.begin(step, soft_prompt=jax.tree.map(jnp.asarray, soft_prompt))
 
 
 # The dense definitions
@@ -69,12 +47,9 @@ def dense_teacher(prefix):
     return log_probs(TEACHER, teacher_params(), batch().tokens, prefix)
 
 
-@jit
-@jax.grad
 def dense_student(student, teacher):
     """The gradient of KL(q || teacher), the mean over response tokens."""
-    learner = log_probs(STUDENT, student, batch().tokens)
-    return (supervised(batch()) * kl(learner, teacher)).sum() / supervised(batch()).sum()
+    return methods.dense_student(student, target=teacher, reverse=1)[1]
 
 
 @jit
@@ -100,7 +75,7 @@ def likelihoods(prefix) -> np.ndarray:
 
 
 def test_gates_of_0_are_the_plain_teacher_and_open_where_that_helps():
-    before = state(zero_gated(TEACHER, jnp.asarray(VECTORS)))
+    before = begin(zero_gated(TEACHER, jnp.asarray(VECTORS)))
     after, metrics = update(method(), before)
     assert abs(metrics.sums["prompt_regularizer"]).max() < 1e-5
     assert_close(metrics.sums["kl_prompted"], metrics.sums["kl_plain"])
@@ -126,36 +101,45 @@ def test_a_model_of_functions_has_no_gates():
 
 def test_a_prompt_warms_up_on_the_regularizer_while_the_student_has_the_plain_teacher():
     warm = method(prompt_warmup_steps=2)
-    before = state(step=1)
+    before = begin(step=1)
     after, metrics = update(warm, before)
     expected = dense_prompt(VECTORS, before.student, 0.0, 1.0)
-    assert_close(gradient(before.soft_prompt, after.soft_prompt), expected)
+    assert_close(gradient(after, "soft_prompt"), expected)
     plain = dense_student(before.student, dense_teacher(None))
-    assert_close(gradient(before.student, after.student), plain)
+    assert_close(gradient(after), plain)
     assert summarize(metrics)["plain_share"] == 1
 
-    before = state(step=2)  # the first of the two behind it: alpha = 1 - 1 / 2
+    before = begin(step=2)  # the first of the two behind it: alpha = 1 - 1 / 2
     after, metrics = update(warm, before)
     expected = dense_prompt(VECTORS, before.student, 1.0, 0.5)
-    assert_close(gradient(before.soft_prompt, after.soft_prompt), expected)
+    assert_close(gradient(after, "soft_prompt"), expected)
     prompted = dense_student(before.student, dense_teacher(after.soft_prompt))
-    assert_close(gradient(before.student, after.student), prompted)
+    assert_close(gradient(after), prompted)
     found = summarize(metrics)
     assert (found["plain_share"], found["regularization_weight"]) == (0, 0.5)
+
+
+def test_an_adaptive_coefficient_rests_while_the_prompt_warms_up():
+    """Else a loss of L_reg alone, which falls below the target, would have worn it away."""
+    warm = method(prompt_warmup_steps=2, regularization_schedule="adaptive", target_kl=100.0)
+    for step, expected in [(1, 1.0), (2, 0.98)]:  # far below the target: as low as it may fall
+        after, _ = update(warm, begin(step=step))
+        assert_close(after.regularization, expected)
 
 
 # Several updates of the prompt
 
 
 def test_the_student_learns_behind_the_last_of_several_updates():
-    before = state()
+    before = begin()
     after, metrics = update(method(prompt_updates=3), before)
-    expected = VECTORS
+    expected, trace = VECTORS, 0
     for _ in range(3):
-        expected = expected - RATE * dense_prompt(expected, before.student, 1.0, 0.75)
+        trace = MOMENTUM * trace + dense_prompt(expected, before.student, 1.0, 0.75)
+        expected = expected - RATE * trace
     assert_close(after.soft_prompt, expected, 1e-5)
     prompted = dense_student(before.student, dense_teacher(after.soft_prompt))
-    assert_close(gradient(before.student, after.student), prompted, 1e-5)
+    assert_close(gradient(after), prompted, 1e-5)
     assert metrics.losses["prompt"].shape == (1,)
 
 
@@ -164,17 +148,17 @@ def test_the_student_learns_behind_the_last_of_several_updates():
 
 def test_rows_of_which_the_prompt_makes_the_answer_less_likely_have_the_plain_teacher():
     falls_back = method(prompt_fallback=True, gradient_accumulation_steps=2)
-    before = state()
+    before = begin()
     after, metrics = update(falls_back, before)
     worse = likelihoods(after.soft_prompt) < likelihoods(None)
     assert 0 < worse.sum() < 4, "there are rows of both kinds"
     teacher = jnp.where(worse[:, None, None], dense_teacher(None), dense_teacher(after.soft_prompt))
-    assert_close(gradient(before.student, after.student), dense_student(before.student, teacher))
+    assert_close(gradient(after), dense_student(before.student, teacher))
     assert_close(summarize(metrics)["plain_share"], worse.mean())
 
 
 def test_what_the_student_wrote_is_judged_by_the_answer_to_its_prompt():
-    after, metrics = update(changed(ON_POLICY, prompt_fallback=True, response_capacity=11), state())
+    after, metrics = update(changed(ON_POLICY, prompt_fallback=True, response_capacity=11), begin())
     worse = likelihoods(after.soft_prompt) < likelihoods(None)
     assert_close(summarize(metrics)["plain_share"], worse.mean())
 

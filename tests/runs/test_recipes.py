@@ -662,6 +662,17 @@ IMPOSSIBLE = {
         stage("distillm2", student_terms=(CE, ("reverse_kl", 1.0))),
         ["stages[0].student_terms: cross_entropy counts rows that the student did not write"],
     ),
+    "a moving target of tokens": (
+        stage("sft", interpolation=dict(schedule="linear")),
+        ["stages[0].interpolation.schedule: 'linear' moves the target of divergences"],
+    ),
+    "weights and a temperature of tokens": (
+        stage("sft", token_weighting="teacher_confidence", temperature=2.0),
+        [
+            "stages[0].token_weighting: 'teacher_confidence' is of divergences",
+            "stages[0].temperature: 2.0 is of divergences",
+        ],
+    ),
     "a share that falls": (
         stage("taid", interpolation=dict(schedule="adaptive", start=0.9, end=0.5)),
         ["stages[0].interpolation.start: 0.9 is above end = 0.5"],
@@ -717,6 +728,14 @@ IMPOSSIBLE = {
     "packed rows, relations": (
         stage("kd", packed_rows=2, hidden_terms=(hidden_term("relation"),)),
         ["stages[0].packed_rows: a 'relation' of hidden_terms compares a token with all before"],
+    ),
+    "packed rows that fall back": (
+        stage("promptkd", targets="gold", prompt_fallback=True, packed_rows=2),
+        ["stages[0].prompt_fallback: chooses the teacher of a row, and packed_rows = 2 has"],
+    ),
+    "a fallback on what the teacher wrote": (
+        stage("promptkd", targets="teacher", prompt_fallback=True),
+        ["stages[0].prompt_fallback: compares the two teachers on the data's responses, but with"],
     ),
     "more packed rows than rows": (
         stage("kd", packed_rows=6, gradient_accumulation_steps=4),
@@ -821,6 +840,14 @@ def test_an_impossible_combination_is_refused_with_the_reason(config, combinatio
         assert f"config.{message}" in found, found
 
 
+def test_packed_rows_behind_gates_are_refused_before_anything_is_loaded(config):
+    config.soft_prompt.gated = True
+    config.stages = (stage("promptkd", targets="gold", packed_rows=2),)
+    assert "config.stages[0].packed_rows: 2, but a gated soft prompt can" in refused(config)
+    config.stages[0].packed_rows = 0
+    checked(config)
+
+
 @pytest.mark.parametrize(
     "changes, title",
     [
@@ -849,9 +876,11 @@ def test_answers_that_no_method_reads_need_not_be_there(models, tmp_path):
     config = short(models, stage("gkd"))
     config.data.train = str(bare)
     assert prepare(config, tmp_path / "own").stages[0].method.on_policy_share == 1
-    config.stages = (stage("gkd", on_policy_share=0.9),)
-    with pytest.raises(DataError, match="requests.jsonl:1, 2, .*: field 'output' is missing"):
-        prepare(config, tmp_path / "mixed")
+    fallback = stage("promptkd", prompt_fallback=True)  # which judges by the data's answers
+    for other in (stage("gkd", on_policy_share=0.9), fallback):
+        config.stages = (other,)
+        with pytest.raises(DataError, match="requests.jsonl:1, 2, .*: field 'output' is missing"):
+            prepare(config, tmp_path / other.name)
 
 
 def test_without_data_there_are_no_gold_answers(config):
@@ -863,6 +892,8 @@ def test_without_data_there_are_no_gold_answers(config):
     assert len(found.splitlines()) == 2
     config.stages = (stage("imitkd", teacher_view="in_context"),)
     assert "config.in_context: demonstrations are gold responses" in refused(config)
+    config.stages = (stage("promptkd", prompt_fallback=True),)
+    assert "config.stages[0].prompt_fallback: compares the two teachers on gold" in refused(config)
     config.stages = (stage("seqkd"), stage("gkd"))  # whose rows are all the student's
     checked(config)  # the dev set is a file, with gold answers
     config.data.dev = "teacher"

@@ -70,6 +70,7 @@ def akl(target: Logits, learner: Logits, mass: float = 0.5) -> PerPosition:
     head = ~jnp.isneginf(keep_top_p(jax.lax.stop_gradient(log_p), mass))
     gap = jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
     of_head, of_all = jnp.sum(jnp.where(head, gap, 0), axis=-1), jnp.sum(gap, axis=-1)
+    # The gap is 0 only where both are equal: then both directions are 0 too, whatever h is.
     h = jnp.where(of_all == 0, 0.5, of_head / jnp.where(of_all == 0, 1.0, of_all))
     h = jax.lax.stop_gradient(h)
     return h * kl(log_p, log_q) + (1 - h) * kl(log_q, log_p)
@@ -104,6 +105,7 @@ def csd(
     log_p, log_q = log_pair(target, learner)
     d = log_ratio(log_q, log_p)
     possible = ~(jnp.isneginf(log_p) & jnp.isneginf(log_q))
+    # log-weights [..., V], up to a constant; a token that neither can say has none of the uniform.
     of = {
         "learner": log_q / temperature,
         "target": log_p / temperature,

@@ -133,6 +133,7 @@ def linear_loss(
     chunk = min(max(chunk, 1), mask.shape[1])
     constants = jax.lax.stop_gradient((tuple(targets), mask, weights))
     functions = _Functions(tuple(terms), tuple(observe), order, tree)
+    # Of sums no gradient is wanted: so the backward pass has one cotangent, a scalar.
     loss, sums = _linear_loss(functions, chunk, learner, *constants)
     return loss, jax.lax.stop_gradient(sums)
 
@@ -250,6 +251,7 @@ def _block_loss(functions: _Functions, learner: LazyLogits, targets, mask, weigh
     def total(values):
         return jnp.sum(counted(_per_position(values, mask.shape)) * mask)
 
+    # Each different target once, [B, chunk, V]; `order` and `tree` put it where it was given.
     parts, join = _sequences(targets)
     logits = learner.replace(hidden=counted(learner.hidden)).logits()
     different = _references(join(jax.tree.map(counted, parts)))
@@ -346,6 +348,8 @@ def _scan_filled(body, carry, xs: tuple, chunk: int, like: jax.Array | None = No
       (carry, the outputs of all blocks put together, with zeros behind the last).
     """
     *_, mask = xs
+    # [], of the fullest device: all go through as many blocks. It is known at run time alone, so
+    # that this is no `scan`, and outputs are written into `whole` block by block.
     filled = jnp.max(jnp.where(mask != 0, jnp.arange(1, mask.shape[1] + 1), 0))
     blocks = _blocks(xs, chunk)
     whole = None if like is None else _blocks(jnp.zeros_like(like), chunk)

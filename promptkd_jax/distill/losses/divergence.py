@@ -190,6 +190,7 @@ def log_mixture(
       log_p, log_q: log-probabilities `[..., V]`.
       share: of p, between 0 and 1.
     """
+    # With e = (1 - alpha) / 2 the powers are p^e and q^e; e < 0 where alpha > 1.
     # In logarithms throughout: p and q themselves are 0 in float32 from log-probability -104 on.
     e = (1 - alpha) / 2
     nowhere = jnp.isneginf(log_p), jnp.isneginf(log_q)

@@ -118,6 +118,7 @@ def check_values(
         # What is constant can be seen within a `jax.jit` too, which would trace its sum.
         with jax.ensure_compile_time_eval():
             if isinstance(target, TopK):
+                # Filler of -inf stands for no token, and its id may be anything.
                 counts, log_probs = jnp.asarray(mask) != 0, jnp.asarray(target.log_probs)
                 _check_log_probs(name, log_probs.astype(jnp.float32), counts)
                 listed = counts[..., None] & ~jnp.isneginf(log_probs)

@@ -97,17 +97,13 @@ def token_kernel(embeddings: Floats[Array, "V D"], settings: Transport) -> Token
     vocab_size = x.shape[0]
     number, block = min(settings.neighbours, vocab_size - 1), min(512, vocab_size)
 
-    @jax.jit
-    def nearest(first):  # [] -> cosines and ids [block, number]
-        near = jax.lax.dynamic_slice_in_dim(x, first, block) @ x.T
-        own = first + jnp.arange(block)
-        return jax.lax.top_k(near.at[jnp.arange(block), own].set(-jnp.inf), number)
-
     entries: list[dict[int, float]] = [{} for _ in range(vocab_size)]  # of each row, by column
     for first in range(0, vocab_size, block):
         first = min(first, vocab_size - block)  # the last block may overlap the one before it
-        cosines, ids = map(np.asarray, nearest(first))
+        cosines, ids = map(np.asarray, _nearest(x, first, block, number))  # [block, number]
         values = np.minimum((cosines.astype(np.float64) - 1) / settings.epsilon, 0)
+        # Either of a pair may have the other among its nearest: the larger entry of both counts, so
+        # that K is symmetric, as potentials of r to p and of p to r must have one K.
         live = values > np.log(np.finfo(np.float32).smallest_subnormal)
         for row, place in zip(*np.nonzero(live)):
             i, j, value = first + int(row), int(ids[row, place]), float(values[row, place])
@@ -115,11 +111,24 @@ def token_kernel(embeddings: Floats[Array, "V D"], settings: Transport) -> Token
     return TokenKernel(_grouped(entries), vocab_size)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _nearest(x: jax.Array, first: int, block: int, number: int) -> tuple[jax.Array, jax.Array]:
+    """The cosines and ids `[block, number]` of the tokens nearest to each of those from `first` on,
+    without itself; x `[V, D]`, of length 1 each."""
+    # In all digits of float32. By default a GPU multiplies in TF32 and a TPU in bfloat16, with
+    # errors of 1e-3 and more: at epsilon 0.001, a factor of e in the kernel.
+    rows = jax.lax.dynamic_slice_in_dim(x, first, block)
+    near = jnp.matmul(rows, x.T, precision="highest")
+    own = first + jnp.arange(block)
+    return jax.lax.top_k(near.at[jnp.arange(block), own].set(-jnp.inf), number)
+
+
 def _grouped(entries: Sequence[Mapping[int, float]]) -> tuple[Neighbours, ...]:
     """The rows of a kernel that have entries, up to 1, 2, 4, … of them in one group."""
     groups = {}
     for i, row in enumerate(entries):
         if row:
+            # 1, 2, 3 to 4, 5 to 8, …: filled up, at most half of a row is empty.
             groups.setdefault(1 << (len(row) - 1).bit_length(), []).append(i)
     made = []
     for width, ids in sorted(groups.items()):
@@ -150,10 +159,13 @@ def transport(
     """
     log_p, log_q = log_pair(target, learner)
     log_r = log_probs(log_mixture(log_p, log_q, settings.share, settings.alpha))
+    # Logarithms from here on, and potentials are constants: by the envelope theorem the derivative
+    # by r is f - f_rr as if neither depended on r, so that nothing is kept of the iterations.
     p, r = jax.lax.stop_gradient((log_p, log_r))
     apply = functools.partial(_log_product, kernel)
     of_r = _self_potential(apply, r, settings.iterations)
     if settings.form == "released":
+        # The scaling of the released code is u = r e^f, and its logarithm is taken for f.
         f = _alternating(apply, p, r, settings.iterations) + finite_log(r)
         constant = 0.0
     else:
@@ -168,8 +180,12 @@ def _sum(log_p: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isneginf(log_p), 0.0, x), axis=-1)
 
 
-# Potentials are in units of epsilon. Each loop is one fixed number of turns, so that every
-# position costs the same.
+# Potentials are in units of epsilon, p, r and g logarithms or potentials [..., V] of one position:
+#
+#     f = -log K (p e^g)    is    -apply(p + g)        g = -log K (r e^f)    is    -apply(r + f)
+#
+# Each loop is one fixed number of turns, so that every position costs the same, and `_averaged`
+# moves half a step, since f and g that are replaced at once go round in circles of two.
 
 
 def _alternating(apply: Any, p: jax.Array, r: jax.Array, iterations: int) -> jax.Array:
@@ -201,7 +217,8 @@ def _self_potential(apply: Any, p: jax.Array, iterations: int) -> jax.Array:
 
 def _log_product(kernel: TokenKernel, x: jax.Array) -> jax.Array:
     """log(K e^x) `[..., V]` of x `[..., V]`, where the logarithm of 0 counts as 0."""
-    product = x  # of tokens that are alone
+    # (K e^x)_i = e^x_i + sum_j K_ij e^x_j, the diagonal being 1; of tokens alone the first summand.
+    product = x
     for ids, columns, log_entries in kernel.groups:
         others = x[..., columns] + log_entries  # [..., n, w]
         both = jnp.concatenate([x[..., ids][..., None], others], axis=-1)

@@ -5,7 +5,7 @@ V vocabulary, B rows, R response positions, UG micro-batches of a step.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -75,6 +75,7 @@ def next_interpolation(
     """
     fall = (state.loss - loss) / (state.loss + 1e-15)
     fall = settings.momentum * state.fall + (1 - settings.momentum) * fall
+    # Of the first step inf: NaN above, selected away here, as is what it would have moved.
     fall = jnp.where(jnp.isinf(state.loss), state.fall, fall)  # nothing yet to compare with
     step = settings.rate * jax.nn.sigmoid(fall) * (1 - state.share)
     step = jnp.where(jnp.isinf(state.loss), 0.0, step)
@@ -85,33 +86,10 @@ def next_interpolation(
 class Curriculum(NamedTuple):
     """The values of a step, for each of its micro-batches `[UG]`: the teacher's share in the moving
     target, `interpolation` (None: there is none), and the weight of rows that the student wrote,
-    `own_rows`."""
+    `own_rows`. See `state.curriculum`."""
 
     interpolation: jax.Array | None
     own_rows: jax.Array
-
-
-def curriculum(method: Any, state: Any) -> Curriculum:
-    """The `Curriculum` of a step of a `Method`, from the `TrainState` before it.
-
-    Raises:
-      ValueError: an "adaptive" schedule without its state.
-    """
-    settings, step, share = method.interpolation, state.step, None
-    if settings.schedule == "linear":
-        share = linear_share(settings, step / method.total_steps)
-    elif settings.schedule == "adaptive":
-        if state.interpolation is None:
-            raise ValueError(
-                "interpolation.schedule = 'adaptive' needs init_state(…, "
-                "interpolation=first_interpolation(method.interpolation))"
-            )
-        share = state.interpolation.share
-    own_rows = jnp.ones(())
-    if method.row_weights == "rising":
-        own_rows = 1 + 0.5 * jnp.minimum(1.0, 2 * step / method.total_steps)
-    made = Curriculum(share, own_rows)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (method.num_micro_batches,)), made)
 
 
 def linear_share(settings: Interpolation, progress: jax.Array) -> jax.Array:
@@ -125,7 +103,7 @@ def interpolated(function: Divergence) -> Divergence:
 
     def interpolated_divergence(target, learner):
         target, share = target
-        log_p, log_q = log_pair(target, learner)
+        log_p, log_q = log_pair(target, learner)  # [..., V]; the share is one number a position
         mixture = log_mixture(log_p, log_q, share[..., None], 1)
         return function(jax.lax.stop_gradient(mixture), learner)
 

@@ -58,7 +58,8 @@ class Method(Objective):
     """A distillation method on rows of a certain size; hashable, a static argument of `jax.jit`.
 
     Attributes:
-      total_steps: steps of the stage, for the schedules of the regularization and of the replay.
+      total_steps: steps of the stage, for all that changes with them: the regularization, replay,
+        a moving target, the weights of rows.
       response_capacity: R, the most response tokens of a row.
       prompt_capacity: X, the most tokens of a prompt.
       vocab_size: V, tokens that teacher and student share.

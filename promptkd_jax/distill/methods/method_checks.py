@@ -69,7 +69,7 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
 
 
 def _about_rows(method: Objective, names: list[str]) -> list[str]:
-    messages = []
+    messages, of_rows = [], {*names, *(name for name, _ in method.off_policy_terms)}
     if method.off_policy_terms and not (method.source.on_policy and method.others_write):
         messages.append(
             f"off_policy_terms: tell rows that the student wrote from others, and targets = "
@@ -91,6 +91,19 @@ def _about_rows(method: Objective, names: list[str]) -> list[str]:
             f"interpolation.schedule: {method.interpolation.schedule!r} mixes teacher and student "
             f"by steps, {TRANSPORT} by transport.share; expected 'none'"
         )
+    own_targets = {CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT}
+    if method.interpolation.schedule != "none" and not of_rows - own_targets:
+        messages.append(
+            f"interpolation.schedule: {method.interpolation.schedule!r} moves the target of "
+            f"divergences, and {', '.join(names)} is none; expected 'none', or a divergence"
+        )
+    # Which change what a divergence says of a position, and nothing else.
+    for name, default in (("token_weighting", "uniform"), ("temperature", 1.0)):
+        if (chosen := getattr(method, name)) != default and of_rows == {CROSS_ENTROPY}:
+            messages.append(
+                f"{name}: {chosen!r} is of divergences from the teacher, and student_terms have "
+                f"{CROSS_ENTROPY} alone; expected {default!r}"
+            )
     return messages
 
 
@@ -118,6 +131,17 @@ def _about_soft_prompt(method: Objective, execution: Execution) -> list[str]:
         messages.append(
             "prompt_fallback: compares the two teachers on the data's responses to the prompts of "
             f"a step, but with {name} its rows are of other prompts; expected False"
+        )
+    if method.prompt_fallback and method.source.teacher_writes:
+        messages.append(
+            "prompt_fallback: compares the two teachers on the data's responses, but with targets "
+            f"= {method.targets!r} those of its rows are the teacher's; expected False, or 'gold', "
+            "'student' or 'mixed' as targets"
+        )
+    if method.prompt_fallback and execution.packed_rows:
+        messages.append(
+            "prompt_fallback: chooses the teacher of a row, and packed_rows = "
+            f"{execution.packed_rows} has several rows of the data in one; expected False, or 0"
         )
     return messages
 

@@ -229,6 +229,11 @@ class Objective:
         return self.source.reads_responses and not never
 
     @property
+    def needs_responses(self) -> bool:
+        """Whether the data's own responses are looked at: as rows, or by `prompt_fallback`."""
+        return self.reads_responses or self.prompt_fallback
+
+    @property
     def others_write(self) -> bool:
         """Whether rows may be of another than the student."""
         return self.reads_responses or self.source.teacher_writes
@@ -261,8 +266,9 @@ class Objective:
 class Execution:
     """The execution of a step: its speed and memory, not its result.
 
-    The result is the same up to rounding, except with `one_step_off_policy`, and with those
-    published conventions that make micro-batches differ. `Method` checks the values.
+    The result is the same up to rounding, except with `one_step_off_policy`, with those published
+    conventions that make micro-batches differ, and for the draws of dropout in packed rows, which
+    are of their columns. `Method` checks the values.
     """
 
     gradient_accumulation_steps: int = field(

@@ -166,8 +166,8 @@ def attend_to_cache(
       soft_cap, sinks: as for `attend`.
       bias: `[N, S]`, added to the scores, behind the soft cap; None: nothing.
     """
-    # G heads lie beside one another, C times. A query of one of them is 0 for the others, so that
-    # one product is that of all, and of what comes out its own part is taken:
+    # G heads lie beside one another, C = K / G times. A query of one of them is 0 for the others,
+    # so that one product is that of all, and of what comes out its own part is taken:
     #
     #     queries of head 0    q q . .      q is [N / K, H], . are zeros
     #     queries of head 1    . . q q
@@ -180,6 +180,8 @@ def attend_to_cache(
     query = jnp.where(own, jnp.concatenate([query] * beside, axis=-1), 0)
     key, value = (x.astype(query.dtype) for x in (cache.key, cache.value))
     scores = jnp.einsum("bcnj,bcsj->bcns", query, key, preferred_element_type=jnp.float32)
+    # A scale belongs to all H numbers of a key: it multiplies the product, not the key. Likewise
+    # below, where the values' scales multiply the shares that weigh them.
     scores = _times(scores * head_dim**-0.5, cache.key_scale)
     bias = None if bias is None else bias.reshape(scores.shape[1:])
     shares = _shares(scores, seen[:, None, None], sinks, soft_cap, bias)
@@ -271,6 +273,7 @@ def _in_parts(
     parts = []  # [B, K, N / K, size, H] each
     for begin in range(0, columns, size):
         end = min(begin + size, columns)
+        # The first query of a stripe sees the fewest: whatever is before its window, no other sees.
         first = 0 if sliding_window is None else max(0, begin + 1 - sliding_window)
         seen = _seen(jnp.arange(begin, end), jnp.arange(first, end), sliding_window)
         if segment_ids is not None:  # [B, size, S] as [B, 1, 1, size, S]
@@ -278,6 +281,7 @@ def _in_parts(
             seen = (seen & same)[:, None, None]
         seen_keys = key[:, :, first:end], value[:, :, first:end]
         queries = query[:, :, :, begin:end]
+        # [B, N, size, end] as the scores are, [B, K, N / K, size, end - first].
         kept = drop and drop(begin, end)[..., first:].reshape(*queries.shape[:4], -1)
         parts.append(_weigh(queries, *seen_keys, seen, sinks, soft_cap, kept))
     attended = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)  # [B, T, K, N / K, H]
@@ -306,7 +310,7 @@ def _shares(scores, seen, sinks, soft_cap: float | None, bias=None) -> jax.Array
     """The softmax of scores `[B, K, N / K, …, S]` over the columns that are `seen`."""
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    if bias is not None:
+    if bias is not None:  # a gate's, which multiplies e^score as it is after the cap
         scores = scores + bias
     scores = jnp.where(seen, scores, -jnp.inf)
     if sinks is None:

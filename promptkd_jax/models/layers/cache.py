@@ -47,7 +47,7 @@ class LayerCache(NamedTuple):
 
     def write(self, key: jax.Array, value: jax.Array, column: jax.Array | int) -> LayerCache:
         """With keys and values `[B, T, K, H]` of all rows from `column` on."""
-        scales = None, None
+        scales = None, None  # leaves that are None are no leaves: the maps below skip them
         if self.key_scale is not None:
             (key, value), scales = zip(*(_rounded(x) for x in (key, value)))
         new = jax.tree.map(self._grouped, LayerCache(key, value, *scales))
@@ -102,8 +102,12 @@ class Cache:
           sliding_window: positions that one sees, itself included; None: all before.
         """
         position, begin = position[:, None], self.prompt_lengths[:, None]  # [B, 1]
+        # In front of the ring a column is a position. In it only the age says how far before this
+        # token another stands: rows of one turn are of different positions, and all write one
+        # column.
         column = jnp.arange(self.prompt_columns)
         age = (self.turn - jnp.arange(self._ring_columns)) % self._ring_columns
+        # [B, S] in two parts; position - begin is w of the module's docstring.
         prompt, written = column < begin, age <= position - begin
         if sliding_window is not None:
             prompt &= column > position - sliding_window
@@ -131,6 +135,7 @@ def make_cache(
       prompt_lengths: `[B]`, the soft prompt included.
       new_columns: the most tokens that a row writes.
     """
+    # The prefill's keys have the columns of its bucket, X; the cache those of the widest prompt.
     _, rows, _, heads, width = keys.shape
     groups = heads // _heads_per_group(config.padded.num_heads, heads, width)
     shape = (rows, groups, prompt_columns + new_columns, heads // groups)
@@ -141,6 +146,7 @@ def make_cache(
     else:
         numbers = jnp.zeros((*shape[:3], shape[3] * width), keys.dtype)
         empty = LayerCache(numbers, numbers)
+    # An array for each layer: a stack of all would be copied in every turn that writes one of them.
     layers = tuple(empty.write(key, value, 0) for key, value in zip(keys, values))
     return Cache(layers, prompt_lengths, jnp.zeros((), jnp.int32), prompt_columns)
 
@@ -150,7 +156,7 @@ def _heads_per_group(num_heads: int, num_kv_heads: int, width: int) -> int:
     sublanes; or all heads of a device."""
     if platform() != "tpu":
         return 1
-    parts = axis_size("tensor")
+    parts = axis_size("tensor")  # devices that share out the heads; a group is of one device
     own = num_kv_heads // parts if num_kv_heads % parts == 0 else num_kv_heads
     queries = num_heads // num_kv_heads
     for group in range(1, own):
@@ -164,5 +170,6 @@ def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`[B, T, K, H]` as int8, and the scales of the heads, `[B, T, K]`."""
     exact = x.astype(jnp.float32)
     scale = (jnp.max(jnp.abs(exact), axis=-1) / 127).astype(jnp.bfloat16)
+    # By the rounded scale, with which they are read again: so they may pass 127 by a little.
     divisor = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]
     return jnp.clip(jnp.round(exact / divisor), -127, 127).astype(jnp.int8), scale

@@ -51,6 +51,8 @@ def embedded(
         rows = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
         x = jnp.concatenate([rows, x], axis=1)
     if prefix is not None and packed_positions is not None:
+        # [B, M + T, D]: position m < M of any segment has vector m of the prefix, in place of the
+        # embedding of the empty column there. Other positions take any vector, and drop it.
         last = prefix.shape[0] - 1
         own = jnp.take(prefix.astype(x.dtype), jnp.minimum(packed_positions, last), axis=0)
         x = jnp.where((packed_positions <= last)[..., None], own, x)

@@ -209,6 +209,7 @@ def _mixed_on_device(
             y = (y + weights.bias[jnp.minimum(expert, number - 1)]).astype(x.dtype)
         return jnp.where((expert < number)[:, None], y, 0)
 
+    # Pair i is of token i // k, so that every token is there k times.
     x_of_pairs = x.reshape(-1, x.shape[-1])[order // k]  # [n, D]
     hidden = _activated(config, [linear(x_of_pairs, weights) for weights in networks.inner])
     y = linear(hidden, networks.down) * weights.reshape(-1)[order][:, None]
@@ -282,6 +283,8 @@ def _for_tiles(sizes, rows: int, tile: int, turn, initial):
     numbers = jnp.where(sizes > 0, (ends - 1) // tile - first + 1, 0)  # [E], of its products
     last = jnp.cumsum(numbers)
 
+    # Product i is of the group whose count it falls into, and there of the tile that so many
+    # products of that group before it leave.
     def body(i, carry):
         group = jnp.searchsorted(last, i, side="right")
         row = (first[group] + i - (last - numbers)[group]) * tile
@@ -299,6 +302,7 @@ def _products(x, kernel, sizes, how: str) -> jax.Array:
 
     def turn(out, group, row, mask):
         rows = jnp.where(mask, jax.lax.dynamic_slice_in_dim(padded, row, tile), 0)
+        # Added to what other groups gave in the tile, whose rows are 0 here.
         y = jnp.einsum(how, rows, kernel[group])
         y += jax.lax.dynamic_slice_in_dim(out, row, tile)
         return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)

@@ -68,6 +68,7 @@ class Gate:
 
     def log_weights(self, columns: int) -> jax.Array:
         """What it adds to scores over S = `columns` columns, `[N, S]`; without a gradient at 0."""
+        # Added to a score, log g multiplies its exponential by g, and -inf leaves the column out.
         gated = jnp.arange(columns) < self.columns
         return jnp.where(gated, jnp.log(self.weights)[:, None], 0.0)
 
@@ -88,6 +89,7 @@ def gate_of(
         return None
     if segment_ids is not None:
         raise ModelError("packed rows behind a gated prefix; expected one without gates")
+    # Of heads that a mesh adds the output projection has zeros, whatever their gates are.
     padding = num_heads - prefix.gates.shape[1]
     return Gate(jnp.pad(prefix.gates, ((0, 0), (0, padding))), prefix_columns(prefix))
 
@@ -114,19 +116,22 @@ def attend_gated(
       gate: of the layer.
       how: `attend`'s, but for dropout, which gates have none of.
     """
-    length = gate.columns
+    length = gate.columns  # M
+    # Two of the H channels of the values count columns: channel 0 those of the prefix, 1 those of
+    # the text. Their attention is the sum of the shares, a and b.
     is_prefix = (jnp.arange(query.shape[1]) < length)[:, None, None]
     channel = jnp.arange(value.shape[3])
     counts = jnp.where(is_prefix, channel == 0, channel == 1).astype(value.dtype)
-    # [B, M + T, N, H], of the prefix's own columns their attention to one another.
+    # [B, M + T, N, H]: y where the text is the query; of the prefix's own columns, which see no
+    # text, their whole attention to one another.
     part = attend(query, key, jnp.where(is_prefix, value, 0), **how)
     shares = attend(query, key, jnp.broadcast_to(counts, value.shape), **how)[:, length:]
     plain = attend(*(x[:, length:] for x in (query, key, value)), **how)
     shares = shares.astype(jnp.float32)
-    of_prefix, of_text = shares[..., :1], shares[..., 1:2]  # [B, T, N, 1]
+    of_prefix, of_text = shares[..., :1], shares[..., 1:2]  # a and b, [B, T, N, 1]
     if how.get("sinks") is not None:  # which belong to the text, and have no values to count
         of_text = 1 - of_prefix
-    gates = gate.weights.astype(jnp.float32)[:, None]
+    gates = gate.weights.astype(jnp.float32)[:, None]  # [N, 1]
     # A prefix that outweighs the text by more than float32 can say counts as if by just so much.
     total = jnp.maximum(of_text, jnp.finfo(jnp.float32).eps) + gates * of_prefix
     change = gates / total * (part[:, length:] - of_prefix * plain)

@@ -46,6 +46,7 @@ def adapter_shapes(params: Any, lora: LoRA) -> Any:
     """Shapes of an adapter, in float32, for a model whose parameters or shapes are given."""
     flat, shapes = traverse_util.flatten_dict(params, sep="/"), {}
     for module in lora.modules:
+        # A kernel is [L, *in, *out]: A takes its inputs, and B gives its outputs.
         inputs, path = MODULES[module], f"layers/{module}"
         layers, *axes = flat[f"{path}/kernel"].shape
         shapes[f"{path}/{A}"] = (layers, *axes[:inputs], lora.rank)
@@ -62,12 +63,13 @@ def init_adapter(params: Any, lora: LoRA, key: jax.Array) -> Any:
       params: of the frozen model, or their shapes, without padding.
     """
     shapes = traverse_util.flatten_dict(adapter_shapes(params, lora), sep="/")
+    # In the order of paths: a matrix's numbers do not depend on how the tree is built.
     adapter = {}
     for place, (path, x) in enumerate(sorted(shapes.items())):
         if path.endswith(B):
             adapter[path] = jnp.zeros(x.shape, x.dtype)
             continue
-        bound = np.prod(x.shape[1:-1]) ** -0.5
+        bound = np.prod(x.shape[1:-1]) ** -0.5  # of A [L, *in, r]: all its inputs
         key_of_path = jax.random.fold_in(key, place)
         adapter[path] = jax.random.uniform(key_of_path, x.shape, x.dtype, -bound, bound)
     return traverse_util.unflatten_dict(adapter, sep="/")
@@ -84,6 +86,7 @@ def without_changes(policy: Callable[..., Any], lora: LoRA | None) -> Callable[.
     is as large as the product with W beside it, and made again of r numbers."""
 
     def saves(primitive, *inputs, **parameters):
+        # The second product of a change is the one that sums over r.
         if primitive is jax.lax.dot_general_p:
             over, _ = parameters["dimension_numbers"][0]
             if [inputs[0].shape[axis] for axis in over] == [lora.rank]:
@@ -109,6 +112,7 @@ def keep_inputs(keys: jax.Array, rate: float, shape: tuple[int, ...], module: st
         key = jax.random.fold_in(jax.random.fold_in(key, place), column)
         return jax.random.bernoulli(key, 1 - rate, shape[1:])
 
+    # [B] keys and [T] columns -> [B, T, *in].
     of_row = jax.vmap(of_column, (None, 0))
     kept = jax.vmap(of_row, (0, None))(keys, jnp.arange(shape[0]))
     return kept.astype(jnp.float32) / (1 - rate)

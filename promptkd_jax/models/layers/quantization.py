@@ -114,9 +114,11 @@ def quantize_kernels(
     flat = kernel.astype(jnp.float32).reshape(size, *shape[inputs:])
     flat = jnp.pad(flat, [(0, -size % group)] + [(0, 0)] * (flat.ndim - 1))
     groups = flat.reshape(-1, group, *shape[inputs:])  # [G, group, *out]
+    # W' of each group and output, [G, *out].
     greatest, least = jnp.max(groups, axis=1), jnp.min(groups, axis=1)
     largest = jnp.where(greatest >= -least, greatest, least)
     scale = (-largest / most).astype(jnp.bfloat16)
+    # All zeros have no scale: 0 of any.
     divisor = jnp.where(scale == 0, 1, scale.astype(jnp.float32))[:, None]
     values = jnp.clip(jnp.round(groups / divisor), -most, most - 1).astype(jnp.int8)
     values = values.reshape(flat.shape)[:size].reshape(shape)
@@ -140,6 +142,7 @@ def dequantize_kernels(
         return jax.vmap(one)(values, scale)
     values = unpacked(values, how, inputs).astype(dtype)
     size = math.prod(values.shape[:inputs])
+    # [G, *out] -> [size, *out], the last group cut where the inputs end.
     scale = jnp.repeat(scale.astype(dtype), how.group or size, axis=0)[:size]
     return values * scale.reshape(values.shape)
 
@@ -160,5 +163,6 @@ def _in_pairs(values: jax.Array, axis: int) -> jax.Array:
             f"int4: a kernel of {values.shape} has an odd number of inputs ({values.shape[axis]} "
             "along its axis), and two of them share a byte; expected 'int8'"
         )
+    # Both int8 of the range of 4 bits: of the low one the sign bits above are cut off.
     low, high = (jax.lax.slice_in_dim(values, i, None, 2, axis) for i in (0, 1))
     return (high << 4) | (low & 15)

@@ -66,6 +66,8 @@ def rotary_frequencies(rope: Rope, head_dim: int, columns: int, max_positions: i
         beyond = columns > scaling.original_max_position
         return frequency / jnp.array(scaling.long_factors if beyond else scaling.short_factors)
     if scaling.kind == "dynamic":
+        # NTK-aware: theta grows so that the slowest pair turns as if divided by the factor, and the
+        # fastest as before.
         stretched = scaling.factor * max(columns, max_positions) / max_positions
         base = rope.theta * (stretched - (scaling.factor - 1)) ** (width / (width - 2))
         return base**-exponent
@@ -86,6 +88,7 @@ def _kept_by_yarn(scaling: RopeScaling, theta: float, width: int) -> jax.Array:
     """How much of each frequency is kept: all of those before the pair that turns beta_fast times
     within the original length, none behind that of beta_slow."""
 
+    # Pair i turns theta^(-2 i / R) radians per position: solved for i, of so many turns in all.
     def pair(turns: float) -> float:
         return (
             width

@@ -24,10 +24,12 @@ def packed_columns(segment_ids: jax.Array, prefix: int) -> tuple[jax.Array, jax.
     Returns:
       (positions, segments), `[B, M + T]` each.
     """
+    # The segment of the column before; in front of column 0 none, so that a row begins one there.
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     # A token in column c of T is in column M + c, and the first column of its prefix M before.
     begins = (segment_ids != before) & (segment_ids > 0)
     begins = jnp.pad(begins, ((0, 0), (0, prefix)))
     columns = jnp.arange(begins.shape[1])
+    # [B, M + T]: of every column the first column of the segment that it is in, the latest begun.
     first = jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
     return columns - first, jnp.cumsum(begins, axis=1)

@@ -264,6 +264,11 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             f"{path}.packed_rows: {stage.packed_rows} are more than the rows that are packed into "
             f"them; expected at most batch_size = {stage.batch_size}, or 0"
         )
+    if stage.packed_rows and stage.teacher_view == "prompted" and config.soft_prompt.gated:
+        yield (
+            f"{path}.packed_rows: {stage.packed_rows}, but a gated soft prompt can stand in front "
+            "of a whole row alone; expected 0, or config.soft_prompt.gated = False"
+        )
     if stage.max_concurrent_rollouts > stage.batch_size:
         yield (
             f"{path}.max_concurrent_rollouts: {stage.max_concurrent_rollouts} are more than a step "
@@ -296,8 +301,13 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             yield (
                 f"{path}.targets: 'replay' goes by the validation loss; set config.evaluation.every"
             )
-    if stage.reads_responses and config.data.train == "teacher":
+    if config.data.train == "teacher" and stage.reads_responses:
         yield (
             f"{path}.targets: {stage.targets!r} needs gold responses, and prompts that the teacher "
             "writes have none; expected 'teacher' or 'student'"
+        )
+    elif config.data.train == "teacher" and stage.needs_responses:
+        yield (
+            f"{path}.prompt_fallback: compares the two teachers on gold responses, and prompts "
+            "that the teacher writes have none; expected False"
         )
