@@ -69,11 +69,27 @@ def compare(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     workdir = pathlib.Path(workdir).resolve()
     made = plan_comparison(config, workdir)
     claim(workdir, made.settings, COMPARISON_NOT_IN_FINGERPRINT)
-    train_all(made.trainings, train_apart)
+    train_all(made.trainings, functools.partial(_train, made))
     found = summarize_comparison(made, measure(made, workdir))
     write_json(workdir / "comparison.json", found)
     comparison_report.write(workdir, found, made.settings)
     return found
+
+
+def _train(made: Plan, run: Run) -> None:
+    """Trains a run. The common student is measured once a seed: what the first run of a seed found
+    before its training is what all others would find."""
+    before = run.folder / "before.json"
+    same = [other.folder / before.name for other in made.runs.values() if _same_start(run, other)]
+    if found := [file for file in same if file.exists()]:
+        load_or_compute(before, lambda: json.loads(read_text(found[0])))
+    train_apart(run)
+
+
+def _same_start(run: Run, other: Run) -> bool:
+    """Whether two runs measure the same student on the same rows with the same keys."""
+    fields = ("teacher", "student", "data", "evaluation", "seed", "mesh", "preset")
+    return all(getattr(run.config, name) == getattr(other.config, name) for name in fields)
 
 
 # What is measured.
