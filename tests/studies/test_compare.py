@@ -10,14 +10,17 @@ import sys
 from html.parser import HTMLParser
 from importlib.metadata import version
 
+import jax
 import numpy as np
 import pytest
 from conftest import environment
+from etils import epath
 from ml_collections import ConfigDict
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.reading.records import user_record
+from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ComparisonError, ConfigError
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.load import load_with_tokenizer
@@ -26,7 +29,8 @@ from promptkd_jax.studies import answers, compare, comparison, comparison_report
 from promptkd_jax.training import run as training
 from promptkd_jax.training.config.checks import checked, read_group
 from promptkd_jax.training.config.config_file import load_config
-from promptkd_jax.training.prepare import tokenized
+from promptkd_jax.training.loop import evaluate_student
+from promptkd_jax.training.prepare import prepare, tokenized
 from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -124,7 +128,15 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "train_apart", train_here)
         patch.setattr(training, "write_report", lambda *_, **__: None)  # half of the time
-        return workdir, compare.compare(tiny_comparison(), workdir)
+        assess, assessed = training._assess_first, []
+        patch.setattr(
+            training,
+            "_assess_first",
+            lambda experiment: assessed.append(experiment.config.title) or assess(experiment),
+        )
+        found = compare.compare(tiny_comparison(), workdir)
+        assert len(assessed) == 3, assessed  # in the pretraining, and once a seed
+        return workdir, found
 
 
 def test_every_method_has_every_figure(finished):
@@ -240,6 +252,16 @@ def test_all_start_from_the_same_student_and_teacher(finished):
     assert {c["teacher"]["path"] for c in configs} == {"synthetic:llama-D32-L2"}
     assert sorted(c["seed"] for c in configs) == [10, 10, 20, 20]
     assert {(s["steps"], s["batch_size"]) for c in configs for s in c["stages"]} == {(2, 4)}
+
+
+def test_the_common_student_is_measured_as_each_run_would_measure_it(finished, config, tmp_path):
+    run = comparison.plan_comparison(config, finished[0].resolve()).runs["promptkd", 20]
+    before = json.loads((run.folder / "before.json").read_text())
+    mesh = sharding.make_mesh(run.config.mesh.sizes)
+    with jax.set_mesh(mesh):
+        found = evaluate_student(prepare(run.config, epath.Path(tmp_path), mesh))
+    assert found["texts"] == before["texts"]
+    assert found["kl"] == pytest.approx(before["kl"])
 
 
 def test_scores_are_means_over_sets_then_over_seeds():
