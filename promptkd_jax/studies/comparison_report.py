@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from promptkd_jax.evaluation import plots
+from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.report import render
 from promptkd_jax.evaluation.tables import Table, mean_and_deviation, section
 from promptkd_jax.infra.files import write_text
@@ -33,7 +34,7 @@ BEHAVIOUR = (
     ("ended by EOS", "eos_rate_after", ".3f"),
     ("repetition", "repetition_after", ".3f"),
 )
-EXPOSURE = ("ExAccErr, %", "ex_acc_err", "+.1f")
+EXPOSURE = ("ExAccErr, %", "ex_acc_err", ".1f")
 PROMPT = (
     ("KL(teacher ‖ student) without it, nats", "kl_after", ".3f"),
     ("with it", "kl_prompted_after", ".3f"),
@@ -101,11 +102,12 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             "the writing of teacher's answers; peak memory is that of the whole run, in which "
             f"every method is measured against the teacher. {over}",
         ),
-        _figures(found, (*BEHAVIOUR, EXPOSURE))._replace(
+        _with_paired_kl(found, _figures(found, (*BEHAVIOUR, EXPOSURE)))._replace(
             heading="Behaviour",
             note=f"Of the trained student, on held-out requests. {over} ExAccErr: how much more it "
             "errs on its own text than on the teacher's, accumulated up to the last position that "
-            "a tenth of the texts reach; 0 is best, below 0 is no fault.",
+            "a tenth of the texts reach; 0 is best, below 0 is no fault. Last column: differences "
+            "of KL seed by seed; below 0 is closer to the teacher.",
         ),
         _figures(found, PROMPT)._replace(
             heading="The soft prompt's effect",
@@ -191,6 +193,18 @@ def _figures(found: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) 
         if all(key in figures for _, key, _ in columns)
     ]
     return Table(["method", *(heading for heading, _, _ in columns)], rows)
+
+
+def _with_paired_kl(found: Mapping[str, Any], table: Table) -> Table:
+    """The table of all methods with each one's KL minus the reference's of the same seed."""
+    reference, rows = found["reference"], []
+    theirs = found["figures"][reference]["kl_after"]["seeds"]
+    for method, *cells in table.rows:
+        pairs = zip(found["figures"][method]["kl_after"]["seeds"], theirs)
+        spread = mean_and_std([ours - their for ours, their in pairs])._asdict()
+        difference = mean_and_deviation(spread, len(theirs), ".3f")
+        rows.append([method, *cells, "" if method == reference else difference])
+    return table._replace(header=[*table.header, f"KL minus {reference}'s"], rows=rows)
 
 
 def _dots(found: Mapping[str, Any], name: str) -> plots.Plot:

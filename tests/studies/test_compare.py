@@ -190,6 +190,16 @@ def test_excess_error_of_a_method_is_that_of_its_seeds(finished):
         assert len(figures["ex_acc_err"]["seeds"]) == 2
 
 
+def test_differences_of_kl_are_paired_by_seed(finished):
+    found = json.loads(json.dumps(finished[1]))
+    found["figures"]["sft"]["kl_after"]["seeds"] = [3.0, 8.0]
+    found["figures"]["promptkd"]["kl_after"]["seeds"] = [2.0, 5.0]
+    tables = {table.heading: table for table in comparison_report.tables(found)}
+    assert tables["Behaviour"].header[-1] == "KL minus promptkd's"
+    last = {row[0]: row[-1] for row in tables["Behaviour"].rows}
+    assert last == {"sft": "2.000 ± 1.414", "promptkd": ""}
+
+
 def test_kl_of_runs_that_are_measured_before_and_after_alone(finished, tmp_path):
     workdir, found = finished
     plan = comparison.plan_comparison(tiny_comparison(), workdir.resolve())
