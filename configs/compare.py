@@ -1,7 +1,8 @@
 """Methods compared from the same student, on the same data, within the same budget.
 
 `configs/compare.py:small` trains small models from scratch on generated text, in minutes on two CPU
-cores: to see how a comparison works; it ranks nothing. `configs/compare.py:smollm2` is meant for a
+cores: to see how a comparison works; it ranks nothing. `configs/compare.py:evidence` compares six
+methods on a real model, in an hour on two CPU cores. `configs/compare.py:smollm2` is meant for a
 GPU: SmolLM2-135M-Instruct, fine-tuned on Dolly, into 18 of its 30 layers. With `:smollm2,data=DIR`
 the data are DIR/dolly/{train,dev,test}.jsonl and DIR/eval/{self_inst,vicuna,s_ni}.jsonl; without,
 Dolly alone, from the hub, whose first 1,000 rows are then the test and dev sets.
@@ -9,7 +10,7 @@ Dolly alone, from the hub, whose first 1,000 rows are then the test and dev sets
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
+from promptkd_jax.training.recipes import base_config, method_stage, sampling_config, stage_config
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "distillm", "abkd", "minillm", "promptkd")
 # Published, DistiLLM's threshold starts at 0 and rises with the validation loss: in so few steps it
@@ -20,13 +21,13 @@ DOLLY = "databricks/databricks-dolly-15k"
 
 
 def get_config(arg: str = "small") -> ConfigDict:
-    """The comparison for `small` or `smollm2[,data=DIR]`."""
+    """The comparison for `small`, `evidence` or `smollm2[,data=DIR]`."""
     name, _, data = arg.partition(",data=")
-    if name == "small" and not data:
-        return small()
+    if name in ("small", "evidence") and not data:
+        return small() if name == "small" else evidence()
     if name == "smollm2":
         return smollm2(data)
-    raise ValueError(f"{arg!r} is not small or smollm2[,data=DIR]")
+    raise ValueError(f"{arg!r} is not small, evidence or smollm2[,data=DIR]")
 
 
 def small() -> ConfigDict:
@@ -69,6 +70,84 @@ def small() -> ConfigDict:
             sampling=sampling_config(),
         ),
         exposure_bias=dict(rows=0, samples=4),
+    )
+
+
+def evidence() -> ConfigDict:
+    """Three seeds of six methods: SmolLM2-135M-Instruct into 20 of its 30 layers, on the
+    quickstart's requests, with its teacher's greedy responses as references.
+
+    The data have no gold responses, so that AMiD learns from the student's own rows here, in place
+    of its replay buffer: GKD and PromptKD, AMiD and PromptKD × AMiD, differ by the prompt alone.
+
+    The budget, in seconds of CPU (half of that on two cores), measured beside other work:
+    - warm-up: 330 for the teacher's responses, 30 to load, 2 x 55 to measure on 48 requests, 10 for
+      each of 60 updates: 1,100.
+    - each of 18 runs: 30 to load, 40 to compile, 55 to measure after, 40 for its test answers, 60
+      for exposure bias: 225, and twice 45 for the prompt's effect in 6 of them; what is common to a
+      seed, 3 x 150: 5,000.
+    - 10 updates of 8 rows, 3 seeds: 9 (SeqKD), 17 (GKD, AMiD), 24 (both PromptKDs) and 40 (MiniLLM,
+      4 passes) each: 3,900.
+    10,000 in all: 83 minutes, or 67 if the cores do nothing else, when the quickstart takes 0.8 of
+    what these figures make of it.
+    """
+    run = base_config()
+    run.teacher.path = SMOLLM2
+    run.teacher.remat = run.student.remat = "dots"
+    run.data.update(
+        train="package:quickstart_train.jsonl",
+        dev="package:quickstart_heldout.jsonl",
+        template="chat",
+        max_prompt_length=50,
+        max_length=96,
+    )
+    run.soft_prompt.gated = True
+    greedy = sampling_config(temperature=0.0)
+    run.teacher_responses.update(batch_size=48, sampling=greedy)
+    run.evaluation.update(references="teacher", batch_size=48, sampling=greedy)
+    run.checkpoint.update(every=1000, keep=1)
+    run.log_every = 1
+    student = run.copy_and_resolve_references()
+    student.title = "warm-up of the student"
+    student.student.layers = 20
+    student.stages = (
+        stage_config(
+            "warmup",
+            steps=60,
+            targets="teacher",
+            student_terms=(("forward_kl", 1.0),),
+            learning_rate=3e-4,
+            schedule="cosine",
+            warmup_steps=4,
+            min_lr=3e-5,
+        ),
+    )
+    return comparison(
+        title="SmolLM2-135M-Instruct into 20 of its 30 layers",
+        note="Few updates of few rows, on as many requests as two cores answer in an hour: it "
+        "shows how the methods differ from the first updates on, not which of them wins in the "
+        "end. References are the teacher's greedy responses. KL, agreement and exposure bias are "
+        "of the same held-out requests, which choose nothing.",
+        methods=("seqkd", "gkd", "minillm", "amid", "promptkd", "promptkd_amid"),
+        seeds=(10, 20, 30),
+        budget=dict(kind="steps", steps=10, seconds=0.0),
+        pretraining=dict(teacher=None, student=student),
+        run=run,
+        changes=dict(
+            all=dict(batch_size=8, learning_rate=1e-4),
+            minillm=dict(learning_rate=2e-5),  # four updates a step
+            amid=dict(targets="student"),
+            promptkd=dict(prompt_learning_rate=1e-2),
+            promptkd_amid=dict(prompt_learning_rate=1e-2),
+        ),
+        test=dict(
+            sets=dict(heldout="package:quickstart_heldout.jsonl"),
+            split="",
+            rows=0,
+            batch_size=48,
+            sampling=sampling_config(),
+        ),
+        exposure_bias=dict(rows=24, samples=1),
     )
 
 

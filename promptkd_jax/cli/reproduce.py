@@ -2,19 +2,26 @@
 
 The teacher is fine-tuned, the student for 3 epochs, then distilled by each of the methods; teacher
 and students answer the five test sets with every seed. The same command continues one that was
-stopped, and one with further methods, sets or seeds adds to it.
+stopped, and one with further methods, sets or seeds adds to it. `--dry-run` trains nothing, and
+says how many hours each run takes at least of which chips.
 """
 
 import argparse
 from collections.abc import Sequence
 
+import jax
+
 from promptkd_jax.cli import flags
 from promptkd_jax.evaluation.tables import markdown
+from promptkd_jax.plan import chips, gpus
+from promptkd_jax.plan.command import plan_runs
 from promptkd_jax.plan.fit import fitted
+from promptkd_jax.plan.tables import hours_table
 from promptkd_jax.studies import published
-from promptkd_jax.studies.reproduce import SEEDS, reproduce, table
+from promptkd_jax.studies.reproduce import SEEDS, named_models, reproduce, table
 from promptkd_jax.training import recipes
 
+DEVICES = "v5e-8,v6e-8,v5p-16,a100,h100"
 USAGE = "--config FILE[:arg] --workdir DIR [options] [--config.a.b=VALUE …]"
 
 
@@ -37,10 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start from the fine-tuned models that the config names",
     )
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        const=DEVICES,
+        metavar="DEVICES",
+        help=f"train nothing, print the hours by TPU slice or GPU (default: {DEVICES})",
+    )
     flags.add_processes(parser)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    if options.dry_run:
+        print(_hours(options, rest))
+        return
     rows = reproduce(
         options.config,
         options.workdir,
@@ -53,3 +70,24 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     print(markdown(table(rows, len(options.seeds))))
     print(f"written to {options.workdir}/reproduction.json and reproduction.md")
+
+
+def _hours(options: argparse.Namespace, overrides: Sequence[str]) -> str:
+    """The least hours of all runs by device, in words and as a table."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
+    devices = [_device(name) for name in options.dry_run.split(",")]
+    configs = named_models(
+        options.config, options.methods, overrides, from_published=options.from_published
+    )
+    above = (
+        "Hours that the training of each run takes at least, on the best mesh by the estimate of "
+        "`promptkd plan`: as if every chip came to its peak, without compilation, evaluation, "
+        "checkpoints and what a teacher writes before. USD of list prices of TPUs; GPUs have none "
+        "here."
+    )
+    return f"{above}\n\n{markdown(hours_table(plan_runs(configs, devices)))}"
+
+
+def _device(name: str) -> chips.SliceTopology:
+    is_gpu = name.lower().partition(":")[0] in gpus.GPUS
+    return gpus.parse_device(name) if is_gpu else chips.parse_topology(name)

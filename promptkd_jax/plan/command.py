@@ -388,6 +388,25 @@ def search(
     return sorted(plans, key=_rank), dropped
 
 
+def plan_runs(
+    configs: Mapping[str, RunConfig], devices: Sequence[SliceTopology], price: float | None = None
+) -> dict[str, dict[str, Plan | None]]:
+    """The best mesh of each of several runs on each of several devices, by the estimate.
+
+    Returns:
+      By run and name of the devices; None where no mesh divides the run.
+    """
+    found: dict[str, dict[str, Plan | None]] = {}
+    for name, config in configs.items():
+        run, found[name] = abstract_run(config), {}
+        for slices in devices:
+            try:
+                found[name][slices.name] = search(run, slices, price)[0][0]
+            except ConfigError:
+                found[name][slices.name] = None
+    return found
+
+
 def _rank(plan: Plan) -> tuple:
     """Sorts what fits first, compiled before estimated, then the faster; within 2 % the smaller."""
     pace = round(math.log(plan["seconds_per_step"] or 1.0, 1.02))

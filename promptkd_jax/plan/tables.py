@@ -105,6 +105,30 @@ def show_comparison(plans: Sequence[Mapping[str, Any]], *, impossible: Sequence[
         print("none of them fits")
 
 
+def hours_table(plans: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) -> Table:
+    """Hours of several runs on several devices, their sums, and the price of these.
+
+    Args:
+      plans: by run and device, as `command.plan_runs` makes them.
+    """
+
+    def hours(plan: Mapping[str, Any] | None) -> str:
+        if plan is None:
+            return "NO MESH"
+        return short_number(plan["hours"], ",.2f") if plan["memory"]["fits"] else "NO FIT"
+
+    def whole(device: str, key: str) -> float | None:
+        each = [of[device] and of[device]["memory"]["fits"] and of[device][key] for of in columns]
+        return None if any(value in (None, False) for value in each) else sum(each)
+
+    columns = list(plans.values())
+    devices = list(columns[0])
+    rows = [(name, *map(hours, of.values())) for name, of in plans.items()]
+    rows.append(("all, hours", *(short_number(whole(one, "hours"), ",.2f") for one in devices)))
+    rows.append(("all, USD", *(short_number(whole(one, "usd"), ",.0f") for one in devices)))
+    return Table(("run", *devices), rows)
+
+
 def show_fits(fits: Sequence[Fit], usable: float, scale: float = 1.0) -> None:
     """Prints what would make a run fit, one change more in every line, and the flags for it;
     `scale`: what the estimates are multiplied by, to begin with the compiler's figure."""

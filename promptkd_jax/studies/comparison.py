@@ -86,7 +86,8 @@ class PretrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TestConfig:
-    """The data that every student answers in the end."""
+    """The data that every student answers in the end, which ROUGE-L compares with
+    run.evaluation.references."""
 
     sets: Mapping = field(
         None, _Fits("a group of data sets, name: file or hub id", _are_sets), "by name"
@@ -185,6 +186,9 @@ def plan_comparison(config: ConfigDict, workdir: pathlib.Path) -> Plan:
             continue
         own, folder = _copied(config.pretraining[name]), workdir / "pretraining" / name
         own.teacher.path = own.teacher.path or base.teacher.path
+        same = (own.teacher, own.data) == (base.teacher, base.data)
+        if same and not own.teacher_responses.sampling.temperature:
+            own.teacher_responses.path = _responses_folder(own, workdir)
         pretraining[name] = add(f"pretraining of the {name}", own, folder)
         base[name].path = str(folder / "student")
     if "student" in pretraining:
@@ -240,8 +244,15 @@ def _run_config(
     run.evaluation.update(teacher=True, prompt_effect=True)
     run.stages = (recipes.method_stage(method, **changes | dict(steps=budget.steps, epochs=0.0)),)
     run.stop_after_seconds = budget.seconds if budget.kind == "seconds" else 0.0
-    run.teacher_responses.path = str(workdir / "answers" / f"seed{seed}")
+    run.teacher_responses.path = _responses_folder(run, workdir)
     return run.lock()
+
+
+def _responses_folder(config: ConfigDict, workdir: pathlib.Path) -> str:
+    """Where the teacher's responses to the training data are kept; greedy ones are the same for
+    all seeds."""
+    sampled = config.teacher_responses.sampling.temperature
+    return str(workdir / "answers" / (f"seed{config.seed}" if sampled else "greedy"))
 
 
 def _contradictions(made: Plan, rows: set[int]) -> Iterator[str]:

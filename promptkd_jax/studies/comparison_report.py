@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from promptkd_jax.evaluation import plots
+from promptkd_jax.evaluation.bootstrap import mean_and_std
 from promptkd_jax.evaluation.report import render
 from promptkd_jax.evaluation.tables import Table, mean_and_deviation, section
 from promptkd_jax.infra.files import write_text
@@ -33,12 +34,19 @@ BEHAVIOUR = (
     ("ended by EOS", "eos_rate_after", ".3f"),
     ("repetition", "repetition_after", ".3f"),
 )
+EXPOSURE = ("ExAccErr, %", "ex_acc_err", ".1f")
 PROMPT = (
     ("KL(teacher ‖ student) without it, nats", "kl_after", ".3f"),
     ("with it", "kl_prompted_after", ".3f"),
     ("teacher's ROUGE-L without it", "teacher_rougeL", ".2f"),
     ("with it", "teacher_rougeL_prompted", ".2f"),
 )
+# Of each update, on its own rows: what the prompt does to the teacher that the student learns from.
+PROMPT_CURVES = {
+    "prompt_regularizer": "KL(p_P ‖ p)",
+    "kl_prompted": "KL(q ‖ p_P)",
+    "kl_plain": "KL(q ‖ p)",
+}
 
 
 def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ComparisonConfig) -> None:
@@ -60,8 +68,9 @@ def write(workdir: pathlib.Path, found: Mapping[str, Any], config: ComparisonCon
 
 
 def comparison_markdown(found: Mapping[str, Any]) -> str:
-    """The tables as Markdown, with the budget and the note above them."""
-    above = filter(None, (f"# {found['title']}", found["note"], budget(found)))
+    """The tables as Markdown, with the note, the budget and the facts above them."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in _facts(found).items())
+    above = filter(None, (f"# {found['title']}", found["note"], budget(found), facts))
     return "\n\n".join([*above, *map(section, tables(found))]) + "\n"
 
 
@@ -85,8 +94,6 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     """ROUGE-L with differences, cost, behaviour, and what a soft prompt did where there is one."""
     seeds = len(found["seeds"])
     over = f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."
-    behaviour = _figures(found, BEHAVIOUR)
-    excess = (f"{found['exposure_bias'][method][-1]:+.1f}" for method, *_ in behaviour.rows)
     made = [
         _rouge_table(found, over),
         _figures(found, COST)._replace(
@@ -95,13 +102,12 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             "the writing of teacher's answers; peak memory is that of the whole run, in which "
             f"every method is measured against the teacher. {over}",
         ),
-        Table(
-            [*behaviour.header, "ExAccErr, %"],
-            [[*row, value] for row, value in zip(behaviour.rows, excess)],
-            "Behaviour",
-            f"Of the trained student, on held-out requests. {over} ExAccErr: how much more it errs "
-            "on its own text than on the teacher's, accumulated up to the last position that a "
-            "tenth of the texts reach; 0 is best, below 0 is no fault.",
+        _with_paired_kl(found, _figures(found, (*BEHAVIOUR, EXPOSURE)))._replace(
+            heading="Behaviour",
+            note=f"Of the trained student, on held-out requests. {over} ExAccErr: how much more it "
+            "errs on its own text than on the teacher's, accumulated up to the last position that "
+            "a tenth of the texts reach; 0 is best, below 0 is no fault. Last column: differences "
+            "of KL seed by seed; below 0 is closer to the teacher.",
         ),
         _figures(found, PROMPT)._replace(
             heading="The soft prompt's effect",
@@ -112,7 +118,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def comparison_plots(found: Mapping[str, Any]) -> dict[str, list[plots.Plot]]:
-    """ROUGE-L by method, KL over the steps, ExAccErr over the positions; by heading."""
+    """ROUGE-L by method, KL over the steps, ExAccErr over the positions, what the soft prompt did
+    over the steps; by heading."""
     dots = [_dots(found, name) for name in _shown_sets(found)]
     kl = [plots.curve(name, list(zip(c["steps"], c["values"]))) for name, c in found["kl"].items()]
     excess = [
@@ -123,7 +130,30 @@ def comparison_plots(found: Mapping[str, Any]) -> dict[str, list[plots.Plot]]:
         plots.line_plot("Held-out KL(teacher ‖ student), nats", kl),
         plots.line_plot("Excess accumulated error, %", excess, x_label="response token"),
     ]
-    return {"ROUGE-L by method": dots, "Over time": lines}
+    made = {"ROUGE-L by method": dots, "Over time": lines}
+    return made | ({"The soft prompt over time": _prompt_plots(found)} if found["prompt"] else {})
+
+
+def _prompt_plots(found: Mapping[str, Any]) -> list[plots.Plot]:
+    """The prompted teacher's distance from the plain one, and the student's from both."""
+
+    def curves(*keys: str) -> list[plots.Curve]:
+        return [
+            plots.curve(
+                f"{method}: {PROMPT_CURVES[key]}",
+                list(zip(by_key[key]["steps"], by_key[key]["values"])),
+            )
+            for method, by_key in found["prompt"].items()
+            for key in keys
+            if key in by_key
+        ]
+
+    return [
+        plots.line_plot("Prompted from plain teacher, nats", curves("prompt_regularizer")),
+        plots.line_plot(
+            "Student from prompted and plain teacher, nats", curves("kl_prompted", "kl_plain")
+        ),
+    ]
 
 
 def _rouge_table(found: Mapping[str, Any], over: str) -> Table:
@@ -165,6 +195,18 @@ def _figures(found: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) 
     return Table(["method", *(heading for heading, _, _ in columns)], rows)
 
 
+def _with_paired_kl(found: Mapping[str, Any], table: Table) -> Table:
+    """The table of all methods with each one's KL minus the reference's of the same seed."""
+    reference, rows = found["reference"], []
+    theirs = found["figures"][reference]["kl_after"]["seeds"]
+    for method, *cells in table.rows:
+        pairs = zip(found["figures"][method]["kl_after"]["seeds"], theirs)
+        spread = mean_and_std([ours - their for ours, their in pairs])._asdict()
+        difference = mean_and_deviation(spread, len(theirs), ".3f")
+        rows.append([method, *cells, "" if method == reference else difference])
+    return table._replace(header=[*table.header, f"KL minus {reference}'s"], rows=rows)
+
+
 def _dots(found: Mapping[str, Any], name: str) -> plots.Plot:
     scores = {method: found["rougeL"][method][name] for method in found["methods"]}
     return plots.dot_plot(
@@ -185,4 +227,7 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
         "Methods": ", ".join(found["methods"]),
         "Seeds": ", ".join(map(str, found["seeds"])),
         "Test sets": ", ".join(sets),
+        "Device": " and ".join(found["devices"]),
+        "Versions": " and ".join(found["versions"]),
+        "Time of all trainings": f"{found['training_seconds'] / 60:,.1f} min",
     }

@@ -166,19 +166,40 @@ def plan_reproduction(
     Raises:
       ConfigError: a config that cannot be run, or an override of what the pipeline decides.
     """
+    configs = _configs(source, methods, overrides, from_published)
+    if not from_published:
+        _connect(configs, workdir)
+    checked_configs = _checked(source, configs)
+    return {name: Run(name, config, workdir / name) for name, config in checked_configs.items()}
+
+
+def named_models(
+    source: str, methods: Sequence[str], overrides: Sequence[str], *, from_published: bool
+) -> dict[str, RunConfig]:
+    """The configs of the same runs with the models that the config file names, none of which is
+    made by a run before: of the same shapes, for who plans. Raises as `plan_reproduction`."""
+    return _checked(source, _configs(source, methods, overrides, from_published))
+
+
+def _configs(
+    source: str, methods: Sequence[str], overrides: Sequence[str], from_published: bool
+) -> dict[str, ConfigDict]:
     init = ["init"] if set(methods) & set(recipes.FROM_SFT) else []
     names = methods if from_published else ["teacher", *init, *methods]
     configs = {name: _config(source, name, overrides) for name in names}
     if not from_published:
         _refuse_paths(overrides)
-        _connect(configs, workdir)
-    runs = {}
+    return configs
+
+
+def _checked(source: str, configs: Mapping[str, ConfigDict]) -> dict[str, RunConfig]:
+    found = {}
     for name, config in configs.items():
         try:
-            runs[name] = Run(name, checked(config), workdir / name)
+            found[name] = checked(config)
         except ConfigError as error:
             raise ConfigError(f"{source} with method={name}: {error}") from error
-    return runs
+    return found
 
 
 def _config(source: str, method: str, overrides: Sequence[str]) -> ConfigDict:

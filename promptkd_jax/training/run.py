@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -189,11 +190,9 @@ def finish(
     paths |= save(config, models, params, workdir, rows)
     summary = _summary(trained, before, after)
     facts = {
-        "Device": jax.devices()[0].device_kind,
-        "Devices": str(jax.device_count()),
+        "Device": summary["device"],
         "Processes": str(jax.process_count()),
-        "Versions": _versions(),
-        "Python": platform.python_version(),
+        "Versions": summary["versions"],
         "Time": f"{trained.seconds / 60:.1f} min",
         "Peak memory": f"{summary['peak_memory_gb']:.2f} GB",
     }
@@ -212,7 +211,7 @@ def finish(
 
 
 def _summary(trained: Trained, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What a run came to, in numbers."""
+    """What a run came to, in numbers, and on what."""
     spent = trained.training
     summary = {
         f"{key}_{when}": found[key]
@@ -226,6 +225,8 @@ def _summary(trained: Trained, before: dict[str, Any], after: dict[str, Any]) ->
         "peak_memory_gb": peak_memory_gb(),
         "updates": trained.updates,
         "updates_skipped": int(trained.state.skipped),
+        "device": _device(),
+        "versions": f"{_versions()}, python {platform.python_version()}",
     }
     if spent["rows"]:
         summary["tokens_per_second"] = spent["tokens"] / spent["seconds"]
@@ -233,6 +234,14 @@ def _summary(trained: Trained, before: dict[str, Any], after: dict[str, Any]) ->
     if "kl_prompted" in after:
         summary["kl_prompted_after"] = after["kl_prompted"]
     return summary | {name: after[name] for name in PROMPT_EFFECT if name in after}
+
+
+def _device() -> str:
+    """The devices that a run computes on, in words."""
+    kind = jax.devices()[0].device_kind
+    count = jax.device_count()
+    cores = f" ({os.cpu_count()} cores)" if kind == "cpu" else ""
+    return f"{count} × {kind}{cores}" if count > 1 else f"{kind}{cores}"
 
 
 def peak_memory_gb() -> float:

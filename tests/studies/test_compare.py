@@ -8,18 +8,29 @@ import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib.metadata import version
 
+import jax
 import numpy as np
 import pytest
 from conftest import environment
+from etils import epath
 from ml_collections import ConfigDict
 
 from promptkd_jax.cli.main import main
+from promptkd_jax.data.reading.record_stream import read_records
+from promptkd_jax.data.reading.records import user_record
+from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ComparisonError, ConfigError
+from promptkd_jax.infra.metrics import read_metrics
+from promptkd_jax.models.load import load_with_tokenizer
+from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies import answers, compare, comparison, comparison_report
 from promptkd_jax.training import run as training
 from promptkd_jax.training.config.checks import checked, read_group
 from promptkd_jax.training.config.config_file import load_config
+from promptkd_jax.training.loop import evaluate_student
+from promptkd_jax.training.prepare import prepare, tokenized
 from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -117,7 +128,15 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "train_apart", train_here)
         patch.setattr(training, "write_report", lambda *_, **__: None)  # half of the time
-        return workdir, compare.compare(tiny_comparison(), workdir)
+        assess, assessed = training._assess_first, []
+        patch.setattr(
+            training,
+            "_assess_first",
+            lambda experiment: assessed.append(experiment.config.title) or assess(experiment),
+        )
+        found = compare.compare(tiny_comparison(), workdir)
+        assert len(assessed) == 3, assessed  # in the pretraining, and once a seed
+        return workdir, found
 
 
 def test_every_method_has_every_figure(finished):
@@ -130,12 +149,105 @@ def test_every_method_has_every_figure(finished):
         assert all(len(one["seeds"]) == 2 for one in scores.values())
     columns = comparison_report.COST + comparison_report.BEHAVIOUR
     figures = {"rougeL_after", *(key for _, key, _ in columns)}
+    figures.add("ex_acc_err")
     assert set(found["figures"]["sft"]) == figures
     prompted = {key for _, key, _ in comparison_report.PROMPT}
     assert set(found["figures"]["promptkd"]) == figures | prompted
-    assert found["figures"]["sft"]["updates"] == {"mean": 2.0, "std": 0.0}
+    assert found["figures"]["sft"]["updates"] == {"mean": 2.0, "std": 0.0, "seeds": [2, 2]}
     assert found["kl"]["sft"]["steps"] == [0, 2]
     assert all(0 < len(curve) <= 8 for curve in found["exposure_bias"].values())
+
+
+def test_it_says_what_it_was_made_on_and_how_long_that_took(finished):
+    workdir, found = finished
+    summaries = [json.loads(file.read_text()) for file in workdir.glob("*/*/summary.json")]
+    assert len(summaries) == 5  # the pretraining, and two seeds of two methods
+    assert found["training_seconds"] == pytest.approx(sum(one["seconds"] for one in summaries))
+    assert len(found["devices"]) == len(found["versions"]) == 1
+    assert f"jax {version('jax')}, flax {version('flax')}" in found["versions"][0]
+    text = (workdir / "comparison.md").read_text()
+    assert all(said in text for said in found["devices"] + found["versions"])
+
+
+def test_curves_of_a_soft_prompt_are_means_over_its_runs(finished):
+    workdir, found = finished
+    assert set(found["prompt"]) == {"promptkd"}
+    assert set(found["prompt"]["promptkd"]) == set(comparison_report.PROMPT_CURVES)
+    for key, curve in found["prompt"]["promptkd"].items():
+        rows = [
+            [row for row in read_metrics(workdir / "runs" / f"promptkd-seed{seed}") if key in row]
+            for seed in (10, 20)
+        ]
+        assert curve["steps"] == [row["step"] for row in rows[0]]
+        means = np.mean([[row[key] for row in one] for one in rows], axis=0)
+        assert curve["values"] == pytest.approx(means)
+
+
+def test_excess_error_of_a_method_is_that_of_its_seeds(finished):
+    for method, figures in finished[1]["figures"].items():
+        last = finished[1]["exposure_bias"][method][-1]
+        assert figures["ex_acc_err"]["mean"] == pytest.approx(last)
+        assert len(figures["ex_acc_err"]["seeds"]) == 2
+
+
+def test_differences_of_kl_are_paired_by_seed(finished):
+    found = json.loads(json.dumps(finished[1]))
+    found["figures"]["sft"]["kl_after"]["seeds"] = [3.0, 8.0]
+    found["figures"]["promptkd"]["kl_after"]["seeds"] = [2.0, 5.0]
+    tables = {table.heading: table for table in comparison_report.tables(found)}
+    assert tables["Behaviour"].header[-1] == "KL minus promptkd's"
+    last = {row[0]: row[-1] for row in tables["Behaviour"].rows}
+    assert last == {"sft": "2.000 ± 1.414", "promptkd": ""}
+
+
+def test_kl_of_runs_that_are_measured_before_and_after_alone(finished, tmp_path):
+    workdir, found = finished
+    plan = comparison.plan_comparison(tiny_comparison(), workdir.resolve())
+    run = plan.runs["sft", 10]
+    for name in ("before.json", "summary.json"):
+        shutil.copy(run.folder / name, tmp_path / name)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in lines if "dev/kl" not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    assert compare._kl(run._replace(folder=tmp_path)) == pytest.approx(compare._kl(run))
+
+
+def test_a_teacher_agrees_with_its_own_responses_as_references(config, tmp_path):
+    """Whatever the data say: greedy, it writes just these."""
+    config.run.evaluation.references = "teacher"
+    made = comparison.plan_comparison(config, tmp_path)
+    teacher = load_with_tokenizer(made.teacher, dtype="float32")
+    records = read_records("synthetic:test")[:5]
+    rows = tokenized(
+        made.a_run, teacher, "test", [user_record(record.prompt_text) for record in records]
+    )
+    answered = compare._answered_by_teacher(made, teacher, {"test": rows}, tmp_path)["test"]
+    greedy = answers.Contender(
+        "teacher", made.teacher, "float32", made.a_run, tmp_path / "evaluations"
+    )
+    found = answers.answer_sets(
+        greedy,
+        {"test": answered.records},
+        [10],
+        sampling=Sampling(temperature=0.0),
+        batch_size=4,
+        load=load_with_tokenizer,
+    )
+    assert found["test"][10]["rougeL_by_row"] == [100.0] * 5
+
+
+def test_greedy_responses_of_the_teacher_are_written_once(config, tmp_path):
+    def folders():
+        made = comparison.plan_comparison(config, tmp_path)
+        return {one.config.teacher_responses.path for one in made.trainings}
+
+    sampled = {str(tmp_path / "answers" / f"seed{seed}") for seed in (10, 20)}
+    assert folders() == sampled | {""}
+    for part in (config.run, config.pretraining.student):
+        part.teacher_responses.sampling.temperature = 0.0
+    assert folders() == {str(tmp_path / "answers" / "greedy")}
+    config.pretraining.student.data.train = "synthetic:longer"  # other requests
+    assert folders() == {str(tmp_path / "answers" / "greedy"), ""}
 
 
 def test_all_start_from_the_same_student_and_teacher(finished):
@@ -150,6 +262,16 @@ def test_all_start_from_the_same_student_and_teacher(finished):
     assert {c["teacher"]["path"] for c in configs} == {"synthetic:llama-D32-L2"}
     assert sorted(c["seed"] for c in configs) == [10, 10, 20, 20]
     assert {(s["steps"], s["batch_size"]) for c in configs for s in c["stages"]} == {(2, 4)}
+
+
+def test_the_common_student_is_measured_as_each_run_would_measure_it(finished, config, tmp_path):
+    run = comparison.plan_comparison(config, finished[0].resolve()).runs["promptkd", 20]
+    before = json.loads((run.folder / "before.json").read_text())
+    mesh = sharding.make_mesh(run.config.mesh.sizes)
+    with jax.set_mesh(mesh):
+        found = evaluate_student(prepare(run.config, epath.Path(tmp_path), mesh))
+    assert found["texts"] == before["texts"]
+    assert found["kl"] == pytest.approx(before["kl"])
 
 
 def test_scores_are_means_over_sets_then_over_seeds():
@@ -231,7 +353,7 @@ def test_the_report_is_a_page_with_everything_escaped(finished):
     workdir, found = finished
     text = (workdir / "report.html").read_text()
     page = Page(text)
-    assert text.startswith("<!doctype html>") and text.count("<svg") == 5
+    assert text.startswith("<!doctype html>") and text.count("<svg") == 7
     shown = " ".join(page.texts)
     for expected in (found["title"], "ranks nothing", comparison_report.budget(found)):
         assert expected in shown
@@ -374,8 +496,28 @@ def test_the_shipped_comparisons_are_right(argument, tmp_path):
     assert found == {(teacher, student)}
 
 
+def test_the_evidence_has_pairs_that_differ_by_the_prompt_alone(tmp_path):
+    """And every run learns from the same requests, of which the data have no response."""
+    config, _ = load_config([f"--config={ROOT}/configs/compare.py:evidence"])
+    made = comparison.plan_comparison(config, tmp_path)
+    assert len({seed for _, seed in made.runs}) >= 3
+    assert len({one.config.data for one in made.trainings}) == 1
+    assert len({one.config.teacher_responses.path for one in made.trainings}) == 1
+    stages = {method: run.config.stages[0] for (method, _), run in made.runs.items()}
+    assert not any(
+        stage.source.reads_responses and stage.on_policy_share < 1 for stage in stages.values()
+    )
+    assert len({(stage.steps, stage.batch_size) for stage in stages.values()}) == 1
+    for plain, prompted in (("gkd", "promptkd"), ("amid", "promptkd_amid")):
+        for field in ("student_terms", "learning_rate", "schedule", "temperature", "passes"):
+            assert getattr(stages[plain], field) == getattr(stages[prompted], field)
+        assert stages[plain].teacher_view == "plain"
+        assert stages[prompted].teacher_view == "prompted"
+        assert stages[plain].source.on_policy and stages[prompted].source.on_policy
+
+
 def test_the_command_line_says_what_is_wrong(tmp_path):
-    with pytest.raises(SystemExit, match="promptkd compare: config: .*'large' is not small or"):
+    with pytest.raises(SystemExit, match="promptkd compare: config: .*'large' is not small, "):
         main(["compare", f"--config={ROOT}/configs/compare.py:large", f"--workdir={tmp_path}"])
 
 

@@ -1,5 +1,7 @@
 """The paper's pipeline on tiny models: what starts where, what is kept, and the table."""
 
+import heapq
+import itertools
 import json
 import pathlib
 import re
@@ -7,7 +9,12 @@ import statistics
 import sys
 
 import pytest
+from conftest import DATA
 from helpers import bucket, tiny
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from promptkd_jax.cli.main import main
 from promptkd_jax.data.reading.record_stream import read_records
@@ -15,6 +22,7 @@ from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model
+from promptkd_jax.plan.tables import hours_table
 from promptkd_jax.studies import published, reproduce
 from promptkd_jax.studies.answers import Contender
 from promptkd_jax.studies.published import ROUGE_L, SETS
@@ -298,6 +306,117 @@ def test_a_config_without_a_size_has_the_numbers_of_its_default(family, capsys):
     assert config.student.path == named.student.path
     assert reproduce.published_numbers(f"{family}.py:method=kd") is numbers
     assert capsys.readouterr().out == ""
+
+
+# Real data
+
+
+RECIPE = """
+import sys
+sys.path.insert(0, {root!r})
+from configs import gpt2
+
+def get_config(arg=""):
+    config = gpt2.get_config(arg)
+    config.student.path = {models!r} + ("/teacher" if "method=teacher" in arg else "/student")
+    if config.teacher.path:
+        config.teacher.path = {models!r} + "/teacher"
+    config.data.update(train={train!r}, dev={dev!r}, train_split="train", dev_split="train")
+    config.data.update(max_prompt_length=192, max_length=200)
+    config.evaluation.update(every=0, batch_size=12)
+    config.checkpoint.export = "last"
+    config.stages[0].update(steps=2, epochs=0.0, batch_size=4, gradient_accumulation_steps=1)
+    return config
+"""
+
+
+def learned_tokenizer(files) -> PreTrainedTokenizerFast:
+    """A thousand byte pairs of the first lines of the files; `<end>` is EOS and padding."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=1000, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    lines = (line for file in files for line in itertools.islice(file.open(encoding="utf-8"), 50))
+    backend.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+def test_the_recipe_of_gpt2_on_the_published_data(tmp_path, no_report, capsys):
+    """With random models of some ten thousand parameters; the shortest rows of every file."""
+    files = {"train": "dolly/train", "dev": "dolly/dev", "dolly": "dolly/test"}
+    files |= {name: f"eval/{name}" for name in ("self_inst", "vicuna", "s_ni")}
+    files = {name: DATA / f"{file}.jsonl" for name, file in files.items()}
+    if missing := [str(file) for file in files.values() if not file.is_file()]:
+        pytest.skip(f"{missing[0]} is absent: set PROMPTKD_DATA")
+    words, models = learned_tokenizer(files.values()), tmp_path / "models"
+    for number, (name, width) in enumerate((("teacher", 16), ("student", 8))):
+        tiny.write_model(models / name, width=width, depth=1, seed=number, words=words)
+    few = {name: tmp_path / f"{name}.jsonl" for name in files}
+    for name, file in files.items():
+        with file.open(encoding="utf-8") as lines:
+            few[name].write_text("".join(heapq.nsmallest(24, lines, key=len)))
+    paths = dict(root=str(CONFIGS.parent), models=str(models))
+    recipe = RECIPE.format(**paths, train=str(few["train"]), dev=str(few["dev"]))
+    (tmp_path / "gpt2.py").write_text(recipe)
+    given = ["dolly", "self_inst", "vicuna", "s_ni"]
+    arguments = [f"--config={tmp_path}/gpt2.py:student=base", f"--workdir={tmp_path}/work"]
+    arguments += ["--methods", "promptkd", "--seeds", "10", "--sets"]
+    main(["reproduce", *arguments, *(f"{name}={few[name]}" for name in given)])
+    found = json.loads((tmp_path / "work" / "reproduction.json").read_text())
+    assert found["missing_sets"] == ["unni"] and set(found["scores"]) == {"teacher", "promptkd"}
+    for scores in found["scores"].values():
+        assert list(scores) == given
+        assert all(0 <= score < 30 for by_seed in scores.values() for score in by_seed.values())
+    table = {(row["method"], row["test_set"]): row for row in found["table"]}
+    numbers = ROUGE_L["gpt2"]["base"]["promptkd"]
+    assert all(table["promptkd", name]["published"] == numbers[name] for name in SETS)
+    prompt = json.loads((tmp_path / "work" / "promptkd" / "metrics.jsonl").open().readline())
+    assert prompt["prompt_norm"] > 0 and prompt["kl_prompted"] > 0
+    shown = capsys.readouterr().out
+    assert "vicuna" in shown and "n/a" in shown
+
+
+# The dry run
+
+
+def test_a_dry_run_says_hours_and_trains_nothing(tmp_path, capsys):
+    def hours(*more):
+        arguments = [f"--config={CONFIGS}/gpt2.py:student=base", f"--workdir={tmp_path}/work"]
+        arguments += ["--methods", "sft", "kd", "--from-published", "--dry-run", "v5e-1,h100"]
+        main(["reproduce", *arguments, *more])
+        lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+        cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
+        assert cells[0] == ["run", "v5e:1x1", "h100"]
+        return {name: figures for name, *figures in cells[2:]}
+
+    found = hours()
+    assert list(found) == ["sft", "kd", "all, hours", "all, USD"]
+    for device in (0, 1):
+        each = [float(found[name][device]) for name in ("sft", "kd", "all, hours")]
+        assert sum(each[:2]) == pytest.approx(each[2], abs=0.011) and each[1] > each[0] > 0
+    assert float(found["all, USD"][0]) > 0 and found["all, USD"][1] == "n/a"
+    longer = hours("--config.stages[0].epochs=40.0")  # in place of 20
+    assert float(longer["kd"][1]) == pytest.approx(2 * float(found["kd"][1]), abs=0.011)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_pipeline_that_does_not_fit_has_no_hours():
+    def plan(hours, fits=True):
+        return {"hours": hours, "usd": 2 * hours, "memory": {"fits": fits}}
+
+    plans = {
+        "teacher": {"a": plan(1.5), "b": plan(1.0, fits=False), "c": plan(3.0)},
+        "kd": {"a": plan(0.25), "b": plan(0.5), "c": None},
+    }
+    assert hours_table(plans).rows == [
+        ("teacher", "1.50", "NO FIT", "3.00"),
+        ("kd", "0.25", "0.50", "NO MESH"),
+        ("all, hours", "1.75", "n/a", "n/a"),
+        ("all, USD", "4", "n/a", "n/a"),
+    ]
 
 
 # Mistakes
