@@ -123,16 +123,14 @@ def train_step(
     else:
         targets, replay = _write(state, batch, step_models, state.step)
         new = state.replace(replay=replay)
-    # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG. What all micro-batches
-    # share, the soft prompt and the schedules, stands there UG times: a scan takes slices of all.
+    # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
     corpus = corpus if method.corpus_terms else None
     keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), batch, corpus)
     references = batch if method.prompt_fallback else None
     micro_batches = deal_out(targets, corpus, method, keys, references)
     metrics = _measure_rows(targets, micro_batches, new, method)
     micro_batches = micro_batches._replace(curriculum=curriculum(method, state))
-    # `new` goes from update to update; `state` is kept whole, for a step that is skipped, and for
-    # the soft prompt as it was.
+    # `state` is kept as it was, for a step that is skipped, and for the soft prompt.
     if method.updates_together:
         new, metrics = _update_together(new, micro_batches, metrics, step_models, optimizers)
         return _skip_if_not_finite(state, *advance(new, metrics, method))
