@@ -131,6 +131,7 @@ def test_a_named_method_trains(models, tmp_path, method):
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["updates"] == 3 * METHODS[method].get("passes", 1)
     assert summary["updates_skipped"] == 0
+    assert summary.pop("device") and summary.pop("versions").startswith("jax ")
     assert all(np.isfinite(value) for value in summary.values()), summary
     for row in updates(tmp_path):
         found = {name for name, value in row.items() if name != "stage" and np.isfinite(value)}
