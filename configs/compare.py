@@ -2,7 +2,7 @@
 
 `configs/compare.py:small` trains small models from scratch on generated text, in minutes on two CPU
 cores: to see how a comparison works; it ranks nothing. `configs/compare.py:evidence` compares six
-methods on a real model, in an hour on two CPU cores. `configs/compare.py:smollm2` is meant for a
+methods on a real model, in 75 to 95 minutes on two. `configs/compare.py:smollm2` is meant for a
 GPU: SmolLM2-135M-Instruct, fine-tuned on Dolly, into 18 of its 30 layers. With `:smollm2,data=DIR`
 the data are DIR/dolly/{train,dev,test}.jsonl and DIR/eval/{self_inst,vicuna,s_ni}.jsonl; without,
 Dolly alone, from the hub, whose first 1,000 rows are then the test and dev sets.
@@ -83,13 +83,13 @@ def evidence() -> ConfigDict:
     The budget, in seconds of CPU (half of that on two cores), measured beside other work:
     - warm-up: 330 for the teacher's responses, 30 to load, 2 x 55 to measure on 48 requests, 10 for
       each of 60 updates: 1,100.
-    - each of 18 runs: 30 to load, 40 to compile, 55 to measure after, 40 for its test answers, 60
-      for exposure bias: 225, and twice 45 for the prompt's effect in 6 of them; what is common to a
-      seed, 3 x 150: 5,000.
-    - 10 updates of 8 rows, 3 seeds: 9 (SeqKD), 17 (GKD, AMiD), 24 (both PromptKDs) and 40 (MiniLLM,
-      4 passes) each: 3,900.
-    10,000 in all: 83 minutes, or 67 if the cores do nothing else, when the quickstart takes 0.8 of
-    what these figures make of it.
+    - each of 18 runs: 30 to load, 40 to compile, 55 to measure after, and, by the rows that are
+      written and read, 40 for its test answers, 60 for exposure bias: 225; 110 for the prompt's
+      effect in 6 of them; what is common to a seed, 3 x 150: 5,200.
+    - 10 updates of 8 rows, 3 seeds: 9 (SeqKD), 17 (GKD), 32 (PromptKD) each, and, not measured,
+      as much for AMiD, and 50 for the 4 passes of MiniLLM: 4,700.
+    11,000 in all: 92 minutes, less where the cores do nothing else: by the same figures the
+    quickstart takes 11 minutes, in fact 9 to 11.
     """
     run = base_config()
     run.teacher.path = SMOLLM2
