@@ -165,6 +165,7 @@ def advance(state: TrainState, metrics: Metrics, method: Method) -> tuple[TrainS
     settings = method.interpolation
     if settings.schedule != "adaptive":
         return state, metrics
+    # Of the whole step, all micro-batches and devices: every process comes to the same share.
     loss = jnp.sum(metrics.losses["student"]) / jnp.sum(metrics.counts)
     floor = linear_share(settings, (state.step + 1) / method.total_steps)
     after = next_interpolation(settings, state.interpolation, loss, floor)
@@ -181,7 +182,7 @@ def apply_gradients(
         optimizer = getattr(optimizers, name)
         updates, states[name] = optimizer.update(gradient, states[name], params[name])
         params[name] = optax.apply_updates(params[name], updates)
-        if isinstance(params[name], GatedPrefix):
+        if isinstance(params[name], GatedPrefix):  # g >= 0, as the optimizer does not know
             params[name] = params[name].projected()
     return state.replace(params=params, optimizers=states)
 

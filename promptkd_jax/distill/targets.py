@@ -56,7 +56,7 @@ def rollout(
       The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
     """
     # Responses of the data are cut off: the new tokens begin behind the prompt.
-    prompts = batch.tokens[:, :prompt_capacity]
+    prompts = batch.tokens[:, :prompt_capacity]  # [B, X]
     keys = row_keys(key, jnp.arange(prompts.shape[0]))
     out = sample(
         model,
@@ -174,6 +174,7 @@ def _student_rows(method: Method, write: Callable, batch: Batch, replay, draw_ke
 
 def _mixed_rows(method: Method, write: Callable, batch: Batch, replay, draw_key, step):
     """GKD's lambda, row by row; rows of the data are not sampled at all."""
+    # [B]. Drawn before anything is written: rows that are not wanted take no turn of the rollout.
     is_student = jax.random.uniform(draw_key, batch.lengths.shape) < method.on_policy_share
     rows, ended = write(active=is_student)
     return TargetBatch(choose_rows(is_student, rows, batch), is_student, ended), replay

@@ -341,7 +341,7 @@ def _of_kinds(config: DecoderConfig, name: str, kind) -> tuple[list, jax.Array |
     every = [getattr(one, name) for one in config.kinds]
     if isinstance(kind, int):  # of a layer that is not one of a scan
         return [every[kind]], None
-    values = list(dict.fromkeys(every))
+    values = list(dict.fromkeys(every))  # without repeats, in their order
     place = None if len(values) == 1 else jnp.asarray([values.index(x) for x in every])[kind]
     return values, place
 
@@ -349,6 +349,7 @@ def _of_kinds(config: DecoderConfig, name: str, kind) -> tuple[list, jax.Array |
 def _rotate(config: DecoderConfig, x: jax.Array, positions, columns: int, kind) -> jax.Array:
     """Queries or keys `[B, T, heads, H]` with the rotary positions of the layer's kind, if any."""
     ropes, place = _of_kinds(config, "rope", kind)
+    # No branch: all kinds are computed, and one is taken.
     turned = [
         x if rope is None else rotate(rope, x, positions, columns, config.max_positions)
         for rope in ropes
@@ -360,6 +361,7 @@ def _attend(
     config: DecoderConfig, query, key, value, sinks, kind, gate, keys, segments
 ) -> jax.Array:
     """`attend` with the window of the layer's kind, which its kernels have to know."""
+    # A window is a constant of a kernel, not an argument: one branch for each that there is.
     windows, place = _of_kinds(config, "sliding_window", kind)
     how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
     if gate:

@@ -45,7 +45,7 @@ class LazyLogits:
 
     def logits(self) -> Float[Array, "B T V"]:
         """hidden @ head^T, capped, in float32: `[B, T, V]`, or `[B, V]`."""
-        head = self.head.astype(self.hidden.dtype)
+        head = self.head.astype(self.hidden.dtype)  # operands in half precision, sums in float32
         # Rounded to half precision, logits would be off by more than a soft prompt moves them, and
         # would tie, where top-k keeps ties.
         if platform() == "cpu" and math.prod(self.hidden.shape[:-1]) <= FEW_ROWS:

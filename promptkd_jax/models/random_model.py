@@ -60,6 +60,7 @@ def synthetic_model(
 
     def init():
         tokens = jnp.zeros((1, 2), jnp.int32)  # the same numbers on every mesh
+        # Drawn without the padding of a mesh, with which all numbers would be others.
         params = pad(Decoder(config).init(jax.random.key(seed), tokens)["params"], on_mesh)
         return quantize_params(params, how) if how else params
 

@@ -112,6 +112,7 @@ def _value(node: ast.expr) -> Any:
 
 def _with_parameters(name: str, given: tuple, named: dict[str, Any]) -> Divergence:
     """The divergence of that name at these parameters: the first of those it has, and by name."""
+    # zip stops at the shorter: too many are found by their count, and one that is given twice too.
     parameters = PARAMETERS[name]
     chosen = dict(zip(parameters, given)) | named
     count = len(given) + len(named)

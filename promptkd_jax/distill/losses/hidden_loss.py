@@ -232,7 +232,7 @@ def hidden_loss(
     Raises:
       ValueError: states of other rows or positions than `where`.
     """
-    # The student learns from the teacher, never the other way round.
+    # The student learns from the teacher, never the other way round; projections with the student.
     teacher = jax.lax.stop_gradient(teacher)
     _check_rows(student, teacher, where)
     counts = where.mask > 0
@@ -399,7 +399,7 @@ def load_balancing(scores: jax.Array, counts: jax.Array, per_token: int) -> jax.
       counts: `[B, T]`, the columns that are tokens of a row.
       per_token: experts that a token is sent to.
     """
-    number, weight = scores.shape[-1], counts / jnp.sum(counts)
+    number, weight = scores.shape[-1], counts / jnp.sum(counts)  # [B, T], adds up to 1
     scores = jnp.where(counts[..., None], scores.astype(jnp.float32), 0)  # no NaN of a row's end
     shares = jax.nn.softmax(scores, axis=-1)
     _, chosen = jax.lax.top_k(scores, per_token)  # [L, B, T, k]

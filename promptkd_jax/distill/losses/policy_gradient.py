@@ -200,6 +200,7 @@ def clipped_policy_gradient(
         forbidden tokens at -inf where `log_prob` is of such a distribution.
       ratio_clip: c; None: no clipping.
     """
+    # Of the label alone: the learner's distribution is [B, R, V] a block of positions at a time.
     log_prob = -losses.cross_entropy(target.labels, learner)
     # [B, R]: 1 in the first update of a rollout, up to the importance of a mixture.
     ratio = jnp.exp(log_prob - target.log_prob) * target.importance

@@ -16,6 +16,7 @@ from promptkd_jax.models.sampler import Sampling
 def contradictions(method: Objective, execution: Execution, sampling: Sampling) -> list[str]:
     """Returns a message for each contradiction, which begins with the field that it is about."""
     names = [name for name, _ in method.student_terms]
+    # All are collected: whoever corrects a config wants to read them at once.
     messages = []
     if len(set(names)) < len(names):
         messages.append(f"student_terms: {', '.join(names)}: expected each name once")
@@ -91,6 +92,7 @@ def _about_rows(method: Objective, names: list[str]) -> list[str]:
             f"interpolation.schedule: {method.interpolation.schedule!r} mixes teacher and student "
             f"by steps, {TRANSPORT} by transport.share; expected 'none'"
         )
+    # These have targets of their own, which do not move.
     own_targets = {CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT}
     if method.interpolation.schedule != "none" and not of_rows - own_targets:
         messages.append(

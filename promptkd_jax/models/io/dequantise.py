@@ -50,6 +50,8 @@ def plain_tensors(
       ModelError: a tensor has no scale, one of another shape, or is quantised otherwise.
     """
     kinds = {name: source.dtype(name) for name in source.names()}
+    # Of each weight in FP8 the tensor with its scales; and MXFP4 by its two tensors, the packed
+    # numbers and their exponents, which together are one weight.
     scales = {
         name: scale
         for name, kind in kinds.items()
@@ -123,6 +125,7 @@ def _read_fp8(
         scales = np.exp2(scales.astype(np.float32) - _BIAS)
     scales = scales.astype(np.float32).reshape(_scale_shape(source, name, scale))
     weight = np.empty(shape, dtype)
+    # A few rows at a time; each element of them with the scale of the block that it is in.
     rows = max(1, PIECE_BYTES // (4 * int(np.prod(shape[1:]))))  # in float32
     for start in range(0, shape[0], rows):
         cut = slice(start, min(start + rows, shape[0]))
@@ -146,6 +149,7 @@ def _check_packed(source: SafetensorsFolder, blocks: str, exponents: str) -> Non
 def _read_mxfp4(source: SafetensorsFolder, blocks: str, exponents: str, dtype: str) -> np.ndarray:
     """The matrices of experts, [E, in, out], as `transformers` dequantises them."""
     experts, out, groups, _ = source.shape(blocks)
+    # 16 bytes are 32 numbers of one output, which share an exponent.
     weight = np.empty((experts, 32 * groups, out), dtype)
     for expert in range(experts):
         cut = (slice(expert, expert + 1),)

@@ -237,6 +237,7 @@ def lora_config(model: Model) -> dict[str, Any]:
         short = ends[x].rpartition(".")[2]
         if not any(other.endswith(f".{short}") for other in others):
             ends[x] = short
+    # Of maps stored as one the rank is that of all together, and so alpha, so that s is as before.
     fused = {ends[x]: number for x, number in names.items() if number > 1}
     root = math.sqrt if lora.use_rslora else float
     return {
@@ -286,6 +287,8 @@ def save_lora(folder: epath.PathLike, model: Model) -> None:
     for name, parts in adaptable(config).items():
         if parts[0][0] not in config.lora.modules:
             continue
+        # Maps that are stored as one (GPT-2's query, key and value) have one adapter there, of the
+        # rank of all: their A below one another, their B along the diagonal.
         pairs = [_stored_pair(flat, module, row, config) for module, row in parts]
         for layer in range(config.num_layers):
             stem = f"base_model.model.{name.format(layer)}"
@@ -312,7 +315,7 @@ def load_lora(folder: str | os.PathLike, config: DecoderConfig) -> tuple[LoRA, A
     stored, where = read_lora(folder), f"{folder}: "
     if stored.whole:
         raise ModelError(f"{where}trains {next(iter(stored.whole))} whole; {_MERGE}")
-    left = {without_prefix(name): name for name in stored.pairs}
+    left = {without_prefix(name): name for name in stored.pairs}  # that nothing has read yet
     adapter, scales = {}, {}
     for name, parts in adaptable(config).items():
         layers = [left.pop(without_prefix(name.format(i)), None) for i in range(config.num_layers)]
@@ -324,6 +327,7 @@ def load_lora(folder: str | os.PathLike, config: DecoderConfig) -> tuple[LoRA, A
         if len({pair[0][0].shape for pair in pairs}) > 1:
             raise ModelError(f"{where}{name} has another rank in some layers; {_MERGE}")
         for place, (module, row) in enumerate(parts):
+            # Stored as matrices, [L, in, r] and [L, r, out]: ours have axes for heads and widths.
             shape = [sizes(config)[x] for x in row.ours]
             axes = MODULES[module]
             a, b = (np.stack([pair[place][side] for pair in pairs]) for side in (0, 1))
