@@ -740,7 +740,9 @@ def test_without_the_compiler_the_estimate_is_marked(monkeypatch, capsys, tmp_pa
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["compiled"] is None and found["memory"]["by"] == "estimate"
     assert "ESTIMATE" not in command("--mesh=1,8,8", "--no-compile", capsys=capsys)
-    assert "DOES NOT FIT" in command("--no-compile", capsys=capsys)  # all along data
+    with pytest.raises(SystemExit) as ended:
+        command("--no-compile", capsys=capsys)  # all along data
+    assert ended.value.code == 1 and "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):
