@@ -119,9 +119,7 @@ def scale_by_adam_8bit(
         def in_8_bits(gradient, first, second):
             moments = dequantize(first), dequantize(second)
             update, *moments = in_float32(gradient, *moments)
-            # Those of all layers are there at once: in half precision where gradients are. That is
-            # 0.4 % of each, beside moments in steps of 9 %.
-            update, codes = update.astype(gradient.dtype), (jnp.int8, jnp.uint8)
+            codes = (jnp.int8, jnp.uint8)
             return update, *(quantize(x, code, threshold) for x, code in zip(moments, codes))
 
         def of_leaf(gradient, seen, first, second):
