@@ -117,20 +117,18 @@ def make_optimizer(
       unpadded: tree of arrays or shapes as the parameters, without the zeros that a mesh ends them
         with; None: they have none. AdamW does not need it.
     """
-    clipped = (
-        optax.stateless(lambda gradients, _: optax.tree.cast(gradients, jnp.float32)),
-        optax.clip_by_global_norm(max_grad_norm),
-    )
     preconditioners = {
-        "adamw": lambda: (*clipped, scale_by_adam(0.9, b2)),
-        "adamw_8bit": lambda: (scale_by_adam_8bit(0.9, b2, unpadded, max_grad_norm=max_grad_norm),),
-        "adafactor": lambda: (*clipped, scale_by_adafactor(unpadded)),
-        "muon": lambda: (*clipped, scale_by_muon(b2, unpadded)),
+        "adamw": lambda: scale_by_adam(0.9, b2),
+        "adamw_8bit": lambda: scale_by_adam_8bit(0.9, b2, unpadded),
+        "adafactor": lambda: scale_by_adafactor(unpadded),
+        "muon": lambda: scale_by_muon(b2, unpadded),
     }
     # The order matters: gradients are clipped before Adam sees them, and the decay is multiplied by
     # the learning rate but not divided by the second moment (decoupled, arXiv 1711.05101).
     return optax.chain(
-        *preconditioners[name](),
+        optax.stateless(lambda gradients, _: optax.tree.cast(gradients, jnp.float32)),
+        optax.clip_by_global_norm(max_grad_norm),
+        preconditioners[name](),
         optax.add_decayed_weights(np.float32(weight_decay), decay_mask),  # times a float32
         optax.scale_by_learning_rate(learning_rate),
         round_stochastically(seed),

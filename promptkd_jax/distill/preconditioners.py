@@ -70,12 +70,7 @@ class Quantized(NamedTuple):
 
 
 def scale_by_adam_8bit(
-    b1: float,
-    b2: float,
-    unpadded: Any = None,
-    eps: float = 1e-8,
-    *,
-    max_grad_norm: float = math.inf,
+    b1: float, b2: float, unpadded: Any = None, eps: float = 1e-8
 ) -> optax.GradientTransformation:
     """Adam's direction, both moments in 8 bits between updates (Dettmers et al. 2022, arXiv
     2110.02861), those of small parameters in float32; the arithmetic is float32.
@@ -86,8 +81,6 @@ def scale_by_adam_8bit(
 
     Args:
       unpadded: tree of arrays or shapes like the parameters, without the zeros of a mesh.
-      max_grad_norm: to which the global norm of gradients is clipped: here, layer by layer, since
-        clipped ones of all layers would be there at once in float32.
     """
 
     def init(params):
@@ -107,11 +100,8 @@ def scale_by_adam_8bit(
     def update(gradients, state, params=None):
         count = optax.safe_increment(state.count)
         direction, threshold = _adam_direction(count, b1, b2, eps), _threshold(count)
-        norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
 
         def in_float32(gradient, first, second):
-            gradient = gradient.astype(jnp.float32)
-            gradient = jnp.where(norm < max_grad_norm, gradient, gradient / norm * max_grad_norm)
             first = optax.tree.update_moment(gradient, first, b1, 1)
             second = optax.tree.update_moment(gradient, second, b2, 2)
             return direction(first, second), first, second

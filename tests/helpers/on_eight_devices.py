@@ -435,7 +435,7 @@ def same_state_of_every_optimizer() -> None:
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1, every=1) as saved:
         saved.save(2, before, {}, unpadded=shapes)
         there, _ = saved.restore(2, like, shapes)
-    codes = before["adamw_8bit"][1][0].mu["layers"]["mlp"]["up"]["kernel"].codes
+    codes = before["adamw_8bit"][1][2].mu["layers"]["mlp"]["up"]["kernel"].codes
     assert codes.dtype == jnp.int8 and 4 * codes.addressable_shards[0].data.size == codes.size
     after = jax.device_get(updated(other, (3,), there))
     there, before = jax.device_get((there, before))
