@@ -173,7 +173,7 @@ def mean_kl(log_p, log_q, rows: pkd.Batch):
     return (mask * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)).sum() / mask.sum()
 
 
-def test_both_updates_of_promptkd_are_those_of_the_losses(make):
+def test_both_updates_of_promptkd_are_those_of_the_dense_losses(make):
     """P by KL(p_P || q) + alpha KL(p_P || p), then the student by KL(q || p_P), P just updated."""
     teacher, student = plain_jax(0), make(1)
     rate, rows = 0.1, batch()

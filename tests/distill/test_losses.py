@@ -228,10 +228,7 @@ def test_no_skew_is_the_kl(name, limit):
 
 def test_jensen_shannon_tends_to_both_kls():
     target, learner = gentle_pair()
-    forward, reverse = (
-        losses.forward_kl(target, learner),
-        losses.reverse_kl(target, learner),
-    )
+    forward, reverse = losses.forward_kl(target, learner), losses.reverse_kl(target, learner)
     assert np.abs(forward - reverse).max() > 0.2  # else the two limits could not be told apart
     small = 1e-4
     first = losses.jensen_shannon(target, learner, beta=small) / small
@@ -1092,11 +1089,7 @@ def test_a_position_outside_of_the_mask_changes_nothing():
     @jax.value_and_grad
     def loss(learner):
         return linear_loss(
-            [losses.reverse_kl, losses.cross_entropy],
-            learner,
-            [teacher, labels],
-            mask,
-            chunk=3,
+            [losses.reverse_kl, losses.cross_entropy], learner, [teacher, labels], mask, chunk=3
         )[0]
 
     other = jnp.where(mask[..., None] > 0, learner.hidden, 100.0)
