@@ -54,7 +54,7 @@ timeout --foreground --signal=TERM --kill-after=60 "$seconds" \
   --config.methods="('seqkd', 'gkd', 'minillm', 'amid', 'promptkd', 'promptkd_amid')" \
   --config.pretraining.teacher.stages[0].steps=200 \
   --config.pretraining.student.stages[0].steps=300 \
-  --config.budget.steps=60 --config.run.soft_prompt.gated=True \
+  --config.budget.steps=60 \
   "${changes[@]}" || status=$?
 trained=$(find "$out" -path '*/runs/*/summary.json' | wc -l)
 if ((status == 124 || status == 143)); then
