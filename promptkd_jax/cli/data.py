@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a page for all that is shown, such as data.html"
     parser.add_argument("--output", type=flags.path, metavar="FILE", help=text)
     group = parser.add_argument_group("with --data")
-    flags.add_prompting(group, required=False)
+    flags.add_model(group, required=False)
+    flags.add_prompting(group)
     flags.add_reading(group)
     text = "tokens of prompt and response (default: that of the training, else 512)"
     parser.add_argument("--max-length", type=flags.of(Int(low=2)), help=text)

@@ -117,9 +117,10 @@ def add_asking(
     temperature: float,
     no_repeat_ngram_size: int,
 ) -> None:
-    """The flags of `add_prompting`, --dtype, --quantize and --mesh, and the fields of `Sampling`,
-    for `sampling_of`, with these defaults."""
-    add_prompting(parser, several=several)
+    """The flags of `add_model` and `add_prompting`, --dtype, --quantize and --mesh, and the fields
+    of `Sampling`, for `sampling_of`, with these defaults."""
+    add_model(parser, several=several)
+    add_prompting(parser)
     text = "what is computed in (default: float32)"
     parser.add_argument("--dtype", default="float32", choices=DTYPE.options, help=text)
     text = "bits of kernels (default: none, they are in --dtype)"
@@ -132,14 +133,22 @@ def add_asking(
         parser.add_argument(flag, type=of(f.metadata["spec"]), default=default, help=text)
 
 
-def add_prompting(
-    parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False
+def add_model(
+    parser: argparse.ArgumentParser,
+    flag: str = "--model",
+    *,
+    required: bool = True,
+    several: bool = False,
 ) -> None:
-    """The flags of a model, or `several`, and of how its prompts are made, for `data_config`:
-    --model, --template and what belongs to it, --max-prompt-length and --long-prompts."""
+    """The flag of a model, or `several`."""
     text = "folder (also that of a run), .gguf file, or hub id"
     how = dict(nargs="+", action=Different) if several else {}
-    parser.add_argument("--model", required=required, type=source, help=text, **how)
+    parser.add_argument(flag, required=required, type=source, help=text, **how)
+
+
+def add_prompting(parser: argparse.ArgumentParser) -> None:
+    """The flags of how a model's prompts are made, for `data_config`: --template and what belongs
+    to it, --max-prompt-length and --long-prompts."""
     text = "how the model is asked (default: as it was trained, else the tokenizer's chat template)"
     parser.add_argument("--template", choices=sorted(TEMPLATES), help=text)
     text = "system turn where a prompt has none (default: as in the training)"

@@ -2,36 +2,58 @@
 --layers 18 --output FOLDER`.
 
 DistilBERT (Sanh et al. 2019, arXiv 1910.01108) starts as every other layer of BERT, DistilGPT2 as
-the layers 0, 2, 4, 7, 9 and 11 of GPT-2's 12. A run does the same with `student.layers`; with a
-folder of their own, several runs, or other tools, start from one student.
+the layers 0, 2, 4, 7, 9 and 11 of GPT-2's 12. With `--data` the teacher responds to a few prompts,
+and those layers are left out, one after the other, whose absence moves it least. A run does the
+same with `student.layers`; with a folder of their own, several runs, or other tools, start from one
+student.
 """
 
 import argparse
+import copy
+import itertools
 import re
 from collections.abc import Sequence
 
 import jax
 
 from promptkd_jax.cli import flags
+from promptkd_jax.data.reading.record_stream import RecordStream
+from promptkd_jax.data.rows import Rows, tokenize, with_responses
+from promptkd_jax.data.templates import read_chat_template
+from promptkd_jax.evaluation.layer_search import leave_out_layers
 from promptkd_jax.evaluation.report import model_card
+from promptkd_jax.inference.generate import generate_responses, with_turn_end
+from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import check_writable
+from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.io.export import save_model
-from promptkd_jax.models.load import load_model
-from promptkd_jax.models.model import chosen_layers, keep_layers
+from promptkd_jax.models.load import RECORDED, load_model
+from promptkd_jax.models.model import Model, check_text, chosen_layers, keep_layers
+from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config.field_specs import DTYPE
+
+# Flags that are for --data alone.
+WITH_DATA = (*(name for name in RECORDED if name != "date"), "chat_template", "split")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "folder (also that of a run), .gguf file, or hub id"
-    parser.add_argument("--teacher", required=True, type=flags.source, help=text)
-    parser.add_argument(
-        "--layers",
-        required=True,
-        type=_layers,
-        help="how many, evenly spread (18); or which, counted from 0 (0,2,4,7,9,11)",
-    )
+    flags.add_model(parser, "--teacher")
+    text = "how many, evenly spread (18), or chosen by --data; or which, from 0 (0,2,4,7,9,11)"
+    parser.add_argument("--layers", required=True, type=_layers, help=text)
     parser.add_argument("--output", required=True, type=flags.path, help="a new folder")
     parser.add_argument("--dtype", default="float32", choices=DTYPE.options)
+    text = "The layers are chosen by how far the teacher is without them (SLEB, arXiv 2402.09025)."
+    group = parser.add_argument_group("by data", text)
+    text = "file, folder, pattern or hub id with prompts"
+    group.add_argument("--data", type=flags.source, help=text)
+    group.add_argument("--split", help="of a hub data set (default: train)")
+    flags.add_reading(group)
+    count = flags.of(Int(low=1))
+    text = "first prompts, to which the teacher responds (default: 16)"
+    group.add_argument("--rows", type=count, default=16, help=text)
+    text = "tokens of a response (default: 64)"
+    group.add_argument("--max-new-tokens", type=count, default=64, help=text)
+    flags.add_prompting(group)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -40,7 +62,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         flags.check_empty(output)
         teacher = load_model(options.teacher, dtype=dtype, param_dtype=dtype)
         depth = teacher.decoder.config.num_layers
-        kept = chosen_layers(depth, options.layers)
+        kept = chosen_layers(depth, _count(options))
+        if options.data:
+            kept = _by_data(options, teacher, len(kept))
         student = keep_layers(teacher, kept)
         check_writable(output)
         facts = [
@@ -52,6 +76,62 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         card = model_card("A student before distillation", lead, facts)
         save_model(output, student, card=card)
     print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts), sep="\n")
+
+
+def _count(options: argparse.Namespace) -> int | tuple[int, ...]:
+    """--layers. Raises ConfigError where it, or another flag, does not go with --data."""
+    given = [f"--{x.replace('_', '-')}" for x in WITH_DATA if getattr(options, x, None) is not None]
+    if given and not options.data:
+        raise ConfigError(f"{', '.join(given)}: are for --data, by which layers are chosen")
+    if options.data and not isinstance(options.layers, int):
+        raise ConfigError(f"--layers {options.layers}: --data chooses them; say how many")
+    return options.layers
+
+
+def _by_data(options: argparse.Namespace, teacher: Model, count: int) -> tuple[int, ...]:
+    """So many of the teacher's layers, left after those that move it least on --data."""
+    check_text(teacher)
+    depth = teacher.decoder.config.num_layers
+    left_out = leave_out_layers(teacher, _teacher_rows(options, teacher))
+    kept = list(range(depth))
+    for layer, kl in itertools.islice(left_out, depth - count):
+        kept.remove(layer)
+        print(f"  without layer {layer:3}: KL {kl:.4f}, {len(kept)} layers left", flush=True)
+    return tuple(kept)
+
+
+def _teacher_rows(options: argparse.Namespace, teacher: Model) -> Rows:
+    """The first prompts of --data, with the teacher's greedy responses."""
+    data, why = flags.data_config(options.teacher, options, lambda: teacher)
+    print(f"template {data.template} ({why})", flush=True)
+    reading = dict(split=options.split or "train", format=options.format, columns=options.columns)
+    if options.chat_template is not None:
+        tokenizer = copy.copy(teacher.tokenizer)  # the student keeps its own
+        tokenizer.chat_template = read_chat_template(options.chat_template)
+        teacher = teacher.replace(tokenizer=tokenizer)
+    prompt_format, capacity = data.prompt_format("default"), data.max_prompt_length
+    teacher = with_turn_end(teacher, prompt_format)
+    rows = tokenize(
+        itertools.islice(RecordStream(options.data, **reading), options.rows),
+        teacher.tokenizer,
+        prompt_format,
+        max_prompt_length=capacity,
+        max_length=capacity + options.max_new_tokens,
+        eos_id=teacher.eos_ids[0],
+        vocab_size=teacher.vocab_size,
+        long_prompts=data.long_prompts,
+    )
+    responses = generate_responses(
+        teacher,
+        rows,
+        sampling=Sampling(temperature=0.0, eos_ids=teacher.eos_ids),
+        prompt_capacity=capacity,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=16,
+        key=jax.random.key(0),  # greedy ones do not depend on it
+        vocab_size=teacher.vocab_size,
+    )
+    return with_responses(rows, responses)
 
 
 def _layers(text: str) -> int | tuple[int, ...]:

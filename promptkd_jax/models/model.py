@@ -106,14 +106,18 @@ def keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
         lambda x: x.sharding if isinstance(x, jax.Array) and x.committed else None, model.params
     )
     params = jax.jit(keep, out_shardings=where)(model.params)
-    family = FAMILIES[config.family]
-    kinds = kinds_of_layers([config.kind(layer) for layer in layers])
-    kept = config.replace(num_layers=len(layers), **kinds)
+    family, kept = FAMILIES[config.family], keep_layers_config(config, layers)
     # Where layers differ, the fields that say so have to name those that are left.
     fields = {family.depth_field: len(layers), **family.export_fields(kept)}
     return model.replace(
         decoder=Decoder(kept), params=params, hf_config={**model.hf_config, **fields}
     )
+
+
+def keep_layers_config(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
+    """The config of a decoder of only `layers` of these, in this order."""
+    kinds = kinds_of_layers([config.kind(layer) for layer in layers])
+    return config.replace(num_layers=len(layers), **kinds)
 
 
 def add_adapter(model: Model, lora: LoRA, adapter: Any) -> Model:

@@ -24,7 +24,7 @@ from promptkd_jax.models.io.hub import download, hub_id, resolve_model, student_
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.io.safetensors import read_json
 from promptkd_jax.models.layers.quantization import QUANTIZE
-from promptkd_jax.models.model import Model
+from promptkd_jax.models.model import Model, keep_layers_config
 from promptkd_jax.models.random_model import PREFIX, synthetic_config
 from promptkd_jax.training import build
 from promptkd_jax.training.config.checks import check_mesh
@@ -263,7 +263,7 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
 
 
 def _keep_layers(model: Model, layers: tuple[int, ...]) -> Model:
-    return _with_config(model, model.decoder.config.replace(num_layers=len(layers)))
+    return _with_config(model, keep_layers_config(model.decoder.config, layers))
 
 
 def _with_adapter(config: RunConfig, student: Model) -> Model:
