@@ -112,7 +112,7 @@ def _teacher_rows(options: argparse.Namespace, teacher: Model) -> Rows:
     prompt_format, capacity = data.prompt_format("default"), data.max_prompt_length
     teacher = with_turn_end(teacher, prompt_format)
     rows = tokenize(
-        itertools.islice(RecordStream(options.data, **reading), options.rows),
+        RecordStream(options.data, limit=options.rows, **reading),
         teacher.tokenizer,
         prompt_format,
         max_prompt_length=capacity,

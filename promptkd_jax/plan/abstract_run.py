@@ -297,6 +297,9 @@ def _training_rows(config: RunConfig) -> tuple[int, str]:
     if config.data.train == "teacher":
         return config.data_free.requests, "config.data_free.requests, all of them answered"
     counts, words = zip(*(_source_rows(source) for source, _ in config.data.train_sources))
+    if most := config.data.train_rows:
+        counts = [min(count or most, most) for count in counts]
+        words = [f"at most {most} of each (config.data.train_rows)", *words]
     return sum(counts) if all(counts) else 0, "; ".join(words)
 
 

@@ -86,7 +86,7 @@ def training_records(config: RunConfig, *, quiet: bool = False) -> Iterator[Reco
         need = "response" if data.supervise == "last" else "some response"
     for source, _ in data.train_sources:
         how = dict(split=data.train_split, format=data.format, columns=data.columns)
-        yield RecordStream(source, need=need, quiet=quiet, **how)
+        yield RecordStream(source, need=need, limit=data.train_rows, quiet=quiet, **how)
 
 
 def training_rows(

@@ -796,6 +796,10 @@ def test_the_rows_that_were_counted_are_named(tmp_path):
     assert "7 training rows: given" in abstract_run(checked(config), rows=7).notes
     config.data.train = str(file)
     assert abstract_run(checked(config)).notes[-1].startswith(f"2 training rows: all of {file}")
+    config.data.train = ((str(file), 1), ("none.jsonl", 1))
+    config.data.train_rows = 9
+    said = "11 training rows: at most 9 of each (config.data.train_rows); all of"
+    assert abstract_run(checked(config)).notes[-1].startswith(said)
 
 
 # Commands that are about to be launched

@@ -901,6 +901,8 @@ def test_without_data_there_are_no_gold_answers(config):
     found = refused(config)
     assert "config.evaluation.references: 'gold', and prompts that the teacher writes" in found
     assert "config.data.dev: 'teacher' takes dev_rows" in found
+    config.data.train_rows = 4
+    assert "config.data.train_rows: the prompts that the teacher writes are as" in refused(config)
 
 
 def test_a_recipe_that_looks_at_a_teacher_needs_one(config):

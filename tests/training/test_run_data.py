@@ -55,6 +55,23 @@ def rows_of(config, workdir=None):
     return load_data(run, load_without_weights(run.student.path), workdir).train
 
 
+def test_the_first_records_of_each_source_and_no_more_are_read(config, folder, tmp_path):
+    whole = rows_of(config)
+    config.data.train_rows = 7  # the second has 6
+    with (folder / "talks.jsonl").open("a") as file:
+        file.write('{"messages": []}\n')  # which `limit` never comes to, nor has to
+    with pytest.raises(DataError, match="talks.jsonl:7: "):
+        rows_of(config, tmp_path / "run")
+    config.data.train_rows = 5
+    first = rows_of(config, tmp_path / "run")
+    assert first.shares == ((5, 3.0), (5, 1.0))
+    assert first.left_out == {"unused field 'hint'": 5}
+    for found, place in zip(first.tokens, [*range(5), *range(12, 17)], strict=True):
+        np.testing.assert_array_equal(found, whole.tokens[place])
+    config.data.train_rows = 2  # not the rows that are kept
+    assert rows_of(config, tmp_path / "run").shares == ((2, 3.0), (2, 1.0))
+
+
 def test_rows_are_tokenised_once_and_again_when_something_changes(
     config, folder, tmp_path, monkeypatch
 ):

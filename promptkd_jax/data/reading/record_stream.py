@@ -36,6 +36,7 @@ class RecordStream:
       format: key of `formats.FORMATS`; "auto": that of which the first record has the fields.
       columns: their names of fields, by ours (one of `formats.column_names()`); "" for a field
         that is not to be read.
+      limit: as many records, of those that have what is needed, end the stream; 0: it has all.
       quiet: nothing is said.
 
     Attributes:
@@ -53,9 +54,11 @@ class RecordStream:
         need: str = "nothing",
         format: str = "auto",
         columns: Columns = (),
+        limit: int = 0,
         quiet: bool = False,
     ):
         self.source, self._split, self._need, self._quiet = source, split, need, quiet
+        self._limit = limit
         self._columns, self._format, self.format = dict(columns), format, format
         self.unanswered, self.unused = 0, collections.Counter()
 
@@ -84,6 +87,8 @@ class RecordStream:
             if has_what_is_needed(record):
                 count += 1
                 yield dataclasses.replace(record, place=where)
+                if count == self._limit:
+                    break
             else:
                 self.unanswered += 1
         faults.raise_any(self.source)
@@ -110,7 +115,7 @@ class RecordStream:
     def how(self) -> dict[str, Any]:
         """All by which records are made of the source."""
         how = dict(split=self._split, need=self._need, format=self._format)
-        return how | {"columns": self._columns}
+        return how | {"columns": self._columns, "limit": self._limit}
 
     @property
     def left_out(self) -> dict[str, int]:

@@ -213,6 +213,11 @@ def _contradictions(config: RunConfig):
             "config.in_context: demonstrations are gold responses, and prompts that the teacher "
             "writes have none; expected another teacher_view, or another soft_prompt.init"
         )
+    if data.train == "teacher" and data.train_rows:
+        yield (
+            "config.data.train_rows: the prompts that the teacher writes are as many as "
+            f"config.data_free.requests says; expected 0, found {data.train_rows}"
+        )
     if data.dev == "teacher" and (data.train != "teacher" or not data.dev_rows):
         yield (
             "config.data.dev: 'teacher' takes dev_rows of the prompts that the teacher writes; "
