@@ -131,14 +131,14 @@ def evidence() -> ConfigDict:
         "shows how the methods differ from the first updates on, not which of them wins in the "
         "end. References are the teacher's greedy responses. KL, agreement and exposure bias are "
         "of the same held-out requests, which choose nothing.",
-        methods=("seqkd", "gkd", "minillm", "amid", "promptkd", "promptkd_amid"),
+        methods=("seqkd", "gkd", "opd", "amid", "promptkd", "promptkd_amid"),
         seeds=(10, 20, 30),
         budget=dict(kind="steps", steps=10, seconds=0.0),
         pretraining=dict(teacher=None, student=student),
         run=run,
         changes=dict(
-            all=dict(batch_size=8, learning_rate=1e-4),
-            minillm=dict(learning_rate=2e-5),  # four updates a step
+            # GKD's better rate of two, by one seed: at 1e-4 its ROUGE-L fell from 28.2 to 24.0.
+            all=dict(batch_size=8, learning_rate=3e-5, warmup_steps=2),
             amid=dict(targets="student"),
             promptkd=dict(GATED),
             promptkd_amid=dict(GATED),
