@@ -15,15 +15,16 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-# Which curves stand in one plot, and its title. The metrics that a regular expression matches share
-# an axis, so they must share a unit. The first match wins; a metric that no line matches gets a
-# plot of its own, with its name as the title.
+# Which curves stand in one plot, and its title. The metrics that a regular expression matches, with
+# their prefix or without it, share an axis, so they must share a unit. The first match wins; a
+# metric that no line matches gets a plot of its own, with its name as the title.
 PLOTS = (
     ("Losses", r"loss|\w+_loss"),
     ("Distances between hidden states", r"(cosine|mse|relation)_\d+_\d+"),
-    ("KL(teacher ‖ student), nats", r"kl|kl_plain|kl_prompted"),
+    # On responses of the data or of the teacher; in training, on the rows of the step.
+    ("KL(teacher ‖ student), nats", r"\w+/kl(_\w+)?|kl"),
+    ("KL(student ‖ teacher), nats", r"kl_\w+"),
     ("KL of the prompted from the plain teacher, nats", r"prompt_regularizer"),
-    ("Other KL divergences, nats", r"kl_\w+"),
     ("Top-1 agreement with the teacher", r"agreement"),
     ("Entropy of the student, nats", r"student_entropy"),
     ("Norm of the soft prompt", r"prompt_norm"),
@@ -271,7 +272,8 @@ def _grouped(names: Iterable[str]) -> list[tuple[str, list[str]]]:
     """(title, metrics of one plot) in the order of PLOTS; unknown metrics follow, one by one."""
     groups, left = [], list(names)
     for title, pattern in PLOTS:
-        members = [name for name in left if re.fullmatch(pattern, name.rpartition("/")[2])]
+        names = {name: (name, name.rpartition("/")[2]) for name in left}
+        members = [name for name in left if any(re.fullmatch(pattern, x) for x in names[name])]
         left = [name for name in left if name not in members]
         if members:
             groups.append((title, members))
