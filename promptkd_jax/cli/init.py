@@ -13,6 +13,7 @@ import copy
 import itertools
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import jax
 
@@ -32,8 +33,14 @@ from promptkd_jax.models.model import Model, check_text, chosen_layers, keep_lay
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.config.field_specs import DTYPE
 
-# Flags that are for --data alone.
-WITH_DATA = (*(name for name in RECORDED if name != "date"), "chat_template", "split")
+# Flags that are for --data alone, with their defaults.
+WITH_DATA = {
+    **dict.fromkeys((*RECORDED, "chat_template", "split")),
+    "format": "auto",
+    "columns": {},
+    "rows": 16,
+    "max_new_tokens": 64,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,27 +56,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split", help="of a hub data set (default: train)")
     flags.add_reading(group)
     count = flags.of(Int(low=1))
-    text = "first prompts, to which the teacher responds (default: 16)"
-    group.add_argument("--rows", type=count, default=16, help=text)
+    text = "as many records, from the first on, have the prompts that the teacher responds to "
+    text += "(default: 16)"
+    group.add_argument("--rows", type=count, default=WITH_DATA["rows"], help=text)
     text = "tokens of a response (default: 64)"
-    group.add_argument("--max-new-tokens", type=count, default=64, help=text)
+    default = WITH_DATA["max_new_tokens"]
+    group.add_argument("--max-new-tokens", type=count, default=default, help=text)
     flags.add_prompting(group)
+    flags.add_mesh(group)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     output, dtype = options.output, options.dtype
-    with flags.naming("--output", output):
+    mesh = flags.mesh_of(options) if options.data else None  # else nothing is computed
+    with flags.naming("--output", output), jax.set_mesh(mesh) if mesh else nullcontext():
         flags.check_empty(output)
-        teacher = load_model(options.teacher, dtype=dtype, param_dtype=dtype)
+        teacher = load_model(options.teacher, dtype=dtype, param_dtype=dtype, mesh=mesh)
         depth = teacher.decoder.config.num_layers
-        kept = chosen_layers(depth, _count(options))
+        kept, chosen = chosen_layers(depth, _layers_or_count(options)), []
         if options.data:
-            kept = _by_data(options, teacher, len(kept))
+            kept, chosen = _by_data(options, teacher, len(kept))
         student = keep_layers(teacher, kept)
         check_writable(output)
         facts = [
             ("Teacher", f"{options.teacher} ({depth} layers)"),
             ("Its layers that were kept, counted from 0", ", ".join(map(str, kept))),
+            *chosen,
             ("Parameters", f"{sum(x.size for x in jax.tree.leaves(student.params)):,} in {dtype}"),
         ]
         lead = "Some of its teacher's layers, written by promptkd_jax and not trained since."
@@ -78,30 +90,35 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"student in {output}", *(f"  {name}: {fact}" for name, fact in facts), sep="\n")
 
 
-def _count(options: argparse.Namespace) -> int | tuple[int, ...]:
+def _layers_or_count(options: argparse.Namespace) -> int | tuple[int, ...]:
     """--layers. Raises ConfigError where it, or another flag, does not go with --data."""
-    given = [f"--{x.replace('_', '-')}" for x in WITH_DATA if getattr(options, x, None) is not None]
+    given = [name for name, default in WITH_DATA.items() if getattr(options, name, None) != default]
     if given and not options.data:
-        raise ConfigError(f"{', '.join(given)}: are for --data, by which layers are chosen")
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{named}: for --data, by which layers are chosen, and there is none")
     if options.data and not isinstance(options.layers, int):
-        raise ConfigError(f"--layers {options.layers}: --data chooses them; say how many")
+        listed = ",".join(map(str, options.layers))
+        raise ConfigError(f"--layers {listed}: --data chooses which; expected how many")
     return options.layers
 
 
-def _by_data(options: argparse.Namespace, teacher: Model, count: int) -> tuple[int, ...]:
-    """So many of the teacher's layers, left after those that move it least on --data."""
+def _by_data(
+    options: argparse.Namespace, teacher: Model, count: int
+) -> tuple[tuple[int, ...], list[tuple[str, str]]]:
+    """So many of the teacher's layers, those left out before that move it least, and facts about
+    how they were chosen."""
     check_text(teacher)
-    depth = teacher.decoder.config.num_layers
-    left_out = leave_out_layers(teacher, _teacher_rows(options, teacher))
-    kept = list(range(depth))
-    for layer, kl in itertools.islice(left_out, depth - count):
+    kept, kl = list(range(teacher.decoder.config.num_layers)), 0.0
+    rows, said = _teacher_rows(options, teacher)
+    left_out = leave_out_layers(teacher, rows)
+    for layer, kl in itertools.islice(left_out, len(kept) - count):
         kept.remove(layer)
         print(f"  without layer {layer:3}: KL {kl:.4f}, {len(kept)} layers left", flush=True)
-    return tuple(kept)
+    return tuple(kept), [("Chosen by", said), ("KL(teacher || student), nats", f"{kl:.4f}")]
 
 
-def _teacher_rows(options: argparse.Namespace, teacher: Model) -> Rows:
-    """The first prompts of --data, with the teacher's greedy responses."""
+def _teacher_rows(options: argparse.Namespace, teacher: Model) -> tuple[Rows, str]:
+    """The first prompts of --data with the teacher's greedy responses, and what they are."""
     data, why = flags.data_config(options.teacher, options, lambda: teacher)
     print(f"template {data.template} ({why})", flush=True)
     reading = dict(split=options.split or "train", format=options.format, columns=options.columns)
@@ -121,17 +138,22 @@ def _teacher_rows(options: argparse.Namespace, teacher: Model) -> Rows:
         vocab_size=teacher.vocab_size,
         long_prompts=data.long_prompts,
     )
+    check_writable(options.output)  # before what takes time
     responses = generate_responses(
         teacher,
         rows,
         sampling=Sampling(temperature=0.0, eos_ids=teacher.eos_ids),
-        prompt_capacity=capacity,
+        prompt_capacity=int(max(rows.prompt_lengths)),
         max_new_tokens=options.max_new_tokens,
         batch_size=16,
         key=jax.random.key(0),  # greedy ones do not depend on it
         vocab_size=teacher.vocab_size,
     )
-    return with_responses(rows, responses)
+    rows = with_responses(rows, responses)
+    said = f"{rows.num_supervised.sum():,} tokens of its responses to {len(rows.tokens)} prompts"
+    said += f" of {options.data}"
+    print(f"{said}; {rows.dropped} prompts dropped (over {capacity} tokens)", flush=True)
+    return rows, said
 
 
 def _layers(text: str) -> int | tuple[int, ...]:

@@ -22,6 +22,7 @@ from promptkd_jax.distill.losses.chunked_loss import linear_loss
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.inference.generate import round_up_to_devices
 from promptkd_jax.infra import sharding
+from promptkd_jax.infra.errors import DataError, ModelError
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.model import Model, keep_layers_config
 
@@ -31,17 +32,29 @@ def leave_out_layers(
 ) -> Iterator[tuple[int, float]]:
     """Leaves out one layer after the other, each time that which moves the teacher least.
 
-    It is greedy: n layers cost L forwards of all rows for the first, L - 1 for the second, and so
-    on. They are one program each time, unless the layers are of several kinds.
+    It is greedy: the first layer costs L forwards of all rows, the second L - 1, and so on. They
+    are one program each time, or, where layers are of several kinds, one for every order of kinds
+    that is left. A forward takes the memory of a second stack of layers.
 
     Args:
+      teacher: its kernels in a device's memory.
       rows: with responses, best the teacher's own.
+      batch_size: B, rows in one forward, rounded up to as many on each device.
 
     Yields:
       A layer, counted from 0 in the teacher, and KL(teacher || student), in nats per response
       token, without it and all before it; until one layer is left.
+
+    Raises:
+      DataError: no row has a response.
+      ModelError: the kernels lie in the host's memory, or the divergence is not finite.
     """
-    config, capacity = teacher.decoder.config, int(max(rows.num_supervised))
+    config = teacher.decoder.config
+    if config.offload:
+        raise ModelError(f"{teacher.name}: is offloaded; layers are searched in a device's memory")
+    if not rows.num_supervised.any():
+        raise DataError("rows: none has a response; expected some, such as the teacher's own")
+    capacity = int(max(rows.num_supervised))
     read = _final_states(teacher.decoder, capacity)
     batch_size, batches = round_up_to_devices(batch_size), []
     for batch, real in eval_batches(rows, batch_size=batch_size, length=max(map(len, rows.tokens))):
@@ -54,6 +67,11 @@ def leave_out_layers(
         compute = _divergence(student, capacity, teacher.vocab_size)
         sums = [compute(teacher.params, np.array(layers), *inputs) for inputs in batches]
         kl, tokens = np.sum(sharding.to_host(sums), axis=0)
+        if not np.isfinite(kl):
+            raise ModelError(
+                f"{teacher.name}: KL of the layers {layers} is {kl}; expected a number, as "
+                f"{config.dtype} may be too narrow for it"
+            )
         return float(kl / tokens)
 
     left = list(range(config.num_layers))

@@ -272,12 +272,16 @@ def _grouped(names: Iterable[str]) -> list[tuple[str, list[str]]]:
     """(title, metrics of one plot) in the order of PLOTS; unknown metrics follow, one by one."""
     groups, left = [], list(names)
     for title, pattern in PLOTS:
-        names = {name: (name, name.rpartition("/")[2]) for name in left}
-        members = [name for name in left if any(re.fullmatch(pattern, x) for x in names[name])]
+        members = [name for name in left if _matches(pattern, name)]
         left = [name for name in left if name not in members]
         if members:
             groups.append((title, members))
     return groups + [(_label(name), [name]) for name in left]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    bare = name.rpartition("/")[2]
+    return bool(re.fullmatch(pattern, name) or re.fullmatch(pattern, bare))
 
 
 def _drawing(label: str, draw: Callable[[Axes], None], *, height: float) -> markupsafe.Markup:

@@ -296,15 +296,18 @@ def _training_rows(config: RunConfig) -> tuple[int, str]:
     """How many there are, 0 where only reading the data would tell, and what was counted."""
     if config.data.train == "teacher":
         return config.data_free.requests, "config.data_free.requests, all of them answered"
-    counts, words = zip(*(_source_rows(source) for source, _ in config.data.train_sources))
-    if most := config.data.train_rows:
-        counts = [min(count or most, most) for count in counts]
-        words = [f"at most {most} of each (config.data.train_rows)", *words]
+    most = config.data.train_rows
+    counts, words = zip(*(_source_rows(source, most) for source, _ in config.data.train_sources))
     return sum(counts) if all(counts) else 0, "; ".join(words)
 
 
-def _source_rows(train: str) -> tuple[int, str]:
-    """As `_training_rows`, of one source."""
+def _source_rows(train: str, most: int) -> tuple[int, str]:
+    """As `_training_rows`, of one source, of which at most so many records are read; 0: all."""
+    count, words = _all_rows(train)
+    return (most, f"the first {most} of {train}") if 0 < most < count else (count, words)
+
+
+def _all_rows(train: str) -> tuple[int, str]:
     if train == "databricks/databricks-dolly-15k":
         return DOLLY_ROWS, "the published split of Dolly"
     if train.startswith(("package:", "synthetic:")):

@@ -1,6 +1,7 @@
 """Layers are left out by what their absence costs, measured as a run measures a student."""
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.data.rows import Rows
 from promptkd_jax.evaluation.layer_search import leave_out_layers
 from promptkd_jax.evaluation.student_metrics import teacher_metrics
+from promptkd_jax.infra.errors import DataError, ModelError
 from promptkd_jax.models.load import load_model, load_with_tokenizer
 from promptkd_jax.models.model import Model, keep_layers
 
@@ -78,6 +80,12 @@ def test_the_command_keeps_what_the_search_leaves(teacher, tmp_path, capsys):
     assert len(left_out) == 2
     kept = tuple(layer for layer in range(4) if layer not in left_out)
     assert f"counted from 0: {', '.join(map(str, kept))}\n" in said
+    # What the choice rests on, in the terminal and on the student's card.
+    rests_on = re.search(r"\d+ tokens of its responses to 3 prompts of \S+train.jsonl", said)
+    assert rests_on and f"{rests_on[0]}; 0 prompts dropped (over 16 tokens)" in said
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert f"Chosen by: {rests_on[0]}\n" in card
+    assert f"KL(teacher || student), nats: {re.findall('KL ([0-9.]+)', said)[-1]}\n" in card
     student = load_with_tokenizer(str(tmp_path / "student"), dtype="float32")
     expected = keep_layers(load_model(teacher), kept)
     jax.tree.map(np.testing.assert_array_equal, student.params, expected.params)
@@ -86,8 +94,9 @@ def test_the_command_keeps_what_the_search_leaves(teacher, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layers=0,2", "--data=absent.jsonl"], r"--layers \(0, 2\): --data chooses them; say"),
-        (["--layers=2", "--template=plain", "--split=dev"], "--template, --split: are for --data"),
+        (["--layers=0,2", "--data=absent.jsonl"], "--layers 0,2: --data chooses which; expected"),
+        (["--layers=2", "--template=plain", "--split=dev"], "--template, --split: for --data, by"),
+        (["--layers=2", "--rows=8", "--format=alpaca"], "--format, --rows: for --data, by which"),
         (["--layers=2", "--data=absent.jsonl", "--template=plain"], "absent.jsonl: no such file"),
         (["--layers=9", "--data=absent.jsonl"], "9 of 4 layers: keep at least 1 and at most 4"),
     ],
@@ -96,3 +105,22 @@ def test_what_does_not_go_with_data(teacher, tmp_path, options, message):
     with pytest.raises(SystemExit, match=f"promptkd init: {message}"):
         init(teacher, *options, f"--output={tmp_path / 'student'}")
     assert not (tmp_path / "student").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_search(teacher, tmp_path, capsys):
+    data = tiny.write_data(tmp_path / "train.jsonl", 3)
+    with pytest.raises(SystemExit, match="init: --output .*train.jsonl/student: "):
+        init(
+            *(teacher, "--layers=2", f"--data={data}", "--template=plain"),
+            f"--output={data}/student",
+        )
+    assert "without layer" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_searched():
+    teacher = random_model("llama")
+    with pytest.raises(DataError, match="rows: none has a response"):
+        next(leave_out_layers(teacher, ROWS._replace(prompt_lengths=np.array([9, 6, 8]))))
+    params = jax.tree.map(lambda x: np.full_like(x, np.nan), teacher.params)
+    with pytest.raises(ModelError, match=r"llama: KL of the layers \[1, 2\] is nan; expected"):
+        next(leave_out_layers(teacher.replace(params=params), ROWS))

@@ -127,9 +127,8 @@ class RecordStream:
     def _say(self, seen: set[str]) -> None:
         for theirs in self._columns.values():
             if theirs and theirs not in seen:
-                distributed.warn(
-                    f"{self.source}: no record has the field {theirs!r} of data.columns"
-                )
+                which = f"none of the first {self._limit} records" if self._limit else "no record"
+                distributed.warn(f"{self.source}: {which} has the field {theirs!r} of data.columns")
         if self.unanswered:
             distributed.warn(
                 f"{self.source}: {self.unanswered} records left out, without {NEEDED[self._need]}"

@@ -145,7 +145,7 @@ class DataConfig:
     )
     train_split: str = field("train", Str(), "of a Hugging Face data set, such as train[1000:]")
     train_rows: int = field(
-        0, Int(low=0), "records of each source of train that are used, from the first on; 0: all"
+        0, Int(low=0), "records of each source of train that are read, from the first on; 0: all"
     )
     dev: str = field(
         "", Path(nonempty=True), "as train, for evaluation; 'teacher': some of its own"
