@@ -182,7 +182,7 @@ def apply_gradients(
         optimizer = getattr(optimizers, name)
         updates, states[name] = optimizer.update(gradient, states[name], params[name])
         params[name] = optax.apply_updates(params[name], updates)
-        if isinstance(params[name], GatedPrefix):  # g >= 0, as the optimizer does not know
+        if isinstance(params[name], GatedPrefix):  # 0 <= g <= 1, which the optimizer does not know
             params[name] = params[name].projected()
     return state.replace(params=params, optimizers=states)
 

@@ -28,7 +28,7 @@ PLOTS = (
     ("Top-1 agreement with the teacher", r"agreement"),
     ("Entropy of the student, nats", r"student_entropy"),
     ("Norm of the soft prompt", r"prompt_norm"),
-    ("Weight of the soft prompt, mean over heads", r"prompt_gate"),
+    ("Gates of the soft prompt, mean over heads", r"prompt_gate"),
     ("Rows learned from the plain teacher", r"plain_share"),
     ("Weight of the prompt's regularizer", r"regularization_weight"),
     ("Gradient norm of the soft prompt", r"prompt_grad_norm"),

@@ -31,6 +31,7 @@ from promptkd_jax.models.layers.feed_forward import FeedForward, MixtureOfExpert
 from promptkd_jax.models.layers.gated_prefix import (
     GatedPrefix,
     attend_gated,
+    attend_gated_to_cache,
     gate_of,
     prefix_columns,
     prefix_vectors,
@@ -327,8 +328,10 @@ class Attention(nn.Module):
         if turn is not None:
             kept = turn.layer.write(key, value, turn.column)  # the row's own column included
             how = {"soft_cap": config.attention_soft_cap, "sinks": sinks}
-            bias = gate and gate.log_weights(turn.seen.shape[1])
-            out = attend_to_cache(query, kept, turn.seen, bias=bias, **how)
+            run = attend_to_cache
+            if gate:
+                run = functools.partial(attend_gated_to_cache, gate=gate)
+            out = run(query, kept, turn.seen, **how)
         else:
             kept = (key, value) if columns else None
             out = _attend(config, query, key, value, sinks, kind, gate, keys, segments)

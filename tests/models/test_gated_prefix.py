@@ -34,25 +34,29 @@ def test_with_the_weight_of_text_and_rotary_positions_it_is_an_ordinary_prefix(n
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_attention_and_its_gradients_are_those_of_the_formula(window, with_sinks):
-    """For gates of 0, of less than 1 and of more, in value and in all gradients."""
+    """For gates of 0, of 1 and between, in value and in all gradients."""
     length, columns = 3, 9
     keys = iter(jax.random.split(jax.random.key(0), 5))
     query = jax.random.normal(next(keys), (2, columns, 4, 8))
     key, value = (jax.random.normal(next(keys), (2, columns, 2, 8)) for _ in range(2))
     sinks = jax.random.normal(next(keys), (4,)) if with_sinks else None
     cotangent = jax.random.normal(next(keys), query.shape)
-    gates = jnp.array([0.0, 0.3, 1.0, 2.5])
+    gates = jnp.array([0.0, 0.3, 0.8, 1.0])
     row, column = np.mgrid[:columns, :columns]
     seen = (column <= row) & (column > row - (window or columns))
 
     def formula(gates, query, key, value):
         key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
         weights = seen * jnp.exp(jnp.einsum("bqnh,bknh->bnqk", query, key) / 8**0.5)
-        factor = jnp.where((column < length) & (row >= length), gates[:, None, None], 1.0)
-        weights = factor * weights
-        total = weights.sum(-1, keepdims=True)
-        total = total if sinks is None else total + jnp.exp(sinks)[:, None, None]
-        return jnp.einsum("bnqk,bknh->bqnh", weights / total, value)
+
+        def shares(weights):
+            total = weights.sum(-1, keepdims=True)
+            return weights / (total if sinks is None else total + jnp.exp(sinks)[:, None, None])
+
+        hidden = (column < length) & (row >= length)  # of the text, all of the prefix
+        gates = gates[:, None, None]
+        mixed = (1 - gates) * shares(jnp.where(hidden, 0, weights)) + gates * shares(weights)
+        return jnp.einsum("bnqk,bknh->bqnh", mixed, value)
 
     def ours(gates, query, key, value):
         gate = Gate(gates, length)
@@ -68,22 +72,26 @@ def test_attention_and_its_gradients_are_those_of_the_formula(window, with_sinks
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_a_prefix_that_outweighs_all_text_is_still_nothing_at_0():
+def test_a_gate_bounds_what_a_prefix_can_do():
+    """However far its scores exceed those of the text, as the first column's own may well be."""
     query = jnp.full((1, 3, 1, 8), 30.0)
     key = query.at[:, 1:].multiply(-1)  # the prefix's score is 300 above those of the text
+    value = query.at[:, 0].set(-30.0)
 
     def out(gate):
-        return jnp.sum(attend_gated(query, key, query, gate=Gate(gate[None], 1))[:, 1:])
+        return attend_gated(query, key, value, gate=Gate(gate[None], 1))[:, 1:]
 
-    value, gradient = jax.value_and_grad(out)(jnp.float32(0))
-    assert value == 2 * 8 * 30 and np.isfinite(gradient)
+    found, slope = jax.jvp(out, (jnp.float32(0),), (jnp.float32(1),))
+    np.testing.assert_array_equal(found, value[:, 1:])
+    np.testing.assert_allclose(slope, -60)  # from 30 to -30
+    np.testing.assert_allclose(out(jnp.float32(0.01)), 30 - 0.6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral"])
 def test_a_rollout_sees_what_whole_rows_see(name):
     model = random_model(name)
     prompts, lengths = TOKENS[:, :6], np.array([2, 6, 4], np.int32)
-    gates = np.random.default_rng(3).uniform(0, 2, gated(model, 0).gates.shape)
+    gates = np.random.default_rng(3).uniform(0, 1, gated(model, 0).gates.shape)
     prefix = gated(model, 0).replace(gates=jnp.asarray(gates, jnp.float32).at[0, 0].set(0))
     out = sample(
         model.decoder,
@@ -105,8 +113,8 @@ def test_a_rollout_sees_what_whole_rows_see(name):
     assert (likeliest != plain)[written].any(), "the prefix is unseen"
 
 
-def test_gates_are_not_negative_after_an_update():
-    prefix = GatedPrefix(-jnp.ones((1, 2)), jnp.array([[-0.5, 0.0, 2.0]]))
+def test_gates_stay_between_0_and_1_after_an_update():
+    prefix = GatedPrefix(-jnp.ones((1, 2)), jnp.array([[-0.5, 0.0, 0.5, 2.0]]))
     found = prefix.projected()
-    np.testing.assert_array_equal(found.gates, [[0.0, 0.0, 2.0]])
+    np.testing.assert_array_equal(found.gates, [[0.0, 0.0, 0.5, 1.0]])
     np.testing.assert_array_equal(found.vectors, prefix.vectors)

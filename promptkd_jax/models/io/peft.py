@@ -69,12 +69,12 @@ tags: [knowledge-distillation, promptkd, prompt-tuning]
 ---
 # A gated soft prompt of {length} vectors
 
-Trained with promptkd_jax for the teacher {teacher}. In every layer and head its columns have
-`gates` times the weight of others in attention, and the text keeps the positions that it has
-without it.
+Trained with promptkd_jax for the teacher {teacher}. In every layer and head attention is
+(1 - gate) times that without it plus gate times that behind it, and the text keeps the positions
+that it has without it.
 
 **Not a PEFT adapter.** PEFT's prompt tuning can say neither: it puts `prompt_embeddings` before the
-text with a weight of 1, which is another teacher. `promptkd_jax.load_soft_prompt` reads both
+text, with gates of 1, which is another teacher. `promptkd_jax.load_soft_prompt` reads both
 arrays. The student needs none of this.
 """
 _GATED = "gated_prompt.safetensors"

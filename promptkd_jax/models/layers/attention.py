@@ -155,7 +155,6 @@ def attend_to_cache(
     *,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Lets one query a row attend to the cache: `[B, 1, N, H]`.
 
@@ -164,7 +163,6 @@ def attend_to_cache(
       cache: of the layer.
       seen: `[B, S]`, True for the columns that a row's query sees.
       soft_cap, sinks: as for `attend`.
-      bias: `[N, S]`, added to the scores, behind the soft cap; None: nothing.
     """
     # G heads lie beside one another, C = K / G times. A query of one of them is 0 for the others,
     # so that one product is that of all, and of what comes out its own part is taken:
@@ -183,8 +181,7 @@ def attend_to_cache(
     # A scale belongs to all H numbers of a key: it multiplies the product, not the key. Likewise
     # below, where the values' scales multiply the shares that weigh them.
     scores = _times(scores * head_dim**-0.5, cache.key_scale)
-    bias = None if bias is None else bias.reshape(scores.shape[1:])
-    shares = _shares(scores, seen[:, None, None], sinks, soft_cap, bias)
+    shares = _shares(scores, seen[:, None, None], sinks, soft_cap)
     shares = _times(shares, cache.value_scale)
     out = jnp.einsum("bcns,bcsj->bcnj", shares.astype(value.dtype), value)
     out = sum(jnp.split(jnp.where(own, out, 0), beside, axis=-1))
@@ -306,12 +303,10 @@ def _weigh(query, key, value, seen, sinks, soft_cap: float | None, kept=None) ->
     return jnp.einsum("bk...s,bksh->bk...h", shares.astype(value.dtype), value)
 
 
-def _shares(scores, seen, sinks, soft_cap: float | None, bias=None) -> jax.Array:
+def _shares(scores, seen, sinks, soft_cap: float | None) -> jax.Array:
     """The softmax of scores `[B, K, N / K, …, S]` over the columns that are `seen`."""
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    if bias is not None:  # a gate's, which multiplies e^score as it is after the cap
-        scores = scores + bias
     scores = jnp.where(seen, scores, -jnp.inf)
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)

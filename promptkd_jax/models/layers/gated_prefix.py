@@ -1,13 +1,16 @@
-"""A prefix behind gates: in each layer and head its columns weigh g times what they would, g >= 0.
+"""A prefix behind gates: each head of each layer sees so much of it, from nothing to all of it.
 
-A column of the text sees columns j of the text, with scores s_j and values v_j, and columns i of
-the prefix, with scores u_i and values w_i, in one joint softmax:
+With o_0 what a column of the text attends to without a prefix, and o_1 with it, as an ordinary
+prefix, in one softmax, a head's attention is
 
-    o = (sum_j e^{s_j} v_j + g sum_i e^{u_i} w_i) / (sum_j e^{s_j} + g sum_i e^{u_i})
+    o = (1 - g) o_0 + g o_1,    0 <= g <= 1
 
 The text keeps the positions that it has without a prefix, which stands before them, at -M … -1. So
-g = 0 is the model without the prefix, and with rotary positions g = 1 is an ordinary prefix. Zero
-gates as in LLaMA-Adapter (Zhang et al. 2024, arXiv 2303.16199), there in a softmax of their own.
+g = 0 is the model without the prefix, and with rotary positions g = 1 is an ordinary prefix. A gate
+changes o by at most g times what the prefix does to it. A weight of g within the softmax has no
+such bound: the first column of a text attends to itself alone, whatever its score, which a prefix
+can exceed by any factor, and all later columns look at the first. Gates of 0 to begin with are
+LLaMA-Adapter's (Zhang et al. 2024, arXiv 2303.16199), who add a softmax over the prefix alone.
 
 B rows, T columns of the text, M of the prefix, D width, N heads, K key/value heads, H head width,
 L layers, S columns of the cache.
@@ -22,7 +25,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.layers.attention import attend
+from promptkd_jax.models.layers.attention import attend, attend_to_cache
+from promptkd_jax.models.layers.cache import LayerCache
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -39,13 +43,13 @@ class GatedPrefix:
     gates: Float[Array, "L N"]
 
     def projected(self) -> GatedPrefix:
-        """The nearest prefix whose gates are not negative.
+        """The nearest prefix whose gates are from 0 to 1.
 
-        Parameters are the gates themselves, not their logarithms: do/dg at g = 0 is that of
-        the formula above, sum_i e^{u_i} (w_i - o) / sum_j e^{s_j}, while log g, g^2 or |g| have
-        none there. What remains is to cut off what an update makes negative.
+        Parameters are the gates themselves, not their logits: do/dg = o_1 - o_0 also at g = 0,
+        where a sigmoid, g^2 or |g| have none. What remains is to cut off what an update makes
+        negative or more than 1.
         """
-        return self.replace(gates=jnp.maximum(self.gates, 0))
+        return self.replace(gates=jnp.clip(self.gates, 0, 1))
 
 
 def prefix_vectors(prefix: Float[Array, "M D"] | GatedPrefix | None) -> Float[Array, "M D"] | None:
@@ -66,11 +70,10 @@ class Gate:
     weights: jax.Array
     columns: int = struct.field(pytree_node=False)
 
-    def log_weights(self, columns: int) -> jax.Array:
-        """What it adds to scores over S = `columns` columns, `[N, S]`; without a gradient at 0."""
-        # Added to a score, log g multiplies its exponential by g, and -inf leaves the column out.
-        gated = jnp.arange(columns) < self.columns
-        return jnp.where(gated, jnp.log(self.weights)[:, None], 0.0)
+    def mean(self, plain: jax.Array, behind: jax.Array) -> jax.Array:
+        """(1 - g) plain + g behind, `[…, N, H]`."""
+        gates = self.weights.astype(jnp.float32)[:, None]  # [N, 1]
+        return (plain + gates * (behind - plain)).astype(plain.dtype)
 
 
 def gate_of(
@@ -94,16 +97,6 @@ def gate_of(
     return Gate(jnp.pad(prefix.gates, ((0, 0), (0, padding))), prefix_columns(prefix))
 
 
-# With the shares of an ordinary joint softmax, a of the prefix's columns and b of the text's, the
-# prefix's part y = sum_i share_i w_i of its mean, and o_0, the attention without a prefix,
-#
-#     o = o_0 + g / (b + g a) · (y - a o_0)
-#
-# `attend` computes all four, with whichever kernel: o_0 of the text alone; y with values that are 0
-# in the text; a and b with values that count columns. So g = 0 is o_0 exactly, and nobody has to
-# know the logarithm of a denominator.
-
-
 def attend_gated(
     query: jax.Array, key: jax.Array, value: jax.Array, *, gate: Gate, **how: Any
 ) -> jax.Array:
@@ -117,23 +110,16 @@ def attend_gated(
       how: `attend`'s, but for dropout, which gates have none of.
     """
     length = gate.columns  # M
-    # Two of the H channels of the values count columns: channel 0 those of the prefix, 1 those of
-    # the text. Their attention is the sum of the shares, a and b.
-    is_prefix = (jnp.arange(query.shape[1]) < length)[:, None, None]
-    channel = jnp.arange(value.shape[3])
-    counts = jnp.where(is_prefix, channel == 0, channel == 1).astype(value.dtype)
-    # [B, M + T, N, H]: y where the text is the query; of the prefix's own columns, which see no
-    # text, their whole attention to one another.
-    part = attend(query, key, jnp.where(is_prefix, value, 0), **how)
-    shares = attend(query, key, jnp.broadcast_to(counts, value.shape), **how)[:, length:]
+    behind = attend(query, key, value, **how)
     plain = attend(*(x[:, length:] for x in (query, key, value)), **how)
-    shares = shares.astype(jnp.float32)
-    of_prefix, of_text = shares[..., :1], shares[..., 1:2]  # a and b, [B, T, N, 1]
-    if how.get("sinks") is not None:  # which belong to the text, and have no values to count
-        of_text = 1 - of_prefix
-    gates = gate.weights.astype(jnp.float32)[:, None]  # [N, 1]
-    # A prefix that outweighs the text by more than float32 can say counts as if by just so much.
-    total = jnp.maximum(of_text, jnp.finfo(jnp.float32).eps) + gates * of_prefix
-    change = gates / total * (part[:, length:] - of_prefix * plain)
-    gated = (plain + change).astype(plain.dtype)
-    return jnp.concatenate([part[:, :length], gated], axis=1)
+    gated = gate.mean(plain, behind[:, length:])
+    return jnp.concatenate([behind[:, :length], gated], axis=1)
+
+
+def attend_gated_to_cache(
+    query: jax.Array, cache: LayerCache, seen: jax.Array, *, gate: Gate, **how: Any
+) -> jax.Array:
+    """`attend_to_cache`, whose first columns are a gated prefix, `[B, 1, N, H]`."""
+    text = seen & (jnp.arange(seen.shape[1]) >= gate.columns)  # [B, S]
+    plain, behind = (attend_to_cache(query, cache, columns, **how) for columns in (text, seen))
+    return gate.mean(plain, behind)

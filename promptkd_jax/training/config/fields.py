@@ -109,7 +109,7 @@ class SoftPromptConfig:
     text: str = field("Suppose you are a student.", Str(nonempty=True), "for init = 'text'")
     add_special_tokens: bool = field(False, Bool(), "whether the text gets a BOS")
     gated: bool = field(
-        False, Bool(), "whether its weight in every head starts at 0, and is learned"
+        False, Bool(), "whether every head has a gate for it, which is learned and starts at 0"
     )
 
 
