@@ -1,6 +1,6 @@
 # make quickstart   distils SmolLM2-135M-Instruct with PromptKD into runs/quickstart
 # make test         all tests;  make lint   the linter;  make venv   the environment alone
-# make evidence     compares six methods on SmolLM2-135M in 75 to 95 minutes, see docs/methods.md
+# make evidence     compares six methods on SmolLM2-135M in about two hours, see docs/methods.md
 # make bench        measures this library against the same work in PyTorch, see benchmarks/README.md
 # PYTHON=python3.12 make …   another interpreter (>= 3.11)
 #

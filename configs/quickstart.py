@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
             steps=8,
             learning_rate=3e-5,
             warmup_steps=2,
-            prompt_learning_rate=1e-3,
+            prompt_learning_rate=1e-2,
             regularization_schedule="constant",
             regularization=3.0,
         ),
