@@ -82,8 +82,9 @@ def evidence() -> ConfigDict:
     The data have no gold responses, so that AMiD learns from the student's own rows here, in place
     of its replay buffer: GKD and PromptKD, AMiD and PromptKD × AMiD, differ by the prompt alone.
 
-    Seconds on two cores that had other work as well: the warm-up 600; a run of SeqKD 140, of GKD,
-    OPD or AMiD 160 to 270, of PromptKD 300, 3,900 for 18; the test answers of a run 80.
+    Seconds on two cores that had other work as well: the warm-up 600; a run of SeqKD 140 to 150, of
+    GKD, OPD or AMiD 160 to 270, of PromptKD 300, of which there was one; the test answers of a run
+    80. Two hours for all is an estimate from these: PromptKD × AMiD has not been run.
     """
     run = base_config()
     run.teacher.path = SMOLLM2
@@ -119,7 +120,7 @@ def evidence() -> ConfigDict:
     )
     return comparison(
         title="SmolLM2-135M-Instruct into 20 of its 30 layers",
-        note="Few updates of few rows, on as many requests as two cores answer in an hour: it "
+        note="Few updates of few rows, on as many requests as two cores answer in two hours: it "
         "shows how the methods differ from the first updates on, not which of them wins in the "
         "end. References are the teacher's greedy responses. KL, agreement and exposure bias are "
         "of the same held-out requests, on which the student's layers and the common learning rate "

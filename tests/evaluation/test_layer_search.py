@@ -14,6 +14,7 @@ from promptkd_jax.data.rows import Rows
 from promptkd_jax.evaluation.layer_search import leave_out_layers
 from promptkd_jax.evaluation.student_metrics import teacher_metrics
 from promptkd_jax.infra.errors import DataError, ModelError
+from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.load import load_model, load_with_tokenizer
 from promptkd_jax.models.model import Model, keep_layers
 
@@ -121,6 +122,9 @@ def test_what_cannot_be_searched():
     teacher = random_model("llama")
     with pytest.raises(DataError, match="rows: none has a response"):
         next(leave_out_layers(teacher, ROWS._replace(prompt_lengths=np.array([9, 6, 8]))))
+    offloaded = Decoder(teacher.decoder.config.replace(offload=True))
+    with pytest.raises(ModelError, match="llama: is offloaded"):
+        next(leave_out_layers(teacher.replace(decoder=offloaded), ROWS))
     params = jax.tree.map(lambda x: np.full_like(x, np.nan), teacher.params)
     with pytest.raises(ModelError, match=r"llama: KL of the layers \[1, 2\] is nan; expected"):
         next(leave_out_layers(teacher.replace(params=params), ROWS))
