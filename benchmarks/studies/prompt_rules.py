@@ -68,6 +68,14 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(_RATE, regularization_schedule="constant", regularization=3.0),
         dict(gated=True),
     ),
+    "gated_high_rate": (
+        dict(prompt_learning_rate=3e-2, regularization_schedule="constant"),
+        dict(gated=True),
+    ),
+    "gated_high_rate_strong": (
+        dict(prompt_learning_rate=3e-2, regularization_schedule="constant", regularization=3.0),
+        dict(gated=True),
+    ),
     "gated_constant_fallback": (
         dict(_RATE, regularization_schedule="constant", prompt_fallback=True),
         dict(gated=True),
