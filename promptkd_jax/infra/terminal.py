@@ -82,7 +82,7 @@ class ProgressBar:
         text = "  ".join(
             f"{label} {short_number(float(x))}" for label, x in (figures or {}).items()
         )
-        what = f"{self._title}  {part}".rstrip()
+        what = f"{self._title}  {part}".strip()
         self._progress.update(self._task, description=what, completed=done, figures=text)
         if not self._live and distributed.is_primary():
             (task,) = self._progress.tasks

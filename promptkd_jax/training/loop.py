@@ -175,11 +175,10 @@ class _Loop:
         self._mark()
         truncate_metrics(workdir, self.done, evaluated=checkpoints.noted(self.done) is not None)
         self.writer = MetricWriter(workdir)
-        self.progress = TrainingProgress(
-            experiment.total_steps, build.title(experiment.config), first_step=self.done
-        )
+        self.progress = TrainingProgress(experiment.total_steps, first_step=self.done)
 
     def __enter__(self) -> "_Loop":
+        print(build.title(self.experiment.config), flush=True)
         self.progress.__enter__()
         return self
 
@@ -258,8 +257,7 @@ class _Loop:
         made = (self.done - stage.first) * stage.method.updates_per_step
         values["learning_rate"] = float(stage.learning_rate(made - 1))  # of the latest update
         self.writer.write(self.done, values | {"stage": stage.name})
-        shown = stage.name if len(self.experiment.stages) > 1 else ""
-        self.progress.update(self.done, values | {"loss": values["student_loss"]}, shown)
+        self.progress.update(self.done, values | {"loss": values["student_loss"]}, stage.name)
         skipped, limit = values["skipped_in_a_row"], self.experiment.config.stop_after_skipped
         if skipped >= limit:
             raise TrainingError(

@@ -20,23 +20,21 @@ class TrainingProgress(ProgressBar):
     def __init__(
         self,
         total_steps: int,
-        description: str,
         *,
         first_step: int = 0,
         console: Console | None = None,
     ):
         super().__init__(
             total_steps,
-            description,
+            "",
             unit="step",
             first=first_step,
             plain_seconds=0.0,
             console=console,
         )
 
-    def update(self, step: int, metrics: Mapping[str, float], stage: str = "") -> None:
-        """Shows that `step` steps are done, with the metrics of the last one, and the name of its
-        stage where there are several."""
+    def update(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        """Shows that `step` steps are done, with the metrics of the last one and its stage."""
         labels = PROGRESS_FIGURES.items()
         figures = {label: metrics[name] for name, label in labels if name in metrics}
         super().update(step, figures, stage)

@@ -135,7 +135,7 @@ def test_half_precision_is_saved_as_float32(tmp_path):
 
 
 def test_a_gated_prompt_is_no_adapter_of_peft(tmp_path):
-    prefix = GatedPrefix(PREFIX, np.float32([[0.0, 0.5, 2.0, 1.0]] * 3))
+    prefix = GatedPrefix(PREFIX, np.float32([[0.0, 0.5, 0.25, 1.0]] * 3))
     hf_config = random_model("opt").hf_config
     save_soft_prompt(tmp_path, prefix, teacher="teacher", hf_config=hf_config)
     assert {file.name for file in tmp_path.iterdir()} == {"README.md", "gated_prompt.safetensors"}
@@ -143,6 +143,10 @@ def test_a_gated_prompt_is_no_adapter_of_peft(tmp_path):
     found = load_soft_prompt(tmp_path)
     np.testing.assert_array_equal(found.vectors, prefix.vectors)
     np.testing.assert_array_equal(found.gates, prefix.gates)
+    outside = prefix.replace(gates=prefix.gates * 2)
+    save_soft_prompt(tmp_path, outside, teacher="teacher", hf_config=hf_config)
+    with pytest.raises(ModelError, match=r"safetensors: gates from 0 to 2; expected 0 to 1"):
+        load_soft_prompt(tmp_path)
 
 
 @needs_adapters

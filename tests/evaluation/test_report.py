@@ -219,16 +219,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
 
 def test_progress_off_a_terminal_is_one_plain_line_an_update():
     file = io.StringIO()
-    with TrainingProgress(100, "PromptKD", console=Console(file=file)) as bar:
-        bar.update(10, {"loss": 1.23456, "kl_plain": 0.5, "stage": "warmup"})
-        bar.update(20, {"kl_prompted": 0.25, "tokens_per_second": 5432.1})
-        bar.update(30, {})
+    with TrainingProgress(100, console=Console(file=file)) as bar:
+        bar.update(10, {"loss": 1.23456, "kl_plain": 0.5, "stage": "warmup"}, "sft")
+        bar.update(20, {"kl_prompted": 0.25, "tokens_per_second": 5432.1}, "sft")
+        bar.update(30, {}, "sft")
         bar.update(40, {"loss": 1.0}, "[warm-up]")
     first, second, third, fourth = file.getvalue().splitlines()
-    assert first == "PromptKD  step 10/100  loss 1.235  KL plain 0.5"
+    assert first == "sft  step 10/100  loss 1.235  KL plain 0.5"
     assert "step 20/100  KL prompted 0.25  tokens/s 5,432" in second
-    assert re.fullmatch(r"PromptKD  step 30/100  \d+:\d\d:\d\d left", third)
-    assert fourth.startswith("PromptKD  [warm-up]  step 40/100  loss 1")
+    assert re.fullmatch(r"sft  step 30/100  \d+:\d\d:\d\d left", third)
+    assert fourth.startswith("[warm-up]  step 40/100  loss 1")
     assert re.fullmatch(r"[ -~\n]*", file.getvalue()), "control characters in a log file"
 
 
@@ -244,21 +244,21 @@ def test_frequent_updates_are_not_all_told():
 def test_progress_on_a_terminal_is_a_bar():
     file = Terminal()
     console = Console(file=file, force_terminal=True, width=120)
-    with TrainingProgress(100, "[bold]", first_step=40, console=console) as bar:
-        bar.update(60, {"loss": 1.5, "kl_plain": 0.5}, "sft")
+    with TrainingProgress(100, first_step=40, console=console) as bar:
+        bar.update(60, {"loss": 1.5, "kl_plain": 0.5}, "[bold]")
     assert "\x1b[" in file.getvalue()
     shown = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", file.getvalue())
     assert "40/100" in shown, "a resumed run starts where it stopped"
     last = shown.splitlines()[-1]
-    assert "[bold]  sft" in last and "60/100" in last and "loss 1.5  KL plain 0.5" in last
+    assert "[bold]" in last and "60/100" in last and "loss 1.5  KL plain 0.5" in last
 
 
 def test_a_narrow_terminal_still_shows_step_and_time():
     file = Terminal()
     console = Console(file=file, force_terminal=True, color_system=None, width=70)
     metrics = {"loss": 1.5, "kl_plain": 0.5, "kl_prompted": 0.25, "tokens_per_second": 5432.1}
-    with TrainingProgress(30_000, "PromptKD", console=console) as bar:
-        bar.update(30_000, metrics)
+    with TrainingProgress(30_000, console=console) as bar:
+        bar.update(30_000, metrics, "promptkd")
     assert "30000/30000" in file.getvalue() and "0:00:00" in file.getvalue()
     assert "…" not in file.getvalue()
 
@@ -410,6 +410,6 @@ def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch):
     assert not path.exists() and (tmp_path / "metrics.jsonl").read_bytes() == before
     assert not (tmp_path / "new").exists()
     for file in (io.StringIO(), Terminal()):
-        with TrainingProgress(4, "PromptKD", console=Console(file=file)) as bar:
-            bar.update(2, {"loss": 1.5})
+        with TrainingProgress(4, console=Console(file=file)) as bar:
+            bar.update(2, {"loss": 1.5}, "sft")
         assert file.getvalue() == ""

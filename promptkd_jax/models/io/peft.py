@@ -139,12 +139,18 @@ def load_soft_prompt(folder: epath.PathLike) -> Float[Array, "M D"] | GatedPrefi
     `GatedPrefix`.
 
     Raises:
-      ModelError: an adapter of another kind, or one that is damaged or not finite.
+      ModelError: an adapter of another kind, or one that is damaged, not finite, or with gates that
+        are not from 0 to 1.
     """
     folder = to_path(folder)
     if (gated := folder / _GATED).exists():
         dimensions = {"prompt_embeddings": "tokens, width", "gates": "layers, heads"}
-        return GatedPrefix(*_read(gated, dimensions))
+        vectors, gates = _read(gated, dimensions)
+        if not 0 <= gates.min() <= gates.max() <= 1:
+            raise ModelError(
+                f"{gated}: gates from {gates.min():.4g} to {gates.max():.4g}; expected 0 to 1"
+            )
+        return GatedPrefix(vectors, gates)
     file = folder / "adapter_config.json"
     if not file.exists():
         raise ModelError(f"{file}: no such file (a folder as save_soft_prompt or PEFT writes it)")
