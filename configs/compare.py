@@ -83,8 +83,8 @@ def evidence() -> ConfigDict:
     of its replay buffer: GKD and PromptKD, AMiD and PromptKD × AMiD, differ by the prompt alone.
 
     Seconds on two cores that had other work as well: the warm-up 600; a run of SeqKD 140 to 150, of
-    GKD, OPD or AMiD 160 to 270, of PromptKD 300, of which there was one; the test answers of a run
-    80. Two hours for all is an estimate from these: PromptKD × AMiD has not been run.
+    GKD, OPD or AMiD 160 to 270, of PromptKD or PromptKD × AMiD 290 to 340; the test answers of a
+    run 25 to 80. In all one and a half to two hours.
     """
     run = base_config()
     run.teacher.path = SMOLLM2
