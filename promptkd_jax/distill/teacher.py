@@ -22,7 +22,7 @@ from promptkd_jax.distill.losses.transport import TokenKernel
 from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import Decoder
-from promptkd_jax.models.language_model import LanguageModel, LazyLogits
+from promptkd_jax.models.language_model import LanguageModel, LazyLogits, refuse_gates
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.layers.lora import join
 from promptkd_jax.models.sampler import SamplingModel, row_keys
@@ -61,11 +61,8 @@ def lazy_logits(
             f"segment_ids: packed rows, and a {type(model).__name__}, whose functions cannot keep "
             "segments apart; expected a Decoder, or rows that are not packed"
         )
-    if isinstance(prefix, GatedPrefix) and not isinstance(model, Decoder):
-        raise ValueError(
-            f"prefix: a GatedPrefix, but the model is a {type(model).__name__}, whose attention "
-            "has no gates; expected a Decoder, or the prefix's vectors [M, D]"
-        )
+    if not isinstance(model, Decoder):
+        refuse_gates(prefix)
     hidden = gather(model.hidden_states(params, batch.tokens, prefix, **more), where)
     return LazyLogits(hidden, model.output_head(params)[:vocab_size], model.logit_soft_cap)
 

@@ -52,8 +52,8 @@ def generate_responses(
       Response tokens, an EOS included where the response ended with one. Row i's response depends
       on `key`, i and its prompt only.
     """
-    moved = 0 if isinstance(soft_prompt, GatedPrefix) else prefix_columns(soft_prompt)
-    check_positions(model, moved + int(max(rows.prompt_lengths)) + max_new_tokens)
+    longest = int(max(rows.prompt_lengths)) + max_new_tokens
+    check_positions(model, prefix_columns(soft_prompt) + longest)
     batch_size = round_up_to_devices(batch_size)
     compiled = _sampler(model.decoder, sampling, max_new_tokens, vocab_size)
     length = max(prompt_capacity, *map(len, rows.tokens))

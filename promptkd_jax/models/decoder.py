@@ -113,10 +113,10 @@ class Decoder(nn.Module):
           `[L, B, M + T, K, H]` each; with a cache also the new one.
 
         Raises:
-          ModelError: more columns than a learned position table has rows; packed rows behind gates.
+          ModelError: more columns than a learned position table has rows; see also `gate_of`.
         """
         config, packed, segments = self.config, None, None
-        gates = gate_of(prefix, config.padded.num_heads, segment_ids)
+        gates = gate_of(prefix, config, segment_ids, dropout_keys)
         if segment_ids is not None:  # [B, M + T] each
             packed, segments = packed_columns(segment_ids, prefix_columns(prefix))
         x = embedded(config, tokens, None if cache else prefix_vectors(prefix), packed)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from promptkd_jax.infra.sharding import ROWS, constrain, platform
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.layers.projection import product_of_few_rows
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class LanguageModel:
     ) -> tuple[jax.Array, jax.Array]:
         """Runs prompts `[B, X]`: their hidden states `[B, X, D]`, and in place of a cache the
         tokens themselves, `[B, S]`, with places for all that are still to be written."""
+        refuse_gates(prefix)
         columns = prompt_columns + new_columns
         written = jnp.pad(tokens, ((0, 0), (0, columns - tokens.shape[1])))
         return self.hidden_states(params, tokens, prefix), written
@@ -123,3 +125,12 @@ class LanguageModel:
         rows = jnp.arange(tokens.shape[0])
         written = written.at[rows, column].set(tokens, mode="drop")
         return self.hidden_states(params, written, prefix)[rows, column], written
+
+
+def refuse_gates(prefix: Any) -> None:
+    """Raises ValueError of a `GatedPrefix`, for a model that is made of functions."""
+    if isinstance(prefix, GatedPrefix):
+        raise ValueError(
+            "prefix: a GatedPrefix, but the model is a LanguageModel, whose attention has no "
+            "gates; expected a Decoder, or the prefix's vectors [M, D]"
+        )

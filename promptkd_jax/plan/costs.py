@@ -71,9 +71,13 @@ def token_parameters(config: DecoderConfig) -> int:
 
 def forward_flops(config: DecoderConfig, rows: int, columns: int, keys: int | None = None) -> int:
     """Of the layers: 2 B T token_parameters + 4 L B T S N H, S keys to a column (T)."""
-    pairs = rows * columns * (columns if keys is None else keys)
-    attention = 4 * config.num_layers * pairs * config.num_heads * config.head_dim
+    attention = attention_flops(config, rows, columns, columns if keys is None else keys)
     return 2 * rows * columns * token_parameters(config) + attention
+
+
+def attention_flops(config: DecoderConfig, rows: int, columns: int, keys: int) -> int:
+    """Of all layers: 4 L B T S N H."""
+    return 4 * config.num_layers * rows * columns * keys * config.num_heads * config.head_dim
 
 
 def backward_flops(config: DecoderConfig, rows: int, columns: int, *, weights: bool) -> int:
@@ -145,6 +149,13 @@ class Counter:
             inner = 0
         each += (heads + inner) / self.mesh["tensor"]
         return config.num_layers * each * self.itemsize
+
+    def attention(self, rows: int, columns: int) -> Cost:
+        """Queries, keys and values read and the result written, with nothing else of a layer."""
+        config, tokens = self.config, rows * columns / self.row_parts
+        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        moved = tokens * config.num_layers * heads * self.itemsize / self.mesh["tensor"]
+        return Cost(attention_flops(config, rows, columns, columns), moved)
 
     def forward(self, rows: int, columns: int) -> Cost:
         """Reads all layers once, after gathering them and the embedding along `fsdp`; 2 all-reduces

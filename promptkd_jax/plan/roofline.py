@@ -34,6 +34,7 @@ class _Step(NamedTuple):
     columns: int
     positions: int  # of a response
     before: int  # columns before every row that the teacher sees
+    gated: bool  # whether these are a soft prompt behind gates
     slots: int  # rows that are written at once
 
     @property
@@ -42,6 +43,17 @@ class _Step(NamedTuple):
         if not self.method.source.on_policy:
             return []
         return [self.student, self.teacher] if self.method.teacher_writes_along else [self.student]
+
+    def forward_behind(self) -> Cost:
+        """A forward of the teacher of a micro-batch behind these columns; behind gates each layer
+        attends twice."""
+        cost = self.teacher.forward(self.rows, self.before + self.columns)
+        return cost + self.teacher.attention(self.rows, self.columns) * self.gated
+
+    def backward_behind(self, *, weights: bool) -> Cost:
+        cost = self.teacher.backward(self.rows, self.before + self.columns, weights=weights)
+        again = 2 if self.teacher.config.remat == "none" else 3
+        return cost + self.teacher.attention(self.rows, self.columns) * (again * self.gated)
 
 
 def _step(run: AbstractRun, slices: int = 1) -> _Step:
@@ -73,6 +85,7 @@ def _step(run: AbstractRun, slices: int = 1) -> _Step:
         columns=run.config.data.max_length,
         positions=method.response_capacity,
         before=before,
+        gated=method.prompted and run.config.soft_prompt.gated,
         slots=min(method.execution.max_concurrent_rollouts or run.batch_size, run.batch_size),
     )
 
@@ -106,8 +119,7 @@ def _teacher(step: _Step) -> Cost:
     online = method.teacher_view == "online"
     if not (method.prompted or online):
         return Cost()
-    part = teacher.forward(rows, step.before + columns)
-    part += teacher.backward(rows, step.before + columns, weights=online)
+    part = step.forward_behind() + step.backward_behind(weights=online)
     part += teacher.head(rows, positions, 2 + online)
     part += student.head(rows, positions, 1)
     if method.prompted and method.regularization:
@@ -129,10 +141,10 @@ def _student(step: _Step) -> Cost:
     part += student.head(rows, positions, 2 + whole)
     if method.student_needs_teacher and method.teacher_view != "cached":
         if not method.prompt_lag:  # else that of the prompt's update
-            part += teacher.forward(rows, step.before + columns)
+            part += step.forward_behind()
         part += teacher.head(rows, positions, 1)
     if method.prompt_fallback:  # the plain teacher too, and both of them on the data's responses
-        part += teacher.forward(rows, columns) * 2 + teacher.forward(rows, step.before + columns)
+        part += teacher.forward(rows, columns) * 2 + step.forward_behind()
         part += teacher.head(rows, positions, 2)
     if method.corpus_terms:
         part += student.forward(rows, columns)
@@ -237,7 +249,7 @@ def temporary_bytes(
     saved = _saved(student, step.rows, step.columns, *device, drops=drops)
     before = 0.0  # what the teacher's update keeps, before that of the student
     if method.prompted or method.teacher_view == "online":
-        before = _saved(teacher, step.rows, step.before + step.columns, *device)
+        before = _saved(teacher, step.rows, step.before + step.columns, *device, gated=step.gated)
     gathered = max(2 * model.one_layer_bytes for model in models)
     # The student's head has a gradient, from the logits and from the embedding.
     heads = 2 * student.head_bytes if whole else 0.0
@@ -265,15 +277,19 @@ def _saved(
     capability: float,
     *,
     drops: bool = False,
+    gated: bool = False,
 ) -> float:
     """Bytes that the forward keeps for the backward pass: the input of every layer; with "dots" (as
     layers in the host's memory have it in place of "none") also what its matrices give, which the
     backward pass reads; with "none" the inputs and outputs of all products, attention's weights
     among them where no flash kernel leaves them out (there is none where some of them are dropped),
-    and 0.4 times as much for norms, rotations and activation functions."""
+    those of two attentions behind gates, and 0.4 times as much for norms, rotations and activation
+    functions."""
     config, tensor, tokens = count.config, count.mesh["tensor"], rows * columns / count.row_parts
     if config.remat == "none" and not config.offload:
-        scores = 3 * 4 * config.num_layers * config.num_heads / tensor * columns
+        # Of three arrays of this size at most; of the second attention two were seen.
+        sets = 5 if gated else 3
+        scores = sets * 4 * config.num_layers * config.num_heads / tensor * columns
         flash = implementation(
             platform=platform,
             dtype=config.dtype,

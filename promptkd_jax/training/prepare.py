@@ -130,8 +130,7 @@ def _check_lengths(
     check_positions(student, data.max_length)
     if teacher is None:
         return
-    moves = "prompted" in views and not config.soft_prompt.gated
-    prompted = config.soft_prompt.length if moves else 0
+    prompted = config.soft_prompt.length if "prompted" in views else 0
     shown = len(demonstrations) if "in_context" in views else 0
     decoder = teacher.decoder.config
     if shown and decoder.learned_positions and shown + data.max_length > decoder.max_positions:

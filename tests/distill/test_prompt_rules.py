@@ -94,6 +94,8 @@ def test_a_model_of_functions_has_no_gates():
     prefix = GatedPrefix(VECTORS, np.zeros((2, 4), np.float32))
     with pytest.raises(ValueError, match="prefix: a GatedPrefix, but the model is a LanguageModel"):
         lazy_logits(model, {}, batch(), None, 61, prefix)
+    with pytest.raises(ValueError, match="prefix: a GatedPrefix, but the model is a LanguageModel"):
+        model.prefill({}, batch().tokens, None, prefix, 4, 2)
 
 
 # A warm-up

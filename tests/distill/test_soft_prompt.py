@@ -143,8 +143,13 @@ def test_a_gated_prompt_is_no_adapter_of_peft(tmp_path):
     found = load_soft_prompt(tmp_path)
     np.testing.assert_array_equal(found.vectors, prefix.vectors)
     np.testing.assert_array_equal(found.gates, prefix.gates)
+    # Either form takes the place of the other.
+    save_soft_prompt(tmp_path, prefix.vectors, teacher="teacher", hf_config=hf_config)
+    np.testing.assert_array_equal(load_soft_prompt(tmp_path), prefix.vectors)
+    assert not (tmp_path / "gated_prompt.safetensors").exists()
     outside = prefix.replace(gates=prefix.gates * 2)
     save_soft_prompt(tmp_path, outside, teacher="teacher", hf_config=hf_config)
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "gated_prompt.safetensors"}
     with pytest.raises(ModelError, match=r"safetensors: gates from 0 to 2; expected 0 to 1"):
         load_soft_prompt(tmp_path)
 

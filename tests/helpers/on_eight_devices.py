@@ -36,6 +36,7 @@ from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.layers import lora as lora_module
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.layers.lora import MODULES, init_adapter
 from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training.checkpoint import Checkpoints
@@ -118,9 +119,15 @@ ADAMW = optimizer.adamw(lambda step: 1e-2, weight_decay=0.1, max_grad_norm=1.0)
 OPTIMIZERS = Optimizers(ADAMW, ADAMW)
 
 
-def begin(student):
-    soft_prompt = np.random.default_rng(4).normal(0, 0.4, (3, student.width)).astype(np.float32)
-    params = {"student": random_params(student, 1), "soft_prompt": jnp.asarray(soft_prompt)}
+def begin(student, gated_for=None):
+    """With a soft prompt before the teacher, behind gates for the heads of the config `gated_for`,
+    of which a mesh may pad some."""
+    rng = np.random.default_rng(4)
+    soft_prompt = jnp.asarray(rng.normal(0, 0.4, (3, student.width)), jnp.float32)
+    if gated_for:
+        gates = rng.uniform(0.2, 0.8, (gated_for.num_layers, gated_for.num_heads))
+        soft_prompt = GatedPrefix(soft_prompt, jnp.asarray(gates, jnp.float32))
+    params = {"student": random_params(student, 1), "soft_prompt": soft_prompt}
     return jax.jit(init_state, static_argnums=1)(params, OPTIMIZERS, jax.random.key(3))
 
 
@@ -174,7 +181,8 @@ def decided(params):
 def same_update_on_every_mesh(family: str) -> None:
     teachers = TEACHERS.get(family, family)
     teacher, student = config_of(teachers, 3), config_of(family, 2)
-    state, frozen, batch = begin(student), random_params(teacher, 3), rows()
+    gated_for = teacher if family == "gpt2" else None
+    state, frozen, batch = begin(student, gated_for), random_params(teacher, 3), rows()
     how = dict(vocab_size=VOCABULARY[family], dropout=family == "gpt2")
     one, expected = two_steps(teacher, student, state, frozen, batch, **how)
     assert 0 < expected[0]["eos_rate"] < 1
@@ -185,7 +193,7 @@ def same_update_on_every_mesh(family: str) -> None:
     # Llama has these, the others that along `tensor`.
     for sizes in (*MESHES[:2], MESHES[3]) if family == "llama" else MESHES[2:]:
         teacher, student = config_of(teachers, 3, sizes[2]), config_of(family, 2, sizes[2])
-        state, frozen = begin(student), random_params(teacher, 3)
+        state, frozen = begin(student, gated_for), random_params(teacher, 3)
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
         with jax.set_mesh(mesh):
             there, measured = two_steps(

@@ -321,8 +321,9 @@ def test_without_a_mesh_nothing_is_constrained():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])  # the last of a Gemma 3
 def test_eight_devices_give_the_update_of_one(family):
-    """Two PromptKD updates with their rollouts on meshes along each axis and all three; the rows of
-    mixed targets and of a replay buffer; packed rows; and meshes that are none of ours."""
+    """Two PromptKD updates with their rollouts on meshes along each axis and all three, of GPT-2
+    behind gates; the rows of mixed targets and of a replay buffer; packed rows; and meshes that are
+    none of ours."""
     folder = pathlib.Path(__file__).parents[1] / "helpers"
     done = subprocess.run(
         [sys.executable, folder / "on_eight_devices.py", family],

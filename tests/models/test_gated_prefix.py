@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from helpers.models import PREFIX, TOKENS, logits, random_model
 
+from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models.config import Dropout
+from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.layers.gated_prefix import Gate, GatedPrefix, attend_gated
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
@@ -111,6 +114,35 @@ def test_a_rollout_sees_what_whole_rows_see(name):
         )
     written = (np.arange(11) >= lengths[:, None] - 1) & (np.arange(11) < out.lengths[:, None] - 1)
     assert (likeliest != plain)[written].any(), "the prefix is unseen"
+
+
+def test_gates_of_another_model_packed_rows_and_dropout_of_attention_are_refused():
+    model = random_model("gpt2")
+    for gates in ((3, 3), (2, 4), (3, 1)):
+        with pytest.raises(ModelError, match=r"gates \[., .\]; expected .* gpt2 model, \[3, 4\]"):
+            logits(model, prefix=GatedPrefix(PREFIX, jnp.zeros(gates)))
+
+    def states(config=model.decoder.config, **more):
+        variables = {"params": model.params}
+        return Decoder(config).apply(variables, TOKENS, prefix=gated(model, 0.5), **more)
+
+    with pytest.raises(ModelError, match="packed rows behind a gated prefix"):
+        states(segment_ids=np.ones_like(TOKENS))
+    keys = row_keys(jax.random.key(0), jnp.arange(len(TOKENS)))
+    states(model.decoder.config.replace(dropout=Dropout(residual=0.1)), dropout_keys=keys)
+    with pytest.raises(ModelError, match="dropout of attention behind a gated prefix"):
+        states(model.decoder.config.replace(dropout=Dropout(attention=0.1)), dropout_keys=keys)
+
+
+def test_a_gated_prefix_longer_than_the_table_of_positions_is_refused():
+    """Its columns have the table's positions from 0 on, though the text's are not moved."""
+    model = random_model("gpt2")
+    number = model.decoder.config.max_positions
+    prefix = gated(model, 0.0).replace(vectors=jnp.zeros((number, PREFIX.shape[1])))
+    assert np.isfinite(logits(model, prefix=prefix)).all()
+    longer = prefix.replace(vectors=jnp.zeros((number + 1, PREFIX.shape[1])))
+    with pytest.raises(ModelError, match=f"{number + 1} columns .* of {number} positions"):
+        logits(model, prefix=longer)
 
 
 def test_gates_stay_between_0_and_1_after_an_update():

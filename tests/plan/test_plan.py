@@ -25,6 +25,7 @@ from promptkd_jax.models.families.registry import PUBLISHED, from_hugging_face
 from promptkd_jax.models.io import params as params_module
 from promptkd_jax.models.io.hub import hub_id
 from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.sampler import Sampling, sample
 from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, chips, costs, hlo, remat, roofline, tables
@@ -254,6 +255,40 @@ def test_what_layers_keep_is_what_xla_keeps():
     for more, less in (("dots", "full"), ("none", "dots")):
         saved = found[more] - found[less]
         assert 0.8 < (expected[more] - expected[less]) / saved < 1.25, (found, expected)
+
+
+def test_what_the_second_attention_behind_gates_keeps():
+    """By the compiler's account of the gradient for the soft prompt, less that without gates."""
+    tokens, length, found, expected = jnp.zeros((4, 128), jnp.int32), 4, {}, {}
+    config = from_hugging_face(llama(64, 12, 4, 64, vocab_size=64)).replace(remat="none")
+    vectors = jnp.zeros((length, 64))
+
+    def loss(prefix, params):
+        return jnp.sum(Decoder(config).apply({"params": params}, tokens, prefix=prefix) ** 2)
+
+    for gated, prefix in ((False, vectors), (True, GatedPrefix(vectors, jnp.zeros((12, 4))))):
+        compiled = jax.jit(jax.grad(loss)).lower(prefix, abstract_params(config)).compile()
+        found[gated] = compiled.memory_analysis().temp_size_in_bytes
+        count = costs.Counter(config, sizes(1, 1, 1))
+        expected[gated] = roofline._saved(count, 4, length + 128, "cpu", 9.0, gated=gated)
+    second = found[True] - found[False]
+    assert 0.7 < (expected[True] - expected[False]) / second < 1.4, (found, expected)
+
+
+def test_the_second_attention_behind_gates_is_work():
+    """4 L B T^2 N H for each forward of the prompted teacher, of which the student's update has
+    one, and as much for each of the two products of a backward pass, and for what it recomputes."""
+    config = small_config()
+    config.soft_prompt.gated = True
+    plain, gated = (roofline.phases(abstract_run(checked(x))) for x in (small_config(), config))
+    run = small_run()
+    teacher, rows = run.teacher.decoder.config, run.batch_size // run.stage.method.num_micro_batches
+    columns = run.config.data.max_length
+    one = 4 * teacher.num_layers * rows * columns**2 * teacher.num_heads * teacher.head_dim
+    again = 2 if teacher.remat == "none" else 3
+    number = run.stage.method.num_micro_batches
+    assert gated["prompt update"].flops - plain["prompt update"].flops == number * (1 + again) * one
+    assert gated["student update"].flops - plain["student update"].flops == number * one
 
 
 def test_memory_is_that_of_the_real_arrays():

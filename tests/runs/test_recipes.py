@@ -849,6 +849,15 @@ def test_packed_rows_behind_gates_are_refused_before_anything_is_loaded(config):
     checked(config)
 
 
+def test_a_warm_up_behind_closed_gates_is_refused(config):
+    """L_reg is 0 there and has no gradient: AdamW would follow what rounding leaves of it."""
+    config.soft_prompt.gated = True
+    config.stages = (stage("promptkd", steps=3, prompt_warmup_steps=2),)
+    assert "config.stages[0].prompt_warmup_steps: 2, but behind closed gates" in refused(config)
+    config.soft_prompt.gated = False
+    checked(config)
+
+
 @pytest.mark.parametrize(
     "changes, title",
     [

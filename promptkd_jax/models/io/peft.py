@@ -78,6 +78,7 @@ text, with gates of 1, which is another teacher. `promptkd_jax.load_soft_prompt`
 arrays. The student needs none of this.
 """
 _GATED = "gated_prompt.safetensors"
+_PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_soft_prompt(
@@ -103,7 +104,11 @@ def save_soft_prompt(
     folder = to_path(folder)
     make_folder(folder)
     length, width = prefix_vectors(soft_prompt).shape
-    if isinstance(soft_prompt, GatedPrefix):
+    gated = isinstance(soft_prompt, GatedPrefix)
+    if distributed.is_primary():  # what another soft prompt left there, of the other form
+        for name in _PEFT_FILES if gated else (_GATED,):
+            (folder / name).unlink(missing_ok=True)
+    if gated:
         write_text(folder / "README.md", _GATED_CARD.format(length=length, teacher=teacher))
         _write(folder / _GATED, prompt_embeddings=soft_prompt.vectors, gates=soft_prompt.gates)
         return
@@ -123,9 +128,10 @@ def save_soft_prompt(
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
     }
-    write_json(folder / "adapter_config.json", config)
+    config_file, weights = (folder / name for name in _PEFT_FILES)
+    write_json(config_file, config)
     write_text(folder / "README.md", _CARD.format(length=length))
-    _write(folder / "adapter_model.safetensors", prompt_embeddings=soft_prompt)
+    _write(weights, prompt_embeddings=soft_prompt)
 
 
 def _write(file: epath.Path, **tensors: Any) -> None:
@@ -151,12 +157,11 @@ def load_soft_prompt(folder: epath.PathLike) -> Float[Array, "M D"] | GatedPrefi
                 f"{gated}: gates from {gates.min():.4g} to {gates.max():.4g}; expected 0 to 1"
             )
         return GatedPrefix(vectors, gates)
-    file = folder / "adapter_config.json"
+    file, weights = (folder / name for name in _PEFT_FILES)
     if not file.exists():
         raise ModelError(f"{file}: no such file (a folder as save_soft_prompt or PEFT writes it)")
     if (kind := read_json(file).get("peft_type")) != "PROMPT_TUNING":
         raise ModelError(f"{file}: peft_type is {kind!r}; only PROMPT_TUNING adapters are prompts")
-    weights = folder / "adapter_model.safetensors"
     if not weights.exists():
         raise ModelError(f"{weights}: no such file (weights are read from safetensors only)")
     (vectors,) = _read(weights, {"prompt_embeddings": "tokens, width"})

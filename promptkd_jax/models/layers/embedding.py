@@ -69,9 +69,9 @@ def learned_positions(
       ModelError: the model has fewer positions than columns.
     """
     # Beyond the table a position would be NaN, and NaN behind a row's end spoils the row.
-    if columns - unmoved > config.max_positions:
+    if (longest := max(columns - unmoved, unmoved)) > config.max_positions:
         raise ModelError(
-            f"{columns} columns (soft prompt and new tokens included) in a {config.family} model "
+            f"{longest} columns (soft prompt and new tokens included) in a {config.family} model "
             f"of {config.max_positions} positions; shorten the rows or the soft prompt"
         )
     table = Embedding(

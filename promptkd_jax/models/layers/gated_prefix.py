@@ -6,7 +6,8 @@ prefix, in one softmax, a head's attention is
     o = (1 - g) o_0 + g o_1,    0 <= g <= 1
 
 The text keeps the positions that it has without a prefix, which stands before them, at -M … -1. So
-g = 0 is the model without the prefix, and with rotary positions g = 1 is an ordinary prefix. A gate
+g = 0 is the model without the prefix, and g = 1 an ordinary prefix, where positions are rotary and
+do not depend on the length of the rows. A gate
 changes o by at most g times what the prefix does to it. A weight of g within the softmax has no
 such bound: the first column of a text attends to itself alone, whatever its score, which a prefix
 can exceed by any factor, and all later columns look at the first. Gates of 0 to begin with are
@@ -30,6 +31,8 @@ from promptkd_jax.models.layers.cache import LayerCache
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+    from promptkd_jax.models.config import DecoderConfig
 
 
 @struct.dataclass
@@ -73,27 +76,39 @@ class Gate:
     def mean(self, plain: jax.Array, behind: jax.Array) -> jax.Array:
         """(1 - g) plain + g behind, `[…, N, H]`."""
         gates = self.weights.astype(jnp.float32)[:, None]  # [N, 1]
-        return (plain + gates * (behind - plain)).astype(plain.dtype)
+        return ((1 - gates) * plain + gates * behind).astype(plain.dtype)
 
 
 def gate_of(
-    prefix: Float[Array, "M D"] | GatedPrefix | None, num_heads: int, segment_ids: Any = None
+    prefix: Float[Array, "M D"] | GatedPrefix | None,
+    config: DecoderConfig,
+    segment_ids: Any = None,
+    dropout_keys: Any = None,
 ) -> Gate | None:
     """The gate of a prefix in all layers, None where it has none.
 
     Args:
-      num_heads: that a mesh pads the heads to.
-      segment_ids: of packed rows, or None.
+      config: of the model.
+      segment_ids: of packed rows, or None; dropout_keys: of the rows, or None.
 
     Raises:
-      ModelError: packed rows, of which the prefix would stand in front of every segment.
+      ModelError: gates of another model; packed rows, of which the prefix would stand in front of
+        every segment; dropout of attention, which would have to be the same in both.
     """
     if not isinstance(prefix, GatedPrefix):
         return None
+    expected = config.num_layers, config.num_heads
+    if prefix.gates.shape != expected:
+        raise ModelError(
+            f"a prefix with gates {list(prefix.gates.shape)}; expected [layers, heads] of this "
+            f"{config.family} model, {list(expected)}"
+        )
     if segment_ids is not None:
         raise ModelError("packed rows behind a gated prefix; expected one without gates")
+    if dropout_keys is not None and config.dropout.attention:
+        raise ModelError("dropout of attention behind a gated prefix; expected one without gates")
     # Of heads that a mesh adds the output projection has zeros, whatever their gates are.
-    padding = num_heads - prefix.gates.shape[1]
+    padding = config.padded.num_heads - config.num_heads
     return Gate(jnp.pad(prefix.gates, ((0, 0), (0, padding))), prefix_columns(prefix))
 
 
@@ -107,7 +122,7 @@ def attend_gated(
     Args:
       query, key, value: `[B, M + T, N or K, H]`.
       gate: of the layer.
-      how: `attend`'s, but for dropout, which gates have none of.
+      how: `attend`'s, but for segments and dropout, which `gate_of` refuses.
     """
     length = gate.columns  # M
     behind = attend(query, key, value, **how)

@@ -274,6 +274,12 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             f"{path}.packed_rows: {stage.packed_rows}, but a gated soft prompt can stand in front "
             "of a whole row alone; expected 0, or config.soft_prompt.gated = False"
         )
+    if stage.prompt_warmup_steps and config.soft_prompt.gated:
+        yield (
+            f"{path}.prompt_warmup_steps: {stage.prompt_warmup_steps}, but behind closed gates the "
+            "prompted teacher is the plain one, and L_reg has no gradient; expected 0, or "
+            "config.soft_prompt.gated = False"
+        )
     if stage.max_concurrent_rollouts > stage.batch_size:
         yield (
             f"{path}.max_concurrent_rollouts: {stage.max_concurrent_rollouts} are more than a step "
