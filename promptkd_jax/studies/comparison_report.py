@@ -99,8 +99,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         _figures(found, COST)._replace(
             heading="Cost",
             note="Time and speed are those of training alone, without compilation, evaluation and "
-            "the writing of teacher's answers; peak memory is that of the whole run, in which "
-            f"every method is measured against the teacher. {over}",
+            "the writing of the teacher's responses; peak memory is that of the whole run, in "
+            f"which every method is measured against the teacher. {over}",
         ),
         _with_paired_kl(found, _figures(found, (*BEHAVIOUR, EXPOSURE)))._replace(
             heading="Behaviour",
