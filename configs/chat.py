@@ -1,15 +1,20 @@
 """Any teacher into any student on conversations: data of chat `messages`.
 
 `configs/chat.py` is a pass over the data's responses with the teacher's distributions beside them
-(word-level KD), then PromptKD on the student's own responses to the same prompts;
-`configs/chat.py:method=NAME` ends with another of `recipes.METHODS`. Point teacher.path,
-student.path, data.train and data.dev at your own. The hyper-parameters are what is usual for models
-of 0.1 to 3 billion parameters, not tuned.
+(word-level KD), then PromptKD, its soft prompt behind gates, on the student's own responses to the
+same prompts; `configs/chat.py:method=NAME` ends with another of `recipes.METHODS`. Point
+teacher.path, student.path, data.train and data.dev at your own. The hyper-parameters are what is
+usual for models of 0.1 to 3 billion parameters, not tuned.
 """
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.training.recipes import base_config, method_stage, sampling_config
+from promptkd_jax.training.recipes import (
+    GATED_PROMPT,
+    base_config,
+    method_stage,
+    sampling_config,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.train = "HuggingFaceTB/smoltalk:everyday-conversations"
     config.data.update(dev=config.data.train, dev_split="test", dev_rows=200)
     config.data.update(template="chat", max_prompt_length=512, max_length=1024, long_prompts="cut")
+    config.soft_prompt.gated = True
     config.evaluation.update(every=100, batch_size=16, sampling=sampling_config(temperature=0.0))
     config.checkpoint.update(every=100, export="best")
     learning = dict(batch_size=16, gradient_accumulation_steps=4, epochs=1.0, schedule="cosine")
@@ -30,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
         method_stage(
             arg.removeprefix("method=") or "promptkd",
             learning_rate=5e-6,
-            prompt_learning_rate=1e-3,
+            **GATED_PROMPT,
             **learning,
         ),
     )

@@ -96,7 +96,6 @@ def base_of(pair: str, workdir: pathlib.Path, steps: int) -> tuple[list[Run], Ru
     if pair == "small":
         config = compare.small()
         config.methods, config.seeds, config.budget.steps = (GKD,), (10,), steps
-        config.changes["all"].learning_rate = 1e-3
         config.run.data.dev = "synthetic:test"
         made = plan_comparison(config, workdir)
         return list(made.pretraining.values()), made.a_run
@@ -123,7 +122,7 @@ def with_rule(config: RunConfig, name: str, seed: int) -> RunConfig:
     of_stage, of_prompt = RULES[name]
     (stage,) = config.stages
     stage = dataclasses.replace(stage, name="promptkd", **METHODS["promptkd"] | of_stage)
-    soft_prompt = dataclasses.replace(config.soft_prompt, **of_prompt)
+    soft_prompt = dataclasses.replace(config.soft_prompt, **dict(gated=False) | of_prompt)
     return dataclasses.replace(config, stages=(stage,), soft_prompt=soft_prompt)
 
 

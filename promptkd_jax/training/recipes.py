@@ -93,6 +93,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# Fields of a stage for a soft prompt behind gates (`soft_prompt.gated`): with them PromptKD was not
+# worse than the same method without a prompt, see docs/methods.md, "A prompt that does no harm".
+GATED_PROMPT = types.MappingProxyType(
+    dict(prompt_learning_rate=1e-2, regularization_schedule="constant", regularization=1.0)
+)
+
+
 def method_stage(method: str, **changes: Any) -> ConfigDict:
     """The stage of a method of `METHODS`, with `changes` on top.
 
