@@ -6,7 +6,13 @@ student's own responses.
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.training.recipes import base_config, method_stage, sampling_config, stage_config
+from promptkd_jax.training.recipes import (
+    GATED_PROMPT,
+    base_config,
+    method_stage,
+    sampling_config,
+    stage_config,
+)
 
 
 def get_config() -> ConfigDict:
@@ -17,12 +23,11 @@ def get_config() -> ConfigDict:
     config.student.layers = tuple(i for i in range(30) if i not in range(13, 19))
     config.teacher.remat = config.student.remat = "dots"  # 2 GB less, for little more time
     config.data.train = "package:quickstart_train.jsonl"
-    config.data.train_rows = 96
+    config.data.train_rows = 48
     config.data.dev = "package:quickstart_heldout.jsonl"
     config.data.template = "chat"
     config.data.max_prompt_length = 50
     config.data.max_length = 96
-    # Gates and a constant L_reg: docs/methods.md, "A prompt that does no harm".
     config.soft_prompt.gated = True
     config.teacher_responses.update(batch_size=48, sampling=sampling_config())
     config.evaluation.references = "teacher"
@@ -33,6 +38,7 @@ def get_config() -> ConfigDict:
         stage_config(
             "warmup",
             steps=12,
+            batch_size=8,
             targets="teacher",
             student_terms=(("forward_kl", 1.0),),
             learning_rate=1e-4,
@@ -43,11 +49,10 @@ def get_config() -> ConfigDict:
         method_stage(
             "promptkd",
             steps=8,
+            batch_size=8,
             learning_rate=3e-5,
             warmup_steps=2,
-            prompt_learning_rate=1e-2,
-            regularization_schedule="constant",
-            regularization=3.0,
+            **GATED_PROMPT,
         ),
     )
     return config
