@@ -38,7 +38,6 @@ def get_config() -> ConfigDict:
         stage_config(
             "warmup",
             steps=12,
-            batch_size=8,
             targets="teacher",
             student_terms=(("forward_kl", 1.0),),
             learning_rate=1e-4,
@@ -49,7 +48,6 @@ def get_config() -> ConfigDict:
         method_stage(
             "promptkd",
             steps=8,
-            batch_size=8,
             learning_rate=3e-5,
             warmup_steps=2,
             **GATED_PROMPT,
