@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.update(every=100, export="best")
     learning = dict(batch_size=16, gradient_accumulation_steps=4, epochs=1.0, schedule="cosine")
     config.stages = (
-        method_stage("kd", learning_rate=2e-5, **learning),
+        method_stage("kd", name="warmup", learning_rate=2e-5, **learning),
         method_stage(
             arg.removeprefix("method=") or "promptkd",
             learning_rate=5e-6,

@@ -150,12 +150,17 @@ class Counter:
         each += (heads + inner) / self.mesh["tensor"]
         return config.num_layers * each * self.itemsize
 
+    @property
+    def attention_bytes(self) -> float:
+        """Of the inputs and outputs of attention, for one token."""
+        config = self.config
+        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        return config.num_layers * heads * self.itemsize / self.mesh["tensor"]
+
     def attention(self, rows: int, columns: int) -> Cost:
         """Queries, keys and values read and the result written, with nothing else of a layer."""
-        config, tokens = self.config, rows * columns / self.row_parts
-        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        moved = tokens * config.num_layers * heads * self.itemsize / self.mesh["tensor"]
-        return Cost(attention_flops(config, rows, columns, columns), moved)
+        moved = rows * columns / self.row_parts * self.attention_bytes
+        return Cost(attention_flops(self.config, rows, columns, columns), moved)
 
     def forward(self, rows: int, columns: int) -> Cost:
         """Reads all layers once, after gathering them and the embedding along `fsdp`; 2 all-reduces

@@ -51,6 +51,7 @@ class _Step(NamedTuple):
         return cost + self.teacher.attention(self.rows, self.columns) * self.gated
 
     def backward_behind(self, *, weights: bool) -> Cost:
+        """The backward pass of `forward_behind`; `weights`: to the teacher's parameters too."""
         cost = self.teacher.backward(self.rows, self.before + self.columns, weights=weights)
         again = 2 if self.teacher.config.remat == "none" else 3
         return cost + self.teacher.attention(self.rows, self.columns) * (again * self.gated)
@@ -155,9 +156,9 @@ def _student(step: _Step) -> Cost:
             part += teacher.head(rows, columns - 1, 1)
     cost = part * (method.num_micro_batches * method.passes)
     if method.has_policy_gradient:
-        for model in (student, teacher):
-            log_probs = model.forward(rows, columns) + model.head(rows, positions, 1)
-            cost += log_probs * method.num_micro_batches
+        log_probs = student.forward(rows, columns) + step.forward_behind()
+        log_probs += student.head(rows, positions, 1) + teacher.head(rows, positions, 1)
+        cost += log_probs * method.num_micro_batches
     return cost + student.optimizer() * method.updates_per_step
 
 
@@ -303,9 +304,8 @@ def _saved(
             plain=config.has_plain_attention,
             capability=capability,
         )
-        if drops or flash == "xla":
-            return tokens * (1.4 * count.activation_bytes + scores)
-        return tokens * 1.4 * count.activation_bytes
+        each = 1.4 * count.activation_bytes + (count.attention_bytes if gated else 0.0)
+        return tokens * (each + (scores if drops or flash == "xla" else 0.0))
     kept = config.width
     if config.remat != "full":
         cut = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

@@ -29,7 +29,7 @@ from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.studies import published
 from promptkd_jax.studies.answers import AVERAGE, Contender, answer_sets, over_seeds
 from promptkd_jax.studies.runs import Run, train_all
-from promptkd_jax.training import build, recipes, run
+from promptkd_jax.training import recipes, run
 from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.config.config_file import ConfigError, load_config, split_argument
 from promptkd_jax.training.config.fields import RunConfig
@@ -86,7 +86,6 @@ def reproduce(
     models = contenders(runs, workdir)
 
     def train(one: Run) -> None:
-        print(build.title(one.config))
         run.run(one.config, one.folder, choose_remat)
 
     train_all([*runs.values()], train)

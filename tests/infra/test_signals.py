@@ -163,7 +163,7 @@ def test_one_of_many_processes_saves_with_the_others_first(number):
     """At the step that JAX says, once it was told."""
     process = start(STEP.replace("not sig", "not told or not sig"), many=True)
     process.send_signal(number)
-    output, errors = process.communicate()
+    output, errors = process.communicate(timeout=600)  # for ever, were it not told
     assert process.returncode == 128 + number
     assert output == "told\nfinishing\n"
     assert f"{number.name}: stopping after this step (a second one" in errors

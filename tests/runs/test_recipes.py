@@ -23,7 +23,7 @@ from promptkd_jax.models.decoder import embed
 from promptkd_jax.training import build, experiment, loop, run_models
 from promptkd_jax.training import prepare as preparation
 from promptkd_jax.training import run as training
-from promptkd_jax.training.build import stage_steps
+from promptkd_jax.training.build import stage_steps, title
 from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.config.config_file import claim, load_config
 from promptkd_jax.training.recipes import METHODS, hidden_term, method_stage, sampling_config
@@ -324,6 +324,7 @@ def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, mo
     whole, again = tmp_path / "whole", tmp_path / "again"
     run(config, whole)
     lines = capsys.readouterr().out.splitlines()
+    assert lines.count(title(checked(config))) == 1, "before the steps, and not in front of each"
     for line, step in (
         ("distillm  step 1/12", 1),
         ("minillm  step 7/12", 7),
@@ -839,6 +840,11 @@ def test_an_impossible_combination_is_refused_with_the_reason(config, combinatio
     assert len(found.splitlines()) >= len(messages)
     for message in messages:
         assert f"config.{message}" in found, found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_conversations_are_for_every_method(method):
+    checked(load_config([f"--config={CONFIGS / 'chat.py'}:method={method}"])[0])
 
 
 def test_packed_rows_behind_gates_are_refused_before_anything_is_loaded(config):

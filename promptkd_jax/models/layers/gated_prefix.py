@@ -7,11 +7,11 @@ prefix, in one softmax, a head's attention is
 
 The text keeps the positions that it has without a prefix, which stands before them, at -M … -1. So
 g = 0 is the model without the prefix, and g = 1 an ordinary prefix, where positions are rotary and
-do not depend on the length of the rows. A gate
-changes o by at most g times what the prefix does to it. A weight of g within the softmax has no
-such bound: the first column of a text attends to itself alone, whatever its score, which a prefix
-can exceed by any factor, and all later columns look at the first. Gates of 0 to begin with are
-LLaMA-Adapter's (Zhang et al. 2024, arXiv 2303.16199), who add a softmax over the prefix alone.
+do not depend on the length of the rows. A gate changes o by at most g times what the prefix does to
+it. A weight of g within the softmax has no such bound: the first column of a text attends to itself
+alone, whatever its score, which a prefix can exceed by any factor, and all later columns look at
+the first. Gates of 0 to begin with are LLaMA-Adapter's (Zhang et al. 2024, arXiv 2303.16199), who
+add a softmax over the prefix alone.
 
 B rows, T columns of the text, M of the prefix, D width, N heads, K key/value heads, H head width,
 L layers, S columns of the cache.

@@ -269,12 +269,13 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             f"{path}.packed_rows: {stage.packed_rows} are more than the rows that are packed into "
             f"them; expected at most batch_size = {stage.batch_size}, or 0"
         )
-    if stage.packed_rows and stage.teacher_view == "prompted" and config.soft_prompt.gated:
+    gated = stage.teacher_view == "prompted" and config.soft_prompt.gated
+    if stage.packed_rows and gated:
         yield (
             f"{path}.packed_rows: {stage.packed_rows}, but a gated soft prompt can stand in front "
             "of a whole row alone; expected 0, or config.soft_prompt.gated = False"
         )
-    if stage.prompt_warmup_steps and config.soft_prompt.gated:
+    if stage.prompt_warmup_steps and gated:
         yield (
             f"{path}.prompt_warmup_steps: {stage.prompt_warmup_steps}, but behind closed gates the "
             "prompted teacher is the plain one, and L_reg has no gradient; expected 0, or "
