@@ -17,7 +17,7 @@ from promptkd_jax.cli import flags
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import CheckpointError, ConfigError, ModelError
 from promptkd_jax.infra.files import check_writable, of_another_machine
-from promptkd_jax.infra.provenance import read_manifest
+from promptkd_jax.infra.provenance import INPUTS, read_manifest
 from promptkd_jax.models.io.export import STORED_IN
 from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, check_gguf, save_gguf
 from promptkd_jax.models.io.peft import save_lora
@@ -123,7 +123,7 @@ def _whole(config: RunConfig, workdir: epath.Path, adapter: Any, mesh: jax.shard
     """The adapter beside the parameters that it changes, which no checkpoint has."""
     field = "student" if config.student.path else "teacher"
     try:
-        begun = distributed.run_on_primary(lambda: read_manifest(workdir / "inputs.json"))
+        begun = distributed.run_on_primary(lambda: read_manifest(workdir / INPUTS))
         if not model_input(config, field).items() <= begun.items():
             path = getattr(config, field).path
             raise ModelError(f"{path} (config.{field}.path) is not what the run began with")

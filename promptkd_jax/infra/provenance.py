@@ -14,6 +14,7 @@ from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import make_folder, read_text, write_json, write_text
 
 FORMAT = 1
+INPUTS = "inputs.json"  # of a run, in its workdir
 
 
 def verify_or_write(
@@ -127,7 +128,7 @@ def verify_inputs(workdir: epath.Path, inputs: dict[str, Any]) -> None:
     """
 
     def compare_or_write():
-        file = workdir / "inputs.json"
+        file = workdir / INPUTS
         if not file.exists():
             make_folder(workdir)
             write_json(file, inputs)

@@ -178,7 +178,8 @@ class _Loop:
         self.progress = TrainingProgress(experiment.total_steps, first_step=self.done)
 
     def __enter__(self) -> "_Loop":
-        print(build.title(self.experiment.config), flush=True)
+        print(build.title(self.experiment.config))
+        print("compiling: a stage's first step takes longer than those behind it", flush=True)
         self.progress.__enter__()
         return self
 

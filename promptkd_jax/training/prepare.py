@@ -255,9 +255,18 @@ def _with_data(
     config: RunConfig, stage: Stage, rows: Rows, corpus: Rows | None, student: Model
 ) -> Stage:
     """The stage with batches of its rows, and of the corpus where it learns on that."""
+    batch_size, names = config.stages[stage.index].batch_size, config.data
+    learned = {names.train_name: rows, names.corpus_name: corpus}
+    for name, each in learned.items():
+        if each is not None and (count := len(each.tokens)) < batch_size:
+            raise DataError(
+                f"config.stages[{stage.index}].batch_size: {batch_size}, but there are {count} "
+                f"rows of {name} ({each.dropped} records were dropped for long prompts); expected "
+                f"at most {count}"
+            )
     batches = functools.partial(
         train_batches,
-        batch_size=config.stages[stage.index].batch_size,
+        batch_size=batch_size,
         length=config.data.max_length,
         seed=config.seed + stage.index,
     )

@@ -18,6 +18,7 @@ from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.infra import distributed
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import Path, write_text
+from promptkd_jax.infra.provenance import verify_inputs
 from promptkd_jax.infra.specs import (
     Bool,
     Choice,
@@ -611,7 +612,9 @@ def test_the_fingerprint_leaves_out_what_is_ignored():
 
 def test_a_folder_where_nothing_was_done_is_free_for_another_config(tmp_path):
     claim(tmp_path, ConfigDict(dict(teacher="a typing mistake")))
+    verify_inputs(tmp_path, {"data": "14 rows"})
     claim(tmp_path, ConfigDict(dict(teacher="right")))
+    verify_inputs(tmp_path, {"data": "20 rows"})  # those of the run that never began are gone
     assert "right" in (tmp_path / "config.json").read_text()
     (tmp_path / "before.json").write_text("{}")
     with pytest.raises(ConfigError, match="teacher: there 'right', now 'another'"):

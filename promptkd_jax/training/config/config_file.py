@@ -34,6 +34,7 @@ from promptkd_jax.infra.files import (
     to_path,
     write_json,
 )
+from promptkd_jax.infra.provenance import INPUTS
 from promptkd_jax.infra.specs import Group, declared, mistakes, with_defaults
 from promptkd_jax.training.config.fields import RENAMED, RunConfig
 
@@ -138,10 +139,12 @@ def _claim(folder: epath.Path, config: Any, ignore: tuple[str, ...], option: str
             theirs["fingerprint"] = fingerprint(theirs["config"], ignore)
         begun = {other.name for other in folder.iterdir()} if folder.exists() else set()
         # What stands there before the run itself begins, and decides nothing.
-        used = begun - {file.name, "started.json", "tokens", LOCK}
+        used = begun - {file.name, INPUTS, "started.json", "tokens", LOCK}
         if theirs and used and theirs["fingerprint"] != ours["fingerprint"]:
             configs = theirs["config"], ours["config"]
             raise ConfigError(_another_config(folder, *configs, ignore, option))
+        if not used:  # the inputs too may be others now
+            (folder / INPUTS).unlink(missing_ok=True)
         if theirs != ours:
             make_folder(folder)
             write_json(file, ours)
