@@ -842,6 +842,14 @@ def test_an_impossible_combination_is_refused_with_the_reason(config, combinatio
         assert f"config.{message}" in found, found
 
 
+def test_a_step_of_more_rows_than_there_are_is_refused_and_the_folder_left_free(models, tmp_path):
+    """The second is of another config, in the folder of the first, which never began."""
+    for number in (999, 998):
+        message = rf"config\.stages\[0\]\.batch_size: {number}, but there are \d+ rows of "
+        with pytest.raises(DataError, match=message):
+            run(short(models, stage("sft", batch_size=number)), tmp_path / "run")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_conversations_are_for_every_method(method):
     checked(load_config([f"--config={CONFIGS / 'chat.py'}:method={method}"])[0])
