@@ -256,8 +256,8 @@ def _with_data(
 ) -> Stage:
     """The stage with batches of its rows, and of the corpus where it learns on that."""
     batch_size, names = config.stages[stage.index].batch_size, config.data
-    learned = {names.train_name: rows, names.corpus_name: corpus}
-    for name, each in learned.items():
+    corpus = corpus if stage.method.corpus_terms else None
+    for name, each in ((names.train_name, rows), (names.corpus_name, corpus)):
         if each is not None and (count := len(each.tokens)) < batch_size:
             raise DataError(
                 f"config.stages[{stage.index}].batch_size: {batch_size}, but there are {count} "
@@ -287,7 +287,7 @@ def _with_data(
     return dataclasses.replace(
         stage,
         batches=batches(rows, cached=cached, capacity=method.response_capacity, packing=packing),
-        corpus=batches(corpus) if method.corpus_terms else None,
+        corpus=None if corpus is None else batches(corpus),
     )
 
 
