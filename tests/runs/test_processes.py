@@ -35,9 +35,11 @@ def folder(tmp_path_factory) -> pathlib.Path:
     config = tiny.short_config(folder / "data")  # 275 tokens, which `tensor` = 2 does not divide
     config.evaluation.update(every=0)
     config.checkpoint.export = "last"
+    # Adam makes a gradient that is 0 but for rounding as large as any. At 1e-3 that comes to 9e-4 of
+    # a loss in these steps, on some CPUs; at 1e-4 to 1e-6, where an update is worth 4e-4.
     config.stages = (
         method_stage(
-            "promptkd", steps=STEPS, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3
+            "promptkd", steps=STEPS, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-4
         ),
     )
     run.run(checked(config), folder / "one")
@@ -116,13 +118,9 @@ def saved(folder, workdir) -> list[int]:
 def same_losses(folder, workdir):
     expected, found = metrics(folder, "one"), metrics(folder, workdir)
     assert list(found) == list(expected) == list(range(1, STEPS + 1))
-    for step, right in expected.items():  # Adam makes a gradient that is 0 but for rounding large
-        for name, tolerance in (
-            ("kl_prompted", 3e-4),
-            ("prompt_loss", 3e-4),
-            ("student_loss", 3e-3),
-        ):
-            assert found[step][name] == pytest.approx(right[name], rel=tolerance), (step, name)
+    for step, right in expected.items():
+        for name in ("kl_prompted", "prompt_loss", "student_loss"):
+            assert found[step][name] == pytest.approx(right[name], rel=1e-5), (step, name)
 
 
 def killed_while_saving(folder, workdir, victim: int, step: int, *arguments):
