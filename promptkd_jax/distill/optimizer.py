@@ -3,21 +3,25 @@ decay mask, which are right for parameters in half precision too; the sum of gra
 micro-batches.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from promptkd_jax.distill.preconditioners import (
-    scale_by_adafactor,
-    scale_by_adam,
-    scale_by_adam_8bit,
-    scale_by_muon,
+    Matrices,
+    Preconditioner,
+    adafactor,
+    adam,
+    adam_8bit,
+    matrices,
+    muon,
 )
+from promptkd_jax.infra import sharding
 
 SCHEDULES = ("constant", "cosine", "noam")
 OPTIMIZERS = {  # and the state that each of them keeps
@@ -91,6 +95,15 @@ def adamw(
     )
 
 
+class OptimizerState(NamedTuple):
+    """`count` of the updates made; `mu` and `nu`, the first and second moments: trees like the
+    parameters, with None where a preconditioner keeps none."""
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+
+
 def make_optimizer(
     name: str,
     learning_rate: optax.Schedule,
@@ -117,68 +130,136 @@ def make_optimizer(
       unpadded: tree of arrays or shapes as the parameters, without the zeros that a mesh ends them
         with; None: they have none. AdamW does not need it.
     """
-    preconditioners = {
-        "adamw": lambda: scale_by_adam(0.9, b2),
-        "adamw_8bit": lambda: scale_by_adam_8bit(0.9, b2, unpadded),
-        "adafactor": lambda: scale_by_adafactor(unpadded),
-        "muon": lambda: scale_by_muon(b2, unpadded),
-    }
-    # The order matters: gradients are clipped before Adam sees them, and the decay is multiplied by
-    # the learning rate but not divided by the second moment (decoupled, arXiv 1711.05101).
-    return optax.chain(
-        optax.stateless(lambda gradients, _: optax.tree.cast(gradients, jnp.float32)),
-        optax.clip_by_global_norm(max_grad_norm),
-        preconditioners[name](),
-        optax.add_decayed_weights(np.float32(weight_decay), decay_mask),  # times a float32
-        optax.scale_by_learning_rate(learning_rate),
-        round_stochastically(seed),
-    )
-
-
-class RoundingState(NamedTuple):
-    """`count`: updates made, which decide the random numbers of the next."""
-
-    count: jax.Array
-
-
-def round_stochastically(seed: int) -> optax.GradientTransformation:
-    """Updates after which a parameter in half precision is one of its two neighbours there, each
-    with the probability that makes the mean exact. Other parameters' updates are as they were.
-
-    The last of a chain: it looks at the parameters, and `optax.apply_updates` adds what it returns.
-    The same count gives the same random numbers on any mesh on which a parameter has the same
-    shape. They depend on the shape: a parameter that the tensor axis of a mesh pads (see
-    `DecoderConfig.padded`) is rounded by other numbers, which leave the mean exact.
-    """
+    preconditioner = {
+        "adamw": lambda: adam(0.9, b2),
+        "adamw_8bit": lambda: adam_8bit(0.9, b2),
+        "adafactor": adafactor,
+        "muon": lambda: muon(b2),
+    }[name]()
 
     def init(params):
-        return RoundingState(jnp.zeros((), jnp.int32))
+        moments = jax.tree.map(preconditioner.init, params, matrices(params, unpadded))
+        return OptimizerState(jnp.zeros((), jnp.int32), *_unzip(moments, params))
 
-    def update(updates, state, params):
+    def update(gradients, state, params):
+        count = optax.safe_increment(state.count)
+        norm, rate = gradient_norm(gradients), learning_rate(state.count)
         # From seed and count alone, so that a resumed run rounds as one that never stopped.
         key = jax.random.fold_in(jax.random.key(seed), state.count)
-        leaves, structure = jax.tree.flatten(updates)
-        current = structure.flatten_up_to(params)
-        rounded = [
-            change if param.dtype.itemsize >= 4 else _rounded(change, param, leaf_key)
-            for change, param, leaf_key in zip(leaves, current, jax.random.split(key, len(leaves)))
-        ]
-        return structure.unflatten(rounded), RoundingState(optax.safe_increment(state.count))
+
+        def of_parameter(gradient, param, mu, nu, seen, decays, key):
+            # The order matters: gradients are clipped before Adam sees them, and the decay is
+            # multiplied by the learning rate but not divided by the second moment (decoupled, arXiv
+            # 1711.05101).
+            def of_slice(gradient, param, mu, nu, keys):
+                gradient = gradient.astype(jnp.float32)
+                clipped = gradient / norm * max_grad_norm
+                gradient = jnp.where(norm < max_grad_norm, gradient, clipped)
+                change, mu, nu = preconditioner.update(gradient, mu, nu, seen, count)
+                if decays:
+                    change += weight_decay * param.astype(jnp.float32)
+                change *= -rate
+                return change if keys is None else round_change(change, param, keys), mu, nu
+
+            keys = rounding_keys(key, param)
+            size = _slice_size(param, seen, preconditioner)
+            return in_slices(of_slice, size, gradient, param, mu, nu, keys)
+
+        leaves, structure = jax.tree.flatten(gradients)
+        decays = jax.tree.map(lambda _: True, params) if decay_mask is None else decay_mask
+        trees = params, state.mu, state.nu, matrices(gradients, unpadded), decays
+        keys = jax.random.split(key, len(leaves))
+        inputs = zip(leaves, *map(structure.flatten_up_to, trees), keys)
+        updates, mu, nu = map(structure.unflatten, zip(*(of_parameter(*each) for each in inputs)))
+        return updates, OptimizerState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
-def _rounded(change: jax.Array, param: jax.Array, key: jax.Array) -> jax.Array:
-    """The float32 distance from `param` to a neighbour, in its dtype, of `param + change`."""
-    exact = param.astype(jnp.float32) + change.astype(jnp.float32)
+def _unzip(results: Any, like: Any) -> tuple[Any, ...]:
+    """A tree like `like` of tuples as a tuple of trees."""
+    structure = jax.tree.structure(like)
+    return tuple(map(structure.unflatten, zip(*structure.flatten_up_to(results))))
+
+
+# A parameter slice by slice. Float32 of a whole model would be the most of what an update needs,
+# where parameters, gradients and moments are of fewer bits: gradient, moments, direction, random
+# numbers and change, of which XLA keeps several at once, for all parameters.
+
+SLICE = 2**24  # entries, 64 MB in float32, of several arrays at once
+
+
+def _slice_size(param: jax.Array, seen: Matrices, preconditioner: Preconditioner) -> int | None:
+    """How many rows of the first axis, layers of a stack, an update takes at a time; None: all."""
+    if param.size <= SLICE or preconditioner.elementwise:
+        return None
+    # Of a parameter that is no stack, a mesh may cut the rows themselves.
+    cut = sharding.axis_size("tensor") > 1 or not preconditioner.of_rows or param.ndim < 2
+    if not seen.stack and cut:
+        return None
+    return max(1, SLICE * param.shape[0] // param.size)
+
+
+def in_slices(function: Callable, size: int | None, *arrays: Any) -> Any:
+    """`function(*arrays)` of `size` rows of the first axis after the other, for a function none of
+    whose rows depends on another. The last slice may begin before the end of that before it.
+
+    Args:
+      arrays: pytrees of arrays with one first axis.
+      size: None: all rows at once.
+    """
+    if size is None:
+        return function(*arrays)
+    total = jax.tree.leaves(arrays)[0].shape[0]
+
+    def body(index, results):
+        start = jnp.minimum(index * size, total - size)
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), arrays)
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0),
+            results,
+            function(*own),
+        )
+
+    shapes = jax.eval_shape(function, *arrays)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-total // size), body, zeros)
+
+
+# Stochastic rounding
+
+
+def rounding_keys(key: jax.Array, param: jax.Array) -> jax.Array | None:
+    """A key for each row of the first axis of a parameter in half precision; None for others, which
+    are not rounded.
+
+    A parameter is rounded by the same random numbers whole, in slices, and on any mesh on which it
+    has the same shape; one that a mesh pads (see `DecoderConfig.padded`) by others, which leave the
+    mean exact.
+    """
+    if param.dtype.itemsize >= 4:
+        return None
+    return jax.random.split(key, param.shape[:1])
+
+
+def round_change(change: jax.Array, param: jax.Array, keys: jax.Array) -> jax.Array:
+    """The float32 distance from `param`, in half precision, to one of the two neighbours there of
+    `param + change`, each with the probability that makes the mean exact.
+
+    Args:
+      keys: as `rounding_keys` makes them.
+    """
+    exact = param.astype(jnp.float32) + change
     near = exact.astype(param.dtype)
     rest = exact - near.astype(jnp.float32)
     # The neighbour on the other side of the exact value.
     far = jnp.nextafter(near, jnp.where(rest > 0, jnp.inf, -jnp.inf).astype(param.dtype))
     gap = jnp.abs(far.astype(jnp.float32) - near.astype(jnp.float32))
     # P(far) = |exact - near| / gap, so that the mean is exact.
-    further = jax.random.uniform(key, exact.shape) * gap < jnp.abs(rest)
-    return jnp.where(further, far, near).astype(jnp.float32) - param.astype(jnp.float32)
+    draw = functools.partial(jax.random.uniform, shape=exact.shape[1:])
+    uniform = jax.vmap(draw)(keys) if exact.ndim else draw(keys)
+    rounded = jnp.where(uniform * gap < jnp.abs(rest), far, near)
+    return rounded.astype(jnp.float32) - param.astype(jnp.float32)
 
 
 def decay_mask(params: Any, *, decay_norms: bool = False) -> Any:

@@ -1,14 +1,12 @@
-"""Preconditioners: what becomes of a gradient before rate, decay and rounding.
+"""Preconditioners: what becomes of the gradient of a parameter before rate, decay and rounding.
 
-State, in bytes a parameter: `scale_by_adam` 8, `scale_by_adam_8bit` 2 and a few hundredths,
-`scale_by_muon` 4 (and 8 outside of the layers), `scale_by_adafactor` the square root of it, so to
-say: next to none.
+Their moments, in bytes a parameter: `adam` 8, `adam_8bit` 2 and a few hundredths, `muon` 4 (and 8
+outside of the layers), `adafactor` the square root of it, so to say: next to none.
 
 Layers are stacked, and of a kernel `[L, D, N, H]` every layer is the matrix `[D, N H]` that it
 computes: see `matrices`. A mesh may end parameters with zeros (see `DecoderConfig.padded`), whose
-gradients are 0. The argument `unpadded` of these functions has the shapes without: means over a
-matrix are then those of one device, and a checkpoint of one mesh goes on on another. The state of
-what is padding is 0.
+gradients are 0. `Matrices` has the shapes without: means over a matrix are then those of one
+device, and a checkpoint of one mesh goes on on another. The moments of what is padding are 0.
 """
 
 import dataclasses
@@ -22,29 +20,46 @@ import optax
 
 from promptkd_jax.models.layers.lora import MODULES, B
 
+
+class Preconditioner(NamedTuple):
+    """Turns the gradient of one parameter into the direction of its update.
+
+    Attributes:
+      init: `(param, its Matrices) -> (mu, nu)`, zeros for its first and second moment, or None.
+      update: `(gradient, mu, nu, its Matrices, count) -> (direction, mu, nu)`, in float32. Of a
+        stack of layers it may be called with some of them, of any other parameter with some of its
+        rows where `of_rows` says so. `count` is the number of the update, from 1 on.
+      elementwise: no entry of a direction depends on another's, so that XLA makes one kernel of the
+        update of a whole parameter.
+      of_rows: no row of a direction depends on another's.
+    """
+
+    init: Callable
+    update: Callable
+    elementwise: bool = False
+    of_rows: bool = False
+
+
 # Adam
 
 
-def scale_by_adam(b1: float, b2: float, eps: float = 1e-8) -> optax.GradientTransformation:
+def adam(b1: float, b2: float, eps: float = 1e-8) -> Preconditioner:
     """Adam's direction (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), its moments in float32.
 
     `optax.scale_by_adam` takes 1 - b ** t from a b that float32 has rounded: for b = 0.999 and
     t = 1 it is off by 1.3e-5. Here log(b) is exact to float64, and expm1 loses nothing near 0.
     """
 
-    def init(params):
-        # Two trees of zeros: one array cannot be donated twice.
-        moments = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(2))
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *moments)
+    def init(param, seen):
+        # Two arrays of zeros: one cannot be donated twice.
+        return jnp.zeros(param.shape, jnp.float32), jnp.zeros(param.shape, jnp.float32)
 
-    def update(gradients, state, params=None):
-        count = optax.safe_increment(state.count)
-        first = optax.tree.update_moment(gradients, state.mu, b1, 1)
-        second = optax.tree.update_moment(gradients, state.nu, b2, 2)
-        direction = _adam_direction(count, b1, b2, eps)
-        return jax.tree.map(direction, first, second), optax.ScaleByAdamState(count, first, second)
+    def update(gradient, mu, nu, seen, count):
+        mu = optax.tree.update_moment(gradient, mu, b1, 1)
+        nu = optax.tree.update_moment(gradient, nu, b2, 2)
+        return _adam_direction(count, b1, b2, eps)(mu, nu), mu, nu
 
-    return optax.GradientTransformation(init, update)
+    return Preconditioner(init, update, elementwise=True, of_rows=True)
 
 
 def _adam_direction(count: jax.Array, b1: float, b2: float, eps: float) -> Callable:
@@ -69,63 +84,34 @@ class Quantized(NamedTuple):
     scales: jax.Array
 
 
-def scale_by_adam_8bit(
-    b1: float, b2: float, unpadded: Any = None, eps: float = 1e-8
-) -> optax.GradientTransformation:
+def adam_8bit(b1: float, b2: float, eps: float = 1e-8) -> Preconditioner:
     """Adam's direction, both moments in 8 bits between updates (Dettmers et al. 2022, arXiv
     2110.02861), those of small parameters in float32; the arithmetic is float32.
 
     A block's codes are logarithmic: each is 1.09 times the one before, over 16 octaves of the first
     moment and 32 of the second. An update moves the second moment by a thousandth, so that codes
     rounded to nearest would stand still. `_threshold` makes rounding right on average.
-
-    Args:
-      unpadded: tree of arrays or shapes like the parameters, without the zeros of a mesh.
     """
+    in_float32 = adam(b1, b2, eps)
 
-    def init(params):
-        def zeros(dtype):
-            def of_leaf(x, seen):
-                if seen.size < MIN_SIZE:
-                    return jnp.zeros(x.shape, jnp.float32)
-                blocks = -(-x.shape[-1] // BLOCK)
-                scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
-                return Quantized(jnp.zeros(x.shape, dtype), scales)
-
-            return jax.tree.map(of_leaf, params, matrices(params, unpadded))
-
-        moments = zeros(jnp.int8), zeros(jnp.uint8)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *moments)
-
-    def update(gradients, state, params=None):
-        count = optax.safe_increment(state.count)
-        direction, threshold = _adam_direction(count, b1, b2, eps), _threshold(count)
-
-        def in_float32(gradient, first, second):
-            first = optax.tree.update_moment(gradient, first, b1, 1)
-            second = optax.tree.update_moment(gradient, second, b2, 2)
-            return direction(first, second), first, second
-
-        def in_8_bits(gradient, first, second):
-            moments = dequantize(first), dequantize(second)
-            update, *moments = in_float32(gradient, *moments)
-            codes = (jnp.int8, jnp.uint8)
-            return update, *(quantize(x, code, threshold) for x, code in zip(moments, codes))
-
-        def of_leaf(gradient, seen, first, second):
-            if not isinstance(first, Quantized):
-                return in_float32(gradient, first, second)
-            # Layer by layer: beside 8 bits of all of them there is float32 of one.
-            one_by_one = in_8_bits if not seen.stack else lambda *x: _map(in_8_bits, *x)
-            return one_by_one(gradient, first, second)
-
-        seen = matrices(gradients, unpadded)
-        updates, *moments = _unzip(
-            jax.tree.map(of_leaf, gradients, seen, state.mu, state.nu), gradients
+    def init(param, seen):
+        if seen.size < MIN_SIZE:
+            return in_float32.init(param, seen)
+        scales = (*param.shape[:-1], -(-param.shape[-1] // BLOCK))
+        return tuple(
+            Quantized(jnp.zeros(param.shape, dtype), jnp.zeros(scales, jnp.float32))
+            for dtype in (jnp.int8, jnp.uint8)
         )
-        return updates, optax.ScaleByAdamState(count, *moments)
 
-    return optax.GradientTransformation(init, update)
+    def update(gradient, mu, nu, seen, count):
+        if not isinstance(mu, Quantized):
+            return in_float32.update(gradient, mu, nu, seen, count)
+        moments = dequantize(mu), dequantize(nu)
+        direction, mu, nu = in_float32.update(gradient, *moments, seen, count)
+        threshold = _threshold(count)
+        return direction, quantize(mu, jnp.int8, threshold), quantize(nu, jnp.uint8, threshold)
+
+    return Preconditioner(init, update, of_rows=True)
 
 
 def quantize(x: jax.Array, dtype: Any, threshold: jax.Array | float = 0.5) -> Quantized:
@@ -198,16 +184,7 @@ class Factors(NamedTuple):
     columns: jax.Array
 
 
-class AdafactorState(NamedTuple):
-    """Updates made, and second moments: of matrices `Factors`, of vectors all."""
-
-    count: jax.Array
-    nu: Any
-
-
-def scale_by_adafactor(
-    unpadded: Any = None, *, clipping_threshold: float = 1.0, eps: float = 1e-30
-) -> optax.GradientTransformation:
+def adafactor(clipping_threshold: float = 1.0, eps: float = 1e-30) -> Preconditioner:
     """Gradients over the root of a factored second moment, clipped (Shazeer & Stern 2018, arXiv
     1804.04235, algorithms 4 and 5): u = g / sqrt(rows columns / mean(rows)), u / max(1, rms(u)).
 
@@ -216,68 +193,50 @@ def scale_by_adafactor(
     array, layers and heads among them.
 
     Args:
-      unpadded: tree of arrays or shapes like the parameters, without the zeros of a mesh.
       clipping_threshold: the largest root mean square of a matrix's, or vector's, update.
     """
 
-    def init(params):
-        def of_leaf(x, seen):
-            if seen.is_vector:
-                return jnp.zeros(x.shape, jnp.float32)
-            return Factors(*(jnp.zeros((*seen.stack, n), jnp.float32) for n in seen.shape))
+    def init(param, seen):
+        if seen.is_vector:
+            return None, jnp.zeros(param.shape, jnp.float32)
+        return None, Factors(*(jnp.zeros((*seen.stack, n), jnp.float32) for n in seen.shape))
 
-        nu = jax.tree.map(of_leaf, params, matrices(params, unpadded))
-        return AdafactorState(jnp.zeros((), jnp.int32), nu)
+    def inverse_root(x):
+        return jax.lax.rsqrt(jnp.maximum(x, eps))
 
-    def update(gradients, state, params=None):
-        count = optax.safe_increment(state.count)
+    def update(gradient, mu, nu, seen, count):
         b2 = 1 - count.astype(jnp.float32) ** -0.8
 
         def moved(moment, mean):
             return b2 * moment + (1 - b2) * mean
 
-        def inverse_root(x):
-            return jax.lax.rsqrt(jnp.maximum(x, eps))
+        # [*stack, in, out], or [*stack, size]
+        x = gradient.reshape(*gradient.shape[: len(seen.stack)], *seen.shape)
+        if seen.is_vector:
+            nu = moved(nu, gradient**2)
+            x *= inverse_root(nu.reshape(x.shape))
+        else:
+            # Sums over what is padded too, where gradients are 0, divided by what is not.
+            inputs, outputs = seen.own
+            nu = Factors(
+                moved(nu.rows, jnp.sum(x**2, -1) / outputs),
+                moved(nu.columns, jnp.sum(x**2, -2) / inputs),
+            )
+            mean = jnp.sum(nu.rows, -1, keepdims=True) / inputs
+            x *= inverse_root(nu.rows / jnp.maximum(mean, eps))[..., None]
+            x *= inverse_root(nu.columns)[..., None, :]
+        each = tuple(range(len(seen.stack), x.ndim))
+        rms = jnp.sqrt(jnp.sum(x**2, each, keepdims=True) / math.prod(seen.own))
+        x /= jnp.maximum(1.0, rms / clipping_threshold)
+        return x.reshape(gradient.shape), None, nu
 
-        def of_leaf(gradient, seen, second):
-            x = gradient.reshape(*seen.stack, *seen.shape)  # [*stack, in, out], or [*stack, size]
-            if seen.is_vector:
-                second = moved(second, gradient**2)
-                x *= inverse_root(second.reshape(x.shape))
-            else:
-                # Sums over what is padded too, where gradients are 0, divided by what is not.
-                inputs, outputs = seen.own
-                second = Factors(
-                    moved(second.rows, jnp.sum(x**2, -1) / outputs),
-                    moved(second.columns, jnp.sum(x**2, -2) / inputs),
-                )
-                mean = jnp.sum(second.rows, -1, keepdims=True) / inputs
-                x *= inverse_root(second.rows / jnp.maximum(mean, eps))[..., None]
-                x *= inverse_root(second.columns)[..., None, :]
-            each = tuple(range(len(seen.stack), x.ndim))
-            rms = jnp.sqrt(jnp.sum(x**2, each, keepdims=True) / math.prod(seen.own))
-            x /= jnp.maximum(1.0, rms / clipping_threshold)
-            return x.reshape(gradient.shape), second
-
-        seen = matrices(gradients, unpadded)
-        updates, nu = _unzip(jax.tree.map(of_leaf, gradients, seen, state.nu), gradients)
-        return updates, AdafactorState(count, nu)
-
-    return optax.GradientTransformation(init, update)
+    return Preconditioner(init, update)
 
 
 # Muon
 
 
-class MuonState(NamedTuple):
-    """The moving average of gradients."""
-
-    mu: Any
-
-
-def scale_by_muon(
-    b2: float, unpadded: Any = None, *, momentum: float = 0.95
-) -> optax.GradientTransformation:
+def muon(b2: float, momentum: float = 0.95) -> Preconditioner:
     """Orthogonalized momentum for the matrices of the layers (Jordan et al. 2024), times
     0.2 sqrt(max(in, out)), with which rates and decays are those of AdamW (Liu et al. 2025, arXiv
     2502.16982, equation 4); Adam for all other parameters. As `torch.optim.Muon` with
@@ -287,37 +246,30 @@ def scale_by_muon(
 
     Args:
       b2: of Adam, whose first moment decays with 0.9.
-      unpadded: tree of arrays or shapes like the parameters, without the zeros of a mesh.
     """
+    others = adam(0.9, b2)
 
-    def is_hidden(params):
-        seen = matrices(params)
-        return jax.tree.map(lambda one: bool(one.stack) and not one.is_vector, seen)
+    def is_hidden(seen):
+        return bool(seen.stack) and not seen.is_vector
 
-    def is_other(params):
-        return jax.tree.map(lambda hidden: not hidden, is_hidden(params))
+    def init(param, seen):
+        moments = others.init(param, seen)
+        return (moments[0], None) if is_hidden(seen) else moments
 
-    def init(params):
-        return MuonState(optax.tree.zeros_like(params, dtype=jnp.float32))
+    def update(gradient, mu, nu, seen, count):
+        if not is_hidden(seen):
+            return others.update(gradient, mu, nu, seen, count)
+        mu = optax.tree.update_moment(gradient, mu, momentum, 1)
+        ahead = optax.tree.update_moment(gradient, mu, momentum, 1)  # Nesterov's
+        # Layers one after the other, the experts of each at once.
+        orthogonal = orthogonalize
+        for _ in seen.stack[1:]:
+            orthogonal = jax.vmap(orthogonal)
+        x = ahead.reshape(*ahead.shape[: len(seen.stack)], *seen.shape)
+        x = 0.2 * math.sqrt(max(seen.own)) * jax.lax.map(orthogonal, x)
+        return x.reshape(ahead.shape), mu, None
 
-    def update(gradients, state, params=None):
-        average = optax.tree.update_moment(gradients, state.mu, momentum, 1)
-        ahead = optax.tree.update_moment(gradients, average, momentum, 1)  # Nesterov's
-
-        def of_leaf(x, seen):
-            # Layers one after the other, the experts of each at once.
-            orthogonal = orthogonalize
-            for _ in seen.stack[1:]:
-                orthogonal = jax.vmap(orthogonal)
-            stacked = _map(orthogonal, x.reshape(*seen.stack, *seen.shape))
-            return 0.2 * math.sqrt(max(seen.own)) * stacked.reshape(x.shape)
-
-        return jax.tree.map(of_leaf, ahead, matrices(gradients, unpadded)), MuonState(average)
-
-    return optax.chain(
-        optax.masked(optax.GradientTransformation(init, update), is_hidden),
-        optax.masked(scale_by_adam(0.9, b2), is_other),
-    )
+    return Preconditioner(init, update)
 
 
 def orthogonalize(x: jax.Array) -> jax.Array:
@@ -387,14 +339,3 @@ def matrices(params: Any, unpadded: Any = None) -> Any:
 
 def _path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _map(function: Callable, *stacked: Any) -> Any:
-    """`function` of each slice along the first axis, one after the other."""
-    return jax.lax.map(lambda slices: function(*slices), stacked)
-
-
-def _unzip(results: Any, like: Any) -> tuple[Any, ...]:
-    """A tree like `like` of tuples as a tuple of trees."""
-    structure = jax.tree.structure(like)
-    return tuple(map(structure.unflatten, zip(*structure.flatten_up_to(results))))

@@ -13,7 +13,9 @@ from promptkd_jax.distill.optimizer import (
     SCHEDULES,
     adamw,
     decay_mask,
-    round_stochastically,
+    in_slices,
+    round_change,
+    rounding_keys,
     schedule,
 )
 from promptkd_jax.models.families.registry import from_hugging_face
@@ -98,9 +100,8 @@ def rounded(exact: float, start: float, dtype, number: int = 2**16) -> np.ndarra
     """So many parameters at `start`, after an update to `exact`."""
     params = jnp.full(number, start, dtype)
     change = jnp.full(number, jnp.float32(exact) - params.astype(jnp.float32)[0])
-    optimizer = round_stochastically(seed=3)
-    updates, _ = optimizer.update(change, optimizer.init(params), params)
-    found = optax.apply_updates(params, updates)
+    change = round_change(change, params, rounding_keys(jax.random.key(3), params))
+    found = optax.apply_updates(params, change)
     assert found.dtype == dtype
     return np.asarray(found, np.float64)
 
@@ -133,18 +134,36 @@ def test_numbers_that_are_not_finite_stay_so(dtype):
     np.testing.assert_array_equal(rounded(-np.inf, 1.0, dtype, number=256), -np.inf)
 
 
-def test_other_parameters_are_updated_as_they_were():
+def test_float32_beside_bfloat16_is_updated_as_alone():
     params = {"float32": jnp.ones(8), "bfloat16": jnp.ones(8, jnp.bfloat16)}
-    change = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), params)
-    optimizer = round_stochastically(seed=0)
-    updates, state = optimizer.update(change, optimizer.init(params), params)
-    np.testing.assert_array_equal(updates["float32"], change["float32"])
+    gradients = jax.tree.map(lambda x: -jnp.ones_like(x), params)
+    optimizer = adamw(lambda _: 1e-3, weight_decay=0.0, max_grad_norm=1e9)
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    one = {"float32": params["float32"]}
+    alone, _ = optimizer.update({"float32": gradients["float32"]}, optimizer.init(one), one)
+    np.testing.assert_array_equal(updates["float32"], alone["float32"])
     assert set(np.asarray(updates["bfloat16"])) <= {0, 2.0**-7}
-    again, after = optimizer.update(change, state, params)
+    again, after = optimizer.update(gradients, state, params)
     assert (np.asarray(again["bfloat16"]) != np.asarray(updates["bfloat16"])).any()
-    repeated, _ = optimizer.update(change, state, params)  # a state decides what comes next
+    repeated, _ = optimizer.update(gradients, state, params)  # a state decides what comes next
     jax.tree.map(np.testing.assert_array_equal, again, repeated)
     assert int(after.count) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, None])
+def test_slices_are_what_the_whole_is(size):
+    """Also where they do not divide it, and each row is seen beside others."""
+    x = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    seen = []
+
+    def function(x, scale):
+        seen.append(x.shape[0])
+        return {"rows": x * scale[:, None], "sums": jnp.sum(x, axis=1)}
+
+    found = jax.jit(lambda *arrays: in_slices(function, size, *arrays))(x, jnp.arange(7.0))
+    np.testing.assert_allclose(found["rows"], x * np.arange(7.0)[:, None], rtol=1e-6)
+    np.testing.assert_allclose(found["sums"], x.sum(1), rtol=1e-6)
+    assert (size or 7) in seen
 
 
 def test_small_updates_move_bfloat16_as_far_as_float32():
@@ -164,8 +183,7 @@ def test_small_updates_move_bfloat16_as_far_as_float32():
         carry = params, optimizer.init(params)
         params, state = jax.jit(lambda carry: jax.lax.fori_loop(0, 200, update, carry))(carry)
         assert params.dtype == dtype
-        moments = jax.tree.leaves(state[2])  # of Adam
-        assert all(x.dtype == jnp.float32 for x in moments if x.ndim)
+        assert state.mu.dtype == state.nu.dtype == jnp.float32
         return -slope * (np.asarray(params, np.float32) - start)
 
     exact, found = moved(jnp.float32), moved(jnp.bfloat16)
@@ -178,7 +196,7 @@ def test_gradients_in_half_precision_are_clipped_by_their_norm_in_float32():
     gradient = jnp.full(2048, 0.11, jnp.bfloat16)
     optimizer = adamw(lambda _: 1.0, weight_decay=0.0, max_grad_norm=1.0)
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
-    np.testing.assert_allclose(state[2].mu, 0.1 / np.sqrt(2048), rtol=1e-5)
+    np.testing.assert_allclose(state.mu, 0.1 / np.sqrt(2048), rtol=1e-5)
 
 
 def test_weight_decay_of_half_precision_is_right_on_average():

@@ -19,8 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from promptkd_jax.data.batch import Batch, Responses
 from promptkd_jax.distill.losses.chunked_loss import linear_loss
 from promptkd_jax.distill.losses.losses import cross_entropy
-from promptkd_jax.distill.optimizer import adamw
-from promptkd_jax.distill.preconditioners import scale_by_adafactor, scale_by_adam_8bit
+from promptkd_jax.distill.optimizer import adamw, make_optimizer
 from promptkd_jax.distill.state import Optimizers, init_state
 from promptkd_jax.distill.targets import empty_target_batch
 from promptkd_jax.distill.teacher import lazy_logits_and_states
@@ -100,14 +99,17 @@ def test_optimizer_moments_lie_where_their_parameters_do():
 def test_codes_lie_where_their_parameters_do_and_scales_where_blocks_divide():
     params = {"layers": {"mlp": {"up": {"kernel": jnp.zeros((2, 64, 768))}}}}
     params["layers"]["mlp"]["down"] = {"kernel": jnp.zeros((2, 768, 1024))}
-    state = jax.eval_shape(scale_by_adam_8bit(0.9, 0.999).init, params)
-    placed = shardings(state, mesh(1, 2, 2))
-    up, down = (placed.mu["layers"]["mlp"][name]["kernel"] for name in ("up", "down"))
+
+    def placed(name):
+        optimizer = make_optimizer(name, lambda _: 1.0, weight_decay=0.1, max_grad_norm=1.0)
+        return shardings(jax.eval_shape(optimizer.init, params), mesh(1, 2, 2))
+
+    moments = placed("adamw_8bit").mu
+    up, down = (moments["layers"]["mlp"][name]["kernel"] for name in ("up", "down"))
     assert up.codes.spec == P(None, "fsdp", "tensor")
     assert up.scales.spec == P(None, "fsdp", None)  # 3 blocks
     assert down.codes.spec == down.scales.spec == P(None, "tensor", "fsdp")
-    state = jax.eval_shape(scale_by_adafactor().init, params)
-    factors = shardings(state, mesh(1, 2, 2)).nu
+    factors = placed("adafactor").nu
     assert {place.spec for place in jax.tree.leaves(factors)} == {P()}
 
 

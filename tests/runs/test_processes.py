@@ -35,8 +35,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     config = tiny.short_config(folder / "data")  # 275 tokens, which `tensor` = 2 does not divide
     config.evaluation.update(every=0)
     config.checkpoint.export = "last"
-    # Adam makes a gradient that is 0 but for rounding as large as any. At 1e-3 that comes to 9e-4 of
-    # a loss in these steps, on some CPUs; at 1e-4 to 1e-6, where an update is worth 4e-4.
+    # Adam makes a gradient that is 0 but for rounding as large as any. At 1e-3 that comes to 9e-4
+    # of a loss in these steps, on some CPUs; at 1e-4 to 1e-6, where an update is worth 4e-4.
     config.stages = (
         method_stage(
             "promptkd", steps=STEPS, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-4
