@@ -75,6 +75,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         depth = teacher.decoder.config.num_layers
         kept, chosen = chosen_layers(depth, _layers_or_count(options)), []
         if options.data:
+            if len(kept) == depth:
+                said = f"--layers {depth}: --data leaves out some of the {depth} layers"
+                raise ConfigError(f"{said}; expected at most {depth - 1}")
             kept, chosen = _by_data(options, teacher, len(kept))
         student = keep_layers(teacher, kept)
         check_writable(output)

@@ -99,6 +99,10 @@ def test_the_command_keeps_what_the_search_leaves(teacher, tmp_path, capsys):
         (["--layers=2", "--template=plain", "--split=dev"], "--template, --split: for --data, by"),
         (["--layers=2", "--rows=8", "--format=messages"], "--format, --rows: for --data, by which"),
         (["--layers=2", "--data=absent.jsonl", "--template=plain"], "absent.jsonl: no such file"),
+        (
+            ["--layers=4", "--data=absent.jsonl"],
+            "--layers 4: --data leaves out some of the 4 layers",
+        ),
         (["--layers=9", "--data=absent.jsonl"], "9 of 4 layers: keep at least 1 and at most 4"),
     ],
 )
