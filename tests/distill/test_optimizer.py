@@ -150,6 +150,24 @@ def test_float32_beside_bfloat16_is_updated_as_alone():
     assert int(after.count) == 2
 
 
+def test_parameters_rows_and_seeds_have_random_numbers_of_their_own():
+    params = {name: jnp.ones((2, 256), jnp.bfloat16) for name in ("a", "b")}
+    gradients = jax.tree.map(lambda x: -jnp.ones_like(x), params)
+    rows = []
+    for seed in (0, 1):
+        optimizer = adamw(lambda _: 2e-3, weight_decay=0.0, max_grad_norm=1e9, seed=seed)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        rows += [np.asarray(row, np.float32) for name in "ab" for row in updates[name]]
+    assert len({row.tobytes() for row in rows}) == 8
+
+
+def test_a_parameter_without_axes_is_rounded_too():
+    param = jnp.ones((), jnp.bfloat16)
+    optimizer = adamw(lambda _: 1e-3, weight_decay=0.0, max_grad_norm=1e9)
+    updates, _ = optimizer.update(-param, optimizer.init(param), param)
+    assert float(updates) in (0, 2.0**-7)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, None])
 def test_slices_are_what_the_whole_is(size):
     """Also where they do not divide it, and each row is seen beside others."""
