@@ -190,8 +190,9 @@ SLICE = 2**24  # entries, 64 MB in float32, of several arrays at once
 
 
 def _slice_size(param: jax.Array, seen: Matrices, preconditioner: Preconditioner) -> int | None:
-    """How many rows of the first axis, layers of a stack, an update takes at a time; None: all."""
-    if param.size <= SLICE or preconditioner.elementwise:
+    """Rows of the first axis, layers of a stack, that an update takes at a time; None: all."""
+    # Of a mesh that is somebody else's nobody knows here which axes it cuts.
+    if param.size <= SLICE or preconditioner.elementwise or sharding.mesh_is_external():
         return None
     # Of a parameter that is no stack, a mesh may cut the rows themselves.
     cut = sharding.axis_size("tensor") > 1 or not preconditioner.of_rows or param.ndim < 2
@@ -201,17 +202,18 @@ def _slice_size(param: jax.Array, seen: Matrices, preconditioner: Preconditioner
 
 
 def in_slices(function: Callable, size: int | None, *arrays: Any) -> Any:
-    """`function(*arrays)` of `size` rows of the first axis after the other, for a function none of
-    whose rows depends on another. The last slice may begin before the end of that before it.
+    """Returns `function(*arrays)`, computed for some rows of the first axis at a time.
 
     Args:
+      function: one of whose results no row depends on another row.
+      size: rows at a time; None: all of them at once.
       arrays: pytrees of arrays with one first axis.
-      size: None: all rows at once.
     """
     if size is None:
         return function(*arrays)
     total = jax.tree.leaves(arrays)[0].shape[0]
 
+    # The last slice may overlap the one before it: both read the inputs alone, and agree.
     def body(index, results):
         start = jnp.minimum(index * size, total - size)
         own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), arrays)
@@ -234,8 +236,8 @@ def rounding_keys(key: jax.Array, param: jax.Array) -> jax.Array | None:
     are not rounded.
 
     A parameter is rounded by the same random numbers whole, in slices, and on any mesh on which it
-    has the same shape; one that a mesh pads (see `DecoderConfig.padded`) by others, which leave the
-    mean exact.
+    has the same shape (with JAX's default generator); one that a mesh pads may be by others, which
+    leave the mean exact.
     """
     if param.dtype.itemsize >= 4:
         return None

@@ -378,9 +378,9 @@ def same_rounding() -> None:
 
 
 def same_state_of_every_optimizer() -> None:
-    """Two updates on a mesh that pads, a checkpoint, and the third on another. Blocks of 8 bits are
-    cut, and do not divide what a device has."""
-    preconditioners.BLOCK, preconditioners.MIN_SIZE = 16, 64
+    """Two updates on a mesh that pads, a checkpoint, and the third on another, in slices. Blocks of
+    8 bits are cut, and do not divide what a device has."""
+    preconditioners.BLOCK, preconditioners.MIN_SIZE, optimizer.SLICE = 16, 64, 256
     embedding, query, up = (33, 40), (2, 40, 5, 8), (2, 40, 99)
 
     def tree(*leaves):
@@ -480,6 +480,22 @@ def other_meshes_are_left_alone() -> None:
             cut_loss = jax.jit(loss)(*jax.device_put(inputs, rows))
         assert found.sharding.is_equivalent_to(x.sharding, 3), (names, kind, found.sharding)
         all_close(cut_loss, whole_loss, (names, kind))
+
+    # A parameter that would be updated in slices is not, since its first axis may be cut.
+    optimizer.SLICE, how = 256, dict(weight_decay=0.1, max_grad_norm=1.0)
+    eight_bits = optimizer.make_optimizer("adamw_8bit", lambda _: 1e-2, **how)
+    params, gradients = ({"layers": {"w": rng.normal(size=(8, 64, 16))}} for _ in range(2))
+    params, gradients = jax.tree.map(np.float32, (params, gradients))
+
+    def update(gradients, params):
+        return eight_bits.update(gradients, eight_bits.init(params), params)[0]
+
+    whole = jax.jit(update)(gradients, params)
+    for kind in (auto, explicit):
+        mesh = jax.make_mesh((8,), ("model",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            rows = jax.NamedSharding(mesh, P("model"))
+            all_close(jax.jit(update)(*jax.device_put((gradients, params), rows)), whole, kind)
 
 
 if __name__ == "__main__":
