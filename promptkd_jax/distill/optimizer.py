@@ -182,11 +182,11 @@ def _unzip(results: Any, like: Any) -> tuple[Any, ...]:
     return tuple(map(structure.unflatten, zip(*structure.flatten_up_to(results))))
 
 
-# A parameter slice by slice. Float32 of a whole model would be the most of what an update needs,
-# where parameters, gradients and moments are of fewer bits: gradient, moments, direction, random
-# numbers and change, of which XLA keeps several at once, for all parameters.
+# A parameter slice by slice. Where parameters and moments are of few bits, float32 of all of them
+# would be most of what an update needs: XLA keeps gradients, moments, directions and changes of
+# many parameters at once. Of an elementwise update it makes one kernel, which needs none of that.
 
-SLICE = 2**24  # entries, 64 MB in float32, of several arrays at once
+SLICE = 2**24  # entries of the whole parameter, on all devices: 64 MB in float32
 
 
 def _slice_size(param: jax.Array, seen: Matrices, preconditioner: Preconditioner) -> int | None:
@@ -195,7 +195,7 @@ def _slice_size(param: jax.Array, seen: Matrices, preconditioner: Preconditioner
     if param.size <= SLICE or preconditioner.elementwise or sharding.mesh_is_external():
         return None
     # Of a parameter that is no stack, a mesh may cut the rows themselves.
-    cut = sharding.axis_size("tensor") > 1 or not preconditioner.of_rows or param.ndim < 2
+    cut = sharding.axis_size("tensor") > 1 or not preconditioner.row_wise or param.ndim < 2
     if not seen.stack and cut:
         return None
     return max(1, SLICE * param.shape[0] // param.size)

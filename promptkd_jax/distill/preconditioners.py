@@ -27,17 +27,17 @@ class Preconditioner(NamedTuple):
     Attributes:
       init: `(param, its Matrices) -> (mu, nu)`, zeros for its first and second moment, or None.
       update: `(gradient, mu, nu, its Matrices, count) -> (direction, mu, nu)`, in float32. Of a
-        stack of layers it may be called with some of them, of any other parameter with some of its
-        rows where `of_rows` says so. `count` is the number of the update, from 1 on.
-      elementwise: no entry of a direction depends on another's, so that XLA makes one kernel of the
-        update of a whole parameter.
-      of_rows: no row of a direction depends on another's.
+        stack it may be called with some of the layers: the first axis of the arrays is then shorter
+        than `Matrices.stack` says. `count` is the number of the update, from 1 on.
+      elementwise: no entry of a direction depends on another's; it is never called with slices.
+      row_wise: no row of a matrix's direction depends on another's; of one that is not in a stack
+        it may be called with some of the rows.
     """
 
     init: Callable
     update: Callable
     elementwise: bool = False
-    of_rows: bool = False
+    row_wise: bool = False
 
 
 # Adam
@@ -59,7 +59,7 @@ def adam(b1: float, b2: float, eps: float = 1e-8) -> Preconditioner:
         nu = optax.tree.update_moment(gradient, nu, b2, 2)
         return _adam_direction(count, b1, b2, eps)(mu, nu), mu, nu
 
-    return Preconditioner(init, update, elementwise=True, of_rows=True)
+    return Preconditioner(init, update, elementwise=True)
 
 
 def _adam_direction(count: jax.Array, b1: float, b2: float, eps: float) -> Callable:
@@ -111,7 +111,7 @@ def adam_8bit(b1: float, b2: float, eps: float = 1e-8) -> Preconditioner:
         threshold = _threshold(count)
         return direction, quantize(mu, jnp.int8, threshold), quantize(nu, jnp.uint8, threshold)
 
-    return Preconditioner(init, update, of_rows=True)
+    return Preconditioner(init, update, row_wise=True)
 
 
 def quantize(x: jax.Array, dtype: Any, threshold: jax.Array | float = 0.5) -> Quantized:

@@ -170,7 +170,7 @@ def test_a_parameter_without_axes_is_rounded_too():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, None])
 def test_slices_are_what_the_whole_is(size):
-    """Also where they do not divide it, and each row is seen beside others."""
+    """Also where they do not divide it, so that the last overlaps the one before."""
     x = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     seen = []
 
