@@ -406,11 +406,19 @@ def _decode_layers(
         turn = Turn(layer, cache.column, seen)
         experts_of = index if has_experts_of_all(config, params) else None
         gate = jax.tree.map(operator.itemgetter(index), gates)
-        x, layer = Layer(config, experts_of, parent=None).apply(
-            {"params": own}, x, (index, kind, gate), positions, None, cache.columns, turn=turn
-        )
+        how = config, experts_of, kind, cache.columns
+        x, layer = _decode_layer(*how, own, x, gate, positions, turn)
         layers.append(layer)
     return x, cache.replace(layers=tuple(layers), turn=cache.turn + 1)
+
+
+# Jitted by itself, a layer is traced once for all that are alike; XLA compiles each all the same.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _decode_layer(config, experts_of, kind, columns, params, x, gate, positions, turn):
+    """One layer for one token a row: `x` `[B, 1, D]`, and the layer's part of the new cache."""
+    layer = Layer(config, experts_of, parent=None)
+    place = None, kind, gate  # its number is that of its dropout alone
+    return layer.apply({"params": params}, x, place, positions, None, columns, turn=turn)
 
 
 def _layers(config: DecoderConfig) -> nn.Module:
