@@ -161,7 +161,8 @@ def transport(
     log_r = log_probs(log_mixture(log_p, log_q, settings.share, settings.alpha))
     # Logarithms from here on, and potentials are constants: by the envelope theorem the derivative
     # by r is f - f_rr as if neither depended on r, so that nothing is kept of the iterations.
-    p, r = jax.lax.stop_gradient((log_p, log_r))
+    constants = jax.lax.stop_gradient((log_p, log_r))
+    p, r = (jnp.moveaxis(x, -1, 0) for x in constants)  # [V, ...]
     apply = functools.partial(_log_product, kernel)
     of_r = _self_potential(apply, r, settings.iterations)
     if settings.form == "released":
@@ -171,8 +172,8 @@ def transport(
     else:
         f, g = _averaged(apply, p, r, settings.iterations)
         of_p = _self_potential(apply, p, settings.iterations)
-        constant = _sum(p, g - of_p)
-    return settings.epsilon * (_sum(log_r, f - of_r) + constant)
+        constant = _sum(constants[0], jnp.moveaxis(g - of_p, 0, -1))
+    return settings.epsilon * (_sum(log_r, jnp.moveaxis(f - of_r, 0, -1)) + constant)
 
 
 def _sum(log_p: jax.Array, x: jax.Array) -> jax.Array:
@@ -180,7 +181,8 @@ def _sum(log_p: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isneginf(log_p), 0.0, x), axis=-1)
 
 
-# Potentials are in units of epsilon, p, r and g logarithms or potentials [..., V] of one position:
+# Potentials are in units of epsilon; p, r and g are logarithms or potentials [V, ...], with tokens
+# first, so that a neighbour's entries of all positions lie side by side:
 #
 #     f = -log K (p e^g)    is    -apply(p + g)        g = -log K (r e^f)    is    -apply(r + f)
 #
@@ -216,15 +218,15 @@ def _self_potential(apply: Any, p: jax.Array, iterations: int) -> jax.Array:
 
 
 def _log_product(kernel: TokenKernel, x: jax.Array) -> jax.Array:
-    """log(K e^x) `[..., V]` of x `[..., V]`, where the logarithm of 0 counts as 0."""
+    """log(K e^x) `[V, ...]` of x `[V, ...]`, where the logarithm of 0 counts as 0."""
     # (K e^x)_i = e^x_i + sum_j K_ij e^x_j, the diagonal being 1; of tokens alone the first summand.
     product = x
     for ids, columns, log_entries in kernel.groups:
-        others = x[..., columns] + log_entries  # [..., n, w]
-        both = jnp.concatenate([x[..., ids][..., None], others], axis=-1)
+        own = x[ids]  # [n, ...]
+        others = x[columns] + jnp.expand_dims(log_entries, range(2, x.ndim + 1))  # [n, w, ...]
         # Every sum's largest summand is taken out, so that nothing over- or underflows.
-        largest = jnp.max(both, axis=-1, keepdims=True)
-        total = jnp.sum(jnp.exp(both - finite_log(largest)), axis=-1)
-        total = jnp.log(total) + largest[..., 0]
-        product = product.at[..., ids].set(total, indices_are_sorted=True, unique_indices=True)
+        largest = finite_log(jnp.maximum(own, jnp.max(others, axis=1)))
+        total = jnp.exp(own - largest) + jnp.sum(jnp.exp(others - largest[:, None]), axis=1)
+        total = jnp.log(total) + largest
+        product = product.at[ids].set(total, indices_are_sorted=True, unique_indices=True)
     return finite_log(product)
