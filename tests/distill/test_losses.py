@@ -323,6 +323,9 @@ def test_a_mixture_is_possible_where_either_is_or_both_are():
         found = names.log_mixture(log_p, log_q, 0.5, alpha)
         assert np.isfinite(found).sum() == possible and np.isneginf(found).sum() == 4 - possible
         assert np.isfinite(found[1])
+        for share, right in ((0.0, log_q), (1.0, log_p)):  # TAID's target, in the end
+            found = names.log_mixture(log_p, log_q, share, alpha)
+            np.testing.assert_allclose(found, right, atol=1e-6)
 
 
 def test_todi_has_the_value_of_both_kls_and_csd_the_gradient_of_one():

@@ -184,8 +184,8 @@ def log_mixture(
 
     (share p^e + (1 - share) q^e)^(1/e) with e = (1 - alpha) / 2: arithmetic at alpha = -1,
     geometric at 1, harmonic at 3. For alpha < 1 a token is possible where it is for either, from 1
-    on where it is for both. AMiD (arXiv 2510.15982); its code takes the geometric mixture for
-    every alpha from 1 on.
+    on where it is for both; one of both that has no share says nothing. AMiD (arXiv 2510.15982);
+    its code takes the geometric mixture for every alpha from 1 on.
 
     Args:
       log_p, log_q: log-probabilities `[..., V]`.
@@ -194,8 +194,12 @@ def log_mixture(
     # With e = (1 - alpha) / 2 the powers are p^e and q^e; e < 0 where alpha > 1.
     # In logarithms throughout: p and q themselves are 0 in float32 from log-probability -104 on.
     e = (1 - alpha) / 2
-    nowhere = jnp.isneginf(log_p), jnp.isneginf(log_q)
-    empty = nowhere[0] & nowhere[1] if e > 0 else nowhere[0] | nowhere[1]
+    impossible = jnp.isneginf(log_p), jnp.isneginf(log_q)
+    if e > 0:
+        empty = impossible[0] & impossible[1]
+    else:
+        empty = (impossible[0] & (share > 0)) | (impossible[1] & (share < 1))
+        log_p, log_q = finite_log(log_p), finite_log(log_q)  # where not empty, without a share
     # Where the mixture is 0, the gradients of what follows are NaN.
     log_p, log_q = jnp.where(empty, 0.0, log_p), jnp.where(empty, 0.0, log_q)
     if e == 0:
