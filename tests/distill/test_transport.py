@@ -93,8 +93,36 @@ def test_the_released_loss_is_that_of_scalings():
     np.testing.assert_allclose((found * way).sum(), (there - back) / 2e-5, rtol=1e-3)
 
 
+def test_the_debiased_loss_is_the_divergence_where_mass_can_go_anywhere():
+    """Its value, and through the mixture the gradient of that value."""
+    settings = Transport(
+        form="debiased", epsilon=0.3, neighbours=TOKENS - 1, alpha=-1, iterations=200
+    )
+    kernel = token_kernel(jnp.asarray(embeddings()), settings)
+    dense = dense_kernel(embeddings(), settings)
+    (target, learner), p = pair(), probabilities(pair()[0])
+
+    def expected(learner):
+        r = mixture(p, probabilities(learner), settings)
+        u = v = of_r = of_p = np.ones_like(p)
+        for _ in range(500):
+            u, of_r = 1 / ((p * v) @ dense), np.sqrt(of_r / ((r * of_r) @ dense))
+            v, of_p = 1 / ((r * u) @ dense), np.sqrt(of_p / ((p * of_p) @ dense))
+        both = r * np.log(u / of_r) + p * np.log(v / of_p)
+        return settings.epsilon * both.sum(-1)
+
+    found = transport(target, learner, kernel, settings)
+    np.testing.assert_allclose(found, expected(learner), rtol=2e-3)
+    way = pair()[0][::-1].astype(np.float64)
+    there, back = (expected(learner + x * way).sum() for x in (1e-4, -1e-4))
+    found = jax.grad(lambda x: transport(target, x, kernel, settings).sum())(learner)
+    np.testing.assert_allclose((found * way).sum(), (there - back) / 2e-4, rtol=2e-3)
+
+
 @pytest.mark.parametrize("form, factor, entropy", [("released", 10, 0.5), ("debiased", 2.75, 0)])
-def test_without_neighbours_it_is_reverse_kl_and_perhaps_entropy(form, factor, entropy):
+def test_without_neighbours_its_gradient_is_that_of_reverse_kl_and_perhaps_entropy(
+    form, factor, entropy
+):
     """With share -> 0, so that the mixture is the learner."""
     settings = Transport(form=form, alpha=1.0, share=1e-7)
     kernel, (target, learner) = token_kernel(jnp.eye(TOKENS), settings), pair()

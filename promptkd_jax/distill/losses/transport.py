@@ -152,7 +152,8 @@ def transport(
 
     "released": r.(f - f_rr), with f epsilon log r more than the potential. Without any neighbours
     its gradient is that of n KL(r || p) + sum r log r / 2, times epsilon, after n iterations; that
-    of "debiased" is (n + 1) / 4 KL(r || p).
+    of "debiased" is that of (n + 1) / 4 KL(r || p). Where no neighbours lead from r to p,
+    potentials grow with n, and the gradient is not that of the value that is returned.
 
     Args:
       target, learner: logits `[..., V]`; the gradient is for the learner, through the mixture.
