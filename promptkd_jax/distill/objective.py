@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from promptkd_jax.data.batch import Batch, responses
 from promptkd_jax.distill.losses import hidden_loss, losses
 from promptkd_jax.distill.losses.chunked_loss import linear_loss
+from promptkd_jax.distill.losses.divergence import mark_needs_whole
 from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY
 from promptkd_jax.distill.optimizer import Gradients
@@ -261,6 +262,7 @@ def prompt_terms(
     """
     entropy_free = method.conventions.entropy_free
     divergence = _prompt_divergence(method.prompt_divergence, entropy_free=entropy_free)
+    divergence = _from_fitted_student(divergence, method)
     terms = {"prompt_kd": Term(divergence, student, kd_weight)}
     observations = {"kl_prompted": _student_to_learner}
     if plain is not None:
@@ -277,6 +279,16 @@ def _prompt_divergence(name: str, *, entropy_free: bool) -> losses.Divergence:
     if name == "forward_kl" and entropy_free:
         name = "soft_cross_entropy"
     return losses.divergence(name)
+
+
+def _from_fitted_student(divergence: losses.Divergence, method: Method) -> losses.Divergence:
+    """`divergence` of the prompted teacher from the student as the student's loss compares both: at
+    a temperature of its own, a student that fits is q with q^(1 / temperature) ~ p_P, and a prompt
+    that went after q itself would sharpen the teacher again with every update of the student."""
+    temperature = (method.student_temperature or method.temperature) / method.temperature
+    if temperature == 1:
+        return divergence
+    return mark_needs_whole(lambda student, prompted: divergence(student / temperature, prompted))
 
 
 def _student_to_learner(targets, prompted):

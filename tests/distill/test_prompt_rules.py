@@ -3,6 +3,8 @@
 Models are tiny and random, those of `helpers.methods`; gradients are the first traces of momentum.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,8 @@ from helpers.steps import (
     teacher_params,
 )
 
+from promptkd_jax.distill.losses import losses
+from promptkd_jax.distill.objective import prompt_terms
 from promptkd_jax.distill.soft_prompt import zero_gated
 from promptkd_jax.distill.state import TrainState, summarize
 from promptkd_jax.distill.teacher import lazy_logits
@@ -69,6 +73,24 @@ def likelihoods(prefix) -> np.ndarray:
     labels = batch().tokens[:, 1:, None]
     each = np.take_along_axis(np.asarray(dense_teacher(prefix)), labels, axis=-1)[..., 0]
     return (supervised(batch()) * each).sum(-1)
+
+
+# What it goes after
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_prompt_rests_where_the_students_loss_does(temperature):
+    """A student that fits the prompted teacher at temperatures of their own leaves both at rest."""
+    changes = dict(teacher_view="prompted", temperature=temperature, student_temperature=3.0)
+    how = dataclasses.replace(ON_POLICY, **changes)
+    teacher = jnp.asarray(np.random.default_rng(5).normal(0, 2, (4, 30)), jnp.float32)
+    student = 3 / temperature * teacher
+    of_student = losses.tempered(losses.reverse_kl, temperature, 3.0)
+    of_prompt = prompt_terms(how, None, None, 1.0, 0.0)[0]["prompt_kd"].function
+    for loss, target, learner in ((of_student, teacher, student), (of_prompt, student, teacher)):
+        gradient = jax.grad(lambda x, loss=loss, target=target: loss(target, x).sum())
+        assert np.abs(gradient(learner)).max() < 1e-5
+        assert np.abs(gradient(1.1 * learner)).max() > 1e-2
 
 
 # A gate

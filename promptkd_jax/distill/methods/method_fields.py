@@ -145,7 +145,10 @@ class Objective:
         "of both distributions in the student's divergences, see losses.tempered",
     )
     student_temperature: float = field(
-        0.0, Float(low=0.0), "of the student's distribution there; 0: the same"
+        0.0,
+        Float(low=0.0),
+        "of the student's distribution there, and relative to temperature in L_kd of the prompt; "
+        "0: the same",
     )
     token_weighting: str = field(
         "uniform", Choice("uniform", *losses.WEIGHTINGS), "of the student's divergences"
