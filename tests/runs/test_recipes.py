@@ -105,12 +105,13 @@ LOGGED = {
     "opd": {*CLOSE, "eos_rate"},
     "distillm": {*CLOSE, "on_policy_share", "replay_threshold"},
     "abkd": CLOSE,
+    "wasd": {*CLOSE, "on_policy_share", "replay_threshold"},
     "taid": {*CLOSE, "soft_cross_entropy", "interpolation_share"},
     "skd": {*CLOSE, "eos_rate"},
     "distillm2": {*CLOSE, "on_policy_share", "eos_rate", "off_policy_skew_forward_kl(0.1)"},
     "promptkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
     "promptkd_wasd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
-    "promptkd_abkd": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
+    "promptkd_amid": {*PROMPT, "eos_rate", "prompt_norm", "regularization_weight"},
 }
 
 
@@ -120,7 +121,9 @@ LOGGED = {
 def test_a_named_method_trains(models, tmp_path, method):
     config = short(models, stage(method))
     prompted = method.startswith("promptkd")
-    config.evaluation.update(every=2 if method == "distillm" else 0, prompt_effect=prompted)
+    config.evaluation.update(
+        every=2 if method in ("distillm", "wasd") else 0, prompt_effect=prompted
+    )
     summary = run(config, tmp_path)
     for score in ("kl", "agreement", "loss", "rougeL", "response_length", "eos_rate", "repetition"):
         assert {f"{score}_before", f"{score}_after"} <= summary.keys(), score
