@@ -5,12 +5,13 @@
 #
 # `promptkd compare` of configs/compare.py:smollm2 with fewer steps, into OUT/comparison. The same
 # command goes on where the last one was stopped, run by run and from its last checkpoint, until
-# OUT/comparison/report.html is there: what is in OUT has to come along.
+# OUT/comparison/report.html is there: what is in OUT has to come along. By an estimate an H100 trains
+# about 4 of the 18 runs (six methods, three seeds) in a call, so that 5 or 6 calls are needed.
 #
 #   --data      a folder with dolly/{train,dev,test}.jsonl and eval/{self_inst,vicuna,s_ni}.jsonl
 #   --wheels    Python packages that the image lacks, as wheels; they are unpacked beside the
 #               repository's other caches, and nothing is installed
-#   --seconds   of the call
+#   --seconds   of the call, after which it saves, for a minute at most
 #   --          changes of the config, the same in every call, such as --config.seeds='(10,)'
 #   PYTHON=…    the interpreter (python3)
 set -euo pipefail
@@ -56,7 +57,7 @@ timeout --foreground --signal=TERM --kill-after=60 "$seconds" \
   --config.pretraining.student.stages[0].steps=300 \
   --config.budget.steps=60 \
   "${changes[@]}" || status=$?
-trained=$(find "$out" -path '*/runs/*/summary.json' | wc -l)
+trained=$(find "$out" -path "$out/comparison/runs/*/summary.json" | wc -l)
 if ((status == 124 || status == 143)); then
   echo "stopped after $seconds seconds, $trained runs are trained; the same command goes on"
   exit 0
