@@ -10,8 +10,8 @@ usual for models of 0.1 to 3 billion parameters, not tuned.
 from ml_collections import ConfigDict
 
 from promptkd_jax.training.recipes import (
-    GATED_PROMPT,
     base_config,
+    behind_gates,
     method_stage,
     sampling_config,
 )
@@ -27,7 +27,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.train = "HuggingFaceTB/smoltalk:everyday-conversations"
     config.data.update(dev=config.data.train, dev_split="test", dev_rows=200)
     config.data.update(template="chat", max_prompt_length=512, max_length=1024, long_prompts="cut")
-    config.soft_prompt.gated = True
     config.evaluation.update(every=100, batch_size=16, sampling=sampling_config(temperature=0.0))
     config.checkpoint.update(every=100, export="best")
     learning = dict(batch_size=16, gradient_accumulation_steps=4, epochs=1.0, schedule="cosine")
@@ -36,8 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         method_stage(
             arg.removeprefix("method=") or "promptkd",
             learning_rate=5e-6,
-            **GATED_PROMPT,
             **learning,
         ),
     )
-    return config
+    return behind_gates(config)

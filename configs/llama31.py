@@ -1,13 +1,14 @@
 """Llama-3.1 70B into Llama-3.1 8B on Dolly, for a pod; nobody has published this run.
 
-`configs/llama31.py` is PromptKD; `:method=NAME` as in `configs/gpt2.py`. The hyper-parameters are
-those of Llama 1 in the paper, not tuned. The teacher is the Instruct model as it is; the student
-starts as the base model of the same family. Which slice holds it: `promptkd plan`.
+`configs/llama31.py` is PromptKD, its prompt behind gates; `:method=NAME` as in `configs/gpt2.py`.
+The hyper-parameters of the student are those of Llama 1 in the paper, not tuned. The teacher is the
+Instruct model as it is; the student starts as the base model of the same family. Which slice holds
+it: `promptkd plan`.
 """
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.training.recipes import PaperSize, paper_config
+from promptkd_jax.training.recipes import PaperSize, behind_gates, paper_config
 
 TEACHER = (
     "meta-llama/Llama-3.1-70B-Instruct",
@@ -31,4 +32,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config = paper_config(TEACHER, SIZES, arg)
     config.soft_prompt.add_special_tokens = True
     config.mesh.update(data=1, fsdp=-1)  # whole on one device they do not fit: docs/plan.md
-    return config
+    return behind_gates(config)

@@ -1,15 +1,15 @@
 """Llama-3.1 8B into Llama-3.2 1B on Dolly, on one consumer GPU; nobody has published this run.
 
-`configs/llama32.py:student=1b,gpu=24gb` is PromptKD; `method=NAME` as in `configs/gpt2.py`. The
-teacher is the Instruct model as it is, its kernels in 8 bits; the student starts as the base model
-of the same family. With `gpu=24gb` all of the student is trained, in bfloat16 with stochastic
-rounding and moments in 8 bits; with `gpu=16gb` an adapter. The hyper-parameters are not tuned. What
-it needs of yours: `promptkd plan --device`.
+`configs/llama32.py:student=1b,gpu=24gb` is PromptKD, its prompt behind gates; `method=NAME` as in
+`configs/gpt2.py`. The teacher is the Instruct model as it is, its kernels in 8 bits; the student
+starts as the base model of the same family. With `gpu=24gb` all of the student is trained, in
+bfloat16 with stochastic rounding and moments in 8 bits; with `gpu=16gb` an adapter. The
+hyper-parameters are not tuned. What it needs of yours: `promptkd plan --device`.
 """
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.training.recipes import PaperSize, paper_config, read_arguments
+from promptkd_jax.training.recipes import PaperSize, behind_gates, paper_config, read_arguments
 
 TEACHER = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", 1e-5, 10)
 SIZES = {
@@ -43,4 +43,4 @@ def get_config(arg: str = "") -> ConfigDict:
     else:
         config.student.lora.update(rank=16, alpha=32.0)
         stage.learning_rate = 1e-4
-    return config
+    return behind_gates(config)

@@ -7,8 +7,8 @@ student's own responses.
 from ml_collections import ConfigDict
 
 from promptkd_jax.training.recipes import (
-    GATED_PROMPT,
     base_config,
+    behind_gates,
     method_stage,
     sampling_config,
     stage_config,
@@ -28,7 +28,6 @@ def get_config() -> ConfigDict:
     config.data.template = "chat"
     config.data.max_prompt_length = 50
     config.data.max_length = 96
-    config.soft_prompt.gated = True
     config.teacher_responses.update(batch_size=48, sampling=sampling_config())
     config.evaluation.references = "teacher"
     config.evaluation.batch_size = 16
@@ -50,7 +49,6 @@ def get_config() -> ConfigDict:
             steps=8,
             learning_rate=3e-5,
             warmup_steps=2,
-            **GATED_PROMPT,
         ),
     )
-    return config
+    return behind_gates(config)

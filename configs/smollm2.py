@@ -1,12 +1,13 @@
 """SmolLM2 1.7B into SmolLM2 360M or 135M on Dolly; nobody has published these runs.
 
-`configs/smollm2.py:student=360m` (or 135m) is PromptKD; `,method=NAME` as in `configs/gpt2.py`. The
-hyper-parameters are those of the GPT-2 recipes of about the same size, not tuned.
+`configs/smollm2.py:student=360m` (or 135m) is PromptKD, its prompt behind gates; `,method=NAME` as
+in `configs/gpt2.py`. The hyper-parameters of the student are those of the GPT-2 recipes of about
+the same size, not tuned.
 """
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.training.recipes import PaperSize, paper_config
+from promptkd_jax.training.recipes import PaperSize, behind_gates, paper_config
 
 TEACHER = (
     "HuggingFaceTB/SmolLM2-1.7B-Instruct",
@@ -36,4 +37,4 @@ def get_config(arg: str = "") -> ConfigDict:
     """The recipe for `student=360m|135m,method=NAME`."""
     config = paper_config(TEACHER, SIZES, arg)
     config.data.template = "chat"
-    return config
+    return behind_gates(config)

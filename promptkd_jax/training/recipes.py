@@ -102,6 +102,16 @@ GATED_PROMPT = types.MappingProxyType(
 )
 
 
+def behind_gates(config: ConfigDict) -> ConfigDict:
+    """The run with its soft prompt behind gates, by `GATED_PROMPT`. For recipes that nobody has
+    published: the paper's have no gates."""
+    config.soft_prompt.gated = True
+    for stage in config.stages:
+        if stage.teacher_view == "prompted":
+            stage.update(dict(GATED_PROMPT))
+    return config
+
+
 def method_stage(method: str, **changes: Any) -> ConfigDict:
     """The stage of a method of `METHODS`, with `changes` on top.
 

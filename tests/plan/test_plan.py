@@ -124,6 +124,20 @@ def test_every_model_of_the_large_configs_is_known(file):
     assert config.student.param_dtype == "float32"
 
 
+# All but those of many runs, and of random models.
+RECIPES = {x.stem for x in (ROOT / "configs").glob("*.py")} - {"compare", "rehearsal"}
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES))
+def test_prompts_of_recipes_that_nobody_has_published_are_behind_gates(file):
+    config = checked(load_config([f"--config={ROOT / 'configs' / file}.py"])[0])
+    published = file in ("gpt2", "opt", "llama")
+    prompted = [stage for stage in config.stages if stage.teacher_view == "prompted"]
+    assert prompted and config.soft_prompt.gated != published
+    for stage in prompted:
+        assert stage.regularization_schedule == ("linear" if published else "constant")
+
+
 def test_a_folder_comes_before_the_table(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(tiny.llama_config(width=8, depth=1, vocab_size=9))
