@@ -20,10 +20,11 @@ from promptkd_jax.training.recipes import stage_config
 BEFORE, AFTER = {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}
 OPTIMIZER = "stages[0].optimizer"
 CASES = {
-    "an adapter, both models in int8": {
+    "an adapter, its base in int8, the teacher in int4, a prompt behind gates": {
         "student.lora.rank": 2,
         "student.quantize": "int8",
-        "teacher.quantize": "int8",
+        "teacher.quantize": "int4",
+        "soft_prompt.gated": True,
     },
     "bfloat16, moments in 8 bits, these and an int8 teacher offloaded": {
         "student.param_dtype": "bfloat16",
@@ -40,8 +41,8 @@ def goes_on(folder: pathlib.Path, workdir: pathlib.Path, settings: dict) -> None
     config = tiny.short_config(folder, pad=2)  # 277 tokens: 278 and 280 on the two meshes
     config.teacher.remat = config.student.remat = "none"
     terms = (("forward_kl", 0.5), ("cross_entropy", 0.5))
-    how = dict(targets="gold", batch_size=4, learning_rate=1e-2, student_terms=terms)
-    config.stages = (stage_config("only", steps=2, **how),)
+    how = dict(targets="gold", teacher_view="prompted", batch_size=4, student_terms=terms)
+    config.stages = (stage_config("only", steps=2, learning_rate=1e-2, **how),)
     config = changed(checked(config), settings)
 
     def on(sizes):
