@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from promptkd_jax.infra import distributed, sharding
-from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.plan import roofline
 from promptkd_jax.plan.remat import device_bytes, device_kind, with_chosen_remat
 from promptkd_jax.training.config.checks import contradictions_of
@@ -140,7 +140,8 @@ def tried(
             return None
         try:
             return roofline.needed_bytes(new, mesh, *device, stage)
-        except ConfigError:  # a mesh that does not divide what the change makes
+        # A mesh that does not divide what the change makes; inputs that do not lie in pairs.
+        except (ConfigError, ModelError):
             return None
 
     fits = [Fit((), roofline.needed_bytes(config, mesh, *device, stage))]

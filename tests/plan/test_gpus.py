@@ -65,6 +65,7 @@ def llama(width: int, layers: int) -> dict:
 @pytest.fixture(autouse=True)
 def larger_and_smaller(monkeypatch):
     table = PUBLISHED | {"some/larger": llama(768, 8), "some/smaller": llama(512, 6)}
+    table["some/odd"] = llama(768, 8) | {"intermediate_size": 101}
     monkeypatch.setattr("promptkd_jax.plan.abstract_run.PUBLISHED", table)
 
 
@@ -135,6 +136,16 @@ def test_no_change_is_tried_that_the_run_or_its_mesh_does_not_allow(rows, device
         made = fit.changed(config, settings)
         check_mesh(made, mesh)
         assert not contradictions_of(made)
+
+
+def test_kernels_of_an_odd_number_of_inputs_are_not_tried_in_4_bits(monkeypatch, capsys):
+    config = checked(config_of("some/odd", "some/smaller"))
+    fits = fit.tried(config, abstract_mesh(ONE), GPU, 1.0)
+    assert [one.words for one in fits if "int8" in one.words and "teacher" in one.words]
+    assert not any("int4" in one.flags for one in fits)
+    monkeypatch.setattr(fit, "device_bytes", lambda: 1000)
+    fit.fitted(config, sharding.make_mesh(ONE, jax.devices()[:1]))
+    assert "nothing that is tried" in capsys.readouterr().err
 
 
 def test_an_older_gpu_needs_more_for_attention():
