@@ -2,17 +2,26 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ConfigError, ModelError
-from promptkd_jax.plan import roofline
-from promptkd_jax.plan.remat import device_bytes, device_kind, with_chosen_remat
+from promptkd_jax.plan import gpus, roofline
+from promptkd_jax.plan.remat import (
+    DEFAULT_FRACTION,
+    FRACTION,
+    device_bytes,
+    device_kind,
+    memory_fraction,
+    with_chosen_remat,
+)
 from promptkd_jax.training.config.checks import contradictions_of
 from promptkd_jax.training.config.fields import RunConfig
+
+MEMORY_FRACTION = 0.95  # of a GPU for JAX, where nothing else needs it
 
 Settings = Mapping[str, Any]  # values by the paths of fields, such as "teacher.dtype"
 
@@ -34,6 +43,11 @@ class Fit(NamedTuple):
     def words(self) -> str:
         """The last change; "as it is" without one."""
         return self.changes[-1].words if self.changes else "as it is"
+
+    @property
+    def all_words(self) -> str:
+        """All changes, in words."""
+        return "; ".join(change.words for change in self.changes)
 
     @property
     def flags(self) -> str:
@@ -165,16 +179,64 @@ def tried(
     return fits
 
 
+def most_usable(limit: float, fraction: float) -> float:
+    """Bytes that a run may use of a GPU of which JAX takes MEMORY_FRACTION: `gpus.USABLE` of its
+    memory, or what JAX takes of it now, if that is more.
+
+    Args:
+      limit: bytes that JAX takes of it now.
+      fraction: the part of its memory that these are.
+    """
+    return max(limit, gpus.USABLE * limit / fraction)
+
+
+def remedy(
+    needed: float,
+    limit: float,
+    most: float,
+    within: Callable[[float], Fit],
+    share: float = 1.0,
+) -> str:
+    """The least to set for a run that finds no room in a device, in words: a larger part of a GPU
+    for JAX, which changes nothing of the run; changes of its config; or both.
+
+    Args:
+      needed: bytes of a device, by the estimate.
+      limit: bytes that JAX takes of it.
+      most: bytes that the run could use of it, see `most_usable`.
+      within: the run with the least changes for so many bytes, or the closest to them.
+      share: of the memory there is, what changes are to leave a run with: after a device had none
+        left, the estimate is too low.
+    """
+    larger = (
+        f"set {FRACTION}={MEMORY_FRACTION}, with which a run may use {most / 1e9:.1f} GB of it "
+        f"(JAX takes {100 * DEFAULT_FRACTION:.0f} % of a GPU's memory if nothing is set)"
+    )
+    alone = limit < most and needed <= most
+    usable = share * min(needed, limit if alone else most)
+    last = within(usable)
+    fits = last.needed <= usable
+    said = f"{last.needed / 1e9:.1f} GB would do with {last.all_words}, by {last.flags}"
+    if alone:
+        return f"{larger}; otherwise {said}" if fits else larger
+    if fits:
+        return said if last.needed <= share * limit else f"{larger}, and {said}"
+    return (
+        "nothing that is tried by `promptkd plan --device` would make it fit: take more devices "
+        "(config.mesh.fsdp), a larger one, or smaller models"
+    )
+
+
 def fitted(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
     """`with_chosen_remat`; warns of a run that will not fit by the estimate, before anything is
     loaded, and says what would make it fit."""
     config = with_chosen_remat(config, mesh)
-    usable = distributed.run_on_primary(device_bytes)
+    limit, most = distributed.run_on_primary(_memory)
     needed = roofline.needed_bytes(config, mesh, *device_kind())
-    if needed > usable:
+    if needed > limit:
         distributed.warn(
             f"this run needs an estimated {needed / 1e9:.1f} GB of a device, which has "
-            f"{usable / 1e9:.1f} GB for it; {_remedy(config, mesh, usable)}"
+            f"{limit / 1e9:.1f} GB for it; {remedy(needed, limit, most, _within(config, mesh))}"
         )
     return config
 
@@ -183,16 +245,16 @@ def out_of_memory(config: RunConfig, error: Exception) -> str:
     """What to set after a device had no memory left, whatever the estimate was. Of many processes
     one alone may have had none: nothing is asked of the others."""
     mesh = sharding.make_mesh(config.mesh.sizes)
-    wanted = 0.8 * min(device_bytes(), roofline.needed_bytes(config, mesh, *device_kind()))
-    first = str(error).splitlines()[0]
-    return f"a device has no memory left ({first}); {_remedy(config, mesh, wanted)}"
+    needed = roofline.needed_bytes(config, mesh, *device_kind())
+    said = remedy(needed, *_memory(), _within(config, mesh), share=0.8)
+    return f"a device has no memory left ({str(error).splitlines()[0]}); {said}"
 
 
-def _remedy(config: RunConfig, mesh: jax.sharding.Mesh, usable: float) -> str:
-    last = tried(config, mesh, device_kind(), usable)[-1]
-    if last.needed <= usable:
-        return f"{last.needed / 1e9:.1f} GB would do, by {last.flags}"
-    return (
-        "nothing that is tried by `promptkd plan --device` would make it fit: take more devices "
-        "(config.mesh.fsdp), a larger one, or smaller models"
-    )
+def _memory() -> tuple[float, float]:
+    """Bytes that JAX takes of a device, and that a run could use of it."""
+    limit = device_bytes()
+    return limit, most_usable(limit, memory_fraction())
+
+
+def _within(config: RunConfig, mesh: jax.sharding.Mesh) -> Callable[[float], Fit]:
+    return lambda usable: tried(config, mesh, device_kind(), usable)[-1]

@@ -11,6 +11,8 @@ from promptkd_jax.plan import roofline
 from promptkd_jax.training.config.fields import RunConfig
 
 SHARE = 0.75  # of a device's memory: an estimate does not know all
+# Of a GPU's memory for JAX: the variable that says it, and what JAX takes without one.
+FRACTION, DEFAULT_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75
 
 
 def with_chosen_remat(config: RunConfig, mesh: jax.sharding.Mesh) -> RunConfig:
@@ -47,3 +49,11 @@ def device_bytes() -> float:
     if statistics := jax.local_devices()[0].memory_stats():
         return statistics["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+
+
+def memory_fraction() -> float:
+    """The part of a device's memory that `device_bytes` is: of a GPU as the environment says."""
+    if sharding.platform() != "gpu":
+        return 1.0
+    set_by = os.environ.get(FRACTION) or os.environ.get("XLA_CLIENT_MEM_FRACTION")
+    return float(set_by or DEFAULT_FRACTION)

@@ -138,7 +138,7 @@ def show_fits(fits: Sequence[Fit], usable: float, scale: float = 1.0) -> None:
     for one in fits:
         words = f"and {one.words}" if one.changes else one.words
         if len(one.changes) < before:
-            words = "that is enough: " + "; ".join(change.words for change in one.changes)
+            words = f"that is enough: {one.all_words}"
         before = len(one.changes)
         rows.append((words, _gib(one.needed), "yes" * (one.needed <= usable) or "NO"))
     how = "estimate" if scale == 1 else f"estimate, times {scale:.2f} as the first line's"

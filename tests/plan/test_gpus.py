@@ -14,7 +14,7 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.families.registry import PUBLISHED
-from promptkd_jax.plan import ahead, fit, gpus, roofline
+from promptkd_jax.plan import ahead, fit, gpus, remat, roofline
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.training import run as training
 from promptkd_jax.training.config.checks import check_mesh, checked, contradictions_of
@@ -226,6 +226,62 @@ def test_a_run_that_will_not_fit_is_told_before_anything_is_loaded(tmp_path, mon
     fit.fitted(config, mesh)
     said = capsys.readouterr().err
     assert re.search("warning: this run needs an estimated .* nothing that is tried", said)
+    needed = roofline.needed_bytes(config, mesh, "cpu")
+    monkeypatch.setattr(fit, "device_bytes", lambda: needed - 1)
+    monkeypatch.setattr(fit, "memory_fraction", lambda: 0.75)
+    fit.fitted(config, mesh)
+    said = capsys.readouterr().err
+    assert re.search("for it; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95,.*would do with .*by ", said)
+
+
+def remedy_of(needed: float, share: float = 1.0, limit: float = 18.0, part: float = 0.75) -> str:
+    """On a GPU of 24 bytes where teachers in int8 need 20, on the host 17, and LoRA students 10."""
+    changes = [
+        fit.Change("int8", {"teacher.quantize": "int8"}),
+        fit.Change("host", {"teacher.offload": True}),
+        fit.Change("LoRA, which wants a larger learning rate", {"student.lora.rank": 16}),
+    ]
+    fits = [fit.Fit(tuple(changes[: i + 1]), x) for i, x in enumerate((20.0, 17.0, 10.0))]
+
+    def within(usable):
+        return next((one for one in fits if one.needed <= usable), fits[-1])
+
+    return fit.remedy(needed, limit, fit.most_usable(limit, part), within, share)
+
+
+@pytest.mark.parametrize(
+    ("said", "fraction", "flags"),
+    [
+        # 92 % of 24 are 22.08.
+        (remedy_of(22.0), "first", ["quantize", "offload"]),
+        (remedy_of(22.1), "first", ["quantize"]),  # and then fewer changes are enough
+        (remedy_of(22.1, limit=22.8, part=0.95), "never", ["quantize"]),
+        (remedy_of(19.0, limit=18.0, part=1.0), "never", ["quantize", "offload"]),  # a TPU
+        (remedy_of(22.1, limit=12.0, part=0.5), "first", ["quantize"]),
+        (remedy_of(9.0, limit=8.0, part=0.75), "first", []),
+        # After a device had no memory left, whatever the estimate was.
+        (remedy_of(16.0, share=0.8), "first", ["quantize", "offload", "lora"]),
+        (remedy_of(30.0, share=0.8), "first", ["quantize", "offload"]),
+        (remedy_of(30.0, share=0.8, limit=22.8, part=0.95), "never", ["quantize", "offload"]),
+    ],
+)
+def test_a_larger_part_of_a_gpu_is_advised_before_another_run(said, fraction, flags):
+    if fraction == "first":
+        assert said.startswith("set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, with which")
+    else:
+        assert "FRACTION" not in said
+    assert re.findall(r"--config.\w+.(\w+)", said) == flags
+    assert ("larger learning rate" in said) == ("lora" in flags)
+
+
+def test_the_part_of_a_gpu_is_what_the_environment_says(monkeypatch):
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert remat.memory_fraction() == 1.0  # of a CPU
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    assert remat.memory_fraction() == 0.75
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+    assert remat.memory_fraction() == 0.95
 
 
 def test_no_memory_left_is_answered_by_what_to_set(tmp_path, monkeypatch):
