@@ -91,7 +91,7 @@ def _of_config(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunCon
         config,
         *choose_models(
             config,
-            load=lambda path, how: load_without_weights(path),
+            load=lambda path, field: load_without_weights(path),
             keep_layers=lambda model, layers: model,  # which has none
         ),
     )

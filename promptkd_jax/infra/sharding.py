@@ -137,6 +137,14 @@ def _matches(pattern: str, path: str) -> bool:
     return re.search(rf"(^|/)({pattern})$", path) is not None
 
 
+def parts_along(mesh: Any, path: str, axis: int) -> int:
+    """How many parts a mesh cuts the parameter at `path` into, along one of its axes; 1 without a
+    mesh."""
+    axes = spec(path)
+    cut_by = _names(axes[axis]) if mesh is not None and axis < len(axes) else ()
+    return math.prod(mesh.shape[name] for name in cut_by)
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array of a parameter tree or of anything that contains one.
 

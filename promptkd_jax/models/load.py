@@ -15,7 +15,7 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.hub import repository_of, resolve_model
-from promptkd_jax.models.io.params import has_head_of_its_own, load_params
+from promptkd_jax.models.io.params import check_pairs, has_head_of_its_own, load_params
 from promptkd_jax.models.io.safetensors import (
     PLAIN,
     SafetensorsFolder,
@@ -72,8 +72,8 @@ def load_model(
 
     Raises:
       ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown,
-        or a weight is not finite.
-      ConfigError: `offload`, and the devices have no such memory.
+        or a weight is not finite; a kernel has an odd number of inputs, and is to be in int4.
+      ConfigError: `offload`, and the devices have no such memory; a mesh that cuts pairs of int4.
     """
     if offload:
         sharding.check_host_memory(f"{path}: offload", mesh)
@@ -96,6 +96,7 @@ def load_model(
         )
     parts = 1 if mesh is None else mesh.shape["tensor"]
     config = config.replace(**how, quantization=QUANTIZE[quantize], tensor_parts=parts)
+    check_pairs(config, f"{path}: quantize", mesh)
     hf_config = source.config
     if config.tied and has_head_of_its_own(source, config):
         # As transformers 5 does; the config says so from here on, for whoever reads an export.

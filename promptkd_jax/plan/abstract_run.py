@@ -32,7 +32,7 @@ from promptkd_jax.training.config.fields import ModelConfig, RunConfig, StageCon
 from promptkd_jax.training.experiment import Experiment, Stage, sharded_model
 from promptkd_jax.training.prepare import init_learned
 from promptkd_jax.training.recipes import DOLLY_ROWS
-from promptkd_jax.training.run_models import choose_models, lora_of
+from promptkd_jax.training.run_models import check_quantized, choose_models, lora_of
 
 UNKNOWN_STEPS = 1000  # where a schedule needs a number and nobody knows how many rows there are
 
@@ -72,13 +72,16 @@ class AbstractRun(Experiment):
         return dataclasses.replace(self, config=config, stages=tuple(stages))
 
     def on(self, mesh: Mesh | AbstractMesh) -> "AbstractRun":
-        """The same run on another mesh, its models padded for that."""
+        """The same run on another mesh, its models padded for that. Raises ConfigError where it
+        cuts pairs of int4."""
 
-        def padded(model):
+        def padded(model, field):
             config = model.decoder.config.replace(tensor_parts=mesh.shape["tensor"])
+            check_quantized(config, field, model.name, mesh)
             return _with_config(model, config)
 
-        student, teacher = padded(self.student), self.teacher and padded(self.teacher)
+        teacher = self.teacher and padded(self.teacher, "teacher")
+        student = padded(self.student, "student")
         return dataclasses.replace(
             self,
             teacher=teacher,
@@ -170,7 +173,8 @@ def abstract_run(config: RunConfig, stage: str | None = None, rows: int = 0) -> 
         raise ConfigError(f"--stage: {stage!r} is no stage; there are {', '.join(names)}")
     index = names.index(stage or names[-1])
     sources: dict[str, str] = {}  # of the shapes, by the path of a model
-    load, adapt = functools.partial(_load, sources), functools.partial(_with_adapter, config)
+    load = functools.partial(_load, config, sources)
+    adapt = functools.partial(_with_adapter, config)
     teacher, student = choose_models(config, load, _keep_layers, adapt)
     notes = []
     for role, model in (("teacher", teacher), ("student", student)):
@@ -246,10 +250,11 @@ def _stored_config(path: str) -> tuple[dict[str, Any], str]:
     return read_json(download(path, ["config.json"]) / "config.json"), "the hub"
 
 
-def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
+def _load(config: RunConfig, sources: dict[str, str], path: str, field: str) -> Model:
     """The model at a path, of shapes; `sources` is told where these are from."""
+    how: ModelConfig = getattr(config, field)
     hf_config, sources[path] = stored_config(path)
-    config = from_hugging_face(hf_config, f"{path}: config", path).replace(
+    decoder = from_hugging_face(hf_config, f"{path}: config", path).replace(
         dtype=how.dtype,
         param_dtype=how.param_dtype,
         remat=build.remat(how),
@@ -257,9 +262,10 @@ def _load(sources: dict[str, str], path: str, how: ModelConfig) -> Model:
         offload=how.offload,
         kv_cache_dtype=how.kv_cache_dtype,
     )
+    check_quantized(decoder, field, path)
     end = hf_config.get("eos_token_id")
     eos_ids = tuple(end) if isinstance(end, list) else (end or 0,)
-    return Model(path, Decoder(config), abstract_params(config), dict(hf_config), None, eos_ids)
+    return Model(path, Decoder(decoder), abstract_params(decoder), dict(hf_config), None, eos_ids)
 
 
 def _keep_layers(model: Model, layers: tuple[int, ...]) -> Model:

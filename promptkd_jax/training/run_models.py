@@ -16,13 +16,14 @@ from promptkd_jax.data.templates import read_chat_template
 from promptkd_jax.inference.generate import with_turn_end
 from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.models.config import LoRA
+from promptkd_jax.models.config import DecoderConfig, LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.io.convert import adapter_folder
-from promptkd_jax.models.io.params import abstract_params, padded_to
+from promptkd_jax.models.io.params import abstract_params, check_pairs, padded_to
 from promptkd_jax.models.io.peft import load_lora, lora_modules
 from promptkd_jax.models.layers.lora import adapter_shapes, init_adapter
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.load import load_model, load_tokenizer, load_without_weights
 from promptkd_jax.models.model import (
     Model,
@@ -46,13 +47,14 @@ def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | Non
 
     Raises:
       ModelError: a model that cannot be used, or has no tokenizer.
+      ConfigError: a mesh that cuts pairs of int4.
       DataError: a chat template that cannot be read or rendered.
     """
 
     def adapt(student):
         return _with_adapter(config, student, mesh)
 
-    models = choose_models(config, functools.partial(_load, mesh), adapt=adapt)
+    models = choose_models(config, functools.partial(_load, config, mesh), adapt=adapt)
     return ended_alike(config, *models)
 
 
@@ -140,23 +142,24 @@ def set_chat_template(config: RunConfig, teacher: Any, student: Any) -> None:
 
 def choose_models(
     config: RunConfig,
-    load: Callable[[str, ModelConfig], Model],
+    load: Callable[[str, str], Model],
     keep_layers: Callable[[Model, tuple[int, ...]], Model] = keep_layers,
     adapt: Callable[[Model], Model] = lambda student: student,
 ) -> tuple[Model | None, Model]:
     """(teacher, student); no teacher where nothing looks at one.
 
     Args:
-      load: gives the model at a path, kept and computed as its config says.
+      load: gives the model at a path, kept and computed as "teacher" or "student" of the config
+        says.
       keep_layers: as `model.keep_layers`; another one where parameters are shapes.
       adapt: gives a student its adapter, where the config has one.
     """
     teacher, measured = None, config.evaluation.teacher and config.teacher.path
     if needs_the_teacher(config) or measured:
-        teacher = load(config.teacher.path, config.teacher)
+        teacher = load(config.teacher.path, "teacher")
     lora, path = config.student.lora.is_used, config.student.path
     if path and not (teacher and shares_teacher(config)):
-        student = load(path, config.student)
+        student = load(path, "student")
         return teacher, adapt(student) if lora else student
     # The teacher itself, which an adapter leaves as it is, or some of its layers; read again where
     # the student is kept otherwise.
@@ -165,7 +168,7 @@ def choose_models(
         how |= dict(kv_cache_dtype=config.student.kv_cache_dtype)
         student = teacher.replace(decoder=Decoder(teacher.decoder.config.replace(**how)))
     else:
-        student = load(config.teacher.path, config.student).replace(tokenizer=teacher.tokenizer)
+        student = load(config.teacher.path, "student").replace(tokenizer=teacher.tokenizer)
     if not path:
         layers = chosen_layers(student.decoder.config.num_layers, config.student.layers)
         student = keep_layers(student, layers)
@@ -175,17 +178,20 @@ def choose_models(
 def load_frozen_student(config: RunConfig, mesh: jax.sharding.Mesh) -> Model:
     """The student as it was before a run, without an adapter. Raises as `load_models`."""
     if config.student.path:
-        return _load(mesh, config.student.path, config.student)
+        return _load(config, mesh, config.student.path, "student")
     evaluation = dataclasses.replace(config.evaluation, teacher=False)
     alone = dataclasses.replace(config, stages=(), evaluation=evaluation)
-    return choose_models(alone, functools.partial(_load, mesh))[1]
+    return choose_models(alone, functools.partial(_load, config, mesh))[1]
 
 
-def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
+def _load(config: RunConfig, mesh: jax.sharding.Mesh, path: str, field: str) -> Model:
+    how: ModelConfig = getattr(config, field)
     kept = dict(dtype=how.dtype, param_dtype=how.param_dtype)
     kept |= dict(quantize=how.quantize, offload=how.offload)
-    if how.quantize == "int4" and max(mesh.shape["fsdp"], mesh.shape["tensor"]) > 1:
-        _check_pairs(path, mesh)
+    if how.quantize == "int4":  # before the file is opened: says which field asks for it
+        decoder = load_without_weights(path).decoder.config
+        decoder = decoder.replace(quantization=QUANTIZE["int4"], tensor_parts=mesh.shape["tensor"])
+        check_quantized(decoder, field, path, mesh)
     model = load_model(path, **kept, remat=build.remat(how), mesh=mesh)
     decoder = model.decoder.config.replace(kv_cache_dtype=how.kv_cache_dtype)
     model = model.replace(decoder=Decoder(decoder))
@@ -194,16 +200,9 @@ def _load(mesh: jax.sharding.Mesh, path: str, how: ModelConfig) -> Model:
     return model
 
 
-def _check_pairs(path: str, mesh: jax.sharding.Mesh) -> None:
-    """Raises ModelError where a mesh would cut between two inputs of a kernel that share a byte."""
-    config = load_without_weights(path).decoder.config.replace(tensor_parts=mesh.shape["tensor"])
-    width, inner = config.width, config.padded.mlp_width
-    if width % (2 * mesh.shape["fsdp"]) or inner % (2 * mesh.shape["tensor"]):
-        raise ModelError(
-            f"{path}: int4 keeps two inputs of a kernel in a byte, and mesh.fsdp = "
-            f"{mesh.shape['fsdp']}, mesh.tensor = {mesh.shape['tensor']} would cut between them "
-            f"(width {width}, feed-forward {inner}); expected 'int8', or another mesh"
-        )
+def check_quantized(config: DecoderConfig, field: str, path: str, mesh: Any = None) -> None:
+    """`check_pairs` of the model at `path`, which is the "teacher" or "student" of a run."""
+    check_pairs(config, f"config.{field}.quantize ({path})", mesh)
 
 
 def shares_teacher(config: RunConfig) -> bool:

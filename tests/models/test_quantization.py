@@ -16,8 +16,10 @@ from helpers.models import (
     logits,
     random_model,
 )
+from jax.sharding import AbstractMesh
 
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.infra.sharding import AXES
 from promptkd_jax.models.config import LoRA, Quantization
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
@@ -96,6 +98,21 @@ def test_axes_of_inputs_are_one_and_stacks_many(how):
 def test_odd_inputs_are_no_pairs():
     with pytest.raises(ModelError, match=r"\(7, 4\) has an odd number of inputs.*'int8'"):
         quantize_kernels(np.ones((7, 4), np.float32), Quantization(4, 32))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "opt_350m"])
+def test_inputs_in_pairs_may_be_cut_by_a_mesh_that_divides_the_pairs(name):
+    config = random_model(name).decoder.config.replace(quantization=QUANTIZE["int4"])
+    params.check_pairs(config, "here")
+    params.check_pairs(config.replace(tensor_parts=2), "here", AbstractMesh((1, 2, 2), AXES))
+
+
+def test_a_model_with_odd_inputs_is_named_with_the_parameter(tmp_path):
+    save_model(tmp_path, random_model("llama", intermediate_size=37))
+    load_model(str(tmp_path), quantize="int8")
+    said = f"{tmp_path}: quantize: 'int4' .* layers/mlp/down/kernel has 37, .* expected 'int8'"
+    with pytest.raises(ModelError, match=said):
+        load_model(str(tmp_path), quantize="int4")
 
 
 # What is computed.

@@ -1,5 +1,8 @@
 """A run with a teacher in int8 and an adapter beside a student in int4."""
 
+import json
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -7,12 +10,12 @@ from helpers import tiny
 from ml_collections import ConfigDict
 
 from promptkd_jax.infra import sharding
-from promptkd_jax.infra.errors import ConfigError
+from promptkd_jax.infra.errors import ConfigError, ModelError
 from promptkd_jax.models.io.peft import load_lora
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import add_adapter
 from promptkd_jax.plan import roofline
-from promptkd_jax.plan.abstract_run import abstract_run
+from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.training import run as training
 from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.recipes import hidden_term, method_stage
@@ -61,6 +64,21 @@ def test_a_plan_counts_the_bytes_of_quantised_models(config):
     plain = abstract_run(checked(config))
     assert kept["teacher"] < roofline.kept_bytes(plain)["teacher"]
     assert planned.notes[:2] == plain.notes[:2]  # numbers of parameters
+
+
+def test_a_run_and_its_plan_say_alike_what_int4_does_not_fit(config):
+    config.teacher.update(path=config.student.path, quantize="int4")  # of width 16
+    run, mesh = checked(config), abstract_mesh({"data": 1, "fsdp": 16, "tensor": 1})
+    said = "config.teacher.quantize .* mesh.fsdp = 16, .* layers/.* has 16; expected 'int8', or"
+    for refused in (load_models, lambda run, mesh: abstract_run(run).on(mesh)):
+        with pytest.raises(ConfigError, match=said):
+            refused(run, mesh)
+    file = pathlib.Path(config.teacher.path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 101}))
+    said = "config.teacher.quantize .* layers/mlp/down/kernel has 101, an odd .* expected 'int8'"
+    for refused in (load_models, lambda run, mesh: abstract_run(run)):
+        with pytest.raises(ModelError, match=said):
+            refused(run, abstract_mesh(dict.fromkeys(mesh.axis_names, 1)))
 
 
 def test_layers_of_a_quantised_teacher_are_read_plain(config):

@@ -18,8 +18,8 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from promptkd_jax.infra.errors import ModelError
-from promptkd_jax.infra.sharding import HOST_MEMORY, in_host_memory
+from promptkd_jax.infra.errors import ConfigError, ModelError
+from promptkd_jax.infra.sharding import HOST_MEMORY, in_host_memory, parts_along
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.base import HEAD, Tensor, sizes, stack_sizes
@@ -245,6 +245,38 @@ def _abstract(config: DecoderConfig) -> Any:
     """Traced once a config: a run asks for the shapes of a model six times, a search for more."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), tokens))["params"]
+
+
+def check_pairs(config: DecoderConfig, where: str, mesh: Any = None) -> None:
+    """Checks that the inputs of kernels in 4 bits lie in pairs, of which no mesh cuts one.
+
+    Args:
+      where: the field that asks for 4 bits, and the model, for messages.
+      mesh: for which `config` is padded; None for one device.
+
+    Raises:
+      ModelError: a kernel has an odd number of inputs.
+      ConfigError: the mesh would cut between two that share a byte.
+    """
+    if config.quantization is None or config.quantization.bits != 4:
+        return
+    plain = config.replace(quantization=None, lora=None)
+    for path, kernel in traverse_util.flatten_dict(abstract_params(plain), sep="/").items():
+        if not is_quantized(path):
+            continue
+        axis = sum(axes_of(path).values()) - 1  # the last of the inputs, behind the stacks
+        size, parts = kernel.shape[axis], parts_along(mesh, path, axis)
+        said = f"{where}: 'int4' keeps two inputs of a kernel in a byte"
+        if size % 2:
+            raise ModelError(
+                f"{said}, and {path} has {size}, an odd number of them; expected 'int8'"
+            )
+        if size % (2 * parts):
+            axes = ", ".join(f"mesh.{name} = {mesh.shape[name]}" for name in ("fsdp", "tensor"))
+            raise ConfigError(
+                f"{said}, and {axes} would cut between them: {path} has {size}; expected 'int8', "
+                "or another mesh"
+            )
 
 
 def pad(params: Any, config: DecoderConfig) -> Any:
