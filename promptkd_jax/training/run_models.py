@@ -19,7 +19,7 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import DecoderConfig, LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.io import identity
-from promptkd_jax.models.io.convert import adapter_folder
+from promptkd_jax.models.io.convert import ADAPTER, adapter_folder
 from promptkd_jax.models.io.params import abstract_params, check_pairs, padded_to
 from promptkd_jax.models.io.peft import load_lora, lora_modules
 from promptkd_jax.models.layers.lora import adapter_shapes, init_adapter
@@ -236,7 +236,9 @@ def lora_of(config: RunConfig, student: Model) -> LoRA:
 def lora_folder(path: str) -> pathlib.Path:
     """The folder of the adapter of `config.student.lora.path`. Raises ModelError: there is none."""
     try:
-        return adapter_folder(path)
+        if not ((folder := adapter_folder(path)) / ADAPTER).exists():
+            raise ModelError(f"{folder}: has no {ADAPTER}")
+        return folder
     except ModelError as error:
         raise ModelError(
             f"config.student.lora.path: {error}; expected the folder of an adapter of PEFT, or "

@@ -170,9 +170,15 @@ def test_training_goes_on_from_an_adapter(config, finished, tmp_path):
     config.student.lora.update(rank=0, alpha=3.0)
     with pytest.raises(ConfigError, match="lora.alpha: is for a new adapter, and that of"):
         checked(config)
-    config.student.lora.update(alpha=16.0, path=str(tmp_path / "none"))
-    with pytest.raises(ModelError, match="config.student.lora.path: .* folder of an adapter"):
-        prepare(checked(config), tmp_path, mesh)
+    (tmp_path / "run/student").mkdir(parents=True)  # of a run without an adapter
+    for wrong, said in (
+        ("none", "no such folder or file"),
+        ("run", "run: has no adapter_config.json"),
+    ):
+        config.student.lora.update(alpha=16.0, path=str(tmp_path / wrong))
+        said = f"config.student.lora.path: .*{said}.*; expected the folder of an adapter"
+        with pytest.raises(ModelError, match=said):
+            prepare(checked(config), tmp_path, mesh)
 
 
 def test_the_teacher_is_the_student_without_its_adapter(config, models, tmp_path):
