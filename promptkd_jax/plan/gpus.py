@@ -1,8 +1,9 @@
 """GPUs by name or by memory: "rtx4090", "h100:8" for eight of them, "24GB".
 
 Figures of the makers' data sheets and architecture papers: dense bfloat16 products that are summed
-in float32 (before Ampere float32's own), memory, and what one card sends to the others of its
-machine (NVLink where it has it, else PCIe), in one direction.
+in float32 (before Ampere float32's own), bandwidth of the memory, and what one card sends to the
+others of its machine (NVLink where it has it, else PCIe), in one direction. Memory is what NVIDIA's
+driver reports (nvidia-smi) of those cards of which it is known.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ MOST = 16  # of one machine
 
 def _gpu(
     name: str,
-    gib: float,
+    mib: float,
     gbps: float | None,
     tflops: float | None,
     link: float = 32,
@@ -31,8 +32,8 @@ def _gpu(
 ) -> Chip:
     return Chip(
         name=name,
-        hbm_gib=gib,
-        usable_gib=USABLE * gib,
+        hbm_gib=mib / 1024,
+        usable_gib=USABLE * mib / 1024,
         hbm_gbps=gbps,
         tflops=tflops,
         ici_gbps=link,
@@ -50,25 +51,29 @@ def _gpu(
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        # MiB of memory: "24 GB" of a data sheet may be less, since error correction takes a part.
+        # Of data-centre cards from thundergolfer.com/blog/nvidia-gpu-memory-capacity (NVML, by a
+        # cloud that has them), of RTX 3090 and 4090 as nvidia-smi prints it; the products with 1024
+        # are the data sheets' GB, taken for GiB.
         # Before Ampere without bfloat16: products in float32.
-        _gpu("t4", 16, 320, 8.1, 16, 7.5),
-        _gpu("v100", 32, 900, 15.7, 150, 7.0),
-        _gpu("rtx2080ti", 11, 616, 13.4, 16, 7.5),
-        _gpu("rtx3060", 12, 360, 25.6, 16),
-        _gpu("rtx3090", 24, 936, 71),
-        _gpu("rtx4060ti-16gb", 16, 288, 44, 16),
-        _gpu("rtx4080", 16, 717, 97.5),
-        _gpu("rtx4090", 24, 1008, 165),
-        _gpu("rtx5090", 32, 1792, 209.5, 64),
-        _gpu("a10", 24, 600, 125),
-        _gpu("l4", 24, 300, 121),
-        _gpu("a6000", 48, 768, 155, 56),
-        _gpu("l40s", 48, 864, 362),
-        _gpu("a100-40gb", 40, 1555, 312, 300),
-        _gpu("a100", 80, 2039, 312, 300),
-        _gpu("h100", 80, 3350, 989, 450),
-        _gpu("h200", 141, 4800, 989, 450),
-        _gpu("b200", 180, 8000, 2250, 900),
+        _gpu("t4", 15360, 320, 8.1, 16, 7.5),
+        _gpu("v100", 32 * 1024, 900, 15.7, 150, 7.0),
+        _gpu("rtx2080ti", 11 * 1024, 616, 13.4, 16, 7.5),
+        _gpu("rtx3060", 12 * 1024, 360, 25.6, 16),
+        _gpu("rtx3090", 24576, 936, 71),
+        _gpu("rtx4060ti-16gb", 16 * 1024, 288, 44, 16),
+        _gpu("rtx4080", 16 * 1024, 717, 97.5),
+        _gpu("rtx4090", 24564, 1008, 165),
+        _gpu("rtx5090", 32 * 1024, 1792, 209.5, 64),
+        _gpu("a10", 23028, 600, 125),  # the A10G too
+        _gpu("l4", 23034, 300, 121),
+        _gpu("a6000", 48 * 1024, 768, 155, 56),
+        _gpu("l40s", 46068, 864, 362),
+        _gpu("a100-40gb", 40960, 1555, 312, 300),
+        _gpu("a100", 81920, 2039, 312, 300),
+        _gpu("h100", 81559, 3350, 989, 450),
+        _gpu("h200", 143771, 4800, 989, 450),
+        _gpu("b200", 180 * 1024, 8000, 2250, 900),
     )
 }
 
@@ -79,7 +84,7 @@ HERE = "here"
 def devices_here() -> SliceTopology:
     """The devices of this machine, of which JAX says the memory."""
     device, gib = jax.local_devices()[0], device_bytes() / GIB
-    here = _gpu(device.device_kind, gib, None, None)
+    here = _gpu(device.device_kind, 1024 * gib, None, None)
     kind = dict(platform=device.platform, capability=compute_capability())
     here = dataclasses.replace(here, usable_gib=gib, **kind)
     return SliceTopology(here, (jax.device_count(),))
@@ -95,7 +100,7 @@ def parse_device(text: str) -> SliceTopology:
     number = int(count) if re.fullmatch(r"[1-9]\d?", count) and int(count) <= MOST else 0
     gpu = GPUS.get(name)
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*gi?b", name):
-        gpu = _gpu(f"a GPU of {found[1]} GB", float(found[1]), None, None)
+        gpu = _gpu(f"a GPU of {found[1]} GB", 1024 * float(found[1]), None, None)
         gpu = gpu if gpu.hbm_gib else None
     if gpu and ":" in text and not number:
         raise ConfigError(f"--device: {text!r}: expected 1 to {MOST} of {name!r}, found {count!r}")

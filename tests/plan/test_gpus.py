@@ -6,6 +6,7 @@ import re
 import shlex
 
 import jax
+import numpy as np
 import pytest
 from helpers import tiny
 from ml_collections import ConfigDict
@@ -38,10 +39,14 @@ LLAMAS = config_of("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B")
 
 def test_a_gpu_is_named_or_known_by_its_memory():
     one = gpus.parse_device("RTX4090")
-    assert (one.name, one.devices, one.chip.hbm_gib) == ("rtx4090", 1, 24)
+    assert (one.name, one.devices, one.chip.hbm_gib) == ("rtx4090", 1, 24564 / 1024)
+    assert one.chip.usable_gib == 0.92 * 24564 / 1024
     assert (gpus.parse_device("h100:8").name, gpus.parse_device("h100:8").devices) == ("h100:8", 8)
     plain = gpus.parse_device("24 GB").chip
     assert (plain.hbm_gib, plain.tflops, plain.platform) == (24, None, "gpu")
+    # A card has what its driver reports, which may be less than its name says.
+    has = [gpus.parse_device(name).chip.hbm_gib for name in ("l4", "a10", "l40s", "t4", "h100")]
+    np.testing.assert_allclose(has, (22.49, 22.49, 44.99, 15.0, 79.65), atol=0.005)
     for wrong in ("rtx9090", "0GB", "24", "GB", ""):
         with pytest.raises(ConfigError, match="--device: .* names no GPU; expected its memory"):
             gpus.parse_device(wrong)
