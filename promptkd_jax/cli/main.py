@@ -28,6 +28,31 @@ COMMANDS = {
     "export": "a checkpoint of a run as a transformers folder, a GGUF file, or an adapter",
 }
 
+# What to do where a device has no memory left, command by command; `train` says it of its run.
+LESS_MEMORY = {
+    "init": "the teacher and its responses take it: try --dtype=bfloat16, fewer --rows than 16, "
+    "fewer --max-new-tokens, or a --mesh that cuts the teacher (--mesh=1,-1,1)",
+    "evaluate": "try a smaller --batch-size, --dtype=bfloat16, --quantize=int8, or a --mesh that "
+    "cuts the model (--mesh=1,-1,1)",
+    "generate": "the model takes it, and keys and values of its prompt and response: try "
+    "--dtype=bfloat16, --quantize=int8 or int4, fewer --max-new-tokens, or a --mesh that cuts the "
+    "model (--mesh=1,-1,1)",
+    "cache": "try a smaller --batch-size, config.teacher.dtype and param_dtype = 'bfloat16', "
+    "config.teacher.quantize = 'int8', or more devices (config.mesh.fsdp)",
+    "compare": "a training is a process of its own, and says in its log what to set; measuring all "
+    "of them took it: go on with more devices (config.run.mesh.fsdp), or begin in another "
+    "--workdir with a smaller config.test.batch_size",
+    "reproduce": "go on with config.teacher.remat = config.student.remat = 'full' or more devices "
+    "(config.mesh.fsdp); or begin in another --workdir with a larger "
+    "config.stages[0].gradient_accumulation_steps, config.teacher.quantize = 'int8' or a smaller "
+    "config.evaluation.batch_size (`promptkd plan --device=here` of the config.json of a run in "
+    "--workdir says what makes its training fit)",
+    "plan": "the step that is compiled for this machine's devices takes it: --no-compile gives the "
+    "estimate alone, and --device=24GB that of such a GPU",
+    "export": "the student's parameters take it, with --adapter the adapter's alone: try a --mesh "
+    "that cuts them (--mesh=1,-1,1), or JAX_PLATFORMS=cpu, which has the machine's memory",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `promptkd COMMAND …`.
@@ -113,7 +138,8 @@ def _run(name: str, arguments: Sequence[str]) -> None:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             first = str(error).splitlines()[0]
-            sys.exit(f"promptkd {name}: no memory left ({first}); try a smaller --batch-size")
+            advice = LESS_MEMORY.get(name, "take a device or a machine with more")
+            sys.exit(f"promptkd {name}: no memory left ({first}); {advice}")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

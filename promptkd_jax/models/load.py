@@ -66,9 +66,8 @@ def load_model(
       quantize: key of `quantization.QUANTIZE`: what the kernels of linear maps are kept in, of a
         model that is not trained.
       offload: whether the layers' kernels lie in the host's memory; wants a mesh.
-      mesh: of `sharding.make_mesh`; None for one device. Each process reads only what its devices
-        hold. Where the mesh does not divide vocabulary, heads or feed-forward width, these are
-        padded: see `DecoderConfig.padded`.
+      mesh: of `sharding.make_mesh`; None for one device. Each process reads what its devices hold.
+        Vocabulary, heads or feed-forward width that it does not divide: see `DecoderConfig.padded`.
 
     Raises:
       ModelError: the folder, a file, a field or a tensor is missing, of another shape, or unknown,

@@ -1,6 +1,9 @@
 """The door: a command is a file and a line, and its errors and its end are those of Unix tools."""
 
+import dataclasses
+import importlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -8,7 +11,9 @@ import textwrap
 import pytest
 
 from promptkd_jax import cli
-from promptkd_jax.cli.main import COMMANDS, main, parser_of
+from promptkd_jax.cli.main import COMMANDS, LESS_MEMORY, main, parser_of
+from promptkd_jax.studies.comparison import ComparisonConfig
+from promptkd_jax.training.config.fields import RunConfig
 
 TOY = '''
     """A toy: `promptkd toy --count N`."""
@@ -63,6 +68,36 @@ def test_a_command_is_a_file_and_a_line(toy, capsys):
     assert ended("toy", "--help") == 0 and ended("--help") == 0
     said = capsys.readouterr().out
     assert "A toy: `promptkd toy --count N`." in said and "  toy        a toy to play with" in said
+
+
+def test_no_memory_left_is_answered_with_what_the_command_has(toy, monkeypatch):
+    """Flags of the command, and fields of the config that it takes."""
+    toy()
+
+    def run(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+
+    module = importlib.import_module("promptkd_jax.cli.toy")
+    monkeypatch.setattr(module, "run", run)
+    said = "promptkd toy: no memory left (RESOURCE_EXHAUSTED: out of memory); "
+    assert ended("toy") == f"{said}take a device or a machine with more"
+    monkeypatch.setitem(LESS_MEMORY, "toy", "try a smaller --count")
+    assert ended("toy") == f"{said}try a smaller --count"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_advice_names_flags_that_a_command_has(name):
+    advice = LESS_MEMORY.get(name, "")
+    if name == "reproduce":  # of another command
+        advice = re.sub("`[^`]*`", "", advice)
+    parser, takes_config = parser_of(name)
+    for flag in re.findall(r"--[a-z-]+", advice):
+        assert flag in parser._option_string_actions
+    groups = {"compare": ComparisonConfig}
+    fields = {f.name for f in dataclasses.fields(groups.get(name, RunConfig))}
+    named = re.findall(r"config\.(\w+)(?:\[0\])?\.(\w+)", advice)
+    assert takes_config or not named
+    assert {group for group, _ in named} <= fields
 
 
 def test_a_command_with_usage_gets_the_arguments_of_a_config(toy, capsys):
