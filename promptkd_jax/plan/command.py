@@ -17,6 +17,7 @@ from promptkd_jax.plan.ahead import Program, TooLarge
 from promptkd_jax.plan.chips import SliceTopology
 from promptkd_jax.plan.costs import Cost
 from promptkd_jax.plan.hlo import Collective
+from promptkd_jax.plan.remat import memory_fraction
 from promptkd_jax.plan.tables import show, show_comparison, show_fits, show_search
 from promptkd_jax.training import build
 from promptkd_jax.training.config.checks import check_mesh
@@ -70,6 +71,9 @@ def _plan_gpus(config: RunConfig, options: argparse.Namespace) -> Plan:
         scale = plan["memory"]["needed"] / roofline.needed_bytes(config, mesh, *device, stage)
     fits = fit.tried(config, mesh, device, usable / scale, stage)
     fits = [each._replace(needed=scale * each.needed) for each in fits]
+    most = fit.most_usable(usable, memory_fraction()) if here else usable
+    if usable < (plan["memory"]["needed"] or 0) <= most:
+        print(f"it would fit with more of the GPU for JAX: {fit.larger_part(most)}")
     show_fits(fits, usable, scale)
     steps = [{"words": f.words, "needed": f.needed, "flags": f.flags} for f in fits]
     return {**plan, "fits": steps}

@@ -190,6 +190,14 @@ def most_usable(limit: float, fraction: float) -> float:
     return max(limit, gpus.USABLE * limit / fraction)
 
 
+def larger_part(most: float) -> str:
+    """How JAX takes so much of a GPU that a run may use `most` bytes of it, in words."""
+    return (
+        f"set {FRACTION}={MEMORY_FRACTION}, with which a run may use {most / 1e9:.1f} GB of it "
+        f"(JAX takes {100 * DEFAULT_FRACTION:.0f} % of a GPU's memory if nothing is set)"
+    )
+
+
 def remedy(
     needed: float,
     limit: float,
@@ -208,11 +216,7 @@ def remedy(
       share: of the memory there is, what changes are to leave a run with: after a device had none
         left, the estimate is too low.
     """
-    larger = (
-        f"set {FRACTION}={MEMORY_FRACTION}, with which a run may use {most / 1e9:.1f} GB of it "
-        f"(JAX takes {100 * DEFAULT_FRACTION:.0f} % of a GPU's memory if nothing is set)"
-    )
-    alone = limit < most and needed <= most
+    larger, alone = larger_part(most), limit < most and needed <= most
     usable = share * min(needed, limit if alone else most)
     last = within(usable)
     fits = last.needed <= usable

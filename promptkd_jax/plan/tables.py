@@ -218,7 +218,8 @@ def _phases_table(plan: Mapping[str, Any]) -> Table:
 
 def _summary(plan: Mapping[str, Any]) -> list[str]:
     lines, memory = [], plan["memory"]
-    if plan["platform"] == "gpu" and memory["fits"] and memory["needed"] > 0.75 * memory["has"]:
+    named = plan["platform"] == "gpu" and memory["usable"] < memory["has"]  # else JAX has all of it
+    if named and memory["fits"] and memory["needed"] > 0.75 * memory["has"]:
         lines.append(
             "JAX takes 75 % of a GPU's memory, and this is more: "
             "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"

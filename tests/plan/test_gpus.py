@@ -15,10 +15,10 @@ from promptkd_jax.cli.main import main
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.families.registry import PUBLISHED
-from promptkd_jax.plan import ahead, fit, gpus, remat, roofline
+from promptkd_jax.plan import ahead, fit, gpus, remat, roofline, tables
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.training import run as training
-from promptkd_jax.training.config.checks import check_mesh, checked, contradictions_of
+from promptkd_jax.training.config.checks import check_mesh, checked, contradictions_of, read_run
 from promptkd_jax.training.recipes import base_config, method_stage
 
 GPU = "gpu", 9.0
@@ -304,6 +304,23 @@ def test_no_memory_left_is_answered_by_what_to_set(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has no memory left .*9 bytes.* by .--config") as stopped:
         main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}"])
     assert "Traceback" not in str(stopped.value)
+
+
+def test_a_plan_for_this_machine_says_what_more_of_its_gpu_would_do(monkeypatch, tmp_path, capsys):
+    config = pathlib.Path(__file__).parents[2] / "configs/rehearsal.py"
+    command = ["plan", f"--config={config}", "--device=here", "--no-compile"]
+    needed = roofline.needed_bytes(read_run(command[1:2]), abstract_mesh(ONE), "cpu")
+    monkeypatch.setattr("promptkd_jax.plan.command.memory_fraction", lambda: 0.75)
+    for has, enough in ((needed / 1.2, True), (needed / 1.3, False)):
+        monkeypatch.setattr(gpus, "device_bytes", lambda has=has: has)
+        with pytest.raises(SystemExit):
+            main(command)
+        said = capsys.readouterr().out
+        assert ("JAX: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in said) == enough
+    monkeypatch.setattr(gpus, "device_bytes", lambda: needed / 0.99)  # which JAX has as it is
+    main([*command, f"--output={tmp_path / 'plan.json'}"])
+    tables.show(json.loads((tmp_path / "plan.json").read_text()) | {"platform": "gpu"})
+    assert "FRACTION" not in capsys.readouterr().out
 
 
 def test_devices_of_this_machine_are_compiled_for(capsys):
