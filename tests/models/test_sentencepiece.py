@@ -63,8 +63,8 @@ def test_it_encodes_as_sentencepiece(pieces, tmp_path):
 
 
 def test_another_reading_of_it_is_refused(pieces, tmp_path):
-    """Without a class that adds the blank before a text, as SentencePiece does."""
-    folder = folder_of(tmp_path / "model", pieces, None)
+    """Of a class that adds no blank before a text, as SentencePiece does."""
+    folder = folder_of(tmp_path / "model", pieces, LLAMA | {"tokenizer_class": "GemmaTokenizer"})
     with pytest.raises(ModelError, match="encodes 'Hello world.*SentencePiece as .*tokenizer_clas"):
         load_tokenizer(str(folder))
 
