@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from promptkd_jax.distill.losses import chunked_loss
 from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY
+from promptkd_jax.distill.optimizer import SLICE
+from promptkd_jax.distill.preconditioners import matrices
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.layers.attention import implementation
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
@@ -220,7 +222,8 @@ def temporary_bytes(
     and logits of a block. What is neither gathered nor cast is not copied, but by the compiler for
     CPUs, which takes layers out of their stack before the loop over tokens. That for TPUs was seen
     to lay a copy out once more for decoding, and to keep both parts at once; those of CPUs and GPUs
-    use the memory of one for the other.
+    use the memory of one for the other. Where the optimizer's own update, beside the gradients,
+    needs more than the backward pass did, that counts.
 
     Args:
       platform: of the devices; capability: of GPUs, see `sharding.compute_capability`.
@@ -263,11 +266,48 @@ def temporary_bytes(
     else:
         update = max(gradients + saved, before)
     update += gathered + heads + logits
+    optimizing, early = (size / devices for size in _optimizing(run, platform))
+    update = max(update + early, gradients + optimizing)
     if run.config.offload_optimizer_state:  # all of it, beside the rest, at the most
         update += sum(map(_shard_bytes, jax.tree.leaves(run.abstract_state().optimizers)))
     rollout = cache + (2 if tpu else 1) * copies
     together = rollout + update if tpu else max(rollout, update)
     return {"cache": cache, "rollout": rollout, "update": update, "all": together}
+
+
+# Bytes an entry, in float32 for the most part, that XLA's compiler for TPUs (jax 0.10.2) has for an
+# update beside parameters, gradients and moments: of parameters that are updated whole, all of them
+# together, and of a slice. An elementwise update is one kernel, and needs none.
+_OPTIMIZING = {"adamw": (0, 0), "adamw_8bit": (12, 20), "adafactor": (0, 0), "muon": (8, 16)}
+
+
+def _optimizing(run: AbstractRun, platform: str) -> tuple[float, float]:
+    """Bytes of all devices that the student's optimizer needs for its update beside parameters,
+    gradients and moments, and of a copy of the moments that is there from the step's beginning.
+
+    What slices result in, changes in float32 and new moments, is there whole: of two parameters at
+    a time. The compiler for CPUs computes what waits for nothing as early as it can, and so has
+    moments of 8 bits in float32 beside the backward pass too, where no loop over slices keeps it
+    from that.
+    """
+    name, trained = run.config.stages[run.index].optimizer, run.student.trained
+    if name == "adamw":
+        return 0.0, 0.0
+    in_8_bits = name == "adamw_8bit"
+    state = jax.eval_shape(run.stage.optimizers.student.init, trained)
+    structure = jax.tree.structure(trained)
+    each = map(structure.flatten_up_to, (trained, matrices(trained), state.mu, state.nu))
+    whole, results = 0, []
+    for param, seen, *moments in zip(*each):
+        if param.size > SLICE and (seen.stack or in_8_bits):
+            new = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moments))
+            results.append(4 * param.size + new)
+        elif seen.stack or in_8_bits:  # others have an elementwise update, or Adafactor's
+            whole += param.size
+    of_whole, of_slice = _OPTIMIZING[name]
+    in_slices = sum(sorted(results)[-2:]) + of_slice * SLICE if results else 0
+    early = 8 * whole if in_8_bits and platform == "cpu" else 0
+    return float(max(of_whole * whole, in_slices)), float(early)
 
 
 def _saved(

@@ -76,15 +76,19 @@ def larger_and_smaller(monkeypatch):
 
 CASES = {
     "none": {},
-    "dots": {"teacher.remat": "dots", "student.remat": "dots"},
-    "two micro-batches": {"stages[0].gradient_accumulation_steps": 2},
-    "lora": {"student.lora.rank": 8, "student.remat": "dots"},
+    "dots": {"teacher.remat": "dots", "student.remat": "dots", "stages[0].optimizer": "adafactor"},
+    "two micro-batches": {
+        "stages[0].gradient_accumulation_steps": 2,
+        "stages[0].optimizer": "muon",
+    },
+    "moments in 8 bits": {"stages[0].optimizer": "adamw_8bit"},
     "int8, and int4 below an adapter": {
         "teacher.quantize": "int8",
         "student.quantize": "int4",
         "student.lora.rank": 8,
         "student.remat": "dots",
     },
+    "layers in the host's memory": {"teacher.offload": True},
 }
 
 
@@ -94,9 +98,14 @@ def test_the_estimate_is_what_xla_says_of_the_step_on_this_machine(case):
     config = checked(config_of("some/larger", "some/smaller"))
     config = fit.changed(config, CASES[case])
     mesh = sharding.make_mesh(ONE, jax.devices()[:1])
-    program = ahead.compile_step(abstract_run(config).on(mesh))
-    estimate = roofline.needed_bytes(config, mesh, "cpu")
-    assert estimate == pytest.approx(program.total - program.code, rel=0.1)
+    run = abstract_run(config).on(mesh)
+    program = ahead.compile_step(run)
+    # Of a CPU the host's memory is the device's, and what lies there an argument as any other.
+    arguments = jax.tree.leaves(run.arguments())
+    hosts = [x for x in arguments if x.sharding.memory_kind == sharding.HOST_MEMORY]
+    assert bool(hosts) == config.teacher.offload
+    needed = program.total - program.code - sum(x.size * x.dtype.itemsize for x in hosts)
+    assert roofline.needed_bytes(config, mesh, "cpu") == pytest.approx(needed, rel=0.1)
 
 
 def test_changes_that_turn_out_not_to_be_needed_are_left_out():
