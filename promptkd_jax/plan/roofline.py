@@ -267,7 +267,7 @@ def temporary_bytes(
         update = max(gradients + saved, before)
     update += gathered + heads + logits
     optimizing, early = (size / devices for size in _optimizing(run, platform))
-    update = max(update + early, gradients + optimizing)
+    update = early + max(update, gradients + optimizing)
     if run.config.offload_optimizer_state:  # all of it, beside the rest, at the most
         update += sum(map(_shard_bytes, jax.tree.leaves(run.abstract_state().optimizers)))
     rollout = cache + (2 if tpu else 1) * copies
@@ -286,9 +286,9 @@ def _optimizing(run: AbstractRun, platform: str) -> tuple[float, float]:
     gradients and moments, and of a copy of the moments that is there from the step's beginning.
 
     What slices result in, changes in float32 and new moments, is there whole: of two parameters at
-    a time. The compiler for CPUs computes what waits for nothing as early as it can, and so has
-    moments of 8 bits in float32 beside the backward pass too, where no loop over slices keeps it
-    from that.
+    a time. The compiler for CPUs computes all as early as it can: it has these results of all
+    parameters, and moments of 8 bits in float32 beside the backward pass too, where no loop over
+    slices keeps it from that. That for GPUs is taken to be as sparing as that for TPUs.
     """
     name, trained = run.config.stages[run.index].optimizer, run.student.trained
     if name == "adamw":
@@ -305,7 +305,8 @@ def _optimizing(run: AbstractRun, platform: str) -> tuple[float, float]:
         elif seen.stack or in_8_bits:  # others have an elementwise update, or Adafactor's
             whole += param.size
     of_whole, of_slice = _OPTIMIZING[name]
-    in_slices = sum(sorted(results)[-2:]) + of_slice * SLICE if results else 0
+    together = results if platform == "cpu" else sorted(results)[-2:]
+    in_slices = sum(together) + of_slice * SLICE if results else 0
     early = 8 * whole if in_8_bits and platform == "cpu" else 0
     return float(max(of_whole * whole, in_slices)), float(early)
 
