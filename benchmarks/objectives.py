@@ -45,7 +45,7 @@ def main() -> None:
     vocab_size = student.config.vocab_size
     batch = _batch(options, vocab_size)
     optimizers = pkd.Optimizers(pkd.adamw(lambda _: 1e-9, weight_decay=0.0, max_grad_norm=1.0))
-    params = {"student": _init(student, 1)}
+    params, teacher_params = {"student": _init(student, 1)}, _init(teacher, 0)
     arguments = {
         name: (
             pkd.init_state(
@@ -54,7 +54,7 @@ def main() -> None:
                 jax.random.key(0),
                 interpolation=first_interpolation(method.interpolation),
             ),
-            _init(teacher, 0),
+            teacher_params,
             batch,
             None,
             None,
