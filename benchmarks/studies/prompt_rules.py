@@ -4,7 +4,8 @@
         --rules published gated fallback --seeds 10 20 30 40 50
 
 `--pair small`: the models and data of `configs/compare.py:small`, for so long that GKD (lambda = 1,
-reverse KL) gains clearly. `--pair quickstart`: its models, after its warm-up. Each rule is PromptKD
+reverse KL) gains clearly; with `--pretraining-seed N` both models are others, in a WORKDIR of their
+own. `--pair quickstart`: its models, after its warm-up. Each rule is PromptKD
 with the changes of `RULES`, from the same student, on the same rows, paired with GKD by seed. A
 training is done once and kept in WORKDIR/PAIR/RULE-seedN.json: the same command continues, and
 `--only-train` ends before the table, so that several calls can share the work. Then
@@ -18,29 +19,35 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from scipy import stats
 
 from configs import compare, quickstart
 from promptkd_jax.data.batches import stream
+from promptkd_jax.data.rows import Rows
 from promptkd_jax.distill.state import summarize
 from promptkd_jax.infra import compile_cache, sharding
 from promptkd_jax.infra.files import load_or_compute, make_folder, write_text
+from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.studies.comparison import plan_comparison
 from promptkd_jax.studies.runs import Run, train_all, train_apart
 from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.config.fields import RunConfig, StageConfig
+from promptkd_jax.training.experiment import Experiment
 from promptkd_jax.training.loop import dev_generation_metrics, evaluate_student
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import METHODS
 
 GKD = "gkd"
+BEHIND_OPENING = "behind_opening"
 _RATE = dict(prompt_learning_rate=1e-2)
 _CONSTANT = dict(_RATE, regularization_schedule="constant")
 # By name: changes of PromptKD's stage, and of the soft prompt.
@@ -58,6 +65,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "random": (_RATE, dict(init="random")),
     "one_vector": (_RATE, dict(length=1)),
     "twenty_vectors": (_RATE, dict(length=20)),
+    BEHIND_OPENING: (_RATE, {}),  # "rate" at another place, see `behind_opening`
     # Rules that keep the prompt from harm.
     "warmup": (dict(_RATE, prompt_warmup_steps=30), {}),
     "three_updates": (dict(_RATE, prompt_updates=3), {}),
@@ -73,6 +81,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gated_fallback": (dict(_RATE, prompt_fallback=True), dict(gated=True)),
     "gated_strong": (dict(_CONSTANT, regularization=3.0), dict(gated=True)),
     "gated_strongest": (dict(_CONSTANT, regularization=10.0), dict(gated=True)),
+    "gated_adaptive": (dict(_RATE, regularization_schedule="adaptive"), dict(gated=True)),
     "gated_high_rate": (
         dict(prompt_learning_rate=3e-2, regularization_schedule="constant"),
         dict(gated=True),
@@ -93,10 +102,14 @@ SHOWN_UPDATES = (1, 5, 10, 20)
 SAMPLES = 4  # responses to each held-out request, of which ROUGE-L is a mean
 
 
-def base_of(pair: str, workdir: pathlib.Path, steps: int) -> tuple[list[Run], RunConfig]:
+def base_of(
+    pair: str, workdir: pathlib.Path, steps: int, pretraining_seed: int
+) -> tuple[list[Run], RunConfig]:
     """The trainings that all rules begin from, and the run of GKD."""
     if pair == "small":
         config = compare.small()
+        for each in config.pretraining.values():
+            each.seed = pretraining_seed
         config.methods, config.seeds, config.budget.steps = (GKD,), (10,), steps
         config.run.data.dev = "synthetic:test"
         made = plan_comparison(config, workdir)
@@ -128,7 +141,7 @@ def with_rule(config: RunConfig, name: str, seed: int) -> RunConfig:
     return dataclasses.replace(config, stages=(stage,), soft_prompt=soft_prompt)
 
 
-def train(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
+def train(config: RunConfig, rule: str, folder: pathlib.Path) -> dict[str, Any]:
     """Trains one run and measures it: its last figures, and `CURVES` by update.
 
     Args:
@@ -138,23 +151,71 @@ def train(config: RunConfig, folder: pathlib.Path) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         experiment = prepare(config, epath.Path(folder), mesh)
         (stage,) = experiment.stages
-        state, step = experiment.start(stage, None), experiment.jitted_step(stage)
+        seen, prefix_of, dev = experiment, lambda soft_prompt: soft_prompt, experiment.dev
+        if rule == BEHIND_OPENING:
+            seen, prefix_of, dev = behind_opening(experiment)
+        state, step = seen.start(stage, None), seen.jitted_step(stage)
         updates, behind = [], {}
         for number, batch in enumerate(itertools.islice(stream(stage.batches, 0), stage.steps), 1):
             rows = sharding.place_rows((batch, None))
             state, metrics = step(state, experiment.teacher.params, *rows, None)
             updates.append(summarize(metrics))
             if state.soft_prompt is not None and number in (*SHOWN_UPDATES, stage.steps):
-                behind[number] = _rouge(
-                    experiment, experiment.teacher, state.soft_prompt, samples=1
-                )
-        found = evaluate_student(experiment, state.student, state.soft_prompt)
+                prompted = dataclasses.replace(experiment, dev=dev)
+                prefix = prefix_of(state.soft_prompt)
+                behind[number] = _rouge(prompted, experiment.teacher, prefix, samples=1)
+        found = evaluate_student(experiment, state.student)
         figures = {name: found[name] for name in ("kl", "agreement", "loss")}
         figures["rougeL"] = _rouge(experiment, experiment.trained_student(state.student))
         figures["teacher_rougeL"] = _rouge(experiment, experiment.teacher)
         names = [name for _, name in CURVES] + ["plain_share", "prompt_gate"]
         curves = {n: [update[n] for update in updates] for n in names if n in updates[0]}
         return {"figures": figures, "curves": curves, "behind": behind}
+
+
+def behind_opening(experiment: Experiment) -> tuple[Experiment, Callable, Rows]:
+    """The soft prompt behind what all prompts begin with (BOS, the system turn), not before it.
+
+    Rows keep those O tokens, since the student needs them. For the teacher they become the first
+    columns of its prefix, [E(opening); P], so that its hidden states are those of the rest of a
+    row, and zeros in the O columns before, none of which predicts a token of a response.
+
+    Returns:
+      The experiment whose teacher sees P there; the prefix `[O + M, D]` of a soft prompt `[M, D]`;
+      the held-out rows without their opening, to be put behind that prefix.
+
+    Raises:
+      ValueError: the prompts of this data have no opening in common.
+    """
+    teacher, dev = experiment.teacher, experiment.dev
+    prompts = [
+        tokens[:length]
+        for rows in (*experiment.train, dev)
+        for tokens, length in zip(rows.tokens, rows.prompt_lengths)
+    ]
+    opening = np.asarray(os.path.commonprefix([list(map(int, prompt)) for prompt in prompts]))
+    if not len(opening):
+        raise ValueError(f"{BEHIND_OPENING}: the prompts of this data begin with different tokens")
+    print(f"opening: {teacher.tokenizer.decode(opening)!r}", flush=True)
+
+    def prefix_of(soft_prompt: jax.Array, params: Any = teacher.params) -> jax.Array:
+        before = teacher.decoder.input_embeddings(params, opening)
+        return jnp.concatenate([before.astype(soft_prompt.dtype), soft_prompt])
+
+    def hidden_states(params: Any, tokens: jax.Array, prefix: jax.Array | None) -> jax.Array:
+        if prefix is None:
+            return teacher.decoder.hidden_states(params, tokens)
+        rest = tokens[:, len(opening) :]
+        hidden = teacher.decoder.hidden_states(params, rest, prefix_of(prefix, params))
+        return jnp.pad(hidden, ((0, 0), (len(opening), 0), (0, 0)))
+
+    model = LanguageModel(hidden_states, teacher.decoder.output_head)
+    seen = dataclasses.replace(experiment, teacher=teacher.replace(decoder=model))
+    without = dev._replace(
+        tokens=[tokens[len(opening) :] for tokens in dev.tokens],
+        prompt_lengths=dev.prompt_lengths - len(opening),
+    )
+    return seen, prefix_of, without
 
 
 def _rouge(experiment, model, soft_prompt=None, samples: int = SAMPLES) -> float:
@@ -211,17 +272,20 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 20, 30, 40, 50])
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--pretraining-seed", type=int, default=compare.small().run.seed)
     parser.add_argument("--only-train", action="store_true")
     chosen = parser.parse_args()
     workdir = chosen.workdir.resolve()
     compile_cache.keep_compiled_programs()
     folder = workdir / f"{chosen.pair}-{chosen.steps}"
     make_folder(epath.Path(folder))
-    before, base = base_of(chosen.pair, workdir, chosen.steps)
+    before, base = base_of(chosen.pair, workdir, chosen.steps, chosen.pretraining_seed)
     train_all(before, train_apart)
     for seed, rule in itertools.product(chosen.seeds, chosen.rules):
         file, run = folder / f"{rule}-seed{seed}.json", with_rule(base, rule, seed)
-        one = load_or_compute(epath.Path(file), functools.partial(train, run, folder / "rows"))
+        one = load_or_compute(
+            epath.Path(file), functools.partial(train, run, rule, folder / "rows")
+        )
         print(rule, seed, {k: round(x, 4) for k, x in one["figures"].items()}, flush=True)
     if chosen.only_train:
         return
