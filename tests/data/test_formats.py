@@ -201,6 +201,14 @@ def test_columns_name_the_fields_of_a_format(tmp_path, capfd):
             {"messages": [{"role": "user", "contents": "a"}]},
             ["'messages[0].content' is missing or null (has: 'role', 'contents')"],
         ),
+        (
+            {"messages": [{"role": "system", "contents": "Be brief."}, user("a"), assistant("b")]},
+            ["'messages[0].content' is missing or null (has: 'role', 'contents')"],
+        ),
+        (
+            {"messages": [user("a"), {"role": "assistant", "contents": "b"}]},
+            ["'messages[1].content' is missing or null (has: 'role', 'contents')"],
+        ),
         ({"messages": [{"role": "judge", "content": "a"}]}, ["'messages[0]'", "'judge'", "system"]),
         ({"messages": [user(" "), assistant("a")]}, ["'messages[0].content' is empty"]),
         ({"messages": [user("a"), assistant(3)]}, ["'messages[1].content' is int 3"]),

@@ -230,10 +230,12 @@ def _turn(turn: Any, name: str) -> Message:
         known = ", ".join(dict.fromkeys(_ROLES))
         raise DataError(f"field '{name}' has the role {said!r}; there are {known}")
     key = "value" if "value" in rest and "content" not in rest else "content"
-    if role == "user" and turn.get(key) is None:
+    # null is what tables have where a turn says nothing; a name that is not there is a mistake.
+    missing = turn.get(key) is None if role == "user" else key not in turn
+    if missing and not rest.keys() & {"tool_calls", "function_call"}:
         found = ", ".join(map(repr, turn))
         raise DataError(
-            f"field '{name}.{key}' is missing or null (has: {found}); say what is asked"
+            f"field '{name}.{key}' is missing or null (has: {found}); expected what is said"
         )
     content = _content(rest.pop(key, ""), f"{name}.{key}")
     if said == "function_call":  # LLaMA-Factory's, whose content it is
