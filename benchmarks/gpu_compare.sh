@@ -9,8 +9,8 @@
 # about 4 of the 18 runs (six methods, three seeds) in a call, so that 5 or 6 calls are needed.
 #
 #   --data      a folder with dolly/{train,dev,test}.jsonl and eval/{self_inst,vicuna,s_ni}.jsonl
-#   --wheels    Python packages that the image lacks, as wheels; they are unpacked beside the
-#               repository's other caches, and nothing is installed
+#   --wheels    Python packages that the image lacks, as wheels, this one's own among them (pip wheel
+#               --no-deps .); they are unpacked beside the repository's other caches
 #   --seconds   of the call, after which it saves, for a minute at most
 #   --          changes of the config, the same in every call, such as --config.seeds='(10,)'
 #   PYTHON=…    the interpreter (python3)
