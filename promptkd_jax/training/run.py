@@ -31,7 +31,7 @@ from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.experiment import Experiment
 from promptkd_jax.training.loop import Trained, dev_generation_metrics, evaluate_student, fit
 from promptkd_jax.training.prepare import prepare, with_date
-from promptkd_jax.training.run_data import training_records
+from promptkd_jax.training.run_data import check_sources, training_records
 from promptkd_jax.training.save import save, save_configs
 
 # name, format, which direction is better
@@ -73,6 +73,7 @@ def _run(config: RunConfig, workdir: epath.Path, choose_remat: Callable | None) 
     started = time.monotonic()
     mesh = sharding.make_mesh(config.mesh.sizes)
     check_mesh(config, mesh)
+    check_sources(config)  # in a second, where an estimate and the models take longer
     config = with_date(config, workdir)
     config = choose_remat(config, mesh) if choose_remat else config
     with jax.set_mesh(mesh):

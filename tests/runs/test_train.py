@@ -154,6 +154,12 @@ def test_every_update_is_logged_once_with_its_stage(finished):
     assert [row["step"] for row in rows if "dev/rougeL" in row] == [2, 4, 6, 7]
 
 
+def test_data_that_is_not_there_is_told_before_anything_is_estimated(config, tmp_path):
+    config.data.train = "absent.jsonl"
+    with pytest.raises(DataError, match=r"^absent.jsonl: no such file"):
+        training.run(checked(config), tmp_path, lambda *_: pytest.fail("it estimates first"))
+
+
 def test_a_finished_run_does_nothing(finished, config, capsys):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
     assert run(config, finished) == json.loads((finished / "summary.json").read_text())
