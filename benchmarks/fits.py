@@ -4,10 +4,10 @@ it fit, and what does it take?
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.146 python benchmarks/fits.py \
         --config=configs/llama32.py:student=1b,gpu=24gb
 
-Nothing is read but the config and the built-in shapes of published models. Prints one JSON object:
-the estimate of `promptkd plan`, XLA's own account of the compiled step, the most that the device
-had in use while a few steps ran, and the seconds of the last. A run that does not fit ends with
-XLA's error. On a larger GPU XLA_PYTHON_CLIENT_MEM_FRACTION makes a smaller one.
+Nothing is read but the config and the built-in shapes of published models. Prints what the compiler
+says, the temporaries that `promptkd plan` estimates and XLA's own account of the step, and again
+with the seconds of each step and the most that the device had in use. A run that does not fit ends
+with XLA's error. On a larger GPU XLA_PYTHON_CLIENT_MEM_FRACTION makes a smaller one.
 """
 
 import json
@@ -63,13 +63,13 @@ def _made_up(run: AbstractRun) -> list:
     """Arrays for all arguments: parameters of small numbers, rows of full prompts, zeros else."""
     state, teacher, batch, *others = run.arguments()
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state.optimizers)
-    made = [jax.tree.map(_numbers, x) for x in (teacher, state.replace(optimizers=None))]
-    made = [made[1].replace(optimizers=zeros), made[0], None, *jax.tree.map(_numbers, others)]
-    method, (rows, columns) = run.stage.method, batch.tokens.shape
-    lengths = jnp.full(rows, method.prompt_capacity, jnp.int32)
+    teacher = jax.tree.map(_numbers, teacher)  # the largest first, while all memory is free
+    state = jax.tree.map(_numbers, state.replace(optimizers=None)).replace(optimizers=zeros)
+    rows, columns = batch.tokens.shape
     tokens = 5 + jnp.arange(rows * columns, dtype=jnp.int32).reshape(rows, columns) % 1000
-    made[2] = sharding.place_rows(Batch(tokens, lengths, jnp.full(rows, columns, jnp.int32)))
-    return made
+    ends = run.stage.method.prompt_capacity, columns
+    batch = Batch(tokens, *(jnp.full(rows, end, jnp.int32) for end in ends))
+    return [state, teacher, sharding.place_rows(batch), *jax.tree.map(_numbers, others)]
 
 
 def _numbers(x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -288,7 +288,7 @@ def _optimizing(run: AbstractRun, platform: str) -> tuple[float, float]:
     What slices result in, changes in float32 and new moments, is there whole: of two parameters at
     a time. The compiler for CPUs computes all as early as it can: it has these results of all
     parameters, and moments of 8 bits in float32 beside the backward pass too, where no loop over
-    slices keeps it from that. That for GPUs is taken to be as sparing as that for TPUs.
+    slices keeps it from that. That for GPUs is as sparing as that for TPUs: docs/memory.md.
     """
     name, trained = run.config.stages[run.index].optimizer, run.student.trained
     if name == "adamw":

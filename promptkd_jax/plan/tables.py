@@ -6,7 +6,8 @@ from typing import Any
 from promptkd_jax.evaluation.tables import Table, markdown
 from promptkd_jax.infra.terminal import short_number
 from promptkd_jax.plan.chips import GIB
-from promptkd_jax.plan.fit import Fit
+from promptkd_jax.plan.fit import MEMORY_FRACTION, Fit
+from promptkd_jax.plan.remat import DEFAULT_FRACTION, FRACTION
 
 
 def show(plan: Mapping[str, Any], *, missing: str | None = None) -> None:
@@ -219,10 +220,10 @@ def _phases_table(plan: Mapping[str, Any]) -> Table:
 def _summary(plan: Mapping[str, Any]) -> list[str]:
     lines, memory = [], plan["memory"]
     named = plan["platform"] == "gpu" and memory["usable"] < memory["has"]  # else JAX has all of it
-    if named and memory["fits"] and memory["needed"] > 0.75 * memory["has"]:
+    if named and memory["fits"] and memory["needed"] > DEFAULT_FRACTION * memory["has"]:
         lines.append(
-            "JAX takes 75 % of a GPU's memory, and this is more: "
-            "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+            f"JAX takes {100 * DEFAULT_FRACTION:.0f} % of a GPU's memory, and this is more: "
+            f"set {FRACTION}={MEMORY_FRACTION}"
         )
     if not plan["memory"]["fits"]:
         several = plan["devices"] > 1 or plan["platform"] == "tpu"
