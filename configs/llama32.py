@@ -9,7 +9,13 @@ hyper-parameters are not tuned. What it needs of yours: `promptkd plan --device`
 
 from ml_collections import ConfigDict
 
-from promptkd_jax.training.recipes import PaperSize, behind_gates, paper_config, read_arguments
+from promptkd_jax.training.recipes import (
+    PaperSize,
+    behind_gates,
+    paper_choices,
+    paper_config,
+    read_arguments,
+)
 
 TEACHER = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", 1e-5, 10)
 SIZES = {
@@ -22,14 +28,13 @@ SIZES = {
     )
     for name in ("1b", "3b")
 }
+GPUS = {"gpu": ("24gb", ("24gb", "16gb"))}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe for `student=1b,method=NAME,gpu=24gb`."""
-    parts = arg.split(",")
-    gpu = [part for part in parts if part.startswith("gpu=")]
-    chosen = read_arguments(",".join(gpu), gpu=("24gb", ("24gb", "16gb")))["gpu"]
-    config = paper_config(TEACHER, SIZES, ",".join(part for part in parts if part not in gpu))
+    gpu = read_arguments(arg, **paper_choices(SIZES), **GPUS)["gpu"]
+    config = paper_config(TEACHER, SIZES, arg, **GPUS)
     config.soft_prompt.add_special_tokens = True
     config.teacher.quantize = "int8" if config.teacher.path else "none"
     config.student.param_dtype = "bfloat16"
@@ -38,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     stage.dropout = False  # Llama has none
     if stage.minibatches == 1:  # MiniLLM takes 8 of 256 rollouts at a time
         stage.batch_size = 8
-    if chosen == "24gb":
+    if gpu == "24gb":
         stage.optimizer = "adamw_8bit"
     else:
         config.student.lora.update(rank=16, alpha=32.0)

@@ -152,10 +152,19 @@ FROM_SFT += ("skd", "promptkd", "promptkd_abkd", "promptkd_amid", "promptkd_wasd
 OF_THEIR_OWN = ("amid", "wasd", "todi", "akl", "csd", "taid", "distillm2")
 
 
+def paper_choices(sizes: Mapping[str, PaperSize]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """What the argument of `paper_config` chooses among, as `read_arguments` takes it."""
+    return {
+        "student": (next(iter(sizes)), tuple(sizes)),
+        "method": ("promptkd", (*METHODS, "teacher", "init")),
+    }
+
+
 def paper_config(
     teacher: tuple[str, str, float, int],
     sizes: Mapping[str, PaperSize],
     argument: str,
+    **more: tuple[str, Sequence[str]],
 ) -> ConfigDict:
     """A recipe of the paper: Dolly, 256 + 256 tokens, AdamW.
 
@@ -164,15 +173,12 @@ def paper_config(
       sizes: by name; the first is the default.
       argument: "student=SIZE,method=NAME", both may be left out; the methods are those of `METHODS`
         and, before them, "teacher" (its SFT) and "init" (the student's 3 epochs).
+      more: what else the argument may say, which the caller reads, as `read_arguments` takes it.
 
     Raises:
       ValueError: an argument that is not one of these.
     """
-    chosen = read_arguments(
-        argument,
-        student=(next(iter(sizes)), tuple(sizes)),
-        method=("promptkd", (*METHODS, "teacher", "init")),
-    )
+    chosen = read_arguments(argument, **paper_choices(sizes), **more)
     size, method = sizes[chosen["student"]], chosen["method"]
     config = base_config()
     config.teacher.update(path=teacher[0], dtype="bfloat16", param_dtype="bfloat16")
