@@ -106,27 +106,36 @@ def test_peft_computes_the_same_and_gives_the_adapter_back(name, tmp_path):
     np.testing.assert_allclose(logits(load_model(str(tmp_path / "merged"))), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+TARGETS = {  # of PEFT, by names of `transformers`
+    "llama": ["q_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "opt": ["k_proj", "out_proj", "fc1"],
+    "gemma3": ["o_proj", "gate_proj"],
+    "phi3": ["qkv_proj", "down_proj"],
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_an_adapter_of_peft_computes_and_learns_the_same(name, tmp_path):
-    """One A for query, key and value of GPT-2 becomes one for each, which start alike."""
+    """One A for query, key and value of GPT-2 becomes one for each, which start alike: its gradient
+    is the sum of theirs."""
     peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
     import torch
+    from safetensors.numpy import load_file
 
-    pair = make_pair(name, tmp_path / "base")
-    targets = ["q_proj", "down_proj"] if name == "llama" else ["c_attn", "mlp.c_proj"]
-    how = {"r": 3, "lora_alpha": 5, "target_modules": targets, "fan_in_fan_out": name == "gpt2"}
-    made = peft.get_peft_model(pair.reference, peft.LoraConfig(**how))
+    pair, rank = make_pair(name, tmp_path / "base"), 3
+    how = {"r": rank, "lora_alpha": 5, "fan_in_fan_out": name == "gpt2"}
+    how = peft.LoraConfig(target_modules=TARGETS[name], **how)
+    made = peft.get_peft_model(pair.reference, how)
     generator = torch.Generator().manual_seed(0)
     for path, parameter in made.named_parameters():
         if "lora_" in path:
             parameter.data.normal_(0, 0.2, generator=generator)
     made.save_pretrained(tmp_path / "adapter")
     lora, adapter = load_lora(tmp_path / "adapter", pair.model.decoder.config)
+    assert lora.rank == rank
     model = add_adapter(pair.model, lora, adapter)
     np.testing.assert_allclose(logits(model), reference_logits(made.base_model), atol=1e-4)
-    if name == "gpt2":
-        assert lora.rank == 3
-        return
     tokens, labels = TOKENS[:, :-1], TOKENS[:, 1:]
     out = made.base_model(torch.tensor(tokens), use_cache=False).logits.flatten(0, 1)
     torch.nn.functional.cross_entropy(out, torch.tensor(labels).flatten().long()).backward()
@@ -140,8 +149,6 @@ def test_an_adapter_of_peft_computes_and_learns_the_same(name, tmp_path):
 
     gradients = jax.jit(jax.grad(loss))(trained)
     save_lora(tmp_path / "gradients", model.replace(params=join(frozen, gradients)))
-    from safetensors.numpy import load_file
-
     found = load_file(tmp_path / "gradients/adapter_model.safetensors")
     expected = {
         path.replace(".default", ""): parameter.grad.numpy()
@@ -150,7 +157,10 @@ def test_an_adapter_of_peft_computes_and_learns_the_same(name, tmp_path):
     }
     assert found.keys() == expected.keys()
     for path, gradient in expected.items():
-        np.testing.assert_allclose(found[path], gradient, rtol=1e-3, atol=1e-6, err_msg=path)
+        # A [n r, in] and B [out, n r] of n maps that are stored as one.
+        axis = 0 if "lora_A" in path else 1
+        of_maps = np.stack(np.split(found[path], found[path].shape[axis] // rank, axis))
+        np.testing.assert_allclose(of_maps.sum(0), gradient, rtol=1e-3, atol=1e-6, err_msg=path)
 
 
 def test_an_adapter_is_merged_into_what_is_written_layer_by_layer(tmp_path, monkeypatch):
