@@ -1,7 +1,9 @@
-"""Run by test_resume.py in a process with eight virtual devices: `python
-resume_on_eight_devices.py FOLDER`. A run that stopped at a checkpoint goes on, on its mesh bit for
-bit and on another one to rounding, whatever is trained and wherever it lies."""
+"""Run by test_experiment.py in a process with eight virtual devices: `python
+resume_on_eight_devices.py FOLDER`. Whatever is trained, in whatever numbers and wherever it lies:
+a step is that of one device, and a run that stopped at a checkpoint goes on, on its mesh bit for
+bit and on another one to rounding."""
 
+import math
 import pathlib
 import sys
 
@@ -17,6 +19,7 @@ from promptkd_jax.training.loop import open_checkpoints
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import stage_config
 
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 BEFORE, AFTER = {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}
 OPTIMIZER = "stages[0].optimizer"
 CASES = {
@@ -37,7 +40,8 @@ CASES = {
 
 
 def goes_on(folder: pathlib.Path, workdir: pathlib.Path, settings: dict) -> None:
-    """Two steps on one mesh, against the second after a checkpoint, there and elsewhere."""
+    """A step against that of one device, and the next one against it after a checkpoint, on the
+    same mesh and elsewhere."""
     config = tiny.short_config(folder, pad=2)  # 277 tokens: 278 and 280 on the two meshes
     config.teacher.remat = config.student.remat = "none"
     terms = (("forward_kl", 0.5), ("cross_entropy", 0.5))
@@ -47,7 +51,7 @@ def goes_on(folder: pathlib.Path, workdir: pathlib.Path, settings: dict) -> None
 
     def on(sizes):
         """The experiment on a mesh, and its step with the rows of a number."""
-        mesh = sharding.make_mesh(sizes)
+        mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         with jax.set_mesh(mesh):
             made = prepare(config, workdir, mesh)
         (stage,) = made.stages
@@ -66,11 +70,12 @@ def goes_on(folder: pathlib.Path, workdir: pathlib.Path, settings: dict) -> None
         assert jax.tree.map(lambda x: x.sharding, state) == made.placed()  # its memory, too
         return state, whole(made, state)
 
-    (here, step), (elsewhere, other_step) = on(BEFORE), on(AFTER)
+    (alone, step_alone), (here, step), (elsewhere, other_step) = map(on, (ONE, BEFORE, AFTER))
     with open_checkpoints(config, workdir) as checkpoints:
         state = step(None, 0)
         checkpoints.save(1, state, {}, unpadded=here.unpadded_state())
         saved = whole(here, state)
+        jax.tree_util.tree_map_with_path(same, saved, whole(alone, step_alone(None, 0)))
         expected = whole(here, step(state, 1))
         state, found = restored(here)
         jax.tree.map(np.testing.assert_array_equal, found, saved)

@@ -87,7 +87,7 @@ def test_devices_without_host_memory_are_refused(config, tmp_path):
         prepare(new, tmp_path, SimpleNamespace(devices=np.array([device])))
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path):
+def test_a_mesh_gives_one_devices_numbers_and_a_run_goes_on_on_another(tmp_path):
     folder = pathlib.Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, folder / "helpers" / "resume_on_eight_devices.py", tmp_path],
