@@ -1,14 +1,14 @@
 """Randomly initialized models, named by their sizes: for trying out, and for tests."""
 
+from __future__ import annotations
+
 import re
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.decoder import Decoder
@@ -17,6 +17,9 @@ from promptkd_jax.models.io.params import pad
 from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_params
 from promptkd_jax.models.model import Model, param_shardings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 PREFIX = "synthetic:"
 END = "<end>"
 
@@ -24,6 +27,10 @@ END = "<end>"
 def synthetic_tokenizer() -> PreTrainedTokenizerFast:
     """Returns the tokenizer of the `synthetic:` data: a token for each of its words, one for every
     byte of anything else; `<end>`, 0, ends sequences and pads them."""
+    # Imported here: half of the time to load a model that has no tokenizer.
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     file = resources.files("promptkd_jax") / "models" / "assets" / "synthetic_tokenizer.json"
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(file.read_text("utf-8")),
