@@ -49,6 +49,7 @@ setup(
         "rouge-score>=0.1.2",
         "sacrebleu>=2.4",
         "tensorboardX>=2.6.2",
+        "xxhash>=3.4.1",  # which datasets needs, too
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],

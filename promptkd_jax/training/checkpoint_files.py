@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
 from etils import epath
 from orbax.checkpoint.future import ChainedFuture
 
@@ -82,17 +83,21 @@ def _part(folder: epath.Path, process: int) -> epath.Path:
 
 
 def checksums(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of these files of a folder, by name; "" for one that is not there."""
+    """XXH3 (128 bits) of these files of a folder, by name; "" for one that is not there.
 
-    def sha256(name: str) -> str:
+    It finds damage ten times as fast as SHA-256 does; against intent neither helps, as the
+    checksums lie beside the files.
+    """
+
+    def of_file(name: str) -> str:
         try:
             with (folder / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
         except FileNotFoundError:
             return ""
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(sha256, names)))
+        return dict(zip(names, pool.map(of_file, names)))
 
 
 def _all_files(folder: epath.Path, part: str) -> list[str]:
