@@ -12,6 +12,7 @@ from cases import RATE, STEPS, Case
 
 import promptkd_jax as pkd
 from promptkd_jax.distill.targets import rollout
+from promptkd_jax.infra.compile_cache import return_memory_of_compiling
 from promptkd_jax.training.checkpoint import Checkpoints
 
 
@@ -19,6 +20,7 @@ class Side:
     """The parts of the work; each does its part to the end."""
 
     def __init__(self, case: Case, models: dict[str, str], **changes):
+        return_memory_of_compiling()  # as every command does
         case = dataclasses.replace(case, **changes)
         self._case, self._batches = case, itertools.count()
         dtypes = dict(dtype=case.dtype, remat=case.remat)

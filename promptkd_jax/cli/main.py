@@ -124,13 +124,17 @@ def _run(name: str, arguments: Sequence[str]) -> None:
         sys.exit(0 if name in ("", "-h", "--help") else f"promptkd: no command {name!r}")
     options, rest = parse(name, arguments)
     from promptkd_jax.infra import distributed, signals  # which `promptkd --help` need not import
-    from promptkd_jax.infra.compile_cache import keep_compiled_programs
+    from promptkd_jax.infra.compile_cache import (
+        keep_compiled_programs,
+        return_memory_of_compiling,
+    )
     from promptkd_jax.infra.errors import UserError
 
     many = "coordinator" in options
     with distributed.session(options) if many else signals.answered():
         try:
             keep_compiled_programs()
+            return_memory_of_compiling()
             importlib.import_module(f"promptkd_jax.cli.{name}").run(options, rest)
         except UserError as error:
             sys.exit(f"promptkd {name}: {error}")

@@ -1,4 +1,5 @@
-"""Compiled programs, kept from one process to the next: JAX's persistent cache, on by default.
+"""Compiled programs, kept from one process to the next: JAX's persistent cache, on by default; and
+the memory that compiling took, which the system gets back before a program runs.
 
 JAX's own variables come first: JAX_COMPILATION_CACHE_DIR names another folder, or a bucket, and
 with JAX_ENABLE_COMPILATION_CACHE=0 nothing is kept.
@@ -8,6 +9,8 @@ with JAX_ENABLE_COMPILATION_CACHE=0 nothing is kept.
         jit_step-….-cache
 """
 
+import ctypes
+import functools
 import hashlib
 import os
 import pathlib
@@ -18,6 +21,9 @@ import jax
 from promptkd_jax.infra import distributed
 
 MAX_BYTES = 4 * 2**30  # of a folder; programs that were not used for the longest time make room
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, when a program is there
+_LONG = 1.0  # seconds; what compiles faster has taken little memory
 
 # Lines of /proc/cpuinfo that say which instructions a processor has, on x86 and on Arm.
 _INSTRUCTIONS = (
@@ -52,6 +58,24 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if jax.config.jax_compilation_cache_max_size == -1:  # JAX's default: it grows for ever
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+@functools.cache  # JAX would call a second one, too
+def return_memory_of_compiling() -> None:
+    """Has every program that took a second or more to compile followed by `malloc_trim`.
+
+    For entry points, once. XLA's compiler frees what it took, but glibc keeps that for each of its
+    threads, and the memory that the program takes comes on top of it. Without glibc's `malloc_trim`
+    nothing is done.
+    """
+    if platform.system() != "Linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        return
+
+    def trim(event: str, seconds: float, **_) -> None:
+        if event == _COMPILED and seconds >= _LONG:
+            libc.malloc_trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(trim)
 
 
 def default_folder() -> pathlib.Path:

@@ -1,5 +1,8 @@
-"""Compiled programs outlive a process, if the user wants it, on the processor that made them."""
+"""Compiled programs outlive a process, if the user wants it, on the processor that made them; the
+memory of compiling does not outlive compiling."""
 
+import ctypes
+import json
 import os
 import pathlib
 import platform
@@ -7,9 +10,14 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 
-from promptkd_jax.infra.compile_cache import default_folder, processor_kind
+from promptkd_jax.infra.compile_cache import (
+    default_folder,
+    processor_kind,
+    return_memory_of_compiling,
+)
 
 CPU = """processor : {number}
 vendor_id : AuthenticAMD
@@ -80,3 +88,40 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "promptkd_jax").write_text("in the way")
     hits, said = compiled_with(XDG_CACHE_HOME=str(tmp_path))
     assert not hits and f"{tmp_path}/promptkd_jax/compiled" in said
+
+
+COMPILING = """
+import ctypes, types
+import jax
+from promptkd_jax.infra import compile_cache
+
+trims, programs = [], []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: event == compile_cache._COMPILED and programs.append(seconds)
+)
+ctypes.CDLL = lambda name: types.SimpleNamespace(malloc_trim=trims.append)
+compile_cache._LONG = {seconds}
+for _ in range(2):
+    compile_cache.return_memory_of_compiling()
+jax.block_until_ready(jax.jit(lambda x: x * 3)(1.0))
+print([trims, len(programs)])
+"""
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(0.0, 1), (1000.0, 0)])
+def test_memory_goes_back_once_behind_each_program_that_took_long(seconds, share):
+    command = [sys.executable, "-c", COMPILING.format(seconds=seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    trims, programs = json.loads(done.stdout)
+    assert programs and len(trims) == share * programs and not any(trims)  # malloc_trim(0)
+
+
+def test_a_system_without_malloc_trim_keeps_its_memory(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    listeners = []
+    register = listeners.append
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", register)
+    return_memory_of_compiling.__wrapped__()
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    return_memory_of_compiling.__wrapped__()
+    assert not listeners
