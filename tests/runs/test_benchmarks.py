@@ -22,9 +22,12 @@ sys.path.append(str(ROOT / "benchmarks"))  # not a package
 import bench  # noqa: E402
 import cases  # noqa: E402
 import hotspots  # noqa: E402
+import killed  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import work  # noqa: E402
+
+from promptkd_jax.training.config.checks import read_run  # noqa: E402
 
 TINY = cases.gpt2(8, 2, 2, vocab_size=32, columns=16)
 CASE = cases.Case("tiny", TINY, TINY, rows=1, request=4, response=4, soft_prompt=2)
@@ -480,9 +483,39 @@ def test_a_rehearsal_is_of_the_same_cases_with_other_sizes_and_names():
 
 def test_a_plain_gpu_image_has_all_that_the_check_imports():
     """One without what only runs from configs need."""
-    missing = ("grain", "ml_collections", "datasets", "rouge_score", "nltk", "tensorboardX")
+    missing = (
+        "grain",
+        "ml_collections",
+        "datasets",
+        "rouge_score",
+        "nltk",
+        "tensorboardX",
+        "xxhash",
+    )
     code = f"""import sys
 sys.modules |= dict.fromkeys({(*missing, "gguf", "gcsfs")})  # importing these raises
 sys.path += {[str(ROOT / part) for part in ("benchmarks", "tests", "tests/runs")]}
 import bench, ours, parts, report, test_gpu"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_runs_that_are_killed_are_runs():
+    """That every two choices meet, `combinations` asserts; here, that each is a config."""
+    for combination in killed.combinations():
+        fields = killed.settings(combination)
+        flags = [f"--config.{path}={value}" for path, value in fields.items()]
+        run = read_run([f"--config={ROOT / 'configs/rehearsal.py'}", *flags])
+        assert run.stages[0].optimizer == combination["optimizer"]
+        assert run.teacher.quantize == combination["teacher"]
+
+
+def test_runs_that_differ_in_a_bit_are_not_the_same(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name / "student").mkdir(parents=True)
+        (tmp_path / name / "student/model.safetensors").write_bytes(b"12")
+        row = {"step": 1, "student_loss": 0.5, "seconds_per_update": len(name)}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row))
+    killed.same_runs(tmp_path / "one", tmp_path / "other")
+    (tmp_path / "other/student/model.safetensors").write_bytes(b"13")
+    with pytest.raises(AssertionError, match="student/model.safetensors"):
+        killed.same_runs(tmp_path / "one", tmp_path / "other")
