@@ -13,7 +13,6 @@ from cases import RATE, STEPS, Case
 import promptkd_jax as pkd
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.infra.compile_cache import return_memory_of_compiling
-from promptkd_jax.training.checkpoint import Checkpoints
 
 
 class Side:
@@ -102,6 +101,8 @@ class Side:
 
     def checkpoint(self) -> None:
         """Saves what is trained, and reads it back."""
+        from promptkd_jax.training.checkpoint import Checkpoints  # else without Orbax
+
         with tempfile.TemporaryDirectory() as folder:
             with Checkpoints(folder, keep=1, every=1) as checkpoints:
                 checkpoints.save(1, self._state, {})

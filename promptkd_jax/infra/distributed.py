@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from orbax.checkpoint import multihost
 
 from promptkd_jax.infra import signals
 from promptkd_jax.infra.errors import HostsError
@@ -152,6 +151,8 @@ def warn(message: str) -> None:
 
 def _store():
     """JAX's key-value store, which the coordinator keeps."""
+    from orbax.checkpoint import multihost  # a third of a second, for several processes alone
+
     return multihost.get_jax_distributed_client()
 
 
