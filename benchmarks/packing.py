@@ -45,7 +45,7 @@ class Way(NamedTuple):
 def main() -> None:
     """Prints the table."""
     options = _options()
-    rows = _rows(options.file, options.tokenizer)
+    rows = rows_of(options.file, options.tokenizer)
     batches = train_batches(rows, batch_size=options.batch_size, length=LENGTH, seed=10)
     steps = [batches[step] for step in range(options.steps)]
     lengths, responses = (
@@ -93,7 +93,8 @@ def _least(lengths: np.ndarray, gap: int) -> int:
     return number
 
 
-def _rows(file: str, tokenizer: str) -> Rows:
+def rows_of(file: str, tokenizer: str) -> Rows:
+    """The rows of a file of records, as GPT-2's tokenizer has them."""
     tokenizer = GPT2TokenizerFast.from_pretrained(tokenizer)
     how = dict(max_prompt_length=LENGTH // 2, max_length=LENGTH, eos_id=tokenizer.eos_token_id)
     return tokenize(read_records(file), tokenizer, PromptFormat("alpaca"), **how)

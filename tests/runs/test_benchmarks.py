@@ -25,6 +25,7 @@ import hotspots  # noqa: E402
 import killed  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
+import slots  # noqa: E402
 import work  # noqa: E402
 
 from promptkd_jax.training.config.checks import read_run  # noqa: E402
@@ -519,3 +520,10 @@ def test_runs_that_differ_in_a_bit_are_not_the_same(tmp_path):
     (tmp_path / "other/student/model.safetensors").write_bytes(b"13")
     with pytest.raises(AssertionError, match="student/model.safetensors"):
         killed.same_runs(tmp_path / "one", tmp_path / "other")
+
+
+def test_rows_take_the_places_of_those_that_end():
+    """4 | 1 1 2: two places, and three prefills, of which the second and third are of one row."""
+    assert slots.turns_and_prefills([4, 1, 1, 2], 2) == (4, 3)
+    assert slots.turns_and_prefills([4, 1, 1, 2], 4) == (4, 1)
+    assert slots.turns_and_prefills([4] * 8, 4) == (8, 2)
