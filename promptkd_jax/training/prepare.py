@@ -38,7 +38,7 @@ from promptkd_jax.models.sampler import Sampling
 from promptkd_jax.training import build
 from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.experiment import Experiment, Stage
-from promptkd_jax.training.run_data import RunData, check_sources, load_data, tokenized
+from promptkd_jax.training.run_data import RunData, load_data, tokenized
 from promptkd_jax.training.run_models import agree_on_models, load_models, lora_folder
 
 
@@ -55,7 +55,6 @@ def prepare(config: RunConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     # Load the models.
     if config.offload_optimizer_state:
         sharding.check_host_memory("config.offload_optimizer_state", mesh)
-    check_sources(config)
     teacher, student = load_models(config, mesh)
     vocab_size = student.vocab_size
     agree_on_models(teacher, student)

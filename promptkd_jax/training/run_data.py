@@ -1,8 +1,8 @@
 """The rows that a config's run learns from and is measured on, from the sources that it names."""
 
+import collections
 import dataclasses
 import datetime
-import functools
 import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,9 @@ from etils import epath
 from promptkd_jax.data import conversations
 from promptkd_jax.data.conversations import one_turn_each
 from promptkd_jax.data.mapped_rows import mapped_rows
-from promptkd_jax.data.reading.record_stream import RecordStream, read_corpus, read_records
+from promptkd_jax.data.reading.record_stream import Records, RecordStream, read_corpus
 from promptkd_jax.data.reading.records import Record
-from promptkd_jax.data.reading.sources import check_source, source_digest
+from promptkd_jax.data.reading.sources import is_files, source_digest
 from promptkd_jax.data.rows import Rows, RowSink, concatenate_rows, pack, tokenize
 from promptkd_jax.data.templates import shows_date
 from promptkd_jax.infra import distributed
@@ -25,6 +25,8 @@ from promptkd_jax.infra.files import is_remote, to_path
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, text_end
 from promptkd_jax.training.config.fields import RunConfig, StageConfig
+
+_FIRST = 1000  # records of a file that are looked at before models are loaded
 
 
 class RunData(NamedTuple):
@@ -45,14 +47,21 @@ class RunData(NamedTuple):
 
 
 def check_sources(config: RunConfig) -> None:
-    """Raises DataError, before anything is loaded, where data of a run is plainly not there."""
+    """Raises DataError, before anything is loaded, where data of a run are not there, or the first
+    records of their files cannot be used; the hub is not asked."""
     data = config.data
-    sources = [] if data.train == "teacher" else [source for source, _ in data.train_sources]
-    sources += [] if data.dev == "teacher" else [data.dev]
-    if any(stage.corpus_terms for stage in config.stages):
-        sources += [source for source, _ in data.corpus_sources]
-    for source in sources:
-        distributed.run_on_primary(functools.partial(check_source, source))
+    streams = [] if data.train == "teacher" else [*training_records(config, first=_FIRST)]
+    streams += [] if data.dev == "teacher" else [_dev_records(config, first=_FIRST)]
+    corpora = data.corpus_sources if any(stage.corpus_terms for stage in config.stages) else ()
+
+    def check() -> None:
+        for stream in streams:
+            if is_files(stream.source):
+                collections.deque(stream, maxlen=0)
+        for source, _ in corpora:
+            is_files(source)
+
+    distributed.run_on_primary(check)
 
 
 def load_data(config: RunConfig, student: Model, workdir: epath.Path | None = None) -> RunData:
@@ -68,9 +77,7 @@ def load_data(config: RunConfig, student: Model, workdir: epath.Path | None = No
         else:
             train = turns
     if data.dev != "teacher":
-        need = "references" if config.evaluation.references == "gold" else "nothing"
-        how = dict(format=data.format, columns=data.columns)
-        records = read_records(data.dev, split=data.dev_split, need=need, **how)
+        records = Records(_dev_records(config))
         dev = tokenized(config, student, data.dev, records[: data.dev_rows or None])
         dev = dev._replace(left_out=records.left_out | dict(dev.left_out))
     if any(stage.corpus_terms for stage in config.stages):
@@ -78,15 +85,30 @@ def load_data(config: RunConfig, student: Model, workdir: epath.Path | None = No
     return RunData(train, turns, None, dev, corpus)
 
 
-def training_records(config: RunConfig, *, quiet: bool = False) -> Iterator[RecordStream]:
-    """Yields the records of each source of the training data, to be read; `quiet`: without a word
-    about what reading leaves out."""
+def training_records(
+    config: RunConfig, *, quiet: bool = False, first: int = 0
+) -> Iterator[RecordStream]:
+    """Yields the records of each source of the training data, to be read.
+
+    Args:
+      quiet: without a word about what reading leaves out.
+      first: only as many of each, quietly; 0: all that the config wants.
+    """
     data, need = config.data, "nothing"
     if any(stage.needs_responses for stage in config.stages):
         need = "response" if data.supervise == "last" else "some response"
+    limit = min(filter(None, (data.train_rows, first)), default=0)
     for source, _ in data.train_sources:
         how = dict(split=data.train_split, format=data.format, columns=data.columns)
-        yield RecordStream(source, need=need, limit=data.train_rows, quiet=quiet, **how)
+        quiet = quiet or bool(first)
+        yield RecordStream(source, need=need, limit=limit, quiet=quiet, **how)
+
+
+def _dev_records(config: RunConfig, *, first: int = 0) -> RecordStream:
+    data = config.data
+    need = "references" if config.evaluation.references == "gold" else "nothing"
+    how = dict(split=data.dev_split, format=data.format, columns=data.columns)
+    return RecordStream(data.dev, need=need, limit=first, quiet=bool(first), **how)
 
 
 def training_rows(

@@ -26,7 +26,7 @@ from promptkd_jax.training import run as training
 from promptkd_jax.training.config.checks import checked
 from promptkd_jax.training.prepare import prepare
 from promptkd_jax.training.recipes import stage_config
-from promptkd_jax.training.run_data import load_data
+from promptkd_jax.training.run_data import check_sources, load_data
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_processes_that_write_at_once_have_the_same_rows(config, folder, tmp_pat
         "from promptkd_jax.data.rows import fingerprint_supervised\n"
         "from promptkd_jax.models.load import load_without_weights\n"
         "from promptkd_jax.training.config.checks import checked\n"
-        "from promptkd_jax.training.run_data import load_data\n"
+        "from promptkd_jax.training.run_data import check_sources, load_data\n"
         "import pathlib\n"
         f"config = tiny.short_config(pathlib.Path({str(folder)!r}))\n"
         f"config.data.token_cache = {str(tmp_path / 'tokens')!r}\n"
@@ -302,13 +302,22 @@ def test_faults_of_records_are_named_by_their_lines(config, folder):
 
 
 @pytest.mark.parametrize("field", ["train", "dev", "corpus"])
-def test_data_that_is_not_there_is_told_before_models_are_loaded(
-    config, tmp_path, monkeypatch, field
-):
+def test_data_that_is_not_there_is_told_before_models_are_loaded(config, tmp_path, field):
     config.data[field] = str(tmp_path / "none.jsonl")
     if field == "corpus":
         config.stages[0].corpus_terms = (("cross_entropy", 1.0),)
-    monkeypatch.setattr("promptkd_jax.training.prepare.load_models", None)
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with pytest.raises(DataError, match="none.jsonl: no such file"):
-        prepare(checked(config), tmp_path / "run", mesh)
+        check_sources(checked(config))
+
+
+@pytest.mark.parametrize("field", ["train", "dev"])
+def test_the_first_records_are_looked_at_before_models_are_loaded(config, folder, field, capsys):
+    """A thousand of them, quietly; the rest as they are read."""
+    good = {"instruction": "say two", "output": "two", "unused": 1}
+    broken = good | {"output": 2}
+    config.data[field] = write_lines(folder / "file.jsonl", *[good] * 1000, broken)
+    check_sources(checked(config))
+    assert capsys.readouterr() == ("", "")
+    write_lines(folder / "file.jsonl", *[good] * 999, broken)
+    with pytest.raises(DataError, match=r"file.jsonl:1000: "):
+        check_sources(checked(config))

@@ -63,10 +63,13 @@ def read_fields(source: str, faults: Faults, *, split: str = "train") -> Iterato
             raise DataError(f"{name}: cannot be read: {error}") from error
 
 
-def check_source(source: str) -> None:
-    """Raises DataError where a source is plainly not there, as `read_fields` would after models
-    were loaded; the hub is not asked."""
-    _find_files(source)
+def is_files(source: str) -> bool:
+    """Whether `source` means files, and not a data set; the hub is not asked.
+
+    Raises:
+      DataError: it is plainly not there.
+    """
+    return _find_files(source) is not None
 
 
 def source_digest(source: str, *, split: str = "train") -> str:
