@@ -39,9 +39,10 @@ DEV_METRICS = {
     "kl": ("held-out KL(teacher ‖ student), nats", ".3f", "lower"),
     "agreement": ("top-1 agreement with the teacher", ".3f", "higher"),
     "rougeL": ("ROUGE-L", ".2f", "higher"),
+    "repetition": ("share of repeated 4-grams", ".3f", "lower"),
 }
 # What summary.json compares before and after training.
-SUMMARY_KEYS = (*DEV_METRICS, "loss", "response_length", "eos_rate", "repetition")
+SUMMARY_KEYS = (*DEV_METRICS, "loss", "response_length", "eos_rate")
 # That the report looks for near-duplicates of dev in; `promptkd data` looks at all.
 COMPARED_PROMPTS = 100_000
 PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")
