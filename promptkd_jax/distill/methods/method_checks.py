@@ -110,6 +110,7 @@ def _about_rows(method: Objective, names: list[str]) -> list[str]:
 
 
 def _about_soft_prompt(method: Objective, execution: Execution) -> list[str]:
+    # Each rule has a default with which the prompt's update is the published one.
     messages = []
     rules = dict(prompt_updates=1, prompt_warmup_steps=0, prompt_fallback=False)
     for name, default in rules.items():
@@ -149,6 +150,7 @@ def _about_soft_prompt(method: Objective, execution: Execution) -> list[str]:
 
 
 def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
+    # All of these say how rows are written in a step, and here none are.
     messages = []
     if execution.max_concurrent_rollouts:
         messages.append(
@@ -177,6 +179,7 @@ def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
 
 
 def _about_prompt_lag(method: Objective, names: list[str]) -> list[str]:
+    # What the lag saves is the teacher's forward behind the prompt's update, once a step.
     messages = []
     if method.teacher_view != "prompted":
         messages.append(
@@ -197,6 +200,8 @@ def _about_prompt_lag(method: Objective, names: list[str]) -> list[str]:
 
 
 def _about_packing(method: Objective) -> list[str]:
+    # A packed row is several rows of the data: what is drawn, weighed or compared by the row has
+    # no such unit there.
     messages = []
     if method.source.on_policy:
         messages.append(
@@ -221,6 +226,7 @@ def _about_packing(method: Objective) -> list[str]:
 def _about_policy_gradient(
     method: Objective, execution: Execution, sampling: Sampling
 ) -> list[str]:
+    # Its mean is the gradient only over rows drawn from the very distribution that it weighs.
     messages = []
     if method.targets != "student":
         messages.append(
@@ -255,6 +261,8 @@ def _about_policy_gradient(
 
 
 def _about_cache(method: Objective, names: list[str]) -> list[str]:
+    # Of a cached teacher there are k log-probabilities a token, of rows that were there before, and
+    # the mass of all others as one number.
     messages = []
     if method.source.on_policy:
         messages.append(

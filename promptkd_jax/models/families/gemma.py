@@ -32,6 +32,7 @@ def _read_gemma2(c: Mapping[str, Any], source: str) -> DecoderConfig:
         "sliding_attention": LayerKind(rope, c.get("sliding_window", 4096)),
         "full_attention": LayerKind(rope),
     }
+    # Defaults are those of transformers: its files leave out what is as there.
     caps = {
         "attention_soft_cap": _number(c.get("attn_logit_softcapping", 50.0)),
         "logit_soft_cap": _number(c.get("final_logit_softcapping", 30.0)),
@@ -40,6 +41,7 @@ def _read_gemma2(c: Mapping[str, Any], source: str) -> DecoderConfig:
 
 
 def _read_gemma3(c: Mapping[str, Any], source: str) -> DecoderConfig:
+    # Layers with a window have rotary positions of their own, by another base.
     theta = {"full_attention": c.get("rope_theta", 1e6)}
     theta["sliding_attention"] = c.get("rope_local_base_freq", 10000.0)
     kinds = {
@@ -67,6 +69,8 @@ def _decoder(
     """A decoder of which every `period`-th layer has no window, where the config lists no types."""
     if c.get("use_bidirectional_attention"):  # of Gemma 2 it is null
         base.require(c, source, use_bidirectional_attention=False)
+    # From Llama it differs in its numbers: embeddings times sqrt(D), scores by an exponent of their
+    # own, norms of both sides that multiply by 1 + scale.
     types = _every(period, c["num_hidden_layers"]) if period else []
     return read_llama(
         c | {"hidden_act": c.get("hidden_activation") or "gelu_pytorch_tanh"},
@@ -94,6 +98,7 @@ def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
     """
     fields = base.layer_types(config)
     types = fields["layer_types"]
+    # The first layer without a window says the period, if all others follow it.
     period = types.index("full_attention") + 1 if "full_attention" in types else None
     period = period if period and types == _every(period, len(types)) else None
     return fields | dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), period)

@@ -17,6 +17,7 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
         enable_bias=True,
         layer_norm_elementwise_affine=True,
     )
+    # OPT-350M alone has an embedding narrower than its layers, and its norms behind each residual.
     narrow = c.get("word_embed_proj_dim", c["hidden_size"])
     return learned_positions_decoder(
         c["hidden_size"],
@@ -41,6 +42,7 @@ def _read(c: Mapping[str, Any], source: str) -> DecoderConfig:
 def _tensors(config: DecoderConfig) -> tuple[base.Tensor, ...]:
     layer, attention, mlp = "layers.{}", "layers/attention", "layers/mlp"
     stem, last, projections = f"{layer}.self_attn", (), ()
+    # Where each sum is normed, the last layer's is the final norm.
     if config.norm_placement != "sum":
         last = base.norm_rows("final_layer_norm", "final_norm", bias=True)
     if config.projected_width:

@@ -97,6 +97,8 @@ def _gguf_fields(settings: Settings) -> dict[str, Any]:
     fields["original_max_position_embeddings"] = original
     factors = {field: settings.factors(name) for field, name in _FACTORS.items()}
     attention_factor = settings(_ATTENTION_FACTOR, 1.0)
+    # Of long contexts: a factor for each rotary frequency, and one for all scores, which the file
+    # has to say only where it is not what the lengths give.
     if all(array is not None for array in factors.values()):
         shortest = {field: [float(str(x)) for x in array] for field, array in factors.items()}
         fields["rope_scaling"] = {"rope_type": "longrope", **shortest}

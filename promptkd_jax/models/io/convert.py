@@ -98,6 +98,7 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
         raise ModelError(f"{path}: is no adapter (no {ADAPTER}), which --base is for")
     else:
         source = _model(path, folder, dtype)
+    # One shard after the other is made and written, so that the host never holds the whole.
     output.mkdir(parents=True, exist_ok=True)
     where, total = {}, 0
     for file, tensors in source.shards:
@@ -109,6 +110,7 @@ def convert(path: str, output: pathlib.Path, *, base: str = "", dtype: str = "")
     if len(set(where.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         files.write_json(files.to_path(output / f"{SINGLE}.index.json"), index)
+    # An adapter's tokenizer takes the place of its base's: training may have added tokens to it.
     for folder in source.folders:
         _copy_small_files(folder, output, overwrite=folder is not source.folders[0])
     if dtype := dtype or source.dtype:
@@ -145,9 +147,12 @@ def _model(path: str, folder: pathlib.Path, dtype: str) -> _Source:
     quantisation = read_quantisation(config)
     if quantisation and not quantisation.is_read:
         raise ModelError(f"{where}: {quantisation.fault(path)}")
+    # Refused here, if no family reads it: before weights are downloaded, and not after.
     from_hugging_face({key: config[key] for key in config if key not in CONFIG_KEYS}, where)
     if not local_path(path).is_dir():
         folder = download(path, [*SMALL_FILES, SINGLE, *listed_files(folder)])
+    # Kernels in blocks with scales (FP8, MXFP4) become plain ones, tensor by tensor; else there are
+    # files of torch, each of which becomes one of safetensors.
     if quantisation or all((folder / name).exists() for name in listed_files(folder)):
         source, dtype = SafetensorsFolder(folder, path, scaled=True), dtype or "bfloat16"
         tensors = plain_tensors(source, quantisation.block if quantisation else (), dtype)
@@ -228,6 +233,7 @@ def _to_numpy(tensor: Any, file: pathlib.Path) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().contiguous()
+    # NumPy has no bfloat16: the same bytes go over as int16, and are given their dtype there.
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():

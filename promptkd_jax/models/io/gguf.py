@@ -119,6 +119,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if EMBEDDING not in tensors:
         raise GGUFError(f"{path}: tensor {EMBEDDING} is missing")
+    # Settings in the form of tensors: by how much frequencies of rotary positions are scaled.
     factors = [name for name in tensors if name.startswith("rope_")]
     factors = {name: np.asarray(tensors.pop(name).data) for name in factors}
     settings = Settings(path, family.gguf.architecture, metadata, factors)
@@ -202,6 +203,7 @@ def _parse(path: str) -> tuple[GGUFReader, dict[str, Any]]:
 
 def _family(path: str, metadata: dict[str, Any]) -> Family:
     """The family whose file it is; refuses what is not one whole file of a plain one."""
+    # An adapter names the same architecture as the model that it changes.
     if (kind := metadata.get("general.type", "model")) != "model":
         raise GGUFError(
             f"{path}: general.type is {kind!r}, not 'model'; an adapter is merged into its base "
@@ -228,6 +230,7 @@ def _special_ids(path: str, metadata: dict[str, Any], size: int) -> dict:
                 f"{path}: tokenizer.ggml.{name}_token_id = {found}, but there are only {size} "
                 "tokens"
             )
+    # A text ends by eos, a turn by eot or eom (of a message, before a tool answers).
     ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
     ends = list(dict.fromkeys(ends))
     return {
@@ -242,6 +245,7 @@ def _by_hugging_face_name(
 ) -> dict[str, ReaderTensor]:
     renamed, unknown = {}, []
     for name, tensor in tensors.items():
+        # blk.7.attn_q.weight -> blk.{}.attn_q.weight -> model.layers.7.self_attn.q_proj.weight
         layer = re.match(r"blk\.(\d+)\.", name)
         pattern = name.replace(layer[0], "blk.{}.", 1) if layer else name
         if theirs := family.gguf.names.get(pattern):

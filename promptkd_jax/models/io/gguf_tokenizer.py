@@ -103,6 +103,7 @@ def tokenizer_from_gguf(model: GGUFModel) -> PreTrainedTokenizerFast:
             for x in whole
         ]
         (backend.add_special_tokens if special else backend.add_tokens)(whole)
+    # Roles of single tokens, and whether a text is put between the first two.
     special = {name: _special(model, tokens, name) for name in ("bos", "eos", "unknown", "padding")}
     # A byte-level BPE without a known pre-tokenizer was refused.
     add_bos = kind == "llama" or PRE_TOKENIZERS[_value(model, "pre")].add_bos

@@ -222,6 +222,7 @@ def lora_modules(config: DecoderConfig, targets: Sequence[str], where: str) -> t
     """
     names, chosen = adaptable(config), set()
     for target in targets:
+        # As PEFT matches: the whole name, or its end from a dot on.
         pattern = ".*" if target == ALL else target
         try:
             matches = [x for x in names if re.fullmatch(rf"(.*\.)?({pattern})", x.format(0))]
@@ -353,6 +354,7 @@ def load_lora(folder: str | os.PathLike, config: DecoderConfig) -> tuple[LoRA, A
         ranks = ", ".join(f"rank {rank} times {scale:.4g}" for rank, scale in sorted(different))
         raise ModelError(f"{where}its modules differ ({ranks}); {_MERGE}")
     rank, scale = different.pop()
+    # The inverse of s = alpha / r, or of s = alpha / sqrt(r).
     rslora = bool(stored.config.get("use_rslora"))
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     if math.isclose(alpha, said := float(stored.config["lora_alpha"]), rel_tol=1e-6):
@@ -405,6 +407,7 @@ def _stored_pair(flat: Any, module: str, row: Tensor, config: DecoderConfig) -> 
 
 
 def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    # [B1  0; 0  B2]: the rows of a map see the columns of its own A alone.
     rows, columns = (sum(x.shape[axis] for x in blocks) for axis in (0, 1))
     whole, row, column = np.zeros((rows, columns), np.float32), 0, 0
     for block in blocks:
@@ -418,6 +421,7 @@ def _parts_of(stored: StoredLoRA, name: str, parts: list, config: DecoderConfig)
     a, b = (np.float32(stored.pairs[name][side]) for side in "AB")
     if not (all_finite(a) and all_finite(b)):
         raise ModelError(f"{stored.folder}: {name} is not finite: it has a NaN or an infinity")
+    # Maps that are stored as one share their inputs; their outputs stand below one another.
     letters = sizes(config)
     inputs, *_ = (math.prod(letters[x] for x in row.ours[: MODULES[m]]) for m, row in parts)
     outputs = [math.prod(letters[x] for x in row.ours[MODULES[m] :]) for m, row in parts]
