@@ -3,13 +3,16 @@
 `configs/llama32.py:student=1b,gpu=24gb` is PromptKD, its prompt behind gates; `method=NAME` as in
 `configs/gpt2.py`. The teacher is the Instruct model as it is, its kernels in 8 bits; the student
 starts as the base model of the same family. With `gpu=24gb` all of the student is trained, in
-bfloat16 with stochastic rounding and moments in 8 bits; with `gpu=16gb` an adapter. The
-hyper-parameters are not tuned. What it needs of yours: `promptkd plan --device`.
+bfloat16 with stochastic rounding and moments in 8 bits; with `gpu=16gb` an adapter. Such GPUs hold
+`student=1b` by all methods but `minillm`, whose 256 rows are written at once, and `teacher`; what
+others need, and what would make them fit, says `promptkd plan --device`. The hyper-parameters are
+not tuned.
 """
 
 from ml_collections import ConfigDict
 
 from promptkd_jax.training.recipes import (
+    DOLLY_ROWS,
     PaperSize,
     behind_gates,
     paper_choices,
@@ -41,8 +44,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation.batch_size = 8
     (stage,) = config.stages
     stage.dropout = False  # Llama has none
-    if stage.minibatches == 1:  # MiniLLM takes 8 of 256 rollouts at a time
+    if stage.minibatches == 1:  # MiniLLM has updates of 8 of 256 rollouts
         stage.batch_size = 8
+        config.evaluation.every = DOLLY_ROWS // stage.batch_size
     if gpu == "24gb":
         stage.optimizer = "adamw_8bit"
     else:

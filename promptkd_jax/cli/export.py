@@ -83,6 +83,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             config = with_date(read_run([f"--config={file}"]), workdir)
     if options.adapter and not config.student.lora.is_used:
         raise ConfigError(f"--adapter: the student of {workdir} has none (config.student.lora)")
+    if options.adapter and not config.student.path:
+        raise ConfigError(
+            f"--adapter: the base of the student of {workdir} is layers of its teacher, which no "
+            "folder has that an adapter could name; without --adapter the two are merged"
+        )
     with flags.naming("--output", output):
         if output.is_file() and not to_gguf:
             raise ConfigError(f"--output {output}: is a file; expected a folder, or FILE.gguf")

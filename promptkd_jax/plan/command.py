@@ -31,7 +31,7 @@ def plan_run(config: RunConfig, options: argparse.Namespace) -> Plan:
     """Whichever plan the options ask for: of one mesh, of the best ones, of several slices."""
     if options.devices is not None:
         raise ConfigError("--devices: of unknown devices only a command can be checked, after --")
-    if options.device:
+    if options.device is not None:
         return _plan_gpus(config, options)
     named = chips.parse_topologies(options.topology or ",".join(chips.CHIPS), options.slices)
     if options.mesh and (options.search or len(named) > 1):
@@ -98,9 +98,9 @@ def _search(run: AbstractRun, slices: SliceTopology, options: argparse.Namespace
 
 def _compiler(options: argparse.Namespace) -> tuple[bool, str | None]:
     """Whether to compile; where that is asked for and cannot be, why."""
-    if options.no_compile or (options.device and options.device != gpus.HERE):
+    if options.no_compile or options.device not in (None, gpus.HERE):
         return False, None
-    if options.device:
+    if options.device is not None:
         return True, None
     return ahead.has_compiler(), None if ahead.has_compiler() else ahead.MISSING
 

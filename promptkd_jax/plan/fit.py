@@ -19,7 +19,8 @@ from promptkd_jax.plan.remat import (
     with_chosen_remat,
 )
 from promptkd_jax.training.config.checks import contradictions_of
-from promptkd_jax.training.config.fields import RunConfig
+from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT, RunConfig
+from promptkd_jax.training.run_models import KEPT
 
 MEMORY_FRACTION = 0.95  # of a GPU for JAX, where nothing else needs it
 
@@ -50,16 +51,29 @@ class Fit(NamedTuple):
         return "; ".join(change.words for change in self.changes)
 
     @property
+    def settings(self) -> Settings:
+        """Those of all changes."""
+        return {path: x for change in self.changes for path, x in change.settings.items()}
+
+    @property
     def flags(self) -> str:
         """The settings as flags of a command."""
-        settings = {path: x for change in self.changes for path, x in change.settings.items()}
-        return " ".join(shlex.quote(f"--config.{path}={x}") for path, x in settings.items())
+        return " ".join(shlex.quote(f"--config.{path}={x}") for path, x in self.settings.items())
 
 
 def changes(config: RunConfig) -> Iterator[Change]:
     """Yields what may be changed, the least first: what alters no number, then what rounds, then
     what waits for the host's memory at every step, then what is another method of training."""
     models = {"teacher": config.teacher, "student": config.student}
+    trained = any(stage.teacher_view == "online" for stage in config.stages)
+    adapted, both = config.student.lora.is_used, ["teacher"]
+    if adapted and config.student.path == config.teacher.path:
+        # One set of weights serves both, while both are kept alike.
+        both = list(models)
+        how = {x: getattr(config.teacher, x) for x in KEPT}
+        alike = {f"student.{x}": to for x, to in how.items() if getattr(config.student, x) != to}
+        if alike:
+            yield Change("one model for teacher and student", alike)
     kept = [name for name, model in models.items() if model.remat not in ("full", "auto")]
     if kept:
         yield Change("remat", {f"{name}.remat": "full" for name in kept})
@@ -86,23 +100,28 @@ def changes(config: RunConfig) -> Iterator[Change]:
             yield Change(f"the {name} in bfloat16", new)
     if config.student.kv_cache_dtype == "auto":
         yield Change("keys and values of rollouts in int8", {"student.kv_cache_dtype": "int8"})
-    trained = any(stage.teacher_view == "online" for stage in config.stages)
+    of_both = " and the student's" if len(both) > 1 else ""
+    frozen = Change("the student's frozen kernels in int8", {"student.quantize": "int8"})
     if config.teacher.quantize == "none" and not trained:
-        yield Change("the teacher's kernels in int8", {"teacher.quantize": "int8"})
+        settings = {f"{name}.quantize": "int8" for name in both}
+        yield Change(f"the teacher's{of_both} kernels in int8", settings)
+    if adapted and config.student.quantize == "none":
+        yield frozen
     optimizers = [f"stages[{i}].optimizer" for i in range(len(config.stages))]
     if config.stages[0].optimizer == "adamw":  # one for all
         yield Change("AdamW's moments in 8 bits", dict.fromkeys(optimizers, "adamw_8bit"))
     if not (config.teacher.offload or trained):
-        yield Change("the teacher's layers in the host's memory", {"teacher.offload": True})
+        settings = {f"{name}.offload": True for name in both}
+        yield Change(f"the teacher's{of_both} layers in the host's memory", settings)
     if not config.offload_optimizer_state:
         yield Change("the moments in the host's memory", {"offload_optimizer_state": True})
-    if not config.student.lora.is_used:
+    if not adapted:
         settings = {"student.lora.rank": 16, "student.lora.alpha": 32.0}
         yield Change("a LoRA student, which wants a larger learning rate", settings)
-    if config.student.quantize == "none":
-        yield Change("the student's frozen kernels in int8", {"student.quantize": "int8"})
+        yield frozen
     if config.teacher.quantize != "int4" and not trained:
-        yield Change("the teacher's kernels in int4", {"teacher.quantize": "int4"})
+        settings = {f"{name}.quantize": "int4" for name in both}
+        yield Change(f"the teacher's{of_both} kernels in int4", settings)
     if not config.student.offload:
         words = "the student's frozen layers in the host's memory"
         yield Change(words, {"student.offload": True})
@@ -220,7 +239,9 @@ def remedy(
     usable = share * min(needed, limit if alone else most)
     last = within(usable)
     fits = last.needed <= usable
-    said = f"{last.needed / 1e9:.1f} GB would do with {last.all_words}, by {last.flags}"
+    # A workdir is of one config, but for these fields.
+    elsewhere = "" if last.settings.keys() <= {*NOT_IN_FINGERPRINT} else " and another --workdir"
+    said = f"{last.needed / 1e9:.1f} GB would do with {last.all_words}, by {last.flags}{elsewhere}"
     if alone:
         return f"{larger}; otherwise {said}" if fits else larger
     if fits:

@@ -60,6 +60,7 @@ GPUS = {
         _gpu("v100", 32 * 1024, 900, 15.7, 150, 7.0),
         _gpu("rtx2080ti", 11 * 1024, 616, 13.4, 16, 7.5),
         _gpu("rtx3060", 12 * 1024, 360, 25.6, 16),
+        _gpu("rtx3080", 10 * 1024, 760, 59.5),
         _gpu("rtx3090", 24576, 936, 71),
         _gpu("rtx4060ti-16gb", 16 * 1024, 288, 44, 16),
         _gpu("rtx4080", 16 * 1024, 717, 97.5),
@@ -91,15 +92,15 @@ def devices_here() -> SliceTopology:
 
 
 def parse_device(text: str) -> SliceTopology:
-    """Reads "rtx4090", "h100:8" or "24GB", whatever the case of its letters.
+    """Reads "rtx4090", also as "RTX 4090" or "4090", "h100:8" or "24GB".
 
     Raises:
       ConfigError: no such GPU, or no number of them; says which there are.
     """
-    name, _, count = text.lower().partition(":")
+    name, _, count = text.lower().replace(" ", "").partition(":")
     number = int(count) if re.fullmatch(r"[1-9]\d?", count) and int(count) <= MOST else 0
-    gpu = GPUS.get(name)
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*gi?b", name):
+    gpu = GPUS.get(name) or GPUS.get(f"rtx{name}")
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)gi?b", name):
         gpu = _gpu(f"a GPU of {found[1]} GB", 1024 * float(found[1]), None, None)
         gpu = gpu if gpu.hbm_gib else None
     if gpu and ":" in text and not number:

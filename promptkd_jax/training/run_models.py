@@ -41,6 +41,9 @@ from promptkd_jax.training.config.fields import ModelConfig, RunConfig
 _ADAPTER = 2**31  # folded into the seed's key
 
 
+KEPT = ("param_dtype", "quantize", "offload")  # fields of a model that say how arrays are kept
+
+
 def load_models(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Model | None, Model]:
     """(teacher, student) on the mesh, both ended by the tokens that end either, and a turn of the
     student's chat template; no teacher where nothing looks at one.
@@ -213,9 +216,7 @@ def shares_teacher(config: RunConfig) -> bool:
 
 
 def _kept_alike(config: RunConfig) -> bool:
-    models = config.teacher, config.student
-    teacher, student = ((x.param_dtype, x.quantize, x.offload) for x in models)
-    return teacher == student
+    return all(getattr(config.teacher, x) == getattr(config.student, x) for x in KEPT)
 
 
 def lora_of(config: RunConfig, student: Model) -> LoRA:

@@ -49,6 +49,8 @@ def test_a_gpu_is_named_or_known_by_its_memory():
     # A card has what its driver reports, which may be less than its name says.
     has = [gpus.parse_device(name).chip.hbm_gib for name in ("l4", "a10", "l40s", "t4", "h100")]
     np.testing.assert_allclose(has, (22.49, 22.49, 44.99, 15.0, 79.65), atol=0.005)
+    for spelled in ("RTX 4090", "4090", "rtx4090:1"):
+        assert gpus.parse_device(spelled).chip == one.chip
     for wrong in ("rtx9090", "0GB", "24", "GB", ""):
         with pytest.raises(ConfigError, match="--device: .* names no GPU; expected its memory"):
             gpus.parse_device(wrong)
@@ -168,6 +170,27 @@ def test_changes_are_tried_one_after_the_other_until_the_run_fits():
         settings[path] = int(value) if value.isdecimal() else value
     assert roofline.needed_bytes(fit.changed(config, settings), mesh, "gpu") == needed[-1]
     assert fit.tried(config, mesh, GPU, 1.0)[-1].needed > 1.0
+
+
+def test_one_model_for_both_is_changed_as_one():
+    """Kept alike, teacher and student are the same arrays."""
+    config = config_of("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B")
+    config.student.lora.rank = 4
+    config.teacher.param_dtype = config.student.param_dtype = "bfloat16"
+    whole = checked(config)
+    fits = fit.tried(whole, mesh := abstract_mesh(ONE), GPU, 14e9)
+    assert fits[-1].needed <= 14e9
+    assert fits[-1].settings["teacher.quantize"] == fits[-1].settings["student.quantize"] == "int8"
+    apart = fit.changed(whole, {"teacher.quantize": "int8"})
+    first = fit.tried(apart, mesh, GPU, 20e9)[1]
+    assert first.settings == {"student.quantize": "int8"}
+    assert first.needed < fits[0].needed < roofline.needed_bytes(apart, mesh, *GPU)
+
+
+def test_an_adapters_base_is_rounded_before_anything_waits_for_the_hosts_memory():
+    config = fit.changed(checked(LLAMAS), {"student.lora.rank": 4})
+    made = [[*change.settings] for change in fit.changes(config)]
+    assert made.index(["student.quantize"]) < made.index(["teacher.offload"])
 
 
 @pytest.mark.parametrize(("rows", "devices"), [(10, 1), (8, 8), (6, 2)])
@@ -314,6 +337,7 @@ def test_a_larger_part_of_a_gpu_is_advised_before_another_run(said, fraction, fl
     else:
         assert "FRACTION" not in said
     assert re.findall(r"--config.\w+.(\w+)", said) == flags
+    assert ("another --workdir" in said) == ("quantize" in flags)  # of another config
     assert ("larger learning rate" in said) == ("lora" in flags)
 
 

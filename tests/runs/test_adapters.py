@@ -213,6 +213,8 @@ def test_layers_of_the_teacher_with_an_adapter(config, tmp_path):
     training.run(checked(config), tmp_path)
     assert not (tmp_path / "adapter").exists()
     assert load_model(str(tmp_path)).decoder.config.num_layers == 2
+    with pytest.raises(SystemExit, match="--adapter: the base of the student of .* is layers of"):
+        main(["export", f"--workdir={tmp_path}", f"--output={tmp_path / 'alone'}", "--adapter"])
     main(["export", f"--workdir={tmp_path}", f"--output={tmp_path / 'again'}"])
     file = "student/model.safetensors"
     assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
@@ -225,4 +227,15 @@ def test_targets_and_dropout_that_cannot_be_are_refused(config, tmp_path):
         prepare(checked(config), tmp_path, mesh)
     config.student.lora.dropout = 0.1
     with pytest.raises(ConfigError, match=r"lora.dropout: 0.1, but no stage has dropout"):
+        checked(config)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("alpha", 32.0), ("use_rslora", True), ("target_modules", ("q_proj",))]
+)
+def test_fields_of_an_adapter_that_is_not_there_are_refused(config, field, value):
+    """A rank that was forgotten would train the whole student."""
+    config.student.lora.update(LORA | {field: value})
+    said = f"lora.{field}: is for an adapter, and there is none; expected .*rank above 0"
+    with pytest.raises(ConfigError, match=said):
         checked(config)

@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, and damage, a full disk or a kill cost one of them at most."""
 
+import hashlib
+import json
 import os
 import shutil
 import socket
@@ -270,6 +272,20 @@ def test_a_run_that_did_not_continue_may_not_mix_with_an_older_one(harmed):
                 checkpoints.save(step, make_state(step), {})
 
 
+def test_a_checkpoint_with_checksums_of_before_is_whole(harmed):
+    """SHA-256, of which the digits are twice as many."""
+    file = harmed / "30/checksums.json"
+    names = json.loads(file.read_text())
+    sha = {x: hashlib.sha256((harmed / "30" / x).read_bytes()).hexdigest() for x in names}
+    file.write_text(json.dumps(sha))
+    with Checkpoints(harmed, keep=10, every=10, best_metric="score") as checkpoints:
+        assert checkpoints.restore_latest(abstract(make_state(20)))[0] == 30
+    file.write_text(json.dumps(sha | {"meta/metadata": "0" * 64}))
+    with Checkpoints(harmed, keep=10, every=10, best_metric="score") as checkpoints:
+        assert checkpoints.restore_latest(abstract(make_state(20)))[0] == 20
+        assert "meta/metadata is not as it was written" in checkpoints.damage[0]
+
+
 # Damage.
 
 FILES = (
@@ -413,9 +429,9 @@ TWO_PROCESSES = """
     me = int(sys.argv[3])
     jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, me)
     names, checksums = [], checkpoint_files.checksums
-    def listed(folder, files):
+    def listed(folder, files, **how):
         names.extend(files)
-        return checksums(folder, files)
+        return checksums(folder, files, **how)
     checkpoint_files.checksums = listed
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     place, values = NamedSharding(mesh, P("fsdp")), np.random.default_rng(0).normal(size=20_000)

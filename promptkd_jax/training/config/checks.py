@@ -97,6 +97,11 @@ def _student_contradictions(config: RunConfig):
             f"config.student.lora.{given[0]}: is for a new adapter, and that of "
             f"config.student.lora.path has its own; expected {getattr(plain, given[0])!r}"
         )
+    if given and not lora.is_used:
+        yield (
+            f"config.student.lora.{given[0]}: is for an adapter, and there is none; expected "
+            f"{getattr(plain, given[0])!r}, or config.student.lora.rank above 0"
+        )
     if lora.dropout and not any(stage.dropout for stage in config.stages):
         yield (
             f"config.student.lora.dropout: {lora.dropout:g}, but no stage has dropout; expected 0, "

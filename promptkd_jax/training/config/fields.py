@@ -391,8 +391,8 @@ class RunConfig:
 # Fields that do not change the student that comes out, so that they may change between resumes.
 NOT_IN_FINGERPRINT = (
     *("title", "log_every", "mesh", "evaluation.samples", "evaluation.prompt_effect"),
-    *("teacher.remat", "student.remat", "teacher_responses.path", "cache.path"),
-    *("data.token_cache", "offload_optimizer_state"),
+    *("teacher.remat", "student.remat", "teacher.offload", "student.offload"),
+    *("teacher_responses.path", "cache.path", "data.token_cache", "offload_optimizer_state"),
     *("checkpoint.every", "checkpoint.minutes", "checkpoint.keep"),
 )
 # Names that fields had before.
