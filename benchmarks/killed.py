@@ -137,6 +137,7 @@ def _losses(workdir: pathlib.Path) -> list[float]:
 def same_runs(one: pathlib.Path, other: pathlib.Path) -> None:
     """All parameters and metrics, bit for bit."""
     found = [part for part in PARTS if (one / part).exists()]
+    assert PARTS[0] in found, one
     assert found == [part for part in PARTS if (other / part).exists()], (one, other)
     for part in found:
         assert (one / part).read_bytes() == (other / part).read_bytes(), (other, part)
