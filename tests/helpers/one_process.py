@@ -23,7 +23,7 @@ from promptkd_jax.training.checkpoint import Checkpoints
 write_checksums, save, read = (
     Checkpoints._write_checksums,
     Checkpoints.save,
-    run_data.read_records,
+    run_data.Records,
 )
 
 
@@ -51,7 +51,7 @@ def failing_read(*args, **kwargs):
 
 
 Checkpoints._write_checksums, Checkpoints.save = pause, slow_save
-run_data.read_records = failing_read
+run_data.Records = failing_read
 try:
     main(["train", *sys.argv[1:]])
 finally:

@@ -1069,7 +1069,7 @@ def test_a_shipped_recipe_says_what_there_is():
     with pytest.raises(ConfigError, match=r"'method=pkd' is not one of .*promptkd\|"):
         recipe("gpt2", "base", "pkd")
     with pytest.raises(ConfigError, match=r"student=1b\|3b; method=.*; gpu=24gb\|16gb"):
-        load_config(f"{CONFIGS / 'llama32.py'}:student=2b,gpu=24gb")
+        load_config([f"--config={CONFIGS / 'llama32.py'}:student=2b,gpu=24gb"])
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
