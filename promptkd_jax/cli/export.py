@@ -81,13 +81,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             raise CheckpointError(f"{file}: no such file; {workdir} is not the folder of a run")
         with of_another_machine():  # the run's models and data may be gone, or out of reach
             config = with_date(read_run([f"--config={file}"]), workdir)
-    if options.adapter and not config.student.lora.is_used:
-        raise ConfigError(f"--adapter: the student of {workdir} has none (config.student.lora)")
-    if options.adapter and not config.student.path:
-        raise ConfigError(
-            f"--adapter: the base of the student of {workdir} is layers of its teacher, which no "
-            "folder has that an adapter could name; without --adapter the two are merged"
-        )
+    if options.adapter:
+        _check_adapter(config, workdir)
     with flags.naming("--output", output):
         if output.is_file() and not to_gguf:
             raise ConfigError(f"--output {output}: is a file; expected a folder, or FILE.gguf")
@@ -124,6 +119,17 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"step {step} of {workdir}{begun}: {said}")
 
 
+def _check_adapter(config: RunConfig, workdir: epath.Path) -> None:
+    """Raises ConfigError where a run's student has no adapter, or one of a base in no folder."""
+    if not config.student.lora.is_used:
+        raise ConfigError(f"--adapter: the student of {workdir} has none (config.student.lora)")
+    if not config.student.path:
+        raise ConfigError(
+            f"--adapter: the base of the student of {workdir} is layers of its teacher, which no "
+            "folder has that an adapter could name; without --adapter the two are merged"
+        )
+
+
 def _whole(config: RunConfig, workdir: epath.Path, adapter: Any, mesh: jax.sharding.Mesh) -> Any:
     """The adapter beside the parameters that it changes, which no checkpoint has."""
     field = "student" if config.student.path else "teacher"
@@ -135,9 +141,8 @@ def _whole(config: RunConfig, workdir: epath.Path, adapter: Any, mesh: jax.shard
         with jax.set_mesh(mesh):
             return join(load_frozen_student(config, mesh).params, adapter)
     except ModelError as error:
-        raise ModelError(
-            f"the model that the adapter changes: {error}; --adapter writes it alone"
-        ) from error
+        alone = "; --adapter writes it alone" if config.student.path else ""
+        raise ModelError(f"the model that the adapter changes: {error}{alone}") from error
 
 
 def _quantization(text: str) -> str:

@@ -83,7 +83,7 @@ def test_a_run_and_its_plan_say_alike_what_int4_does_not_fit(config):
 
 def test_layers_of_a_quantised_teacher_are_read_plain(config):
     config.student.update(path="", layers=2, quantize="none")
-    config.student.lora.rank = 0
+    config.student.lora.update(rank=0, alpha=16.0)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     with jax.set_mesh(mesh):
         teacher, student = load_models(checked(config), mesh)
@@ -92,7 +92,7 @@ def test_layers_of_a_quantised_teacher_are_read_plain(config):
 
 
 def test_what_is_trained_or_weighed_is_not_quantised(config):
-    config.student.lora.rank = 0
+    config.student.lora.update(rank=0, alpha=16.0)
     with pytest.raises(ConfigError, match=r"student.quantize: 'int4': .*lora.rank above 0"):
         checked(config)
     config.student.quantize = "none"
