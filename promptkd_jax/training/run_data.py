@@ -97,10 +97,9 @@ def training_records(
     data, need = config.data, "nothing"
     if any(stage.needs_responses for stage in config.stages):
         need = "response" if data.supervise == "last" else "some response"
-    limit = min(filter(None, (data.train_rows, first)), default=0)
+    limit, quiet = min(filter(None, (data.train_rows, first)), default=0), quiet or bool(first)
     for source, _ in data.train_sources:
         how = dict(split=data.train_split, format=data.format, columns=data.columns)
-        quiet = quiet or bool(first)
         yield RecordStream(source, need=need, limit=limit, quiet=quiet, **how)
 
 
