@@ -16,21 +16,23 @@ from collections.abc import Sequence
 import numpy as np
 from packing import LENGTH, rows_of
 
+from promptkd_jax.models.sampler import rows_of_a_round
+
 LIMIT, DRAWS = LENGTH // 2, 20
 
 
-def turns_and_prefills(lengths: Sequence[int], slots: int) -> tuple[int, int]:
-    """Of the tokens that each row writes: as soon as a quarter of the slots are free, and rows
-    wait, all free ones are taken, which is one prefill of `slots` rows."""
-    waiting, left = list(lengths), np.zeros(slots, int)
-    turns = prefills = 0
+def turns_and_prompts(lengths: Sequence[int], slots: int) -> tuple[int, int]:
+    """Of the tokens that each row writes: the turns, and the prompts that are read, for shapes are
+    static. As soon as a quarter of the slots are free, and rows wait, so many are let in."""
+    waiting, least = list(lengths[slots:]), rows_of_a_round(slots)
+    left, turns, prompts = np.array(lengths[:slots]), 0, slots
     while waiting:
-        free = np.flatnonzero(left == 0)[: len(waiting)]
-        left[free] = [waiting.pop(0) for _ in free]
-        prefills += 1
-        until = np.sort(left)[max(1, slots // 4) - 1] if waiting else left.max()
+        until = np.sort(left)[least - 1]
         turns, left = turns + until, np.maximum(left - until, 0)
-    return int(turns), prefills
+        free = np.flatnonzero(left == 0)[: min(least, len(waiting))]
+        left[free] = [waiting.pop(0) for _ in free]
+        prompts += least
+    return int(turns + left.max()), prompts
 
 
 def main() -> None:
@@ -38,27 +40,27 @@ def main() -> None:
     options = _options()
     lengths = np.minimum(rows_of(options.file, options.tokenizer).num_supervised, LIMIT)
     print(f"{len(lengths):,} rows of {lengths.mean():.0f} tokens, {np.mean(lengths == LIMIT):.0%}")
-    print("of them of the most\n\n| rows | at once | turns | prefills | time |")
+    print("of them of the most\n\n| rows | at once | turns | prompts | time |")
     print("| --- | --- | --- | --- | --- |")
     for rows in options.rows:
         draws = [np.random.default_rng(seed).choice(lengths, rows) for seed in range(DRAWS)]
         whole = _time(options, rows, *_mean(draws, rows))
         for slots in (rows, rows // 2, rows // 4, rows // 8):
-            turns, prefills = _mean(draws, slots)
-            ratio = _time(options, slots, turns, prefills) / whole
-            print(f"| {rows} | {slots} | {turns:.0f} | {prefills:.1f} | {ratio:.2f} |")
+            turns, prompts = _mean(draws, slots)
+            ratio = _time(options, slots, turns, prompts) / whole
+            print(f"| {rows} | {slots} | {turns:.0f} | {prompts:.0f} | {ratio:.2f} |")
         found = [_mean([np.full(rows, LIMIT)], slots) for slots in (rows, rows // 2)]
         whole, half = (_time(options, x, *each) for x, each in zip((rows, rows // 2), found))
-        turns, prefills = found[1]
-        print(f"| {rows} | {rows // 2} | {turns:.0f} | {prefills:.1f} | {half / whole:.2f} |")
+        turns, prompts = found[1]
+        print(f"| {rows} | {rows // 2} | {turns:.0f} | {prompts:.0f} | {half / whole:.2f} |")
 
 
 def _mean(draws: list[np.ndarray], slots: int) -> np.ndarray:
-    return np.mean([turns_and_prefills(draw, slots) for draw in draws], axis=0)
+    return np.mean([turns_and_prompts(draw, slots) for draw in draws], axis=0)
 
 
-def _time(options: argparse.Namespace, slots: int, turns: float, prefills: float) -> float:
-    return turns * (options.fixed + slots) + prefills * slots * options.prompt
+def _time(options: argparse.Namespace, slots: int, turns: float, prompts: float) -> float:
+    return turns * (options.fixed + slots) + prompts * options.prompt
 
 
 def _options() -> argparse.Namespace:

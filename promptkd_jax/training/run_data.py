@@ -59,7 +59,7 @@ def check_sources(config: RunConfig) -> None:
             if is_files(stream.source):
                 collections.deque(stream, maxlen=0)
         for source, _ in corpora:
-            is_files(source)
+            is_files(source)  # which raises where there is none
 
     distributed.run_on_primary(check)
 

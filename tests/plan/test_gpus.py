@@ -21,6 +21,8 @@ from promptkd_jax.plan import ahead, fit, gpus, remat, roofline, tables
 from promptkd_jax.plan.abstract_run import abstract_mesh, abstract_run
 from promptkd_jax.training import run as training
 from promptkd_jax.training.config.checks import check_mesh, checked, contradictions_of, read_run
+from promptkd_jax.training.config.config_file import fingerprint
+from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT
 from promptkd_jax.training.recipes import base_config, method_stage
 
 GPU = "gpu", 9.0
@@ -279,6 +281,8 @@ def test_the_command_prints_what_would_make_it_fit(tmp_path, capsys):
     assert "n/a" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="expected no --topology"):
         main(["plan", f"--config={file}", "--device=24GB", "--topology=v5e:2x2"])
+    with pytest.raises(SystemExit, match="--device: '' names no GPU"):  # a variable that is not set
+        main(["plan", f"--config={file}", "--device="])
 
 
 def test_a_run_that_will_not_fit_is_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
@@ -339,6 +343,17 @@ def test_a_larger_part_of_a_gpu_is_advised_before_another_run(said, fraction, fl
     assert re.findall(r"--config.\w+.(\w+)", said) == flags
     assert ("another --workdir" in said) == ("quantize" in flags)  # of another config
     assert ("larger learning rate" in said) == ("lora" in flags)
+
+
+@pytest.mark.parametrize(("field", "value"), [("offload", True), ("quantize", "int8")])
+def test_what_may_change_between_resumes_wants_no_other_workdir(field, value):
+    config = checked(LLAMAS)
+    change = fit.Change("less", {f"teacher.{field}": value})
+    new = fit.changed(config, change.settings)
+    resumed = fingerprint(config, NOT_IN_FINGERPRINT) == fingerprint(new, NOT_IN_FINGERPRINT)
+    said = fit.remedy(30.0, 22.0, 22.0, lambda usable: fit.Fit((change,), 20.0))
+    assert resumed == (field == "offload")
+    assert ("another --workdir" in said) != resumed
 
 
 def test_the_part_of_a_gpu_is_what_the_environment_says(monkeypatch):

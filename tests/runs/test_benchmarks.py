@@ -523,7 +523,8 @@ def test_runs_that_differ_in_a_bit_are_not_the_same(tmp_path):
 
 
 def test_rows_take_the_places_of_those_that_end():
-    """4 | 1 1 2: two places, and three prefills, of which the second and third are of one row."""
-    assert slots.turns_and_prefills([4, 1, 1, 2], 2) == (4, 3)
-    assert slots.turns_and_prefills([4, 1, 1, 2], 4) == (4, 1)
-    assert slots.turns_and_prefills([4] * 8, 4) == (8, 2)
+    """4 | 1 1 2: two places, and two rows that are let in one after the other."""
+    assert slots.turns_and_prompts([4, 1, 1, 2], 2) == (4, 4)
+    assert slots.turns_and_prompts([4, 1, 1, 2], 4) == (4, 4)
+    assert slots.turns_and_prompts([4] * 12, 8) == (8, 12)  # two rounds of two
+    assert slots.turns_and_prompts([4] * 9, 8) == (8, 10)  # of which one row is none

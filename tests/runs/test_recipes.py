@@ -1063,6 +1063,12 @@ def test_a_shipped_recipe_is_one_that_can_run(family, method):
         assert config.evaluation.sampling.to_dict() == sampled
 
 
+@pytest.mark.parametrize("method", ["promptkd", "kd", "init"])  # of the paper's 64 and 32 rows
+def test_a_recipe_for_a_small_gpu_is_evaluated_once_an_epoch(method):
+    (config, _) = load_config([f"--config={CONFIGS / 'llama32.py'}:student=1b,method={method}"])
+    assert config.stages[0].batch_size == 8 and config.evaluation.every == EPOCH[8]
+
+
 def test_a_shipped_recipe_says_what_there_is():
     with pytest.raises(ConfigError, match=r"student=base\|medium\|large; method=sft\|kd"):
         recipe("gpt2", "small", "kd")
