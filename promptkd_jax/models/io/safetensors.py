@@ -22,6 +22,10 @@ SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
 CARD_KEYS = ("base_model", "license")
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 FLOAT8 |= {"F8_E8M0": ml_dtypes.float8_e8m0fnu}  # powers of two: scales
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES |= {f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)}
+_DTYPES |= {f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)}
+_DTYPES |= {"BOOL": np.bool_, **FLOAT8}
 SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = r"\w[\w./@+-]*"  # a scalar that YAML reads as it stands
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -57,7 +61,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: pathlib.Path, name: str = "", *, scaled: bool = False):
         self.path, name = str(folder), name or str(folder)
-        self._files, self._headers, where = {}, {}, {}
+        self._files, self._mapped, where = {}, {}, {}
         self._where = where
         files = listed_files(folder) if scaled else weight_files(folder, name)
         self.config = read_json(folder / "config.json")
@@ -91,26 +95,31 @@ class SafetensorsFolder:
         return self._files[name].get_slice(name).get_dtype()
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the part at `index`, in its stored dtype (those of `ml_dtypes` too)."""
-        if (kind := self.dtype(name)) in FLOAT8:
-            return self._mapped(name, FLOAT8[kind])[index or ...]
-        if index is None:
-            return self._files[name].get_tensor(name)
-        return self._files[name].get_slice(name)[index]
+        """The tensor, or the part at `index`, in its stored dtype (those of `ml_dtypes` too): read
+        where it lies in its file, of which nothing is copied.
 
-    def _mapped(self, name: str, dtype: type) -> np.ndarray:
-        """The tensor where it lies in its file: NumPy has no name for its dtype, by which
-        safetensors would make an array."""
-        file = pathlib.Path(self.path, self._where[name])
-        if file not in self._headers:
-            # https://huggingface.co/docs/safetensors: the header's size, the header, the tensors.
-            with file.open("rb") as opened:
-                size = int.from_bytes(opened.read(8), "little")
-                self._headers[file] = 8 + size, json.loads(opened.read(size))
-        begin, header = self._headers[file]
+        Raises:
+          ModelError: a dtype that NumPy does not have.
+        """
+        # Not by safetensors, which makes a copy of its own, and has NumPy name a dtype that only
+        # `ml_dtypes` knows.
+        if (kind := self.dtype(name)) not in _DTYPES:
+            raise ModelError(f"{self.path}: tensor {name}: NumPy has no dtype {kind}")
+        begin, header, stored = self._map(self._where[name])
         start, stop = header[name]["data_offsets"]
-        stored = np.memmap(file, np.uint8, "r", offset=begin + start, shape=stop - start)
-        return np.asarray(stored).view(dtype).reshape(self.shape(name))
+        tensor = stored[begin + start : begin + stop].view(_DTYPES[kind])
+        return tensor.reshape(self.shape(name))[index or ...]
+
+    def _map(self, file: str) -> tuple[int, dict[str, Any], np.ndarray]:
+        """Where the tensors of a file begin, its header, and its bytes, mapped into memory."""
+        if file not in self._mapped:
+            path = pathlib.Path(self.path, file)
+            # https://huggingface.co/docs/safetensors: the header's size, the header, the tensors.
+            with path.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(size))
+            self._mapped[file] = 8 + size, header, np.asarray(np.memmap(path, np.uint8, "r"))
+        return self._mapped[file]
 
 
 def weight_files(folder: pathlib.Path, name: str = "") -> list[str]:
