@@ -202,6 +202,12 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*kept))
 
 
+def all_but_constrained(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint` that keeps all but what `constrain` gives: kernels of layers are
+    gathered by it, and kept for the backward pass, those of all layers would be the whole model."""
+    return primitive.name != "sharding_constraint"
+
+
 def mesh_is_external() -> bool:
     """Whether the mesh in context is somebody else's: where its rows lie, nobody here knows."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -234,6 +240,14 @@ def unshard_fsdp(params: Any) -> Any:
         return constrain(x, *axes)
 
     return params if axis_size("fsdp") == 1 else jax.tree_util.tree_map_with_path(gather, params)
+
+
+def unshard_kernel(kernel: jax.Array, path: Sequence[str]) -> jax.Array:
+    """The kernel of a layer's projection at `path`, no longer cut along `fsdp`, for the product
+    that reads it. Left the choice, XLA for TPUs sends parts of the kernel round and adds up parts
+    of the product, which by its own estimate takes up to four times as long as one product."""
+    axes = spec("/".join(("layers", *path[-2:], "kernel")))[1:]
+    return constrain(kernel, *(None if axis == "fsdp" else axis for axis in axes))
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:

@@ -14,6 +14,7 @@ import pytest
 from conftest import devices, environment
 from flax import traverse_util
 from helpers.families import FAMILIES, GPT2
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from promptkd_jax.data.batch import Batch, Responses
@@ -34,7 +35,7 @@ from promptkd_jax.infra.sharding import (
     shardings,
     spec,
 )
-from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.decoder import REMAT, Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
@@ -188,6 +189,59 @@ def test_devices_of_a_node_are_neighbours():
     found = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, chips)
     for along_data in found.devices:
         assert len({chip.process_index for chip in along_data.flat}) == 1
+
+
+def equations(jaxpr):
+    """All of a jaxpr, those inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def traced_update(config):
+    """The equations of a gradient of all parameters on a mesh of 1 x 4 x 2 devices."""
+    chips = [Chip(i, 0, device_kind="cpu") for i in range(8)]
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2}, chips)
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+
+    def loss(params, tokens):
+        return jnp.sum(Decoder(config).hidden_states(params, tokens).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.make_jaxpr(jax.grad(loss))(abstract_params(config), tokens)
+    return list(equations(traced.jaxpr))
+
+
+def layer_kernels(config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the kernels of all projections in layers, by their paths."""
+    found = flat(abstract_params(config))
+    projections = [x for x in found if x.startswith("layers/") and x.endswith("/kernel")]
+    return {x: found[x].shape for x in projections if "/experts/" not in x}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_multiply_with_kernels_that_fsdp_does_not_cut(family):
+    config = from_hugging_face(FAMILIES[family]).replace(tensor_parts=2)
+    said = {
+        (one.invars[0].aval.shape, tuple(one.params["sharding"].spec))
+        for one in traced_update(config)
+        if one.primitive.name == "sharding_constraint"
+    }
+    for path, shape in layer_kernels(config).items():
+        whole = [None if axis == "fsdp" else axis for axis in spec(path)[1:]]
+        whole = [a if a and shape[1 + i] % 2 == 0 else None for i, a in enumerate(whole)]
+        assert any(s == shape[1:] and [*p, *[None] * 9][: len(s)] == whole for s, p in said), path
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_no_gathered_kernel_is_kept_for_the_backward_pass(remat):
+    """Kept, those of all layers would be the whole model on every device."""
+    config = from_hugging_face(FAMILIES["llama"]).replace(tensor_parts=2, remat=remat)
+    forward, *_ = (x for x in traced_update(config) if x.primitive.name == "scan")
+    kept = [x.aval.shape for x in forward.outvars]
+    assert kept  # of every layer, its input at least
+    assert not set(kept) & set(layer_kernels(config).values())
 
 
 def test_fewer_grouped_heads_than_devices_stay_whole():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from promptkd_jax.infra.sharding import unshard_kernel
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.layers.lora import A, B, keep_inputs
 from promptkd_jax.models.layers.quantization import (
@@ -58,11 +59,12 @@ class Projection(nn.Module):
             y = product_of_few_rows(kernel.astype(config.dtype), x, axes)
         elif config.quantization:
             kernel = quantized_kernel(self, config.quantization, shape, inputs=axes)
-            y = _quantized_product(x, *kernel, axes, config.quantization)
+            y = _quantized_product(x, *kernel, axes, config.quantization, self.path)
         else:
             initial = nn.initializers.lecun_normal(range(axes), range(axes, len(shape)))
             kernel = self.param("kernel", initial, shape, config.param_dtype)
-            y = _product(x, kernel.astype(config.dtype), axes)
+            kernel = unshard_kernel(kernel.astype(config.dtype), self.path)
+            y = _product(x, kernel, axes)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, self.features, config.param_dtype)
@@ -114,11 +116,12 @@ def product_of_few_rows(
 # For the gradient of x the kernel is made again from its whole numbers: kept from the forward pass,
 # those of all layers would be the full copy that is to be spared. No iteration of the scan over
 # layers could share it with another.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4, 5))
 def _quantized_product(
-    x: jax.Array, values: jax.Array, scale: jax.Array, axes: int, how: Quantization
+    x: jax.Array, values: jax.Array, scale: jax.Array, axes: int, how: Quantization, path
 ) -> jax.Array:
-    """`_product` with a quantised kernel."""
+    """`_product` with a quantised kernel, that of the projection at `path`."""
+    values = unshard_kernel(values, path)
     if how.group:
         return _product(x, dequantize_kernels(values, scale, how, x.dtype, inputs=axes), axes)
     # In half precision, int8 is exact and its product with a scale is not: of that of x, there are
