@@ -38,9 +38,10 @@ Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
 
 def chunk_elements(platform: str) -> int:
-    """Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32, 128 on a GPU,
-    where reading the head for every block takes as long as multiplying some hundred positions."""
-    return 2**25 if platform == "gpu" else 2**23
+    """Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32 on a CPU, else
+    128: reading the head, and its gradient, for every block takes as long as multiplying some
+    hundred positions."""
+    return 2**23 if platform == "cpu" else 2**25
 
 
 def apply_divergence(function: Divergence, target: Any, logits: jax.Array) -> jax.Array:
