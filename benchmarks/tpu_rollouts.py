@@ -62,6 +62,7 @@ CASES = {
     "Llama-3.2 1B, v5e": Case("meta-llama/Llama-3.2-1B", "v5e:1x1", (1, 1, 1), 64),
     "Llama-3.2 1B, v6e": Case("meta-llama/Llama-3.2-1B", "v6e:1x1", (1, 1, 1), 64),
     "Llama-3.2 1B, v5e, 1 x 2 x 4": Case("meta-llama/Llama-3.2-1B", "v5e:2x4", (1, 2, 4), 64),
+    "Llama-3.2 1B, v5e, 1 x 8 x 1": Case("meta-llama/Llama-3.2-1B", "v5e:2x4", (1, 8, 1), 8),
     "GPT-2 base, v5e, 1 x 8 x 1": Case("openai-community/gpt2", "v5e:2x4", (1, 8, 1), 256),
     "GPT-2 XL, v5e": Case("openai-community/gpt2-xl", "v5e:1x1", (1, 1, 1), 32),
     "GPT-2 XL, v5e, 1 x 2 x 4": Case("openai-community/gpt2-xl", "v5e:2x4", (1, 2, 4), 64),

@@ -12,6 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from flax import struct
 
 from promptkd_jax.infra.sharding import ROWS, constrain, platform
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
-from promptkd_jax.models.layers.projection import product_of_few_rows
+from promptkd_jax.models.layers.projection import in_matrix_units, product_of_few_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -52,9 +53,8 @@ class LazyLogits:
         if platform() == "cpu" and math.prod(self.hidden.shape[:-1]) <= FEW_ROWS:
             logits = product_of_few_rows(head, self.hidden, dtype=jnp.float32)
         else:
-            logits = jnp.einsum(
-                "...d,vd->...v", self.hidden, head, preferred_element_type=jnp.float32
-            )
+            how = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            logits = in_matrix_units(lambda h: how("...d,vd->...v", h, head), self.hidden)
         # Changes nothing, but XLA's CPU compiler does not make one kernel of the product and what
         # reads it, which for some shapes takes three times as long as the two.
         logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)

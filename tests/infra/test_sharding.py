@@ -14,7 +14,7 @@ import pytest
 from conftest import devices, environment
 from flax import traverse_util
 from helpers.families import FAMILIES, GPT2
-from jax.extend.core import jaxprs_in_params
+from helpers.tiny import equations
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from promptkd_jax.data.batch import Batch, Responses
@@ -191,14 +191,6 @@ def test_devices_of_a_node_are_neighbours():
         assert len({chip.process_index for chip in along_data.flat}) == 1
 
 
-def equations(jaxpr):
-    """All of a jaxpr, those inside of others too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def traced_update(config):
     """The equations of a gradient of all parameters on a mesh of 1 x 4 x 2 devices."""
     chips = [Chip(i, 0, device_kind="cpu") for i in range(8)]
@@ -210,7 +202,7 @@ def traced_update(config):
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.make_jaxpr(jax.grad(loss))(abstract_params(config), tokens)
-    return list(equations(traced.jaxpr))
+    return [equation for equation, _ in equations(traced)]
 
 
 def layer_kernels(config) -> dict[str, tuple[int, ...]]:

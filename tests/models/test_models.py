@@ -27,9 +27,11 @@ from helpers.models import (
     random_model,
     reference_logits,
 )
+from helpers.tiny import equations
 from safetensors.numpy import load_file, save_file
 
 from promptkd_jax.infra.errors import ModelError
+from promptkd_jax.models import language_model
 from promptkd_jax.models.config import Dropout, Experts, LayerKind, Rope, RopeScaling
 from promptkd_jax.models.decoder import REMAT, Decoder, head
 from promptkd_jax.models.families.base import HEAD
@@ -37,6 +39,7 @@ from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io import export
 from promptkd_jax.models.io.export import save_model, to_hugging_face
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.layers import projection
 from promptkd_jax.models.layers.projection import product_of_few_rows
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, keep_layers, uniform_layers
@@ -750,3 +753,30 @@ def test_a_cpu_reads_the_kernels_of_a_rollout_as_left_operands():
     products = re.findall(r" = f32\[(\d+),2\]\S* dot\(", text)  # [outputs, rows]
     assert len(products) == len(kernels) * config.num_layers + 1
     assert str(config.vocab_size) in products
+
+
+@pytest.mark.parametrize(("rows", "multiplied"), [(1, 8), (2, 2)])
+def test_a_tpu_multiplies_a_single_row_in_its_matrix_units(rows, multiplied, monkeypatch):
+    """XLA for TPUs has them compute a product of two rows, and not one of a single row."""
+    model = random_model("llama")
+    prompts, lengths = jnp.ones((rows, 3), jnp.int32), jnp.full(rows, 3)
+    _, cache = model.decoder.prefill(model.params, prompts, lengths, None, 3, 2)
+
+    def logits(params):
+        hidden, _ = model.decoder.decode(params, prompts[:, 0], None, lengths, cache)
+        return LazyLogits(hidden, model.decoder.output_head(params)).logits()
+
+    expected = logits(model.params)
+    for module in (projection, language_model):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    jax.clear_caches()  # a layer of decoding was traced for a CPU
+    traced = jax.jit(logits).trace(model.params)
+    kernels = [x for x in jax.tree.leaves(model.params["layers"]) if x.ndim > 2]
+    products = [
+        one.invars[0].aval.shape
+        for one, _ in equations(traced.jaxpr)
+        if one.primitive.name == "dot_general" and not one.params["dimension_numbers"][1][0]
+    ]
+    assert len(products) >= len(kernels) + 1
+    assert all(multiplied in shape[:3] for shape in products), products
+    np.testing.assert_allclose(traced.lower().compile()(model.params), expected, atol=1e-5)
