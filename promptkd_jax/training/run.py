@@ -191,7 +191,12 @@ def finish(
     params = state.params | {"student": experiment.trained_student(state.student).params}
     paths |= save(config, models, params, workdir, rows)
     summary = _summary(trained, before, after)
-    facts = {
+    stages = {
+        f"Stage {number}": f"{build.describe(chosen)}; {stage.steps} steps of "
+        f"{chosen.batch_size} rows"
+        for number, (chosen, stage) in enumerate(zip(config.stages, experiment.stages), start=1)
+    }
+    facts = stages | {
         "Device": summary["device"],
         "Processes": str(jax.process_count()),
         "Versions": summary["versions"],

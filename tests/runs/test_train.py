@@ -125,6 +125,7 @@ def test_a_run_leaves_what_it_promises(finished, models):
     assert page.startswith("<!doctype html>")
     assert "train, row 0 (from 0)" in page and "train, by the teacher: response" in page
     assert "dev: 5 of 5 prompts are in the training data" in page
+    assert "prompted teacher; 4 steps of 4 rows" in page and "Stage 2" in page
     card = (finished / "student" / "README.md").read_text()
     assert "# tiny\n" in card and "reverse_kl" in card and "- Training data: train\n" in card
     assert "- Teacher: models/teacher\n" in card and "- Started from: models/student\n" in card
