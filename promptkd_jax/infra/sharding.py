@@ -266,6 +266,12 @@ def check_rows(what: str, rows: int, parts: int, mesh: Any) -> None:
         )
 
 
+def vocabulary_axis(size: int) -> str | None:
+    """What a vocabulary of so many tokens is cut along where it is summed over: `tensor`, or None
+    where that does not divide it. Of uneven parts XLA gathers the whole, for every sum anew."""
+    return None if size % axis_size("tensor") else "tensor"
+
+
 def num_row_shards(rows: int) -> int:
     """Devices that so many rows are dealt out to; 1 where they do not divide."""
     return 1 if rows % axis_size(ROWS) else axis_size(ROWS)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from promptkd_jax.infra.sharding import ROWS, constrain, platform
+from promptkd_jax.infra.sharding import ROWS, axis_size, constrain, platform, vocabulary_axis
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.layers.projection import in_matrix_units, product_of_few_rows
 
@@ -60,6 +60,9 @@ class LazyLogits:
         logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+        uneven = vocabulary_axis(logits.shape[-1]) is None
+        if uneven and logits.ndim == 3 and logits.shape[1] % axis_size("tensor") == 0:
+            return constrain(logits, ROWS, "tensor", None)  # positions are dealt out in its place
         return constrain(logits, ROWS, *(None,) * (logits.ndim - 2), "tensor")
 
 

@@ -39,6 +39,7 @@ from promptkd_jax.models.decoder import REMAT, Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
+from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
 P = PartitionSpec
@@ -234,6 +235,30 @@ def test_no_gathered_kernel_is_kept_for_the_backward_pass(remat):
     kept = [x.aval.shape for x in forward.outvars]
     assert kept  # of every layer, its input at least
     assert not set(kept) & set(layer_kernels(config).values())
+
+
+@pytest.mark.parametrize(("vocabulary", "cut"), [(34, (None, "tensor")), (33, ("tensor", None))])
+def test_a_loss_deals_out_positions_where_tensor_does_not_divide_the_vocabulary(vocabulary, cut):
+    """Of an uneven vocabulary XLA would gather all logits of every block."""
+    chips = [Chip(i, 0, device_kind="cpu") for i in range(8)]
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2}, chips)
+    shapes = (8, 9, 4), (vocabulary, 4), (8, 9)  # 9 positions of 2 rows on each device
+    hidden, head, mask = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def loss(hidden, head, mask):
+        labels = jnp.zeros(mask.shape, jnp.int32)
+        return linear_loss([cross_entropy], LazyLogits(hidden, head), [labels], mask)[0]
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head, mask)
+    said = {
+        (one.invars[0].aval.shape[-1], tuple(one.params["sharding"].spec))
+        for one, _ in equations(traced)
+        if one.primitive.name == "sharding_constraint"
+    }
+    assert (vocabulary, (ROWS, *cut)) in said  # logits
+    heads = {spec for width, spec in said if width == 4 and len(spec) == 2}
+    assert heads == {(cut[1], None)}  # the head, and its gradient
 
 
 def test_fewer_grouped_heads_than_devices_stay_whole():

@@ -215,12 +215,13 @@ def top_k(model: LazyLogits, k: int) -> TopK:
 
 
 def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
-    """The positions of a block: as many as `chunk_elements` allows, in blocks of even size."""
-    rows, length = shape
-    parts = sharding.num_row_shards(rows) * sharding.axis_size("tensor")
+    """The positions of a block: as many as `chunk_elements` allows, in blocks of even size; a
+    multiple of `tensor` where that cuts positions."""
+    (rows, length), tensor = shape, sharding.axis_size("tensor")
+    parts = sharding.num_row_shards(rows) * tensor
     most = max(chunk_elements(sharding.platform()) // max(rows * vocab_size // parts, 1), 1)
-    blocks = -(-length // most)
-    return -(-length // blocks)
+    chunk = -(-length // -(-length // most))
+    return chunk if sharding.vocabulary_axis(vocab_size) else -(-chunk // tensor) * tensor
 
 
 class _Functions(NamedTuple):
@@ -277,9 +278,13 @@ def _per_position(values: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def _gathered(models):
     """Heads not cut along their width, so that not every block of positions has to gather them."""
     return [
-        m.replace(head=constrain(m.head, "tensor", None)) if isinstance(m, LazyLogits) else m
-        for m in models
+        m.replace(head=_placed_head(m.head)) if isinstance(m, LazyLogits) else m for m in models
     ]
+
+
+def _placed_head(head: jax.Array) -> jax.Array:
+    """A head `[V, D]`, or its gradient, where the logits want it."""
+    return constrain(head, sharding.vocabulary_axis(head.shape[0]), None)
 
 
 def _packed(learner: LazyLogits, targets: Sequence[Any], mask: jax.Array):
@@ -417,7 +422,7 @@ def _linear_loss_fwd(functions: _Functions, chunk: int, learner, targets, mask, 
             gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
             (value, block_sums), (d_hidden, d_head) = gradient(hidden, learner.head)
             head_gradient = head_gradient + d_head.astype(jnp.float32)
-            head_gradient = constrain(head_gradient, "tensor", None)
+            head_gradient = _placed_head(head_gradient)
         else:
             gradient = jax.value_and_grad(loss, has_aux=True)
             (value, block_sums), d_hidden = gradient(hidden, learner.head)
