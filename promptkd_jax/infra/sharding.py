@@ -202,12 +202,6 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*kept))
 
 
-def all_but_constrained(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint` that keeps all but what `constrain` gives: kernels of layers are
-    gathered by it, and kept for the backward pass, those of all layers would be the whole model."""
-    return primitive.name != "sharding_constraint"
-
-
 def mesh_is_external() -> bool:
     """Whether the mesh in context is somebody else's: where its rows lie, nobody here knows."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -267,9 +261,11 @@ def check_rows(what: str, rows: int, parts: int, mesh: Any) -> None:
 
 
 def vocabulary_axis(size: int) -> str | None:
-    """What a vocabulary of so many tokens is cut along where it is summed over: `tensor`, or None
-    where that does not divide it. Of uneven parts XLA gathers the whole, for every sum anew."""
-    return None if size % axis_size("tensor") else "tensor"
+    """The axis that a vocabulary of so many tokens is cut along in a loss: `tensor`; on a TPU None
+    where that does not divide it. XLA for TPUs gathers all logits of uneven parts, for every sum
+    over them."""
+    uneven = size % axis_size("tensor") != 0
+    return None if uneven and platform() == "tpu" else "tensor"
 
 
 def num_row_shards(rows: int) -> int:

@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.infra import sharding
 from promptkd_jax.infra.sharding import ROWS, constrain, platform, to_device, unshard_fsdp
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.layers.attention import (
@@ -430,8 +429,6 @@ def _layers(config: DecoderConfig) -> nn.Module:
         # computed again, so that the backward pass fetches it again: kept, it would have all.
         layer = nn.map_variables(layer, "params", trans_in_fn=to_device)
         policy = policy or REMAT["dots"]
-    if policy is None and sharding.axis_size("fsdp") > 1:
-        policy = sharding.all_but_constrained
     if policy is not None:
         # static: `columns` (self counts as argument 0); CSE cannot happen across scan iterations.
         policy = without_changes(policy, config.lora)

@@ -53,8 +53,8 @@ class LazyLogits:
         if platform() == "cpu" and math.prod(self.hidden.shape[:-1]) <= FEW_ROWS:
             logits = product_of_few_rows(head, self.hidden, dtype=jnp.float32)
         else:
-            how = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-            logits = in_matrix_units(lambda h: how("...d,vd->...v", h, head), self.hidden)
+            multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            logits = in_matrix_units(lambda h: multiply("...d,vd->...v", h, head), self.hidden)
         # Changes nothing, but XLA's CPU compiler does not make one kernel of the product and what
         # reads it, which for some shapes takes three times as long as the two.
         logits = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=23)

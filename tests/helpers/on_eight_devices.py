@@ -30,6 +30,7 @@ from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.specs import declared
+from promptkd_jax.models import language_model
 from promptkd_jax.models.config import LoRA
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
@@ -328,6 +329,32 @@ def same_update_on_packed_rows() -> None:
     all_close(there.optimizers, one.optimizers, "packed rows")
 
 
+def same_loss_of_dealt_out_positions() -> None:
+    """As on a TPU: of 33 tokens, which two devices do not divide, 15 positions of each row."""
+    draw = np.random.default_rng(0).normal
+    hidden, other, head = (
+        draw(size=shape).astype(np.float32) for shape in ((4, 15, 8), (4, 15, 8), (33, 8))
+    )
+
+    def gradients(hidden, head, other):
+        def loss(hidden, head):
+            learner, target = LazyLogits(hidden, head), LazyLogits(other, head)
+            terms = [losses.reverse_kl, losses.forward_kl]
+            return linear_loss(terms, learner, [target, target], np.ones((4, 15)))[0]
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
+
+    expected = jax.jit(gradients)(hidden, head, other)
+    axis_of = sharding.vocabulary_axis
+    for module in (sharding, language_model):
+        module.vocabulary_axis = lambda size: None
+    with jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 2))):
+        found = jax.jit(gradients)(hidden, head, other)
+    for module in (sharding, language_model):
+        module.vocabulary_axis = axis_of
+    all_close(found, expected, "dealt out positions")
+
+
 def same_rows_ahead() -> None:
     """A step on all three axes trains on the rows written before it and writes the next."""
     teacher, student = config_of("llama", 3), config_of("llama", 2)
@@ -506,6 +533,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "llama":
         same_rows_of_every_source()
         same_update_on_packed_rows()
+        same_loss_of_dealt_out_positions()
         same_rows_ahead()
         same_rounding()
         other_meshes_are_left_alone()

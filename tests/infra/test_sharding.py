@@ -40,6 +40,7 @@ from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.language_model import LazyLogits
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.sampler import Sampling, row_keys, sample
 
 P = PartitionSpec
@@ -192,17 +193,21 @@ def test_devices_of_a_node_are_neighbours():
         assert len({chip.process_index for chip in along_data.flat}) == 1
 
 
-def traced_update(config):
-    """The equations of a gradient of all parameters on a mesh of 1 x 4 x 2 devices."""
+def traced_update(config, *, trained: bool = True):
+    """The equations of the gradient of all parameters, or of a soft prompt alone, on a mesh of
+    1 x 4 x 2 devices."""
     chips = [Chip(i, 0, device_kind="cpu") for i in range(8)]
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2}, chips)
     tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
 
-    def loss(params, tokens):
-        return jnp.sum(Decoder(config).hidden_states(params, tokens).astype(jnp.float32))
+    prefix = jax.ShapeDtypeStruct((2, config.embedding_width), jnp.float32)
 
+    def loss(params, prefix, tokens):
+        return jnp.sum(Decoder(config).hidden_states(params, tokens, prefix).astype(jnp.float32))
+
+    gradient = jax.grad(loss, argnums=0 if trained else 1)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.make_jaxpr(jax.grad(loss))(abstract_params(config), tokens)
+        traced = jax.make_jaxpr(gradient)(abstract_params(config), prefix, tokens)
     return [equation for equation, _ in equations(traced)]
 
 
@@ -228,21 +233,36 @@ def test_layers_multiply_with_kernels_that_fsdp_does_not_cut(family):
 
 
 @pytest.mark.parametrize("remat", REMAT)
-def test_no_gathered_kernel_is_kept_for_the_backward_pass(remat):
+@pytest.mark.parametrize("quantize", [None, *QUANTIZE])
+def test_no_gathered_kernel_is_kept_for_the_backward_pass(quantize, remat):
     """Kept, those of all layers would be the whole model on every device."""
-    config = from_hugging_face(FAMILIES["llama"]).replace(tensor_parts=2, remat=remat)
-    forward, *_ = (x for x in traced_update(config) if x.primitive.name == "scan")
-    kept = [x.aval.shape for x in forward.outvars]
+    config = from_hugging_face(FAMILIES["llama"])
+    config = config.replace(tensor_parts=2, remat=remat, dtype="bfloat16")
+    kernels = set(layer_kernels(config).values())
+    if quantize:  # or "none", of a frozen model
+        config = config.replace(quantization=QUANTIZE[quantize])
+    update = traced_update(config, trained=quantize is None)
+    forward, *_ = (x for x in update if x.primitive.name == "scan")
+    kept = {x.aval.shape for x in forward.outvars}
     assert kept  # of every layer, its input at least
-    assert not set(kept) & set(layer_kernels(config).values())
+    assert not kept & kernels
 
 
-@pytest.mark.parametrize(("vocabulary", "cut"), [(34, (None, "tensor")), (33, ("tensor", None))])
-def test_a_loss_deals_out_positions_where_tensor_does_not_divide_the_vocabulary(vocabulary, cut):
-    """Of an uneven vocabulary XLA would gather all logits of every block."""
-    chips = [Chip(i, 0, device_kind="cpu") for i in range(8)]
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "cut"),
+    [
+        ("TPU v5 lite", 34, (None, "tensor")),
+        ("TPU v5 lite", 33, ("tensor", None)),
+        ("cpu", 33, (None, "tensor")),
+    ],
+)
+def test_on_a_tpu_a_loss_deals_out_positions_where_tensor_does_not_divide_the_vocabulary(
+    kind, vocabulary, cut
+):
+    """Of an uneven vocabulary its compiler would gather all logits of every block."""
+    chips = [Chip(i, 0, platform=kind[:3].lower(), device_kind=kind) for i in range(8)]
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2}, chips)
-    shapes = (8, 9, 4), (vocabulary, 4), (8, 9)  # 9 positions of 2 rows on each device
+    shapes = (4, 9, 4), (vocabulary, 4), (4, 9)  # 9 positions on each device, one block
     hidden, head, mask = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
     def loss(hidden, head, mask):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -755,8 +756,8 @@ def test_a_cpu_reads_the_kernels_of_a_rollout_as_left_operands():
     assert str(config.vocab_size) in products
 
 
-@pytest.mark.parametrize(("rows", "multiplied"), [(1, 8), (2, 2)])
-def test_a_tpu_multiplies_a_single_row_in_its_matrix_units(rows, multiplied, monkeypatch):
+@pytest.mark.parametrize(("rows", "copies"), [(1, 8), (2, 1)])
+def test_a_tpu_multiplies_a_single_row_in_its_matrix_units(rows, copies, monkeypatch, request):
     """XLA for TPUs has them compute a product of two rows, and not one of a single row."""
     model = random_model("llama")
     prompts, lengths = jnp.ones((rows, 3), jnp.int32), jnp.full(rows, 3)
@@ -769,14 +770,17 @@ def test_a_tpu_multiplies_a_single_row_in_its_matrix_units(rows, multiplied, mon
     expected = logits(model.params)
     for module in (projection, language_model):
         monkeypatch.setattr(module, "platform", lambda: "tpu")
-    jax.clear_caches()  # a layer of decoding was traced for a CPU
+    jax.clear_caches()  # a layer of decoding was traced for a CPU, and must be again
+    request.addfinalizer(jax.clear_caches)
     traced = jax.jit(logits).trace(model.params)
     kernels = [x for x in jax.tree.leaves(model.params["layers"]) if x.ndim > 2]
-    products = [
-        one.invars[0].aval.shape
-        for one, _ in equations(traced.jaxpr)
-        if one.primitive.name == "dot_general" and not one.params["dimension_numbers"][1][0]
-    ]
-    assert len(products) >= len(kernels) + 1
-    assert all(multiplied in shape[:3] for shape in products), products
+    multiplied = []  # rows of each product with a kernel or the head
+    for equation, _ in equations(traced.jaxpr):
+        if equation.primitive.name == "dot_general":
+            (summed, _), (batch, _) = equation.params["dimension_numbers"]
+            if not batch:
+                shape = equation.invars[0].aval.shape
+                multiplied.append(math.prod(shape) // math.prod(shape[axis] for axis in summed))
+    assert len(multiplied) > len(kernels)
+    assert set(multiplied) == {rows * copies}
     np.testing.assert_allclose(traced.lower().compile()(model.params), expected, atol=1e-5)

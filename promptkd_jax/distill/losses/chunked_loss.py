@@ -38,9 +38,8 @@ Observation = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
 
 def chunk_elements(platform: str) -> int:
-    """Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32 on a CPU, else
-    128: reading the head, and its gradient, for every block takes as long as multiplying some
-    hundred positions."""
+    """Elements of one [B, chunk, V] block of logits on one device: 32 MiB in float32 on a CPU; 128
+    where reading the head for every block takes as long as multiplying some hundred positions."""
     return 2**23 if platform == "cpu" else 2**25
 
 
@@ -130,8 +129,7 @@ def linear_loss(
     # From here on B are the devices of the rows, and T the positions of all rows of a device; on an
     # external mesh, where `_packed` changes nothing, rows and positions as before.
     learner, targets, mask = _packed(learner, targets, jnp.asarray(mask, jnp.float32))
-    chunk = chunk or _default_chunk(mask.shape, learner.head.shape[0])
-    chunk = min(max(chunk, 1), mask.shape[1])
+    chunk = _block_size(chunk, mask.shape, learner.head.shape[0])
     constants = jax.lax.stop_gradient((tuple(targets), mask, weights))
     functions = _Functions(tuple(terms), tuple(observe), order, tree)
     # Of sums no gradient is wanted: so the backward pass has one cotangent, a scalar.
@@ -163,7 +161,7 @@ def linear_values(
     leaves, tree = jax.tree.flatten(list(targets), is_leaf=is_part)
     learner, *leaves = _gathered(jax.lax.stop_gradient([learner, *leaves]))
     shape = learner.hidden.shape[:2]
-    chunk = min(chunk or _default_chunk(shape, learner.head.shape[0]), shape[1])
+    chunk = _block_size(chunk, shape, learner.head.shape[0])
     parts, join = _sequences(leaves)
 
     def body(_, block):
@@ -203,25 +201,27 @@ def top_k(model: LazyLogits, k: int) -> TopK:
     rows, vocab_size = model.hidden.shape[0], model.head.shape[0]
     if not 1 <= k <= vocab_size:
         raise ValueError(f"k: {k}; expected 1 to {vocab_size}, the model's vocabulary")
+    (model,) = _gathered([model])
 
-    def at(hidden: jax.Array) -> TopK:  # [B, D]
-        everything = log_probs(model.replace(hidden=hidden).logits())  # [B, V]
+    def body(_, hidden):  # [B, chunk, D]
+        everything = log_probs(model.replace(hidden=hidden).logits())
         values, ids = jax.lax.top_k(everything, k)
-        return TopK(ids, values, log_sum_of_others(everything, ids))
+        return None, TopK(ids, values, log_sum_of_others(everything, ids))
 
-    chunk = max(chunk_elements(sharding.platform()) // (rows * vocab_size), 1)
-    by_position = jax.lax.map(at, jnp.swapaxes(model.hidden, 0, 1), batch_size=chunk)
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_position)
+    length = model.hidden.shape[1]
+    blocks = _blocks(model.hidden, _block_size(None, (rows, length), vocab_size))
+    return jax.tree.map(lambda x: _unblocked(x, length), jax.lax.scan(body, None, blocks)[1])
 
 
-def _default_chunk(shape: tuple[int, int], vocab_size: int) -> int:
-    """The positions of a block: as many as `chunk_elements` allows, in blocks of even size; a
-    multiple of `tensor` where that cuts positions."""
+def _block_size(chunk: int | None, shape: tuple[int, int], vocab_size: int) -> int:
+    """The positions of a block, of `shape` `[B, T]`: `chunk`, or as many as `chunk_elements`
+    allows, in blocks of even size; a multiple of `tensor` where that cuts positions."""
     (rows, length), tensor = shape, sharding.axis_size("tensor")
     parts = sharding.num_row_shards(rows) * tensor
     most = max(chunk_elements(sharding.platform()) // max(rows * vocab_size // parts, 1), 1)
-    chunk = -(-length // -(-length // most))
-    return chunk if sharding.vocabulary_axis(vocab_size) else -(-chunk // tensor) * tensor
+    size = -(-length // -(-length // most))
+    size = size if sharding.vocabulary_axis(vocab_size) else -(-size // tensor) * tensor
+    return min(max(chunk, 1), length) if chunk else size
 
 
 class _Functions(NamedTuple):

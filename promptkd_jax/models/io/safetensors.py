@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -61,26 +61,26 @@ class SafetensorsFolder:
 
     def __init__(self, folder: pathlib.Path, name: str = "", *, scaled: bool = False):
         self.path, name = str(folder), name or str(folder)
-        self._files, self._mapped, where = {}, {}, {}
-        self._where = where
+        self._stored: dict[str, _Stored] = {}
+        self._where = where = {}
         files = listed_files(folder) if scaled else weight_files(folder, name)
         self.config = read_json(folder / "config.json")
         # Only headers are read here: a file is mapped into memory, and of it a slice of a tensor is
         # read when `read` asks for it.
         for file in files:
-            opened = _open(folder / file, name)
+            opened, stored = _open(folder / file, name), _mapped(folder / file)
             for tensor in opened.keys():  # noqa: SIM118
                 if tensor in where:
                     raise ModelError(
                         f"{self.path}: tensor {tensor} is in {where[tensor]} and in {file}; which "
                         "of them is meant cannot be seen: get the model's files again"
                     )
-                self._files[tensor], where[tensor] = opened, file
-        _refuse_other_kinds(self.path, self._files, None if scaled else name)
+                self._stored[tensor], where[tensor] = stored[tensor], file
+        _refuse_other_kinds(self.path, self._stored, None if scaled else name)
 
     def names(self) -> list[str]:
         """All tensor names of all files."""
-        return list(self._files)
+        return list(self._stored)
 
     def file_of(self, name: str) -> str:
         """The name of the file that holds a tensor."""
@@ -88,38 +88,50 @@ class SafetensorsFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> str:
         """The stored dtype, as safetensors calls it: "BF16"."""
-        return self._files[name].get_slice(name).get_dtype()
+        return self._stored[name].dtype
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the part at `index`, in its stored dtype (those of `ml_dtypes` too): read
-        where it lies in its file, of which nothing is copied.
+        """The tensor, or the part at `index`, in its stored dtype (those of `ml_dtypes` too): where
+        it lies in its file, so that it cannot be written, and may be unaligned.
 
         Raises:
-          ModelError: a dtype that NumPy does not have.
+          ModelError: a dtype that no weights have.
         """
-        # Not by safetensors, which makes a copy of its own, and has NumPy name a dtype that only
-        # `ml_dtypes` knows.
-        if (kind := self.dtype(name)) not in _DTYPES:
-            raise ModelError(f"{self.path}: tensor {name}: NumPy has no dtype {kind}")
-        begin, header, stored = self._map(self._where[name])
-        start, stop = header[name]["data_offsets"]
-        tensor = stored[begin + start : begin + stop].view(_DTYPES[kind])
-        return tensor.reshape(self.shape(name))[index or ...]
+        stored = self._stored[name]
+        if stored.dtype not in _DTYPES:
+            raise ModelError(f"{self.path}: tensor {name}: dtype {stored.dtype} is not read")
+        return stored.data.view(_DTYPES[stored.dtype]).reshape(stored.shape)[index or ...]
 
-    def _map(self, file: str) -> tuple[int, dict[str, Any], np.ndarray]:
-        """Where the tensors of a file begin, its header, and its bytes, mapped into memory."""
-        if file not in self._mapped:
-            path = pathlib.Path(self.path, file)
-            # https://huggingface.co/docs/safetensors: the header's size, the header, the tensors.
-            with path.open("rb") as opened:
-                size = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(size))
-            self._mapped[file] = 8 + size, header, np.asarray(np.memmap(path, np.uint8, "r"))
-        return self._mapped[file]
+
+class _Stored(NamedTuple):
+    """A tensor in a file that is mapped into memory: its dtype as safetensors calls it, its shape,
+    its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+def _mapped(file: pathlib.Path) -> dict[str, _Stored]:
+    """The tensors of a file that safetensors has checked. The library itself would copy each, and
+    have NumPy name dtypes that only `ml_dtypes` knows."""
+    content = np.asarray(np.memmap(file, np.uint8, "r"))
+    # https://huggingface.co/docs/safetensors: the header's size, the header, the tensors.
+    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:begin].tobytes())
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(
+            one["dtype"],
+            tuple(one["shape"]),
+            content[slice(*(begin + offset for offset in one["data_offsets"]))],
+        )
+        for name, one in header.items()
+    }
 
 
 def weight_files(folder: pathlib.Path, name: str = "") -> list[str]:

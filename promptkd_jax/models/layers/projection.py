@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from promptkd_jax.infra.sharding import ROWS, axis_size, platform, unshard_kernel
+from promptkd_jax.infra.sharding import axis_size, num_row_shards, platform, unshard_kernel
 from promptkd_jax.models.config import DecoderConfig, Quantization
 from promptkd_jax.models.layers.cache import SUBLANES
 from promptkd_jax.models.layers.lora import A, B, keep_inputs
@@ -65,8 +65,10 @@ class Projection(nn.Module):
         else:
             initial = nn.initializers.lecun_normal(range(axes), range(axes, len(shape)))
             kernel = self.param("kernel", initial, shape, config.param_dtype)
-            kernel = unshard_kernel(kernel.astype(config.dtype), self.path)
-            y = _product(x, kernel, axes)
+            if axis_size("fsdp") > 1:
+                y = _gathered_product(x, kernel, axes, self.path)
+            else:
+                y = _product(x, kernel.astype(config.dtype), axes)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, self.features, config.param_dtype)
@@ -90,6 +92,14 @@ def _product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
     return in_matrix_units(product, x, axes)
 
 
+# For the gradient of x the kernel is gathered again: kept from the forward pass, those of all
+# layers would be the whole model on every device.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def _gathered_product(x: jax.Array, kernel: jax.Array, axes: int, path) -> jax.Array:
+    """`_product` with a kernel that `fsdp` cuts, that of the projection at `path`."""
+    return _product(x, unshard_kernel(kernel.astype(x.dtype), path), axes)
+
+
 def in_matrix_units(
     product: Callable[[jax.Array], jax.Array], x: jax.Array, axes: int = 1
 ) -> jax.Array:
@@ -100,7 +110,7 @@ def in_matrix_units(
     half the speed: eight equal rows are multiplied in its place.
     """
     rows = x.shape[: x.ndim - axes]
-    if platform() != "tpu" or math.prod(rows) > axis_size(ROWS):
+    if platform() != "tpu" or math.prod(rows) != num_row_shards(rows[0]):
         return product(x)
     x = jnp.broadcast_to(jnp.expand_dims(x, len(rows)), (*rows, SUBLANES, *x.shape[len(rows) :]))
     # Without barriers XLA would see that the rows are equal.
