@@ -4,8 +4,8 @@ python benchmarks/plan_table.py [--results benchmarks/results/plan.json] [--only
 
 Needs libtpu (pip install 'jax[tpu]'), no TPU. Each row takes minutes: the best meshes by the
 estimate are compiled until one fits, at most `--compile` of them. What is there already is not made
-again, so a run that was stopped goes on where it was; until then a row is the estimate, and says
-so. `--show` only prints the tables.
+again, so a run that was stopped goes on where it was, but for rows without a time by the compiler,
+which are older; until then a row is the estimate, and says so. `--show` only prints the tables.
 """
 
 import argparse
@@ -78,7 +78,8 @@ def main() -> None:
 
 
 def _once(results: dict[str, Any], file: pathlib.Path, key: str, make: Any, *inputs: Any) -> None:
-    if key in results:
+    found = results.get(key, {"phases": {}})
+    if "phases" not in found or "time_by" in found:  # as `plan` has it now
         return
     print(f"{key} …", flush=True)
     results[key] = make(*inputs)
