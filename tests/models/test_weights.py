@@ -23,7 +23,7 @@ from promptkd_jax.models.io import export, params
 from promptkd_jax.models.io.convert import convert
 from promptkd_jax.models.io.export import save_model, save_without_weights
 from promptkd_jax.models.io.params import all_finite
-from promptkd_jax.models.io.safetensors import has_weights, read_card
+from promptkd_jax.models.io.safetensors import SafetensorsFolder, has_weights, read_card
 from promptkd_jax.models.load import load_model, load_with_tokenizer, load_without_weights
 from promptkd_jax.models.model import keep_layers
 from promptkd_jax.training import prepare
@@ -128,6 +128,42 @@ def test_a_head_of_another_shape_is_refused(folder):
 
 
 # Elements that are not numbers.
+
+
+def test_tensors_are_read_where_they_lie(tmp_path):
+    """Of every dtype, of no dimension or no element, at places that are no multiple of a size, and
+    from the file that was opened, though another has taken its name."""
+    draw = np.random.default_rng(0).normal
+    tensors = {
+        "bytes": np.arange(3, dtype=np.uint8),
+        "half": draw(size=(3, 4)).astype(ml_dtypes.bfloat16),
+        "scalar": np.float64(0.5).reshape(()),
+        "none": np.zeros((0, 2), np.float32),
+        "yes": np.array([True, False]),
+        "long": np.array([[-(2**40)]]),
+    }
+    kinds = {"uint8": "U8", "bfloat16": "BF16", "float64": "F64", "float32": "F32", "bool": "BOOL"}
+    header, end = {}, 0
+    for name, x in tensors.items():
+        kind = kinds.get(x.dtype.name, "I64")
+        offsets = end, end + x.nbytes
+        header[name] = {"dtype": kind, "shape": x.shape, "data_offsets": offsets}
+        end += x.nbytes
+    header = json.dumps(header).encode()
+    content = b"".join(x.tobytes() for x in tensors.values())
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content)
+    source = SafetensorsFolder(tmp_path, scaled=True)
+    (tmp_path / "other").write_bytes(b"")
+    (tmp_path / "other").replace(file)
+    assert set(source.names()) == set(tensors)
+    for name, expected in tensors.items():
+        found = source.read(name)
+        assert found.dtype == expected.dtype and not found.flags.writeable
+        np.testing.assert_array_equal(found, expected)
+    index = slice(1, 3), slice(0, 2)
+    np.testing.assert_array_equal(source.read("half", index), tensors["half"][index])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

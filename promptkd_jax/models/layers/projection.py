@@ -95,7 +95,9 @@ def _product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
 # For the gradient of x the kernel is gathered again: kept from the forward pass, those of all
 # layers would be the whole model on every device.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
-def _gathered_product(x: jax.Array, kernel: jax.Array, axes: int, path) -> jax.Array:
+def _gathered_product(
+    x: jax.Array, kernel: jax.Array, axes: int, path: tuple[str, ...]
+) -> jax.Array:
     """`_product` with a kernel that `fsdp` cuts, that of the projection at `path`."""
     return _product(x, unshard_kernel(kernel.astype(x.dtype), path), axes)
 
@@ -152,7 +154,12 @@ def product_of_few_rows(
 # layers could share it with another.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4, 5))
 def _quantized_product(
-    x: jax.Array, values: jax.Array, scale: jax.Array, axes: int, how: Quantization, path
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    axes: int,
+    how: Quantization,
+    path: tuple[str, ...],
 ) -> jax.Array:
     """`_product` with a quantised kernel, that of the projection at `path`."""
     values = unshard_kernel(values, path)
