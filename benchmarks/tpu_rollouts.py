@@ -17,7 +17,8 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,29 +77,54 @@ def main() -> None:
     if options.text:
         pathlib.Path(options.out).write_text(_compiled(CASES[options.text]))
         return
+    print(_table(with_missing(options, CASES, _least, _cycles)))
+
+
+def with_missing(
+    options: argparse.Namespace,
+    cases: Mapping[str, Any],
+    least: Callable[[Any], int],
+    find: Callable[[str, str], Any],
+) -> dict[str, dict[str, Any]]:
+    """The results in the file OUT, with what is missing: of each case `least`, and what `find` says
+    of it (by its name) for this package and for the one of `--before`."""
     file = pathlib.Path(options.out)
     results = json.loads(file.read_text()) if file.exists() else {"cases": {}}
     results["versions"] = {x: importlib.metadata.version(x) for x in ("jax", "jaxlib", "libtpu")}
     packages = {"after": "."} | ({"before": options.before} if options.before else {})
-    for name in options.only or CASES:
+    for name in options.only or cases:
         found = results["cases"].setdefault(name, {})
-        found["least"] = _least(CASES[name])
+        found["least"] = least(cases[name])
         for when, package in packages.items():
             if when not in found:
-                found[when] = _cycles(name, package)
+                found[when] = find(name, package)
                 file.write_text(json.dumps(results, indent=2) + "\n")
-    print(_table(results["cases"]))
+    return results["cases"]
+
+
+def environment(package: str) -> dict[str, str]:
+    """In which Python imports the package of a checkout."""
+    where = [str(pathlib.Path(package).resolve()), *os.environ.get("PYTHONPATH", "").split(":")]
+    return os.environ | {"PYTHONPATH": ":".join(where)}
+
+
+def parser_of(description: str, cases: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """The arguments that `with_missing` reads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("out", help="file of the results")
+    parser.add_argument("--before", help="another checkout of this repository")
+    parser.add_argument("--only", nargs="*", choices=cases, help="of the cases")
+    return parser
 
 
 def _cycles(name: str, package: str) -> int | None:
     """Expected cycles of one token of all rows, as the package of a checkout writes it; None where
     that does not fit into the chip's memory."""
-    where = [str(pathlib.Path(package).resolve()), *os.environ.get("PYTHONPATH", "").split(":")]
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "program.txt"
         command = [sys.executable, __file__, str(file), "--text", name]
-        environment = os.environ | {"PYTHONPATH": ":".join(where)}
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        how = dict(env=environment(package), stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, **how)
         if done.returncode and "RESOURCE_EXHAUSTED" in done.stderr:
             return None
         if done.returncode:
@@ -173,10 +199,7 @@ def _said(cycles: int | None) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", help="file of the results")
-    parser.add_argument("--before", help="another checkout of this repository")
-    parser.add_argument("--only", nargs="*", choices=CASES, help="of the cases")
+    parser = parser_of(__doc__.splitlines()[0], CASES)
     parser.add_argument("--text", choices=CASES, help="write the compiled program into OUT instead")
     return parser.parse_args()
 

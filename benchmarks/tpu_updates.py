@@ -11,13 +11,14 @@ and the flash attention kernel. `benchmarks/tpu_rollouts.py` has the tokens.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from typing import NamedTuple
+
+from tpu_rollouts import environment, parser_of, with_missing
 
 from promptkd_jax.infra import sharding
 from promptkd_jax.plan import ahead
@@ -49,31 +50,19 @@ STATES = ("before", "after")
 def main() -> None:
     """Compiles what is missing, and prints the table."""
     options = _options()
-    file = pathlib.Path(options.out)
     if options.case:
-        file.write_text(json.dumps(_expected(CASES[options.case])))
+        pathlib.Path(options.out).write_text(json.dumps(_expected(CASES[options.case])))
         return
-    results = json.loads(file.read_text()) if file.exists() else {"cases": {}}
-    results["versions"] = {x: importlib.metadata.version(x) for x in ("jax", "jaxlib", "libtpu")}
-    packages = {"after": "."} | ({"before": options.before} if options.before else {})
-    for name in options.only or CASES:
-        found = results["cases"].setdefault(name, {})
-        found["least"] = _least(CASES[name])
-        for when, package in packages.items():
-            if when not in found:
-                found[when] = _elsewhere(name, package, file.with_suffix(f".{os.getpid()}"))
-                file.write_text(json.dumps(results, indent=2) + "\n")
-    print(_table(results["cases"]))
+    print(_table(with_missing(options, CASES, _least, _elsewhere)))
 
 
-def _elsewhere(name: str, package: str, file: pathlib.Path) -> dict[str, int]:
+def _elsewhere(name: str, package: str) -> dict[str, int]:
     """`_expected` of the package of a checkout, in a process of its own."""
-    where = [str(pathlib.Path(package).resolve()), *os.environ.get("PYTHONPATH", "").split(":")]
-    environment = os.environ | {"PYTHONPATH": ":".join(where)}
-    subprocess.run([sys.executable, __file__, file, "--case", name], env=environment, check=True)
-    found = json.loads(file.read_text())
-    file.unlink()
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "found.json"
+        command = [sys.executable, __file__, str(file), "--case", name]
+        subprocess.run(command, env=environment(package), check=True)
+        return json.loads(file.read_text())
 
 
 def _run(case: Case):
@@ -120,10 +109,7 @@ def _table(cases: dict[str, dict]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", help="file of the results")
-    parser.add_argument("--before", help="another checkout of this repository")
-    parser.add_argument("--only", nargs="*", choices=CASES, help="of the cases")
+    parser = parser_of(__doc__.splitlines()[0], CASES)
     parser.add_argument("--case", choices=CASES, help="compile it, and write its cycles into OUT")
     return parser.parse_args()
 

@@ -230,8 +230,7 @@ def unshard_fsdp(params: Any) -> Any:
     """Parameters that are no longer cut along `fsdp`, for what reads all of them many times."""
 
     def gather(path, x):
-        axes = [None if axis == "fsdp" else axis for axis in spec(_name(path))]
-        return constrain(x, *axes)
+        return constrain(x, *_without_fsdp(spec(_name(path))))
 
     return params if axis_size("fsdp") == 1 else jax.tree_util.tree_map_with_path(gather, params)
 
@@ -241,7 +240,11 @@ def unshard_kernel(kernel: jax.Array, path: Sequence[str]) -> jax.Array:
     that reads it. Left the choice, XLA for TPUs sends parts of the kernel round and adds up parts
     of the product, which by its own estimate takes up to four times as long as one product."""
     axes = spec("/".join(("layers", *path[-2:], "kernel")))[1:]
-    return constrain(kernel, *(None if axis == "fsdp" else axis for axis in axes))
+    return constrain(kernel, *_without_fsdp(axes))
+
+
+def _without_fsdp(axes: Sequence[Any]) -> list[Any]:
+    return [None if axis == "fsdp" else axis for axis in axes]
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
