@@ -3,7 +3,7 @@
 The teacher is fine-tuned, the student for 3 epochs, then distilled by each of the methods; teacher
 and students answer the five test sets with every seed. The same command continues one that was
 stopped, and one with further methods, sets or seeds adds to it. `--dry-run` trains nothing, and
-says how many hours each run takes at least of which chips.
+estimates how many hours of which chips each run takes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from promptkd_jax.evaluation.tables import markdown
 from promptkd_jax.plan import chips, gpus
 from promptkd_jax.plan.command import plan_runs
 from promptkd_jax.plan.fit import fitted
-from promptkd_jax.plan.tables import hours_table
+from promptkd_jax.plan.tables import IN_TURN, hours_table
 from promptkd_jax.studies import published
 from promptkd_jax.studies.reproduce import SEEDS, named_models, reproduce, table
 from promptkd_jax.training import recipes
@@ -73,17 +73,17 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _hours(options: argparse.Namespace, overrides: Sequence[str]) -> str:
-    """The least hours of all runs by device, in words and as a table."""
+    """The hours of all runs by device, in words and as a table."""
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here stays free
     devices = [_device(name) for name in options.dry_run.split(",")]
     configs = named_models(
         options.config, options.methods, overrides, from_published=options.from_published
     )
     above = (
-        "Hours that the training of each run takes at least, on the best mesh by the estimate of "
-        "`promptkd plan`: as if every chip came to its peak, without compilation, evaluation, "
-        "checkpoints and what a teacher writes before. USD of list prices of TPUs; GPUs have none "
-        "here."
+        "Hours that the training of each run takes by the estimate of `promptkd plan`, on the best "
+        f"mesh by it: {IN_TURN}, each at its peak; without compilation, evaluation, checkpoints "
+        "and what a teacher writes before. A real run is slower. USD of list prices of TPUs; GPUs "
+        "have none here."
     )
     return f"{above}\n\n{markdown(hours_table(plan_runs(configs, devices)))}"
 

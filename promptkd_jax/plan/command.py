@@ -300,15 +300,16 @@ def _assembled(
     expected: Mapping[str, float] = {},
 ) -> Plan:
     """All that is known of the run on its mesh; `said` is what the compiler said, and `expected`
-    the seconds that it expects of each phase."""
+    the seconds that it expects of each phase. Without these a phase is estimated to take what
+    matrix units, memory and networks take in turn: mostly an operation waits for one of them."""
     phases = {}
     for name, cost in costs.items():
         each = cost.seconds(slices)
         bound = max(each, key=each.get)
         phases[name] = {**vars(cost), "seconds": each, "bound": bound, "time": each[bound]}
-        phases[name]["expected"] = expected.get(name)
+        phases[name] |= {"in_turn": sum(each.values()), "expected": expected.get(name)}
     least = sum(phase["time"] for phase in phases.values())
-    seconds = sum(expected.values()) or least
+    seconds = sum(expected.values()) or sum(phase["in_turn"] for phase in phases.values())
     sizes = {axis: run.mesh.shape[axis] for axis in AXES}
     micro_batches = run.stage.method.execution.gradient_accumulation_steps
     flags = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
@@ -344,7 +345,7 @@ def _assembled(
         "traffic_by": "compiler" if counted else "estimate",
         "seconds_per_step": seconds or None,
         "least_seconds_per_step": least or None,
-        "time_by": "compiler" if expected else "bound",
+        "time_by": "compiler" if expected else "estimate",
         "tokens_per_second": tokens,
         "usd_per_chip_hour": price,
         "usd_per_hour": per_hour,

@@ -104,6 +104,7 @@ class Counter:
     slices: int = 1
     parameters: int = 0
     optimizer_bytes: int = 0  # of its state, of all devices
+    uneven_vocabulary: bool = False  # `tensor` does not divide it without padding
 
     @property
     def row_parts(self) -> int:
@@ -136,6 +137,12 @@ class Counter:
             * self.itemsize
             / self.mesh["tensor"]
         )
+
+    @property
+    def loss_head_bytes(self) -> float:
+        """Of the head as a TPU's loss reads it: whole where positions are dealt out along `tensor`
+        in place of the vocabulary (`sharding.vocabulary_axis`)."""
+        return self.head_bytes * (self.mesh["tensor"] if self.uneven_vocabulary else 1)
 
     @property
     def activation_bytes(self) -> float:
@@ -191,14 +198,14 @@ class Counter:
 
     def head(self, rows: int, positions: int, products: int) -> Cost:
         """`products` with the head (logits: 1; hidden states' gradient, head's gradient: 1 more
-        each), which is gathered once and read for every block of positions."""
+        each), which is gathered once and read for every block of positions, on a TPU."""
         vocab_size, width = self.config.vocab_size, self.config.embedding_width
         devices = math.prod(self.mesh.values())
         logits = rows * positions * vocab_size * 4 / devices
         cost = Cost(
             products * head_flops(self.config, rows, positions),
-            products * (self.blocks(rows, positions) * self.head_bytes + logits),
-            self._allgather_bytes(self.head_bytes),
+            products * (self.blocks(rows, positions) * self.loss_head_bytes + logits),
+            self._allgather_bytes(self.head_bytes) + self.loss_head_bytes - self.head_bytes,
         )
         if products > 1:
             hidden = rows * positions / self.row_parts * width * 4
@@ -206,6 +213,8 @@ class Counter:
         if products > 2:
             in_float32 = vocab_size * width * 4 / self.mesh["tensor"]
             cost += Cost(0, 0, *self._reduce_gradient_bytes(in_float32))
+            if self.uneven_vocabulary:  # each device of `tensor` has a whole one, of its positions
+                cost += Cost(ici_bytes=in_float32 * (self.mesh["tensor"] - 1))
         return cost
 
     def blocks(self, rows: int, positions: int) -> int:

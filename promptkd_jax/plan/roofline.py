@@ -5,6 +5,7 @@ work and tokens are those of full rows.
 """
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -69,12 +70,14 @@ def _step(run: AbstractRun, slices: int = 1) -> _Step:
     def counter(model, optimizer):
         parameters = jax.tree.leaves(model.trained)
         state = jax.tree.leaves(jax.eval_shape(optimizer.init, model.trained))
+        config = model.decoder.config
         return Counter(
-            model.decoder.config.padded,
+            config.padded,
             run.mesh.shape,
             slices,
             parameters=sum(x.size for x in parameters),
             optimizer_bytes=sum(x.size * x.dtype.itemsize for x in state),
+            uneven_vocabulary=config.padded.vocab_size != config.vocab_size,
         )
 
     optimizers = run.stage.optimizers
@@ -256,9 +259,10 @@ def temporary_bytes(
         before = _saved(teacher, step.rows, step.before + step.columns, *device, gated=step.gated)
     gathered = max(2 * model.one_layer_bytes for model in models)
     # The student's head has a gradient, from the logits and from the embedding.
-    heads = 2 * student.head_bytes if whole else 0.0
+    head_of = operator.attrgetter("loss_head_bytes" if tpu else "head_bytes")
+    heads = 2 * head_of(student) if whole else 0.0
     if tpu or fsdp:
-        heads += sum(model.head_bytes for model in models)
+        heads += sum(map(head_of, models))
     all_logits = step.rows * step.positions * run.vocab_size / math.prod(mesh.values())
     logits = 6 * 4 * min(chunked_loss.chunk_elements(platform), all_logits)
     if tpu or method.updates_together:

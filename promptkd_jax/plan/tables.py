@@ -9,6 +9,8 @@ from promptkd_jax.plan.chips import GIB
 from promptkd_jax.plan.fit import MEMORY_FRACTION, Fit
 from promptkd_jax.plan.remat import DEFAULT_FRACTION, FRACTION
 
+IN_TURN = "matrix units, memory and network of each phase in turn"
+
 
 def show(plan: Mapping[str, Any], *, missing: str | None = None) -> None:
     """Prints one plan (see `command.estimate`).
@@ -41,20 +43,21 @@ def show_search(
             "yes" if plan["memory"]["fits"] else "NO",
             plan["memory"]["by"],
             short_number(plan["seconds_per_step"], ".3g"),
+            short_number(plan["least_seconds_per_step"], ".3g"),
             short_number(plan["tokens_per_second"], ",.0f"),
             short_number(plan["usd_per_million_tokens"], ".3g"),
         )
         for plan in plans[:most]
     ]
-    header = ("mesh", "micro", "GiB", "fits", "by", "s/step", "tokens/s", "USD/Mtok")
+    header = ("mesh", "micro", "GiB", "fits", "by", "s/step", "least", "tokens/s", "USD/Mtok")
     print(
         *_heading(plans[0], mesh=False),
         f"{fitting} pairs of a mesh and a number of micro-batches fit by the estimate; left out: "
         f"{left_out or 'none'}",
         f"data x fsdp x tensor and micro-batches, {len(rows)} of {len(plans)}: the fastest first, "
         "in classes of 2 % of the time; in a class the smallest first",
-        "(seconds by the compiler are expected, those by the estimate the least possible: what is "
-        "compiled comes first)",
+        f"(seconds by the estimate: {IN_TURN}; the compiler expects more: what is compiled comes "
+        "first)",
         "",
         markdown(Table(header, rows)),
         "",
@@ -209,6 +212,7 @@ def _phases_table(plan: Mapping[str, Any]) -> Table:
     }
     for limit in next(iter(phases.values()))["seconds"]:
         figures[f"{limit}, s"] = [one["seconds"][limit] for one in phases.values()]
+    figures["in turn, s"] = [one["in_turn"] for one in phases.values()]
     figures["at least, s"] = [one["time"] for one in phases.values()]
     if plan["time_by"] == "compiler":
         figures["expected, s"] = [one["expected"] for one in phases.values()]
@@ -232,19 +236,18 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
         )
     if plan["seconds_per_step"] is None:
         return lines
-    expected = plan["time_by"] == "compiler"
-    step, tokens = f"{plan['seconds_per_step']:.3g} s", f"{plan['tokens_per_second']:,.0f}"
+    by = "the compiler" if plan["time_by"] == "compiler" else f"the estimate, {IN_TURN}"
     lines.append("PFLOP of all chips together, bytes and seconds of each; a real run is slower.")
-    if expected:
-        least = f"by the compiler (at least {plan['least_seconds_per_step']:.3g})"
-        lines.append(f"step: {step} {least}; tokens per second: {tokens}")
-    else:
-        lines.append(f"step: at least {step}; tokens per second: at most {tokens}")
+    lines.append(
+        f"step: {plan['seconds_per_step']:.3g} s by {by} (at least "
+        f"{plan['least_seconds_per_step']:.3g}); tokens per second: "
+        f"{plan['tokens_per_second']:,.0f}"
+    )
     if plan["platform"] == "tpu" or plan["usd_per_chip_hour"] is not None:  # GPUs may be one's own
         lines.append(_cost(plan))
     if plan["hours"] is not None:
         cost = "" if plan["usd"] is None else f", {plan['usd']:,.0f} USD"
-        hours = f"{_at_least(plan)}{plan['hours']:.3g} h{cost}"
+        hours = f"{plan['hours']:.3g} h{cost}"
         lines.append(
             f"stage: {plan['steps']} steps, {hours}, without compilation, evaluation and "
             "checkpoints"
@@ -260,11 +263,7 @@ def _cost(plan: Mapping[str, Any]) -> str:
         return "cost: none, it does not fit"
     if price is None:
         return "cost: no list price is published for this chip; give --price"
-    return f"cost: {_at_least(plan)}{cost:.3g} USD per million tokens at {price:g} per chip-hour"
-
-
-def _at_least(plan: Mapping[str, Any]) -> str:
-    return "" if plan["time_by"] == "compiler" else "at least "
+    return f"cost: {cost:.3g} USD per million tokens at {price:g} per chip-hour"
 
 
 def _gib(size: float | None) -> str:
