@@ -2,7 +2,8 @@
 
 `configs/chat.py` is a pass over the data's responses with the teacher's distributions beside them
 (word-level KD), then PromptKD, its soft prompt behind gates, on the student's own responses to the
-same prompts; `configs/chat.py:method=NAME` ends with another of `recipes.METHODS`. Point
+same prompts; `configs/chat.py:method=NAME` ends with another of `recipes.METHODS`, and
+`configs/chat.py:run=short` is a first try: 10 steps a stage, of 8 rows of at most 192 tokens. Point
 teacher.path, student.path, data.train and data.dev at your own. The hyper-parameters are what is
 usual for models of 0.1 to 3 billion parameters, not tuned.
 """
@@ -10,15 +11,18 @@ usual for models of 0.1 to 3 billion parameters, not tuned.
 from ml_collections import ConfigDict
 
 from promptkd_jax.training.recipes import (
+    METHODS,
     base_config,
     behind_gates,
     method_stage,
+    read_arguments,
     sampling_config,
 )
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The recipe for `method=NAME`."""
+    """The recipe for `method=NAME,run=whole`."""
+    chosen = read_arguments(arg, method=("promptkd", METHODS), run=("whole", ("whole", "short")))
     config = base_config()
     config.teacher.path = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
     config.student.path = "HuggingFaceTB/SmolLM2-360M-Instruct"
@@ -32,10 +36,11 @@ def get_config(arg: str = "") -> ConfigDict:
     learning = dict(batch_size=16, gradient_accumulation_steps=4, epochs=1.0, schedule="cosine")
     config.stages = (
         method_stage("kd", name="warmup", learning_rate=2e-5, **learning),
-        method_stage(
-            arg.removeprefix("method=") or "promptkd",
-            learning_rate=5e-6,
-            **learning,
-        ),
+        method_stage(chosen["method"], learning_rate=5e-6, **learning),
     )
+    if chosen["run"] == "short":
+        config.data.update(max_prompt_length=128, max_length=192)
+        config.checkpoint.every, config.evaluation.every = 5, 10
+        for stage in config.stages:
+            stage.update(epochs=0.0, steps=10, batch_size=8)
     return behind_gates(config)

@@ -1,6 +1,7 @@
 """Every recipe, teacher view and source of rows as a whole run of tiny models; what cannot be is
 refused before anything is loaded."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -866,6 +867,16 @@ def test_a_step_of_more_rows_than_there_are_is_refused_and_the_folder_left_free(
 @pytest.mark.parametrize("method", METHODS)
 def test_conversations_are_for_every_method(method):
     checked(load_config([f"--config={CONFIGS / 'chat.py'}:method={method}"])[0])
+
+
+def test_a_short_run_is_the_same_stages_in_ten_steps_each():
+    short = checked(load_config([f"--config={CONFIGS / 'chat.py'}:run=short,method=gkd"])[0])
+    whole = checked(load_config([f"--config={CONFIGS / 'chat.py'}:method=gkd"])[0])
+    assert [stage_steps(stage, 12) for stage in short.stages] == [10, 10]
+    alike = dict(steps=0, epochs=1.0, batch_size=16)
+    assert tuple(dataclasses.replace(stage, **alike) for stage in short.stages) == whole.stages
+    with pytest.raises(ConfigError, match="'run=shrt' is not one of method=.*; run=whole|short"):
+        load_config([f"--config={CONFIGS / 'chat.py'}:run=shrt"])
 
 
 def test_packed_rows_behind_gates_are_refused_before_anything_is_loaded(config):
