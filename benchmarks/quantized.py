@@ -27,7 +27,7 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.layers.quantization import quantize_params
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 HOW = (Quantization(8), *(Quantization(4, group) for group in (32, 64, 128)), Quantization(4))
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")

@@ -34,7 +34,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.files import to_path
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.plan import ahead
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.training.config.checks import read_run

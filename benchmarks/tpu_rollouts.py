@@ -27,7 +27,8 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.sampler import Sampling, sample
+from promptkd_jax.models.sampler import sample
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.plan import ahead, hlo
 from promptkd_jax.plan.abstract_run import stored_config
 from promptkd_jax.plan.chips import parse_topology

@@ -45,7 +45,8 @@ _NAMES = {
     "models.language_model": "LanguageModel LazyLogits",
     "models.load": "load_model",
     "models.model": "Model keep_layers uniform_layers",
-    "models.sampler": "Rollout Sampling SamplingModel row_keys sample",
+    "models.sampler": "Rollout SamplingModel row_keys sample",
+    "models.sampling_rules": "Sampling",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

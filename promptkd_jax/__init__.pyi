@@ -51,9 +51,9 @@ from promptkd_jax.models.model import Model as Model
 from promptkd_jax.models.model import keep_layers as keep_layers
 from promptkd_jax.models.model import uniform_layers as uniform_layers
 from promptkd_jax.models.sampler import Rollout as Rollout
-from promptkd_jax.models.sampler import Sampling as Sampling
 from promptkd_jax.models.sampler import SamplingModel as SamplingModel
 from promptkd_jax.models.sampler import row_keys as row_keys
 from promptkd_jax.models.sampler import sample as sample
+from promptkd_jax.models.sampling_rules import Sampling as Sampling
 
 __version__: str

@@ -36,7 +36,7 @@ from promptkd_jax.infra.files import (
     write_text,
 )
 from promptkd_jax.infra.specs import Int, declared
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.studies.answers import (
     AVERAGE,
     Contender,

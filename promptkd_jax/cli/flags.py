@@ -24,7 +24,7 @@ from promptkd_jax.infra.specs import SEED, Float, Int, declared
 from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.load import RECORD, RECORDED, load_with_tokenizer, training_record
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.config.field_specs import DTYPE
 from promptkd_jax.training.config.fields import DataConfig
 

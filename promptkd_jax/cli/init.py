@@ -30,7 +30,7 @@ from promptkd_jax.infra.specs import Int
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import RECORDED, load_model
 from promptkd_jax.models.model import Model, check_text, chosen_layers, keep_layers
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.config.field_specs import DTYPE
 
 # Flags that are for --data alone, with their defaults.

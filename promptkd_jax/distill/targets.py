@@ -1,7 +1,7 @@
 """Sources of target rows: the data, the student's own continuation of its prompts, a mixture of
 both, or rows that the student wrote before.
 
-B rows, T columns.
+B rows, n of each prompt, T columns.
 """
 
 import functools
@@ -17,7 +17,8 @@ from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
-from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample
+from promptkd_jax.models.sampler import SamplingModel, row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 # Folded into a step's key for the draws between sources; its rows use 0, 1, …
 _DRAW = np.uint32(2**32 - 1)
@@ -40,11 +41,12 @@ def rollout(
     second_top_k: int = 0,
     slots: int = 0,
     prompt_buckets: int = 1,
+    rollouts_per_prompt: int = 1,
 ) -> tuple[Batch, jax.Array]:
     """Samples the model's own continuation of the batch's prompts: on-policy targets.
 
     Args:
-      batch: rows `[B, T]`, of which the first `prompt_lengths` tokens are the prompt.
+      batch: rows `[B / n, T]`, of which the first `prompt_lengths` tokens are the prompt.
       key: of all rows.
       prompt_capacity: the most tokens of a prompt.
       force_eos: whether the last token of a row that ran to the limit is overwritten by EOS, as in
@@ -56,8 +58,8 @@ def rollout(
       The batch `[B, prompt_capacity + max_new_tokens]`, and per row whether it ended by itself.
     """
     # Responses of the data are cut off: the new tokens begin behind the prompt.
-    prompts = batch.tokens[:, :prompt_capacity]  # [B, X]
-    keys = row_keys(key, jnp.arange(prompts.shape[0]))
+    prompts = batch.tokens[:, :prompt_capacity]  # [B / n, X]
+    keys = row_keys(key, jnp.arange(prompts.shape[0] * rollouts_per_prompt))
     out = sample(
         model,
         params,
@@ -73,13 +75,14 @@ def rollout(
         second_top_k=second_top_k,
         slots=slots,
         prompt_buckets=prompt_buckets,
+        rollouts_per_prompt=rollouts_per_prompt,
     )
-    tokens = out.tokens
+    tokens, prompt_lengths = out.tokens, jnp.repeat(batch.prompt_lengths, rollouts_per_prompt)
     if force_eos:
         # [B, T]: True at the last token of each row.
         last = jnp.arange(tokens.shape[1]) == out.lengths[:, None] - 1
         tokens = jnp.where(last & ~out.ended[:, None], sampling.eos_ids[0], tokens)
-    return Batch(tokens, batch.prompt_lengths, out.lengths), out.ended
+    return Batch(tokens, prompt_lengths, out.lengths), out.ended
 
 
 class TargetBatch(NamedTuple):
@@ -114,7 +117,7 @@ def target_rows(
 
     Args:
       student, params: the model that writes.
-      batch: rows of the data.
+      batch: rows of the data, of which the student writes `method.rollouts_per_prompt` each.
       replay: the buffer of "replay" targets.
       step: number of the step in its stage, from 0.
       teacher: the model that writes with the student, where `method.teacher_writes_along`.
@@ -140,6 +143,7 @@ def target_rows(
         second_top_k=method.teacher_top_k,
         slots=method.execution.max_concurrent_rollouts,
         prompt_buckets=method.execution.length_buckets,
+        rollouts_per_prompt=method.rollouts_per_prompt,
     )
     # The rollout's keys are those of its rows; draws between sources have one of their own.
     draw_key = jax.random.fold_in(key, _DRAW)

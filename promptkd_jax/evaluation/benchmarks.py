@@ -33,7 +33,7 @@ from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's `hf`
 _LEAST_WIDTH = 32  # columns; widths are powers of 2, each of which is compiled

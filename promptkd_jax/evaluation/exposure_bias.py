@@ -20,7 +20,7 @@ from promptkd_jax.distill.losses.losses import forward_kl
 from promptkd_jax.inference.generate import generate_responses
 from promptkd_jax.inference.response_values import response_values
 from promptkd_jax.models.model import Model, end_ids
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 class ExposureBias(NamedTuple):

@@ -25,7 +25,7 @@ from promptkd_jax.infra import distributed, sharding
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 def teacher_metrics(

@@ -55,7 +55,7 @@ from promptkd_jax.infra.specs import SEED, Float, Int, field, validate
 from promptkd_jax.infra.terminal import ProgressBar
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model, check_positions
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 PATIENCE = 5  # rounds in a row without a single new prompt
 _FORMAT = 2  # of the file; the first one had the policy after every round

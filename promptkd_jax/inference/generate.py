@@ -14,7 +14,8 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix, prefix_columns
 from promptkd_jax.models.model import Model, check_positions
-from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.models.sampler import row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 def with_turn_end(model: Model, prompt_format: PromptFormat, tokenizer: Any = None) -> Model:

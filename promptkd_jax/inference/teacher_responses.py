@@ -23,7 +23,7 @@ from promptkd_jax.infra.files import AppendOnlyFile
 from promptkd_jax.infra.terminal import ProgressBar
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 def teacher_responses(teacher: Model, rows: Rows, file: epath.Path, **how: Any) -> Rows:

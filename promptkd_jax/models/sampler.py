@@ -3,8 +3,8 @@
 Rows start at column 0 and row b's next token goes to column `lengths[b]`, so what comes out already
 is a training batch. Every row has its own key: its tokens do not depend on the rows beside it.
 
-B batch, X prompt columns, T columns of prompt and new tokens, M soft-prompt tokens, D width,
-V vocabulary, L layers, Q slots.
+B batch, n rows of each prompt, X prompt columns, T columns of prompt and new tokens, M soft-prompt
+tokens, D width, V vocabulary, L layers, Q slots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.infra import specs
 from promptkd_jax.infra.buckets import run_in_smallest_bucket
 from promptkd_jax.infra.sharding import ROWS, axis_size
 from promptkd_jax.models.decoder import Decoder
@@ -23,47 +22,15 @@ from promptkd_jax.models.joint_sampling import interleaved, mixed
 from promptkd_jax.models.language_model import LanguageModel, LazyLogits
 from promptkd_jax.models.layers.cache import Cache
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
+from promptkd_jax.models.sampling_rules import (
+    Sampling,
+    choose,
+    forbid_repeats,
+    penalize_repeats,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Key
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Rules for the choice of the next token; hashable, a static argument of `jax.jit`.
-
-    A row ends with any of `eos_ids`.
-
-    Raises:
-      ValueError: a value out of its range.
-    """
-
-    temperature: float = specs.field(1.0, specs.Float(low=0.0), "divides logits; 0 is greedy")
-    top_k: int = specs.field(0, specs.Int(low=0), "only the k likeliest tokens; 0: all")
-    top_p: float = specs.field(
-        1.0,
-        specs.Float(low=0.0, high=1.0, open_low=True),
-        "only the likeliest tokens that together have this probability; 1: all",
-    )
-    min_p: float = specs.field(
-        0.0,
-        specs.Float(low=0.0, high=1.0),
-        "only tokens at least this times as probable as the likeliest; 0: all",
-    )
-    repetition_penalty: float = specs.field(
-        1.0,
-        specs.Float(low=0.0, open_low=True),
-        "makes tokens less likely that a row, prompt included, already contains; 1: none",
-    )
-    no_repeat_ngram_size: int = specs.field(
-        0,
-        specs.Int(low=0),
-        "no row writes an n-gram of this size that it, prompt included, already contains; 0: any",
-    )
-    eos_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        specs.validate(self)
 
 
 class Rollout(NamedTuple):
@@ -90,8 +57,8 @@ def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
 def sample(
     model: Decoder | LanguageModel,
     params: Any,
-    tokens: Int[Array, "B X"],
-    lengths: Int[Array, " B"],
+    tokens: Int[Array, "B/n X"],
+    lengths: Int[Array, " B/n"],
     keys: Key[Array, " B"],
     *,
     max_new_tokens: int,
@@ -104,12 +71,13 @@ def sample(
     second_top_k: int = 0,
     slots: int = 0,
     prompt_buckets: int = 1,
+    rollouts_per_prompt: int = 1,
 ) -> Rollout:
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
     Args:
       model, params: the model that writes.
-      tokens: `[B, X]` prompts, each from column 0 on; lengths: `[B]`, each at least 1.
+      tokens: `[B / n, X]` prompts, each from column 0 on; lengths: `[B / n]`, each at least 1.
       keys: `[B]` typed PRNG keys, see `row_keys`.
       prefix: `[M, D]` soft prompt in front of every row, or a gated one.
       vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
@@ -124,6 +92,8 @@ def sample(
         What is written is the same, where rounding does not turn a token.
       prompt_buckets: number of prompt widths that are compiled, in even steps up to X; prompts are
         read in the smallest that holds the longest active one.
+      rollouts_per_prompt: n, the rows that continue each prompt, one behind the other. It is read
+        once for all of them; with `slots` once for each.
 
     Returns:
       A Rollout of T = X + `max_new_tokens` columns; tokens behind a row's length are 0.
@@ -145,8 +115,9 @@ def sample(
         lengths=lengths,
         keys=keys,
         prompt_buckets=prompt_buckets,
+        copies=rollouts_per_prompt,
     )
-    if not 0 < slots < tokens.shape[0]:
+    if not 0 < slots < keys.shape[0]:
         return writer.write(writer.begin(active=active)).written
     return _write_in_turn(writer, slots, active)
 
@@ -182,26 +153,32 @@ class _Writer:
     top_k: int  # of the second model, among which the first's tokens are kept
     sampling: Sampling
     limit: int  # new tokens of a row
-    prompts: jax.Array  # [B, X]
-    lengths: jax.Array  # [B]
+    prompts: jax.Array  # [B / n, X]
+    lengths: jax.Array  # [B / n]
     keys: jax.Array  # [B]
     prompt_buckets: int
+    copies: int  # n
 
     def begin(self, row: jax.Array | None = None, active: jax.Array | None = None) -> _Slots:
         """Reads the prompts of the rows `row` `[Q]`, or of all; only those `active` will run."""
-        every = self.prompts, self.lengths, self.keys
-        # A row number of B names no row. JAX reads the last row in its place; the slot is not
-        # active, and `_collect` drops it.
-        prompts, lengths, keys = every if row is None else (x[row] for x in every)
-        left = jnp.full_like(lengths, self.limit)
-        # A row that is not active needs no width: its first token is read.
-        read_lengths = lengths if active is None else jnp.where(active, lengths, 1)
+        prompts, lengths, keys, copies = self.prompts, self.lengths, self.keys, self.copies
+        if row is not None:
+            # A row number of B names no row. JAX reads the last row in its place; the slot is not
+            # active, and `_collect` drops it.
+            prompts, lengths, keys = prompts[row // copies], lengths[row // copies], keys[row]
+            copies = 1
+        # A prompt without an active row needs no width: its first token is read.
+        read_lengths = lengths
+        if active is not None:
+            read_lengths = jnp.where(active.reshape(-1, copies).any(axis=1), lengths, 1)
 
         def read_in(width: int):
             columns = prompts.shape[1], self.limit
             return [_prefill(x, prompts[:, :width], read_lengths, *columns) for x in self.models]
 
         read = run_in_smallest_bucket(read_in, read_lengths, prompts.shape[1], self.prompt_buckets)
+        prompts, lengths, read = _repeated((prompts, lengths, read), copies)
+        left = jnp.full_like(lengths, self.limit)
         return _Slots(
             row=row,
             keys=keys,
@@ -210,7 +187,7 @@ class _Writer:
             left=left if active is None else jnp.where(active, left, 0),
             ended=jnp.zeros(lengths.shape, bool),
             logits=self._logits([hidden for hidden, _ in read]),
-            caches=[cache for _, cache in read],
+            caches=[_placed(cache) for _, cache in read],
         )
 
     def write(self, slots: _Slots, enough=lambda slots: False) -> _Slots:
@@ -234,8 +211,9 @@ class _Writer:
     # written alone: neither rows beside it nor slots change it.
 
     def _write_one(self, slots: _Slots) -> _Slots:
-        slots = slots._replace(logits=_penalize_repeats(slots, self.sampling.repetition_penalty))
-        allowed = _forbid_repeats(slots, self.sampling.no_repeat_ngram_size)
+        seen, rules = (slots.tokens, slots.lengths), self.sampling
+        allowed = penalize_repeats(slots.logits, *seen, rules.repetition_penalty)
+        allowed = forbid_repeats(allowed, *seen, rules.no_repeat_ngram_size)
         keys = jax.vmap(jax.random.fold_in)(slots.keys, self.limit - slots.left)
         chosen = choose(allowed, keys, self.sampling)  # [Q]
         running = slots.running
@@ -289,7 +267,7 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
     On a mesh the slots are dealt out as rows are, and every device lets rows into its own: what is
     sent between devices are tokens, not caches.
     """
-    number, devices = writer.lengths.shape[0], axis_size(ROWS)
+    number, devices = writer.keys.shape[0], axis_size(ROWS)
     if slots % devices:
         raise ValueError(f"{slots} slots are not divisible by the {devices} devices of the rows")
     least = rows_of_a_round(slots // devices)
@@ -322,8 +300,9 @@ def _write_in_turn(writer: _Writer, slots: int, active: jax.Array | None) -> Rol
         return next_turn, write(_put(now, new, places), next_turn), out
 
     first, _ = begin(jnp.arange(slots), jnp.ones(slots, bool))
-    prompts = jnp.pad(writer.prompts, ((0, 0), (0, writer.limit)))
-    out = Rollout(prompts, writer.lengths, jnp.zeros(number, bool))
+    prompts, lengths = _repeated((writer.prompts, writer.lengths), writer.copies)
+    prompts = jnp.pad(prompts, ((0, 0), (0, writer.limit)))
+    out = Rollout(prompts, lengths, jnp.zeros(number, bool))
     next_turn = jnp.minimum(slots, waiting)
     state = next_turn, write(first, next_turn), out
     with jax.named_scope("queue"):  # by which `plan` knows the loop in a compiled program
@@ -354,7 +333,19 @@ def _put(slots: _Slots, new: _Slots, places: jax.Array) -> _Slots:
         return jax.vmap(on_device)(split(x), split(y), places).reshape(x.shape)
 
     slots = jax.tree.map(put, slots, new)
-    return slots._replace(caches=[x.placed() if isinstance(x, Cache) else x for x in slots.caches])
+    return slots._replace(caches=list(map(_placed, slots.caches)))
+
+
+def _placed(cache: Any) -> Any:
+    """The cache with rows and heads where they belong; tokens, if these are all there is."""
+    return cache.placed() if isinstance(cache, Cache) else cache
+
+
+def _repeated(tree: Any, copies: int) -> Any:
+    """Arrays `[B / n, …]` as `[B, …]`, each row n times behind one another; `[]` as they are."""
+    if copies == 1:
+        return tree
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim else x, tree)
 
 
 def _prefill(
@@ -364,87 +355,3 @@ def _prefill(
     columns = prompt_columns, new_columns
     hidden, cache = writing.model.prefill(writing.params, tokens, lengths, writing.prefix, *columns)
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0], cache
-
-
-def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token of every row, `[B]`, from `[B, V]` float32 logits."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        logits = _keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p:
-        logits = _keep_min_p(logits, sampling.min_p)
-    # By Gumbel noise, which a rounding error seldom turns to another token. By inversion of the
-    # cumulated probabilities, faster on a CPU, every rounding before a token would move it.
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """-inf below the k-th largest logit of a row."""
-    threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
-    return jnp.where(logits < threshold, -jnp.inf, logits)
-
-
-def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """-inf outside of the smallest set of tokens whose probability reaches p, of logits
-    `[..., V]`; tokens that are equally probable stay together."""
-    # The set is {probability >= t} for the largest t whose sum reaches p. Sorting [B, V] would find
-    # it; bisecting for t does in a few passes. The bits of a positive float32, read as an integer,
-    # are in the order of the floats, so that 31 halvings of an interval of integers are exact.
-    probability = jax.nn.softmax(logits, axis=-1)
-    rank = jax.lax.bitcast_convert_type(probability, jnp.int32)  # in the same order
-
-    def halve(_, bounds):
-        """Tokens from rank `low` on reach p, or are all; those from `high` on do not."""
-        low, high = bounds
-        middle = low + (high - low) // 2
-        reached = jnp.sum(jnp.where(rank >= middle, probability, 0), axis=-1, keepdims=True) >= p
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
-
-    none = jax.lax.bitcast_convert_type(jnp.float32(2), jnp.int32)
-    bounds = jnp.zeros_like(rank[..., :1]), jnp.full_like(rank[..., :1], none)
-    low, _ = jax.lax.fori_loop(0, 31, halve, bounds)
-    return jnp.where(rank < low, -jnp.inf, logits)
-
-
-def _keep_min_p(logits: jax.Array, p: float) -> jax.Array:
-    """-inf where the probability is below p times that of the likeliest token."""
-    threshold = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
-
-
-def _penalize_repeats(slots: _Slots, penalty: float) -> jax.Array:
-    """The logits, each row's own tokens penalized (CTRL, Keskar et al. 2019, arXiv 1909.05858)."""
-    if penalty == 1:
-        return slots.logits
-    rows, columns = jnp.indices(slots.tokens.shape)
-    there = columns < slots.lengths[:, None]
-    seen = jnp.zeros(slots.logits.shape, bool).at[rows, slots.tokens].max(there, mode="drop")
-    penalized = jnp.where(slots.logits < 0, slots.logits * penalty, slots.logits / penalty)
-    return jnp.where(seen, penalized, slots.logits)
-
-
-def _forbid_repeats(slots: _Slots, n: int) -> jax.Array:
-    """-inf for every token that would complete an n-gram which the row already contains."""
-    if n == 0:
-        return slots.logits
-    width = slots.tokens.shape[1]
-    if width < n:
-        return slots.logits
-    # Of every n-gram of the row: if its first n - 1 tokens are the row's last n - 1, its nth must
-    # not be next. With n = 3 and the row  a b c d a b:
-    #
-    #     at column 0: a b | c   is the tail a b, so c is banned;   at 3: d a | b   is not
-    starts = jnp.arange(width - n + 1)
-    tail = slots.lengths[:, None] - (n - 1) + jnp.arange(n - 1)  # columns of the last n - 1 tokens
-    tail = jnp.take_along_axis(slots.tokens, jnp.maximum(tail, 0), axis=1)  # [Q, n - 1]
-    same = starts + n <= slots.lengths[:, None]  # the n-gram lies inside of the row
-    for i in range(n - 1):
-        same &= slots.tokens[:, i : width - n + 1 + i] == tail[:, i : i + 1]
-    rows = jnp.arange(slots.tokens.shape[0])[:, None]
-    banned = jnp.zeros(slots.logits.shape, bool)
-    banned = banned.at[rows, slots.tokens[:, n - 1 :]].max(same, mode="drop")
-    return jnp.where(banned, -jnp.inf, slots.logits)

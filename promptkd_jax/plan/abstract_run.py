@@ -108,7 +108,8 @@ class AbstractRun(Experiment):
         stage = self.config.stages[self.index]
         packed = stage.packed_rows > 0
         whole = _has_whole_rows(self.config, stage) or packed
-        rows = self._rows(self.batch_size, cached, whole, packed)
+        number = stage.packed_rows or stage.prompts_per_step
+        rows = self._rows(number, cached, whole, packed)
         corpus = self._rows(stage.batch_size) if method.corpus_terms else None
         return state, teacher, rows, corpus, frozen, self._token_kernel()
 

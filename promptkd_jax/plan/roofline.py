@@ -111,7 +111,10 @@ def _rollout(step: _Step) -> tuple[Cost, Cost]:
     asked, tokens = step.method.prompt_capacity, step.method.rollout_length
     prefill, decode = Cost(), Cost()
     for writer in step.writers:
-        prefill += writer.gathered_copy() + writer.forward(step.batch_size, asked)
+        prompts = step.batch_size
+        if step.slots == step.batch_size:  # else each row of a prompt is let in by itself
+            prompts //= step.method.rollouts_per_prompt
+        prefill += writer.gathered_copy() + writer.forward(prompts, asked)
         turns = step.batch_size / step.slots
         decode += writer.decode(step.slots, asked + tokens, tokens) * turns
     return prefill, decode

@@ -27,7 +27,7 @@ from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.io import identity
 from promptkd_jax.models.load import load_tokenizer
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.config.config_file import claim, fingerprint
 from promptkd_jax.training.config.field_specs import TEACHER
 from promptkd_jax.training.config.fields import RunConfig

@@ -32,7 +32,7 @@ from promptkd_jax.infra.files import load_or_compute, make_folder, read_text, wr
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.load import load_with_tokenizer
 from promptkd_jax.models.model import Model, end_ids
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.studies import comparison_report
 from promptkd_jax.studies.answers import Contender, answer_sets, differences, over_seeds
 from promptkd_jax.studies.comparison import (

@@ -22,7 +22,7 @@ from promptkd_jax.infra.specs import (
     group,
     mistakes,
 )
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.studies.runs import Run
 from promptkd_jax.training import recipes
 from promptkd_jax.training.config.checks import checked, read_group

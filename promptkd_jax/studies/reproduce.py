@@ -25,7 +25,7 @@ from promptkd_jax.infra.errors import DataError
 from promptkd_jax.infra.files import is_remote, to_path, write_json, write_text
 from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.load import load_with_tokenizer
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.studies import published
 from promptkd_jax.studies.answers import AVERAGE, Contender, answer_sets, over_seeds
 from promptkd_jax.studies.runs import Run, train_all

@@ -23,7 +23,9 @@ def describe(stage: StageConfig) -> str:
     off = [f"{weight:g} {name} on rows of others" for name, weight in stage.off_policy_terms]
     more = off + [f"{term.weight:g} {term.kind}" for term in stage.hidden_terms]
     more += [f"{weight:g} {name} on a corpus" for name, weight in stage.corpus_terms]
-    return " + ".join([f"{stage.name}: {terms} on rows from {stage.targets}{view}", *more])
+    several = f", {stage.rollouts_per_prompt} to each prompt"
+    rows = stage.targets + (several if stage.rollouts_per_prompt > 1 else "")
+    return " + ".join([f"{stage.name}: {terms} on rows from {rows}{view}", *more])
 
 
 def title(config: RunConfig) -> str:
@@ -66,7 +68,7 @@ def remat(model: ModelConfig) -> str:
 
 def stage_steps(stage: StageConfig, rows: int) -> int:
     """Steps of a stage: as given, or whole batches of so many epochs over `rows` rows."""
-    return stage.steps or max(1, int(stage.epochs * (rows // stage.batch_size)))
+    return stage.steps or max(1, int(stage.epochs * (rows // stage.prompts_per_step)))
 
 
 def make_stage(

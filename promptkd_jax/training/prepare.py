@@ -34,7 +34,7 @@ from promptkd_jax.models.io import identity
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.model import Model, check_positions, text_end
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training import build
 from promptkd_jax.training.config.fields import RunConfig
 from promptkd_jax.training.experiment import Experiment, Stage
@@ -254,20 +254,21 @@ def _with_data(
     config: RunConfig, stage: Stage, rows: Rows, corpus: Rows | None, student: Model
 ) -> Stage:
     """The stage with batches of its rows, and of the corpus where it learns on that."""
-    batch_size, names = config.stages[stage.index].batch_size, config.data
+    chosen, names = config.stages[stage.index], config.data
     corpus = corpus if stage.method.corpus_terms else None
-    for name, each in ((names.train_name, rows), (names.corpus_name, corpus)):
-        if each is not None and (count := len(each.tokens)) < batch_size:
+    for name, each, to_each in (
+        (names.train_name, rows, chosen.rollouts_per_prompt),
+        (names.corpus_name, corpus, 1),
+    ):
+        if each is not None and (most := to_each * len(each.tokens)) < chosen.batch_size:
+            several = f", {to_each} to each prompt" if to_each > 1 else ""
             raise DataError(
-                f"config.stages[{stage.index}].batch_size: {batch_size}, but there are {count} "
-                f"rows of {name} ({each.dropped} records were dropped for long prompts); expected "
-                f"at most {count}"
+                f"config.stages[{stage.index}].batch_size: {chosen.batch_size}{several}, but there "
+                f"are {len(each.tokens)} rows of {name} ({each.dropped} records were dropped for "
+                f"long prompts); expected at most {most}"
             )
     batches = functools.partial(
-        train_batches,
-        batch_size=batch_size,
-        length=config.data.max_length,
-        seed=config.seed + stage.index,
+        train_batches, length=config.data.max_length, seed=config.seed + stage.index
     )
     method, cached, packing, teacher = stage.method, None, None, config.teacher
     kept = teacher.dtype, teacher.param_dtype, QUANTIZE[teacher.quantize]
@@ -285,8 +286,14 @@ def _with_data(
         packing = Packing(number, prefix, stage.steps)
     return dataclasses.replace(
         stage,
-        batches=batches(rows, cached=cached, capacity=method.response_capacity, packing=packing),
-        corpus=None if corpus is None else batches(corpus),
+        batches=batches(
+            rows,
+            batch_size=chosen.prompts_per_step,
+            cached=cached,
+            capacity=method.response_capacity,
+            packing=packing,
+        ),
+        corpus=None if corpus is None else batches(corpus, batch_size=chosen.batch_size),
     )
 
 

@@ -14,7 +14,7 @@ from promptkd_jax.distill.losses.hidden_loss import HiddenTerm
 from promptkd_jax.distill.losses.policy_gradient import PolicyGradient
 from promptkd_jax.distill.methods.curriculum import Interpolation
 from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY, POLICY_GRADIENT, TRANSPORT
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.config.config_file import as_dict
 from promptkd_jax.training.config.fields import RunConfig, StageConfig
 

@@ -11,7 +11,7 @@ from promptkd_jax.cli.main import COMMANDS, main, parser_of
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.infra.files import Path
 from promptkd_jax.infra.specs import Float, Int
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 CONFIG = "--config=configs/rehearsal.py"
 NEEDED = {

@@ -51,7 +51,8 @@ from promptkd_jax.distill.step import write_ahead
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import specs
-from promptkd_jax.models.sampler import Sampling, SamplingModel, row_keys, sample
+from promptkd_jax.models.sampler import SamplingModel, row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 # The dense definitions
 
@@ -522,6 +523,35 @@ def test_rows_that_nobody_wrote_ahead():
         changed(MINILLM, one_step_off_policy=True)
 
 
+# Several responses to a prompt
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_several_responses_to_a_prompt_are_those_of_rows_that_have_it_each(ahead):
+    """In parts, whose rows are drawn from all of them, and with dropout, whose keys are of rows."""
+    how = dict(gradient_accumulation_steps=2, one_step_off_policy=ahead, dropout=True)
+    once = plain(targets="student", **how)
+    twice = changed(once, rollouts_per_prompt=2)
+    prompts = jax.tree.map(lambda x: x[1:3], batch())
+    rows = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), prompts)
+    state, other = begin(), begin()
+    if ahead:
+        write = functools.partial(write_ahead, models=Models(STUDENT, TEACHER))
+        state = jit(functools.partial(write, method=twice))(state, teacher_params(), prompts)
+        other = jit(functools.partial(write, method=once))(other, teacher_params(), rows)
+    after, metrics = update(twice, state, prompts)
+    expected, measured = update(once, other, rows)
+    jax.tree.map(np.testing.assert_array_equal, after.pending, expected.pending)
+    assert_close(after.student, expected.student)
+    assert_close(gradient(after), gradient(expected))
+    assert summarize(metrics) == pytest.approx(summarize(measured), rel=1e-5)
+    assert moved(after.student, begin().student) > 0
+    written, _ = rows_of(twice, state.student, jax.random.key(1), rows=prompts)
+    responses = [tuple(response(written.rows, row)) for row in range(4)]
+    assert len({*responses}) == 4
+    assert written.rows.prompt_lengths.tolist() == rows.prompt_lengths.tolist()
+
+
 def test_counts_have_a_least():
     said = "length_buckets: 0 is not >= 1; max_concurrent_rollouts: -1 is not >= 0"
     with pytest.raises(ValueError, match=said):
@@ -636,6 +666,19 @@ def test_the_policy_gradient_refuses_every_option_of_sampling():
         with pytest.raises(ValueError, match=f"sampling.{name}: {value}, but policy_gradient val"):
             plain(student_terms=terms, targets="student", sampling=WithTopA(**{name: value}))
     plain(student_terms=terms, targets="student", sampling=WithTopA())
+
+
+def test_several_responses_to_a_prompt_are_all_the_students():
+    said = "rollouts_per_prompt: 2 responses to a prompt .* targets = 'mixed' its rows are not all"
+    with pytest.raises(ValueError, match=said):
+        gkd(0.5, rollouts_per_prompt=2)
+    with pytest.raises(ValueError, match="prompt_fallback: .* and there are 2 rows of each"):
+        plain(
+            targets="student",
+            teacher_view="prompted",
+            prompt_fallback=True,
+            rollouts_per_prompt=2,
+        )
 
 
 def test_all_contradictions_are_told_at_once():

@@ -19,7 +19,8 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.io.peft import load_soft_prompt, save_soft_prompt
 from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
-from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.models.sampler import row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 STUDENT = [15979, 577, 345, 389, 257, 3710, 13]  # "Suppose you are a student." for GPT-2
 needs_adapters = pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from promptkd_jax.infra.specs import declared
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -24,7 +24,7 @@ from promptkd_jax.infra.files import read_text
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.io.export import save_model
 from promptkd_jax.models.load import load_model, load_with_tokenizer
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 @pytest.fixture(scope="module")

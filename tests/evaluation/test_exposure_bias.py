@@ -21,7 +21,7 @@ from promptkd_jax.inference import generate
 from promptkd_jax.models.decoder import head
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, end_ids
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 NEW = 6  # response positions
 SIZES = dict(batch_size=2, prompt_capacity=16, max_new_tokens=NEW)

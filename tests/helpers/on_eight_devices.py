@@ -39,7 +39,7 @@ from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.layers import lora as lora_module
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.layers.lora import MODULES, init_adapter
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.checkpoint import Checkpoints
 
 LLAMA = {
@@ -356,11 +356,13 @@ def same_loss_of_dealt_out_positions() -> None:
 
 
 def same_rows_ahead() -> None:
-    """A step on all three axes trains on the rows written before it and writes the next."""
+    """A step on all three axes trains on the rows written before it and writes the next, two to
+    each prompt."""
     teacher, student = config_of("llama", 3), config_of("llama", 2)
     state, frozen, batch = begin(student), random_params(teacher, 3), rows()
     how = dict(
-        method=method(one_step_off_policy=True), models=Models(Decoder(student), Decoder(teacher))
+        method=method(one_step_off_policy=True, rollouts_per_prompt=2),
+        models=Models(Decoder(student), Decoder(teacher)),
     )
     write = functools.partial(write_ahead, **how)
     step = functools.partial(train_step, optimizers=OPTIMIZERS, **how)
@@ -380,7 +382,7 @@ def same_rows_ahead() -> None:
         )
     for found, expected in ((there[0], here[0]), (there[1].pending, here[1].pending)):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
-        assert found.rows.tokens.addressable_shards[0].data.shape == (2, 10)
+        assert found.rows.tokens.addressable_shards[0].data.shape == (4, 10)
     assert (here[0].rows.tokens != here[1].pending.rows.tokens).any()
     all_close(there[1].optimizers, here[1].optimizers, "rows ahead")
     assert there[2]["tokens"] == here[2]["tokens"] == here[0].rows.lengths.sum()

@@ -17,7 +17,7 @@ from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.decoder import Decoder, head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 EOS = 5
 

@@ -33,7 +33,7 @@ from promptkd_jax.models.io import identity
 from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.config.checks import checked
 
 LENGTH = 24

@@ -41,7 +41,8 @@ from promptkd_jax.models.io.export import to_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.language_model import LazyLogits
 from promptkd_jax.models.layers.quantization import QUANTIZE
-from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.models.sampler import row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 P = PartitionSpec
 

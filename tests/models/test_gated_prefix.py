@@ -10,7 +10,8 @@ from promptkd_jax.infra.errors import ModelError
 from promptkd_jax.models.config import Dropout
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.layers.gated_prefix import Gate, GatedPrefix, attend_gated
-from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.models.sampler import row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 def gated(model, gates) -> GatedPrefix:

@@ -18,7 +18,8 @@ from promptkd_jax.models.io.gguf import open_gguf
 from promptkd_jax.models.io.gguf_export import QUANTIZATIONS, save_gguf
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, keep_layers
-from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.models.sampler import row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 # Of the random models, what llama.cpp cannot compute put as it can.
 CHANGES = {

@@ -18,7 +18,8 @@ from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model
-from promptkd_jax.models.sampler import Sampling, row_keys, sample
+from promptkd_jax.models.sampler import row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.plan import ahead, chips, roofline
 from promptkd_jax.plan.abstract_run import abstract_run
 from promptkd_jax.training import run as training

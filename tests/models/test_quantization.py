@@ -36,7 +36,8 @@ from promptkd_jax.models.layers.quantization import (
 )
 from promptkd_jax.models.load import load_model
 from promptkd_jax.models.model import Model, add_adapter, keep_layers
-from promptkd_jax.models.sampler import Sampling, sample
+from promptkd_jax.models.sampler import sample
+from promptkd_jax.models.sampling_rules import Sampling
 
 KINDS = ("int8", "int4")
 HOW = (Quantization(8), Quantization(4), Quantization(4, 4), Quantization(8, 8))

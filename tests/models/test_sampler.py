@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from helpers.models import LENGTH_DEPENDENT, VOCAB, logits, make_pair, random_model
 
-from promptkd_jax.models import sampler
+from promptkd_jax.models import sampler, sampling_rules
 from promptkd_jax.models.decoder import Decoder, embed
 from promptkd_jax.models.language_model import LanguageModel
-from promptkd_jax.models.sampler import Rollout, Sampling, choose, row_keys, sample
+from promptkd_jax.models.sampler import Rollout, row_keys, sample
+from promptkd_jax.models.sampling_rules import Sampling, choose
 
 PLAIN, GREEDY = Sampling(), Sampling(temperature=0.0)
 LENGTHS = np.array([3, 8, 1, 5], np.int32)
@@ -127,9 +128,9 @@ def test_forbidden_are_the_tokens_that_complete_an_ngram_of_the_row(n):
     tokens = rng.integers(0, 3, (200, 12), dtype=np.int32)
     lengths = rng.integers(1, 13, 200, dtype=np.int32)
     logits = rng.normal(size=(200, 3)).astype(np.float32)
-    nothing = dict.fromkeys(sampler._Slots._fields)
-    slots = sampler._Slots(**nothing | {"tokens": tokens, "lengths": lengths, "logits": logits})
-    found = np.asarray(sampler._forbid_repeats(jax.tree.map(jnp.asarray, slots), n))
+    found = np.asarray(
+        sampling_rules.forbid_repeats(*map(jnp.asarray, (logits, tokens, lengths)), n)
+    )
     for row, length, before, after in zip(tokens.tolist(), lengths, logits, found):
         row = row[:length]
         there = {tuple(row[i : i + n]) for i in range(length - n + 1)}
@@ -257,7 +258,7 @@ def test_temperature_0_is_argmax():
 @pytest.mark.parametrize("k", [1, 3, 39, 40, 1000])
 def test_top_k_keeps_the_k_largest(k):
     values = random_logits(50)
-    found = np.asarray(sampler._keep_top_k(jnp.asarray(values), k))
+    found = np.asarray(sampling_rules._keep_top_k(jnp.asarray(values), k))
     for row, kept in zip(values, found):
         largest = sorted(np.argsort(row)[::-1][:k])
         assert np.flatnonzero(np.isfinite(kept)).tolist() == largest
@@ -267,7 +268,7 @@ def test_top_k_keeps_the_k_largest(k):
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
     values = random_logits(200)
-    found = np.asarray(sampler.keep_top_p(jnp.asarray(values), p))
+    found = np.asarray(sampling_rules.keep_top_p(jnp.asarray(values), p))
     for row, kept in zip(values, found):
         order = np.argsort(row)[::-1]
         reached = np.cumsum(softmax(row)[order])
@@ -283,7 +284,7 @@ def test_min_p_is_that_of_transformers(p):
 
     values = random_logits(200)
     expected = MinPLogitsWarper(p)(None, torch.tensor(values)).numpy()
-    np.testing.assert_array_equal(sampler._keep_min_p(jnp.asarray(values), p), expected)
+    np.testing.assert_array_equal(sampling_rules._keep_min_p(jnp.asarray(values), p), expected)
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.0, 1.2])
@@ -295,9 +296,8 @@ def test_repeated_tokens_are_penalized_as_in_transformers(penalty):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 40, (50, 12), dtype=np.int32)
     lengths, logits = rng.integers(1, 13, 50, dtype=np.int32), random_logits(50)
-    nothing = dict.fromkeys(sampler._Slots._fields)
-    slots = sampler._Slots(**nothing | {"tokens": tokens, "lengths": lengths, "logits": logits})
-    found = sampler._penalize_repeats(jax.tree.map(jnp.asarray, slots), penalty)
+    rows = map(jnp.asarray, (logits, tokens, lengths))
+    found = sampling_rules.penalize_repeats(*rows, penalty)
     there = RepetitionPenaltyLogitsProcessor(penalty)
     for row, length, before, after in zip(tokens, lengths, logits, np.asarray(found)):
         seen = torch.tensor(row[None, :length], dtype=torch.long)
@@ -524,6 +524,36 @@ def test_prompts_are_read_in_the_smallest_compiled_width(llama, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, write(3), expected)
     jax.effects_barrier()
     assert taken == [8, 6, 3, 3]
+
+
+@pytest.mark.parametrize("how", ["at once", "in slots", "jointly", "some"])
+def test_rows_of_one_prompt_are_those_of_a_prompt_each_and_it_is_read_once(llama, how, monkeypatch):
+    read, prefill = [], sampler._prefill
+
+    def counted(writing, tokens, *arguments):
+        read.append(tokens.shape[0])
+        return prefill(writing, tokens, *arguments)
+
+    monkeypatch.setattr(sampler, "_prefill", counted)
+    options = dict(max_new_tokens=12, sampling=Sampling(eos_ids=tuple(range(1, 12))))
+    if how == "in slots":
+        options["slots"] = 4
+    if how == "jointly":
+        options |= dict(second=sampler.SamplingModel(llama.decoder, llama.params), second_share=0.3)
+    if how == "some":
+        active = np.random.default_rng(2).permutation(12) < 5
+        options["active"] = active & (np.arange(12) >= 3)  # none of the first prompt's
+    write = jax.jit(
+        functools.partial(sample, llama.decoder, **options, prompt_buckets=2),
+        static_argnames="rollouts_per_prompt",
+    )
+    keys = row_keys(jax.random.key(4), jnp.arange(12))
+    found = write(llama.params, REQUESTS, LENGTHS, keys, rollouts_per_prompt=3)
+    assert {*read} == ({4, 1} if how == "in slots" else {4})  # slots let in one row at a time
+    repeated = np.repeat(REQUESTS, 3, axis=0), np.repeat(LENGTHS, 3)
+    expected = write(llama.params, *repeated, keys)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert len({tuple(row) for row in np.asarray(found.tokens)}) > (4 if how == "some" else 10)
 
 
 def test_all_in_one_call_without_the_host(llama):

@@ -26,7 +26,8 @@ from promptkd_jax.models.io import params as params_module
 from promptkd_jax.models.io.hub import hub_id
 from promptkd_jax.models.io.params import abstract_params
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
-from promptkd_jax.models.sampler import Sampling, sample
+from promptkd_jax.models.sampler import sample
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.plan import abstract_run as abstract_run_module
 from promptkd_jax.plan import ahead, chips, costs, hlo, remat, roofline, tables
 from promptkd_jax.plan import command as plan
@@ -195,6 +196,22 @@ def test_the_run_that_is_planned_is_the_one_that_is_prepared(layers, tmp_path):
         assert dataclasses.replace(planned.method, **same) == dataclasses.replace(
             stage.method, **same
         )
+
+
+def test_several_responses_to_a_prompt_take_fewer_rows_of_the_data():
+    config = small_config(rollouts_per_prompt=4, epochs=1.0, steps=0, batch_size=8)
+    run = abstract_run(checked(config), rows=100)
+    assert run.num_steps == 50  # of two prompts each
+    on_two, again = run.on(plan.abstract_mesh(sizes(2, 1, 1))), small_run(2, 1, 1)
+    assert on_two.arguments()[2].tokens.shape == (2, 256)
+    prefill, four = (roofline.phases(x)["prefill"].flops for x in (on_two, again))
+    assert four == 4 * prefill
+    in_slots = small_run(2, 1, 1, rollouts_per_prompt=4, max_concurrent_rollouts=4)
+    assert roofline.phases(in_slots)["prefill"].flops == four
+    assert roofline.phases(on_two)["decode"] == roofline.phases(again)["decode"]
+    said = r"batch_size / rollouts_per_prompt: 2 in 1 micro-batches cannot be dealt out .* to 4"
+    with pytest.raises(ConfigError, match=said):
+        run.on(plan.abstract_mesh(sizes(2, 2, 1))).arguments()
 
 
 def test_a_stage_is_planned_on_meshes_that_do_not_divide_another():

@@ -319,7 +319,7 @@ def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, mo
     """What it needs is all there: replayed rows and those written ahead, the position among them,
     the teacher that learns, and a moving target."""
     replay = stage("distillm", steps=6, replay=REPLAY, one_step_off_policy=True)
-    minillm = stage("minillm", minibatches=2, passes=2, warmup_steps=8)
+    minillm = stage("minillm", minibatches=2, passes=2, warmup_steps=8, rollouts_per_prompt=2)
     online = stage("kd", teacher_view="online", teacher_learning_rate=2e-3)
     online.interpolation.update(schedule="adaptive", rate=0.5)
     config = short(models, replay, minillm, online)
@@ -759,6 +759,14 @@ IMPOSSIBLE = {
             "stages[0].gradient_accumulation_steps: 4 in each of 1 minibatches do not divide "
             "packed_rows = 6",
             "stages[0].packed_rows: 6 are more than the rows that are packed into them",
+        ],
+    ),
+    "several responses to a prompt, rows that are not the student's": (
+        stage("gkd", rollouts_per_prompt=3),
+        [
+            "stages[0].rollouts_per_prompt: 3 do not divide batch_size = 4",
+            "stages[0].rollouts_per_prompt: 3 responses to a prompt are written in a step, but "
+            "with targets = 'mixed'",
         ],
     ),
     "rows ahead, gold rows": (

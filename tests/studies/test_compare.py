@@ -24,7 +24,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ComparisonError, ConfigError
 from promptkd_jax.infra.metrics import read_metrics
 from promptkd_jax.models.load import load_with_tokenizer
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.studies import answers, compare, comparison, comparison_report
 from promptkd_jax.training import run as training
 from promptkd_jax.training.config.checks import checked, read_group

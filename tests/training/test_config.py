@@ -33,7 +33,7 @@ from promptkd_jax.infra.specs import (
     group,
 )
 from promptkd_jax.infra.specs import mistakes as mistakes_of
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training import recipes
 from promptkd_jax.training.config import checks, field_help, fields
 from promptkd_jax.training.config.checks import read_group

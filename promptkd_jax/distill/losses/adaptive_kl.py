@@ -23,7 +23,7 @@ from promptkd_jax.distill.losses.divergence import (
     log_ratio,
 )
 from promptkd_jax.infra import specs
-from promptkd_jax.models.sampler import keep_top_p
+from promptkd_jax.models.sampling_rules import keep_top_p
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -12,7 +12,7 @@ from promptkd_jax.distill.methods.method_fields import (
     Objective,
 )
 from promptkd_jax.infra.specs import validate
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from promptkd_jax.distill.methods.method_fields import (
     Objective,
 )
 from promptkd_jax.infra.specs import declared
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 
 
 def contradictions(method: Objective, execution: Execution, sampling: Sampling) -> list[str]:
@@ -87,6 +87,12 @@ def _about_rows(method: Objective, names: list[str]) -> list[str]:
             f"student_terms: {CROSS_ENTROPY} counts rows that the student did not write; expected "
             "it among off_policy_terms, where there are any"
         )
+    if method.rollouts_per_prompt > 1 and method.targets != "student":
+        messages.append(
+            f"rollouts_per_prompt: {method.rollouts_per_prompt} responses to a prompt are written "
+            f"in a step, but with targets = {method.targets!r} its rows are not all the student's; "
+            "expected 1, or 'student' as targets"
+        )
     if method.interpolation.schedule != "none" and method.needs_token_kernel:
         messages.append(
             f"interpolation.schedule: {method.interpolation.schedule!r} mixes teacher and student "
@@ -134,6 +140,12 @@ def _about_soft_prompt(method: Objective, execution: Execution) -> list[str]:
         messages.append(
             "prompt_fallback: compares the two teachers on the data's responses to the prompts of "
             f"a step, but with {name} its rows are of other prompts; expected False"
+        )
+    if method.prompt_fallback and method.rollouts_per_prompt > 1:
+        messages.append(
+            "prompt_fallback: compares the two teachers on one response of the data to each row's "
+            f"prompt, and there are {method.rollouts_per_prompt} rows of each; expected False, or "
+            "rollouts_per_prompt = 1"
         )
     if method.prompt_fallback and method.source.teacher_writes:
         messages.append(

@@ -128,6 +128,12 @@ class Objective:
     on_policy_share: float = field(
         0.5, Float(low=0.0, high=1.0), "lambda of GKD, for 'mixed' targets"
     )
+    rollouts_per_prompt: int = field(
+        1,
+        Int(low=1),
+        "responses of the student to each prompt of a step, for 'student' targets; batch_size "
+        "counts the responses",
+    )
     teacher_share: float = field(
         0.0,
         Float(low=0.0, high=0.99),

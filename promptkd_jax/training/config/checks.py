@@ -237,6 +237,9 @@ def check_mesh(config: RunConfig, mesh: Any, stages: Iterable[int] | None = None
         path, stage = f"config.stages[{index}]", config.stages[index]
         for name, number in _rows_of_step(stage).items():
             sharding.check_rows(f"{path}.{name}", number, stage.num_micro_batches, mesh)
+        if stage.rollouts_per_prompt > 1:
+            prompts = f"{path}.batch_size / rollouts_per_prompt"
+            sharding.check_rows(prompts, stage.prompts_per_step, 1, mesh)
         slots = stage.max_concurrent_rollouts
         sharding.check_rows(f"{path}.max_concurrent_rollouts", slots, 1, mesh)
 
@@ -263,6 +266,11 @@ def needs_the_teacher(config: RunConfig) -> bool:
 def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
     if (stage.steps > 0) == (stage.epochs > 0):
         yield f"{path}: give either steps or epochs (the other 0)"
+    if stage.batch_size % stage.rollouts_per_prompt:
+        yield (
+            f"{path}.rollouts_per_prompt: {stage.rollouts_per_prompt} do not divide batch_size = "
+            f"{stage.batch_size}"
+        )
     for name, number in _rows_of_step(stage).items():
         if number % stage.num_micro_batches:
             yield (

@@ -35,7 +35,7 @@ from promptkd_jax.infra.specs import (
     mistakes,
 )
 from promptkd_jax.models.layers.quantization import QUANTIZE
-from promptkd_jax.models.sampler import Sampling
+from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.config.field_specs import (
     DTYPE,
     KV_CACHE_DTYPE,
@@ -182,9 +182,7 @@ class DataConfig:
     date: str = field(
         "", Date(), "that a chat template may show; '': that of the run's first start"
     )
-    max_prompt_length: int = field(
-        256, Int(low=1), "tokens of a prompt; longer ones: see long_prompts"
-    )
+    max_prompt_length: int = field(256, Int(low=1), "tokens of a prompt; longer: see long_prompts")
     max_length: int = field(512, Int(low=2), "tokens of a row; longer responses are cut")
     long_prompts: str = field(
         "drop",
@@ -263,9 +261,7 @@ class StageConfig(Execution, Objective):
         "of the student and an online teacher; soft prompt and projections have AdamW",
     )
     learning_rate: float = field(5e-5, Float(low=0.0, open_low=True), "peak rate of the student")
-    prompt_learning_rate: float = field(
-        0.0, Float(low=0.0), "of the soft prompt; 0: that of the student"
-    )
+    prompt_learning_rate: float = field(0.0, Float(low=0.0), "of the soft prompt; 0: the student's")
     teacher_learning_rate: float = field(
         0.0, Float(low=0.0), "of an online teacher; 0: that of the student"
     )
@@ -275,9 +271,7 @@ class StageConfig(Execution, Objective):
     )
     min_lr: float = field(1e-7, Float(low=0.0), "where falling schedules end")
     weight_decay: float = field(1e-2, Float(low=0.0), "decoupled, of matrices")
-    max_grad_norm: float = field(
-        1.0, Float(low=0.0, open_low=True), "norm that gradients are clipped to"
-    )
+    max_grad_norm: float = field(1.0, Float(low=0.0, open_low=True), "norm of clipped gradients")
     adam_beta2: float = field(0.999, Float(low=0.0, high=0.999999), "of Adam's second moment")
     sampling: Sampling = group(Sampling, "how rollouts are sampled")
 
@@ -285,6 +279,11 @@ class StageConfig(Execution, Objective):
     def num_micro_batches(self) -> int:
         """Micro-batches that a step's rows are dealt out to."""
         return self.gradient_accumulation_steps * self.minibatches
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Rows of the data that a step takes."""
+        return self.batch_size // self.rollouts_per_prompt
 
     @property
     def by_turn(self) -> bool:
