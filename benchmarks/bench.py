@@ -51,6 +51,7 @@ SIDES = {
     "ours, full remat": ("ours", {"remat": "full"}),
     "ours, whole rows": ("ours", {"length_buckets": 1}),
     "ours, in slots": ("ours", {"rollout_slots": 4}),
+    "ours, int8 rollouts": ("ours", {"rollout_quantize": "int8"}),
     "theirs": ("theirs", {}),
     "theirs, one micro-batch": ("theirs", {"micro_batches": 1}),
     "theirs, torch.compile": ("theirs", {"compile": True, "static_cache": True}),

@@ -27,8 +27,8 @@ class Case:
         run to their limit, and all requests are of full length.
       dtype: what is computed in; the student's parameters are float32.
       micro_batches: of an update, of both sides.
-      length_buckets, rollout_slots, remat: ours, see `Execution` and `decoder.REMAT`. Theirs pads
-        to the longest row.
+      length_buckets, rollout_slots, rollout_quantize, remat: ours, see `Execution` and
+        `decoder.REMAT`. Theirs pads to the longest row.
       sides, parts: that are measured unless others are asked for, see `bench.SIDES`, `bench.PARTS`.
       cut: divides the sizes of `square` and `skinny`.
     """
@@ -45,6 +45,7 @@ class Case:
     micro_batches: int = 1
     length_buckets: int = 1
     rollout_slots: int = 0
+    rollout_quantize: str = "none"
     remat: str = "none"
     sides: tuple[str, ...] = ("ours", "theirs")
     parts: tuple[str, ...] = PARTS

@@ -11,7 +11,7 @@ import numpy as np
 from cases import RATE, STEPS, Case
 
 import promptkd_jax as pkd
-from promptkd_jax.distill.targets import rollout
+from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra.compile_cache import return_memory_of_compiling
 
 
@@ -39,6 +39,7 @@ class Side:
                 gradient_accumulation_steps=case.micro_batches,
                 length_buckets=case.length_buckets,
                 max_concurrent_rollouts=case.rollout_slots,
+                rollout_quantize=case.rollout_quantize,
             ),
         )
         rate = pkd.schedule("constant", RATE, total_steps=STEPS)
@@ -55,23 +56,17 @@ class Side:
             return jax.jit(functools.partial(step, method=changed), donate_argnums=0)
 
         self._iteration = jitted()
-        execution = dataclasses.replace(method.execution, max_concurrent_rollouts=0)
+        written = dict(max_concurrent_rollouts=0, rollout_quantize="none")
+        execution = dataclasses.replace(method.execution, **written)
         on_rows = dict(targets="gold", execution=execution)
         self._update = jitted(**on_rows)
         self._student_update = jitted(teacher_view="plain", **on_rows)
-        self._rollout = jax.jit(
-            functools.partial(
-                rollout,
-                student.decoder,
-                prompt_capacity=case.request,
-                max_new_tokens=case.response,
-                sampling=method.sampling,
-                vocab_size=method.vocab_size,
-                force_eos=False,
-                slots=method.execution.max_concurrent_rollouts,
-                prompt_buckets=method.execution.length_buckets,
-            )
-        )
+
+        def rollout(params, batch, key):
+            return target_rows(method, student.decoder, params, batch, None, key, **no_more)[0].rows
+
+        no_more = dict(step=0, teacher=None)
+        self._rollout = jax.jit(rollout)
         prompt = pkd.init_soft_prompt(
             teacher.decoder, self._teacher, range(case.soft_prompt), case.soft_prompt
         )
@@ -84,7 +79,7 @@ class Side:
     def rollout(self) -> int:
         """Writes the answers of a batch; returns their tokens."""
         batch, key = self._batch(), jax.random.key(0)
-        rows, _ = jax.block_until_ready(self._rollout(self._state.student, batch, key))
+        rows = jax.block_until_ready(self._rollout(self._state.student, batch, key))
         return int(jnp.sum(rows.lengths - rows.prompt_lengths))
 
     def update(self) -> None:

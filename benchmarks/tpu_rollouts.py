@@ -27,6 +27,7 @@ from promptkd_jax.infra import sharding
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.models.sampler import sample
 from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.plan import ahead, hlo
@@ -58,6 +59,7 @@ class Case(NamedTuple):
     topology: str
     mesh: tuple[int, int, int]
     rows: int
+    quantize: str = "none"
 
 
 CASES = {
@@ -69,6 +71,12 @@ CASES = {
     "GPT-2 XL, v5e": Case("openai-community/gpt2-xl", "v5e:1x1", (1, 1, 1), 32),
     "GPT-2 XL, v5e, 1 x 2 x 4": Case("openai-community/gpt2-xl", "v5e:2x4", (1, 2, 4), 64),
     "OLMoE, 4 layers, v6e": Case("", "v6e:1x1", (1, 1, 1), 64),
+    "Llama-3.2 1B in int8, v5e": Case(
+        "meta-llama/Llama-3.2-1B", "v5e:1x1", (1, 1, 1), 64, quantize="int8"
+    ),
+    "GPT-2 XL in int8, v5e": Case(
+        "openai-community/gpt2-xl", "v5e:1x1", (1, 1, 1), 32, quantize="int8"
+    ),
 }
 
 
@@ -165,7 +173,8 @@ def _shape(x, where):
 def _config(case: Case):
     hf_config = stored_config(case.model)[0] if case.model else MIXTURE
     half = dict(dtype="bfloat16", param_dtype="bfloat16", tensor_parts=case.mesh[2])
-    return from_hugging_face(hf_config, case.model).replace(**half)
+    config = from_hugging_face(hf_config, case.model)
+    return config.replace(**half, quantization=QUANTIZE[case.quantize])
 
 
 def _least(case: Case) -> int:

@@ -101,9 +101,8 @@ def train_step(
     Args:
       state: see `TrainState`.
       teacher: the teacher's parameters (None where `method.needs_teacher` is False or it learns).
-      batch: B rows, B divisible by `method.num_micro_batches`, or where the student writes n =
-        `method.rollouts_per_prompt` responses to each prompt, B / n rows; with
-        `one_step_off_policy` those of the next step.
+      batch: B rows, B divisible by `method.num_micro_batches`; B / n, where the student writes n =
+        `method.rollouts_per_prompt` to each; with `one_step_off_policy` those of the next step.
       corpus: rows of text for `method.corpus_terms`, a multiple of `method.num_micro_batches`.
       frozen_student: the parameters beside an adapter that alone is trained, see `lora.split`.
       token_kernel: `transport.token_kernel` of the teacher, where `method.needs_token_kernel`.
@@ -126,8 +125,7 @@ def train_step(
         new = state.replace(replay=replay)
     # [B, T] -> [UG, B / UG, T]; everything below maps or scans over UG.
     corpus = corpus if method.corpus_terms else None
-    key = jax.random.fold_in(state.key, state.step)
-    keys = step_models.dropout_keys(key, targets.rows, corpus)
+    keys = step_models.dropout_keys(jax.random.fold_in(state.key, state.step), targets.rows, corpus)
     references = batch if method.prompt_fallback else None
     micro_batches = deal_out(targets, corpus, method, keys, references)
     metrics = _measure_rows(targets, micro_batches, new, method)

@@ -17,6 +17,7 @@ from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
+from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_params
 from promptkd_jax.models.sampler import SamplingModel, row_keys, sample
 from promptkd_jax.models.sampling_rules import Sampling
 
@@ -128,8 +129,7 @@ def target_rows(
         return TargetBatch(batch, nobody, nobody), replay
     write = functools.partial(
         rollout,
-        student,
-        params,
+        *_rounded(student, params, method.execution.rollout_quantize),
         batch,
         key,
         prompt_capacity=method.prompt_capacity,
@@ -148,6 +148,17 @@ def target_rows(
     # The rollout's keys are those of its rows; draws between sources have one of their own.
     draw_key = jax.random.fold_in(key, _DRAW)
     return WRITERS[method.targets](method, write, batch, replay, draw_key, step)
+
+
+def _rounded(student: Decoder | LanguageModel, params: Any, quantize: str):
+    """The student and its parameters as it writes: with kernels as `quantize` says."""
+    if (how := QUANTIZE[quantize]) is None:
+        return student, params
+    if not isinstance(student, Decoder) or student.config.quantization:
+        raise ValueError(
+            f"rollout_quantize: {quantize!r} is for a Decoder with whole kernels; expected 'none'"
+        )
+    return Decoder(student.config.replace(quantization=how)), quantize_params(params, how)
 
 
 def row_statistics(

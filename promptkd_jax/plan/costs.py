@@ -118,9 +118,12 @@ class Counter:
     @property
     def layer_bytes(self) -> float:
         """Of the matrices of all layers, gathered along `fsdp`, as they are read."""
+        return matrix_parameters(self.config) * self._kernel_itemsize / self.mesh["tensor"]
+
+    @property
+    def _kernel_itemsize(self) -> float:
         how = self.config.quantization
-        each = how.bytes_per_weight if how else self.itemsize
-        return matrix_parameters(self.config) * each / self.mesh["tensor"]
+        return how.bytes_per_weight if how else self.itemsize
 
     @property
     def one_layer_bytes(self) -> float:
@@ -236,7 +239,7 @@ class Counter:
         read = matrix_parameters(self.config, chosen)
         step = Cost(
             forward_flops(self.config, rows, 1, keys=columns) + head_flops(self.config, rows, 1),
-            read * self.itemsize / self.mesh["tensor"] + self.head_bytes + cache,
+            read * self._kernel_itemsize / self.mesh["tensor"] + self.head_bytes + cache,
             self._allreduce_layers_bytes(tokens) + self._allreduce_hidden_bytes(tokens),
         )
         return step * steps

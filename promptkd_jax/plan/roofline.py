@@ -4,6 +4,7 @@ Every row is taken to be as long as the config allows and every rollout to run t
 work and tokens are those of full rows.
 """
 
+import dataclasses
 import math
 import operator
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from promptkd_jax.distill.optimizer import SLICE
 from promptkd_jax.distill.preconditioners import matrices
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.layers.attention import implementation
+from promptkd_jax.models.layers.quantization import QUANTIZE
 from promptkd_jax.plan.abstract_run import AbstractRun, abstract_run
 from promptkd_jax.plan.costs import Cost, Counter, cache_bytes
 from promptkd_jax.training.config.fields import RunConfig
@@ -45,7 +47,11 @@ class _Step(NamedTuple):
         """The models that write the rows of a rollout."""
         if not self.method.source.on_policy:
             return []
-        return [self.student, self.teacher] if self.method.teacher_writes_along else [self.student]
+        student, how = self.student, QUANTIZE[self.method.execution.rollout_quantize]
+        if how:
+            rounded = student.config.replace(quantization=how)
+            student = dataclasses.replace(student, config=rounded)
+        return [student, self.teacher] if self.method.teacher_writes_along else [student]
 
     def forward_behind(self) -> Cost:
         """A forward of the teacher of a micro-batch behind these columns; behind gates each layer
@@ -245,7 +251,8 @@ def temporary_bytes(
         if writer.config.offload:  # while one layer computes, the next is fetched
             copies += 2 * writer.one_layer_bytes
             continue
-        copied = fsdp or writer.config.dtype != writer.config.param_dtype
+        rounded = writer not in models
+        copied = fsdp or rounded or writer.config.dtype != writer.config.param_dtype
         unstacked = platform == "cpu" and not writer.config.quantization
         copies += writer.layer_bytes if copied or unstacked else 0
         copies += 2 * writer.head_bytes if copied else 0

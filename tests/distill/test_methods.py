@@ -51,6 +51,9 @@ from promptkd_jax.distill.step import write_ahead
 from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.distill.teacher import Models
 from promptkd_jax.infra import specs
+from promptkd_jax.models.decoder import Decoder
+from promptkd_jax.models.language_model import LanguageModel
+from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_params
 from promptkd_jax.models.sampler import SamplingModel, row_keys, sample
 from promptkd_jax.models.sampling_rules import Sampling
 
@@ -550,6 +553,53 @@ def test_several_responses_to_a_prompt_are_those_of_rows_that_have_it_each(ahead
     responses = [tuple(response(written.rows, row)) for row in range(4)]
     assert len({*responses}) == 4
     assert written.rows.prompt_lengths.tolist() == rows.prompt_lengths.tolist()
+
+
+# A student that is rounded while it writes
+
+
+def test_rows_are_those_of_the_rounded_student_and_the_update_is_that_of_the_whole_one():
+    whole = plain(targets="student", gradient_accumulation_steps=2)
+    rounded, state = changed(whole, rollout_quantize="int8"), begin()
+    eight_bits = Decoder(STUDENT.config.replace(quantization=QUANTIZE["int8"]))
+    params = quantize_params(state.student, QUANTIZE["int8"])
+    how = dict(max_new_tokens=8, sampling=whole.sampling, vocab_size=VOCABULARY)
+    write = jit(functools.partial(sample, eight_bits, **how))
+    others = 0
+    for seed in range(4):
+        key, rows = jax.random.key(seed), of_step(seed)
+        found, _ = rows_of(rounded, state.student, key, rows=rows)
+        keys = row_keys(key, np.arange(4))
+        expected = write(params, rows.tokens[:, :4], rows.prompt_lengths, keys)
+        np.testing.assert_array_equal(found.rows.tokens, expected.tokens)
+        others += (
+            found.rows.tokens != rows_of(whole, state.student, key, rows=rows)[0].rows.tokens
+        ).any()
+    assert others  # than the student as it is would write
+    after, metrics = update(rounded, state)
+    rows, _ = rows_of(rounded, state.student, jax.random.fold_in(state.key, 0))
+    expected, measured = update(
+        changed(whole, targets="gold", response_capacity=8), begin(), rows.rows
+    )
+    assert_close(gradient(after), gradient(expected))
+    assert summarize(metrics)["student_loss"] == pytest.approx(summarize(measured)["student_loss"])
+
+
+def test_a_student_that_cannot_be_rounded_while_it_writes():
+    method, state = plain(targets="student", rollout_quantize="int8"), begin()
+    model = LanguageModel(lambda params, tokens, prefix: tokens, lambda params: params)
+    eight_bits = Decoder(STUDENT.config.replace(quantization=QUANTIZE["int8"]))
+    for student in (model, eight_bits):
+        with pytest.raises(
+            ValueError, match="rollout_quantize: 'int8' is for a Decoder with whole"
+        ):
+            target_rows(
+                method, student, state.student, batch(), None, state.key, step=0, teacher=None
+            )
+    with pytest.raises(ValueError, match="rollout_quantize: 'int8' .* policy_gradient takes to be"):
+        changed(MINILLM, rollout_quantize="int8")
+    with pytest.raises(ValueError, match="rollout_quantize: 'int8' is for rows that are written"):
+        plain(targets="gold", rollout_quantize="int8")
 
 
 def test_counts_have_a_least():

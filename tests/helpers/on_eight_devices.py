@@ -357,11 +357,11 @@ def same_loss_of_dealt_out_positions() -> None:
 
 def same_rows_ahead() -> None:
     """A step on all three axes trains on the rows written before it and writes the next, two to
-    each prompt."""
+    each prompt, with kernels in 8 bits."""
     teacher, student = config_of("llama", 3), config_of("llama", 2)
     state, frozen, batch = begin(student), random_params(teacher, 3), rows()
     how = dict(
-        method=method(one_step_off_policy=True, rollouts_per_prompt=2),
+        method=method(one_step_off_policy=True, rollouts_per_prompt=2, rollout_quantize="int8"),
         models=Models(Decoder(student), Decoder(teacher)),
     )
     write = functools.partial(write_ahead, **how)

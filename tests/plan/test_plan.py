@@ -501,6 +501,22 @@ def test_a_tpu_has_a_head_whole_in_a_loss_where_tensor_does_not_divide_the_vocab
     assert on_gpu == roofline.temporary_bytes(run, "gpu")["update"]
 
 
+def test_what_is_read_for_every_token_is_as_small_as_it_is_rounded_to():
+    rounded, whole = small_run(1, 2, 1, rollout_quantize="int8"), small_run(1, 2, 1)
+    found, expected = (roofline.phases(run) for run in (rounded, whole))
+    kernels = costs.matrix_parameters(whole.student.decoder.config)
+    assert expected["decode"].hbm_bytes - found["decode"].hbm_bytes == 128 * kernels
+    assert found["student update"] == expected["student update"]
+    temporaries = [roofline.temporary_bytes(run)["rollout"] for run in (whole, rounded)]
+    assert temporaries[0] - temporaries[1] == 2 * kernels  # the compiler for TPUs has two copies
+    adapter = small_config()
+    adapter.student.update(quantize="int8")
+    adapter.student.lora.rank = 2
+    of_base = roofline.phases(abstract_run(checked(adapter)))["decode"]
+    plain = roofline.phases(small_run())["decode"]
+    assert plain.hbm_bytes - of_base.hbm_bytes == 128 * kernels
+
+
 def test_phases_follow_the_method():
     prompted = roofline.phases(small_run())
     assert list(prompted) == list(roofline.PHASES)

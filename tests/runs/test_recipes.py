@@ -769,6 +769,10 @@ IMPOSSIBLE = {
             "with targets = 'mixed'",
         ],
     ),
+    "a rounded writer, a policy gradient": (
+        stage("opd", rollout_quantize="int8"),
+        ["stages[0].rollout_quantize: 'int8' draws tokens from a rounded student, which"],
+    ),
     "rows ahead, gold rows": (
         stage("kd", one_step_off_policy=True),
         ["stages[0].one_step_off_policy: rows are written a step ahead, but targets = 'gold'"],

@@ -170,6 +170,11 @@ def _without_rollouts(method: Objective, execution: Execution) -> list[str]:
             f"at once, but targets = {method.targets!r} has none that are written during training; "
             "expected 0"
         )
+    if execution.rollout_quantize != "none":
+        messages.append(
+            f"rollout_quantize: {execution.rollout_quantize!r} is for rows that are written during "
+            f"training, but targets = {method.targets!r} has none; expected 'none'"
+        )
     if method.teacher_share:
         messages.append(
             f"teacher_share: {method.teacher_share:g} mixes the teacher into rollouts, but "
@@ -249,6 +254,11 @@ def _about_policy_gradient(
         messages.append(
             f"one_step_off_policy: {POLICY_GRADIENT} needs rows that the student wrote as it is; "
             "those written a step ahead are of the student before its last update; expected False"
+        )
+    if execution.rollout_quantize != "none":
+        messages.append(
+            f"rollout_quantize: {execution.rollout_quantize!r} draws tokens from a rounded "
+            f"student, which {POLICY_GRADIENT} takes to be of the student as it is; expected 'none'"
         )
     if method.token_weighting != "uniform":
         messages.append(f"token_weighting: {method.token_weighting!r} is not for {POLICY_GRADIENT}")

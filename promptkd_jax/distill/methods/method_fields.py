@@ -275,9 +275,9 @@ class Objective:
 class Execution:
     """The execution of a step: its speed and memory, not its result.
 
-    The result is the same up to rounding, except with `one_step_off_policy`, with those published
-    conventions that make micro-batches differ, and for the draws of dropout in packed rows, which
-    are of their columns. `Method` checks the values.
+    The result is the same up to rounding, except with `one_step_off_policy` and
+    `rollout_quantize`, with those published conventions that make micro-batches differ, and for the
+    draws of dropout in packed rows, which are of their columns. `Method` checks the values.
     """
 
     gradient_accumulation_steps: int = field(
@@ -299,6 +299,12 @@ class Execution:
         0,
         Int(low=0),
         "rows that are written at once, others follow where some end; 0: all of a step",
+    )
+    rollout_quantize: str = field(
+        "none",
+        Choice("none", "int8"),
+        "what the student's kernels are rounded to while it writes rows: less to read for every "
+        "token, which is drawn from the distribution of the rounded student",
     )
     one_step_off_policy: bool = field(
         False,

@@ -133,6 +133,14 @@ def _frozen_contradictions(config: RunConfig):
                 f"config.stages[{index}].teacher_view: 'online' trains the teacher, and rounded "
                 "kernels are not trained; expected 'none' as config.teacher.quantize"
             )
+        if stage.rollout_quantize != "none":
+            for name, plain in (("quantize", "none"), ("offload", False)):
+                if (chosen := getattr(config.student, name)) != plain:
+                    yield (
+                        f"config.stages[{index}].rollout_quantize: {stage.rollout_quantize!r} is "
+                        "for kernels that a device holds whole, but config.student."
+                        f"{name} = {chosen!r}; expected 'none'"
+                    )
         policy = any(name == POLICY_GRADIENT for name, _ in stage.student_terms)
         writers = ["student", *(["teacher"] if stage.teacher_share else [])] if policy else []
         for name in writers:
@@ -263,9 +271,8 @@ def needs_the_teacher(config: RunConfig) -> bool:
     )
 
 
-def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
-    if (stage.steps > 0) == (stage.epochs > 0):
-        yield f"{path}: give either steps or epochs (the other 0)"
+def _row_contradictions(path: str, stage: StageConfig):
+    """Counts of a step's rows that do not go together."""
     if stage.batch_size % stage.rollouts_per_prompt:
         yield (
             f"{path}.rollouts_per_prompt: {stage.rollouts_per_prompt} do not divide batch_size = "
@@ -282,6 +289,17 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             f"{path}.packed_rows: {stage.packed_rows} are more than the rows that are packed into "
             f"them; expected at most batch_size = {stage.batch_size}, or 0"
         )
+    if stage.max_concurrent_rollouts > stage.batch_size:
+        yield (
+            f"{path}.max_concurrent_rollouts: {stage.max_concurrent_rollouts} are more than a step "
+            f"has rows; expected at most batch_size = {stage.batch_size}, or 0 for all of them"
+        )
+
+
+def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
+    if (stage.steps > 0) == (stage.epochs > 0):
+        yield f"{path}: give either steps or epochs (the other 0)"
+    yield from _row_contradictions(path, stage)
     gated = stage.teacher_view == "prompted" and config.soft_prompt.gated
     if stage.packed_rows and gated:
         yield (
@@ -293,11 +311,6 @@ def _stage_contradictions(path: str, stage: StageConfig, config: RunConfig):
             f"{path}.prompt_warmup_steps: {stage.prompt_warmup_steps}, but behind closed gates the "
             "prompted teacher is the plain one, and L_reg has no gradient; expected 0, or "
             "config.soft_prompt.gated = False"
-        )
-    if stage.max_concurrent_rollouts > stage.batch_size:
-        yield (
-            f"{path}.max_concurrent_rollouts: {stage.max_concurrent_rollouts} are more than a step "
-            f"has rows; expected at most batch_size = {stage.batch_size}, or 0 for all of them"
         )
     yield from (f"{path}.{mistake}" for mistake in contradictions(stage, stage, stage.sampling))
     if stage.teacher_view == "cached":
