@@ -177,7 +177,9 @@ class _Writer:
             return [_prefill(x, prompts[:, :width], read_lengths, *columns) for x in self.models]
 
         read = run_in_smallest_bucket(read_in, read_lengths, prompts.shape[1], self.prompt_buckets)
-        prompts, lengths, read = _repeated((prompts, lengths, read), copies)
+        hidden, caches = zip(*read)
+        of_prompts = prompts, lengths, self._logits(list(hidden)), list(caches)
+        prompts, lengths, logits, caches = _repeated(of_prompts, copies)
         left = jnp.full_like(lengths, self.limit)
         return _Slots(
             row=row,
@@ -186,8 +188,8 @@ class _Writer:
             lengths=lengths,
             left=left if active is None else jnp.where(active, left, 0),
             ended=jnp.zeros(lengths.shape, bool),
-            logits=self._logits([hidden for hidden, _ in read]),
-            caches=[_placed(cache) for _, cache in read],
+            logits=logits,
+            caches=list(map(_placed, caches)),
         )
 
     def write(self, slots: _Slots, enough=lambda slots: False) -> _Slots:
@@ -211,18 +213,18 @@ class _Writer:
     # written alone: neither rows beside it nor slots change it.
 
     def _write_one(self, slots: _Slots) -> _Slots:
-        seen, rules = (slots.tokens, slots.lengths), self.sampling
-        allowed = penalize_repeats(slots.logits, *seen, rules.repetition_penalty)
-        allowed = forbid_repeats(allowed, *seen, rules.no_repeat_ngram_size)
+        so_far, rules = (slots.tokens, slots.lengths), self.sampling
+        allowed = penalize_repeats(slots.logits, *so_far, rules.repetition_penalty)
+        allowed = forbid_repeats(allowed, *so_far, rules.no_repeat_ngram_size)
         keys = jax.vmap(jax.random.fold_in)(slots.keys, self.limit - slots.left)
-        chosen = choose(allowed, keys, self.sampling)  # [Q]
+        chosen = choose(allowed, keys, rules)  # [Q]
         running = slots.running
         here = (jnp.arange(slots.tokens.shape[1]) == slots.lengths[:, None]) & running[:, None]
         seen = [
             x.model.decode(x.params, chosen, x.prefix, slots.lengths, cache)
             for x, cache in zip(self.models, slots.caches)
         ]
-        is_end = jnp.isin(chosen, jnp.array(self.sampling.eos_ids, jnp.int32))
+        is_end = jnp.isin(chosen, jnp.array(rules.eos_ids, jnp.int32))
         return slots._replace(
             tokens=jnp.where(here, chosen[:, None], slots.tokens),
             lengths=slots.lengths + running,
