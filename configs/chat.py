@@ -21,7 +21,7 @@ from promptkd_jax.training.recipes import (
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The recipe for `method=NAME,run=whole`."""
+    """The recipe for `method=NAME,run=whole`, or `run=short`."""
     chosen = read_arguments(arg, method=("promptkd", METHODS), run=("whole", ("whole", "short")))
     config = base_config()
     config.teacher.path = "HuggingFaceTB/SmolLM2-1.7B-Instruct"

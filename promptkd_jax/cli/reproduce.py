@@ -82,8 +82,8 @@ def _hours(options: argparse.Namespace, overrides: Sequence[str]) -> str:
     above = (
         "Hours that the training of each run takes by the estimate of `promptkd plan`, on the best "
         f"mesh by it: {IN_TURN}, each at its peak; without compilation, evaluation, checkpoints "
-        "and what a teacher writes before. A real run is slower. USD of list prices of TPUs; GPUs "
-        "have none here."
+        "and what a teacher writes before. A real run is mostly slower. USD of list prices of "
+        "TPUs; GPUs have none here."
     )
     return f"{above}\n\n{markdown(hours_table(plan_runs(configs, devices)))}"
 

@@ -128,8 +128,10 @@ def target_rows(
         nobody = jnp.zeros(batch.lengths.shape[0], bool)
         return TargetBatch(batch, nobody, nobody), replay
     write = functools.partial(
-        rollout,
-        *_rounded(student, params, method.execution.rollout_quantize),
+        _rollout_rounded,
+        method.execution.rollout_quantize,
+        student,
+        params,
         batch,
         key,
         prompt_capacity=method.prompt_capacity,
@@ -150,15 +152,18 @@ def target_rows(
     return WRITERS[method.targets](method, write, batch, replay, draw_key, step)
 
 
-def _rounded(student: Decoder | LanguageModel, params: Any, quantize: str):
-    """The student and its parameters as it writes: with kernels as `quantize` says."""
-    if (how := QUANTIZE[quantize]) is None:
-        return student, params
+def _rollout_rounded(
+    quantize: str, student: Decoder | LanguageModel, params: Any, *inputs: Any, **how: Any
+) -> tuple[Batch, jax.Array]:
+    """The `rollout` of a student whose kernels are in `quantize`, one of `QUANTIZE`."""
+    if quantize == "none":
+        return rollout(student, params, *inputs, **how)
     if not isinstance(student, Decoder) or student.config.quantization:
         raise ValueError(
             f"rollout_quantize: {quantize!r} is for a Decoder with whole kernels; expected 'none'"
         )
-    return Decoder(student.config.replace(quantization=how)), quantize_params(params, how)
+    rounded = Decoder(student.config.replace(quantization=QUANTIZE[quantize]))
+    return rollout(rounded, quantize_params(params, QUANTIZE[quantize]), *inputs, **how)
 
 
 def row_statistics(

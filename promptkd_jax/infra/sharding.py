@@ -253,13 +253,14 @@ def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS if divides else None))
 
 
-def check_rows(what: str, rows: int, parts: int, mesh: Any) -> None:
-    """Raises ConfigError where `rows`, in so many micro-batches, cannot be dealt out evenly."""
+def check_rows(what: str, rows: int, mesh: Any, *, parts: int | None = None) -> None:
+    """Raises ConfigError where `rows`, in so many micro-batches if any, cannot be dealt out
+    evenly."""
     devices = math.prod(mesh.shape[name] for name in ROWS)
-    if rows % parts or rows // parts % devices:
+    if rows % (parts or 1) or rows // (parts or 1) % devices:
+        said = f"{rows} in {parts} micro-batches" if parts else rows
         raise ConfigError(
-            f"{what}: {rows} in {parts} micro-batches cannot be dealt out evenly to {devices} "
-            "devices (data x fsdp)"
+            f"{what}: {said} cannot be dealt out evenly to {devices} devices (data x fsdp)"
         )
 
 

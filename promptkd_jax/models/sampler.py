@@ -76,13 +76,13 @@ def sample(
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
     Args:
-      model, params: the model that writes.
+      model, params: that write.
       tokens: `[B / n, X]` prompts, each from column 0 on; lengths: `[B / n]`, each at least 1.
       keys: `[B]` typed PRNG keys, see `row_keys`.
       prefix: `[M, D]` soft prompt in front of every row, or a gated one.
       vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
         model's own.
-      active: `[B]`, the rows to continue (all, where absent); others keep their prompt alone.
+      active: `[B]`, the rows to continue (all, where absent); others have their prompt alone.
       second: a model that decodes jointly, in one of two ways: each token is drawn from the mixture
         of both with `second_share` of the second (MiniLLM: the teacher, at a share of 0.2), or by
         the first, and where its token is not among the `second_top_k` likeliest of the second, by
@@ -99,8 +99,11 @@ def sample(
       A Rollout of T = X + `max_new_tokens` columns; tokens behind a row's length are 0.
 
     Raises:
-      ValueError: the mesh does not divide the slots.
+      ValueError: the mesh does not divide the slots; keys are more or fewer than n a prompt.
     """
+    if keys.shape[0] != (rows := tokens.shape[0] * rollouts_per_prompt):
+        each = f"{rollouts_per_prompt} of each prompt"
+        raise ValueError(f"{keys.shape[0]} keys for {rows} rows, {each}; expected one for each")
     jointly = second_share or second_top_k
     models = [SamplingModel(model, params, prefix), *([second] if jointly else [])]
     models = [x._replace(params=x.model.for_sampling(x.params)) for x in models]

@@ -99,7 +99,9 @@ def _keep_min_p(logits: jax.Array, p: float) -> jax.Array:
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
-def penalize_repeats(logits: jax.Array, tokens, lengths, penalty: float) -> jax.Array:
+def penalize_repeats(
+    logits: jax.Array, tokens: jax.Array, lengths: jax.Array, penalty: float
+) -> jax.Array:
     """Logits `[B, V]`, those of the tokens `[B, T]` that a row has within its length `[B]`
     penalized (CTRL, Keskar et al. 2019, arXiv 1909.05858)."""
     if penalty == 1:
@@ -111,9 +113,9 @@ def penalize_repeats(logits: jax.Array, tokens, lengths, penalty: float) -> jax.
     return jnp.where(seen, penalized, logits)
 
 
-def forbid_repeats(logits: jax.Array, tokens, lengths, n: int) -> jax.Array:
-    """Logits `[B, V]`, -inf for every token that would complete an n-gram which its row of
-    `tokens` `[B, T]` already contains."""
+def forbid_repeats(logits: jax.Array, tokens: jax.Array, lengths: jax.Array, n: int) -> jax.Array:
+    """Logits `[B, V]`, -inf for every token that would complete an n-gram which the tokens
+    `[B, T]` of its row, within their length `[B]`, already contain."""
     if n == 0:
         return logits
     width = tokens.shape[1]

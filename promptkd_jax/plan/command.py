@@ -176,7 +176,7 @@ def estimate(
         "fits": needed <= usable,
         "by": "estimate",
     }
-    costs = roofline.phases(run, slices.number) if chip.tflops else {}
+    costs = roofline.phases(run, chip.platform, slices.number) if chip.tflops else {}
     return _assembled(run, slices, price, memory, costs, None)
 
 
@@ -201,7 +201,8 @@ def compiled(
         memory["needed"] = step.total
         memory["temporaries"] = step.total - sum(memory["kept"].values())
         memory["fits"] = step.total <= memory["usable"]
-    costs = roofline.phases(run, slices.number) if slices.chip.tflops else {}
+    chip = slices.chip
+    costs = roofline.phases(run, chip.platform, slices.number) if chip.tflops else {}
     costs = _with_traffic(costs, programs, run.stage.method.rollout_length)
     said = {
         "programs": {name: _said(program) for name, program in programs.items()},
@@ -386,9 +387,11 @@ def search(
             except ConfigError:
                 dropped["a parameter does not divide"] += 1
     if not plans:
+        several = run.stage.method.rollouts_per_prompt
+        rows = f"{run.batch_size} rows" if several == 1 else f"{run.batch_size // several} prompts"
         raise ConfigError(
-            f"--search: no mesh of {slices.devices} devices divides both the "
-            f"{run.batch_size} rows and the parameters; take fewer chips or another batch_size"
+            f"--search: no mesh of {slices.devices} devices divides both the {rows} and the "
+            "parameters; take fewer chips or another batch_size"
         )
     return sorted(plans, key=_rank), dropped
 

@@ -104,7 +104,7 @@ class Counter:
     slices: int = 1
     parameters: int = 0
     optimizer_bytes: int = 0  # of its state, of all devices
-    uneven_vocabulary: bool = False  # `tensor` does not divide it without padding
+    uneven_vocabulary: bool = False  # on a TPU: `tensor` does not divide it without padding
 
     @property
     def row_parts(self) -> int:
@@ -229,6 +229,11 @@ class Counter:
         """A rollout gathers what writes once."""
         size = self.layer_bytes + self.head_bytes
         return Cost(0, 2 * size, self._allgather_bytes(size))
+
+    def rounding(self) -> Cost:
+        """What is gathered was rounded before: parameters are read as they are kept."""
+        kept = matrix_parameters(self.config) * jnp.dtype(self.config.param_dtype).itemsize
+        return Cost(hbm_bytes=kept / (self.mesh["fsdp"] * self.mesh["tensor"]))
 
     def decode(self, rows: int, columns: int, steps: int) -> Cost:
         """Each token reads layers, head and the whole cache; of a mixture, the experts that the

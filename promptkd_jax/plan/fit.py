@@ -1,6 +1,7 @@
 """What would make a run fit into its devices' memory: changes of its config, tried by estimates."""
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ def changes(config: RunConfig) -> Iterator[Change]:
     what waits for the host's memory at every step, then what is another method of training."""
     models = {"teacher": config.teacher, "student": config.student}
     trained = any(stage.teacher_view == "online" for stage in config.stages)
+    kept_as = functools.partial(_kept_as, config)
     adapted, both = config.student.lora.is_used, ["teacher"]
     if adapted and config.student.path == config.teacher.path:
         # One set of weights serves both, while both are kept alike.
@@ -101,9 +103,10 @@ def changes(config: RunConfig) -> Iterator[Change]:
     if config.student.kv_cache_dtype == "auto":
         yield Change("keys and values of rollouts in int8", {"student.kv_cache_dtype": "int8"})
     of_both = " and the student's" if len(both) > 1 else ""
-    frozen = Change("the student's frozen kernels in int8", {"student.quantize": "int8"})
+    frozen = kept_as("quantize", "int8", ["student"])
+    frozen = Change("the student's frozen kernels in int8", frozen)
     if config.teacher.quantize == "none" and not trained:
-        settings = {f"{name}.quantize": "int8" for name in both}
+        settings = kept_as("quantize", "int8", both)
         yield Change(f"the teacher's{of_both} kernels in int8", settings)
     if adapted and config.student.quantize == "none":
         yield frozen
@@ -111,7 +114,7 @@ def changes(config: RunConfig) -> Iterator[Change]:
     if config.stages[0].optimizer == "adamw":  # one for all
         yield Change("AdamW's moments in 8 bits", dict.fromkeys(optimizers, "adamw_8bit"))
     if not (config.teacher.offload or trained):
-        settings = {f"{name}.offload": True for name in both}
+        settings = kept_as("offload", True, both)
         yield Change(f"the teacher's{of_both} layers in the host's memory", settings)
     if not config.offload_optimizer_state:
         yield Change("the moments in the host's memory", {"offload_optimizer_state": True})
@@ -120,11 +123,19 @@ def changes(config: RunConfig) -> Iterator[Change]:
         yield Change("a LoRA student, which wants a larger learning rate", settings)
         yield frozen
     if config.teacher.quantize != "int4" and not trained:
-        settings = {f"{name}.quantize": "int4" for name in both}
+        settings = kept_as("quantize", "int4", both)
         yield Change(f"the teacher's{of_both} kernels in int4", settings)
     if not config.student.offload:
         words = "the student's frozen layers in the host's memory"
-        yield Change(words, {"student.offload": True})
+        yield Change(words, kept_as("offload", True, ["student"]))
+
+
+def _kept_as(config: RunConfig, field: str, value: Any, names: Sequence[str]) -> Settings:
+    """A field of these models; a student that is kept rounded, or in the host's memory, is not
+    rounded while it writes."""
+    rounding = [i for i, stage in enumerate(config.stages) if stage.rollout_quantize != "none"]
+    never = {f"stages[{i}].rollout_quantize": "none" for i in rounding if "student" in names}
+    return {f"{name}.{field}": value for name in names} | never
 
 
 def _gives(rows: int, number: int, most: int) -> bool:

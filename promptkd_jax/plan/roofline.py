@@ -6,7 +6,6 @@ work and tokens are those of full rows.
 
 import dataclasses
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -66,24 +65,25 @@ class _Step(NamedTuple):
         return cost + self.teacher.attention(self.rows, self.columns) * (again * self.gated)
 
 
-def _step(run: AbstractRun, slices: int = 1) -> _Step:
+def _step(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> _Step:
     method, before = run.stage.method, 0
     if method.prompted:
         before = run.config.soft_prompt.length
     elif method.teacher_view == "in_context":
         before = len(method.demonstrations)
 
+    uneven = platform == "tpu" and run.vocab_size % run.mesh.shape["tensor"] != 0
+
     def counter(model, optimizer):
         parameters = jax.tree.leaves(model.trained)
         state = jax.tree.leaves(jax.eval_shape(optimizer.init, model.trained))
-        config = model.decoder.config
         return Counter(
-            config.padded,
+            model.decoder.config.padded,
             run.mesh.shape,
             slices,
             parameters=sum(x.size for x in parameters),
             optimizer_bytes=sum(x.size * x.dtype.itemsize for x in state),
-            uneven_vocabulary=config.padded.vocab_size != config.vocab_size,
+            uneven_vocabulary=uneven,
         )
 
     optimizers = run.stage.optimizers
@@ -102,13 +102,13 @@ def _step(run: AbstractRun, slices: int = 1) -> _Step:
     )
 
 
-def phases(run: AbstractRun, slices: int = 1) -> dict[str, Cost]:
+def phases(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> dict[str, Cost]:
     """The cost of a train step on the run's mesh, by phase.
 
     Args:
-      slices: that `data` goes across.
+      platform: of the devices; slices: that `data` goes across.
     """
-    step = _step(run, slices)
+    step = _step(run, platform, slices)
     costs = *_rollout(step), _teacher(step), _student(step)
     return {name: cost for name, cost in zip(PHASES, costs) if cost != Cost()}
 
@@ -121,6 +121,8 @@ def _rollout(step: _Step) -> tuple[Cost, Cost]:
         if step.slots == step.batch_size:  # else each row of a prompt is let in by itself
             prompts //= step.method.rollouts_per_prompt
         prefill += writer.gathered_copy() + writer.forward(prompts, asked)
+        if writer not in (step.student, step.teacher):
+            prefill += writer.rounding()
         turns = step.batch_size / step.slots
         decode += writer.decode(step.slots, asked + tokens, tokens) * turns
     return prefill, decode
@@ -240,7 +242,7 @@ def temporary_bytes(
     Args:
       platform: of the devices; capability: of GPUs, see `sharding.compute_capability`.
     """
-    step, mesh = _step(run), run.mesh.shape
+    step, mesh = _step(run, platform), run.mesh.shape
     method, student, teacher = step.method, step.student, step.teacher
     models = [student, teacher] if teacher else [student]
     length = method.prompt_capacity + method.rollout_length
@@ -251,10 +253,10 @@ def temporary_bytes(
         if writer.config.offload:  # while one layer computes, the next is fetched
             copies += 2 * writer.one_layer_bytes
             continue
-        rounded = writer not in models
-        copied = fsdp or rounded or writer.config.dtype != writer.config.param_dtype
+        copied = fsdp or writer.config.dtype != writer.config.param_dtype
         unstacked = platform == "cpu" and not writer.config.quantization
-        copies += writer.layer_bytes if copied or unstacked else 0
+        rounded = writer not in models
+        copies += writer.layer_bytes if copied or unstacked or rounded else 0
         copies += 2 * writer.head_bytes if copied else 0
     devices = mesh["fsdp"] * mesh["tensor"]
     trained = jnp.dtype(student.config.param_dtype).itemsize if whole else 4
@@ -269,10 +271,9 @@ def temporary_bytes(
         before = _saved(teacher, step.rows, step.before + step.columns, *device, gated=step.gated)
     gathered = max(2 * model.one_layer_bytes for model in models)
     # The student's head has a gradient, from the logits and from the embedding.
-    head_of = operator.attrgetter("loss_head_bytes" if tpu else "head_bytes")
-    heads = 2 * head_of(student) if whole else 0.0
+    heads = 2 * student.loss_head_bytes if whole else 0.0
     if tpu or fsdp:
-        heads += sum(map(head_of, models))
+        heads += sum(model.loss_head_bytes for model in models)
     all_logits = step.rows * step.positions * run.vocab_size / math.prod(mesh.values())
     logits = 6 * 4 * min(chunked_loss.chunk_elements(platform), all_logits)
     if tpu or method.updates_together:

@@ -56,8 +56,8 @@ def show_search(
         f"{left_out or 'none'}",
         f"data x fsdp x tensor and micro-batches, {len(rows)} of {len(plans)}: the fastest first, "
         "in classes of 2 % of the time; in a class the smallest first",
-        f"(seconds by the estimate: {IN_TURN}; the compiler expects more: what is compiled comes "
-        "first)",
+        f"(seconds by the estimate: {IN_TURN}; the compiler mostly expects more: what is compiled "
+        "comes first)",
         "",
         markdown(Table(header, rows)),
         "",
@@ -237,7 +237,7 @@ def _summary(plan: Mapping[str, Any]) -> list[str]:
     if plan["seconds_per_step"] is None:
         return lines
     by = "the compiler" if plan["time_by"] == "compiler" else f"the estimate, {IN_TURN}"
-    lines.append("PFLOP of all chips together, bytes and seconds of each; a real run is slower.")
+    lines.append("PFLOP of all chips together, bytes and seconds of each.")
     lines.append(
         f"step: {plan['seconds_per_step']:.3g} s by {by} (at least "
         f"{plan['least_seconds_per_step']:.3g}); tokens per second: "

@@ -585,6 +585,21 @@ def test_rows_are_those_of_the_rounded_student_and_the_update_is_that_of_the_who
     assert summarize(metrics)["student_loss"] == pytest.approx(summarize(measured)["student_loss"])
 
 
+def test_a_student_is_rounded_only_where_it_writes():
+    """Replayed rows, or those of the data, cost nothing of it."""
+    method = changed(REPLAY, rollout_quantize="int8")
+    how = dict(step=jnp.zeros((), jnp.int32), teacher=None)
+    inputs = batch(), empty_replay(8, 12, threshold=0.0), jax.random.key(4)
+
+    def write(params):
+        return target_rows(method, STUDENT, params, *inputs, **how)
+
+    jaxpr = jax.make_jaxpr(write)(begin().student)
+    outside = [x for x in jaxpr.eqns if x.primitive.name != "cond"]
+    assert not any(var.aval.dtype == jnp.int8 for x in outside for var in x.outvars)
+    assert "i8[" in str(jaxpr)
+
+
 def test_a_student_that_cannot_be_rounded_while_it_writes():
     method, state = plain(targets="student", rollout_quantize="int8"), begin()
     model = LanguageModel(lambda params, tokens, prefix: tokens, lambda params: params)
@@ -722,6 +737,11 @@ def test_several_responses_to_a_prompt_are_all_the_students():
     said = "rollouts_per_prompt: 2 responses to a prompt .* targets = 'mixed' its rows are not all"
     with pytest.raises(ValueError, match=said):
         gkd(0.5, rollouts_per_prompt=2)
+    for greedy in (Sampling(temperature=0.0), Sampling(top_k=1)):
+        with pytest.raises(
+            ValueError, match="rollouts_per_prompt: 2 responses .* are all the same"
+        ):
+            plain(targets="student", rollouts_per_prompt=2, sampling=greedy)
     with pytest.raises(ValueError, match="prompt_fallback: .* and there are 2 rows of each"):
         plain(
             targets="student",

@@ -556,6 +556,13 @@ def test_rows_of_one_prompt_are_those_of_a_prompt_each_and_it_is_read_once(llama
     assert len({tuple(row) for row in np.asarray(found.tokens)}) > (4 if how == "some" else 10)
 
 
+@pytest.mark.parametrize("slots", [0, 2])
+def test_keys_are_of_rows_and_not_of_prompts(llama, slots):
+    with pytest.raises(ValueError, match="4 keys for 12 rows, 3 of each prompt; expected one for"):
+        how = dict(max_new_tokens=4, rollouts_per_prompt=3, slots=slots)
+        sample(llama.decoder, llama.params, REQUESTS, LENGTHS, KEYS, **how)
+
+
 def test_all_in_one_call_without_the_host(llama):
     function = functools.partial(
         sample, llama.decoder, max_new_tokens=4, sampling=Sampling(top_k=3, top_p=0.9)

@@ -209,9 +209,11 @@ def test_several_responses_to_a_prompt_take_fewer_rows_of_the_data():
     in_slots = small_run(2, 1, 1, rollouts_per_prompt=4, max_concurrent_rollouts=4)
     assert roofline.phases(in_slots)["prefill"].flops == four
     assert roofline.phases(on_two)["decode"] == roofline.phases(again)["decode"]
-    said = r"batch_size / rollouts_per_prompt: 2 in 1 micro-batches cannot be dealt out .* to 4"
+    said = r"rollouts_per_prompt: 4 of 8 rows; prompts: 2 cannot be dealt out evenly to 4 devices"
     with pytest.raises(ConfigError, match=said):
         run.on(plan.abstract_mesh(sizes(2, 2, 1))).arguments()
+    with pytest.raises(ConfigError, match="divides both the 2 prompts and the parameters"):
+        plan.search(run, chips.parse_topology("v5p:8x8x8"))
 
 
 def test_a_stage_is_planned_on_meshes_that_do_not_divide_another():
@@ -477,12 +479,18 @@ def test_decode_reads_all_weights_and_the_cache_for_every_token():
 
 
 def test_a_tpu_has_a_head_whole_in_a_loss_where_tensor_does_not_divide_the_vocabulary(monkeypatch):
-    odd = {name: llama(256, 2, 2, 512, vocab_size=1022) for name in ("some/small", "some/smaller")}
+    """That of both models, whose teacher's own vocabulary is padded evenly."""
+    odd = {
+        name: llama(256, 2, 2, 512, vocab_size=size)
+        for name, size in (("some/small", 1024), ("some/smaller", 1022))
+    }
     monkeypatch.setattr("promptkd_jax.plan.abstract_run.PUBLISHED", odd)
     run = small_run(1, 2, 4)
-    uneven = roofline._step(run).student
-    assert uneven.uneven_vocabulary
+    step = roofline._step(run)
+    uneven = step.student
+    assert uneven.uneven_vocabulary and step.teacher.uneven_vocabulary
     assert not roofline._step(small_run(1, 2, 2)).student.uneven_vocabulary
+    assert not roofline._step(run, "gpu").student.uneven_vocabulary
     even = dataclasses.replace(uneven, uneven_vocabulary=False)
     assert uneven.head_bytes == even.head_bytes  # padded to 1024, a rollout has it in parts
     whole = 2 * 1024 * 256  # in bfloat16
@@ -496,9 +504,11 @@ def test_a_tpu_has_a_head_whole_in_a_loss_where_tensor_does_not_divide_the_vocab
         assert more.ici_bytes == gathered + (products == 3) * 2 * whole * 3 / 4
         assert more.flops == more.dcn_bytes == 0
     on_tpu, on_gpu = (roofline.temporary_bytes(run, name)["update"] for name in ("tpu", "gpu"))
+    work_of_gpu = roofline.phases(run, "gpu")
     monkeypatch.setattr(costs.Counter, "loss_head_bytes", costs.Counter.head_bytes)
     assert on_tpu - roofline.temporary_bytes(run, "tpu")["update"] == 4 * whole * 3 / 4
     assert on_gpu == roofline.temporary_bytes(run, "gpu")["update"]
+    assert work_of_gpu == roofline.phases(run, "gpu")
 
 
 def test_what_is_read_for_every_token_is_as_small_as_it_is_rounded_to():
@@ -507,8 +517,16 @@ def test_what_is_read_for_every_token_is_as_small_as_it_is_rounded_to():
     kernels = costs.matrix_parameters(whole.student.decoder.config)
     assert expected["decode"].hbm_bytes - found["decode"].hbm_bytes == 128 * kernels
     assert found["student update"] == expected["student update"]
+    # Parameters in float32 are read, and kernels written and read in one byte in place of two.
+    more = found["prefill"].hbm_bytes - expected["prefill"].hbm_bytes
+    assert more == 4 * kernels / 2 - (2 + 1) * kernels
     temporaries = [roofline.temporary_bytes(run)["rollout"] for run in (whole, rounded)]
     assert temporaries[0] - temporaries[1] == 2 * kernels  # the compiler for TPUs has two copies
+    in_half = small_config(rollout_quantize="int8")
+    in_half.student.param_dtype = "bfloat16"
+    alone = abstract_run(checked(in_half)).on(plan.abstract_mesh(sizes(1, 1, 1)))
+    found = roofline.temporary_bytes(alone)
+    assert found["rollout"] == found["cache"] + 2 * kernels  # nothing is cast, nothing gathered
     adapter = small_config()
     adapter.student.update(quantize="int8")
     adapter.student.lora.rank = 2

@@ -48,6 +48,12 @@ def contradictions(method: Objective, execution: Execution, sampling: Sampling) 
             f"teacher_top_k: {method.teacher_top_k} draws from the teacher in one way and "
             f"teacher_share = {method.teacher_share:g} in another; expected one of them to be 0"
         )
+    if method.rollouts_per_prompt > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
+        messages.append(
+            f"rollouts_per_prompt: {method.rollouts_per_prompt} responses to a prompt are all the "
+            f"same with sampling.temperature = {sampling.temperature:g} and sampling.top_k = "
+            f"{sampling.top_k}; expected 1, or a sampling that draws"
+        )
     if method.interpolation.schedule == "adaptive" and method.interpolation.start > (
         end := method.interpolation.end
     ):

@@ -137,9 +137,9 @@ def _frozen_contradictions(config: RunConfig):
             for name, plain in (("quantize", "none"), ("offload", False)):
                 if (chosen := getattr(config.student, name)) != plain:
                     yield (
-                        f"config.stages[{index}].rollout_quantize: {stage.rollout_quantize!r} is "
-                        "for kernels that a device holds whole, but config.student."
-                        f"{name} = {chosen!r}; expected 'none'"
+                        f"config.stages[{index}].rollout_quantize: {stage.rollout_quantize!r}, but "
+                        f"config.student.{name} = {chosen!r}: rounds kernels that are neither "
+                        "rounded nor in the host's memory; expected 'none' as rollout_quantize"
                     )
         policy = any(name == POLICY_GRADIENT for name, _ in stage.student_terms)
         writers = ["student", *(["teacher"] if stage.teacher_share else [])] if policy else []
@@ -244,12 +244,12 @@ def check_mesh(config: RunConfig, mesh: Any, stages: Iterable[int] | None = None
     for index in range(len(config.stages)) if stages is None else stages:
         path, stage = f"config.stages[{index}]", config.stages[index]
         for name, number in _rows_of_step(stage).items():
-            sharding.check_rows(f"{path}.{name}", number, stage.num_micro_batches, mesh)
+            sharding.check_rows(f"{path}.{name}", number, mesh, parts=stage.num_micro_batches)
         if stage.rollouts_per_prompt > 1:
-            prompts = f"{path}.batch_size / rollouts_per_prompt"
-            sharding.check_rows(prompts, stage.prompts_per_step, 1, mesh)
+            what = f"{path}.rollouts_per_prompt: {stage.rollouts_per_prompt} of {stage.batch_size}"
+            sharding.check_rows(f"{what} rows; prompts", stage.prompts_per_step, mesh)
         slots = stage.max_concurrent_rollouts
-        sharding.check_rows(f"{path}.max_concurrent_rollouts", slots, 1, mesh)
+        sharding.check_rows(f"{path}.max_concurrent_rollouts", slots, mesh)
 
 
 def _rows_of_step(stage: StageConfig) -> dict[str, int]:

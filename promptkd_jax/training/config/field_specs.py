@@ -19,6 +19,7 @@ REMAT = Choice(
         "full": "all but the inputs of layers",
     }
 )
+POSITIVE = Float(low=0.0, open_low=True)
 KV_CACHE_DTYPE = Choice({"auto": "dtype", "int8": "8 bits, a scale for each head and token"})
 
 

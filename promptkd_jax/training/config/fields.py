@@ -39,6 +39,7 @@ from promptkd_jax.models.sampling_rules import Sampling
 from promptkd_jax.training.config.field_specs import (
     DTYPE,
     KV_CACHE_DTYPE,
+    POSITIVE,
     REMAT,
     Columns,
     Date,
@@ -69,7 +70,7 @@ class LoRAConfig:
     """A low-rank adapter of the student, which alone is trained, see `models.layers.lora`."""
 
     rank: int = field(0, Int(low=0), "of the change; 0: no adapter, all of the student is trained")
-    alpha: float = field(16.0, Float(low=0.0, open_low=True), "over rank, the factor of the change")
+    alpha: float = field(16.0, POSITIVE, "over rank, the factor of the change")
     use_rslora: bool = field(False, Bool(), "whether alpha is over the root of rank (rsLoRA)")
     dropout: float = field(
         0.0, Float(low=0.0, high=1.0, open_high=True), "of its input, in stages with dropout"
@@ -260,7 +261,7 @@ class StageConfig(Execution, Objective):
         Choice(OPTIMIZERS),
         "of the student and an online teacher; soft prompt and projections have AdamW",
     )
-    learning_rate: float = field(5e-5, Float(low=0.0, open_low=True), "peak rate of the student")
+    learning_rate: float = field(5e-5, POSITIVE, "peak rate of the student")
     prompt_learning_rate: float = field(0.0, Float(low=0.0), "of the soft prompt; 0: the student's")
     teacher_learning_rate: float = field(
         0.0, Float(low=0.0), "of an online teacher; 0: that of the student"
@@ -271,7 +272,7 @@ class StageConfig(Execution, Objective):
     )
     min_lr: float = field(1e-7, Float(low=0.0), "where falling schedules end")
     weight_decay: float = field(1e-2, Float(low=0.0), "decoupled, of matrices")
-    max_grad_norm: float = field(1.0, Float(low=0.0, open_low=True), "norm of clipped gradients")
+    max_grad_norm: float = field(1.0, POSITIVE, "norm that gradients are clipped to")
     adam_beta2: float = field(0.999, Float(low=0.0, high=0.999999), "of Adam's second moment")
     sampling: Sampling = group(Sampling, "how rollouts are sampled")
 
