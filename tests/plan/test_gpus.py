@@ -195,6 +195,16 @@ def test_an_adapters_base_is_rounded_before_anything_waits_for_the_hosts_memory(
     assert made.index(["student.quantize"]) < made.index(["teacher.offload"])
 
 
+def test_a_student_that_is_kept_rounded_is_not_rounded_while_it_writes():
+    settings = {"student.lora.rank": 4, "stages[0].rollout_quantize": "int8"}
+    config = fit.changed(checked(LLAMAS), settings)
+    assert not contradictions_of(config)
+    made = {change.words: fit.changed(config, change.settings) for change in fit.changes(config)}
+    of_student = [words for words in made if "student's frozen" in words]
+    assert len(of_student) == 2
+    assert not any(contradictions_of(made[words]) for words in of_student)
+
+
 @pytest.mark.parametrize(("rows", "devices"), [(10, 1), (8, 8), (6, 2)])
 def test_no_change_is_tried_that_the_run_or_its_mesh_does_not_allow(rows, devices):
     config = checked(config_of("some/larger", "some/smaller", batch_size=rows))
