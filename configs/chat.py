@@ -33,14 +33,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.update(template="chat", max_prompt_length=512, max_length=1024, long_prompts="cut")
     config.evaluation.update(every=100, batch_size=16, sampling=sampling_config(temperature=0.0))
     config.checkpoint.update(every=100, export="best")
-    learning = dict(batch_size=16, gradient_accumulation_steps=4, epochs=1.0, schedule="cosine")
+    learning = dict(batch_size=16, gradient_accumulation_steps=4, length_buckets=4)
+    learning |= dict(epochs=1.0, schedule="cosine")
     config.stages = (
         method_stage("kd", name="warmup", learning_rate=2e-5, **learning),
         method_stage(chosen["method"], learning_rate=5e-6, **learning),
     )
     if chosen["run"] == "short":
         config.data.update(max_prompt_length=128, max_length=192)
-        config.checkpoint.every, config.evaluation.every = 5, 10
+        config.checkpoint.update(every=5, export="last")  # of both stages
+        config.evaluation.every = 10
         for stage in config.stages:
             stage.update(epochs=0.0, steps=10, batch_size=8)
     return behind_gates(config)

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         print(markdown(_table(found, len(options.seeds))))
     if options.tasks:
         print(markdown(_task_table(found)))
-    print(f"written to {options.output}/evaluation.json, the responses beside it")
+    print(f"written to {options.output}/evaluation.json, the responses in folders beside it")
 
 
 def evaluate_sets(options: argparse.Namespace) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             save_gguf(output, student.replace(name=build.title(config)), quantize=quantize)
             paths = {"student": output}
         else:
-            paths = save(config, models, params, output, dtype=options.dtype)
+            paths = save(config, models, params, output, step=f"step {step}", dtype=options.dtype)
     begun = "" if distributed.run_on_primary((workdir / "summary.json").exists) else " (unfinished)"
     said = ", ".join(f"{what} in {path}" for what, path in paths.items())
     print(f"step {step} of {workdir}{begun}: {said}")

@@ -99,7 +99,10 @@ def length_table(lengths: Sequence[Lengths]) -> Table:
     rows = [
         (
             f"{split}: {part}",
-            *(f"{np.percentile(tokens, share):,.0f}" for share in (0, 50, 95, 100)),
+            *(
+                f"{np.percentile(tokens, share):,.1f}".removesuffix(".0")
+                for share in (0, 50, 95, 100)
+            ),
             f"{tokens.mean():,.1f}",
         )
         for split, part, tokens in lengths

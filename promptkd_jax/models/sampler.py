@@ -57,8 +57,8 @@ def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
 def sample(
     model: Decoder | LanguageModel,
     params: Any,
-    tokens: Int[Array, "B/n X"],
-    lengths: Int[Array, " B/n"],
+    tokens: Int[Array, "prompts X"],
+    lengths: Int[Array, " prompts"],
     keys: Key[Array, " B"],
     *,
     max_new_tokens: int,

@@ -72,6 +72,11 @@ class Experiment:
         """Updates of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    def name_of_step(self, step: int) -> str:
+        """A step in words: which of how many, and in which stage."""
+        stage = next(x for x in self.stages if step <= x.first + x.steps)
+        return f"step {step} of {self.total_steps}, in stage {stage.name}"
+
     @property
     def models(self) -> Models:
         """The decoders."""

@@ -85,12 +85,14 @@ def open_checkpoints(config: RunConfig, workdir: epath.Path) -> Checkpoints:
 
 
 class Trained(NamedTuple):
-    """What training comes to: the state to export, the student's updates, and what they took.
+    """What training comes to: the state to export, of which step it is, the student's updates, and
+    what they took.
 
     `seconds` of the whole run, all its processes; `training` the sums of `_Loop.spent`.
     """
 
     state: TrainState
+    step: int
     updates: int
     seconds: float
     training: dict[str, float]
@@ -120,16 +122,17 @@ def fit(
         for stage in experiment.stages:
             loop.train(stage)
         checkpoints.wait()
-        best, state = checkpoints.best_step(), loop.state
-        if rule.export == "best" and best not in (None, loop.done):
-            print(f"the best checkpoint by dev {rule.select} is that of step {best}")
-            like = experiment.abstract_state(), experiment.unpadded_state()
-            state, _ = checkpoints.restore(best, *like)
+        best, step, state = checkpoints.best_step(), loop.done, loop.state
+        if rule.export == "best" and best not in (None, step):
+            step, like = best, (experiment.abstract_state(), experiment.unpadded_state())
+            what = f"the best checkpoint by dev {rule.select}, which is exported"
+            print(f"{what}, is that of {experiment.name_of_step(step)}", flush=True)
+            state, _ = checkpoints.restore(step, *like)
         updates = sum(
             min(max(loop.done - stage.first, 0), stage.steps) * stage.method.updates_per_step
             for stage in experiment.stages
         )
-        return Trained(state, updates, time.monotonic() - loop.started, loop.spent)
+        return Trained(state, step, updates, time.monotonic() - loop.started, loop.spent)
 
 
 def _placed_batches(stage: Stage, first: int) -> Iterator[tuple[Batch, Batch | None]]:

@@ -103,7 +103,7 @@ def _doubts(experiment: Experiment) -> Iterator[str]:
     if every >= total:
         yield (
             f"config.evaluation.every: {every}, but the run has {total} steps: no evaluation "
-            "before the end (0 says so)"
+            "before the end; 0 asks for none"
         )
     forced = 0 < every < total or len(config.stages) > 1  # by evaluations, and by stages' ends
     every = config.checkpoint.every
@@ -189,7 +189,8 @@ def finish(
     models = experiment.teacher, experiment.student
     paths = {"report": str(workdir / "report.html")}
     params = state.params | {"student": experiment.trained_student(state.student).params}
-    paths |= save(config, models, params, workdir, rows)
+    step = experiment.name_of_step(trained.step)
+    paths |= save(config, models, params, workdir, rows, step=step)
     summary = _summary(trained, before, after)
     stages = {
         f"Stage {number}": f"{build.describe(chosen)}; {stage.steps} steps of "
@@ -197,6 +198,7 @@ def finish(
         for number, (chosen, stage) in enumerate(zip(config.stages, experiment.stages), start=1)
     }
     facts = stages | {
+        "Exported": step,
         "Device": summary["device"],
         "Processes": str(jax.process_count()),
         "Versions": summary["versions"],

@@ -85,6 +85,8 @@ def save(
     params: Mapping[str, Any],
     folder: epath.Path,
     metrics: Sequence[tuple] = (),
+    *,
+    step: str,
     dtype: str = "",
 ) -> dict[str, str]:
     """Writes a run's student, with a model card and how it was asked, and its soft prompt into
@@ -94,6 +96,7 @@ def save(
       models: (teacher, student); their own parameters are not looked at.
       params: by group, as in `TrainState`; of a student with an adapter the frozen ones too.
       metrics: for the card, as `report.model_card` takes them.
+      step: of which the parameters are, in words, for the card.
       dtype: of the weights; "": as they were trained.
 
     Returns:
@@ -109,6 +112,7 @@ def save(
         ("Started from", student.card.get("base_model", start)),
         ("Teacher", taught_by),
         *((f"Stage {n}", build.describe(stage)) for n, stage in enumerate(config.stages, start=1)),
+        ("Checkpoint", step),
         ("Training data", build.data_name(config)),
         ("Licence", f"{licence}, and what teacher and data demand"),
     ]

@@ -192,6 +192,7 @@ def test_columns_name_the_fields_of_a_format(tmp_path, capfd):
     ("fields", "words"),
     [
         ({"query": "hi"}, ["'query' are of no known format", "'messages'", "data.columns"]),
+        ({"mesages": []}, ["did you mean messages?", "{'messages': 'THEIR NAME'}"]),
         ({"text": "hi"}, ["no known format", "config.data.corpus"]),
         ({"question": "hi", "answers": "yes"}, ["'answer' is missing or null", "'THEIR NAME'"]),
         ({"messages": []}, ["'messages' is list [], expected a list of turns"]),

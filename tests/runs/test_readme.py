@@ -78,7 +78,7 @@ def test_the_way_from_a_file_of_messages_is_walked_word_for_word(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Blue.«<|im_end|>»" in done.stdout and "train.jsonl: 17 rows" in done.stdout
     updates = [line for line in read_metrics(tmp_path / "runs/mine") if "student_loss" in line]
-    assert len(updates) == 2
+    assert len(updates) == 20
     assert (tmp_path / "runs/mine/student/model.safetensors").exists()
 
 

@@ -585,7 +585,11 @@ def test_the_lowest_dev_loss_can_choose_the_checkpoint(models, tmp_path, capsys,
     summary = run(config, tmp_path)
     rows = [row for row in read_metrics(tmp_path) if "dev/loss" in row]
     assert [row["dev/loss"] for row in rows] == scores["loss"]
-    assert "the best checkpoint by dev loss is that of step 2" in capsys.readouterr().out
+    said = (
+        "the best checkpoint by dev loss, which is exported, is that of step 2 of 4, in stage sft"
+    )
+    assert said in capsys.readouterr().out
+    assert "step 2 of 4, in stage sft" in (tmp_path / "student" / "README.md").read_text()
     assert summary["loss_after"] == pytest.approx(losses[1], rel=1e-6)
     assert "kl_after" not in summary
 
@@ -1133,7 +1137,8 @@ def test_published_promptkd(family, student):
     assert (prompt.length, prompt.init, prompt.text) == (7, "text", "Suppose you are a student.")
     assert prompt.add_special_tokens == (family != "gpt2")
     planned = {"base": 880, "medium": 3560, "large": 2670}
-    assert stage_steps(found, 11_435) == planned.get(student, 1780)
+    (stage,) = checked(config).stages
+    assert stage_steps(stage, 11_435) == planned.get(student, 1780)
 
 
 @pytest.mark.parametrize("family, student", PAPER)

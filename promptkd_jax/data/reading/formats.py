@@ -6,6 +6,7 @@ given by `data.columns`. To add one, write a function from `Fields` to a `Record
 """
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -347,14 +348,14 @@ def recognize(fields: Mapping[str, Any]) -> str:
     for name, known in FORMATS.items():
         if fields.get(known.fields[0]) is not None:
             return name
-    found, telling = (
-        ", ".join(map(repr, names)) or "none"
-        for names in (fields, [known.fields[0] for known in FORMATS.values()])
-    )
+    first = [known.fields[0] for known in FORMATS.values()]
+    found, telling = (", ".join(map(repr, names)) or "none" for names in (fields, first))
     corpus = "; plain text is for config.data.corpus" if "text" in fields else ""
+    alike = [close for name in fields for close in difflib.get_close_matches(name, first, 1)]
+    meant = f" (did you mean {alike[0]}?)" if alike else ""
     raise DataError(
-        f"the fields {found} are of no known format, which one of {telling} tells; data.columns "
-        f"says which field is which, such as {{'prompt': 'THEIR NAME'}}{corpus}"
+        f"the fields {found} are of no known format{meant}: none is one of {telling}; data.columns "
+        f"says which field is which, such as {{'{[*alike, 'prompt'][0]}': 'THEIR NAME'}}{corpus}"
     )
 
 
