@@ -162,6 +162,8 @@ def _rollout_rounded(
         raise ValueError(
             f"rollout_quantize: {quantize!r} is for a Decoder with whole kernels; expected 'none'"
         )
+    # Here, in whatever branch of a step writes, and not before: rows of the data or of the replay
+    # buffer need no rounded copy. What learns from the rows are the parameters as they are.
     rounded = Decoder(student.config.replace(quantization=QUANTIZE[quantize]))
     return rollout(rounded, quantize_params(params, QUANTIZE[quantize]), *inputs, **how)
 

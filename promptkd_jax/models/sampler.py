@@ -346,6 +346,16 @@ def _placed(cache: Any) -> Any:
     return cache.placed() if isinstance(cache, Cache) else cache
 
 
+# Several rows of each prompt, n = 3:
+#
+#     prompts   p0           p1            read once, with one pass through the model
+#     rows      p0  p0  p0   p1  p1  p1    each with a copy of the prompt's keys and values
+#     keys      k0  k1  k2   k3  k4  k5    so that they differ from the first token on
+#
+# A device that has a prompt has all of its rows, so that nothing is sent. Rows that wait for a slot
+# are let in one by one, and each reads its prompt.
+
+
 def _repeated(tree: Any, copies: int) -> Any:
     """Arrays `[B / n, …]` as `[B, …]`, each row n times behind one another; `[]` as they are."""
     if copies == 1:

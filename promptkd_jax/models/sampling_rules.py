@@ -53,6 +53,8 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """The next token of every row, `[B]`, from `[B, V]` float32 logits."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # In the order of transformers' warpers: each rule sees what the one before has left, so that
+    # top_p and min_p go by probabilities that add up to 1 among these.
     logits = logits / sampling.temperature
     if sampling.top_k:
         logits = _keep_top_k(logits, sampling.top_k)
