@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -98,14 +98,25 @@ class Trained(NamedTuple):
     training: dict[str, float]
 
 
+def compile_ahead(experiment: Experiment, stage: Stage, step: Callable) -> None:
+    """Compiles a stage's jitted `step` from shapes, so that its first call finds it compiled."""
+    rows = next(_placed_batches(stage, 0))
+    step.lower(experiment.abstract_state(), *_arguments(experiment, rows)).compile()
+
+
 def fit(
-    experiment: Experiment, workdir: epath.Path, started: float, before: dict[str, Any]
+    experiment: Experiment,
+    workdir: epath.Path,
+    started: float,
+    before: dict[str, Any],
+    first_step: Callable,
 ) -> Trained:
     """Every update that is not done yet.
 
     Args:
       started: when this process began its work, on the monotonic clock.
       before: what `evaluate_student` said of the initial student.
+      first_step: `experiment.jitted_step` of the first stage.
 
     Raises:
       TrainingError: the loss or a gradient is not finite again and again, or in every step.
@@ -116,7 +127,7 @@ def fit(
     with (
         signals.awaited(lambda: checkpoints.saving),  # also while they are closed
         checkpoints,
-        _Loop(experiment, workdir, checkpoints, started, before) as loop,
+        _Loop(experiment, workdir, checkpoints, started, before, first_step) as loop,
         signals.deferred("this step", lambda: loop.unsaved),
     ):
         for stage in experiment.stages:
@@ -143,6 +154,12 @@ def _placed_batches(stage: Stage, first: int) -> Iterator[tuple[Batch, Batch | N
     return map(sharding.place_rows, zip(rows, corpus))
 
 
+def _arguments(experiment: Experiment, rows: tuple[Batch, Batch | None]) -> tuple:
+    """What a step gets beside the state."""
+    teacher = experiment.teacher and experiment.teacher.params
+    return teacher, *rows, experiment.frozen_student, experiment.token_kernel
+
+
 class _Loop:
     """Where a run stands: `done` updates of all, the `state` after them, and what they took.
 
@@ -156,8 +173,10 @@ class _Loop:
         checkpoints: Checkpoints,
         started: float,
         before: dict[str, Any],
+        first_step: Callable,
     ):
         self.experiment, self.checkpoints, self.started = experiment, checkpoints, started
+        self._first_step = first_step
         self.state, self.done, self._validation_loss = None, 0, before["loss"]
         self.spent = {"seconds": 0.0, "rows": 0, "tokens": 0.0}
         self._skipped = 0  # before the stage
@@ -223,15 +242,13 @@ class _Loop:
             self.state = experiment.start(stage, self.state)
             self._adapt_replay(stage)
             self.state = experiment.write_ahead(stage, self.state)
-        teacher = experiment.teacher and experiment.teacher.params
-        last = experiment.frozen_student, experiment.token_kernel
-        step = experiment.jitted_step(stage)
+        step = experiment.jitted_step(stage) if stage.index else self._first_step
         self._mark()
         first = self.done - stage.first
         batches = _placed_batches(stage, first)
         rows = next(batches)
         while not (self.done == end or self.over):
-            self.state, metrics = step(self.state, teacher, *rows, *last)
+            self.state, metrics = step(self.state, *_arguments(experiment, rows))
             self.done += 1
             if self.done < end:
                 rows = next(batches)  # the device is at work, and nothing has waited for it yet

@@ -1,5 +1,7 @@
 """One run, from models and data to a report; continues one that was stopped."""
 
+import concurrent.futures
+import contextlib
 import itertools
 import json
 import math
@@ -29,7 +31,13 @@ from promptkd_jax.training.config.config_file import as_json, claim
 from promptkd_jax.training.config.field_specs import TEACHER
 from promptkd_jax.training.config.fields import NOT_IN_FINGERPRINT, RunConfig
 from promptkd_jax.training.experiment import Experiment
-from promptkd_jax.training.loop import Trained, dev_generation_metrics, evaluate_student, fit
+from promptkd_jax.training.loop import (
+    Trained,
+    compile_ahead,
+    dev_generation_metrics,
+    evaluate_student,
+    fit,
+)
 from promptkd_jax.training.prepare import prepare, with_date
 from promptkd_jax.training.run_data import check_sources, training_records
 from promptkd_jax.training.save import save, save_configs
@@ -45,6 +53,9 @@ DEV_METRICS = {
 SUMMARY_KEYS = (*DEV_METRICS, "loss", "response_length", "eos_rate")
 # That the report looks for near-duplicates of dev in; `promptkd data` looks at all.
 COMPARED_PROMPTS = 100_000
+# Where a step is compiled while a student is measured. On a CPU both want the same cores; on a GPU
+# XLA chooses kernels by timing them, which a device at work would falsify.
+COMPILED_ASIDE = ("tpu",)
 PROMPT_EFFECT = ("teacher_rougeL", "teacher_rougeL_prompted")
 
 
@@ -82,9 +93,32 @@ def _run(config: RunConfig, workdir: epath.Path, choose_remat: Callable | None) 
         save_configs(experiment, workdir)
         for doubt in _doubts(experiment):
             distributed.warn(doubt)
-        before = load_or_compute(workdir / "before.json", lambda: _assess_first(experiment))
-        result = fit(experiment, workdir, started, before)
+        step = experiment.jitted_step(experiment.stages[0])
+
+        def assess():
+            with _compiled_aside(experiment, step):
+                return _assess_first(experiment)
+
+        before = load_or_compute(workdir / "before.json", assess)
+        result = fit(experiment, workdir, started, before, step)
         return finish(experiment, workdir, result, before)
+
+
+@contextlib.contextmanager
+def _compiled_aside(experiment: Experiment, step: Callable) -> Iterator[None]:
+    """Has the first stage's step compiled in a thread, on the platforms of `COMPILED_ASIDE`."""
+    if sharding.platform() not in COMPILED_ASIDE:
+        yield
+        return
+
+    def compile_first():
+        with jax.set_mesh(experiment.mesh):  # of this thread
+            compile_ahead(experiment, experiment.stages[0], step)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(compile_first)
+        yield
+        compiled.result()
 
 
 def _doubts(experiment: Experiment) -> Iterator[str]:

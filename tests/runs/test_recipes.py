@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import pathlib
+import threading
 
 import jax
 import numpy as np
@@ -592,6 +593,38 @@ def test_the_lowest_dev_loss_can_choose_the_checkpoint(models, tmp_path, capsys,
     assert "step 2 of 4, in stage sft" in (tmp_path / "student" / "README.md").read_text()
     assert summary["loss_after"] == pytest.approx(losses[1], rel=1e-6)
     assert "kl_after" not in summary
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_step_is_compiled_once_while_the_first_student_is_measured(
+    models, tmp_path, monkeypatch, caplog
+):
+    """In a thread, as on a TPU; what comes out is the same. A run that goes on measures nothing."""
+    threads, compile_ahead = [], training.compile_ahead
+
+    def recorded(*arguments):
+        threads.append(threading.current_thread())
+        compile_ahead(*arguments)
+
+    monkeypatch.setattr(training, "compile_ahead", recorded)
+    config = short(models, stage("promptkd", one_step_off_policy=True), stage("sft", steps=1))
+    config.checkpoint.every = 1
+    run(config, tmp_path / "plain")
+    assert not threads
+    monkeypatch.setattr(training, "COMPILED_ASIDE", ("cpu",))
+    jax.config.update("jax_log_compiles", True)
+    try:
+        run(config, tmp_path / "aside")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [line for line in caplog.messages if "XLA compilation of jit(step)" in line]
+    assert len(compiled) == 2  # of two stages
+    assert len(threads) == 1 and threading.main_thread() not in threads
+    assert_same(tmp_path / "aside/student", tmp_path / "plain/student")
+    die(config, tmp_path / "again", 2, monkeypatch)
+    run(config, tmp_path / "again")
+    assert len(threads) == 2
+    assert_same(tmp_path / "again/student", tmp_path / "plain/student")
 
 
 @pytest.mark.usefixtures("no_report")
