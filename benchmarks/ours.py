@@ -63,9 +63,9 @@ class Side:
         self._student_update = jitted(teacher_view="plain", **on_rows)
 
         def rollout(params, batch, key):
-            return target_rows(method, student.decoder, params, batch, None, key, **no_more)[0].rows
+            inputs = method, student.decoder, params, batch, None, key
+            return target_rows(*inputs, step=0, teacher=None)[0].rows
 
-        no_more = dict(step=0, teacher=None)
         self._rollout = jax.jit(rollout)
         prompt = pkd.init_soft_prompt(
             teacher.decoder, self._teacher, range(case.soft_prompt), case.soft_prompt

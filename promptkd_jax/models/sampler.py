@@ -76,13 +76,13 @@ def sample(
     """Continues every row until an EOS or by `max_new_tokens` tokens. Pure; jit it.
 
     Args:
-      model, params: that write.
+      model, params: the model that writes.
       tokens: `[B / n, X]` prompts, each from column 0 on; lengths: `[B / n]`, each at least 1.
       keys: `[B]` typed PRNG keys, see `row_keys`.
       prefix: `[M, D]` soft prompt in front of every row, or a gated one.
       vocab_size: tokens from here on are never written (padding of the vocabulary); by default the
         model's own.
-      active: `[B]`, the rows to continue (all, where absent); others have their prompt alone.
+      active: `[B]`, the rows to continue (all, where absent); others keep their prompt alone.
       second: a model that decodes jointly, in one of two ways: each token is drawn from the mixture
         of both with `second_share` of the second (MiniLLM: the teacher, at a share of 0.2), or by
         the first, and where its token is not among the `second_top_k` likeliest of the second, by

@@ -105,6 +105,7 @@ class Counter:
     parameters: int = 0
     optimizer_bytes: int = 0  # of its state, of all devices
     uneven_vocabulary: bool = False  # on a TPU: `tensor` does not divide it without padding
+    rounded: bool = False  # kernels that are kept whole are quantised for a rollout
 
     @property
     def row_parts(self) -> int:
@@ -201,7 +202,7 @@ class Counter:
 
     def head(self, rows: int, positions: int, products: int) -> Cost:
         """`products` with the head (logits: 1; hidden states' gradient, head's gradient: 1 more
-        each), which is gathered once and read for every block of positions, on a TPU."""
+        each), which is gathered once and read for every block of positions."""
         vocab_size, width = self.config.vocab_size, self.config.embedding_width
         devices = math.prod(self.mesh.values())
         logits = rows * positions * vocab_size * 4 / devices
@@ -226,14 +227,11 @@ class Counter:
         return -(-positions // max(chunked_loss.chunk_elements("tpu") // on_device, 1))
 
     def gathered_copy(self) -> Cost:
-        """A rollout gathers what writes once."""
+        """A rollout gathers what writes once; what it rounds before it reads as it is kept."""
         size = self.layer_bytes + self.head_bytes
-        return Cost(0, 2 * size, self._allgather_bytes(size))
-
-    def rounding(self) -> Cost:
-        """What is gathered was rounded before: parameters are read as they are kept."""
         kept = matrix_parameters(self.config) * jnp.dtype(self.config.param_dtype).itemsize
-        return Cost(hbm_bytes=kept / (self.mesh["fsdp"] * self.mesh["tensor"]))
+        read = self.rounded * kept / (self.mesh["fsdp"] * self.mesh["tensor"])
+        return Cost(0, 2 * size + read, self._allgather_bytes(size))
 
     def decode(self, rows: int, columns: int, steps: int) -> Cost:
         """Each token reads layers, head and the whole cache; of a mixture, the experts that the

@@ -103,8 +103,8 @@ def changes(config: RunConfig) -> Iterator[Change]:
     if config.student.kv_cache_dtype == "auto":
         yield Change("keys and values of rollouts in int8", {"student.kv_cache_dtype": "int8"})
     of_both = " and the student's" if len(both) > 1 else ""
-    frozen = kept_as("quantize", "int8", ["student"])
-    frozen = Change("the student's frozen kernels in int8", frozen)
+    settings = kept_as("quantize", "int8", ["student"])
+    frozen = Change("the student's frozen kernels in int8", settings)
     if config.teacher.quantize == "none" and not trained:
         settings = kept_as("quantize", "int8", both)
         yield Change(f"the teacher's{of_both} kernels in int8", settings)

@@ -48,8 +48,8 @@ class _Step(NamedTuple):
             return []
         student, how = self.student, QUANTIZE[self.method.execution.rollout_quantize]
         if how:
-            rounded = student.config.replace(quantization=how)
-            student = dataclasses.replace(student, config=rounded)
+            config = student.config.replace(quantization=how)
+            student = dataclasses.replace(student, config=config, rounded=True)
         return [student, self.teacher] if self.method.teacher_writes_along else [student]
 
     def forward_behind(self) -> Cost:
@@ -121,8 +121,6 @@ def _rollout(step: _Step) -> tuple[Cost, Cost]:
         if step.slots == step.batch_size:  # else each row of a prompt is let in by itself
             prompts //= step.method.rollouts_per_prompt
         prefill += writer.gathered_copy() + writer.forward(prompts, asked)
-        if writer not in (step.student, step.teacher):
-            prefill += writer.rounding()
         turns = step.batch_size / step.slots
         decode += writer.decode(step.slots, asked + tokens, tokens) * turns
     return prefill, decode
@@ -255,8 +253,7 @@ def temporary_bytes(
             continue
         copied = fsdp or writer.config.dtype != writer.config.param_dtype
         unstacked = platform == "cpu" and not writer.config.quantization
-        rounded = writer not in models
-        copies += writer.layer_bytes if copied or unstacked or rounded else 0
+        copies += writer.layer_bytes if copied or unstacked or writer.rounded else 0
         copies += 2 * writer.head_bytes if copied else 0
     devices = mesh["fsdp"] * mesh["tensor"]
     trained = jnp.dtype(student.config.param_dtype).itemsize if whole else 4

@@ -924,7 +924,7 @@ def test_a_short_run_is_the_same_stages_in_ten_steps_each():
     assert [stage_steps(stage, 12) for stage in short.stages] == [10, 10]
     alike = dict(steps=0, epochs=1.0, batch_size=16)
     assert tuple(dataclasses.replace(stage, **alike) for stage in short.stages) == whole.stages
-    with pytest.raises(ConfigError, match="'run=shrt' is not one of method=.*; run=whole|short"):
+    with pytest.raises(ConfigError, match=r"'run=shrt' is not one of method=.*; run=whole\|short"):
         load_config([f"--config={CONFIGS / 'chat.py'}:run=shrt"])
 
 
