@@ -42,6 +42,7 @@ CASES = {
     "GPT-2 XL into base, tensor 2": Case("gpt2.py:student=base", "v5e:4x4", (1, 8, 2)),
     "Llama 13B into 7B": Case("llama.py:student=7b", "v5e:8x8", (1, 8, 8)),
     "Llama-3.1 70B into 8B": Case("llama31.py:student=8b", "v6e:8x8", (4, 2, 8)),
+    "Qwen3 30B-A3B into 1.7B": Case("qwen3.py:student=1.7b", "v5e:4x4", (1, 4, 4)),
 }
 COUNTED = ("prefill", "prompt update", "student update")  # phases of a plan
 STATES = ("before", "after")

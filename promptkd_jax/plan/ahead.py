@@ -176,6 +176,8 @@ def _trips(run: AbstractRun, tokens: int) -> hlo.Trips:
             return rounds
         if "/queue/while/" in operation:
             return -(-tokens * waiting // (slots * rounds))
+        if "/experts/" in operation:  # over what exceeds `feed_forward.pairs_at_once`
+            return 1
         return blocks if "jvp" in operation else 1
 
     return trips

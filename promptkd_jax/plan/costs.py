@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from promptkd_jax.distill.losses import chunked_loss
 from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.layers.feed_forward import SPARE
 from promptkd_jax.plan.chips import SliceTopology
 
 
@@ -154,9 +155,9 @@ class Counter:
         config = self.config
         heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         inner, each = (4 if config.gated else 2) * config.mlp_width, 4 * config.width
-        if config.experts:  # every device has places for all pairs of a token and an expert
-            each = 2 * config.width
-            each += config.experts.num_experts_per_tok * (2 * config.width + inner)
+        if config.experts:  # of each token, as many pairs with an expert as a device has places for
+            pairs = config.experts.num_experts_per_tok * min(1, SPARE / self.mesh["tensor"])
+            each = 2 * config.width + pairs * (2 * config.width + inner)
             inner = 0
         each += (heads + inner) / self.mesh["tensor"]
         return config.num_layers * each * self.itemsize

@@ -9,6 +9,7 @@ from helpers.models import CONFIGS, logits, random_model
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.layers import feed_forward
 from promptkd_jax.models.layers.feed_forward import grouped_dot, route
+from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_kernels
 
 SIZES = {  # rows of each group, and rows behind the last
     "even": ([3, 3, 3], 0),
@@ -130,6 +131,73 @@ def test_what_lies_behind_the_last_group_reaches_nothing_of_a_model(monkeypatch)
     monkeypatch.setattr(feed_forward, "grouped_dot", spoilt)
     jax.tree.map(np.testing.assert_array_equal, gradients(), right)
     assert not jnp.isnan(right[0])
+
+
+def networks_of(config, kind) -> feed_forward.Networks:
+    rng = np.random.default_rng(0)
+    number, width, inner = config.experts.num_experts, config.width, config.mlp_width
+
+    def linear(*shape):
+        kernel = jnp.asarray(rng.normal(0, 0.2, (number, *shape)), jnp.float32)
+        bias = jnp.asarray(rng.normal(size=(number, shape[1])), jnp.float32)
+        scale = None
+        if kind:
+            kernel, scale = quantize_kernels(kernel, QUANTIZE[kind], stacks=1)
+        return feed_forward.Linear(kernel, bias if config.experts.bias else None, scale)
+
+    widths = [2 * inner] if config.experts.interleaved else [inner, inner]
+    networks = tuple(linear(width, each) for each in widths), linear(inner, width)
+    return feed_forward.Networks(*networks)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_devices_say_together_what_one_says_that_has_all_experts(monkeypatch, name, kind):
+    """In value and in gradients, of 8 experts on 4 devices. Of 90 pairs each has places for 32, and
+    since every token has chosen the first expert, its device takes two turns."""
+    monkeypatch.setattr(feed_forward, "ALIGNMENT", 8)
+    hf_config = CONFIGS[name] | {"num_local_experts": 8, "num_experts_per_tok": 3}
+    config = from_hugging_face(hf_config).replace(quantization=QUANTIZE[kind or "none"])
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 15, config.width)), jnp.float32)
+    scores = jnp.asarray(rng.normal(size=(2, 15, 8)), jnp.float32)
+    weights, chosen = route(scores.at[..., 0].add(9).at[..., 1].add(1), 3, True)
+    assert feed_forward.pairs_at_once(chosen.size, 1 / 4) == 32
+    counts = [np.count_nonzero(chosen // 2 == device) for device in range(4)]
+    assert 32 < counts[0] <= 64 and min(counts) > 0
+    networks = networks_of(config, kind)
+    leaves, structure = jax.tree.flatten(networks)
+    floats = [x for x in leaves if x.dtype != jnp.int8]
+
+    def loss(inputs, number):
+        x, weights, floats = inputs
+        of = iter(floats)
+        whole = structure.unflatten([x if x.dtype == jnp.int8 else next(of) for x in leaves])
+
+        def said(first):
+            own = jax.tree.map(lambda x: x[first : first + number], whole)
+            return feed_forward._mixed_on_device(config, x, weights, chosen, own, None, first)
+
+        return jnp.sum(jnp.sin(sum(said(first) for first in range(0, 8, number))))
+
+    def run(number):
+        return jax.jit(jax.value_and_grad(loss), static_argnums=1)((x, weights, floats), number)
+
+    def close(found, right):
+        rounding = 1e-4 if right.dtype == jnp.float32 else 2e-2  # of scales, in bfloat16
+        top = np.abs(right).max()
+        np.testing.assert_allclose(found, right, rtol=rounding, atol=rounding / 10 * top)
+
+    jax.tree.map(close, run(2), run(8))
+
+
+def test_one_turn_nearly_always_does_and_a_device_has_places_for_its_share():
+    """Of 65,536 pairs and experts chosen evenly; so few that a share is less than one place for
+    each row of a tile; and on one device."""
+    assert feed_forward.pairs_at_once(65_536, 1 / 4) == 1.25 * 65_536 / 4
+    assert feed_forward.pairs_at_once(2_000, 1 / 16) == 256
+    assert feed_forward.pairs_at_once(128, 1 / 4) == 128
+    assert feed_forward.pairs_at_once(65_536, 1.0) == 65_536
 
 
 def test_gradients_of_biases_are_summed_in_float32():

@@ -445,16 +445,16 @@ def test_a_token_is_multiplied_with_its_own_experts_alone():
         assert count.decode(rows, 9, 1).hbm_bytes == expected
 
 
-def test_experts_take_places_for_all_pairs_on_every_device_and_sinks_no_kernel():
+def test_experts_have_places_for_a_quarter_more_than_their_share_and_sinks_no_kernel():
     hf_config = {"model_type": "gpt_oss", "hidden_size": 64, "num_hidden_layers": 1}
     hf_config |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
     hf_config |= {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
     config = from_hugging_face(hf_config | {"vocab_size": 64, "max_position_embeddings": 512})
     config = config.replace(dtype="bfloat16")
     one, eight = (costs.Counter(config, sizes(1, 1, t)) for t in (1, 8))
-    heads = 4 * 8 * 8  # those alone are dealt out
-    assert one.activation_bytes - eight.activation_bytes == 2 * heads * 7 / 8
-    assert eight.activation_bytes == 2 * (2 * 64 + 2 * (2 * 64 + 4 * 32) + heads / 8)
+    heads, pair = 4 * 8 * 8, 2 * 64 + 4 * 32
+    assert one.activation_bytes == 2 * (2 * 64 + 2 * pair + heads)
+    assert eight.activation_bytes == 2 * (2 * 64 + 2 * 1.25 / 8 * pair + heads / 8)
     plain = costs.Counter(config.replace(attention_sinks=False), sizes(1, 1, 1))
     found, without = (roofline._saved(x, 2, 256, "gpu", 9.0) for x in (one, plain))
     assert found - without == 2 * 256 * 3 * 4 * 8 * 256  # the scores, which cuDNN would not keep

@@ -11,6 +11,7 @@ of a token and an expert.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -33,6 +34,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 MIN_TILE, MAX_TILE = 8, 256  # rows of one product, see `_in_tiles`
+SPARE, ALIGNMENT = 1.25, 256  # of the places for pairs, see `pairs_at_once`
 
 
 class FeedForward(nn.Module):
@@ -152,7 +154,9 @@ def route(scores: jax.Array, k: int, norm_topk_prob: bool) -> tuple[jax.Array, j
 
 # Experts are dealt out to the devices of `tensor`, rows to the others. Each device has whole
 # networks of E / t experts and all tokens of its rows; it adds up what its own experts say of them,
-# and the sums of the t devices are added at the end. Nothing is sent before that.
+# and the sums of the t devices are added at the end. Nothing is sent before that. It has places for
+# its share of the pairs and a quarter more; where the router prefers its experts, the others wait
+# for another turn.
 
 
 def _mixed(
@@ -192,15 +196,51 @@ def _mixed_on_device(
     #     expert  1 0 1 1 0                                   [n], by token
     #     order   1 4 0 2 3    sizes 2 3    expert 0 0 1 1 1  by expert
     #
-    # Pairs of another device's expert come last, belong to no group and count as 0: before anything
-    # is multiplied with them, since nobody says what `ragged_dot` leaves there.
+    # Pairs of another device's expert come last.
     expert = chosen.reshape(-1) - first
     expert = jnp.where((expert >= 0) & (expert < number), expert, number)
     order = jnp.argsort(expert, stable=True)  # [n]
-    expert = expert[order]
+    pairs = order, expert[order]
+    inputs = x.reshape(-1, x.shape[-1]), weights.reshape(-1), networks
+    places = pairs_at_once(chosen.size, number / config.padded.experts.num_experts)
+    if places >= chosen.size:
+        y = _answers(config, layer, k, pairs, inputs)
+        # By the inverse order the k of a token stand together again: [n, D] -> [B, T, k, D].
+        return jnp.sum(y[jnp.argsort(order)].reshape(*chosen.shape, -1), axis=2)
+
+    def turn(i, pairs, inputs):  # [B T, D], the sum over pairs i `places` and those that follow
+        order, expert = (jax.lax.dynamic_slice_in_dim(x, i * places, places) for x in pairs)
+        y = _answers(config, layer, k, (order, expert), inputs).astype(jnp.float32)
+        return jnp.zeros(inputs[0].shape, jnp.float32).at[order // k].add(y)
+
+    padding = (0, -chosen.size % places)
+    pairs = jnp.pad(order, padding), jnp.pad(pairs[1], padding, constant_values=number)
+    turns = -(-jnp.count_nonzero(expert < number) // places)
+    return _sum_of_turns(turn, turns, pairs, inputs).reshape(x.shape).astype(x.dtype)
+
+
+def pairs_at_once(pairs: int, share: float) -> int:
+    """How many pairs of a token and an expert a device takes at once: a quarter more than its
+    `share` of the experts gets if all are chosen alike, so that one turn nearly always does."""
+    return min(pairs, -(-math.ceil(SPARE * share * pairs) // ALIGNMENT) * ALIGNMENT)
+
+
+def _answers(config: DecoderConfig, layer: int | None, k: int, pairs, inputs) -> jax.Array:
+    """What experts say of their tokens, times its weight: `[m, D]`.
+
+    Args:
+      k: experts of a token; pair i is of token i // k.
+      pairs: (order, expert): the number of each pair, and the place of its expert among those of
+        the device, `[m]` each, by expert.
+      inputs: (x `[B T, D]`, weights `[n]`, networks).
+    """
+    (order, expert), (x, weights, networks) = pairs, inputs
+    number = networks.down.kernel.shape[-3]
     sizes = jnp.diff(jnp.searchsorted(expert, jnp.arange(number + 1)))  # [E]
 
-    def linear(x, weights: Linear):  # [n, in] -> [n, out]
+    # Pairs of another device's expert belong to no group and count as 0: before anything is
+    # multiplied with them, since nobody says what `ragged_dot` leaves there.
+    def linear(x, weights: Linear):  # [m, in] -> [m, out]
         if config.quantization:
             y = _quantized_grouped_dot(x, weights.kernel, weights.scale, sizes, config.quantization)
         else:
@@ -209,12 +249,40 @@ def _mixed_on_device(
             y = (y + weights.bias[jnp.minimum(expert, number - 1)]).astype(x.dtype)
         return jnp.where((expert < number)[:, None], y, 0)
 
-    # Pair i is of token i // k, so that every token is there k times.
-    x_of_pairs = x.reshape(-1, x.shape[-1])[order // k]  # [n, D]
+    x_of_pairs = x[order // k]
     hidden = _activated(config, [linear(x_of_pairs, weights) for weights in networks.inner])
-    y = linear(hidden, networks.down) * weights.reshape(-1)[order][:, None]
-    # By the inverse order the k of a token stand together again: [n, D] -> [B, T, k, D].
-    return jnp.sum(y[jnp.argsort(order)].reshape(*chosen.shape, -1), axis=2)
+    return linear(hidden, networks.down) * weights[order][:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_turns(turn, turns, pairs, inputs) -> jax.Array:
+    """The sum of `turn(i, pairs, inputs)` over i below `turns`, which may be known when the program
+    runs. What a gradient needs is computed again, turn by turn."""
+    like = jax.eval_shape(turn, 0, pairs, inputs)
+    begin = jnp.zeros(like.shape, like.dtype)
+    return jax.lax.fori_loop(0, turns, lambda i, y: y + turn(i, pairs, inputs), begin)
+
+
+def _sum_of_turns_fwd(turn, turns, pairs, inputs):
+    return _sum_of_turns(turn, turns, pairs, inputs), (turns, pairs, inputs)
+
+
+def _sum_of_turns_bwd(turn, residuals, d_y):
+    turns, pairs, inputs = residuals
+    leaves, structure = jax.tree.flatten(inputs)
+    trained = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]  # else the bytes of a kernel
+
+    def body(i, sums):
+        _, back = jax.vjp(lambda inputs: turn(i, pairs, inputs), inputs)
+        gradients = [x for x, is_so in zip(jax.tree.leaves(back(d_y)), trained) if is_so]
+        return [a + b for a, b in zip(sums, gradients, strict=True)]
+
+    zeros = [jnp.zeros_like(x) for x, is_so in zip(leaves, trained) if is_so]
+    sums = iter(jax.lax.fori_loop(0, turns, body, zeros))
+    return None, None, structure.unflatten([next(sums) if is_so else None for is_so in trained])
+
+
+_sum_of_turns.defvjp(_sum_of_turns_fwd, _sum_of_turns_bwd)
 
 
 def _of_layer(kernel, sizes, layer: int | None) -> tuple[jax.Array, jax.Array]:
