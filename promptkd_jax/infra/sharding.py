@@ -37,6 +37,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/attention/out/kernel", P(None, "tensor", None, "fsdp")),
     (r"layers/mlp/(up|gate)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/(up|gate)/bias", P(None, "tensor")),
+    (r"layers/mlp/gate_up/kernel", P(None, "fsdp", None, "tensor")),  # of a rollout
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     # Scales of quantised kernels lie as the outputs do; groups of inputs are not cut.
     (r"project_(in|out)/kernel_scale", P()),

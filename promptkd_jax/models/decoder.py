@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from promptkd_jax.infra.sharding import ROWS, constrain, platform, to_device, unshard_fsdp
+from promptkd_jax.infra.sharding import ROWS, constrain, to_device
 from promptkd_jax.models.config import DecoderConfig
 from promptkd_jax.models.layers.attention import (
     BTNH_SPEC,
@@ -36,11 +36,15 @@ from promptkd_jax.models.layers.gated_prefix import (
     prefix_columns,
     prefix_vectors,
 )
-from promptkd_jax.models.layers.layer_params import UNSTACKED, has_experts_of_all, layer_params
+from promptkd_jax.models.layers.layer_params import (
+    UNSTACKED,
+    has_experts_of_all,
+    layer_params,
+    rollout_params,
+)
 from promptkd_jax.models.layers.lora import without_changes
 from promptkd_jax.models.layers.norms import RMSNorm, make_norm
-from promptkd_jax.models.layers.projection import project, transposed
-from promptkd_jax.models.layers.quantization import SCALE
+from promptkd_jax.models.layers.projection import project
 from promptkd_jax.models.layers.rotary import rotate
 from promptkd_jax.models.layers.segments import packed_columns
 
@@ -186,22 +190,7 @@ class Decoder(nn.Module):
         """The parameters as every step of a rollout reads them: in the dtype of computation (but
         for routers, which choose as in training, and quantised kernels), not cut along `fsdp`. Else
         each written token would gather and round all of them."""
-
-        if self.config.offload:  # brought to the device layer by layer, for every token
-            return params
-
-        def rounded(path, x):
-            stays = {"router", SCALE}.intersection(getattr(key, "key", None) for key in path)
-            return x if stays or x.dtype == jnp.int8 else x.astype(self.config.dtype)
-
-        params = unshard_fsdp(jax.tree.map_with_path(rounded, params))
-        if platform() != "cpu" or self.config.quantization:
-            return params
-        # XLA for CPUs would copy a layer out of the stack for every token; so it does once. Of
-        # quantised kernels it would keep the whole ones that it makes of them.
-        layers = range(self.config.num_layers)
-        unstacked = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in layers]
-        return {**params, UNSTACKED: [transposed(layer) for layer in unstacked]}
+        return rollout_params(self.config, params)
 
     @nn.nowrap
     def prefill(

@@ -1,5 +1,7 @@
 """Products of rows with the matrix of their group, and the experts that a token is sent to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from helpers.models import CONFIGS, logits, random_model
 
 from promptkd_jax.models.families.registry import from_hugging_face
-from promptkd_jax.models.layers import feed_forward
+from promptkd_jax.models.layers import feed_forward, layer_params
 from promptkd_jax.models.layers.feed_forward import grouped_dot, route
 from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_kernels
 
@@ -226,6 +228,41 @@ def test_rollouts_choose_experts_as_training_does():
     router = model.params["layers"]["experts"]["router"]["kernel"]
     np.testing.assert_array_equal(found["router"]["kernel"], router)
     assert found["gate"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_a_rollout_on_a_tpu_has_gate_and_up_as_one_kernel(monkeypatch, mlp_bias):
+    """Where its parameters are a copy anyway; and computes the same. With the scan over layers for
+    the prompt, and without it for a token."""
+    model = random_model("llama", mlp_bias=mlp_bias)
+    decoder = model.decoder.clone(config=model.decoder.config.replace(param_dtype="bfloat16"))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), model.params)
+    prompts, lengths = jnp.asarray([[1, 2, 3], [4, 5, 0]]), jnp.array([3, 2])
+
+    def hidden(params):
+        of_prompts, cache = decoder.prefill(params, prompts, lengths, None, 3, 2)
+        return of_prompts, decoder.decode(params, prompts[:, 0], None, lengths, cache)[0]
+
+    plain = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    monkeypatch.setattr(layer_params, "platform", lambda: "tpu")
+    joined = decoder.for_sampling(params)
+    kernel = joined["layers"]["mlp"]["gate_up"]["kernel"]
+    assert joined["layers"]["mlp"].keys() == {"gate_up", "down"}
+    config = decoder.config
+    assert kernel.shape == (config.num_layers, config.width, 2, config.mlp_width)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        *map(jax.jit(hidden), (joined, plain)),
+    )
+    whole = model.decoder.for_sampling(plain)  # float32, as it is kept: nothing is copied
+    assert whole["layers"]["mlp"].keys() == {"gate", "up", "down"}
+
+
+def test_gate_and_up_with_adapters_or_in_8_bits_stay_two():
+    for module in ({"kernel": 0, "lora_a": 0, "lora_b": 0}, {"kernel": 0, "kernel_scale": 0}):
+        layers = {"mlp": {"gate": module, "up": module, "down": {"kernel": 0}}}
+        assert feed_forward.with_gate_beside_up(layers) == layers
+    assert feed_forward.with_gate_beside_up({"experts": {}}) == {"experts": {}}
 
 
 def test_experts_are_read_out_of_those_of_all_layers():

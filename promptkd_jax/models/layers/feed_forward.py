@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,6 +35,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 MIN_TILE, MAX_TILE = 8, 256  # rows of one product, see `_in_tiles`
+GATE_UP = "gate_up"  # see `with_gate_beside_up`
 SPARE, ALIGNMENT = 1.25, 256  # of the places for pairs, see `pairs_at_once`
 
 
@@ -46,15 +48,29 @@ class FeedForward(nn.Module):
     def __call__(self, x, dropout_keys=None):
         config, width = self.config, self.config.padded.mlp_width
         activation = ACTIVATIONS[config.activation]
-        up = project(config, width, config.mlp_bias, "up")(x, dropout_keys)
-        if config.gated:
+        if self.has_variable("params", GATE_UP):
+            both = project(config, (2, width), config.mlp_bias, GATE_UP)(x, dropout_keys)
+            hidden = activation(both[..., 0, :]) * both[..., 1, :]
+        elif config.gated:
+            up = project(config, width, config.mlp_bias, "up")(x, dropout_keys)
             gate = project(config, width, config.mlp_bias, "gate")(x, dropout_keys)
             hidden = activation(gate) * up
         else:
-            hidden = activation(up)
+            hidden = activation(project(config, width, config.mlp_bias, "up")(x, dropout_keys))
         # Units are dealt out to devices; the product with `down` adds up their shares.
         hidden = constrain(hidden, ROWS, None, "tensor")
         return project(config, config.width, config.mlp_bias, "down")(hidden, dropout_keys)
+
+
+def with_gate_beside_up(layers: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Stacked parameters of layers with one kernel `[L, D, 2, F]` (and bias `[L, 2, F]`) in place
+    of those of gate and up, where both are plain: one product for two that share their input."""
+    network = dict(layers.get("mlp", {}))
+    if "gate" not in network or not {"kernel", "bias"}.issuperset(network["gate"]):
+        return layers
+    gate, up = network.pop("gate"), network.pop("up")
+    network[GATE_UP] = jax.tree.map(lambda *both: jnp.stack(both, axis=-2), gate, up)
+    return {**layers, "mlp": network}
 
 
 class MixtureOfExperts(nn.Module):
