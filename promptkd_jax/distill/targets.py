@@ -15,6 +15,7 @@ import numpy as np
 from promptkd_jax.data.batch import Batch, choose_rows, pad_to
 from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
+from promptkd_jax.infra.sharding import ROWS, axis_size
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_params
@@ -23,6 +24,7 @@ from promptkd_jax.models.sampling_rules import Sampling
 
 # Folded into a step's key for the draws between sources; its rows use 0, 1, …
 _DRAW = np.uint32(2**32 - 1)
+MANY_ROWS = 1024  # of a device, see `rows_at_once`
 
 
 def rollout(
@@ -101,6 +103,18 @@ def empty_target_batch(number: int, columns: int) -> TargetBatch:
     return TargetBatch(empty_rows(number, columns), nobody, nobody)
 
 
+def rows_at_once(method: Method, rows: int, row_parts: int) -> int:
+    """How many of the `rows` of a step, which lie on `row_parts` devices, are written at once: what
+    the method says, and where it leaves that open (0), half of so many that the weights of a token
+    are read for, that reading them twice as often costs little and rows that end early save much
+    (docs/performance.md); else all."""
+    asked = method.execution.max_concurrent_rollouts
+    shared = method.rollouts_per_prompt > 1  # one reading of a prompt serves rows side by side
+    if asked or shared or rows < MANY_ROWS * row_parts or rows % (2 * row_parts):
+        return min(asked or rows, rows)
+    return rows // 2
+
+
 def target_rows(
     method: Method,
     student: Decoder | LanguageModel,
@@ -127,6 +141,7 @@ def target_rows(
     if not method.source.on_policy:
         nobody = jnp.zeros(batch.lengths.shape[0], bool)
         return TargetBatch(batch, nobody, nobody), replay
+    rows = batch.tokens.shape[0] * method.rollouts_per_prompt
     write = functools.partial(
         _rollout_rounded,
         method.execution.rollout_quantize,
@@ -143,7 +158,7 @@ def target_rows(
         second=teacher,
         second_share=method.teacher_share,
         second_top_k=method.teacher_top_k,
-        slots=method.execution.max_concurrent_rollouts,
+        slots=rows_at_once(method, rows, axis_size(ROWS)),
         prompt_buckets=method.execution.length_buckets,
         rollouts_per_prompt=method.rollouts_per_prompt,
     )

@@ -16,6 +16,7 @@ from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY
 from promptkd_jax.distill.optimizer import SLICE
 from promptkd_jax.distill.preconditioners import matrices
+from promptkd_jax.distill.targets import rows_at_once
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.layers.attention import implementation
 from promptkd_jax.models.layers.quantization import QUANTIZE
@@ -87,10 +88,10 @@ def _step(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> _Step:
         )
 
     optimizers = run.stage.optimizers
-
+    student = counter(run.student, optimizers.student)
     return _Step(
         method=method,
-        student=counter(run.student, optimizers.student),
+        student=student,
         teacher=run.teacher and counter(run.teacher, optimizers.teacher),
         batch_size=run.batch_size,
         rows=run.batch_size // method.num_micro_batches,
@@ -98,7 +99,7 @@ def _step(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> _Step:
         positions=method.response_capacity,
         before=before,
         gated=method.prompted and run.config.soft_prompt.gated,
-        slots=min(method.execution.max_concurrent_rollouts or run.batch_size, run.batch_size),
+        slots=rows_at_once(method, run.batch_size, student.row_parts),
     )
 
 

@@ -335,6 +335,46 @@ def targets_of(method, rows: Batch, replay):
     )
 
 
+# How many rows are written at once
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_parts", "fields", "at_once"),
+    [
+        (256, 1, {}, 256),
+        (1024, 1, {}, 512),
+        (1024, 2, {}, 1024),  # 512 on each device
+        (8192, 8, {}, 4096),
+        (4 * 1023, 2, {}, 4 * 1023 // 2),
+        (2 * 1023, 2, {}, 2 * 1023),
+        (3 * 1025, 3, {}, 3 * 1025),  # halves of which do not lie evenly
+        (1024, 1, dict(max_concurrent_rollouts=1024), 1024),
+        (1024, 1, dict(max_concurrent_rollouts=256), 256),
+        (16, 1, dict(max_concurrent_rollouts=256), 16),
+        (1024, 1, dict(rollouts_per_prompt=4), 1024),  # a prompt is read once for four rows
+    ],
+)
+def test_half_of_many_rows_are_written_at_once(rows, row_parts, fields, at_once):
+    method = steps.method(targets="student", **fields)
+    assert targets.rows_at_once(method, rows, row_parts) == at_once
+
+
+def test_a_step_writes_half_of_many_rows_at_once_and_the_same_ones(monkeypatch):
+    method = steps.method(targets="student", response_capacity=8, sampling=Sampling(eos_ids=(EOS,)))
+    asked, plain = [], targets.sample
+
+    def sample(*inputs, **how):
+        asked.append(how["slots"])
+        return plain(*inputs, **how)
+
+    monkeypatch.setattr(targets, "sample", sample)
+    whole, _ = targets_of(method, steps.batch(), None)
+    monkeypatch.setattr(targets, "MANY_ROWS", 4)
+    halves, _ = targets_of(method, steps.batch(), None)
+    assert asked == [4, 2]
+    jax.tree.map(np.testing.assert_array_equal, halves, whole)
+
+
 # A source of one's own, by CONTRIBUTING's recipe
 
 

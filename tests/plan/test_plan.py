@@ -682,6 +682,14 @@ def test_of_the_branches_of_a_conditional_the_longest_counts():
     assert hlo.expectation(text) == (20, 0)
 
 
+def test_experts_take_one_turn_and_losses_one_for_each_block():
+    run = small_run(batch_size=2**14).on(abstract_run_module.abstract_mesh(sizes(1, 1, 1)))
+    trips = ahead._trips(run, 0)
+    inside = "layers/experts/shard_map/while"
+    assert trips("jit(step)/jvp(head)/while") > 1
+    assert trips(f"jit(step)/transpose(jvp(Decoder))/while/body/{inside}") == 1
+
+
 def test_rows_that_wait_for_a_slot_are_written_in_rounds():
     mesh = abstract_run_module.abstract_mesh(sizes(1, 1, 1))
     run = small_run(batch_size=8, max_concurrent_rollouts=2).on(mesh)
@@ -693,6 +701,10 @@ def test_rows_that_wait_for_a_slot_are_written_in_rounds():
     assert ahead._trips(run, 0)("jit(step)/queue/while") == 6
     plain = ahead._trips(small_run(batch_size=8).on(mesh), tokens)
     assert (plain("jit(step)/while"), plain("jit(step)/queue/while")) == (tokens, 0)
+    many = small_run(batch_size=1024).on(mesh)  # half of them wait
+    assert ahead._trips(many, tokens)("jit(step)/queue/while") == 4
+    phases = (roofline.phases(small_run(batch_size=n))["decode"] for n in (1024, 512))
+    assert next(phases) == next(phases) * 2
 
 
 @pytest.mark.parametrize(

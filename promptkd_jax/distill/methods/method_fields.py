@@ -298,7 +298,8 @@ class Execution:
     max_concurrent_rollouts: int = field(
         0,
         Int(low=0),
-        "rows that are written at once, others follow where some end; 0: all of a step",
+        "rows that are written at once, others follow where some end; 0: all of a step, or half of "
+        "1,024 or more on a device",
     )
     rollout_quantize: str = field(
         "none",
