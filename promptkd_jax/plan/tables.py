@@ -50,14 +50,15 @@ def show_search(
         for plan in plans[:most]
     ]
     header = ("mesh", "micro", "GiB", "fits", "by", "s/step", "least", "tokens/s", "USD/Mtok")
+    compiled = any(plan["memory"]["by"] == "compiler" for plan in plans)
+    first = ": what is compiled comes first" if compiled else ""
     print(
         *_heading(plans[0], mesh=False),
         f"{fitting} pairs of a mesh and a number of micro-batches fit by the estimate; left out: "
         f"{left_out or 'none'}",
         f"data x fsdp x tensor and micro-batches, {len(rows)} of {len(plans)}: the fastest first, "
         "in classes of 2 % of the time; in a class the smallest first",
-        f"(seconds by the estimate: {IN_TURN}; the compiler mostly expects more: what is compiled "
-        "comes first)",
+        f"(seconds by the estimate: {IN_TURN}; the compiler mostly expects more{first})",
         "",
         markdown(Table(header, rows)),
         "",

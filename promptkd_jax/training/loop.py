@@ -201,7 +201,6 @@ class _Loop:
 
     def __enter__(self) -> "_Loop":
         print(build.title(self.experiment.config))
-        print("compiling: a stage's first step takes longer than those behind it", flush=True)
         self.progress.__enter__()
         return self
 
@@ -237,6 +236,8 @@ class _Loop:
         if self.done >= end or self.over:
             self._check_updates(stage)
             return
+        said = f"compiling stage {stage.name}: its first step takes longer than those behind it"
+        print(said, flush=True)
         if self.done == stage.first:
             self._skipped = int(self.state.skipped) if self.state else 0
             self.state = experiment.start(stage, self.state)

@@ -530,7 +530,8 @@ def other_meshes_are_left_alone() -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    feed_forward.ALIGNMENT = 8  # few as the pairs are, a device has places for some of them alone
+    # Few as the pairs of tokens and experts are, a device has places for some of them alone.
+    feed_forward.FEW = feed_forward.MAX_TILE = 8
     same_update_on_every_mesh(sys.argv[1])
     if sys.argv[1] == "gpt2":
         same_update_of_an_adapter()

@@ -157,7 +157,8 @@ def networks_of(config, kind) -> feed_forward.Networks:
 def test_devices_say_together_what_one_says_that_has_all_experts(monkeypatch, name, kind):
     """In value and in gradients, of 8 experts on 4 devices. Of 90 pairs each has places for 32, and
     since every token has chosen the first expert, its device takes two turns."""
-    monkeypatch.setattr(feed_forward, "ALIGNMENT", 8)
+    monkeypatch.setattr(feed_forward, "MAX_TILE", 8)
+    monkeypatch.setattr(feed_forward, "FEW", 8)
     hf_config = CONFIGS[name] | {"num_local_experts": 8, "num_experts_per_tok": 3}
     config = from_hugging_face(hf_config).replace(quantization=QUANTIZE[kind or "none"])
     rng = np.random.default_rng(1)
@@ -193,13 +194,19 @@ def test_devices_say_together_what_one_says_that_has_all_experts(monkeypatch, na
     jax.tree.map(close, run(2), run(8))
 
 
-def test_one_turn_nearly_always_does_and_a_device_has_places_for_its_share():
-    """Of 65,536 pairs and experts chosen evenly; so few that a share is less than one place for
-    each row of a tile; and on one device."""
-    assert feed_forward.pairs_at_once(65_536, 1 / 4) == 1.25 * 65_536 / 4
-    assert feed_forward.pairs_at_once(2_000, 1 / 16) == 256
-    assert feed_forward.pairs_at_once(128, 1 / 4) == 128
-    assert feed_forward.pairs_at_once(65_536, 1.0) == 65_536
+@pytest.mark.parametrize(
+    ("pairs", "share", "places"),
+    [
+        (65_536, 1 / 4, 1.25 * 65_536 / 4),
+        (66_432, 1 / 4, 82 * 256),  # 20,760 and what fills the last tile
+        (65_536, 7 / 8, 65_536),
+        (65_536, 1.0, 65_536),  # on one device
+        (4_096, 1 / 16, 2_048),
+        (512, 1 / 16, 512),
+    ],
+)
+def test_a_device_has_places_for_its_share_of_the_pairs_and_a_quarter_more(pairs, share, places):
+    assert feed_forward.pairs_at_once(pairs, share) == places
 
 
 def test_gradients_of_biases_are_summed_in_float32():

@@ -888,6 +888,7 @@ def test_without_the_compiler_the_estimate_is_marked(monkeypatch, capsys, tmp_pa
 def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):
     """What is printed to be pasted, pasted: the config has that mesh and those micro-batches."""
     said = command("--no-compile", "--search", capsys=capsys)
+    assert "the compiler mostly expects more)" in said
     (line,) = [line for line in said.splitlines() if line.startswith("the first: ")]
     pasted = shlex.split(line.removeprefix("the first: "))
     config, rest = load_config([f"--config={ROOT}/configs/llama.py", *pasted])

@@ -36,7 +36,7 @@ ACTIVATIONS = {
 }
 MIN_TILE, MAX_TILE = 8, 256  # rows of one product, see `_in_tiles`
 GATE_UP = "gate_up"  # see `with_gate_beside_up`
-SPARE, ALIGNMENT = 1.25, 256  # of the places for pairs, see `pairs_at_once`
+SPARE, FEW = 1.25, 2048  # see `pairs_at_once`
 
 
 class FeedForward(nn.Module):
@@ -237,8 +237,10 @@ def _mixed_on_device(
 
 def pairs_at_once(pairs: int, share: float) -> int:
     """How many pairs of a token and an expert a device takes at once: a quarter more than its
-    `share` of the experts gets if all are chosen alike, so that one turn nearly always does."""
-    return min(pairs, -(-math.ceil(SPARE * share * pairs) // ALIGNMENT) * ALIGNMENT)
+    `share` of the experts gets if all are chosen alike, so that one turn nearly always does. Few,
+    as in decoding, are no work worth a loop."""
+    tiles = math.ceil(SPARE * share * pairs / MAX_TILE)
+    return min(pairs, max(tiles * MAX_TILE, FEW))
 
 
 def _answers(config: DecoderConfig, layer: int | None, k: int, pairs, inputs) -> jax.Array:
