@@ -15,7 +15,8 @@ import numpy as np
 from promptkd_jax.data.batch import Batch, choose_rows, pad_to
 from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.replay import Replay, draw, empty_rows, push
-from promptkd_jax.infra.sharding import ROWS, axis_size
+from promptkd_jax.infra.sharding import ROWS, axis_size, mesh_is_external
+from promptkd_jax.models.config import matrix_parameters
 from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.layers.quantization import QUANTIZE, quantize_params
@@ -24,7 +25,7 @@ from promptkd_jax.models.sampling_rules import Sampling
 
 # Folded into a step's key for the draws between sources; its rows use 0, 1, …
 _DRAW = np.uint32(2**32 - 1)
-MANY_ROWS = 1024  # of a device, see `rows_at_once`
+MANY_ROWS, MANY_READINGS = 1024, 6  # see `rows_at_once`
 
 
 def rollout(
@@ -103,16 +104,29 @@ def empty_target_batch(number: int, columns: int) -> TargetBatch:
     return TargetBatch(empty_rows(number, columns), nobody, nobody)
 
 
-def rows_at_once(method: Method, rows: int, row_parts: int) -> int:
-    """How many of the `rows` of a step, which lie on `row_parts` devices, are written at once: what
-    the method says, and where it leaves that open (0), half of so many that the weights of a token
-    are read for, that reading them twice as often costs little and rows that end early save much
-    (docs/performance.md); else all."""
-    asked = method.execution.max_concurrent_rollouts
-    shared = method.rollouts_per_prompt > 1  # one reading of a prompt serves rows side by side
-    if asked or shared or rows < MANY_ROWS * row_parts or rows % (2 * row_parts):
-        return min(asked or rows, rows)
-    return rows // 2
+def rows_at_once(
+    method: Method, student: Decoder | LanguageModel, rows: int, row_parts: int
+) -> int:
+    """Rows of a step that are written at once, the others following where some end (continuous
+    batching): as many as the method says. Where it leaves that open (0), all; or half, where
+    that pays whether rows end early or not, or nearly so (docs/performance.md): where a device has
+    `MANY_ROWS`, whose cache weighs `MANY_READINGS` times what the weights do that each turn reads.
+
+    Args:
+      rows: of the step; row_parts: devices that these are dealt out to.
+    """
+    if asked := method.execution.max_concurrent_rollouts:
+        return min(asked, rows)
+    can_end = method.sampling.eos_ids and isinstance(student, Decoder)
+    # One reading of a prompt serves the rows that share it, side by side. On somebody else's mesh
+    # nobody knows where rows lie.
+    apart = method.rollouts_per_prompt == 1 and not mesh_is_external()
+    if not (can_end and apart) or rows % (2 * row_parts):
+        return rows
+    config, columns = student.config, method.prompt_capacity + method.rollout_length
+    of_row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * columns
+    least = max(MANY_ROWS, MANY_READINGS * matrix_parameters(config) / of_row)
+    return rows // 2 if rows / row_parts >= least else rows
 
 
 def target_rows(
@@ -158,7 +172,7 @@ def target_rows(
         second=teacher,
         second_share=method.teacher_share,
         second_top_k=method.teacher_top_k,
-        slots=rows_at_once(method, rows, axis_size(ROWS)),
+        slots=rows_at_once(method, student, rows, axis_size(ROWS)),
         prompt_buckets=method.execution.length_buckets,
         rollouts_per_prompt=method.rollouts_per_prompt,
     )

@@ -272,3 +272,19 @@ class DecoderConfig:
 def _multiple(size: int, parts: int) -> int:
     """The least multiple of `parts` that is not below `size`."""
     return -(-size // parts) * parts
+
+
+def matrix_parameters(config: DecoderConfig, experts: int | None = None) -> int:
+    """Of all layers: L (2 D N H + 2 D K H + 2 or 3 D F), of a mixture of experts 3 D F for each of
+    them, and D E.
+
+    Args:
+      experts: how many of them count (all); of one token that is `Experts.num_experts_per_tok`.
+    """
+    attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
+    feed_forward = (3 if config.gated else 2) * config.width * config.mlp_width
+    if config.experts:
+        every = config.experts.num_experts
+        feed_forward *= every if experts is None else min(experts, every)
+        feed_forward += config.width * every
+    return config.num_layers * (attention + feed_forward)

@@ -165,19 +165,19 @@ def _trips(run: AbstractRun, tokens: int) -> hlo.Trips:
     micro_batch = run.batch_size // method.num_micro_batches
     count = Counter(config, run.mesh.shape)
     blocks = count.blocks(micro_batch, method.response_capacity)
-    slots = rows_at_once(method, run.batch_size, count.row_parts)
+    slots = rows_at_once(method, run.student.decoder, run.batch_size, count.row_parts)
     waiting = run.batch_size - slots
     rounds = -(-waiting // (rows_of_a_round(slots // count.row_parts) * count.row_parts))
 
     def trips(operation: str) -> int:
+        if "/experts/" in operation:  # over what exceeds `feed_forward.pairs_at_once`
+            return 1
         if re.fullmatch(r"jit\([^)]*\)(/cond|/branch_\w+)*/while", operation):
             return tokens
         if operation.endswith("/queue/while"):
             return rounds
         if "/queue/while/" in operation:
             return -(-tokens * waiting // (slots * rounds))
-        if "/experts/" in operation:  # over what exceeds `feed_forward.pairs_at_once`
-            return 1
         return blocks if "jvp" in operation else 1
 
     return trips

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from promptkd_jax.distill.losses import chunked_loss
-from promptkd_jax.models.config import DecoderConfig
+from promptkd_jax.models.config import DecoderConfig, matrix_parameters
 from promptkd_jax.models.layers.feed_forward import SPARE
 from promptkd_jax.plan.chips import SliceTopology
 
@@ -49,22 +49,6 @@ class Cost:
         return each
 
 
-def matrix_parameters(config: DecoderConfig, experts: int | None = None) -> int:
-    """Of all layers: L (2 D N H + 2 D K H + 2 or 3 D F), of a mixture of experts 3 D F for each of
-    them, and D E.
-
-    Args:
-      experts: how many of them count (all); of one token that is `Experts.num_experts_per_tok`.
-    """
-    attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
-    feed_forward = (3 if config.gated else 2) * config.width * config.mlp_width
-    if config.experts:
-        every = config.experts.num_experts
-        feed_forward *= every if experts is None else min(experts, every)
-        feed_forward += config.width * every
-    return config.num_layers * (attention + feed_forward)
-
-
 def token_parameters(config: DecoderConfig) -> int:
     """Of the `matrix_parameters`, those that one token is multiplied with."""
     return matrix_parameters(config, config.experts.num_experts_per_tok if config.experts else None)
@@ -94,6 +78,11 @@ def backward_flops(config: DecoderConfig, rows: int, columns: int, *, weights: b
 def head_flops(config: DecoderConfig, rows: int, positions: int) -> int:
     """Of logits: 2 B R V D."""
     return 2 * rows * positions * config.vocab_size * config.embedding_width
+
+
+def _inner_width(config: DecoderConfig) -> int:
+    """Of the inputs and outputs of a feed-forward network's products, those inside of it."""
+    return (4 if config.gated else 2) * config.mlp_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +143,20 @@ class Counter:
         """Of the inputs and outputs of all products, for one token."""
         config = self.config
         heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        inner, each = (4 if config.gated else 2) * config.mlp_width, 4 * config.width
-        if config.experts:  # of each token, as many pairs with an expert as a device has places for
-            pairs = config.experts.num_experts_per_tok * min(1, SPARE / self.mesh["tensor"])
-            each = 2 * config.width + pairs * (2 * config.width + inner)
-            inner = 0
-        each += (heads + inner) / self.mesh["tensor"]
-        return config.num_layers * each * self.itemsize
+        inner = 0 if config.experts else _inner_width(config)
+        each = (heads + inner) / self.mesh["tensor"] + (2 if config.experts else 4) * config.width
+        return config.num_layers * each * self.itemsize + self.expert_bytes
+
+    @property
+    def expert_bytes(self) -> float:
+        """Of these, what goes through experts: each pair of a token and an expert for which a
+        device has a place."""
+        config = self.config
+        if not config.experts:
+            return 0.0
+        pairs = config.experts.num_experts_per_tok * min(1, SPARE / self.mesh["tensor"])
+        each = 2 * config.width + _inner_width(config)
+        return config.num_layers * pairs * each * self.itemsize
 
     @property
     def attention_bytes(self) -> float:

@@ -99,7 +99,7 @@ def _step(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> _Step:
         positions=method.response_capacity,
         before=before,
         gated=method.prompted and run.config.soft_prompt.gated,
-        slots=rows_at_once(method, run.batch_size, student.row_parts),
+        slots=rows_at_once(method, run.student.decoder, run.batch_size, student.row_parts),
     )
 
 
@@ -358,7 +358,9 @@ def _saved(
             plain=config.has_plain_attention,
             capability=capability,
         )
-        each = 1.4 * count.activation_bytes + (count.attention_bytes if gated else 0.0)
+        turns = count.expert_bytes if tensor > 1 else 0.0  # what they compute again is not kept
+        each = 1.4 * (count.activation_bytes - turns)
+        each += count.attention_bytes if gated else 0.0
         return tokens * (each + (scores if drops or flash == "xla" else 0.0))
     kept = config.width
     if config.remat != "full":

@@ -18,9 +18,11 @@ from promptkd_jax.distill.replay import empty_replay
 from promptkd_jax.distill.targets import rollout
 from promptkd_jax.distill.teacher import lazy_logits
 from promptkd_jax.infra.specs import declared
+from promptkd_jax.models.config import matrix_parameters
 from promptkd_jax.models.decoder import Decoder, embed, head
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params
+from promptkd_jax.models.language_model import LanguageModel
 from promptkd_jax.models.sampling_rules import Sampling
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -335,7 +337,25 @@ def targets_of(method, rows: Batch, replay):
     )
 
 
-# How many rows are written at once
+# Rows that are written at once
+
+QWEN = {  # 7B: few keys and values beside its weights, which weigh as much as 466 of these rows
+    "model_type": "qwen2",
+    "vocab_size": 8,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+ENDS = {"sampling": Sampling(eos_ids=(EOS,))}
+
+
+def long(**fields) -> Method:
+    return steps.method(
+        targets="student", prompt_capacity=256, response_capacity=256, **ENDS | fields
+    )
 
 
 @pytest.mark.parametrize(
@@ -345,22 +365,38 @@ def targets_of(method, rows: Batch, replay):
         (1024, 1, {}, 512),
         (1024, 2, {}, 1024),  # 512 on each device
         (8192, 8, {}, 4096),
-        (4 * 1023, 2, {}, 4 * 1023 // 2),
         (2 * 1023, 2, {}, 2 * 1023),
         (3 * 1025, 3, {}, 3 * 1025),  # halves of which do not lie evenly
         (1024, 1, dict(max_concurrent_rollouts=1024), 1024),
         (1024, 1, dict(max_concurrent_rollouts=256), 256),
         (16, 1, dict(max_concurrent_rollouts=256), 16),
         (1024, 1, dict(rollouts_per_prompt=4), 1024),  # a prompt is read once for four rows
+        (1024, 1, dict(sampling=Sampling()), 1024),  # no row ends early
     ],
 )
 def test_half_of_many_rows_are_written_at_once(rows, row_parts, fields, at_once):
-    method = steps.method(targets="student", **fields)
-    assert targets.rows_at_once(method, rows, row_parts) == at_once
+    assert targets.rows_at_once(long(**fields), steps.STUDENT, rows, row_parts) == at_once
+
+
+def test_all_rows_are_written_at_once_where_weights_weigh_much_beside_them():
+    qwen = Decoder(from_hugging_face(QWEN))
+    config = qwen.config
+    of_row = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 512  # bytes
+    least = 6 * 2 * matrix_parameters(config) / of_row
+    assert 2000 < least < 3000
+    assert targets.rows_at_once(long(), qwen, 2000, 1) == 2000
+    assert targets.rows_at_once(long(), qwen, 3000, 1) == 1500
+    functions = LanguageModel(qwen.hidden_states, qwen.output_head, qwen.input_embeddings)
+    assert targets.rows_at_once(long(), functions, 3000, 1) == 3000  # nobody knows its weights
+
+
+def test_all_rows_are_written_at_once_on_a_mesh_of_somebody_else(monkeypatch):
+    monkeypatch.setattr(targets, "mesh_is_external", lambda: True)
+    assert targets.rows_at_once(long(), steps.STUDENT, 1024, 1) == 1024
 
 
 def test_a_step_writes_half_of_many_rows_at_once_and_the_same_ones(monkeypatch):
-    method = steps.method(targets="student", response_capacity=8, sampling=Sampling(eos_ids=(EOS,)))
+    method = steps.method(targets="student", response_capacity=8, **ENDS)
     asked, plain = [], targets.sample
 
     def sample(*inputs, **how):
@@ -370,6 +406,7 @@ def test_a_step_writes_half_of_many_rows_at_once_and_the_same_ones(monkeypatch):
     monkeypatch.setattr(targets, "sample", sample)
     whole, _ = targets_of(method, steps.batch(), None)
     monkeypatch.setattr(targets, "MANY_ROWS", 4)
+    monkeypatch.setattr(targets, "MANY_READINGS", 0)
     halves, _ = targets_of(method, steps.batch(), None)
     assert asked == [4, 2]
     jax.tree.map(np.testing.assert_array_equal, halves, whole)

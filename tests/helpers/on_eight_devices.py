@@ -7,6 +7,7 @@ import functools
 import math
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from promptkd_jax.models.decoder import Decoder
 from promptkd_jax.models.families.registry import from_hugging_face
 from promptkd_jax.models.io.params import abstract_params, pad
 from promptkd_jax.models.language_model import LazyLogits
-from promptkd_jax.models.layers import feed_forward
+from promptkd_jax.models.layers import feed_forward, layer_params
 from promptkd_jax.models.layers import lora as lora_module
 from promptkd_jax.models.layers.gated_prefix import GatedPrefix
 from promptkd_jax.models.layers.lora import MODULES, init_adapter
@@ -308,6 +309,10 @@ def same_rows_of_every_source() -> None:
             assert np.all(own)
         if targets == "replay":
             assert here[1].count == 8
+    # As on a TPU, where a rollout has one kernel for gate and up, gathered along `fsdp`.
+    with mock.patch.object(layer_params, "platform", return_value="tpu"):
+        there = written("student", sharding.make_mesh(dict.fromkeys(sharding.AXES, 2)))
+    jax.tree.map(np.testing.assert_array_equal, written("student"), there)
 
 
 def same_update_on_packed_rows() -> None:

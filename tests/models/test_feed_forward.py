@@ -126,13 +126,31 @@ def test_what_lies_behind_the_last_group_reaches_nothing_of_a_model(monkeypatch)
     right = gradients()
     plain = feed_forward.grouped_dot
 
-    def spoilt(x, kernel, sizes):
-        counts = jnp.arange(len(x))[:, None] < sizes.sum()
-        return jnp.where(counts, plain(x, kernel, sizes), jnp.nan)
+    def without_group(x, sizes):
+        return jnp.arange(len(x))[:, None] >= sizes.sum()
 
+    @jax.custom_vjp
+    def spoilt(x, kernel, sizes):
+        return jnp.where(without_group(x, sizes), jnp.nan, plain(x, kernel, sizes))
+
+    def forward(x, kernel, sizes):
+        return spoilt(x, kernel, sizes), (x, kernel, sizes)
+
+    def backward(residuals, d_y):
+        x, kernel, sizes = residuals
+        d_x, d_kernel = jax.vjp(lambda x, kernel: plain(x, kernel, sizes), x, kernel)[1](d_y)
+        return jnp.where(without_group(x, sizes), jnp.nan, d_x), d_kernel, None
+
+    spoilt.defvjp(forward, backward)
     monkeypatch.setattr(feed_forward, "grouped_dot", spoilt)
     jax.tree.map(np.testing.assert_array_equal, gradients(), right)
     assert not jnp.isnan(right[0])
+    monkeypatch.setattr(feed_forward, "FEW", 8)  # 12 of 30 pairs are this device's: two turns
+    monkeypatch.setattr(feed_forward, "MAX_TILE", 8)
+    monkeypatch.setattr(feed_forward, "SPARE", 0.5)
+    assert feed_forward.pairs_at_once(chosen.size, len(own[0].kernel) / 6) == 8
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, gradients(), right)
 
 
 def networks_of(config, kind) -> feed_forward.Networks:
@@ -152,22 +170,27 @@ def networks_of(config, kind) -> feed_forward.Networks:
     return feed_forward.Networks(*networks)
 
 
+@pytest.mark.parametrize(("spare", "turns"), [(1.25, {1, 2}), (0.5, {0, 1, 2, 4})])
 @pytest.mark.parametrize("kind", [None, "int8"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_devices_say_together_what_one_says_that_has_all_experts(monkeypatch, name, kind):
-    """In value and in gradients, of 8 experts on 4 devices. Of 90 pairs each has places for 32, and
-    since every token has chosen the first expert, its device takes two turns."""
-    monkeypatch.setattr(feed_forward, "MAX_TILE", 8)
-    monkeypatch.setattr(feed_forward, "FEW", 8)
+def test_devices_say_together_what_one_says_that_has_all_experts(
+    monkeypatch, name, kind, spare, turns
+):
+    """In value and in gradients, of 8 experts on 4 devices: of 90 pairs each has places for 32, or
+    16, and those of the first expert, which every token has chosen, do not fit into one turn."""
+    for constant, value in {"MAX_TILE": 8, "FEW": 8, "SPARE": spare}.items():
+        monkeypatch.setattr(feed_forward, constant, value)
     hf_config = CONFIGS[name] | {"num_local_experts": 8, "num_experts_per_tok": 3}
     config = from_hugging_face(hf_config).replace(quantization=QUANTIZE[kind or "none"])
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 15, config.width)), jnp.float32)
-    scores = jnp.asarray(rng.normal(size=(2, 15, 8)), jnp.float32)
-    weights, chosen = route(scores.at[..., 0].add(9).at[..., 1].add(1), 3, True)
-    assert feed_forward.pairs_at_once(chosen.size, 1 / 4) == 32
+    scores = jnp.asarray(rng.normal(size=(2, 15, 8)), jnp.float32).at[..., 0].add(9)
+    preferred = {1.25: 1, 0.5: 9}[spare]  # the second expert, and nobody chooses the last
+    scores = scores.at[..., 1].add(preferred).at[..., 6:].add(1 - preferred)
+    weights, chosen = route(scores, 3, True)
+    places = feed_forward.pairs_at_once(chosen.size, 1 / 4)
     counts = [np.count_nonzero(chosen // 2 == device) for device in range(4)]
-    assert 32 < counts[0] <= 64 and min(counts) > 0
+    assert {-(-count // places) for count in counts} == turns, counts
     networks = networks_of(config, kind)
     leaves, structure = jax.tree.flatten(networks)
     floats = [x for x in leaves if x.dtype != jnp.int8]
@@ -265,10 +288,57 @@ def test_a_rollout_on_a_tpu_has_gate_and_up_as_one_kernel(monkeypatch, mlp_bias)
     assert whole["layers"]["mlp"].keys() == {"gate", "up", "down"}
 
 
-def test_gate_and_up_with_adapters_or_in_8_bits_stay_two():
-    for module in ({"kernel": 0, "lora_a": 0, "lora_b": 0}, {"kernel": 0, "kernel_scale": 0}):
-        layers = {"mlp": {"gate": module, "up": module, "down": {"kernel": 0}}}
-        assert feed_forward.with_gate_beside_up(layers) == layers
+def test_experts_that_pad_others_have_no_share(monkeypatch):
+    """Of 6 experts on 4 devices each has 2 places, and a third of them has all that are chosen."""
+    config = from_hugging_face(CONFIGS["gpt_oss"] | {"num_local_experts": 6})
+    config, shares = config.replace(tensor_parts=4), []
+    assert config.padded.experts.num_experts == 8
+
+    def pairs_at_once(pairs, share):
+        shares.append(share)
+        return pairs
+
+    monkeypatch.setattr(feed_forward, "pairs_at_once", pairs_at_once)
+    own = jax.tree.map(lambda x: x[:2], networks_of(config, None))
+    x = jnp.ones((1, 4, config.width))
+    weights, chosen = route(jnp.ones((1, 4, 6)), 2, True)
+    feed_forward._mixed_on_device(config, x, weights, chosen, own, None, 0)
+    assert shares == [2 / 6]
+
+
+def test_answers_of_a_turn_are_added_up_in_float32(monkeypatch):
+    """In bfloat16, 256 + 1 - 256 is 0."""
+    monkeypatch.setattr(feed_forward, "MAX_TILE", 8)
+    monkeypatch.setattr(feed_forward, "FEW", 8)
+    hf_config = CONFIGS["mixtral"] | {"num_local_experts": 12, "num_experts_per_tok": 3}
+    config = from_hugging_face(hf_config)
+    answers = jnp.asarray([256, 1, -256], jnp.bfloat16)
+
+    def answers_of(config, layer, k, pairs, inputs):
+        order, expert = pairs
+        return jnp.where(expert < 3, answers[order % k], 0)[:, None]
+
+    monkeypatch.setattr(feed_forward, "_answers", answers_of)
+    chosen = jnp.broadcast_to(jnp.arange(3), (1, 5, 3))
+    x, weights = jnp.ones((1, 5, 1), jnp.bfloat16), jnp.ones((1, 5, 3), jnp.bfloat16)
+    own = feed_forward.Linear(jnp.zeros((3, 1, 1)), None)
+    networks = feed_forward.Networks((own, own), own)
+    found = feed_forward._mixed_on_device(config, x, weights, chosen, networks, None, 0)
+    np.testing.assert_array_equal(found, 1)
+
+
+@pytest.mark.parametrize("changed", ["gate", "up", "gate up"])
+@pytest.mark.parametrize("others", [("lora_a", "lora_b"), ("kernel_scale",)])
+def test_gate_and_up_with_adapters_or_in_8_bits_stay_two(changed, others):
+    mlp = {name: {"kernel": 0} for name in ("gate", "up", "down")}
+    for name in changed.split():
+        mlp[name] = dict.fromkeys(("kernel", *others), 0)
+    assert feed_forward.with_gate_beside_up({"mlp": mlp}) == {"mlp": mlp}
+
+
+def test_other_networks_stay_as_they_are():
+    plain = {"mlp": {name: {"kernel": 0} for name in ("up", "down")}}
+    assert feed_forward.with_gate_beside_up(plain) == plain
     assert feed_forward.with_gate_beside_up({"experts": {}}) == {"experts": {}}
 
 

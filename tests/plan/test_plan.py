@@ -688,6 +688,8 @@ def test_experts_take_one_turn_and_losses_one_for_each_block():
     inside = "layers/experts/shard_map/while"
     assert trips("jit(step)/jvp(head)/while") > 1
     assert trips(f"jit(step)/transpose(jvp(Decoder))/while/body/{inside}") == 1
+    for before in ("while/body/Decoder", "queue/while/body/while/body/Decoder"):
+        assert trips(f"jit(step)/{before}/jit(_decode_layer)/Layer/experts/shard_map/while") == 1
 
 
 def test_rows_that_wait_for_a_slot_are_written_in_rounds():

@@ -299,7 +299,7 @@ class Execution:
         0,
         Int(low=0),
         "rows that are written at once, others follow where some end; 0: all of a step, or half of "
-        "1,024 or more on a device",
+        "very many (a device has 1,024 or more, which weigh six times as much as the weights)",
     )
     rollout_quantize: str = field(
         "none",

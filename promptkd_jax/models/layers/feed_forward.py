@@ -11,6 +11,7 @@ of a token and an expert.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -66,9 +67,9 @@ def with_gate_beside_up(layers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Stacked parameters of layers with one kernel `[L, D, 2, F]` (and bias `[L, 2, F]`) in place
     of those of gate and up, where both are plain: one product for two that share their input."""
     network = dict(layers.get("mlp", {}))
-    if "gate" not in network or not {"kernel", "bias"}.issuperset(network["gate"]):
+    gate, up = network.pop("gate", None), network.pop("up", None)
+    if gate is None or not {"kernel", "bias"}.issuperset((*gate, *up)):
         return layers
-    gate, up = network.pop("gate"), network.pop("up")
     network[GATE_UP] = jax.tree.map(lambda *both: jnp.stack(both, axis=-2), gate, up)
     return {**layers, "mlp": network}
 
@@ -218,7 +219,7 @@ def _mixed_on_device(
     order = jnp.argsort(expert, stable=True)  # [n]
     pairs = order, expert[order]
     inputs = x.reshape(-1, x.shape[-1]), weights.reshape(-1), networks
-    places = pairs_at_once(chosen.size, number / config.padded.experts.num_experts)
+    places = pairs_at_once(chosen.size, number / config.experts.num_experts)
     if places >= chosen.size:
         y = _answers(config, layer, k, pairs, inputs)
         # By the inverse order the k of a token stand together again: [n, D] -> [B, T, k, D].
@@ -236,15 +237,15 @@ def _mixed_on_device(
 
 
 def pairs_at_once(pairs: int, share: float) -> int:
-    """How many pairs of a token and an expert a device takes at once: a quarter more than its
-    `share` of the experts gets if all are chosen alike, so that one turn nearly always does. Few,
-    as in decoding, are no work worth a loop."""
+    """Pairs of a token and an expert that a device takes at once: a quarter more than its `share`
+    of the experts gets if all are chosen alike, so that one turn nearly always does. Few, as in
+    decoding, are not worth a loop."""
     tiles = math.ceil(SPARE * share * pairs / MAX_TILE)
     return min(pairs, max(tiles * MAX_TILE, FEW))
 
 
 def _answers(config: DecoderConfig, layer: int | None, k: int, pairs, inputs) -> jax.Array:
-    """What experts say of their tokens, times its weight: `[m, D]`.
+    """The experts' outputs for their tokens, times the weights: `[m, D]`.
 
     Args:
       k: experts of a token; pair i is of token i // k.
@@ -257,7 +258,9 @@ def _answers(config: DecoderConfig, layer: int | None, k: int, pairs, inputs) ->
     sizes = jnp.diff(jnp.searchsorted(expert, jnp.arange(number + 1)))  # [E]
 
     # Pairs of another device's expert belong to no group and count as 0: before anything is
-    # multiplied with them, since nobody says what `ragged_dot` leaves there.
+    # multiplied with them, since nobody says what `ragged_dot` leaves there, nor its gradient.
+    own = (expert < number)[:, None]
+
     def linear(x, weights: Linear):  # [m, in] -> [m, out]
         if config.quantization:
             y = _quantized_grouped_dot(x, weights.kernel, weights.scale, sizes, config.quantization)
@@ -265,20 +268,20 @@ def _answers(config: DecoderConfig, layer: int | None, k: int, pairs, inputs) ->
             y = grouped_dot(x, *_of_layer(weights.kernel, sizes, layer))
         if weights.bias is not None:
             y = (y + weights.bias[jnp.minimum(expert, number - 1)]).astype(x.dtype)
-        return jnp.where((expert < number)[:, None], y, 0)
+        return jnp.where(own, y, 0)
 
-    x_of_pairs = x[order // k]
+    x_of_pairs = jnp.where(own, x[order // k], 0)
     hidden = _activated(config, [linear(x_of_pairs, weights) for weights in networks.inner])
     return linear(hidden, networks.down) * weights[order][:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_turns(turn, turns, pairs, inputs) -> jax.Array:
-    """The sum of `turn(i, pairs, inputs)` over i below `turns`, which may be known when the program
-    runs. What a gradient needs is computed again, turn by turn."""
-    like = jax.eval_shape(turn, 0, pairs, inputs)
-    begin = jnp.zeros(like.shape, like.dtype)
-    return jax.lax.fori_loop(0, turns, lambda i, y: y + turn(i, pairs, inputs), begin)
+    """The sum of `turn(i, pairs, inputs)` over i below `turns`, a number that is known only when
+    the program runs. What a gradient needs is computed again, turn by turn."""
+    shape = jax.eval_shape(turn, 0, pairs, inputs)
+    zeros = jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.fori_loop(0, turns, lambda i, y: y + turn(i, pairs, inputs), zeros)
 
 
 def _sum_of_turns_fwd(turn, turns, pairs, inputs):
@@ -288,16 +291,20 @@ def _sum_of_turns_fwd(turn, turns, pairs, inputs):
 def _sum_of_turns_bwd(turn, residuals, d_y):
     turns, pairs, inputs = residuals
     leaves, structure = jax.tree.flatten(inputs)
-    trained = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]  # else the bytes of a kernel
+    floats = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]  # no quantised kernels
 
     def body(i, sums):
         _, back = jax.vjp(lambda inputs: turn(i, pairs, inputs), inputs)
-        gradients = [x for x, is_so in zip(jax.tree.leaves(back(d_y)), trained) if is_so]
+        gradients = itertools.compress(jax.tree.leaves(back(d_y)), floats)
         return [a + b for a, b in zip(sums, gradients, strict=True)]
 
-    zeros = [jnp.zeros_like(x) for x, is_so in zip(leaves, trained) if is_so]
+    zeros = [jnp.zeros_like(x) for x in itertools.compress(leaves, floats)]
     sums = iter(jax.lax.fori_loop(0, turns, body, zeros))
-    return None, None, structure.unflatten([next(sums) if is_so else None for is_so in trained])
+    return (
+        None,
+        None,
+        structure.unflatten([next(sums) if is_float else None for is_float in floats]),
+    )
 
 
 _sum_of_turns.defvjp(_sum_of_turns_fwd, _sum_of_turns_bwd)

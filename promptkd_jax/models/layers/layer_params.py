@@ -27,7 +27,7 @@ def rollout_params(config: DecoderConfig, params: Any) -> Any:
 
     params = unshard_fsdp(jax.tree.map_with_path(rounded, params))
     is_copy = axis_size("fsdp") > 1 or config.dtype != config.param_dtype
-    if platform() == "tpu" and is_copy:  # else one would be made for this; XLA for GPUs does so too
+    if platform() == "tpu" and is_copy:  # else a copy would be made for this alone
         return {**params, "layers": with_gate_beside_up(params["layers"])}
     if platform() != "cpu" or config.quantization:
         return params
