@@ -236,8 +236,8 @@ class _Loop:
         if self.done >= end or self.over:
             self._check_updates(stage)
             return
-        said = f"compiling stage {stage.name}: its first step takes longer than those behind it"
-        print(said, flush=True)
+        message = f"compiling stage {stage.name}: its first step takes longer than those behind it"
+        print(message, flush=True)
         if self.done == stage.first:
             self._skipped = int(self.state.skipped) if self.state else 0
             self.state = experiment.start(stage, self.state)
