@@ -83,7 +83,7 @@ def _search(run: AbstractRun, slices: SliceTopology, options: argparse.Namespace
     plans, dropped = search(run, slices, options.price)
     compiling, missing = _compiler(options)
     best = [plan for plan in plans if plan["memory"]["fits"]]
-    shown = best or plans[:1]
+    shown = best or sorted(plans, key=lambda plan: plan["memory"]["needed"])[:3]
     number = min(options.compile, len(best)) if compiling else 0
     for place, plan in enumerate(best[:number]):
         mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
@@ -338,6 +338,7 @@ def _assembled(
         "devices": slices.devices,
         "mesh": sizes,
         "rows": run.batch_size,
+        "rows_at_once": roofline.rows_written_at_once(run),
         "columns": run.config.data.max_length,
         "micro_batches": micro_batches,
         "flags": [*flags, shlex.quote(steps)],

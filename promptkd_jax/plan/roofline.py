@@ -114,6 +114,11 @@ def phases(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> dict[str
     return {name: cost for name, cost in zip(PHASES, costs) if cost != Cost()}
 
 
+def rows_written_at_once(run: AbstractRun) -> int:
+    """Of a step's rows on the run's mesh, see `targets.rows_at_once`."""
+    return _step(run).slots
+
+
 def _rollout(step: _Step) -> tuple[Cost, Cost]:
     asked, tokens = step.method.prompt_capacity, step.method.rollout_length
     prefill, decode = Cost(), Cost()

@@ -52,12 +52,14 @@ def show_search(
     header = ("mesh", "micro", "GiB", "fits", "by", "s/step", "least", "tokens/s", "USD/Mtok")
     compiled = any(plan["memory"]["by"] == "compiler" for plan in plans)
     first = ": what is compiled comes first" if compiled else ""
+    order = "the smallest, since none fits"
+    if fitting:
+        order = "the fastest first, in classes of 2 % of the time; in a class the smallest first"
     print(
         *_heading(plans[0], mesh=False),
         f"{fitting} pairs of a mesh and a number of micro-batches fit by the estimate; left out: "
         f"{left_out or 'none'}",
-        f"data x fsdp x tensor and micro-batches, {len(rows)} of {len(plans)}: the fastest first, "
-        "in classes of 2 % of the time; in a class the smallest first",
+        f"data x fsdp x tensor and micro-batches, {len(rows)} of {len(plans)}: {order}",
         f"(seconds by the estimate: {IN_TURN}; the compiler mostly expects more{first})",
         "",
         markdown(Table(header, rows)),
@@ -185,7 +187,10 @@ def _heading(plan: Mapping[str, Any], *, mesh: bool = True, slices: bool = True)
 
 def _mesh_line(plan: Mapping[str, Any]) -> list[str]:
     axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    return [f"mesh: {axes}; {plan['micro_batches']} micro-batches"]
+    line = f"mesh: {axes}; {plan['micro_batches']} micro-batches"
+    if plan["rows_at_once"] < plan["rows"]:
+        line += f"; {plan['rows_at_once']} rows written at once"
+    return [line]
 
 
 def _memory_table(plan: Mapping[str, Any]) -> Table:

@@ -298,8 +298,9 @@ class Execution:
     max_concurrent_rollouts: int = field(
         0,
         Int(low=0),
-        "rows that are written at once, others follow where some end; 0: all of a step, or half of "
-        "very many (a device has 1,024 or more, which weigh six times as much as the weights)",
+        "rows that are written at once, others follow where some end; 0: all of a step, but half "
+        "where a device has at least 1,024 whose keys and values take at least six times the bytes "
+        "of the student's weights; batch_size: always all",
     )
     rollout_quantize: str = field(
         "none",
