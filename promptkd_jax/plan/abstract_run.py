@@ -14,6 +14,7 @@ from promptkd_jax.data.reading.record_stream import read_records
 from promptkd_jax.data.reading.sources import read_fields
 from promptkd_jax.data.top_k import TopK
 from promptkd_jax.distill.losses.transport import Neighbours, TokenKernel
+from promptkd_jax.distill.targets import rows_at_once
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError, Faults, ModelError
 from promptkd_jax.infra.files import io_errors, is_remote, to_path
@@ -59,6 +60,15 @@ class AbstractRun(Experiment):
         """Rows of a step, packed if they are, over all devices."""
         stage = self.config.stages[self.index]
         return stage.packed_rows or stage.batch_size
+
+    @property
+    def rows_at_once(self) -> int:
+        """Of a step's rows, those that are written at once on the run's mesh; all of them where
+        none are written, see `targets.rows_at_once`."""
+        method, row_parts = self.stage.method, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if not method.source.on_policy:
+            return self.batch_size
+        return rows_at_once(method, self.student.decoder, self.batch_size, row_parts)
 
     def with_micro_batches(self, number: int) -> "AbstractRun":
         """The same run, the rows of its stage dealt out to so many micro-batches."""

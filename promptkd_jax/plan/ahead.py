@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from promptkd_jax.distill.targets import rows_at_once, target_rows
+from promptkd_jax.distill.targets import target_rows
 from promptkd_jax.infra import sharding
 from promptkd_jax.infra.errors import ConfigError
 from promptkd_jax.models.layers.lora import join
@@ -165,7 +165,7 @@ def _trips(run: AbstractRun, tokens: int) -> hlo.Trips:
     micro_batch = run.batch_size // method.num_micro_batches
     count = Counter(config, run.mesh.shape)
     blocks = count.blocks(micro_batch, method.response_capacity)
-    slots = rows_at_once(method, run.student.decoder, run.batch_size, count.row_parts)
+    slots = run.rows_at_once
     waiting = run.batch_size - slots
     rounds = -(-waiting // (rows_of_a_round(slots // count.row_parts) * count.row_parts))
 

@@ -338,7 +338,7 @@ def _assembled(
         "devices": slices.devices,
         "mesh": sizes,
         "rows": run.batch_size,
-        "rows_at_once": roofline.rows_written_at_once(run),
+        "rows_at_once": run.rows_at_once,
         "columns": run.config.data.max_length,
         "micro_batches": micro_batches,
         "flags": [*flags, shlex.quote(steps)],

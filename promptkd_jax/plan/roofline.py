@@ -16,7 +16,6 @@ from promptkd_jax.distill.methods.method import Method
 from promptkd_jax.distill.methods.method_fields import CROSS_ENTROPY
 from promptkd_jax.distill.optimizer import SLICE
 from promptkd_jax.distill.preconditioners import matrices
-from promptkd_jax.distill.targets import rows_at_once
 from promptkd_jax.infra import sharding
 from promptkd_jax.models.layers.attention import implementation
 from promptkd_jax.models.layers.quantization import QUANTIZE
@@ -88,10 +87,10 @@ def _step(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> _Step:
         )
 
     optimizers = run.stage.optimizers
-    student = counter(run.student, optimizers.student)
+
     return _Step(
         method=method,
-        student=student,
+        student=counter(run.student, optimizers.student),
         teacher=run.teacher and counter(run.teacher, optimizers.teacher),
         batch_size=run.batch_size,
         rows=run.batch_size // method.num_micro_batches,
@@ -99,7 +98,7 @@ def _step(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> _Step:
         positions=method.response_capacity,
         before=before,
         gated=method.prompted and run.config.soft_prompt.gated,
-        slots=rows_at_once(method, run.student.decoder, run.batch_size, student.row_parts),
+        slots=run.rows_at_once,
     )
 
 
@@ -112,11 +111,6 @@ def phases(run: AbstractRun, platform: str = "tpu", slices: int = 1) -> dict[str
     step = _step(run, platform, slices)
     costs = *_rollout(step), _teacher(step), _student(step)
     return {name: cost for name, cost in zip(PHASES, costs) if cost != Cost()}
-
-
-def rows_written_at_once(run: AbstractRun) -> int:
-    """Of a step's rows on the run's mesh, see `targets.rows_at_once`."""
-    return _step(run).slots
 
 
 def _rollout(step: _Step) -> tuple[Cost, Cost]:

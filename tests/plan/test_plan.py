@@ -458,6 +458,8 @@ def test_experts_have_places_for_a_quarter_more_than_their_share_and_sinks_no_ke
     plain = costs.Counter(config.replace(attention_sinks=False), sizes(1, 1, 1))
     found, without = (roofline._saved(x, 2, 256, "gpu", 9.0) for x in (one, plain))
     assert found - without == 2 * 256 * 3 * 4 * 8 * 256  # the scores, which cuDNN would not keep
+    kept = roofline._saved(costs.Counter(plain.config, sizes(1, 1, 8)), 2, 256, "gpu", 9.0)
+    assert kept == 2 * 256 * 1.4 * 2 * (2 * 64 + heads / 8)  # turns of experts keep nothing
 
 
 def test_decode_reads_all_weights_and_the_cache_for_every_token():
@@ -885,6 +887,32 @@ def test_without_the_compiler_the_estimate_is_marked(monkeypatch, capsys, tmp_pa
     with pytest.raises(SystemExit) as ended:
         command("--no-compile", capsys=capsys)  # all along data
     assert ended.value.code == 1 and "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_a_plan_says_how_many_rows_it_writes_at_once_where_not_all(capsys):
+    many = "--config.stages[0].batch_size=8192"  # 1,024 on each of 8 devices
+    how = "--mesh=1,8,8", "--no-compile"
+    with pytest.raises(SystemExit):  # they do not fit
+        command(*how, many, capsys=capsys)
+    assert "micro-batches; 4096 rows written at once" in capsys.readouterr().out
+    assert "written at once" not in command(*how, capsys=capsys)
+    assert small_run(batch_size=1024).rows_at_once == 512
+    gold = small_config()
+    gold.stages = (method_stage("kd", batch_size=1024, steps=1),)
+    assert abstract_run(checked(gold)).rows_at_once == 1024  # of the data
+
+
+def test_a_search_shows_the_smallest_where_none_fits(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command("--no-compile", "--search", "--config.stages[0].batch_size=8192", capsys=capsys)
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and "3 of 3: the smallest, since none fits" in said
+    shown = [float(line.split("|")[3]) for line in said.splitlines() if "| estimate |" in line]
+    flags = [f"--config={ROOT}/configs/llama.py", "--config.stages[0].batch_size=8192"]
+    run = abstract_run(checked(load_config(flags)[0]))
+    every, _ = plan.search(run, chips.parse_topology("v5e:8x8"))
+    least = sorted(one["memory"]["needed"] / 2**30 for one in every)[:3]
+    assert shown == pytest.approx(least, abs=0.01)
 
 
 def test_the_flags_of_a_plan_are_those_of_its_mesh(capsys):

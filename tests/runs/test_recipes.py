@@ -336,6 +336,8 @@ def test_a_run_that_died_in_every_stage_goes_on_bit_for_bit(models, tmp_path, mo
         ("kd  step 12/12", 12),
     ):
         assert sum(shown.startswith(f"{line}  ") for shown in lines) == 1, step
+    waits = [line.split(":")[0] for line in lines if line.startswith("compiling stage ")]
+    assert waits == [f"compiling stage {name}" for name in ("distillm", "minillm", "kd")]
     for step in (2, 8, 11):
         die(config, again, step, monkeypatch)
         assert not (again / "summary.json").exists()
